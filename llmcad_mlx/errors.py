@@ -1,0 +1,31 @@
+"""The exceptions users meet. Each message is one line: what happened, to which file or option, what to do."""
+
+from __future__ import annotations
+
+
+class LlmcadError(Exception):
+    """Base of every error this package raises on purpose. The command line exits with 1."""
+
+
+class UsageError(LlmcadError, ValueError):
+    """An option is unknown, out of range or contradicts another. The command line exits with 2."""
+
+
+class ModelError(LlmcadError):
+    """A model folder or file is missing, incomplete, corrupt or of an unknown kind."""
+
+
+class VocabularyError(ModelError):
+    """The draft's tokens are not the target's tokens."""
+
+
+class ContextLengthError(UsageError):
+    """Prompt and requested tokens do not fit the model's context."""
+
+
+class DownloadError(LlmcadError):
+    """A file could not be fetched or is not the file that was asked for."""
+
+
+class GenerationError(LlmcadError):
+    """The target produced something that no token can be chosen from (NaN logits)."""

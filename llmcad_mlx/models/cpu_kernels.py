@@ -1,0 +1,394 @@
+"""Matrix multiplication for Linux CPUs that reads MLX's packed weights in place.
+
+MLX's CPU wheel multiplies one activation row after the other and unpacks every weight again for each
+of them. Here a weight is unpacked once and used for all rows. Results are *batch-invariant*: every
+(row, column) pair owns one 16-lane accumulator that walks the input dimension in order, so a row's
+value does not depend on how many rows come with it, on blocking or on threads. That is what keeps
+plain and tree decoding equal bit for bit.
+
+The inner tiles are written as explicit LLVM vector code (numba intrinsics) because an auto-vectoriser
+may choose another summation order for each loop shape. Vectors are 16 lanes wide everywhere; LLVM
+splits them where registers are narrower, without changing the order of sums.
+
+Weight storage, told apart by the numpy dtype of the view that is passed:
+
+====================  ===========================================================
+``weight`` dtype      meaning
+====================  ===========================================================
+``uint32`` (N, K/8)   4-bit groups, packed as `mx.quantize` does
+``uint8``  (N, K)     8-bit groups
+``float32`` (N, K)    dense
+``int16``  (N, K)     dense, IEEE half precision bits
+``uint16`` (N, K)     dense, bfloat16 bits
+====================  ===========================================================
+
+Scales and biases (N, K/group) come as ``float32``, ``int16`` (half bits) or ``uint16`` (bfloat16
+bits) and are widened exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+LANES = 16
+FEW_ROWS = 6  # up to here `matmul_few` is faster
+K_BLOCK = 32  # chunks of a block of weights unpacked together
+N_BLOCK = 8  # weight rows of that block: with K_BLOCK, 32 KB that stay in the first-level cache
+
+_F32 = ir.FloatType()
+_F32V = ir.VectorType(_F32, LANES)
+_I8 = ir.IntType(8)
+_I8V = ir.VectorType(_I8, LANES)
+_I16 = ir.IntType(16)
+_I16V = ir.VectorType(_I16, LANES)
+_I32 = ir.IntType(32)
+_I32V = ir.VectorType(_I32, LANES)
+_I64 = ir.IntType(64)
+
+
+def _load(builder: Any, address: Any, offset: Any, kind: Any, align: int) -> Any:
+    pointer = builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+    value = builder.load(pointer)
+    value.align = align
+    return value
+
+
+def _store(builder: Any, value: Any, address: Any, offset: Any, align: int = 4) -> None:
+    pointer = builder.inttoptr(builder.add(address, offset), value.type.as_pointer())
+    builder.store(value, pointer).align = align
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    name = "llvm.fma.v16f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [a, b, c])
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    vector = builder.insert_element(ir.Constant(_F32V, ir.Undefined), scalar, _I32(0))
+    return builder.shuffle_vector(vector, ir.Constant(_F32V, ir.Undefined), ir.Constant(_I32V, [0] * LANES))
+
+
+def _widen(builder: Any, value: Any, dtype: Any) -> Any:
+    """Exact widening of float32, half bits (int16) or bfloat16 bits (uint16) to float32."""
+    vector = isinstance(value.type, ir.VectorType)
+    if dtype == types.float32:
+        return value
+    if dtype == types.int16:
+        half = ir.VectorType(ir.HalfType(), LANES) if vector else ir.HalfType()
+        return builder.fpext(builder.bitcast(value, half), _F32V if vector else _F32)
+    wide = builder.zext(value, _I32V if vector else _I32)
+    shift = ir.Constant(_I32V, [16] * LANES) if vector else _I32(16)
+    return builder.bitcast(builder.shl(wide, shift), _F32V if vector else _F32)
+
+
+_SCALAR_OF = {types.float32: _F32, types.int16: _I16, types.uint16: _I16}
+_VECTOR_OF = {types.float32: _F32V, types.int16: _I16V, types.uint16: _I16V}
+
+
+def _bytes_per_chunk(weight: Any) -> int:
+    return {types.uint32: 16, types.uint8: 32, types.float32: 128}.get(weight, 64)
+
+
+def _unpack(builder: Any, weight: Any, scale: Any, w_at: Any, s_at: Any, b_at: Any) -> tuple[Any, Any]:
+    """One chunk of a weight row as two float32 vectors, in the order `pack_rows` gives activations.
+
+    4-bit: even elements, then odd ones (low and high nibbles). Others: first half, second half.
+    """
+    zero = _I64(0)
+    if weight not in (types.uint32, types.uint8):
+        kind = _VECTOR_OF[weight]
+        size = 64 if weight == types.float32 else 32
+        parts = [_load(builder, w_at, _I64(i * size), kind, 2) for i in range(2)]
+        return _widen(builder, parts[0], weight), _widen(builder, parts[1], weight)
+    if weight == types.uint32:
+        packed = _load(builder, w_at, zero, _I8V, 1)
+        low = builder.and_(packed, ir.Constant(_I8V, [15] * LANES))
+        high = builder.lshr(packed, ir.Constant(_I8V, [4] * LANES))
+        parts = [low, high]
+    else:
+        parts = [_load(builder, w_at, _I64(i * LANES), _I8V, 1) for i in range(2)]
+    factor = _splat(builder, _widen(builder, _load(builder, s_at, zero, _SCALAR_OF[scale], 2), scale))
+    shift = _splat(builder, _widen(builder, _load(builder, b_at, zero, _SCALAR_OF[scale], 2), scale))
+    # A nibble is a small positive integer: the signed conversion is exact and cheaper than the unsigned.
+    values = [builder.sitofp(builder.zext(part, _I32V), _F32V) for part in parts]
+    return _fma(builder, values[0], factor, shift), _fma(builder, values[1], factor, shift)
+
+
+class _Loop:
+    """A counted loop that carries vector accumulators in phi nodes (registers, not memory)."""
+
+    def __init__(self, builder: Any, start: Any, stop: Any, carried: list[Any]) -> None:
+        self.builder = builder
+        entry = builder.block
+        self.head = builder.append_basic_block("head")
+        self.body = builder.append_basic_block("body")
+        self.exit = builder.append_basic_block("exit")
+        builder.branch(self.head)
+        builder.position_at_end(self.head)
+        self.index = builder.phi(_I64)
+        self.index.add_incoming(start, entry)
+        self.values = [builder.phi(v.type) for v in carried]
+        for phi, value in zip(self.values, carried, strict=True):
+            phi.add_incoming(value, entry)
+        builder.cbranch(builder.icmp_signed("<", self.index, stop), self.body, self.exit)
+        builder.position_at_end(self.body)
+
+    def close(self, carried: list[Any]) -> list[Any]:
+        latch = self.builder.block
+        self.index.add_incoming(self.builder.add(self.index, _I64(1)), latch)
+        for phi, value in zip(self.values, carried, strict=True):
+            phi.add_incoming(value, latch)
+        self.builder.branch(self.head)
+        self.builder.position_at_end(self.exit)
+        return list(self.values)
+
+
+def _halve(builder: Any, a: Any, b: Any, width: int) -> Any:
+    """Add neighbouring blocks of `width` lanes of `a`, then of `b`, into one vector."""
+    lanes = range(LANES)
+    low = [i for i in range(2 * LANES) if i // width % 2 == 0]
+    picks = [ir.Constant(_I32V, [low[i] + shift for i in lanes]) for shift in (0, width)]
+    return builder.fadd(builder.shuffle_vector(a, b, picks[0]), builder.shuffle_vector(a, b, picks[1]))
+
+
+def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """Sum the lanes of four vectors at once: a 4-lane result, each by the same tree of halvings."""
+    a, b, c, d = vectors
+    ab, cd = _halve(builder, a, b, 8), _halve(builder, c, d, 8)
+    quarters = _halve(builder, ab, cd, 4)
+    pairs = _halve(builder, quarters, quarters, 2)
+    sums = _halve(builder, pairs, pairs, 1)
+    first = ir.Constant(ir.VectorType(_I32, 4), [0, 1, 2, 3])
+    return builder.shuffle_vector(sums, ir.Constant(_F32V, ir.Undefined), first)
+
+
+def _multiply(builder: Any, weights: Any, x_at: Any, acc: list[Any], num_weights: int, num_rows: int) -> None:
+    """acc[n][m] += weights[n] . x[m] for both halves of a chunk; x packed as (chunk, half, row, lane)."""
+    for half in range(2):
+        for m in range(num_rows):
+            x = _load(builder, x_at, _I64((half * num_rows + m) * 64), _F32V, 4)
+            for n in range(num_weights):
+                acc[n * num_rows + m] = _fma(builder, weights[n][half], x, acc[n * num_rows + m])
+
+
+@intrinsic(prefer_literal=True)
+def _tile_packed(typing, weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, nr, mr):  # type: ignore[no-untyped-def]
+    """Multiply `nr` packed weight rows with `mr` activation rows over all chunks; unpack in registers."""
+    signature = types.void(weight, scales, *[types.intp] * 10, nr, mr)
+    num_weights, num_rows = nr.literal_value, mr.literal_value
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, _, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, _, _ = args
+        chunk_bytes, scale_bytes = _bytes_per_chunk(weight.dtype), scales.dtype.bitwidth // 8
+        zeros = [ir.Constant(_F32V, [0.0] * LANES)] * (num_weights * num_rows)
+        loop = _Loop(builder, _I64(0), chunks, zeros)
+        acc = list(loop.values)
+        w_offset = builder.mul(loop.index, _I64(chunk_bytes))
+        s_offset = builder.mul(builder.lshr(loop.index, shift), _I64(scale_bytes))
+        unpacked = []
+        for n in range(num_weights):
+            w_at = builder.add(builder.add(w, w_offset), builder.mul(w_step, _I64(n)))
+            s_row = builder.add(s_offset, builder.mul(s_step, _I64(n)))
+            unpacked.append(
+                _unpack(builder, weight.dtype, scales.dtype, w_at, builder.add(s, s_row), builder.add(b, s_row))
+            )
+        x_at = builder.add(x, builder.mul(loop.index, _I64(128 * num_rows)))
+        _multiply(builder, unpacked, x_at, acc, num_weights, num_rows)
+        acc = loop.close(acc)
+        for m in range(num_rows):
+            sums = _sum_lanes(builder, acc[m::num_rows])
+            _store(builder, sums, out, builder.mul(out_step, _I64(m)))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def _unpack_row(typing, weight, scales, w, s, b, shift, first, chunks, out):  # type: ignore[no-untyped-def]
+    """Unpack `chunks` chunks of one weight row, from chunk `first` on, to float32 at `out`."""
+    signature = types.void(weight, scales, *[types.intp] * 7)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, _, w, s, b, shift, first, chunks, out = args
+        loop = _Loop(builder, _I64(0), chunks, [])
+        chunk = builder.add(loop.index, first)
+        w_at = builder.add(w, builder.mul(chunk, _I64(_bytes_per_chunk(weight.dtype))))
+        s_offset = builder.mul(builder.lshr(chunk, shift), _I64(scales.dtype.bitwidth // 8))
+        halves = _unpack(
+            builder, weight.dtype, scales.dtype, w_at, builder.add(s, s_offset), builder.add(b, s_offset)
+        )
+        at = builder.mul(loop.index, _I64(128))
+        for half in range(2):
+            _store(builder, halves[half], out, builder.add(at, _I64(64 * half)))
+        loop.close([])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def _tile_unpacked(typing, w, w_step, x, chunks, acc, nr, mr):  # type: ignore[no-untyped-def]
+    """acc[nr][mr][lane] += unpacked weight rows times packed activation rows over `chunks` chunks."""
+    signature = types.void(*[types.intp] * 5, nr, mr)
+    num_weights, num_rows = nr.literal_value, mr.literal_value
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        w, w_step, x, chunks, acc_at, _, _ = args
+        count = num_weights * num_rows
+        start = [_load(builder, acc_at, _I64(64 * i), _F32V, 4) for i in range(count)]
+        loop = _Loop(builder, _I64(0), chunks, start)
+        acc = list(loop.values)
+        weights = []
+        for n in range(num_weights):
+            at = builder.add(builder.add(w, builder.mul(loop.index, _I64(128))), builder.mul(w_step, _I64(n)))
+            weights.append([_load(builder, at, _I64(64 * half), _F32V, 4) for half in range(2)])
+        x_at = builder.add(x, builder.mul(loop.index, _I64(128 * num_rows)))
+        _multiply(builder, weights, x_at, acc, num_weights, num_rows)
+        acc = loop.close(acc)
+        for i in range(count):
+            _store(builder, acc[i], acc_at, _I64(64 * i))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def _store_sums(typing, acc, step, out):  # type: ignore[no-untyped-def]
+    """Store the lane sums of four accumulators, `step` bytes apart, as four neighbouring floats."""
+    signature = types.void(types.intp, types.intp, types.intp)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        acc, step, out = args
+        vectors = [_load(builder, acc, builder.mul(step, _I64(n)), _F32V, 4) for n in range(4)]
+        _store(builder, _sum_lanes(builder, vectors), out, _I64(0))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def pack_rows(x: np.ndarray, first: int, rows: int, split: bool, out: np.ndarray) -> None:
+    """Pack activation rows (M, K) [first, first + rows) as (chunk, half, row, lane) into flat `out`.
+
+    `split` puts the even elements of each chunk in the first half and the odd ones in the second.
+    """
+    chunks = x.shape[1] // 32
+    for m in range(rows):
+        for c in range(chunks):
+            at = c * 32 * rows + m * 16
+            half = rows * 16
+            if split:
+                for i in range(16):
+                    out[at + i] = x[first + m, c * 32 + 2 * i]
+                    out[at + half + i] = x[first + m, c * 32 + 2 * i + 1]
+            else:
+                for i in range(16):
+                    out[at + i] = x[first + m, c * 32 + i]
+                    out[at + half + i] = x[first + m, c * 32 + 16 + i]
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _tile_packed_any(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, rows):  # type: ignore[no-untyped-def]
+    if rows == 1:
+        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 1)
+    elif rows == 2:
+        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 2)
+    elif rows == 3:
+        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 3)
+    elif rows == 4:
+        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 4)
+    elif rows == 5:
+        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 5)
+    else:
+        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 6)
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _tile_unpacked_any(w, w_step, x, chunks, acc, rows):  # type: ignore[no-untyped-def]
+    if rows == 6:
+        _tile_unpacked(w, w_step, x, chunks, acc, 4, 6)
+    elif rows == 5:
+        _tile_unpacked(w, w_step, x, chunks, acc, 4, 5)
+    elif rows == 4:
+        _tile_unpacked(w, w_step, x, chunks, acc, 4, 4)
+    elif rows == 3:
+        _tile_unpacked(w, w_step, x, chunks, acc, 4, 3)
+    elif rows == 2:
+        _tile_unpacked(w, w_step, x, chunks, acc, 4, 2)
+    else:
+        _tile_unpacked(w, w_step, x, chunks, acc, 4, 1)
+
+
+@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
+def matmul_few(x, weight, scales, biases, shift, split, out):  # type: ignore[no-untyped-def]
+    """out (M, N) = x (M, K) @ weight.T for few rows: weights are unpacked in registers, never stored."""
+    rows, chunks, num_out = x.shape[0], x.shape[1] // 32, weight.shape[0]
+    tiles = (rows + 5) // 6
+    packed = np.empty(x.size, np.float32)
+    for tile in range(tiles):
+        first, last = tile * rows // tiles, (tile + 1) * rows // tiles
+        pack_rows(x, first, last - first, split, packed[first * chunks * 32 : last * chunks * 32])
+    blocks = (num_out + 3) // 4
+    for block in nb.prange(blocks):
+        n = min(block * 4, num_out - 4)
+        for tile in range(tiles):
+            first, last = tile * rows // tiles, (tile + 1) * rows // tiles
+            _tile_packed_any(
+                weight, scales,
+                weight.ctypes.data + n * weight.strides[0], weight.strides[0],
+                scales.ctypes.data + n * scales.strides[0], biases.ctypes.data + n * scales.strides[0],
+                scales.strides[0], shift, packed.ctypes.data + first * chunks * 128, chunks,
+                out.ctypes.data + 4 * n + first * out.strides[0], out.strides[0], last - first,
+            )  # fmt: skip
+
+
+@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
+def matmul_many(x, weight, scales, biases, shift, split, threads, out):  # type: ignore[no-untyped-def]
+    """out (M, N) = x (M, K) @ weight.T for many rows: a block of weights is unpacked once for all rows."""
+    rows, chunks, num_out = x.shape[0], x.shape[1] // 32, weight.shape[0]
+    tiles = (rows + 5) // 6
+    packed = np.empty(x.size, np.float32)
+    for tile in nb.prange(tiles):
+        first, last = tile * rows // tiles, (tile + 1) * rows // tiles
+        pack_rows(x, first, last - first, split, packed[first * chunks * 32 : last * chunks * 32])
+    blocks = (num_out + N_BLOCK - 1) // N_BLOCK
+    for thread in nb.prange(threads):
+        unpacked = np.empty(N_BLOCK * K_BLOCK * 32, np.float32)
+        acc = np.empty(rows * N_BLOCK * 16, np.float32)
+        for block in range(thread * blocks // threads, (thread + 1) * blocks // threads):
+            n = max(0, min(block * N_BLOCK, num_out - N_BLOCK))
+            width = min(N_BLOCK, num_out // 4 * 4)
+            acc[:] = 0.0
+            for start in range(0, chunks, K_BLOCK):
+                count = min(K_BLOCK, chunks - start)
+                for i in range(width):
+                    _unpack_row(
+                        weight, scales,
+                        weight.ctypes.data + (n + i) * weight.strides[0],
+                        scales.ctypes.data + (n + i) * scales.strides[0],
+                        biases.ctypes.data + (n + i) * scales.strides[0],
+                        shift, start, count, unpacked.ctypes.data + i * K_BLOCK * 128,
+                    )  # fmt: skip
+                for tile in range(tiles):
+                    first, last = tile * rows // tiles, (tile + 1) * rows // tiles
+                    x_at = packed.ctypes.data + 4 * (first * chunks * 32 + start * 32 * (last - first))
+                    for i in range(0, width, 4):
+                        _tile_unpacked_any(
+                            unpacked.ctypes.data + i * K_BLOCK * 128, K_BLOCK * 128, x_at, count,
+                            acc.ctypes.data + (first * N_BLOCK + i * (last - first)) * 64, last - first,
+                        )  # fmt: skip
+            for tile in range(tiles):
+                first, last = tile * rows // tiles, (tile + 1) * rows // tiles
+                count = last - first
+                for i in range(0, width, 4):
+                    for m in range(count):
+                        at = acc.ctypes.data + ((first * N_BLOCK) + i * count + m) * 64
+                        _store_sums(at, count * 64, out.ctypes.data + (first + m) * out.strides[0] + 4 * (n + i))

@@ -1,0 +1,269 @@
+"""The lazy KV cache (DESIGN 3.3): one class for draft and target.
+
+Slots are appended in creation order and stay where they are. Which of them a row may see is the mask's
+business, so accepting a path of a token tree, or dropping a branch, moves no bytes:
+
+    slots = cache.append(parents, n)      # announce the n tokens of the next forward
+    logits = model(tokens, cache=cache.layers)
+    cache.commit(path)                    # these slots join the sequence, every other new one dies
+    cache.rollback()                      # or: forget everything since the last commit
+
+`LazyKVCache` owns the bookkeeping that all layers share (`SlotTable`); each `LayerCache` holds one layer's
+keys and values and answers what mlx-lm's models ask of a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import cache as mlx_cache
+
+from llmcad_mlx.models.host_buffers import HostBuffers
+from llmcad_mlx.models.positions import NodePositions
+from llmcad_mlx.models.slots import AttentionPlan, SlotTable
+
+__all__ = ["AttentionPlan", "LayerCache", "LazyKVCache", "UnsupportedCacheError"]
+
+
+class UnsupportedCacheError(ValueError):
+    """The model keeps a state that cannot be rolled back (recurrent, convolution, or of an unknown kind)."""
+
+
+class LayerCache:
+    """Keys and values of one layer; stands where mlx-lm puts a KVCache or RotatingKVCache.
+
+    window: the layer sees only the last ``window`` positions, itself included (None: all).
+    """
+
+    step = 256
+    start_position = 0  # llama4 asks: slots are never trimmed from the front
+
+    def __init__(self, owner: LazyKVCache, window: int | None = None) -> None:
+        self.owner = owner
+        self.window = window
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.host: HostBuffers | None = None
+        """Set instead of keys and values in a layer that runs on the host kernels."""
+        self._written = -1
+
+    @property
+    def offset(self) -> int | NodePositions:
+        """Position of the first announced row; one per row when the positions do not count up."""
+        offset = self.owner.offset
+        if self._written == self.owner.generation and isinstance(offset, int):
+            return offset + self.owner.num_appended  # as a KVCache after its update
+        return offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Store the announced rows; returns all slots.
+
+        keys, values: (1, kv_heads, N, head_dim), head_dim may differ. Returns them with ``num_slots`` for N.
+        """
+        start, end = self.owner.first_appended, self.owner.num_slots
+        if keys.shape[2] != end - start:
+            raise RuntimeError(f"{keys.shape[2]} tokens forwarded, {end - start} announced with append")
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._room(keys, end), self._room(values, end)
+        elif end > self.keys.shape[2]:
+            self.keys = self._grown(self.keys, start, end)
+            self.values = self._grown(self.values, start, end)
+        self.keys[..., start:end, :] = keys
+        self.values[..., start:end, :] = values
+        self._written = self.owner.generation
+        return self.keys_and_values()
+
+    def host_buffers(self, kv_heads: int, dim: int) -> HostBuffers:
+        """Numpy buffers with room for the announced rows, which the host kernels write themselves."""
+        if self.host is None:
+            self.host = HostBuffers(kv_heads, dim)
+        self.host.reserve(self.owner.first_appended, self.owner.num_slots)
+        self._written = self.owner.generation
+        return self.host
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Keys and values of all slots, (1, kv_heads, num_slots, head_dim) each."""
+        if self.keys is None or self.values is None:
+            raise RuntimeError("no keys and values before the first forward")
+        end = self.owner.num_slots
+        if end == self.keys.shape[2]:
+            return self.keys, self.values
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def make_mask(
+        self, num_rows: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | str | None:
+        """The mask of the announced rows, as mlx-lm's ``create_attention_mask`` wants it."""
+        windows = [w for w in (self.window, window_size) if w is not None]
+        return self.owner.mask(num_rows, min(windows, default=None), return_array)
+
+    def attention_plan(self) -> AttentionPlan:
+        """What `make_mask` says, as slot lists, under this layer's own window."""
+        return self.owner.attention_plan(self.window)
+
+    def gather_tail(self, start: int, slots: mx.array) -> None:
+        """Move ``slots``, (M,) int32, to [start, start + M)."""
+        if self.host is not None:
+            self.host.gather_tail(start, np.asarray(slots))
+        if self.keys is None or self.values is None:
+            return
+        end = start + slots.shape[0]
+        self.keys[..., start:end, :] = mx.take(self.keys, slots, axis=2)
+        self.values[..., start:end, :] = mx.take(self.values, slots, axis=2)
+
+    @property
+    def state(self) -> tuple[mx.array, ...]:
+        """The arrays to evaluate; empty before the first forward."""
+        return () if self.keys is None or self.values is None else (self.keys, self.values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, spare capacity included."""
+        return sum(array.nbytes for array in self.state) + (self.host.nbytes if self.host else 0)
+
+    def size(self) -> int:
+        """Number of slots in use."""
+        return self.owner.num_slots
+
+    def empty(self) -> bool:
+        """True before the first forward."""
+        return self.keys is None and self.host is None
+
+    def is_trimmable(self) -> bool:
+        """False: only the owner may drop slots."""
+        return False
+
+    def maybe_trim_front(self) -> None:
+        """What llama4 asks of its chunked cache; every slot is kept, the mask hides what is out of reach."""
+
+    def _room(self, rows: mx.array, num_slots: int) -> mx.array:
+        batch, heads, _, dim = rows.shape
+        return mx.zeros((batch, heads, -(-num_slots // self.step) * self.step, dim), rows.dtype)
+
+    def _grown(self, buffer: mx.array, used: int, num_slots: int) -> mx.array:
+        return mx.concatenate([buffer[..., :used, :], self._room(buffer, num_slots - used)], axis=2)
+
+
+class LazyKVCache(SlotTable):
+    """Keys and values of a sequence and of the token tree below it, for all layers of one model.
+
+    num_layers, windows: one `LayerCache` each, with its sliding window or None.
+    max_dead_share, min_dead: a commit compacts when more than this share of the slots, and at least this many,
+    are dead. Below ``min_dead`` masked slots cost less than moving the others.
+    linear: only chains may be appended (for models without per-node positions or masks).
+    """
+
+    can_rollback = True
+
+    def __init__(
+        self,
+        num_layers: int,
+        windows: Sequence[int | None] | None = None,
+        *,
+        max_dead_share: float = 0.25,
+        min_dead: int = 64,
+        linear: bool = False,
+    ) -> None:
+        super().__init__()
+        self.max_dead_share = max_dead_share
+        self.min_dead = min_dead
+        self.linear = linear
+        self.stores = [LayerCache(self, window) for window in (windows or [None] * num_layers)]
+        self.layers: list[Any] = list(self.stores)
+        """What a model gets as ``cache=``; an entry may be an mlx-lm CacheList of several stores."""
+        self._offset: int | NodePositions | None = None
+        self._masks: dict[int | None, mx.array] = {}
+
+    @classmethod
+    def like(cls, template: Sequence[object], **options: Any) -> LazyKVCache:
+        """A cache with the structure of ``template``, the list that ``make_prompt_cache(model)`` returns.
+
+        Raises UnsupportedCacheError for a state that cannot be rolled back.
+        """
+        cache = cls(0, **options)
+        cache.layers = [cache._stand_in(entry) for entry in template]
+        return cache
+
+    def _stand_in(self, entry: object) -> Any:
+        """What replaces one entry of a model's own cache; windows become masks, so that nothing rotates."""
+        if isinstance(entry, mlx_cache.CacheList):
+            return mlx_cache.CacheList(*(self._stand_in(inner) for inner in entry.caches))
+        window = None
+        if isinstance(entry, mlx_cache.RotatingKVCache):
+            if entry.keep:
+                raise UnsupportedCacheError("a rotating cache that keeps its first tokens has no stand-in")
+            window = entry.max_size
+        elif not isinstance(
+            entry, mlx_cache.KVCache | mlx_cache.ConcatenateKVCache | mlx_cache.ChunkedKVCache
+        ):
+            raise UnsupportedCacheError(f"its {type(entry).__name__} cannot be rolled back")
+        store = LayerCache(self, window)
+        self.stores.append(store)
+        return store
+
+    def commit(self, slots: Sequence[int]) -> None:
+        """`SlotTable.commit`, and a compaction when too many slots are dead."""
+        super().commit(slots)
+        if self.num_dead >= self.min_dead and self.num_dead > self.max_dead_share * self.num_slots:
+            self.compact()
+
+    def compact(self) -> None:
+        """Close the gaps that dead slots left: one gather per layer, from the first gap on.
+
+        Drops what is uncommitted.
+        """
+        self._settle()
+        live = self.live_slots()
+        gaps = np.flatnonzero(live != np.arange(self.length))
+        if len(gaps):
+            start = int(gaps[0])
+            moved = mx.array(live[start:])
+            for store in self.stores:
+                store.gather_tail(start, moved)
+            self._renumber()
+
+    @property
+    def offset(self) -> int | NodePositions:
+        """Position of the first appended row when positions count up from it, else one position per row."""
+        if self._offset is None:
+            positions = self.appended_positions()
+            if len(positions) == 0:
+                self._offset = self.length
+            elif np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
+                self._offset = int(positions[0])
+            else:
+                self._offset = NodePositions(positions.copy())
+        return self._offset
+
+    def mask(self, num_rows: int, window: int | None, return_array: bool) -> mx.array | str | None:
+        """None (one row, sees all), "causal", or bool (num_rows, num_slots): which slots a row may see."""
+        if num_rows != self.num_appended:
+            raise RuntimeError(f"{num_rows} tokens forwarded, {self.num_appended} announced with append")
+        if window is not None and int(self.appended_positions().max()) < window:
+            window = None
+        if self._chain and window is None and (num_rows == 1 or not return_array):
+            return None if num_rows == 1 else "causal"
+        if window not in self._masks:
+            self._masks[window] = mx.array(self.visible(window))
+        return self._masks[window]
+
+    def arrays(self) -> list[mx.array]:
+        """All key and value buffers, for ``mx.eval``."""
+        return [array for store in self.stores for array in store.state]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, spare capacity included."""
+        return sum(store.nbytes for store in self.stores)
+
+    def _accept_shape(self, chain: bool) -> None:
+        if self.linear and not chain:
+            raise ValueError("this model takes chains only, not trees")
+
+    def _forget_append(self) -> None:
+        super()._forget_append()
+        self._offset = None
+        self._masks = {}

@@ -1,0 +1,248 @@
+"""What a model can do, found out by trying it at load: token trees, chains, or plain decoding.
+
+A small tree with branches, siblings, two appends, a commit in the middle and dead slots goes through the lazy
+cache and is compared with the same tokens fed one at a time through the model's own mlx-lm cache. Nothing is
+concluded from a model's name.
+
+In fp32 on a Linux CPU the two must be equal bit for bit. Elsewhere kernels for one and for several rows round
+differently, so the largest difference may reach a share of the logits' range: 1/16 with 16-bit parameters,
+1/1000 in fp32. A wrong position, or a sibling that leaks through the mask, moves logits by more.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from llmcad_mlx.models import positions
+from llmcad_mlx.models.forward import body_of, run
+from llmcad_mlx.models.lazy_cache import LazyKVCache, UnsupportedCacheError
+
+Capability = Literal["tree", "chain", "plain"]
+Call = Callable[..., mx.array]
+Logits = dict[int, npt.NDArray[np.float32]]  # node -> (V,)
+
+# The probe's tree. Nodes 0 and 1 are the prompt. Below 1 comes 2 with the children 3 and 4, extended by 5 and 6;
+# committing 2, 4, 6 leaves 3 and 5 dead between them. Below 6 come 7, its children 8 and 9, and 10 below 9. Tokens
+# are small ids that every vocabulary has.
+_TOKENS = (5, 23, 11, 37, 8, 19, 42, 14, 31, 6, 27)
+_PARENTS = (-1, 0, 1, 2, 2, 3, 4, 6, 7, 7, 9)
+_PROMPT = (0, 1)
+_TREE = ((2, 3, 4), (5, 6), (7, 8, 9), (10,))  # nodes of each forward
+_SINGLES = tuple((node,) for node in range(2, 11))
+_COMMIT_AFTER, _COMMIT = 6, (2, 4, 6)
+
+_ROUNDING = 1e-3  # of the logits' range: larger differences are not rounding
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """What `probe` found."""
+
+    capability: Capability
+    reason: str
+    """Why it is not "tree": the capability that is missing (positions, masks, rollback) and what showed it."""
+    max_difference: float
+    """Largest difference to sequential logits of what was found (0.0: bit for bit)."""
+    vocab_size: int
+    """Columns of the logits, padding included."""
+    pad_single: bool
+    """The model computes one row differently from several, so single tokens are forwarded twice."""
+    body_prefills: bool
+    """The model's body, without its head, fills the cache as the whole model does."""
+    seconds: float
+
+
+def probe(model: Module) -> ProbeReport:
+    """Find out what ``model`` can do. Its rope modules stay adapted (`positions.install`) if it can take trees.
+
+    A model that takes trees costs 5 forwards of one to three tokens and 11 of one; the others a few more.
+    """
+    started = time.perf_counter()
+    trial = _Probe(model)
+    outcome = trial.tree()
+    capability: Capability = "tree"
+    reason = ""
+    if isinstance(outcome, str):
+        capability, reason = "chain", outcome
+        positions.uninstall(model)
+        outcome = trial.chain()
+    if isinstance(outcome, str):
+        capability, reason = "plain", reason if outcome == reason else f"{reason}; {outcome}"
+        outcome = _Outcome(0.0, False, False)
+    return ProbeReport(
+        capability,
+        reason,
+        outcome.difference,
+        trial.vocab_size,
+        outcome.pad_single,
+        outcome.body_prefills,
+        time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    difference: float
+    pad_single: bool
+    body_prefills: bool
+
+
+class _Probe:
+    """The reference logits of one model and the trials compared with them."""
+
+    def __init__(self, model: Module) -> None:
+        self.model = model
+        self.body = body_of(model)
+        self.reference = self._own_logits()
+        self.vocab_size = len(self.reference[2])
+        finite = np.concatenate([row[np.isfinite(row)] for row in self.reference.values()])
+        self.range = float(np.ptp(finite)) if len(finite) else 0.0
+        self.tolerance = _relative_tolerance(model) * self.range
+
+    def tree(self) -> _Outcome | str:
+        """Trees, or what is missing for them."""
+        try:
+            self._cache()
+        except UnsupportedCacheError as error:
+            return f"rollback: {error}"
+        positions.install(self.model)
+        outcome = self._attempt(lambda prefill, pad: self._tree_logits(_TREE, prefill, pad))
+        if isinstance(outcome, _Outcome):
+            return outcome
+        # One node at a time needs no vector of positions: does the mask alone work?
+        single = self._attempt(lambda prefill, pad: self._tree_logits(_SINGLES, prefill, pad))
+        return f"{'positions' if isinstance(single, _Outcome) else 'masks'}: {outcome}"
+
+    def chain(self) -> _Outcome | str:
+        """Chains, or why they fail."""
+        try:
+            self._cache()
+        except UnsupportedCacheError as error:
+            return f"rollback: {error}"
+        outcome = self._attempt(self._chain_logits)
+        return outcome if isinstance(outcome, _Outcome) else f"chain: {outcome}"
+
+    def _attempt(self, script: Callable[[Call, bool], Logits]) -> _Outcome | str:
+        """Run a script with the prompt prefilled by the body alone, then by the whole model."""
+        problem = ""
+        for pad_single in (False, True):
+            close = False
+            for prefill in [self.model] if self.body is None else [self.body, self.model]:
+                try:
+                    difference = self._difference(script(prefill, pad_single), pad_single)
+                except Exception as error:  # a model may raise anything when it meets a tree
+                    problem = f"{type(error).__name__}: {error}".splitlines()[0]
+                    continue
+                if difference <= self.tolerance:
+                    return _Outcome(difference, pad_single, prefill is not self.model)
+                problem = f"logits differ from sequential ones by {difference:.2g}"
+                close = close or difference <= _ROUNDING * self.range
+            if not close:
+                break
+        return problem
+
+    def _difference(self, found: Logits, pad_single: bool) -> float:
+        reference = self.reference
+        if pad_single:
+            # Plain decoding pads too then, so that is what has to be equal; it must still be the same model.
+            reference = self._padded_logits()
+            if _largest_difference(reference, self.reference) > _ROUNDING * self.range:
+                raise ValueError("a padded single row is computed differently")
+        return _largest_difference(found, reference)
+
+    def _own_logits(self) -> Logits:
+        """One token at a time through the model's own cache, copied where the tree branches."""
+        caches: dict[int, Any] = {-1: make_prompt_cache(self.model)}
+        rows: Logits = {}
+        for node, parent in enumerate(_PARENTS):
+            caches[node] = copy.deepcopy(caches[parent])
+            logits = self.model(mx.array([[_TOKENS[node]]]), cache=caches[node])
+            rows[node] = _row(logits[0, -1])
+        return rows
+
+    def _padded_logits(self) -> Logits:
+        """The same through the lazy cache, a fresh one for each path, each single row padded."""
+        rows: Logits = {}
+        for leaf in (5, 8, 10):
+            cache = self._cache()
+            for node in _path(leaf):
+                forward = run(self.model, [_TOKENS[node]], cache, None, True)
+                cache.commit(forward.slots)
+                rows[node] = _row(forward.logits[0])
+        return rows
+
+    def _tree_logits(self, batches: Sequence[Sequence[int]], prefill: Call, pad_single: bool) -> Logits:
+        cache = self._prefilled(prefill)
+        slots = {_PROMPT[-1]: -1}
+        rows: Logits = {}
+        for nodes in batches:
+            slots.update({node: cache.num_slots + i for i, node in enumerate(nodes)})
+            parents = [slots[_PARENTS[node]] for node in nodes]
+            logits = run(self.model, [_TOKENS[node] for node in nodes], cache, parents, pad_single).logits
+            rows.update({node: _row(logits[i]) for i, node in enumerate(nodes)})
+            if nodes[-1] == _COMMIT_AFTER:
+                cache.commit([slots[node] for node in _COMMIT])
+        return rows
+
+    def _chain_logits(self, prefill: Call, pad_single: bool) -> Logits:
+        cache = self._prefilled(prefill, linear=True)
+        rows: Logits = {}
+        # Each step: nodes forwarded as one chain, and how many of them are accepted.
+        for nodes, accepted in (((2, 4, 6), 2), ((6, 7, 8), 2), ((9,), 0), ((9, 10), 2)):
+            forward = run(self.model, [_TOKENS[node] for node in nodes], cache, None, pad_single)
+            rows.update({node: _row(forward.logits[i]) for i, node in enumerate(nodes)})
+            if accepted:
+                cache.commit(forward.slots[:accepted])
+            else:
+                cache.rollback()
+        return rows
+
+    def _prefilled(self, prefill: Call, **options: Any) -> LazyKVCache:
+        cache = self._cache(**options)
+        cache.commit(run(prefill, [_TOKENS[node] for node in _PROMPT], cache).slots)
+        return cache
+
+    def _cache(self, **options: Any) -> LazyKVCache:
+        return LazyKVCache.like(make_prompt_cache(self.model), **options)
+
+
+def _path(node: int) -> list[int]:
+    """Nodes from the first prompt token to ``node``."""
+    return [] if node < 0 else [*_path(_PARENTS[node]), node]
+
+
+def _row(logits: mx.array) -> npt.NDArray[np.float32]:
+    return np.array(logits.astype(mx.float32))
+
+
+def _largest_difference(found: Logits, reference: Logits) -> float:
+    """Over the nodes of ``found``; infinity where one is NaN."""
+    worst = 0.0
+    for node, row in found.items():
+        other = reference[node]
+        with np.errstate(invalid="ignore"):
+            difference = np.where(row == other, 0.0, np.abs(row - other))
+        worst = max(worst, float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max()))
+    return worst
+
+
+def _relative_tolerance(model: Module) -> float:
+    """Share of the logits' range that tree and sequential logits may differ by."""
+    parameters: Any = tree_flatten(model.parameters())
+    single = all(p.dtype == mx.float32 for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))
+    if not single:
+        return 1 / 16
+    exact = mx.default_device() == mx.Device(mx.cpu) and sys.platform == "linux"
+    return 0.0 if exact else _ROUNDING

@@ -1,0 +1,253 @@
+"""Which slot of a KV cache holds which token, and what each new row may see: bookkeeping without MLX.
+
+Slots are numbered in creation order. Committed slots are in position order, the k-th live slot being at
+position k, because a parent always has a smaller slot than its child. Slots that are neither committed nor
+below the last committed one are dead; they stay until the tail they belong to is dropped or the owner compacts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Which slots the N rows of the present append see, for attention kernels that skip the mask.
+
+    Row i sees the committed sequence from index ``first_visible[i]`` on, then its own slots: uncommitted
+    ancestors and itself, in position order. All arrays are int32.
+    """
+
+    positions: Ints
+    """(N,) position of each row."""
+    slots: Ints
+    """(N,) slot of each row."""
+    runs: Ints
+    """(R, 2) first slot and length of the contiguous pieces of the committed sequence, in position order."""
+    first_visible: Ints
+    """(N,) index into the committed sequence; 0 unless a sliding window has moved past its start."""
+    own: Ints
+    """The rows' own slots, one row after the other; empty when ``causal``."""
+    own_ends: Ints
+    """(N,) where each row's part of ``own`` ends."""
+    causal: bool
+    """Nothing is dead and all slots are one chain: row i sees the slots from ``first_visible[i]`` to its own,
+    where ``first_visible`` may point past the committed ones."""
+
+
+class SlotTable:
+    """The slots of a sequence and of the token tree below it."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        """Number of committed tokens."""
+        self.num_slots = 0
+        self.first_appended = 0
+        """First slot of the present append."""
+        self.generation = 0
+        """Counts appends."""
+        self._first_pending = 0
+        self._live = np.zeros(256, np.int32)
+        self._parents = np.zeros(256, np.int32)
+        self._positions = np.zeros(256, np.int32)
+        self._chain = True
+        self._own: tuple[Ints, ...] | None = None
+        self._plans: dict[int | None, AttentionPlan] = {}
+
+    def append(self, parents: Sequence[int] | None, n: int) -> range:
+        """Announce the ``n`` tokens of the next forward; returns their slots.
+
+        ``parents[i]``: slot of token i's parent: the last committed slot (-1 means the same), an uncommitted
+        slot, or an earlier slot of this append. None: a chain that continues the committed sequence.
+        Raises ValueError for any other parent.
+        """
+        if n < 1 or (parents is not None and len(parents) != n):
+            raise ValueError(f"{n} tokens with {n if parents is None else len(parents)} parents")
+        start = self.num_slots
+        self._reserve(start + n)
+        if parents is None:
+            rows = np.arange(start - 1, start + n - 1, dtype=np.int32)
+            rows[0] = self.last_slot
+            depths = np.arange(self.length, self.length + n, dtype=np.int32)
+        else:
+            rows = self._checked_parents(parents, start)
+            depths = self._depths(rows, start)
+        chain = self._chain and bool(np.array_equal(rows, np.arange(start - 1, start + n - 1)))
+        self._accept_shape(chain)
+        self._parents[start : start + n] = rows
+        self._positions[start : start + n] = depths
+        self._chain = chain
+        self.num_slots = start + n
+        self.first_appended = start
+        self.generation += 1
+        self._forget_append()
+        return range(start, start + n)
+
+    def commit(self, slots: Sequence[int]) -> None:
+        """Make ``slots``, a path below the last committed slot, part of the sequence; other new ones die.
+
+        Raises ValueError when they are not such a path.
+        """
+        path = np.asarray(slots, np.int32)
+        if len(path):
+            known = path[0] >= self._first_pending and path[-1] < self.num_slots
+            expected = np.concatenate([[self.last_slot], path[:-1]])
+            if not known or not np.array_equal(self._parents[path], expected):
+                raise ValueError("committed slots are not a path below the last committed slot")
+            self._live[self.length : self.length + len(path)] = path
+            self.length += len(path)
+        self._settle()
+
+    def rollback(self) -> None:
+        """Back to the last commit: whatever was appended since is dropped."""
+        self._settle()
+
+    def truncate(self, length: int) -> None:
+        """Keep only the first ``length`` committed tokens and nothing uncommitted.
+
+        Raises ValueError when fewer are committed.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot keep {length} of {self.length} tokens")
+        self.length = length
+        self._settle()
+
+    def drop_appended(self, n: int) -> None:
+        """Drop the last ``n`` slots of the present append (rows forwarded only to fill a block)."""
+        self.num_slots = max(self.num_slots - n, self.first_appended)
+        self._forget_append()
+
+    @property
+    def last_slot(self) -> int:
+        """Slot of the last committed token, -1 when there is none."""
+        return int(self._live[self.length - 1]) if self.length else -1
+
+    @property
+    def num_appended(self) -> int:
+        """Rows of the present append."""
+        return self.num_slots - self.first_appended
+
+    @property
+    def num_dead(self) -> int:
+        """Slots that hold neither a committed nor an uncommitted token."""
+        return self._first_pending - self.length
+
+    def live_slots(self) -> Ints:
+        """(length,) slots of the committed tokens in position order."""
+        return self._live[: self.length].copy()
+
+    def position(self, slot: int) -> int:
+        """Position of a slot's token in its sequence."""
+        return int(self._positions[slot])
+
+    def appended_positions(self) -> Ints:
+        """(N,) positions of the present append's rows."""
+        return self._positions[self.first_appended : self.num_slots]
+
+    def attention_plan(self, window: int | None = None) -> AttentionPlan:
+        """What the rows of the present append see; built once per append and window."""
+        if window not in self._plans:
+            positions = self.appended_positions().copy()
+            oldest = positions - (window - 1) if window is not None else np.zeros_like(positions)
+            none = np.zeros(0, np.int32)
+            own, ends = none, np.zeros(len(positions), np.int32)
+            if not self._chain:
+                hidden = np.maximum(oldest - self.length, 0).tolist()
+                rows = [row[h:] for row, h in zip(self._own_slots(), hidden, strict=True)]
+                own = np.concatenate([none, *rows])
+                ends = np.cumsum([len(row) for row in rows], dtype=np.int32)
+            self._plans[window] = AttentionPlan(
+                positions=positions,
+                slots=np.arange(self.first_appended, self.num_slots, dtype=np.int32),
+                runs=self._runs(),
+                first_visible=np.maximum(oldest, 0).astype(np.int32),
+                own=own,
+                own_ends=ends,
+                causal=self._chain,
+            )
+        return self._plans[window]
+
+    def _runs(self) -> Ints:
+        """(R, 2) first slot and length of the committed sequence's contiguous pieces."""
+        if self.last_slot == self.length - 1:
+            return np.array([[0, self.length]], np.int32)
+        live = self._live[: self.length]
+        starts = np.flatnonzero(np.diff(live, prefix=np.int32(-2)) != 1)
+        lengths = np.diff(starts, append=self.length)
+        return np.stack([live[starts], lengths], axis=1).astype(np.int32)
+
+    def visible(self, window: int | None = None) -> npt.NDArray[np.bool_]:
+        """(N, num_slots), True where a row of the present append may see a slot."""
+        mask = np.zeros((self.num_appended, self.num_slots), bool)
+        mask[:, self._live[: self.length]] = True
+        own = self._own_slots()
+        mask[np.repeat(np.arange(len(own)), [len(row) for row in own]), np.concatenate(own)] = True
+        if window is not None:
+            mask &= self.appended_positions()[:, None] - self._positions[None, : self.num_slots] < window
+        return mask
+
+    def _accept_shape(self, chain: bool) -> None:
+        """Hook: refuse an append before it happens. ``chain``: all slots together are one line."""
+
+    def _own_slots(self) -> tuple[Ints, ...]:
+        """Per row: uncommitted ancestors and itself, in position order."""
+        if self._own is None:
+            first, end, last = self.first_appended, self.num_slots, self.last_slot
+            if self._chain:
+                line = np.arange(last + 1, end, dtype=np.int32)
+                self._own = tuple(line[: slot - last] for slot in range(first, end))
+            else:
+                paths: dict[int, list[int]] = {last: []}
+                parents = self._parents[self._first_pending : end].tolist()
+                for slot, parent in enumerate(parents, self._first_pending):
+                    paths[slot] = [*paths[parent], slot]
+                self._own = tuple(np.array(paths[slot], np.int32) for slot in range(first, end))
+        return self._own
+
+    def _checked_parents(self, parents: Sequence[int], start: int) -> Ints:
+        rows = np.asarray(parents, np.int32)
+        rows = np.where(rows == -1, np.int32(self.last_slot), rows)
+        pending = (rows >= self._first_pending) & (rows < np.arange(start, start + len(rows)))
+        if not np.all(pending | (rows == self.last_slot)):
+            raise ValueError("a parent is neither the last committed slot nor an earlier uncommitted one")
+        return rows
+
+    def _depths(self, parents: Ints, start: int) -> Ints:
+        depths: list[int] = []
+        for parent in parents.tolist():
+            if parent >= start:
+                depths.append(depths[parent - start] + 1)
+            else:
+                depths.append(int(self._positions[parent]) + 1 if parent >= 0 else 0)
+        return np.array(depths, np.int32)
+
+    def _settle(self) -> None:
+        """Nothing is uncommitted any more: drop the dead tail."""
+        self.num_slots = self.first_appended = self._first_pending = self.last_slot + 1
+        self._chain = self.num_slots == self.length
+        self._forget_append()
+
+    def _renumber(self) -> None:
+        """The owner has moved the live slots to [0, length)."""
+        order = np.arange(self.length, dtype=np.int32)
+        self._live[: self.length] = self._positions[: self.length] = order
+        self._parents[: self.length] = order - 1
+        self._settle()
+
+    def _forget_append(self) -> None:
+        self._own = None
+        self._plans = {}
+
+    def _reserve(self, num_slots: int) -> None:
+        missing = num_slots - len(self._live)
+        if missing > 0:
+            room = np.zeros(max(missing, len(self._live)), np.int32)
+            self._live = np.concatenate([self._live, room])
+            self._parents = np.concatenate([self._parents, room])
+            self._positions = np.concatenate([self._positions, room])

@@ -1,0 +1,114 @@
+"""An mlx-lm model that forwards token trees, or chains, or single steps: whatever the probe found it can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import make_prompt_cache
+
+from llmcad_mlx.models.forward import Forward, body_of, run
+from llmcad_mlx.models.lazy_cache import LazyKVCache
+from llmcad_mlx.models.plain_cache import PlainCache
+from llmcad_mlx.models.probe import Capability, ProbeReport, probe
+
+__all__ = ["Forward", "ModelCache", "TreeModel"]
+
+ModelCache = LazyKVCache | PlainCache
+
+
+class TreeModel:
+    """Draft and target are both one of these.
+
+    model: a loaded mlx-lm model. config: its config.json. report: what `probe` found (None: probe now).
+    cache_options: `LazyKVCache` options such as ``max_dead_share``.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        config: Mapping[str, Any],
+        report: ProbeReport | None = None,
+        **cache_options: Any,
+    ) -> None:
+        self.model = model
+        self.config = dict(config)
+        self.report = report or probe(model)
+        self._cache_options = cache_options
+        self._prefill_call = (body_of(model) if self.report.body_prefills else None) or model
+
+    @property
+    def capability(self) -> Capability:
+        """ "tree": any parents; "chain": parents in a line, rejected ends can be dropped; "plain": append-only."""
+        return self.report.capability
+
+    @property
+    def reason(self) -> str:
+        """Why the capability is not "tree"."""
+        return self.report.reason
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits; padded vocabularies have more than the tokenizer has tokens."""
+        return self.report.vocab_size
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens the model was made for, None when its config does not say."""
+        for config in (self.config, self.config.get("text_config") or {}):
+            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
+                if isinstance(config.get(name), int):
+                    return int(config[name])
+        return None
+
+    @property
+    def layers(self) -> list[Module]:
+        """The decoder layers, in the order they run."""
+        return list(self.model.layers)
+
+    def new_cache(self) -> ModelCache:
+        """An empty cache for one sequence; `PlainCache` for a "plain" model."""
+        if self.capability == "plain":
+            return PlainCache(lambda: make_prompt_cache(self.model))
+        linear = self.capability == "chain"
+        return LazyKVCache.like(make_prompt_cache(self.model), linear=linear, **self._cache_options)
+
+    def forward(
+        self, tokens: Sequence[int], cache: ModelCache, parents: Sequence[int] | None = None
+    ) -> Forward:
+        """Append ``tokens`` below ``parents`` (see `SlotTable.append`; None: a chain) and compute their logits.
+
+        Nothing is evaluated yet, and nothing committed. Raises ValueError for parents the capability excludes.
+        """
+        return run(self.model, tokens, cache, parents, self.report.pad_single)
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        cache: ModelCache,
+        chunk: int = 512,
+        on_progress: Callable[[int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        """Append and commit ``tokens`` as a chain, ``chunk`` at a time, without the head.
+
+        Each chunk's keys and values are evaluated before the next. on_progress gets the number of tokens done so
+        far; should_stop is asked before each chunk, and True ends the prefill there (``cache.length`` tells
+        where). An exception, Ctrl-C included, leaves the cache at the last finished chunk, or empty if it cannot
+        roll back.
+        """
+        for start in range(0, len(tokens), chunk):
+            if should_stop is not None and should_stop():
+                return
+            part = tokens[start : start + chunk]
+            try:
+                slots = run(self._prefill_call, part, cache, None, self.report.pad_single).slots
+                mx.eval(cache.arrays())
+            except BaseException:
+                cache.rollback() if isinstance(cache, LazyKVCache) else cache.truncate(0)
+                raise
+            cache.commit(slots)
+            if on_progress is not None:
+                on_progress(start + len(part))

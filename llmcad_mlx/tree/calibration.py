@@ -1,0 +1,125 @@
+"""From what a drafter says to how often the target agrees."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
+from llmcad_mlx.tree.walk import Walk
+
+FORMAT_VERSION = 1
+# Fine near 0 and near 1, where a small difference in confidence is a large one in odds.
+BUCKET_EDGES = (0.002, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95, 0.99)
+NUM_BUCKETS = len(BUCKET_EDGES) + 1
+HALF_LIFE = 500
+PRIOR_STRENGTH = 8.0
+NGRAM_PRIOR_STRENGTH = 4.0
+
+
+def ngram_confidence(match_length: int) -> float:
+    """Prior acceptance of a token that followed an earlier copy of the last `match_length` tokens.
+
+    `m/(m + 1.5)`: 0.40, 0.57, 0.67, 0.73, 0.77 for 1 to 5, 0.87 for 10. A guess with the right shape, so
+    it weighs only 4 pseudo-observations and `Calibration` replaces it with what it sees.
+    Raises ValueError for a match shorter than one token.
+    """
+    if match_length < 1:
+        raise ValueError(f"match_length is {match_length}; an n-gram match has at least 1 token")
+    return match_length / (match_length + 1.5)
+
+
+class Calibration:
+    """Acceptance probability by source and confidence bucket, Beta-smoothed, with forgetting.
+
+    With `tested` and `accepted` the decayed counts of a bucket, confidence c and prior strength s,
+    `probability = (accepted + s·c)/(tested + s)`: the posterior mean under a Beta(s·c, s·(1 − c)) prior.
+    s is 8 for models, whose probabilities mean something by themselves, and 4 for the n-gram drafter.
+    Each observation first fades its bucket's counts so that one 500 observations older weighs half.
+    """
+
+    def __init__(self) -> None:
+        self._tested: dict[str, list[float]] = {}
+        self._accepted: dict[str, list[float]] = {}
+        self._decay = 0.5 ** (1.0 / HALF_LIFE)
+
+    def probability(self, confidence: float, source: str) -> float:
+        """Calibrated acceptance probability in [0, 1] of a candidate with raw `confidence` in [0, 1]."""
+        strength = _prior_strength(source)
+        tested = self._tested.get(source)
+        if tested is None:
+            return confidence
+        bucket = bisect_right(BUCKET_EDGES, confidence)
+        probability = (self._accepted[source][bucket] + strength * confidence) / (tested[bucket] + strength)
+        return min(probability, 1.0)  # rounding may leave 1 + 1e-16
+
+    def observe(self, confidence: float, source: str, accepted: bool) -> None:
+        """Count one candidate that the target tested. `confidence` is the drafter's raw figure.
+
+        Raises ValueError for a confidence outside [0, 1] or NaN.
+        """
+        if not 0.0 <= confidence <= 1.0:
+            raise ValueError(f"observed confidence is {confidence}; it must be in [0, 1]")
+        if source not in self._tested:
+            self._tested[source] = [0.0] * NUM_BUCKETS
+            self._accepted[source] = [0.0] * NUM_BUCKETS
+        bucket = bisect_right(BUCKET_EDGES, confidence)
+        tested, accepts = self._tested[source], self._accepted[source]
+        tested[bucket] = tested[bucket] * self._decay + 1.0
+        accepts[bucket] = accepts[bucket] * self._decay + (1.0 if accepted else 0.0)
+
+    def observe_walk(self, tree: TokenTree, walk: Walk) -> None:
+        """Count every drafted child of every node at which the target chose a token."""
+        for node, token in zip(walk.visited, walk.tokens, strict=True):
+            for child in tree.children(node):
+                self.observe(tree.raw_confidences[child], tree.sources[child], tree.tokens[child] == token)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as JSON-able data; `from_dict` reads it back."""
+        return {
+            "version": FORMAT_VERSION,
+            "edges": list(BUCKET_EDGES),
+            "sources": {
+                source: {"tested": list(tested), "accepted": list(self._accepted[source])}
+                for source, tested in self._tested.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Calibration:
+        """Read what `to_dict` wrote. Raises ValueError saying what is wrong with `data`."""
+        if not isinstance(data, Mapping) or data.get("version") != FORMAT_VERSION:
+            raise ValueError(f"calibration: not data of format version {FORMAT_VERSION}")
+        if data.get("edges") != list(BUCKET_EDGES):
+            raise ValueError("calibration: made with other confidence buckets")
+        sources = data.get("sources")
+        if not isinstance(sources, Mapping):
+            raise ValueError("calibration: 'sources' is missing or not a mapping")
+        calibration = cls()
+        for source, counts in sources.items():
+            if not isinstance(source, str) or not isinstance(counts, Mapping):
+                raise ValueError(f"calibration: source {source!r} holds no counts")
+            tested = _counts(counts.get("tested"), source, "tested")
+            accepted = _counts(counts.get("accepted"), source, "accepted")
+            if any(right > all_ for right, all_ in zip(accepted, tested, strict=True)):
+                raise ValueError(f"calibration: {source!r} has more accepted than tested")
+            calibration._tested[source], calibration._accepted[source] = tested, accepted
+        return calibration
+
+
+def _prior_strength(source: str) -> float:
+    return NGRAM_PRIOR_STRENGTH if source == NGRAM else PRIOR_STRENGTH
+
+
+def _counts(values: Any, source: str, name: str) -> list[float]:
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, str)
+        or len(values) != NUM_BUCKETS
+        or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        or not all(math.isfinite(v) and v >= 0 for v in values)
+    ):
+        raise ValueError(f"calibration: {name!r} of {source!r} must be {NUM_BUCKETS} numbers >= 0")
+    return [float(v) for v in values]

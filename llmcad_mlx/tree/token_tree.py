@@ -1,0 +1,247 @@
+"""The token tree: what the draft proposes and the target checks.
+
+Node 0, the root, is the last committed token. Every other node is a drafted token with one parent,
+and parents always have smaller indices than their children. The tree holds plain Python numbers:
+a round handles tens of nodes, where lists are faster than arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = 0
+NO_PARENT = -1
+DROPPED = -1
+
+COMMITTED = "committed"
+MODEL = "model"
+NGRAM = "ngram"
+
+
+class TokenTree:
+    """A growing tree of drafted tokens below the last committed one.
+
+    Per-node lists, indexed by node and meant to be read only; `add` is the one way to write them:
+    `tokens`, `parents` (root: -1), `depths` (root: 0), `confidences` (acceptance probability given the
+    parent, root: 1.0), `raw_confidences` (what the drafter said before calibration), `cumulative` (the
+    product of `confidences` along the branch), `sources` (who drafted it: "model", "ngram"; root:
+    "committed").
+    """
+
+    __slots__ = (
+        "_children",
+        "confidences",
+        "cumulative",
+        "depths",
+        "parents",
+        "raw_confidences",
+        "root_position",
+        "sources",
+        "tokens",
+    )
+
+    def __init__(self, root_token: int, root_position: int = 0) -> None:
+        """`root_position` is the root token's index in the whole sequence."""
+        self.root_position = root_position
+        self.tokens: list[int] = [root_token]
+        self.parents: list[int] = [NO_PARENT]
+        self.depths: list[int] = [0]
+        self.confidences: list[float] = [1.0]
+        self.raw_confidences: list[float] = [1.0]
+        self.cumulative: list[float] = [1.0]
+        self.sources: list[str] = [COMMITTED]
+        self._children: list[dict[int, int]] = [{}]  # token → node, in order of creation
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(
+        self, parent: int, token: int, confidence: float, source: str = MODEL, raw: float | None = None
+    ) -> int:
+        """Add `token` below `parent` and return its node.
+
+        `confidence` is the probability in [0, 1] that the target accepts the token given its parent;
+        `raw` is the drafter's own figure where calibration changed it. If `parent` already has a child
+        with this token, that node is returned; a larger confidence replaces the smaller one, with its
+        raw figure and source, all the way down to the descendants' cumulative confidences.
+
+        Raises ValueError for a confidence outside [0, 1] or NaN, IndexError for an unknown parent.
+        """
+        if not 0.0 <= confidence <= 1.0:
+            raise ValueError(f"confidence of token {token} is {confidence}; it must be in [0, 1]")
+        if not 0 <= parent < len(self.tokens):
+            raise IndexError(f"node {parent} is not in a tree of {len(self.tokens)} nodes")
+        siblings = self._children[parent]
+        node = siblings.get(token)
+        raw = confidence if raw is None else raw
+        if node is not None:
+            if confidence > self.confidences[node]:
+                self.confidences[node] = confidence
+                self.raw_confidences[node] = raw
+                self.sources[node] = source
+                self._refresh_cumulative(node)
+            return node
+        node = len(self.tokens)
+        siblings[token] = node
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.confidences.append(confidence)
+        self.raw_confidences.append(raw)
+        self.cumulative.append(self.cumulative[parent] * confidence)
+        self.sources.append(source)
+        self._children.append({})
+        return node
+
+    def _refresh_cumulative(self, node: int) -> None:
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            self.cumulative[node] = self.cumulative[self.parents[node]] * self.confidences[node]
+            pending.extend(self._children[node].values())
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` that holds `token`, or None."""
+        return self._children[node].get(token)
+
+    def children(self, node: int) -> Sequence[int]:
+        """Children of `node` in order of creation."""
+        return list(self._children[node].values())
+
+    def has_children(self, node: int) -> bool:
+        return bool(self._children[node])
+
+    def position(self, node: int) -> int:
+        """Index of the node's token in the whole sequence; siblings share it."""
+        return self.root_position + self.depths[node]
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root's child down to `node`, the root excluded; [] for the root."""
+        path = []
+        while node != ROOT:
+            path.append(node)
+            node = self.parents[node]
+        path.reverse()
+        return path
+
+    def path_tokens(self, node: int) -> list[int]:
+        """Tokens of `path(node)`."""
+        return [self.tokens[ancestor] for ancestor in self.path(node)]
+
+    def leaves(self) -> list[int]:
+        """Nodes without children, in order of creation; the root when it is alone."""
+        return [node for node, children in enumerate(self._children) if not children]
+
+    def ancestor_mask(self) -> npt.NDArray[np.bool_]:
+        """Boolean (N, N): entry [i, j] is true where node j is i itself or an ancestor of i."""
+        size = len(self.tokens)
+        mask = np.zeros((size, size), dtype=np.bool_)
+        mask[ROOT, ROOT] = True
+        parents = self.parents
+        for node in range(1, size):
+            row = mask[node]
+            row[:node] = mask[parents[node], :node]
+            row[node] = True
+        return mask
+
+    def select(self, num_nodes: int) -> Selection:
+        """The `num_nodes` nodes with the highest cumulative confidence (all, if there are fewer).
+
+        A child's cumulative confidence is at most its parent's and its index is larger, so ordering by
+        (confidence down, index up) never takes a child before its parent: the set is prefix closed even
+        among ties, and no other prefix-closed set of that size has a larger sum. Kept nodes stay in order
+        of creation. Raises ValueError when `num_nodes` < 1: the root always stays.
+        """
+        if num_nodes < 1:
+            raise ValueError(f"cannot select {num_nodes} nodes; the root alone is 1")
+        size = len(self.tokens)
+        if num_nodes >= size:
+            return self._keep(list(range(size)))
+        cumulative = self.cumulative
+        by_confidence = sorted(range(size), key=lambda node: -cumulative[node])  # sort is stable
+        return self._keep(sorted(by_confidence[:num_nodes]))
+
+    def reroot(self, node: int) -> Selection:
+        """The subtree below `node` as a tree of its own, with `node` as its root.
+
+        Depths shift, `root_position` moves to the node's position and cumulative confidences are
+        multiplied anew from the node down. Order of creation is kept.
+        """
+        inside = [False] * len(self.tokens)
+        inside[node] = True
+        kept = [node]
+        for descendant in range(node + 1, len(self.tokens)):
+            if inside[self.parents[descendant]]:
+                inside[descendant] = True
+                kept.append(descendant)
+        return self._keep(kept)
+
+    def _keep(self, kept: list[int]) -> Selection:
+        """A new tree of the nodes `kept`: ascending, the first the new root, the rest its descendants."""
+        root = kept[0]
+        tree = TokenTree(self.tokens[root], self.root_position + self.depths[root])
+        old_to_new = [DROPPED] * len(self.tokens)
+        old_to_new[root] = ROOT
+        for node in kept[1:]:
+            old_to_new[node] = tree.add(
+                old_to_new[self.parents[node]],
+                self.tokens[node],
+                self.confidences[node],
+                self.sources[node],
+                self.raw_confidences[node],
+            )
+        return Selection(tree, old_to_new, kept)
+
+    def draw(self, decode: Callable[[int], str]) -> str:
+        """The tree as text, one node a line: decoded token, then cumulative confidence.
+
+        `decode` turns one token id into text. Children come best first.
+        """
+        lines: list[str] = []
+        pending: list[tuple[int, str, str]] = [(ROOT, "", "")]
+        while pending:
+            node, lead, indent = pending.pop()
+            lines.append(f"{lead}{decode(self.tokens[node])!r} {self.cumulative[node]:.3f}")
+            worst_first = sorted(self._children[node].values(), key=lambda child: self.cumulative[child])
+            for rank, child in enumerate(worst_first):
+                branch, below = ("└─ ", "   ") if rank == 0 else ("├─ ", "│  ")
+                pending.append((child, indent + branch, indent + below))
+        return "\n".join(lines)
+
+    def check_integrity(self) -> None:
+        """Raise ValueError naming the first node whose fields contradict each other."""
+        size = len(self.tokens)
+        columns = (self.parents, self.depths, self.confidences, self.raw_confidences, self.cumulative)
+        if any(len(column) != size for column in (*columns, self.sources, self._children)):
+            raise ValueError("token tree: the per-node lists differ in length")
+        if self.parents[ROOT] != NO_PARENT or self.depths[ROOT] != 0 or self.cumulative[ROOT] != 1.0:
+            raise ValueError("token tree: node 0 is not a root")
+        for node in range(1, size):
+            parent = self.parents[node]
+            if not 0 <= parent < node:
+                raise ValueError(f"token tree: node {node} comes before its parent {parent}")
+            if self.depths[node] != self.depths[parent] + 1:
+                raise ValueError(f"token tree: depth of node {node} does not follow from its parent's")
+            if self._children[parent].get(self.tokens[node]) != node:
+                raise ValueError(f"token tree: node {node} is not its parent's child, or has a twin")
+            if self.cumulative[node] != self.cumulative[parent] * self.confidences[node]:
+                raise ValueError(f"token tree: cumulative confidence of node {node} is stale")
+        if sum(map(len, self._children)) != size - 1:
+            raise ValueError("token tree: a node has children that are not in the tree")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Part of a tree as a tree of its own, with the nodes' old and new indices.
+
+    `old_to_new` has one entry per old node, -1 where the node was dropped; `new_to_old` has one per node
+    of `tree`, ascending.
+    """
+
+    tree: TokenTree
+    old_to_new: Sequence[int]
+    new_to_old: Sequence[int]

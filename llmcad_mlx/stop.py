@@ -25,8 +25,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Raises UsageError when `stops` is not a sequence of non-empty strings."""
-        if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
+        """Raises UsageError when `stops` is not a list or tuple of non-empty strings."""
+        if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) and stop for stop in stops):
             raise UsageError("stop: give a list of non-empty strings")
         self._stops = tuple(dict.fromkeys(stops))
         self._longest = max(map(len, self._stops), default=0)

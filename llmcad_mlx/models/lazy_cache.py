@@ -151,8 +151,8 @@ class LazyKVCache(SlotTable):
     """Keys and values of a sequence and of the token tree below it, for all layers of one model.
 
     num_layers, windows: one `LayerCache` each, with its sliding window or None.
-    max_dead_share, min_dead: a commit compacts when more than this share of the slots, and at least this many,
-    are dead. Below ``min_dead`` masked slots cost less than moving the others.
+    max_dead_share, min_dead: a commit compacts when more than this share of the slots, and at least this
+    many, are dead. Below ``min_dead`` masked slots cost less than moving the others.
     linear: only chains may be appended (for models without per-node positions or masks).
     """
 
@@ -239,7 +239,7 @@ class LazyKVCache(SlotTable):
         return self._offset
 
     def mask(self, num_rows: int, window: int | None, return_array: bool) -> mx.array | str | None:
-        """None (one row, sees all), "causal", or bool (num_rows, num_slots): which slots a row may see."""
+        """None (one row that sees all), "causal", or bool (1, 1, num_rows, num_slots): what a row may see."""
         if num_rows != self.num_appended:
             raise RuntimeError(f"{num_rows} tokens forwarded, {self.num_appended} announced with append")
         if window is not None and int(self.appended_positions().max()) < window:
@@ -247,7 +247,7 @@ class LazyKVCache(SlotTable):
         if self._chain and window is None and (num_rows == 1 or not return_array):
             return None if num_rows == 1 else "causal"
         if window not in self._masks:
-            self._masks[window] = mx.array(self.visible(window))
+            self._masks[window] = mx.array(self.visible(window)[None, None])
         return self._masks[window]
 
     def arrays(self) -> list[mx.array]:

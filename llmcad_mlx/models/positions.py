@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
 import numpy as np
 import numpy.typing as npt
+from mlx.nn.layers.base import Module
 
 
 class NodePositions:
@@ -83,7 +83,7 @@ def _rope_modules(model: Module) -> list[Module]:
 
     Attention and decoder layers may take an offset too, but never as the argument right after ``x``.
     """
-    found = []
+    found: list[Module] = []
     for module in model.modules():
         if isinstance(module, _PerNodeRope):
             found.append(module)

@@ -4,6 +4,9 @@ A small tree with branches, siblings, two appends, a commit in the middle and de
 cache and is compared with the same tokens fed one at a time through the model's own mlx-lm cache. Nothing is
 concluded from a model's name.
 
+Models that keep an index beside keys and values start to select among slots at some thousand tokens, so both
+caches of such a model first get a made-up history of that length.
+
 In fp32 on a Linux CPU the two must be equal bit for bit. Elsewhere kernels for one and for several rows round
 differently, so the largest difference may reach a share of the logits' range: 1/16 with 16-bit parameters,
 1/1000 in fp32. A wrong position, or a sibling that leaks through the mask, moves logits by more.
@@ -23,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.forward import body_of, run
@@ -33,9 +36,9 @@ Capability = Literal["tree", "chain", "plain"]
 Call = Callable[..., mx.array]
 Logits = dict[int, npt.NDArray[np.float32]]  # node -> (V,)
 
-# The probe's tree. Nodes 0 and 1 are the prompt. Below 1 comes 2 with the children 3 and 4, extended by 5 and 6;
-# committing 2, 4, 6 leaves 3 and 5 dead between them. Below 6 come 7, its children 8 and 9, and 10 below 9. Tokens
-# are small ids that every vocabulary has.
+# The probe's tree. Nodes 0 and 1 are the prompt. Below 1 comes 2 with the children 3 and 4, extended by 5 and
+# 6; committing 2, 4, 6 leaves 3 and 5 dead between them. Below 6 come 7, its children 8 and 9, and 10 below
+# 9. Tokens are small ids that every vocabulary has.
 _TOKENS = (5, 23, 11, 37, 8, 19, 42, 14, 31, 6, 27)
 _PARENTS = (-1, 0, 1, 2, 2, 3, 4, 6, 7, 7, 9)
 _PROMPT = (0, 1)
@@ -44,6 +47,7 @@ _SINGLES = tuple((node,) for node in range(2, 11))
 _COMMIT_AFTER, _COMMIT = 6, (2, 4, 6)
 
 _ROUNDING = 1e-3  # of the logits' range: larger differences are not rounding
+_LONG_HISTORY = 4096  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class ProbeReport:
 
     capability: Capability
     reason: str
-    """Why it is not "tree": the capability that is missing (positions, masks, rollback) and what showed it."""
+    """Why it is not "tree": what is missing (positions, masks, rollback) and what showed it."""
     max_difference: float
     """Largest difference to sequential logits of what was found (0.0: bit for bit)."""
     vocab_size: int
@@ -61,11 +65,13 @@ class ProbeReport:
     """The model computes one row differently from several, so single tokens are forwarded twice."""
     body_prefills: bool
     """The model's body, without its head, fills the cache as the whole model does."""
+    single_rows: bool
+    """Only with "plain": several tokens at once fail or give other logits than one at a time."""
     seconds: float
 
 
 def probe(model: Module) -> ProbeReport:
-    """Find out what ``model`` can do. Its rope modules stay adapted (`positions.install`) if it can take trees.
+    """Find out what ``model`` can do. Its rope modules stay adapted (`positions.install`) if it takes trees.
 
     A model that takes trees costs 5 forwards of one to three tokens and 11 of one; the others a few more.
     """
@@ -81,6 +87,7 @@ def probe(model: Module) -> ProbeReport:
     if isinstance(outcome, str):
         capability, reason = "plain", reason if outcome == reason else f"{reason}; {outcome}"
         outcome = _Outcome(0.0, False, False)
+    single_rows = capability == "plain" and not trial.takes_several_rows()
     return ProbeReport(
         capability,
         reason,
@@ -88,6 +95,7 @@ def probe(model: Module) -> ProbeReport:
         trial.vocab_size,
         outcome.pad_single,
         outcome.body_prefills,
+        single_rows,
         time.perf_counter() - started,
     )
 
@@ -105,6 +113,7 @@ class _Probe:
     def __init__(self, model: Module) -> None:
         self.model = model
         self.body = body_of(model)
+        self.history: list[tuple[mx.array, mx.array]] = _made_up_history(model)
         self.reference = self._own_logits()
         self.vocab_size = len(self.reference[2])
         finite = np.concatenate([row[np.isfinite(row)] for row in self.reference.values()])
@@ -133,6 +142,15 @@ class _Probe:
             return f"rollback: {error}"
         outcome = self._attempt(self._chain_logits)
         return outcome if isinstance(outcome, _Outcome) else f"chain: {outcome}"
+
+    def takes_several_rows(self) -> bool:
+        """True when the model's own cache may be fed several tokens at once."""
+        try:
+            cache = make_prompt_cache(self.model)
+            logits = self.model(mx.array([[_TOKENS[node] for node in (0, 1, 2)]]), cache=cache)
+            return _largest_difference({2: _row(logits[0, -1])}, self.reference) <= _ROUNDING * self.range
+        except Exception:  # whatever a model raises, it can be fed one token at a time
+            return False
 
     def _attempt(self, script: Callable[[Call, bool], Logits]) -> _Outcome | str:
         """Run a script with the prompt prefilled by the body alone, then by the whole model."""
@@ -165,6 +183,8 @@ class _Probe:
     def _own_logits(self) -> Logits:
         """One token at a time through the model's own cache, copied where the tree branches."""
         caches: dict[int, Any] = {-1: make_prompt_cache(self.model)}
+        for store, (keys, values) in zip(_stores(caches[-1]), self.history, strict=False):
+            store.keys, store.values, store.offset = keys, values, keys.shape[2]
         rows: Logits = {}
         for node, parent in enumerate(_PARENTS):
             caches[node] = copy.deepcopy(caches[parent])
@@ -215,7 +235,33 @@ class _Probe:
         return cache
 
     def _cache(self, **options: Any) -> LazyKVCache:
-        return LazyKVCache.like(make_prompt_cache(self.model), **options)
+        cache = LazyKVCache.like(make_prompt_cache(self.model), **options)
+        if self.history:
+            cache.commit(cache.append(None, _LONG_HISTORY))
+            for store, (keys, values) in zip(cache.stores, self.history, strict=True):
+                store.keys, store.values = keys, values
+        return cache
+
+
+def _stores(caches: Sequence[Any]) -> list[Any]:
+    """The caches of all layers with CacheLists unpacked, in the order of `LazyKVCache.stores`."""
+    return [store for cache in caches for store in (cache.caches if hasattr(cache, "caches") else [cache])]
+
+
+def _made_up_history(model: Module) -> list[tuple[mx.array, mx.array]]:
+    """Random keys and values of `_LONG_HISTORY` tokens if a layer has several stores, else nothing."""
+    caches = make_prompt_cache(model)
+    stores = _stores(caches)
+    if len(stores) == len(caches) or any(type(store) is not KVCache for store in stores):
+        return []
+    model(mx.array([[_TOKENS[0]]]), cache=caches)  # tells the shapes
+    return [(_random_like(store.keys, i), _random_like(store.values, -i)) for i, store in enumerate(stores)]
+
+
+def _random_like(rows: mx.array, seed: int) -> mx.array:
+    batch, heads, _, dim = rows.shape
+    shape = (batch, heads, _LONG_HISTORY, dim)
+    return mx.random.normal(shape, key=mx.random.key(seed % 2**32)).astype(rows.dtype)
 
 
 def _path(node: int) -> list[int]:

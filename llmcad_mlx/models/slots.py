@@ -2,7 +2,7 @@
 
 Slots are numbered in creation order. Committed slots are in position order, the k-th live slot being at
 position k, because a parent always has a smaller slot than its child. Slots that are neither committed nor
-below the last committed one are dead; they stay until the tail they belong to is dropped or the owner compacts.
+below the last committed one are dead; they stay until their tail is dropped or the owner compacts.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class SlotTable:
         if self.last_slot == self.length - 1:
             return np.array([[0, self.length]], np.int32)
         live = self._live[: self.length]
-        starts = np.flatnonzero(np.diff(live, prefix=np.int32(-2)) != 1)
+        starts = np.flatnonzero(np.diff(live, prepend=-2) != 1)
         lengths = np.diff(starts, append=self.length)
         return np.stack([live[starts], lengths], axis=1).astype(np.int32)
 

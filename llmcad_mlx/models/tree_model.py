@@ -1,4 +1,4 @@
-"""An mlx-lm model that forwards token trees, or chains, or single steps: whatever the probe found it can do."""
+"""An mlx-lm model that forwards token trees, chains or single steps: whatever the probe found it can do."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TreeModel:
 
     @property
     def capability(self) -> Capability:
-        """ "tree": any parents; "chain": parents in a line, rejected ends can be dropped; "plain": append-only."""
+        """ "tree": any parents; "chain": a line whose rejected end can be dropped; "plain": append-only."""
         return self.report.capability
 
     @property
@@ -78,10 +78,15 @@ class TreeModel:
     def forward(
         self, tokens: Sequence[int], cache: ModelCache, parents: Sequence[int] | None = None
     ) -> Forward:
-        """Append ``tokens`` below ``parents`` (see `SlotTable.append`; None: a chain) and compute their logits.
+        """Append ``tokens`` below ``parents`` (see `SlotTable.append`; None: a chain); compute their logits.
 
-        Nothing is evaluated yet, and nothing committed. Raises ValueError for parents the capability excludes.
+        Nothing is evaluated yet, and nothing committed. Raises ValueError for parents that the capability
+        excludes.
         """
+        if self.report.single_rows and len(tokens) > 1:
+            slots = cache.append(parents, len(tokens))
+            rows = [self.model(mx.array([[token]]), cache=cache.layers)[0] for token in tokens]
+            return Forward(slots, mx.concatenate(rows))
         return run(self.model, tokens, cache, parents, self.report.pad_single)
 
     def prefill(
@@ -94,11 +99,12 @@ class TreeModel:
     ) -> None:
         """Append and commit ``tokens`` as a chain, ``chunk`` at a time, without the head.
 
-        Each chunk's keys and values are evaluated before the next. on_progress gets the number of tokens done so
-        far; should_stop is asked before each chunk, and True ends the prefill there (``cache.length`` tells
-        where). An exception, Ctrl-C included, leaves the cache at the last finished chunk, or empty if it cannot
-        roll back.
+        Each chunk's keys and values are evaluated before the next. on_progress gets the number of tokens done
+        so far; should_stop is asked before each chunk, and True ends the prefill there (``cache.length``
+        tells where). An exception, Ctrl-C included, leaves the cache at the last finished chunk, or empty if
+        it cannot roll back.
         """
+        chunk = 1 if self.report.single_rows else chunk
         for start in range(0, len(tokens), chunk):
             if should_stop is not None and should_stop():
                 return

@@ -11,8 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 _KEY_LIMIT = 1 << 64
-_BLOCK = 1024
 _COARSE_LIMIT = 256
+_VECTOR = 1024
+_BLOCK = 16 * _VECTOR  # temporaries this small stay in the processor's cache and in the allocator
+
+_Words = npt.NDArray[np.uint64]
 
 
 def gumbel(seed: int, position: int, size: int) -> npt.NDArray[np.float32]:
@@ -27,7 +30,7 @@ def gumbel(seed: int, position: int, size: int) -> npt.NDArray[np.float32]:
     is at tokens of probability 6e-8. The lowest 256 of the 2^32 steps are refined with 64 more bits, so the
     upper tail runs smoothly to g = 67. The lower end is cut at g = -2.8, which no argmax sees.
 
-    Takes 0.43 ms for size 151,936 (one core of an AMD EPYC with AVX-512, numpy 2.4).
+    Takes 0.5 ms for size 151,936 (one core of an AMD EPYC with AVX-512, numpy 2.4).
 
     Raises ValueError for a seed or position outside [0, 2^64) or a negative size.
     """
@@ -36,24 +39,32 @@ def gumbel(seed: int, position: int, size: int) -> npt.NDArray[np.float32]:
             f"noise needs 0 <= seed, position < 2^64 and size >= 0, not {seed}, {position}, {size}"
         )
     key = np.array([seed, position], dtype=np.uint64)
-    # Whole blocks, so that an entry is computed by the same vector code whatever the size.
-    padded = -(-size // _BLOCK) * _BLOCK
-    words = np.random.Philox(key=key).random_raw(padded // 2).astype("<u8", copy=False).view("<u4")
-    uniform = words.astype(np.float32)
-    uniform += np.float32(0.5)
-    uniform *= np.float32(2.0**-32)
-    for index in np.flatnonzero(words < _COARSE_LIMIT).tolist():
-        uniform[index] = _refined(key, index, int(words[index]))
-    np.minimum(uniform, np.float32(1.0 - 2.0**-24), out=uniform)
-    np.negative(uniform, out=uniform)
-    np.log1p(uniform, out=uniform)
-    np.negative(uniform, out=uniform)
-    np.log(uniform, out=uniform)
-    np.negative(uniform, out=uniform)
-    return uniform[:size]
+    generator = np.random.Philox(key=key)
+    # Whole vectors, so that an entry is computed by the same code whatever the size.
+    noise = np.empty(-(-size // _VECTOR) * _VECTOR, dtype=np.float32)
+    for start in range(0, len(noise), _BLOCK):
+        _fill(noise[start : start + _BLOCK], generator, key, start)
+    return noise[:size]
 
 
-def _refined(key: npt.NDArray[np.uint64], index: int, word: int) -> float:
+def _fill(block: npt.NDArray[np.float32], generator: np.random.Philox, key: _Words, start: int) -> None:
+    """Fill `block`, whose first entry is entry `start` of the vector, from the next words of `generator`."""
+    words = generator.random_raw(len(block) // 2).astype("<u8", copy=False).view("<u4")
+    block[:] = words
+    block += np.float32(0.5)
+    block *= np.float32(2.0**-32)
+    if words.min() < _COARSE_LIMIT:
+        for index in np.flatnonzero(words < _COARSE_LIMIT).tolist():
+            block[index] = _refined(key, start + index, int(words[index]))
+    np.minimum(block, np.float32(1.0 - 2.0**-24), out=block)
+    np.negative(block, out=block)
+    np.log1p(block, out=block)
+    np.negative(block, out=block)
+    np.log(block, out=block)
+    np.negative(block, out=block)
+
+
+def _refined(key: _Words, index: int, word: int) -> float:
     """The uniform for a coarse `word` with 64 more bits, from a part of the counter nothing else uses."""
     counter = np.array([index, 0, 0, 1], dtype=np.uint64)
     fraction = (int(np.random.Philox(key=key, counter=counter).random_raw()) + 0.5) * 2.0**-64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmcad_mlx.tree.policy import Candidates
-from llmcad_mlx.tree.token_tree import Selection, TokenTree
+from llmcad_mlx.tree.token_tree import MODEL, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
 CONFIDENCE_THRESHOLD = 0.3
@@ -26,22 +26,29 @@ class PaperPolicy:
     formula; the papers' prose describes another, alpha divided by the average cumulative confidence after
     the error, which is not used.
 
-    `max_nodes` bounds the tree, its root included.
+    `max_nodes` bounds the tree, its root included; `source` is the one drafter it uses.
     """
 
-    def __init__(self, max_nodes: int = 64) -> None:
+    def __init__(self, max_nodes: int = 64, source: str = MODEL) -> None:
         if max_nodes < 1:
             raise ValueError(f"max_nodes is {max_nodes}; the root alone is 1")
+        self.sources = frozenset({source})
         self.max_nodes = max_nodes
         self.alpha = INITIAL_ALPHA
         self._tips: list[int] = []
+        self._asked: dict[str, set[int]] = {}
 
     def begin(self, tree: TokenTree) -> None:
         self._tips = tree.leaves()
+        self._asked = {}
 
-    def next_leaves(self, tree: TokenTree) -> Sequence[int]:
-        """The tip of the branch with the largest deficit; none when the tree is full or not trusted."""
-        tips = self._tips
+    def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+        """The tip of the branch with the largest deficit; none when the tree is full or not trusted.
+
+        A tip that a drafter was asked for and is still a tip got no candidates: it is left to others.
+        """
+        asked = self._asked.setdefault(source, set())
+        tips = [tip for tip in self._tips if tip not in asked]
         if not tips or len(tree) >= self.max_nodes:
             return []
         cumulative, depths = tree.cumulative, tree.depths
@@ -49,28 +56,20 @@ class PaperPolicy:
         if total == 0.0 or max(cumulative[tip] for tip in tips) < self.alpha:
             return []
         share = (len(tree) - 1) / total
-        return [max(tips, key=lambda tip: share * cumulative[tip] - depths[tip])]  # ties: the oldest branch
+        tip = max(tips, key=lambda tip: share * cumulative[tip] - depths[tip])  # ties: the oldest branch
+        asked.add(tip)
+        return [tip]
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
-        branch = self._tips.index(leaf) if leaf in self._tips else None  # None: a second drafter's candidates
-        if not candidates.tokens:
-            if branch is not None:
-                del self._tips[branch]
-            return
-        for rank, (token, confidence) in enumerate(
-            zip(candidates.tokens, candidates.confidences, strict=True)
-        ):
-            size = len(tree)
-            if size >= self.max_nodes:
+        branch = self._tips.index(leaf)
+        pairs = zip(candidates.tokens, candidates.confidences, strict=True)
+        for rank, (token, confidence) in enumerate(pairs):
+            if len(tree) >= self.max_nodes:
                 return
-            continues = rank == 0 and branch is not None
-            if not continues and confidence <= CONFIDENCE_THRESHOLD:
-                continue
-            node = tree.add(leaf, token, confidence, candidates.source)
-            if continues and branch is not None:
-                self._tips[branch] = node
-            elif node == size:
-                self._tips.append(node)
+            if rank == 0:
+                self._tips[branch] = tree.add(leaf, token, confidence, candidates.source)
+            elif confidence > CONFIDENCE_THRESHOLD:
+                self._tips.append(tree.add(leaf, token, confidence, candidates.source))
 
     def submit(self, tree: TokenTree) -> Selection:
         """Everything that was drafted."""
@@ -84,6 +83,9 @@ class PaperPolicy:
             return
         num_all = tree.depths[_branch_tip(tree, walk.last)]
         self.alpha = (num_all - walk.num_accepted) / num_all
+
+    def finished(self, num_tokens: int, seconds: float) -> None:
+        """The paper's policy learns nothing from time."""
 
 
 def _branch_tip(tree: TokenTree, node: int) -> int:

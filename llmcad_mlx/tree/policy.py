@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,33 +29,40 @@ class GrowthPolicy(Protocol):
     One round:
 
         policy.begin(tree)
-        while leaves := policy.next_leaves(tree):
-            for leaf, candidates in zip(leaves, drafter.expand(tree, leaves)):
-                policy.add(tree, leaf, candidates)
+        for drafter in drafters:
+            while leaves := policy.next_leaves(tree, drafter.source):
+                for leaf, candidates in zip(leaves, drafter.expand(tree, leaves)):
+                    policy.add(tree, leaf, candidates)
         selection = policy.submit(tree)
         …the target verifies selection.tree…
         policy.verified(selection.tree, walk)
+        policy.finished(len(walk.tokens), seconds)
 
     A policy keeps what it learns from round to round, so one policy serves one session at a time.
     """
 
+    @property
+    def sources(self) -> Collection[str]:
+        """The drafters it wants; others are not even given the prompt."""
+
     def begin(self, tree: TokenTree) -> None:
         """Start a round. `tree` is a lone root, or already has nodes drafted while the target worked."""
 
-    def next_leaves(self, tree: TokenTree) -> Sequence[int]:
-        """Nodes for the draft to expand in one batched step; empty: fall back to the target.
+    def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+        """Nodes for the drafter `source` to expand in one batched step; empty: it is done for this round.
 
-        No node is asked for twice in a round.
+        When all drafters are done, the round falls back to the target. No drafter is asked for a node
+        twice in a round.
         """
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
-        """Put the candidates worth having below `leaf` into the tree. No candidates: the leaf is done.
-
-        Called once per leaf and drafter: where several drafters feed one tree, more than once for a leaf.
-        """
+        """Put the candidates worth having below `leaf`, which was asked for, into the tree; maybe none."""
 
     def submit(self, tree: TokenTree) -> Selection:
         """The part of the tree that the target checks; the root is always in it."""
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from the target's walk over `tree`, the tree that was submitted."""
+
+    def finished(self, num_tokens: int, seconds: float) -> None:
+        """Learn from the round's outcome: `num_tokens` emitted in `seconds` of wall time, all included."""

@@ -180,6 +180,10 @@ class TokenTree:
                 kept.append(descendant)
         return self._keep(kept)
 
+    def keep_path(self, nodes: Sequence[int]) -> Selection:
+        """The tree of `nodes` alone: the root, then one branch downwards."""
+        return self._keep(list(nodes))
+
     def _keep(self, kept: list[int]) -> Selection:
         """A new tree of the nodes `kept`: ascending, the first the new root, the rest its descendants."""
         root = kept[0]

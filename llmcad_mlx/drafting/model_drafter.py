@@ -1,0 +1,119 @@
+"""The draft model: proposes children by its own probabilities, many leaves in one forward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from llmcad_mlx.drafting.candidates import top_candidates
+from llmcad_mlx.models.lazy_cache import LazyKVCache
+from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.tree.policy import Candidates
+from llmcad_mlx.tree.token_tree import MODEL, ROOT, TokenTree
+
+_CATCH_UP_CHUNK = 512  # tokens of a missed stretch fed in one forward
+
+
+class ModelDrafter:
+    """A small model with its own lazy KV cache.
+
+    Nodes get a slot in the cache when they are fed, that is when they or a descendant are expanded. Accepted
+    nodes without one, the bonus token always among them, are fed with the next round's first forward.
+    """
+
+    source = MODEL
+
+    def __init__(self, model: TreeModel, num_candidates: int = 8) -> None:
+        """Raises ValueError for a model whose cache cannot roll back."""
+        cache = model.new_cache()
+        if not isinstance(cache, LazyKVCache):
+            raise ValueError(f"a draft must be able to take tokens back; {model.reason}")
+        self.model = model
+        self.cache = cache
+        self.rows_fed = 0
+        self._num_candidates = num_candidates
+        self._tokens: Sequence[int] = ()
+        self._sampler: TargetSampler | None = None
+        self._forget_round()
+
+    def prefill(
+        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
+    ) -> None:
+        """Feed all but the last token, which is the first root."""
+        missing = tokens[self.cache.length : len(tokens) - 1]
+        self.model.prefill(missing, self.cache, on_progress=on_progress, should_stop=should_stop)
+
+    def begin(self, tokens: Sequence[int], sampler: TargetSampler) -> None:
+        self._tokens, self._sampler = tokens, sampler
+        self.cache.rollback()
+        self._forget_round()
+        self.rows_fed = 0
+
+    def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
+        """One forward over the leaves and whatever above them has no slot yet."""
+        self._feed(tree, leaves)
+        return [self._ready.pop(leaf, Candidates((), ())) for leaf in leaves]
+
+    def _feed(self, tree: TokenTree, leaves: Sequence[int]) -> None:
+        missed = list(self._tokens[self.cache.length :]) if ROOT not in self._slots else []
+        if len(missed) > _CATCH_UP_CHUNK:
+            self.model.prefill(missed[:-1], self.cache)
+            missed = missed[-1:]
+        nodes = self._unfed(tree, leaves)
+        if self.model.capability == "chain":
+            nodes = self._as_chain(tree, nodes)
+        self.rows_fed = len(missed) + len(nodes)
+        if not self.rows_fed:
+            return
+        tokens = [*missed, *(tree.tokens[node] for node in nodes)]
+        first = self.cache.num_slots
+        places = {ROOT: first + len(missed) - 1} if missed else dict(self._slots)
+        parents = [-1, *range(first, first + len(missed) - 1)] if missed else []
+        for offset, node in enumerate(nodes, len(missed)):
+            parents.append(places[tree.parents[node]])
+            places[node] = first + offset
+        result = self.model.forward(tokens, self.cache, parents)
+        self._slots = places | self._slots
+        self._propose(tree, [ROOT, *nodes] if missed else nodes, result.logits[max(len(missed) - 1, 0) :])
+        if missed:
+            self._caught_up = list(range(first, first + len(missed)))
+
+    def _unfed(self, tree: TokenTree, leaves: Sequence[int]) -> list[int]:
+        """The nodes to feed, parents first: the leaves and their ancestors, without those that have slots."""
+        needed = set(itertools.chain.from_iterable(tree.path(leaf) for leaf in leaves))
+        return sorted(node for node in needed if node not in self._slots)
+
+    def _as_chain(self, tree: TokenTree, nodes: Sequence[int]) -> list[int]:
+        """For a model that takes no branches: the first nodes that go on with the line fed so far."""
+        tip = max(self._slots, key=lambda node: tree.depths[node], default=ROOT)
+        line = []
+        for node in nodes:
+            if tree.parents[node] == tip:
+                line.append(node)
+                tip = node
+        return line
+
+    def _propose(self, tree: TokenTree, nodes: Sequence[int], logits: mx.array) -> None:
+        """Turn rows of logits (len(nodes), V) into candidates for the children of `nodes`."""
+        assert self._sampler is not None
+        positions = [tree.position(node) + 1 for node in nodes]
+        found = top_candidates(logits, positions, self._sampler, self._num_candidates)
+        self._ready.update(zip(nodes, found, strict=True))
+
+    def commit(self, tree: TokenTree, path: Sequence[int]) -> None:
+        """Keep the slots of the accepted nodes that were fed; the others come with the next round."""
+        fed = list(itertools.takewhile(lambda node: node in self._slots, path))
+        self.cache.commit([*self._caught_up, *(self._slots[node] for node in fed)])
+        self._forget_round()
+
+    def _forget_round(self) -> None:
+        self._slots: dict[int, int] = {}  # node -> slot
+        self._ready: dict[int, Candidates] = {}  # proposals not asked for yet
+        self._caught_up: list[int] = []  # slots of committed tokens that were fed in this round
+
+    def truncate(self, length: int) -> None:
+        self.cache.rollback()
+        self.cache.truncate(min(length, self.cache.length))

@@ -1,0 +1,76 @@
+"""Options of speculation and generation: frozen records, checked when built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from llmcad_mlx.errors import UsageError
+
+PolicyName = Literal["throughput", "paper", "chain", "plain"]
+POLICIES: tuple[str, ...] = get_args(PolicyName)
+
+DEFAULT_CHAIN_LENGTH = 4
+_MAX_TREE_NODES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationSettings:
+    """How the draft is used.
+
+    `policy`: "throughput" (default) measures and adapts; "paper" is LLMCad's; "chain" drafts a line of
+    `tree_nodes - 1` tokens (4 if not given); "plain" does not draft. `tree_nodes`: nodes sent to the target in
+    each pass, the root included; None lets the policy choose. Raises UsageError naming the option.
+    """
+
+    policy: PolicyName = "throughput"
+    tree_nodes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise UsageError(f"policy: {self.policy!r} is unknown; choose one of {', '.join(POLICIES)}")
+        if self.tree_nodes is not None:
+            check_integer("tree_nodes", self.tree_nodes, 1, _MAX_TREE_NODES)
+            if self.policy == "plain":
+                raise UsageError("tree_nodes: the plain policy has no tree; leave one of the two out")
+
+
+@dataclass(frozen=True, slots=True)
+class StopSettings:
+    """When a generation ends: `max_tokens` (-1: no limit), stop token ids, stop strings."""
+
+    max_tokens: int = 256
+    stop_tokens: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        value = self.max_tokens
+        if isinstance(value, bool) or not isinstance(value, int) or value == 0 or value < -1:
+            raise UsageError(f"max_tokens: {value!r} is out of range; give 1 or more, or -1 for no limit")
+
+
+def stop_settings(
+    max_tokens: int, stop: str | Sequence[str] | None, stop_tokens: Sequence[int] | None
+) -> StopSettings:
+    """Build `StopSettings` from what users write: one stop string or several, a list of token ids."""
+    if stop is None:
+        strings: tuple[str, ...] = ()
+    elif isinstance(stop, str):
+        strings = (stop,)
+    else:
+        strings = tuple(stop)
+    if not all(isinstance(text, str) and text for text in strings):
+        raise UsageError("stop: give a non-empty string or a list of them")
+    ids = tuple(stop_tokens or ())
+    for token in ids:
+        check_integer("stop_tokens", token, 0, 2**31)
+    return StopSettings(max_tokens, frozenset(ids), strings)
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> None:
+    """Raise UsageError unless `value` is an integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{name}: must be an integer, not {value!r}")
+    if not low <= value <= high:
+        raise UsageError(f"{name}: {value} is out of range; it must be from {low} to {high}")

@@ -1,0 +1,126 @@
+"""GGUF blocks as MLX's affine groups: `w = scale * code + bias`, codes packed eight to a uint32.
+
+Blocks that already are 4-bit codes in groups of 32 with a scale and an offset (Q4_0, Q4_1, Q4_K) keep their
+codes; only a Q4_K scale, a product of two numbers, is rounded to float16. Everything else is dequantised and
+quantised anew. Layouts: ggml's `ggml-quants.c` and `gguf.quants`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+SCALE_DTYPE = "float16"
+NATIVE_BITS = 4
+NATIVE_GROUP = 32
+Q4_K_BLOCK = 256
+
+_NATIVE = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K)
+
+Bytes = npt.NDArray[np.uint8]
+Halves = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Rows of one quantised matrix. codes: (rows, columns * bits / 32) uint32; scales, biases: (rows, columns / group_size) float16."""
+
+    codes: npt.NDArray[np.uint32]
+    scales: Halves
+    biases: Halves
+
+
+def is_native(kind: GGMLQuantizationType, bits: int, group_size: int) -> bool:
+    """Whether blocks of this type keep their codes."""
+    return kind in _NATIVE and bits == NATIVE_BITS and group_size == NATIVE_GROUP
+
+
+def group_rows(raw: Bytes, kind: GGMLQuantizationType, bits: int, group_size: int) -> Groups:
+    """Turn raw rows, (rows, bytes per row) uint8, into MLX groups."""
+    if not is_native(kind, bits, group_size):
+        return _quantised(values(raw, kind), bits, group_size)
+    if kind == GGMLQuantizationType.Q4_K:
+        return _from_q4_k(raw)
+    return _from_q4_0(raw) if kind == GGMLQuantizationType.Q4_0 else _from_q4_1(raw)
+
+
+def values(raw: Bytes, kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
+    """Dequantise raw rows, (rows, bytes per row) uint8, to (rows, columns) float32.
+
+    Raises NotImplementedError for a type the `gguf` package has no dequantiser for.
+    """
+    if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32, GGMLQuantizationType.F64):
+        return raw.view(np.dtype(kind.name.replace("F", "float"))).astype(np.float32)
+    result: npt.NDArray[np.float32] = dequantize(raw, kind)
+    return result
+
+
+def _quantised(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Groups:
+    codes, scales, biases = mx.quantize(mx.array(weights), group_size=group_size, bits=bits)
+    half = [part.astype(mx.float16) for part in (scales, biases)]
+    mx.eval(codes, *half)
+    return Groups(np.array(codes), np.array(half[0]), np.array(half[1]))
+
+
+def _from_q4_0(raw: Bytes) -> Groups:
+    """Block: d, 16 bytes. `w = d * (code - 8)`."""
+    blocks = raw.reshape(raw.shape[0], -1, 18)
+    scales = _halves(blocks[..., 0:2])
+    return Groups(_packed(_split_nibbles(blocks[..., 2:])), scales, scales * np.float16(-8))
+
+
+def _from_q4_1(raw: Bytes) -> Groups:
+    """Block: d, m, 16 bytes. `w = d * code + m`."""
+    blocks = raw.reshape(raw.shape[0], -1, 20)
+    return Groups(
+        _packed(_split_nibbles(blocks[..., 4:])), _halves(blocks[..., 0:2]), _halves(blocks[..., 2:4])
+    )
+
+
+def _from_q4_k(raw: Bytes) -> Groups:
+    """Block of 8 groups: d, dmin, 12 bytes of 6-bit factors, 128 bytes. `w = d * sc * code - dmin * m`."""
+    num_rows = raw.shape[0]
+    blocks = raw.reshape(num_rows, -1, 144)
+    scale_codes, min_codes = _six_bit_factors(blocks[..., 4:16])
+    scales = _halves(blocks[..., 0:2]).astype(np.float32)[..., None] * scale_codes
+    mins = _halves(blocks[..., 2:4]).astype(np.float32)[..., None] * min_codes
+    codes = _split_nibbles(blocks[..., 16:].reshape(num_rows, -1, 4, 32))
+    return Groups(
+        _packed(codes),
+        scales.reshape(num_rows, -1).astype(SCALE_DTYPE),
+        (-mins).reshape(num_rows, -1).astype(SCALE_DTYPE),
+    )
+
+
+def _six_bit_factors(packed: Bytes) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The 8 scale and 8 offset factors of each block from its 12 bytes (`get_scale_min_k4` in ggml)."""
+    low, high, mixed = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
+    scales = np.concatenate([low & 63, (mixed & 15) | ((low >> 2) & 48)], axis=-1)
+    mins = np.concatenate([high & 63, (mixed >> 4) | ((high >> 2) & 48)], axis=-1)
+    return scales.astype(np.float32), mins.astype(np.float32)
+
+
+def _halves(pairs: Bytes) -> Halves:
+    """(..., 2) bytes as (...) float16."""
+    return np.ascontiguousarray(pairs).view(np.float16)[..., 0]
+
+
+def _split_nibbles(data: Bytes) -> Bytes:
+    """(rows, ..., n) bytes to (rows, columns) codes: of each run of n bytes first the low, then the high halves."""
+    return np.concatenate([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)
+
+
+def _packed(codes: Bytes) -> npt.NDArray[np.uint32]:
+    """(rows, columns) codes to MLX's packing: element 8 i + j in bits 4 j of word i."""
+    return np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4").astype(np.uint32, copy=False)
+
+
+def all_finite(*arrays: npt.NDArray[Any]) -> bool:
+    """Whether no array holds NaN or infinity."""
+    return all(bool(np.isfinite(array).all()) for array in arrays)

@@ -1,0 +1,227 @@
+"""The weights of a GGUF file written as an mlx-lm model's safetensors, a few rows at a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten
+
+from llmcad_mlx.errors import ModelError
+from llmcad_mlx.sources.gguf_families import FamilyModel
+from llmcad_mlx.sources.gguf_groups import Groups, all_finite, group_rows, values
+from llmcad_mlx.sources.gguf_header import GgufHeader, GgufTensor, read_rows
+from llmcad_mlx.sources.safetensors_writer import SafetensorsWriter, TensorSpec
+
+MAX_SHARD_BYTES = 5 << 30
+CHUNK_VALUES = 1 << 22  # 16 MB as float32
+
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A GGUF tensor and where it goes. `module` is mlx-lm's name without .weight when it is quantised."""
+
+    source: GgufTensor
+    name: str
+    quantised: bool
+    heads_to_unpair: int
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs)
+
+
+def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: int) -> list[PlannedTensor]:
+    """Every tensor of the model in the order it is computed: embedding, layers, norm, head.
+
+    Raises ModelError naming a tensor that is missing, unexpected, of the wrong shape, or whose rows do not
+    divide into groups.
+    """
+    shapes = _model_shapes(model)
+    by_name: dict[str, GgufTensor] = {}
+    for tensor in header.tensors.values():
+        try:
+            name = model.mlx_name(tensor.name)
+        except KeyError:
+            name = tensor.name
+        if name is None:
+            continue
+        if name not in shapes:
+            raise ModelError(f"{header.path}: tensor {tensor.name!r} has no place in {model.config['model_type']}")
+        if tensor.shape != shapes[name]:
+            raise ModelError(f"{header.path}: tensor {tensor.name!r} is {tensor.shape}, expected {shapes[name]}")
+        by_name[name] = tensor
+    missing = [name for name in shapes if name not in by_name]
+    if missing:
+        raise ModelError(f"{header.path}: {len(missing)} tensors are missing, the first for {missing[0]}")
+    return [_planned(header, model, name, by_name[name], bits, group_size) for name in _in_order(shapes)]
+
+
+def write_weights(
+    header: GgufHeader, plan: list[PlannedTensor], folder: Path, bits: int, group_size: int, on_bytes: OnBytes
+) -> None:
+    """Write `plan` into `folder` as model.safetensors, or as shards with an index above 5 GB.
+
+    `on_bytes` is called with the number of source bytes done since the last call.
+    Raises ModelError for values that are not finite, OSError when the disk is full.
+    """
+    shards = _shards(plan)
+    names = _shard_names(len(shards))
+    with ExitStack() as stack:
+        for file_name, shard in zip(names, shards, strict=True):
+            specs = [spec for tensor in shard for spec in tensor.specs]
+            writer = stack.enter_context(SafetensorsWriter(folder / file_name, specs))
+            for tensor in shard:
+                _write_tensor(header, tensor, writer, bits, group_size, on_bytes)
+            writer.sync()
+    if len(shards) > 1:
+        _write_index(folder, names, shards)
+
+
+def _model_shapes(model: FamilyModel) -> dict[str, tuple[int, ...]]:
+    """Parameter shapes of mlx-lm's own model for this configuration. Nothing is allocated: MLX is lazy."""
+    module = importlib.import_module(f"mlx_lm.models.{model.config['model_type']}")
+    instance = module.Model(module.ModelArgs.from_dict(model.config))
+    return {name: tuple(array.shape) for name, array in tree_flatten(instance.parameters())}
+
+
+def _in_order(names: dict[str, tuple[int, ...]]) -> list[str]:
+    """Layers by number, each layer's tensors together, so that a layer is one run of bytes."""
+
+    def place(name: str) -> tuple[int, int]:
+        parts = name.split(".")
+        if "layers" in parts:
+            return (1, int(parts[parts.index("layers") + 1]))
+        return (0 if "embed" in name else 2, 0)
+
+    return sorted(names, key=place)
+
+
+def _planned(
+    header: GgufHeader, model: FamilyModel, name: str, tensor: GgufTensor, bits: int, group_size: int
+) -> PlannedTensor:
+    heads = model.heads_to_unpair(tensor.name)
+    if len(tensor.shape) == 1:
+        return PlannedTensor(tensor, name, False, heads, (TensorSpec(name, "float16", tensor.shape),))
+    if tensor.columns % group_size:
+        raise ModelError(
+            f"{header.path}: tensor {tensor.name!r} has rows of {tensor.columns}, "
+            f"which do not divide into groups of {group_size}; choose another --group-size"
+        )
+    stem = name.removesuffix(".weight")
+    groups = (tensor.rows, tensor.columns // group_size)
+    specs = (
+        TensorSpec(name, "uint32", (tensor.rows, tensor.columns * bits // 32)),
+        TensorSpec(f"{stem}.scales", "float16", groups),
+        TensorSpec(f"{stem}.biases", "float16", groups),
+    )
+    return PlannedTensor(tensor, name, True, heads, specs)
+
+
+def _write_tensor(
+    header: GgufHeader,
+    planned: PlannedTensor,
+    writer: SafetensorsWriter,
+    bits: int,
+    group_size: int,
+    on_bytes: OnBytes,
+) -> None:
+    tensor = planned.source
+    for first, raw in _chunks(header, planned):
+        try:
+            if planned.quantised:
+                groups = group_rows(raw, tensor.kind, bits, group_size)
+            else:
+                _write_vector(header, planned, writer, raw)
+                continue
+        except NotImplementedError:
+            raise ModelError(
+                f"{header.path}: tensor {tensor.name!r} has type {tensor.kind.name}, which is not supported"
+            ) from None
+        _write_groups(header, planned, writer, first, groups)
+        on_bytes(raw.nbytes)
+
+
+def _write_groups(
+    header: GgufHeader, planned: PlannedTensor, writer: SafetensorsWriter, first: int, groups: Groups
+) -> None:
+    if not all_finite(groups.scales, groups.biases):
+        raise _not_finite(header, planned)
+    parts = (groups.codes, groups.scales, groups.biases)
+    for spec, part in zip(planned.specs, parts, strict=True):
+        writer.write(spec.name, first, part)
+
+
+def _write_vector(
+    header: GgufHeader, planned: PlannedTensor, writer: SafetensorsWriter, raw: npt.NDArray[np.uint8]
+) -> None:
+    vector = values(raw, planned.source.kind).reshape(-1).astype(np.float16)
+    if planned.heads_to_unpair:
+        vector = _unpaired(vector, planned.heads_to_unpair)
+    if not all_finite(vector):
+        raise _not_finite(header, planned)
+    writer.write(planned.name, 0, vector)
+
+
+def _not_finite(header: GgufHeader, planned: PlannedTensor) -> ModelError:
+    return ModelError(f"{header.path}: tensor {planned.source.name!r} holds NaN, or values float16 cannot hold")
+
+
+def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """Raw rows in their final order with the index of the first. Rows move only within a head."""
+    tensor = planned.source
+    step = max(1, CHUNK_VALUES // tensor.columns)
+    if planned.heads_to_unpair:
+        head_rows = max(1, tensor.rows // planned.heads_to_unpair)
+        step = max(1, step // head_rows) * head_rows
+    for first in range(0, tensor.rows, step):
+        count = min(step, tensor.rows - first)
+        raw = read_rows(header.path, tensor, first, count)
+        if planned.heads_to_unpair and planned.quantised:
+            raw = _unpaired(raw, count // head_rows)
+        yield first, raw
+
+
+def _unpaired(rows: npt.NDArray[np.generic], num_heads: int) -> npt.NDArray[np.generic]:
+    """Undo `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py: neighbours (2 i, 2 i + 1) to halves."""
+    pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _shards(plan: list[PlannedTensor]) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
+    room = MAX_SHARD_BYTES
+    for tensor in plan:
+        if shards[-1] and tensor.num_bytes > room:
+            shards.append([])
+            room = MAX_SHARD_BYTES
+        shards[-1].append(tensor)
+        room -= tensor.num_bytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _write_index(folder: Path, names: list[str], shards: list[list[PlannedTensor]]) -> None:
+    weight_map = {
+        spec.name: file_name
+        for file_name, shard in zip(names, shards, strict=True)
+        for tensor in shard
+        for spec in tensor.specs
+    }
+    total = sum(tensor.num_bytes for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

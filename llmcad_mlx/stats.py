@@ -1,0 +1,54 @@
+"""Counts and times of one generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class GenerationStats:
+    """What a generation did. Seconds are wall seconds of the computing thread.
+
+    `drafted` nodes were created by a drafter, `tested` were sent to the target, `accepted` became output.
+    `path_tested` counts the drafted tokens the target's own path came to, the acceptance rate's denominator.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    target_passes: int = 0
+    drafted: int = 0
+    tested: int = 0
+    accepted: int = 0
+    path_tested: int = 0
+    prompt_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    io_wait_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def other_s(self) -> float:
+        """Decoding time outside model forwards and reads."""
+        return max(self.decode_s - self.draft_s - self.verify_s - self.io_wait_s, 0.0)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Generated tokens / target passes, bonus tokens included; 0.0 before the first pass."""
+        return self.generated_tokens / self.target_passes if self.target_passes else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / tested-path tokens; 0.0 when nothing was tested."""
+        return self.accepted / self.path_tested if self.path_tested else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second of decoding."""
+        return self.generated_tokens / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Prompt tokens per second of prompt processing, those taken over from the last turn left out."""
+        fresh = self.prompt_tokens - self.reused_tokens
+        return fresh / self.prompt_s if self.prompt_s > 0 else 0.0

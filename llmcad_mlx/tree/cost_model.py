@@ -1,0 +1,135 @@
+"""What a step costs: seconds by number of rows, learned from the steps themselves. No clock in here."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+_REMEMBERED = 7  # observations per row count; their median shrugs off a disturbed one
+_ROW_SHARE = 0.1  # cost of one more row, relative to a single row, before any was measured
+
+
+class StepTimes:
+    """Seconds of a forward by its number of rows.
+
+    Between measured counts it interpolates; beyond the largest it goes on with the last slope.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[float]] = {}
+        self._rows: list[int] = []
+        self._seconds: list[float] = []
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """One forward of `rows` rows took `seconds`. Raises ValueError for rows < 1 or negative seconds."""
+        if rows < 1 or not seconds >= 0.0:
+            raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
+        self._seen.setdefault(rows, deque(maxlen=_REMEMBERED)).append(seconds)
+        self._rebuild()
+
+    def __contains__(self, rows: int) -> bool:
+        """Whether a forward of exactly `rows` rows was measured."""
+        return rows in self._seen
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def predict(self, rows: int) -> float:
+        """Expected seconds; 0.0 before the first observation."""
+        if not self._rows:
+            return 0.0
+        at = bisect_left(self._rows, rows)
+        if at < len(self._rows) and self._rows[at] == rows:
+            return self._seconds[at]
+        if at == 0:
+            # Fewer rows than ever measured: take the assumed share off, never below one row's.
+            first, seconds = self._rows[0], self._seconds[0]
+            return seconds * (1 + _ROW_SHARE * (rows - 1)) / (1 + _ROW_SHARE * (first - 1))
+        low, low_s = self._rows[at - 1], self._seconds[at - 1]
+        if at == len(self._rows):
+            return low_s + self._slope_after_last() * (rows - low)
+        high, high_s = self._rows[at], self._seconds[at]
+        return low_s + (high_s - low_s) * (rows - low) / (high - low)
+
+    def _slope_after_last(self) -> float:
+        assumed = self._seconds[0] * _ROW_SHARE / (1 + _ROW_SHARE * (self._rows[0] - 1))
+        if len(self._rows) < 2:
+            return assumed
+        span = self._rows[-1] - self._rows[0]
+        return max((self._seconds[-1] - self._seconds[0]) / span, assumed * 0.1)
+
+    def _rebuild(self) -> None:
+        self._rows = sorted(self._seen)
+        self._seconds = []
+        floor = 0.0
+        for rows in self._rows:
+            # More rows never take less time: a dip is noise, and believing it would buy useless nodes.
+            floor = max(floor, median(self._seen[rows]))
+            self._seconds.append(floor)
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON-able medians by row count."""
+        return {str(rows): median(seen) for rows, seen in self._seen.items()}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> StepTimes:
+        """Read what `to_dict` wrote. Raises ValueError for anything else."""
+        times = cls()
+        if not isinstance(data, Mapping):
+            raise ValueError("step times are not a mapping")
+        for rows, seconds in data.items():
+            if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+                raise ValueError(f"step time of {rows} rows is {seconds!r}, not a number")
+            times.observe(int(rows), float(seconds))
+        return times
+
+
+class CostModel:
+    """Draft step and target pass times, and how fast speculation and plain decoding have been lately."""
+
+    _DECAY = 0.9  # weight of the past at each speculative round
+
+    def __init__(self, draft: StepTimes | None = None, verify: StepTimes | None = None) -> None:
+        self.draft = draft or StepTimes()
+        self.verify = verify or StepTimes()
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def observe_round(self, num_tokens: int, seconds: float) -> None:
+        """A round that drafted with the model gave `num_tokens` tokens in `seconds`, everything included."""
+        self._tokens = self._tokens * self._DECAY + num_tokens
+        self._seconds = self._seconds * self._DECAY + seconds
+
+    @property
+    def plain_rate(self) -> float:
+        """Tokens per second of plain decoding; 0.0 while unknown."""
+        seconds = self.verify.predict(1)
+        return 1.0 / seconds if seconds > 0.0 else 0.0
+
+    @property
+    def speculative_rate(self) -> float | None:
+        """Tokens per second of recent rounds that drafted with the model; None before the first."""
+        return self._tokens / self._seconds if self._seconds > 0.0 else None
+
+    @property
+    def rate(self) -> float:
+        """The price of a second in tokens: the better of the two ways of spending it."""
+        return max(self.plain_rate, self.speculative_rate or 0.0)
+
+    def forget_rate(self) -> None:
+        """Start the speculative rate afresh: what comes is not like what was (a new prompt, a probe)."""
+        self._tokens = self._seconds = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` reads it back."""
+        return {"draft": self.draft.to_dict(), "verify": self.verify.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> CostModel:
+        """Read what `to_dict` wrote. Raises ValueError for anything else."""
+        if not isinstance(data, Mapping) or not {"draft", "verify"} <= set(data):
+            raise ValueError("cost model: 'draft' or 'verify' is missing")
+        return cls(StepTimes.from_dict(data["draft"]), StepTimes.from_dict(data["verify"]))

@@ -1,0 +1,193 @@
+"""The default policy: best-first growth, stopped where one more step earns fewer tokens than it costs.
+
+Everything is priced in tokens: a second is worth `costs.rate`, the tokens that decoding yields per second.
+Maximising tokens minus price times seconds, with the achieved rate as the price, maximises the rate itself
+(Dinkelbach's method for ratios). Best-first order maximises the expected accepted tokens for a number of
+nodes (SpecExec, OPT-Tree and DySpec reach the same rule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmcad_mlx.tree.calibration import Calibration
+from llmcad_mlx.tree.cost_model import CostModel
+from llmcad_mlx.tree.policy import Candidates
+from llmcad_mlx.tree.token_tree import MODEL, NGRAM, Selection, TokenTree
+from llmcad_mlx.tree.walk import Walk
+
+DEFAULT_MAX_NODES = 64
+_KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
+_MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
+_PROBE_SHARE = 0.02  # of the time spent on plain decoding, while drafting does not pay
+_MARGIN = 1.02  # speculation must beat plain decoding by this much to go on
+_PATIENCE = 6  # rounds before speculation that does not pay is given up
+_HIT_DECAY = 0.95
+
+
+class ThroughputPolicy:
+    """Best-first growth with a measured stop rule; never slower than plain decoding for long.
+
+    `costs` and `calibration` are the engine's, shared so that they can be saved. With `tree_nodes` the tree is
+    grown to exactly the best that many nodes, whatever the costs say. `max_nodes` bounds a tree otherwise.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel,
+        calibration: Calibration,
+        tree_nodes: int | None = None,
+        max_nodes: int = DEFAULT_MAX_NODES,
+        max_width: int = 8,
+    ) -> None:
+        for name, value in (("tree_nodes", tree_nodes or 1), ("max_nodes", max_nodes), ("max_width", max_width)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.sources = frozenset({MODEL, NGRAM})
+        self.costs = costs
+        self.calibration = calibration
+        self.tree_nodes = tree_nodes
+        self.max_nodes = tree_nodes or max_nodes
+        self.max_width = max_width
+        self._expanded: dict[str, set[int]] = {}
+        self._tree: TokenTree | None = None
+        self._gain = 0.7  # acceptance probability that expanding a certain leaf has added, lately
+        self._drafting = True  # whether drafting with the model has been paying
+        self._rounds = 0  # with the model, since drafting was (re)started
+        self._debt = 0.0  # seconds of plain decoding since the last probe
+        self._probe_cost = 0.0  # seconds the last unpaid probe wasted
+
+    # -- growth ------------------------------------------------------------------------------------------
+
+    def begin(self, tree: TokenTree) -> None:
+        self._expanded = {}
+        self._tree = tree
+        self._model_used = False
+
+    def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+        """The most likely nodes `source` has not expanded, while expanding them pays."""
+        expanded = self._expanded.setdefault(source, set())
+        if self.tree_nodes is not None:
+            leaves = self._unfilled(tree, expanded)
+        elif source == MODEL:
+            leaves = self._paying(tree, expanded)
+            self._model_used = self._model_used or bool(leaves)
+        else:
+            leaves = self._free(tree, expanded)
+        expanded.update(leaves)
+        return leaves
+
+    def _best_unexpanded(self, tree: TokenTree, expanded: set[int], count: int) -> list[int]:
+        cumulative = tree.cumulative
+        fresh = [node for node in range(len(tree)) if node not in expanded]
+        fresh.sort(key=lambda node: -cumulative[node])
+        return fresh[:count]
+
+    def _unfilled(self, tree: TokenTree, expanded: set[int]) -> list[int]:
+        """Nodes whose children could still enter the best `tree_nodes`: those that are in them now."""
+        leaves = self._best_unexpanded(tree, expanded, self.max_width)
+        if len(tree) > self.max_nodes:
+            bar = sorted(tree.cumulative, reverse=True)[self.max_nodes - 1]
+            leaves = [leaf for leaf in leaves if tree.cumulative[leaf] > bar]
+        return leaves
+
+    def _free(self, tree: TokenTree, expanded: set[int]) -> list[int]:
+        """For a drafter that costs nothing: nodes likely enough to be worth a row of the target pass."""
+        if len(tree) >= 2 * self.max_nodes:
+            return []
+        floor = max(self._row_price(len(tree)), 0.02)
+        leaves = self._best_unexpanded(tree, expanded, self.max_width)
+        return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
+
+    def _paying(self, tree: TokenTree, expanded: set[int]) -> list[int]:
+        """The best so many leaves that a model step on them gains more than it costs; none if no step does."""
+        if not self._drafting and not self._probe_is_due():
+            return []
+        leaves = self._best_unexpanded(tree, expanded, self.max_width)
+        if not self.costs.draft or not self.costs.verify:
+            return leaves[:1] if len(tree) < self.max_nodes else []  # nothing measured yet: go and measure
+        rate, row_price = self.costs.rate, self._row_price(len(tree))
+        best, best_value, gain = 0, 0.0, 0.0
+        for width, leaf in enumerate(leaves, 1):
+            gain += tree.cumulative[leaf] * self._gain
+            value = gain - rate * self.costs.draft.predict(width) - width * row_price
+            if value > best_value:
+                best, best_value = width, value
+        return leaves[:best]
+
+    def _row_price(self, rows: int) -> float:
+        """Tokens that one more row in the target pass costs, around a tree of `rows` nodes."""
+        verify = self.costs.verify
+        rows = min(rows, self.max_nodes)
+        return self.costs.rate * max(verify.predict(rows + 1) - verify.predict(rows), 0.0)
+
+    def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
+        probability, source = self.calibration.probability, candidates.source
+        best = 0.0
+        pairs = zip(candidates.tokens[:_KEPT_CHILDREN], candidates.confidences, strict=False)
+        for token, raw in pairs:
+            confidence = probability(raw, source)
+            best = max(best, confidence)
+            if confidence >= _MIN_CONFIDENCE:
+                tree.add(leaf, token, confidence, source, raw)
+        if source == MODEL:
+            self._gain = self._gain * _HIT_DECAY + best * (1 - _HIT_DECAY)
+
+    # -- verification ------------------------------------------------------------------------------------
+
+    def submit(self, tree: TokenTree) -> Selection:
+        """The best nodes, as many as maximise expected tokens minus the price of the target pass."""
+        if self.tree_nodes is not None:
+            return tree.select(self.tree_nodes)
+        rate, verify = self.costs.rate, self.costs.verify
+        ranked = sorted(tree.cumulative, reverse=True)[: self.max_nodes]
+        best, best_value, gain = 1, -float("inf"), 0.0
+        for nodes, probability in enumerate(ranked, 1):
+            gain += probability
+            value = gain - rate * verify.predict(nodes)
+            if value > best_value + 1e-9:
+                best, best_value = nodes, value
+        return tree.select(best)
+
+    def verified(self, tree: TokenTree, walk: Walk) -> None:
+        """Learn from every candidate the target's choices have judged, also those not submitted."""
+        drafted = self._tree if self._tree is not None else tree
+        node: int | None = 0
+        for token in walk.tokens:
+            if node is None:
+                break
+            for child in drafted.children(node):
+                right = drafted.tokens[child] == token
+                self.calibration.observe(drafted.raw_confidences[child], drafted.sources[child], right)
+            node = drafted.child(node, token)
+
+    # -- whether to draft at all -------------------------------------------------------------------------
+
+    def finished(self, num_tokens: int, seconds: float) -> None:
+        """The round is over: `num_tokens` emitted in `seconds`, everything included."""
+        if not self._model_used:
+            self._debt += seconds
+            return
+        self.costs.observe_round(num_tokens, seconds)
+        self._rounds += 1
+        plain, speculative = self.costs.plain_rate, self.costs.speculative_rate
+        if self._drafting:
+            losing = speculative is not None and speculative < plain * _MARGIN
+            if losing and self._rounds >= _PATIENCE and 1 in self.costs.verify:
+                self._stop_drafting(num_tokens, seconds)
+        elif num_tokens > seconds * plain * _MARGIN:
+            self._drafting, self._rounds = True, 0
+            self.costs.forget_rate()
+            self.costs.observe_round(num_tokens, seconds)
+        else:
+            self._stop_drafting(num_tokens, seconds)
+
+    def _stop_drafting(self, num_tokens: int, seconds: float) -> None:
+        plain = self.costs.plain_rate
+        wasted = seconds - num_tokens / plain if plain else seconds
+        self._probe_cost = max(wasted, 0.1 * seconds)
+        self._drafting, self._debt, self._rounds = False, 0.0, 0
+        self.costs.forget_rate()
+
+    def _probe_is_due(self) -> bool:
+        return self._model_used or self._debt * _PROBE_SHARE > self._probe_cost

@@ -1,0 +1,198 @@
+"""The token tree: building, selecting, re-rooting, masks."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TokenTree
+
+# Few distinct values, so that ties, certainties and zeros are common.
+CONFIDENCES = st.sampled_from([0.0, 1e-9, 0.25, 0.5, 0.5, 0.9, 1.0, 1.0])
+
+
+@st.composite
+def trees(draw: st.DrawFn, max_adds: int = 12) -> TokenTree:
+    tree = TokenTree(draw(st.integers(0, 9)), draw(st.integers(0, 100)))
+    for _ in range(draw(st.integers(0, max_adds))):
+        parent = draw(st.integers(0, len(tree) - 1))
+        tree.add(parent, draw(st.integers(0, 5)), draw(CONFIDENCES), draw(st.sampled_from([MODEL, NGRAM])))
+    return tree
+
+
+def is_prefix_closed(tree: TokenTree, nodes: set[int]) -> bool:
+    return ROOT in nodes and all(node == ROOT or tree.parents[node] in nodes for node in nodes)
+
+
+def node_facts(tree: TokenTree, node: int) -> tuple[object, ...]:
+    return (
+        tree.tokens[node],
+        tree.confidences[node],
+        tree.raw_confidences[node],
+        tree.sources[node],
+        tree.position(node),
+    )
+
+
+def test_lone_root() -> None:
+    tree = TokenTree(7, root_position=41)
+    assert len(tree) == 1
+    assert (tree.tokens, tree.parents, tree.depths, tree.cumulative) == ([7], [-1], [0], [1.0])
+    assert tree.leaves() == [ROOT]
+    assert tree.path(ROOT) == []
+    assert tree.position(ROOT) == 41
+    assert not tree.has_children(ROOT)
+
+
+def test_small_tree_on_paper() -> None:
+    tree = TokenTree(0, root_position=10)
+    a = tree.add(ROOT, 5, 0.5)
+    b = tree.add(a, 6, 0.5, NGRAM, raw=0.8)
+    c = tree.add(ROOT, 7, 0.25)
+    assert (a, b, c) == (1, 2, 3)
+    assert tree.cumulative == [1.0, 0.5, 0.25, 0.25]
+    assert tree.depths == [0, 1, 2, 1]
+    assert tree.raw_confidences == [1.0, 0.5, 0.8, 0.25]
+    assert tree.sources[b] == NGRAM
+    assert tree.child(ROOT, 7) == c
+    assert tree.child(ROOT, 6) is None
+    assert list(tree.children(ROOT)) == [a, c]
+    assert tree.leaves() == [b, c]
+    assert (tree.path(b), tree.path_tokens(b)) == ([a, b], [5, 6])
+    assert tree.position(b) == 12
+    assert tree.ancestor_mask().astype(int).tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [1, 0, 0, 1],
+    ]
+
+
+def test_adding_a_known_child_keeps_the_larger_confidence() -> None:
+    tree = TokenTree(0)
+    a = tree.add(ROOT, 5, 0.5, MODEL)
+    b = tree.add(a, 6, 0.5)
+    c = tree.add(b, 7, 0.5)
+    assert tree.add(ROOT, 5, 0.25, NGRAM) == a
+    assert (tree.confidences[a], tree.sources[a]) == (0.5, MODEL)
+    assert tree.add(ROOT, 5, 1.0, NGRAM, raw=0.7) == a
+    assert (tree.confidences[a], tree.sources[a], tree.raw_confidences[a]) == (1.0, NGRAM, 0.7)
+    assert [tree.cumulative[node] for node in (a, b, c)] == [1.0, 0.5, 0.25]
+    assert len(tree) == 4
+
+
+@pytest.mark.parametrize("confidence", [-0.1, 1.0000001, float("nan"), float("inf")])
+def test_confidence_that_is_no_probability_is_refused(confidence: float) -> None:
+    tree = TokenTree(0)
+    with pytest.raises(ValueError, match="confidence of token 5"):
+        tree.add(ROOT, 5, confidence)
+    assert len(tree) == 1
+
+
+@pytest.mark.parametrize("parent", [-1, 1])
+def test_unknown_parent_is_refused(parent: int) -> None:
+    with pytest.raises(IndexError, match="is not in a tree of 1 nodes"):
+        TokenTree(0).add(parent, 5, 0.5)
+
+
+@given(trees(max_adds=30))
+def test_integrity_and_mask_against_paths(tree: TokenTree) -> None:
+    tree.check_integrity()
+    expected = np.zeros((len(tree), len(tree)), dtype=bool)
+    for node in range(len(tree)):
+        expected[node, [ROOT, *tree.path(node)]] = True
+    np.testing.assert_array_equal(tree.ancestor_mask(), expected)
+
+
+@given(trees(max_adds=9), st.integers(1, 10))
+def test_select_is_prefix_closed_and_optimal(tree: TokenTree, num_nodes: int) -> None:
+    selection = tree.select(num_nodes)
+    kept = set(selection.new_to_old)
+    size = min(num_nodes, len(tree))
+    assert len(kept) == len(selection.tree) == size
+    assert is_prefix_closed(tree, kept)
+    best = max(
+        sum(tree.cumulative[node] for node in nodes)
+        for nodes in combinations(range(len(tree)), size)
+        if is_prefix_closed(tree, set(nodes))
+    )
+    assert sum(tree.cumulative[node] for node in kept) == pytest.approx(best, abs=1e-12)
+
+
+@given(trees(max_adds=30), st.integers(1, 31))
+def test_select_keeps_nodes_and_order(tree: TokenTree, num_nodes: int) -> None:
+    selection = tree.select(num_nodes)
+    new = selection.tree
+    new.check_integrity()
+    assert list(selection.new_to_old) == sorted(selection.new_to_old)
+    for old, index in enumerate(selection.old_to_new):
+        assert (index == DROPPED) == (old not in selection.new_to_old)
+    for index, old in enumerate(selection.new_to_old):
+        assert selection.old_to_new[old] == index
+        assert node_facts(new, index) == node_facts(tree, old)
+        assert new.path_tokens(index) == tree.path_tokens(old)
+        assert new.cumulative[index] == tree.cumulative[old]
+
+
+def test_select_without_the_root_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot select 0 nodes"):
+        TokenTree(0).select(0)
+
+
+def test_selection_is_a_copy() -> None:
+    tree = TokenTree(0)
+    tree.add(ROOT, 5, 0.5)
+    copy = tree.select(2).tree
+    copy.add(ROOT, 6, 0.5)
+    assert (len(tree), len(copy)) == (2, 3)
+
+
+@given(trees(max_adds=30), st.data())
+def test_reroot_is_the_subtree(tree: TokenTree, data: st.DataObject) -> None:
+    root = data.draw(st.integers(0, len(tree) - 1))
+    selection = tree.reroot(root)
+    new = selection.tree
+    new.check_integrity()
+    inside = [node for node in range(len(tree)) if node == root or root in tree.path(node) or root == ROOT]
+    assert list(selection.new_to_old) == inside
+    assert new.root_position == tree.position(root)
+    assert new.cumulative[ROOT] == 1.0
+    for index, old in enumerate(selection.new_to_old):
+        assert selection.old_to_new[old] == index
+        assert tree.path_tokens(old) == tree.path_tokens(root) + new.path_tokens(index)
+        assert new.position(index) == tree.position(old)
+        if index != ROOT:
+            assert node_facts(new, index) == node_facts(tree, old)
+    assert sum(index != DROPPED for index in selection.old_to_new) == len(inside)
+
+
+def test_drawing() -> None:
+    tree = TokenTree(0)
+    worse = tree.add(ROOT, 1, 0.25)
+    tree.add(worse, 2, 0.5)
+    better = tree.add(ROOT, 3, 0.5)
+    tree.add(better, 4, 0.5)
+    assert tree.draw(lambda token: "abcde"[token]).splitlines() == [
+        "'a' 1.000",
+        "├─ 'd' 0.500",
+        "│  └─ 'e' 0.250",
+        "└─ 'b' 0.250",
+        "   └─ 'c' 0.125",
+    ]
+
+
+def test_integrity_notices_damage() -> None:
+    tree = TokenTree(0)
+    tree.add(tree.add(ROOT, 5, 0.5), 6, 0.5)
+    tree.cumulative[2] = 0.9
+    with pytest.raises(ValueError, match="cumulative confidence of node 2"):
+        tree.check_integrity()
+    tree.cumulative[2] = 0.25
+    tree.check_integrity()
+    tree.depths[2] = 1
+    with pytest.raises(ValueError, match="depth of node 2"):
+        tree.check_integrity()

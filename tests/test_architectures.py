@@ -1,6 +1,6 @@
 """Every model file of mlx-lm, tiny and random: what it runs with, and that this equals sequential decoding.
 
-``python tests/test_architectures.py --write-docs`` writes docs/architectures.md from the same measurements.
+``python -m tests.test_architectures --write-docs`` writes docs/architectures.md from the same measurements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ import mlx.core as mx
 import mlx_lm.models
 import numpy as np
 import pytest
-from architecture_configs import (
+from mlx_lm.models.cache import make_prompt_cache
+
+from llmcad_mlx.models.lazy_cache import LazyKVCache
+from llmcad_mlx.models.plain_cache import PlainCache
+from llmcad_mlx.models.tree_model import TreeModel
+from tests.architecture_configs import (
     EXPECTED,
     FAMILIES,
     METAL_ONLY,
@@ -29,11 +34,6 @@ from architecture_configs import (
     build,
     config_of,
 )
-from mlx_lm.models.cache import make_prompt_cache
-
-from llmcad_mlx.models.lazy_cache import LazyKVCache
-from llmcad_mlx.models.plain_cache import PlainCache
-from llmcad_mlx.models.tree_model import TreeModel
 
 DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
 EXACT = sys.platform == "linux"  # other CPUs' matrix libraries round one row and several rows differently
@@ -277,7 +277,7 @@ def test_every_model_file_is_listed() -> None:
 def test_docs_are_up_to_date() -> None:
     if version("mlx-lm") != MLX_LM_VERSION or not EXACT:
         pytest.skip(f"the page is of mlx-lm {MLX_LM_VERSION} on a Linux CPU")
-    assert DOCS.read_text() == docs_page(), "run: python tests/test_architectures.py --write-docs"
+    assert DOCS.read_text() == docs_page(), "run: python -m tests.test_architectures --write-docs"
 
 
 def docs_page() -> str:
@@ -290,15 +290,15 @@ def docs_page() -> str:
         "# Model architectures",
         "",
         f"Every model file of mlx-lm {MLX_LM_VERSION}, built tiny with random fp32 weights and checked on a",
-        "Linux CPU against the same tokens fed one at a time. Written by `python tests/test_architectures.py",
+        "Linux CPU against the same tokens fed one at a time. Written by `python -m tests.test_architectures",
         "--write-docs`; a test fails when this page is out of date. What a real model does is probed when it",
         "is loaded, never concluded from its name.",
         "",
-        f"- **Token trees: {len(by['tree'])} families**, {len(exact)} of them bit for bit (difference 0.0):",
-        f"  random trees over several rounds, dead slots, compactions; {windows} of them with sliding windows,",
-        "  on sequences shorter and longer than the window.",
-        f"- **Chains: {len(by['chain'])} families.** A drafted chain is verified in one pass, its rejected end",
-        "  dropped; also bit for bit.",
+        f"- **Token trees: {len(by['tree'])} families**, {len(exact)} of them bit for bit (difference 0),",
+        f"  random trees over several rounds, dead slots, compactions; {windows} of them with sliding",
+        "  windows, on sequences shorter and longer than the window.",
+        f"- **Chains: {len(by['chain'])} families.** A drafted chain is verified in one pass, its",
+        "  rejected end dropped; also bit for bit.",
         f"- **Plain: {len(by['plain'])} families.** Most keep a state that cannot be taken back.",
         "",
         "## Token trees",
@@ -325,6 +325,6 @@ def docs_page() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write-docs"]:
-        sys.exit("usage: python tests/test_architectures.py --write-docs")
+        sys.exit("usage: python -m tests.test_architectures --write-docs")
     DOCS.parent.mkdir(exist_ok=True)
     DOCS.write_text(docs_page())

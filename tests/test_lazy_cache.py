@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from architecture_configs import VOCAB, WINDOW, build, config_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -19,6 +18,7 @@ from llmcad_mlx.models import positions
 from llmcad_mlx.models.lazy_cache import LazyKVCache, UnsupportedCacheError
 from llmcad_mlx.models.positions import NodePositions
 from llmcad_mlx.models.tree_model import TreeModel
+from tests.architecture_configs import VOCAB, WINDOW, build, config_of
 
 exact_cpu = pytest.mark.skipif(sys.platform != "linux", reason="bit-exactness is claimed for Linux CPUs")
 

@@ -11,12 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from architecture_configs import build, config_of
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.models.loading import cast_to_fp32, check_safetensors, load_model_folder
+from tests.architecture_configs import build, config_of
 
 
 @pytest.fixture

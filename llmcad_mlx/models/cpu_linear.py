@@ -9,7 +9,6 @@ read and written through views.
 from __future__ import annotations
 
 import functools
-import platform
 from typing import Any
 
 import mlx.core as mx
@@ -20,11 +19,6 @@ from llmcad_mlx.models import cpu_kernels as kernels
 
 _CHUNK = 32  # weights the kernels unpack at a time; the input dimension must be a multiple
 _SHIFTS = {32: 0, 64: 1, 128: 2}  # group size -> log2(chunks per group)
-
-
-def host_kernels_wanted() -> bool:
-    """True where MLX would run on a CPU without Apple's Accelerate."""
-    return mx.default_device() == mx.cpu and platform.system() == "Linux"
 
 
 def host_view(array: mx.array) -> np.ndarray:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import platform
+
+import mlx.core as mx
 import mlx.nn as nn
 
 
-def prepare_for_host(model: nn.Module) -> None:
-    """On a CPU without Accelerate: float32 activations and the host kernels. Elsewhere nothing changes."""
-    # Imported here because numba is a dependency on Linux only.
-    from llmcad_mlx.models.cpu_linear import host_kernels_wanted
+def host_kernels_wanted() -> bool:
+    """True where MLX would run on a CPU without Apple's Accelerate."""
+    return mx.default_device() == mx.cpu and platform.system() == "Linux"
 
+
+def prepare_for_host(model: nn.Module) -> None:
+    """On a Linux CPU: float32 activations and the host kernels. Elsewhere nothing changes."""
     if not host_kernels_wanted():
         return
+    # Imported here because numba is a dependency on Linux only.
     from llmcad_mlx.models.cpu_block import install_host_blocks
     from llmcad_mlx.models.cpu_linear import install_host_kernels
 

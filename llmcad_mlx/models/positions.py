@@ -75,7 +75,7 @@ def uninstall(model: Module) -> None:
     """Give every rope module of ``model`` its own class back."""
     for module in _rope_modules(model):
         if isinstance(module, _PerNodeRope):
-            module.__class__ = type(module).__mro__[2]
+            module.__class__ = type(module).__bases__[1]
 
 
 def _rope_modules(model: Module) -> list[Module]:

@@ -67,13 +67,12 @@ class FamilyModel:
         return {"attn_q": self.num_heads, "attn_k": self.num_kv_heads}.get(match[2], 0)
 
 
-def read_family(header: GgufHeader) -> FamilyModel:
+def read_family(header: GgufHeader, metadata: Metadata) -> FamilyModel:
     """The mlx-lm model for a file.
 
     Raises ModelError for a family other than llama and qwen2, and for their variants (experts, partial or
     scaled rotation) that the model code of these families does not cover.
     """
-    metadata = Metadata.of(header)
     build = _FAMILIES.get(metadata.prefix)
     if build is None:
         raise ModelError(

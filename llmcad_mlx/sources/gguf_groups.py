@@ -118,7 +118,9 @@ def _split_nibbles(data: Bytes) -> Bytes:
 
 def _packed(codes: Bytes) -> npt.NDArray[np.uint32]:
     """(rows, columns) codes to MLX's packing: element 8 i + j in bits 4 j of word i."""
-    return np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4").astype(np.uint32, copy=False)
+    return (
+        np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4").astype(np.uint32, copy=False)
+    )
 
 
 def all_finite(*arrays: npt.NDArray[Any]) -> bool:

@@ -6,21 +6,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, processors
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.sources.gguf_header import GgufHeader
+from llmcad_mlx.sources.gguf_bpe import build_byte_level, byte_level_adds_bos
 from llmcad_mlx.sources.gguf_metadata import Metadata
-
-# Split patterns of the models' own tokenizer.json files.
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+from llmcad_mlx.sources.gguf_sentencepiece import build_sentencepiece
+from llmcad_mlx.sources.gguf_vocabulary import TokenType, Vocabulary, read_vocabulary
 
 # Tokens that end a turn in chat models, though a file names only one of them as its end.
 _END_TEXTS = (
@@ -35,17 +29,6 @@ _END_TEXTS = (
 )
 
 
-class TokenType(IntEnum):
-    """Values of tokenizer.ggml.token_type."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
 @dataclass(frozen=True, slots=True)
 class TokenIds:
     """Ids for config.json. `ends` holds every token that ends a turn, the file's own first."""
@@ -57,7 +40,7 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
-    """A tokenizer and what goes with it. `settings` is tokenizer_config.json."""
+    """A tokenizer and what goes with it. `settings` is tokenizer_config.json without the chat template."""
 
     tokenizer: Tokenizer
     settings: dict[str, object]
@@ -65,7 +48,7 @@ class GgufTokenizer:
     ids: TokenIds
 
     def save(self, folder: Path) -> None:
-        """Write the files transformers loads; the template both as its own file and for older readers."""
+        """Write the files transformers loads; the template as its own file and, for older readers, inside."""
         self.tokenizer.save(str(folder / "tokenizer.json"))
         settings = dict(self.settings)
         if self.chat_template is not None:
@@ -75,47 +58,63 @@ class GgufTokenizer:
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True, slots=True)
-class _Vocabulary:
-    """Tokens by id with their types, checked."""
-
-    tokens: list[str]
-    types: list[int]
-
-    def ids(self) -> dict[str, int]:
-        """Token → id without padding entries, which only fill the matrix up."""
-        return {
-            token: number
-            for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind != TokenType.UNUSED
-        }
-
-    def added(self) -> list[AddedToken]:
-        """Tokens matched in text before it is split; control tokens vanish from decoded text."""
-        return [
-            AddedToken(token, special=kind != TokenType.USER_DEFINED, normalized=False)
-            for token, kind in zip(self.tokens, self.types, strict=True)
-            if kind in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-        ]
-
-
-def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
+def read_tokenizer(metadata: Metadata) -> GgufTokenizer:
     """Build the tokenizer of a file.
 
     Raises ModelError for a tokenizer kind or pre-tokenizer that is not known, and for damaged fields.
     """
-    metadata = Metadata.of(header)
-    vocabulary = _vocabulary(metadata)
+    vocabulary = read_vocabulary(metadata)
     kind = metadata.text("tokenizer.ggml.model")
     if kind == "gpt2":
-        tokenizer, adds_bos = _byte_level(metadata, vocabulary)
+        tokenizer, adds_bos = build_byte_level(metadata, vocabulary), byte_level_adds_bos(metadata)
+    elif kind == "llama":
+        tokenizer, adds_bos = build_sentencepiece(metadata, vocabulary), True
     else:
-        raise ModelError(f"{header.path}: tokenizer kind {kind!r} is not supported")
+        raise ModelError(f"{metadata.path}: tokenizer kind {kind!r} is not supported (gpt2 and llama are)")
+    tokenizer.add_tokens(vocabulary.added())
     ids = _token_ids(metadata, vocabulary)
-    if ids.bos is not None and metadata.flag("tokenizer.ggml.add_bos_token", adds_bos):
+    adds_bos = ids.bos is not None and metadata.flag("tokenizer.ggml.add_bos_token", adds_bos)
+    if adds_bos and ids.bos is not None:
         bos = vocabulary.tokens[ids.bos]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, ids.bos)]
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, ids.bos)]
         )
     template = metadata.text("tokenizer.chat_template", "") or None
-    return GgufTokenizer(tokenizer, _settings(metadata, vocabulary, ids), template, ids)
+    return GgufTokenizer(tokenizer, _settings(metadata, vocabulary, ids, adds_bos), template, ids)
+
+
+def _token_ids(metadata: Metadata, vocabulary: Vocabulary) -> TokenIds:
+    def named(name: str) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        if not metadata.has(key):
+            return None
+        number = metadata.integer(key)
+        if not 0 <= number < len(vocabulary.tokens):
+            raise metadata.wrong(key, number)
+        return number
+
+    ids = vocabulary.ids()
+    control = [ids[text] for text in _END_TEXTS if text in ids]
+    control = [number for number in control if vocabulary.types[number] == TokenType.CONTROL]
+    found = [named("eos"), named("eot"), named("eom"), *control]
+    ends = tuple(dict.fromkeys(number for number in found if number is not None))
+    if not ends:
+        raise metadata.wrong("tokenizer.ggml.eos_token_id", None)
+    return TokenIds(bos=named("bos"), ends=ends, pad=named("padding"))
+
+
+def _settings(metadata: Metadata, vocabulary: Vocabulary, ids: TokenIds, adds_bos: bool) -> dict[str, object]:
+    def text(number: int | None) -> str | None:
+        return None if number is None else vocabulary.tokens[number]
+
+    settings: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": adds_bos,
+        "add_eos_token": False,
+        "bos_token": text(ids.bos),
+        "eos_token": text(ids.ends[0]),
+        "pad_token": text(ids.pad),
+        "model_max_length": metadata.positive(".context_length"),
+    }
+    return {key: value for key, value in settings.items() if value is not None}

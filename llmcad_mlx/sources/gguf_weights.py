@@ -56,9 +56,13 @@ def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: 
         if name is None:
             continue
         if name not in shapes:
-            raise ModelError(f"{header.path}: tensor {tensor.name!r} has no place in {model.config['model_type']}")
+            raise ModelError(
+                f"{header.path}: tensor {tensor.name!r} has no place in {model.config['model_type']}"
+            )
         if tensor.shape != shapes[name]:
-            raise ModelError(f"{header.path}: tensor {tensor.name!r} is {tensor.shape}, expected {shapes[name]}")
+            raise ModelError(
+                f"{header.path}: tensor {tensor.name!r} is {tensor.shape}, expected {shapes[name]}"
+            )
         by_name[name] = tensor
     missing = [name for name in shapes if name not in by_name]
     if missing:
@@ -173,7 +177,9 @@ def _write_vector(
 
 
 def _not_finite(header: GgufHeader, planned: PlannedTensor) -> ModelError:
-    return ModelError(f"{header.path}: tensor {planned.source.name!r} holds NaN, or values float16 cannot hold")
+    return ModelError(
+        f"{header.path}: tensor {planned.source.name!r} holds NaN, or values float16 cannot hold"
+    )
 
 
 def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:

@@ -16,7 +16,7 @@ class DiskError(LlmcadError):
 
 
 def require_free_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Raise DiskError unless the disk of `folder`, which exists, has room for `num_bytes` and a little more."""
+    """Raise DiskError unless the disk of the existing `folder` has room for `num_bytes` and a little more."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes + RESERVE_BYTES:
         raise DiskError(

@@ -13,11 +13,11 @@ from pathlib import Path
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.sources.disk import full_disk_error, require_free_space
 from llmcad_mlx.sources.gguf_families import FamilyModel, read_family
-from llmcad_mlx.sources.gguf_header import GgufHeader, read_gguf_header
+from llmcad_mlx.sources.gguf_header import read_gguf_header
 from llmcad_mlx.sources.gguf_metadata import Metadata
 from llmcad_mlx.sources.gguf_tokenizer import TokenIds, read_tokenizer
 from llmcad_mlx.sources.gguf_weights import plan_weights, write_weights
-from llmcad_mlx.sources.progress import Progress, no_progress
+from llmcad_mlx.sources.progress import NoProgress, Progress
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -30,7 +30,7 @@ def convert_gguf(
     group_size: int = 32,
     *,
     force: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress | None = None,
 ) -> None:
     """Write the model in `source` to the new folder `dest`: weights in MLX groups, tokenizer, chat template.
 
@@ -49,7 +49,7 @@ def convert_gguf(
     plan = plan_weights(header, model, bits, group_size)
     num_source_bytes = sum(tensor.source.num_bytes for tensor in plan)
     with _new_folder(dest, sum(tensor.num_bytes for tensor in plan), force) as folder:
-        with progress(f"converting {source.name}", num_source_bytes) as advance:
+        with (progress or NoProgress()).stage(f"converting {source.name}", num_source_bytes) as advance:
             write_weights(header, plan, folder, bits, group_size, advance)
         tokenizer.save(folder)
         _write_configs(folder, model, tokenizer.ids, bits, group_size)

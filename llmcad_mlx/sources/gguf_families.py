@@ -76,7 +76,7 @@ def read_family(header: GgufHeader, metadata: Metadata) -> FamilyModel:
     build = _FAMILIES.get(metadata.prefix)
     if build is None:
         raise ModelError(
-            f"{header.path}: GGUF family {metadata.prefix!r} is not supported (supported: {', '.join(_FAMILIES)})"
+            f"{header.path}: GGUF family {metadata.prefix!r} is not supported ({' and '.join(_FAMILIES)} are)"
         )
     if metadata.has(".expert_count") and metadata.integer(".expert_count"):
         raise ModelError(f"{header.path}: {metadata.prefix} with experts is not supported")

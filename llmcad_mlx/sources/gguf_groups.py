@@ -29,7 +29,10 @@ Halves = npt.NDArray[np.float16]
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Rows of one quantised matrix. codes: (rows, columns * bits / 32) uint32; scales, biases: (rows, columns / group_size) float16."""
+    """Rows of one quantised matrix.
+
+    codes: (rows, columns * bits / 32) uint32; scales, biases: (rows, columns / group_size) float16.
+    """
 
     codes: npt.NDArray[np.uint32]
     scales: Halves
@@ -56,7 +59,8 @@ def values(raw: Bytes, kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
     Raises NotImplementedError for a type the `gguf` package has no dequantiser for.
     """
     if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32, GGMLQuantizationType.F64):
-        return raw.view(np.dtype(kind.name.replace("F", "float"))).astype(np.float32)
+        floats: npt.NDArray[np.float32] = raw.view(kind.name.replace("F", "float")).astype(np.float32)
+        return floats
     result: npt.NDArray[np.float32] = dequantize(raw, kind)
     return result
 
@@ -112,7 +116,7 @@ def _halves(pairs: Bytes) -> Halves:
 
 
 def _split_nibbles(data: Bytes) -> Bytes:
-    """(rows, ..., n) bytes to (rows, columns) codes: of each run of n bytes first the low, then the high halves."""
+    """(rows, ..., n) bytes to (rows, columns) codes: of each n bytes all low halves, then all high ones."""
     return np.concatenate([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)
 
 

@@ -77,7 +77,7 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
 
 
-class _Damaged(Exception):
+class _DamageError(Exception):
     """The header contradicts the file; the message says where."""
 
 
@@ -107,7 +107,7 @@ class _Cursor:
         """A number of things that take at least `min_bytes` each: more than fit in the file is damage."""
         number = self.integer(code)
         if number * min_bytes > self.left():
-            raise _Damaged(f"{number} {what} cannot fit")
+            raise _DamageError(f"{number} {what} cannot fit")
         return number
 
     def text(self) -> str:
@@ -117,7 +117,7 @@ class _Cursor:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise _Damaged(f"text at byte {self.at - length} is not UTF-8") from None
+            raise _DamageError(f"text at byte {self.at - length} is not UTF-8") from None
 
     def value(self) -> Value:
         kind = _member(GGUFValueType, self.integer("I"), "metadata type")
@@ -125,7 +125,7 @@ class _Cursor:
             return self._single(kind)
         item = _member(GGUFValueType, self.integer("I"), "metadata type")
         if item == GGUFValueType.ARRAY:
-            raise _Damaged("it holds nested metadata arrays")
+            raise _DamageError("it holds nested metadata arrays")
         return self._array(item)
 
     def _single(self, kind: GGUFValueType) -> Scalar:
@@ -143,7 +143,7 @@ class _Cursor:
 
     def _need(self, size: int, what: str) -> None:
         if size > self.left():
-            raise _Damaged(f"it ends where {what} is expected, at byte {self.at}")
+            raise _DamageError(f"it ends where {what} is expected, at byte {self.at}")
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -155,7 +155,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, _Cursor(data))
-    except _Damaged as damage:
+    except _DamageError as damage:
         raise ModelError(f"{path}: damaged or cut-off GGUF file: {damage}; fetch it again") from None
     except ValueError as error:  # mmap of an empty file
         raise ModelError(f"{path}: not a GGUF file ({error})") from None
@@ -176,7 +176,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     for _ in range(num_fields):
         key = cursor.text()
         if key in metadata:
-            raise _Damaged(f"metadata field {key!r} occurs twice")
+            raise _DamageError(f"metadata field {key!r} occurs twice")
         metadata[key] = cursor.value()
     listed = [_tensor(cursor) for _ in range(num_tensors)]
     start = _data_start(cursor.at, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
@@ -188,19 +188,19 @@ def _tensor(cursor: _Cursor) -> GgufTensor:
     name = cursor.text()
     num_dimensions = cursor.integer("I")
     if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-        raise _Damaged(f"tensor {name!r} has {num_dimensions} dimensions")
+        raise _DamageError(f"tensor {name!r} has {num_dimensions} dimensions")
     shape = tuple(cursor.integer("Q") for _ in range(num_dimensions))[::-1]
     kind = _member(GGMLQuantizationType, cursor.integer("I"), f"type of tensor {name!r},")
     offset = cursor.integer("Q")
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % block:
-        raise _Damaged(f"tensor {name!r} of type {kind.name} has shape {shape}")
+        raise _DamageError(f"tensor {name!r} of type {kind.name} has shape {shape}")
     return GgufTensor(name, kind, shape, offset, math.prod(shape) // block * block_bytes)
 
 
 def _data_start(at: int, alignment: Value) -> int:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise _Damaged(f"its alignment is {alignment!r}")
+        raise _DamageError(f"its alignment is {alignment!r}")
     return (at + alignment - 1) // alignment * alignment
 
 
@@ -209,11 +209,11 @@ def _placed(listed: list[GgufTensor], start: int, size: int) -> dict[str, GgufTe
     for entry in listed:
         offset = start + entry.offset
         if offset + entry.num_bytes > size:
-            raise _Damaged(
+            raise _DamageError(
                 f"tensor {entry.name!r} ends at byte {offset + entry.num_bytes} of a file of {size} bytes"
             )
         if entry.name in tensors:
-            raise _Damaged(f"tensor {entry.name!r} occurs twice")
+            raise _DamageError(f"tensor {entry.name!r} occurs twice")
         tensors[entry.name] = GgufTensor(entry.name, entry.kind, entry.shape, offset, entry.num_bytes)
     return tensors
 
@@ -222,7 +222,7 @@ def _member(enum: Callable[[int], Kind], number: int, what: str) -> Kind:
     try:
         return enum(number)
     except ValueError:
-        raise _Damaged(f"{what} {number} is unknown") from None
+        raise _DamageError(f"{what} {number} is unknown") from None
 
 
 def read_rows(path: Path, tensor: GgufTensor, first: int, count: int) -> npt.NDArray[np.uint8]:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
@@ -22,6 +24,7 @@ from llmcad_mlx.sources.safetensors_writer import SafetensorsWriter, TensorSpec
 MAX_SHARD_BYTES = 5 << 30
 CHUNK_VALUES = 1 << 22  # 16 MB as float32
 
+Scalar = TypeVar("Scalar", bound=np.generic)
 OnBytes = Callable[[int], None]
 
 
@@ -95,7 +98,8 @@ def _model_shapes(model: FamilyModel) -> dict[str, tuple[int, ...]]:
     """Parameter shapes of mlx-lm's own model for this configuration. Nothing is allocated: MLX is lazy."""
     module = importlib.import_module(f"mlx_lm.models.{model.config['model_type']}")
     instance = module.Model(module.ModelArgs.from_dict(model.config))
-    return {name: tuple(array.shape) for name, array in tree_flatten(instance.parameters())}
+    parameters: dict[str, mx.array] = tree_flatten(instance.parameters(), destination={})
+    return {name: tuple(array.shape) for name, array in parameters.items()}
 
 
 def _in_order(names: dict[str, tuple[int, ...]]) -> list[str]:
@@ -160,7 +164,7 @@ def _write_groups(
 ) -> None:
     if not all_finite(groups.scales, groups.biases):
         raise _not_finite(header, planned)
-    parts = (groups.codes, groups.scales, groups.biases)
+    parts: tuple[npt.NDArray[Any], ...] = (groups.codes, groups.scales, groups.biases)
     for spec, part in zip(planned.specs, parts, strict=True):
         writer.write(spec.name, first, part)
 
@@ -197,7 +201,7 @@ def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, n
         yield first, raw
 
 
-def _unpaired(rows: npt.NDArray[np.generic], num_heads: int) -> npt.NDArray[np.generic]:
+def _unpaired(rows: npt.NDArray[Scalar], num_heads: int) -> npt.NDArray[Scalar]:
     """Undo `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py: neighbours (2 i, 2 i + 1) to halves."""
     pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -5,29 +5,57 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
 Advance = Callable[[int], None]
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
-"""`with progress("what is done", total_bytes) as advance: advance(bytes_done_since_last_call)`"""
+"""Called with the number of bytes done since the last call."""
 
 
-@contextmanager
-def no_progress(what: str, num_bytes: int) -> Iterator[Advance]:
-    """Report nothing."""
-    yield lambda _: None
+class Progress(Protocol):
+    """Where a long job reports."""
+
+    @property
+    def bars(self) -> bool:
+        """Whether moving bars may be drawn on stderr."""
+
+    def stage(self, what: str, num_bytes: int) -> AbstractContextManager[Advance]:
+        """A part of the job that handles `num_bytes`: `with progress.stage(…) as advance`."""
+
+    def note(self, text: str) -> None:
+        """One line."""
 
 
-def stream_progress(stream: TextIO | None = None) -> Progress:
-    """Progress on `stream` (default: stderr): a bar when it is a terminal, else one line per stage."""
-    out = stream if stream is not None else sys.stderr
+class NoProgress:
+    """Reports nothing."""
+
+    bars = False
 
     @contextmanager
-    def on_terminal(what: str, num_bytes: int) -> Iterator[Advance]:
+    def stage(self, what: str, num_bytes: int) -> Iterator[Advance]:
+        yield lambda _: None
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class StreamProgress:
+    """Reports on a text stream: bars when it is a terminal, else one line per stage."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """`stream` defaults to stderr."""
+        self._stream = stream if stream is not None else sys.stderr
+        self.bars = self._stream.isatty()
+
+    @contextmanager
+    def stage(self, what: str, num_bytes: int) -> Iterator[Advance]:
+        if not self.bars:
+            self.note(f"{what} ({num_bytes / 1e6:,.0f} MB)")
+            yield lambda _: None
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -35,13 +63,14 @@ def stream_progress(stream: TextIO | None = None) -> Progress:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        with RichProgress(*columns, console=Console(file=out)) as bars:
+        with RichProgress(*columns, console=Console(file=self._stream)) as bars:
             task = bars.add_task(what, total=num_bytes)
             yield lambda done: bars.update(task, advance=done)
 
-    @contextmanager
-    def as_line(what: str, num_bytes: int) -> Iterator[Advance]:
-        print(f"{what} ({num_bytes / 1e6:,.0f} MB)", file=out, flush=True)
-        yield lambda _: None
+    def note(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
 
-    return on_terminal if out.isatty() else as_line
+
+def progress_for(shown: bool) -> Progress:
+    """Progress on stderr, or none."""
+    return StreamProgress() if shown else NoProgress()

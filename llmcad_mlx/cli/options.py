@@ -1,0 +1,34 @@
+"""Options that several commands share; names and defaults as in mlx-lm where it has them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+Target = Annotated[
+    Optional[str],
+    typer.Option(
+        "--target", help="Model folder, hub repository or preset. Default: the embedded smollm2-135m."
+    ),
+]
+Draft = Annotated[
+    str,
+    typer.Option(
+        "--draft", help="Draft model (like --target), 'ngram', 'none', or 'auto' for the preset's own."
+    ),
+]
+Policy = Annotated[str, typer.Option("--policy", help="throughput, paper, chain or plain.")]
+TreeNodes = Annotated[
+    Optional[int],
+    typer.Option("--tree-nodes", help="Nodes per target pass, root included. Default: the policy chooses."),
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")
+]
+Temperature = Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Nucleus sampling; 1 is off.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Least probability, relative to the best; 0 is off.")]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text, under every policy.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

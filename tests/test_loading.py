@@ -112,9 +112,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_folders_are_told_in_one_line(
-    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_folders_are_told_in_one_line(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage, message = BROKEN[case]
     damage(folder)
     for module in ("hf_olmo", "mlx_lm.models.olmo"):  # another test may have provided what olmo asks for
@@ -172,7 +170,5 @@ def test_cast_to_fp32_keeps_values_of_packed_and_plain_weights() -> None:
     assert after.keys() == before.keys()
     assert {array.dtype for array in after.values()} == {mx.float32, mx.uint32}
     for name, array in before.items():
-        assert np.array_equal(np.array(array.astype(mx.float32)), np.array(after[name].astype(mx.float32))), (
-            name
-        )
+        assert np.array_equal(np.array(array.astype(mx.float32)), np.array(after[name].astype(mx.float32))), name
     assert model(mx.array([[1, 2]])).dtype == mx.float32

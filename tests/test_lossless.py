@@ -74,7 +74,11 @@ class FakeClock:
 
 
 def make_engine(
-    target_host: bool, drafters: Sequence[Drafter], policy: GrowthPolicy, costs: CostModel, clock: Callable[[], float]
+    target_host: bool,
+    drafters: Sequence[Drafter],
+    policy: GrowthPolicy,
+    costs: CostModel,
+    clock: Callable[[], float],
 ) -> SpeculativeEngine:
     target = ResidentTarget(model(0, target_host), VOCAB)
     target.cache.max_dead_share, target.cache.min_dead = 0.1, 2  # compact often
@@ -163,7 +167,9 @@ def test_output_equals_plain_decoding(
 def test_a_perfect_draft_is_always_accepted(temperature: float, policy: str) -> None:
     """With draft = target, every drafted branch on the sampled path is accepted, at T = 0 and T = 1."""
     costs = CostModel()
-    engine = make_engine(True, make_drafters("perfect", 0, True), make_policy(policy, costs, 8), costs, FakeClock(1))
+    engine = make_engine(
+        True, make_drafters("perfect", 0, True), make_policy(policy, costs, 8), costs, FakeClock(1)
+    )
     stats = GenerationStats()
     sampler = TargetSampler(SamplingSettings(temperature=temperature, seed=5), VOCAB)
     engine.start([1, 2, 3], stats)

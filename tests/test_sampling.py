@@ -180,9 +180,7 @@ def test_mlx_and_padded_rows_give_the_same_token(seed: int, temperature: float) 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 300))
 @settings(max_examples=30)
-def test_a_draft_equal_to_the_target_ranks_its_token_first(
-    seed: int, temperature: float, position: int
-) -> None:
+def test_a_draft_equal_to_the_target_ranks_its_token_first(seed: int, temperature: float, position: int) -> None:
     row = random_row(seed)
     padded = np.concatenate([row, np.full(8, 50.0, np.float32)])
     chooser = sampler(temperature=temperature, seed=seed)

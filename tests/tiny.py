@@ -14,7 +14,13 @@ VOCAB = 40
 
 
 def tiny_llama(
-    seed: int = 0, *, layers: int = 2, hidden: int = 64, heads: int = 2, vocab: int = VOCAB, scale: float = 6.0
+    seed: int = 0,
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 2,
+    vocab: int = VOCAB,
+    scale: float = 6.0,
 ) -> nn.Module:
     """A random llama. `scale` sharpens the logits, so that greedy text is not one token for ever."""
     mx.random.seed(seed)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -16,12 +15,10 @@ from llmcad_mlx.errors import UsageError
 
 def generate(
     prompt: Annotated[
-        Optional[str], typer.Argument(help="The prompt; '-' reads standard input.", show_default=False)
+        str | None, typer.Argument(help="The prompt; '-' reads standard input.", show_default=False)
     ] = None,
-    prompt_file: Annotated[
-        Optional[Path], typer.Option("--prompt-file", help="Read the prompt from a file.")
-    ] = None,
-    system: Annotated[Optional[str], typer.Option("--system", help="System message.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="Read the prompt from a file.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Give the prompt to the model as it is, without chat template.")
     ] = False,
@@ -45,7 +42,7 @@ def generate(
         float, typer.Option("--frequency-penalty", help="The same, for each time a token occurred.")
     ] = 0.0,
     stop: Annotated[
-        Optional[list[str]], typer.Option("--stop", help="End before this text; may be given again.")
+        list[str] | None, typer.Option("--stop", help="End before this text; may be given again.")
     ] = None,
     json_output: options.Json = False,
 ) -> None:
@@ -77,6 +74,7 @@ def _answer(
     from llmcad_mlx.api import load
     from llmcad_mlx.cli.figures import closing_line, prompt_progress
     from llmcad_mlx.report import generation_report
+    from llmcad_mlx.stats import GenerationStats
 
     with load(target, draft, progress=not json_output) as engine:
         prompt: Any = text
@@ -86,31 +84,25 @@ def _answer(
                 prompt.insert(0, {"role": "system", "content": system})
         elif system is not None:
             raise UsageError("system: this model has no chat template, so it takes no system message")
-        with prompt_progress(enabled=not json_output) as on_progress:
-            stream = engine.stream_generate(prompt, on_progress, **settings)
-            pieces, tokens, last = [], [], None
-            interrupted = False
-            try:
-                for last in stream:
-                    pieces.append(last.text)
-                    tokens.append(last.token)
+        stats, tokens, pieces, reason = GenerationStats(), [], [], "interrupted"
+        try:
+            with prompt_progress(enabled=not json_output) as on_progress:
+                for response in engine.stream_generate(prompt, on_progress, **settings):
+                    stats = response.stats or stats
+                    pieces.append(response.text)
+                    tokens.append(response.token)
+                    reason = response.finish_reason or reason
                     if not json_output:
                         on_progress.finish()
-                        sys.stdout.write(last.text)
+                        sys.stdout.write(response.text)
                         sys.stdout.flush()
-            except KeyboardInterrupt:
-                interrupted = True
-        if json_output and last is not None:
-            reason = "interrupted" if interrupted else last.finish_reason
-            report = generation_report(engine, "".join(pieces), tokens, reason, last.stats, settings)
-            print(json.dumps(report))
-        elif last is not None:
-            print(flush=True)
-            print(closing_line(last.stats), file=sys.stderr)
-        if interrupted:
-            raise KeyboardInterrupt
-
-
+        finally:
+            # Also after Ctrl-C or a failure: what was produced is kept and accounted for.
+            if json_output and tokens:
+                print(json.dumps(generation_report(engine, "".join(pieces), tokens, reason, stats, settings)))
+            elif tokens:
+                print(flush=True)
+                print(closing_line(stats), file=sys.stderr)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

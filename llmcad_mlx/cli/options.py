@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 Target = Annotated[
-    Optional[str],
-    typer.Option(
-        "--target", help="Model folder, hub repository or preset. Default: the embedded smollm2-135m."
-    ),
+    str | None,
+    typer.Option("--target", help="Model folder, hub repository or preset. Default: the embedded smollm2-135m."),
 ]
 Draft = Annotated[
     str,
-    typer.Option(
-        "--draft", help="Draft model (like --target), 'ngram', 'none', or 'auto' for the preset's own."
-    ),
+    typer.Option("--draft", help="Draft model (like --target), 'ngram', 'none', or 'auto' for the preset's own."),
 ]
 Policy = Annotated[str, typer.Option("--policy", help="throughput, paper, chain or plain.")]
 TreeNodes = Annotated[
-    Optional[int],
+    int | None,
     typer.Option("--tree-nodes", help="Nodes per target pass, root included. Default: the policy chooses."),
 ]
-MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")
-]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")]
 Temperature = Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Nucleus sampling; 1 is off.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")]

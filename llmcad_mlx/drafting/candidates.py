@@ -52,9 +52,7 @@ def _best_of(scores: npt.NDArray[np.float32], count: int) -> Candidates:
     return Candidates(tokens[order].tolist(), (np.exp(top - top[0]) / total).tolist())
 
 
-def _on_device(
-    logits: mx.array, positions: Sequence[int], sampler: TargetSampler, count: int
-) -> list[Candidates]:
+def _on_device(logits: mx.array, positions: Sequence[int], sampler: TargetSampler, count: int) -> list[Candidates]:
     """The same with MLX operations: only the candidates are read back, in one synchronisation."""
     scores = logits[:, : sampler.vocab_size].astype(mx.float32)
     temperature = sampler.settings.temperature

@@ -37,7 +37,9 @@ class ModelDrafter:
         self._num_candidates = num_candidates
         self._tokens: Sequence[int] = ()
         self._sampler: TargetSampler | None = None
-        self._forget_round()
+        self._slots: dict[int, int] = {}  # node -> slot
+        self._ready: dict[int, Candidates] = {}  # proposals not asked for yet
+        self._caught_up: list[int] = []  # slots of committed tokens that were fed in this round
 
     def prefill(
         self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
@@ -110,9 +112,9 @@ class ModelDrafter:
         self._forget_round()
 
     def _forget_round(self) -> None:
-        self._slots: dict[int, int] = {}  # node -> slot
-        self._ready: dict[int, Candidates] = {}  # proposals not asked for yet
-        self._caught_up: list[int] = []  # slots of committed tokens that were fed in this round
+        self._slots.clear()
+        self._ready.clear()
+        self._caught_up.clear()
 
     def truncate(self, length: int) -> None:
         self.cache.rollback()

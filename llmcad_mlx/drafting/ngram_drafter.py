@@ -59,9 +59,7 @@ class NgramDrafter:
             if length > best.get(token, 0):
                 best[token] = length
         ranked = sorted(best.items(), key=lambda item: -item[1])
-        return Candidates(
-            [token for token, _ in ranked], _shares([length for _, length in ranked]), NGRAM
-        )
+        return Candidates([token for token, _ in ranked], _shares([length for _, length in ranked]), NGRAM)
 
     def _match_length(self, branch: Sequence[int], place: int) -> int:
         """How many tokens before `place` equal the end of `branch`."""

@@ -169,19 +169,20 @@ def _values_tile(typing, p, p_step, v, v_step, count, out, out_step, vectors, mr
 def _values_rows(p, p_step, v, v_step, count, out, out_step, dim, rows):  # type: ignore[no-untyped-def]
     """`_values_tile` for any row count and any head dimension that is a multiple of 32."""
     for first in range(0, dim, 64):
-        if dim - first >= 64:
-            m = 0
-            while rows - m >= 6:
-                _values_tile(p + m * p_step, p_step, v + 4 * first, v_step, count, out + m * out_step + 4 * first, out_step, 4, 6)
-                m += 6
-            while rows - m >= 2:
-                _values_tile(p + m * p_step, p_step, v + 4 * first, v_step, count, out + m * out_step + 4 * first, out_step, 4, 2)
-                m += 2
-            if rows > m:
-                _values_tile(p + m * p_step, p_step, v + 4 * first, v_step, count, out + m * out_step + 4 * first, out_step, 4, 1)
-        else:
-            for m in range(rows):
-                _values_tile(p + m * p_step, p_step, v + 4 * first, v_step, count, out + m * out_step + 4 * first, out_step, 2, 1)
+        v_at, out_at = v + 4 * first, out + 4 * first
+        m = 0
+        while dim - first >= 64 and rows - m >= 6:
+            _values_tile(p + m * p_step, p_step, v_at, v_step, count, out_at + m * out_step, out_step, 4, 6)
+            m += 6
+        while dim - first >= 64 and rows - m >= 2:
+            _values_tile(p + m * p_step, p_step, v_at, v_step, count, out_at + m * out_step, out_step, 4, 2)
+            m += 2
+        while rows > m:
+            if dim - first >= 64:
+                _values_tile(p + m * p_step, p_step, v_at, v_step, count, out_at + m * out_step, out_step, 4, 1)
+            else:
+                _values_tile(p + m * p_step, p_step, v_at, v_step, count, out_at + m * out_step, out_step, 2, 1)
+            m += 1
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)

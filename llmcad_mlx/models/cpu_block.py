@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numba as nb
 import numpy as np
 import numpy.typing as npt
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.normalization import RMSNorm
 
 from llmcad_mlx.models import cpu_attention, cpu_kernels
 from llmcad_mlx.models.cpu_linear import HostLinear, HostQuantizedLinear, _num_threads
@@ -167,7 +168,7 @@ class _Shape:
 
 
 def _host_layer(layer: Any) -> tuple[Any, ...]:
-    bias = layer["bias"] if "bias" in layer else None
+    bias = layer.get("bias")
     vector = np.zeros(0, np.float32) if bias is None else np.array(bias, np.float32)
     return (*layer._host.of(layer), vector)
 
@@ -210,7 +211,7 @@ class _HostBlockState:
         return self._weights
 
 
-class _HostBlock(nn.Module):
+class _HostBlock(Module):
     """Mixed into a decoder block's class: the block on host kernels for our cache, MLX's code for others."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, **kwargs: Any) -> Any:
@@ -235,7 +236,7 @@ class _HostBlock(nn.Module):
 
 def _is_candidate(block: Any) -> bool:
     names = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-    if not isinstance(block, nn.Module) or set(block.children()) != names:
+    if not isinstance(block, Module) or set(block.children()) != names:
         return False
     attention, mlp = block.self_attn, block.mlp
     linears = [attention.get(n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
@@ -244,7 +245,7 @@ def _is_candidate(block: Any) -> bool:
     norms += [attention[n] for n in ("q_norm", "k_norm") if n in attention]
     if not all(isinstance(m, HostLinear | HostQuantizedLinear) for m in linears):
         return False
-    if not all(isinstance(m, nn.RMSNorm) for m in norms):
+    if not all(isinstance(m, RMSNorm) for m in norms):
         return False
     if not all(hasattr(attention, n) for n in ("n_heads", "n_kv_heads", "scale", "rope")):
         return False
@@ -275,7 +276,7 @@ def _agrees(block: Any, original: type) -> bool:
     return True
 
 
-def install_host_blocks(model: nn.Module) -> int:
+def install_host_blocks(model: Module) -> int:
     """Turn the model's decoder blocks into host blocks where both ways agree; returns how many."""
     classes: dict[type, type] = {}
     count = 0

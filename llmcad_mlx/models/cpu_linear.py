@@ -12,8 +12,11 @@ import functools
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx.layers.base import Module
+from mlx.layers.embedding import Embedding
+from mlx.layers.linear import Linear
+from mlx.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
 from llmcad_mlx.models import cpu_kernels as kernels
 
@@ -95,17 +98,17 @@ def _linear(layer: Any, x: mx.array) -> mx.array:
     return out + layer["bias"] if "bias" in layer else out
 
 
-class HostLinear(nn.Linear):
+class HostLinear(Linear):
     def __call__(self, x: mx.array) -> mx.array:
         return _linear(self, x)
 
 
-class HostQuantizedLinear(nn.QuantizedLinear):
+class HostQuantizedLinear(QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         return _linear(self, x)
 
 
-class HostEmbedding(nn.Embedding):
+class HostEmbedding(Embedding):
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x).astype(mx.float32)
 
@@ -113,7 +116,7 @@ class HostEmbedding(nn.Embedding):
         return _linear(self, x)
 
 
-class HostQuantizedEmbedding(nn.QuantizedEmbedding):
+class HostQuantizedEmbedding(QuantizedEmbedding):
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x).astype(mx.float32)
 
@@ -122,10 +125,10 @@ class HostQuantizedEmbedding(nn.QuantizedEmbedding):
 
 
 _HOST_CLASSES = {
-    nn.Linear: HostLinear,
-    nn.QuantizedLinear: HostQuantizedLinear,
-    nn.Embedding: HostEmbedding,
-    nn.QuantizedEmbedding: HostQuantizedEmbedding,
+    Linear: HostLinear,
+    QuantizedLinear: HostQuantizedLinear,
+    Embedding: HostEmbedding,
+    QuantizedEmbedding: HostQuantizedEmbedding,
 }
 
 
@@ -145,7 +148,7 @@ def _supported(layer: Any) -> bool:
     )
 
 
-def install_host_kernels(model: nn.Module) -> int:
+def install_host_kernels(model: Module) -> int:
     """Give the model's linear and embedding layers the host kernels; float32 for everything else.
 
     Returns how many layers were changed. Layers of other shapes, bits or kinds keep MLX's kernels.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
 
 
 def host_kernels_wanted() -> bool:
@@ -13,7 +13,7 @@ def host_kernels_wanted() -> bool:
     return mx.default_device() == mx.cpu and platform.system() == "Linux"
 
 
-def prepare_for_host(model: nn.Module) -> None:
+def prepare_for_host(model: Module) -> None:
     """On a Linux CPU: float32 activations and the host kernels. Elsewhere nothing changes."""
     if not host_kernels_wanted():
         return

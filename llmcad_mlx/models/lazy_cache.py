@@ -196,9 +196,7 @@ class LazyKVCache(SlotTable):
             if entry.keep:
                 raise UnsupportedCacheError("a rotating cache that keeps its first tokens has no stand-in")
             window = entry.max_size
-        elif not isinstance(
-            entry, mlx_cache.KVCache | mlx_cache.ConcatenateKVCache | mlx_cache.ChunkedKVCache
-        ):
+        elif not isinstance(entry, mlx_cache.KVCache | mlx_cache.ConcatenateKVCache | mlx_cache.ChunkedKVCache):
             raise UnsupportedCacheError(f"its {type(entry).__name__} cannot be rolled back")
         store = LayerCache(self, window)
         self.stores.append(store)

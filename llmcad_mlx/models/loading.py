@@ -52,9 +52,7 @@ def load_model_folder(path: str | Path) -> LoadedModel:
     try:
         model, config = load_model(folder)
     except SystemExit:
-        raise ModelError(
-            f"{folder}: architecture {config['model_type']!r} needs a package of its own"
-        ) from None
+        raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
     except Exception as error:  # model files raise anything when a config is not what they expect
         raise ModelError(_why_not_built(folder, config, error)) from error
     eos = config.get("eos_token_id")
@@ -185,9 +183,7 @@ def _why_not_built(folder: Path, config: dict[str, Any], error: Exception) -> st
     if "not supported" in line and "Model type" in line:
         return f"{folder}: unknown architecture {kind!r}; a newer mlx-lm may have it"
     if "parameters" in line or "shape" in line:
-        return (
-            f"{folder}: the weights do not match config.json ({line.rstrip(': ')}); download the folder again"
-        )
+        return f"{folder}: the weights do not match config.json ({line.rstrip(': ')}); download the folder again"
     return f"{folder}: config.json does not describe a {kind!r} model ({type(error).__name__}: {line})"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from llmcad_mlx.models.forward import Forward, body_of, run
@@ -55,6 +56,12 @@ class TreeModel:
         return self.report.vocab_size
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters."""
+        leaves: Any = tree_flatten(self.model.parameters())
+        return sum(array.nbytes for _, array in leaves)
+
+    @property
     def context_length(self) -> int | None:
         """Tokens the model was made for, None when its config does not say."""
         for config in (self.config, self.config.get("text_config") or {}):
@@ -75,9 +82,7 @@ class TreeModel:
         linear = self.capability == "chain"
         return LazyKVCache.like(make_prompt_cache(self.model), linear=linear, **self._cache_options)
 
-    def forward(
-        self, tokens: Sequence[int], cache: ModelCache, parents: Sequence[int] | None = None
-    ) -> Forward:
+    def forward(self, tokens: Sequence[int], cache: ModelCache, parents: Sequence[int] | None = None) -> Forward:
         """Append ``tokens`` below ``parents`` (see `SlotTable.append`; None: a chain); compute their logits.
 
         Nothing is evaluated yet, and nothing committed. Raises ValueError for parents that the capability

@@ -113,9 +113,7 @@ def _head_dim(header: GgufHeader, metadata: Metadata) -> int:
     head_dim = metadata.positive(".attention.key_length", default)
     rotated = metadata.positive(".rope.dimension_count", head_dim)
     if rotated != head_dim or metadata.positive(".attention.value_length", head_dim) != head_dim:
-        raise ModelError(
-            f"{header.path}: heads of {head_dim} with {rotated} rotated dimensions are not supported"
-        )
+        raise ModelError(f"{header.path}: heads of {head_dim} with {rotated} rotated dimensions are not supported")
     return head_dim
 
 

@@ -82,9 +82,7 @@ def _from_q4_0(raw: Bytes) -> Groups:
 def _from_q4_1(raw: Bytes) -> Groups:
     """Block: d, m, 16 bytes. `w = d * code + m`."""
     blocks = raw.reshape(raw.shape[0], -1, 20)
-    return Groups(
-        _packed(_split_nibbles(blocks[..., 4:])), _halves(blocks[..., 0:2]), _halves(blocks[..., 2:4])
-    )
+    return Groups(_packed(_split_nibbles(blocks[..., 4:])), _halves(blocks[..., 0:2]), _halves(blocks[..., 2:4]))
 
 
 def _from_q4_k(raw: Bytes) -> Groups:
@@ -122,9 +120,7 @@ def _split_nibbles(data: Bytes) -> Bytes:
 
 def _packed(codes: Bytes) -> npt.NDArray[np.uint32]:
     """(rows, columns) codes to MLX's packing: element 8 i + j in bits 4 j of word i."""
-    return (
-        np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4").astype(np.uint32, copy=False)
-    )
+    return np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4").astype(np.uint32, copy=False)
 
 
 def all_finite(*arrays: npt.NDArray[Any]) -> bool:

@@ -53,9 +53,7 @@ def _llama3_scaling(header: GgufHeader, metadata: Metadata, head_dim: int) -> di
                 "high_freq_factor": LLAMA3_HIGH,
                 "original_max_position_embeddings": LLAMA3_CONTEXT,
             }
-    raise ModelError(
-        f"{header.path}: the frequencies in {ROPE_FACTORS} are not those of a known Llama 3 model"
-    )
+    raise ModelError(f"{header.path}: the frequencies in {ROPE_FACTORS} are not those of a known Llama 3 model")
 
 
 def llama3_divisors(head_dim: int, base: float, factor: float) -> npt.NDArray[np.float64]:

@@ -59,13 +59,9 @@ def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: 
         if name is None:
             continue
         if name not in shapes:
-            raise ModelError(
-                f"{header.path}: tensor {tensor.name!r} has no place in {model.config['model_type']}"
-            )
+            raise ModelError(f"{header.path}: tensor {tensor.name!r} has no place in {model.config['model_type']}")
         if tensor.shape != shapes[name]:
-            raise ModelError(
-                f"{header.path}: tensor {tensor.name!r} is {tensor.shape}, expected {shapes[name]}"
-            )
+            raise ModelError(f"{header.path}: tensor {tensor.name!r} is {tensor.shape}, expected {shapes[name]}")
         by_name[name] = tensor
     missing = [name for name in shapes if name not in by_name]
     if missing:
@@ -98,7 +94,7 @@ def _model_shapes(model: FamilyModel) -> dict[str, tuple[int, ...]]:
     """Parameter shapes of mlx-lm's own model for this configuration. Nothing is allocated: MLX is lazy."""
     module = importlib.import_module(f"mlx_lm.models.{model.config['model_type']}")
     instance = module.Model(module.ModelArgs.from_dict(model.config))
-    parameters: dict[str, mx.array] = tree_flatten(instance.parameters(), destination={})
+    parameters: dict[str, mx.array] = dict(tree_flatten(instance.parameters()))
     return {name: tuple(array.shape) for name, array in parameters.items()}
 
 
@@ -181,9 +177,7 @@ def _write_vector(
 
 
 def _not_finite(header: GgufHeader, planned: PlannedTensor) -> ModelError:
-    return ModelError(
-        f"{header.path}: tensor {planned.source.name!r} holds NaN, or values float16 cannot hold"
-    )
+    return ModelError(f"{header.path}: tensor {planned.source.name!r} holds NaN, or values float16 cannot hold")
 
 
 def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:

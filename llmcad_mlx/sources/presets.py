@@ -93,9 +93,7 @@ class _Table:
     def take(self, key: str, kind: type[T]) -> T:
         value = self._left.pop(key, None)
         if type(value) is not kind or not value:
-            raise PresetError(
-                f"presets.toml: {self.where}.{key} is missing or not a {kind.__name__}: {value!r}"
-            )
+            raise PresetError(f"presets.toml: {self.where}.{key} is missing or not a {kind.__name__}: {value!r}")
         return value
 
     def positive(self, key: str) -> int:
@@ -107,9 +105,7 @@ class _Table:
     def matching(self, key: str, pattern: str) -> str:
         value = self.take(key, str)
         if not re.fullmatch(pattern, value):
-            raise PresetError(
-                f"presets.toml: {self.where}.{key} is {value!r}, which does not match {pattern}"
-            )
+            raise PresetError(f"presets.toml: {self.where}.{key} is {value!r}, which does not match {pattern}")
         return value
 
     def optional(self, key: str) -> object:

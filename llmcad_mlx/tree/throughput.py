@@ -40,7 +40,11 @@ class ThroughputPolicy:
         max_nodes: int = DEFAULT_MAX_NODES,
         max_width: int = 8,
     ) -> None:
-        for name, value in (("tree_nodes", tree_nodes or 1), ("max_nodes", max_nodes), ("max_width", max_width)):
+        for name, value in (
+            ("tree_nodes", tree_nodes or 1),
+            ("max_nodes", max_nodes),
+            ("max_width", max_width),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.sources = frozenset({MODEL, NGRAM})

@@ -13,10 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.layers.base import Module
-from mlx.layers.embedding import Embedding
-from mlx.layers.linear import Linear
-from mlx.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
 from llmcad_mlx.models import cpu_kernels as kernels
 

@@ -43,4 +43,4 @@ def _print_presets() -> None:
         print(f"{preset.name}: {preset.summary}")
         print(f"  target  {preset.target.repo} {preset.target.file}")
         print(f"  draft   {f'{preset.draft.repo} {preset.draft.file}' if preset.draft else NGRAM}")
-        print(f"  {preset.license}, {megabytes:,.0f} MB to download, {preset.memory_bytes / 1e9:.1f} GB in memory")
+        print(f"  {preset.license}, {megabytes:,.0f} MB to download, {preset.memory_bytes / 1e9:.1f} GB memory")

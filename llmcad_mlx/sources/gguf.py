@@ -49,7 +49,7 @@ def convert_gguf(
     plan = plan_weights(header, model, bits, group_size)
     num_source_bytes = sum(tensor.source.num_bytes for tensor in plan)
     with _new_folder(dest, sum(tensor.num_bytes for tensor in plan), force) as folder:
-        with (progress or NoProgress()).stage(f"converting {source.name}", num_source_bytes) as advance:
+        with (progress or NoProgress()).stage(f"converting to {bits}-bit groups", num_source_bytes) as advance:
             write_weights(header, plan, folder, bits, group_size, advance)
         tokenizer.save(folder)
         _write_configs(folder, model, tokenizer.ids, bits, group_size)

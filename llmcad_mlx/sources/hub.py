@@ -149,6 +149,10 @@ def _hub_errors(what: str) -> Iterator[None]:
 
 def _refused(what: str, error: errors.HfHubHTTPError) -> DownloadError:
     status = error.response.status_code
+    if status in (401, 403):
+        return DownloadError(
+            f"{what}: the hub refuses access (status {status}); check the name or run `hf auth login`"
+        )
     return DownloadError(f"{what}: the hub answered with status {status}; try again later")
 
 

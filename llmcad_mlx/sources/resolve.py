@@ -39,18 +39,18 @@ def preset_draft(target: str) -> str:
 
 def _resolve(spec: str, part: str, progress: Progress) -> Path:
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         return path
     if path.suffix == ".gguf":
         raise ModelError(_about_gguf(path))
-    if path.exists():
+    if path.is_file():
         raise ModelError(f"{spec}: is a file; give the model's folder")
     if _is_preset(spec):
         return pull_part(spec, part, progress)
     if _REPOSITORY.fullmatch(spec):
         return pull_repo(spec, progress=progress)
     names = ", ".join(preset.name for preset in list_presets())
-    raise ModelError(f"{spec}: no such folder, preset ({names}) or hub repository (org/name)")
+    raise ModelError(f"{spec!r}: no such folder, preset ({names}) or hub repository (org/name)")
 
 
 def _about_gguf(path: Path) -> str:

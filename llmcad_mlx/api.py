@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -10,21 +11,18 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
-from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.engine import Round, SpeculativeEngine
 from llmcad_mlx.errors import ContextLengthError, UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
+from llmcad_mlx.policies import make_policy
+from llmcad_mlx.prompt import Prompt, encode_prompt
 from llmcad_mlx.sampling import SamplingSettings, TargetSampler
-from llmcad_mlx.settings import DEFAULT_CHAIN_LENGTH, SpeculationSettings, StopSettings, stop_settings
+from llmcad_mlx.settings import SpeculationSettings, StopSettings, stop_settings
 from llmcad_mlx.stats import GenerationStats
 from llmcad_mlx.text_stream import Piece, TextStream
 from llmcad_mlx.tree.fixed import ChainPolicy
-from llmcad_mlx.tree.paper import PaperPolicy
 from llmcad_mlx.tree.policy import GrowthPolicy
-from llmcad_mlx.tree.throughput import DEFAULT_MAX_NODES, ThroughputPolicy
-from llmcad_mlx.tree.token_tree import MODEL, NGRAM
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 Progress = Callable[[int, int], None]
 
 _SAMPLING = {f.name for f in fields(SamplingSettings)}
@@ -36,8 +34,9 @@ _STOPPING = {"max_tokens", "stop", "stop_tokens"}
 class Response(GenerationResponse):
     """One token of a generation; extends mlx-lm's `GenerationResponse`.
 
-    `logprobs` (V,) are the target's log probabilities before penalties and temperature. `stats` is the live
-    record of the whole generation.
+    `logprobs` (V,) float32 are the target's log probabilities before penalties and temperature; they hold on to
+    the pass's logits, so keep the token instead of the response where many are kept. `stats` is the live record of
+    the whole generation.
     """
 
     stats: GenerationStats | None = None
@@ -71,11 +70,16 @@ class GenerationOptions:
         return cls(
             SamplingSettings(**{k: v for k, v in options.items() if k in _SAMPLING}),
             SpeculationSettings(**{k: v for k, v in options.items() if k in _SPECULATION}),
-            stop_settings(options.get("max_tokens", 256), options.get("stop"), options.get("stop_tokens")),
+            stop_settings(**{k: v for k, v in options.items() if k in _STOPPING}),
         )
 
 
-def load(target: str | None = None, draft: str | None = "auto", *, progress: bool = False) -> Engine:
+def load(
+    target: str | os.PathLike[str] | None = None,
+    draft: str | os.PathLike[str] | None = "auto",
+    *,
+    progress: bool = False,
+) -> Engine:
     """Load a target and its draft.
 
     target: a local mlx-lm folder, a hub repository ("org/name") or a preset; None is the embedded default.
@@ -85,7 +89,7 @@ def load(target: str | None = None, draft: str | None = "auto", *, progress: boo
 
     Raises ModelError, VocabularyError or DownloadError, each with one line that says what to do.
     """
-    return Engine(load_pair(target, draft, progress))
+    return Engine(load_pair(_name("target", target), _name("draft", draft), progress))
 
 
 class Engine:
@@ -99,9 +103,11 @@ class Engine:
         self.pair = pair
         self.tokenizer = pair.tokenizer
         self._policies: dict[SpeculationSettings, GrowthPolicy] = {}
-        self._engine = SpeculativeEngine(
+        self._engine: SpeculativeEngine | None = SpeculativeEngine(
             pair.target, pair.drafters, ChainPolicy(0), pair.profile.costs, clock=pair.clock
         )
+        self._running: TextStream | None = None
+        """The latest generation's stream: who may run rounds."""
 
     def __enter__(self) -> Engine:
         return self
@@ -112,25 +118,23 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Save the pair's profile and free models and caches. A closed engine cannot generate."""
+        """Save the pair's profile and free models and caches. A closed engine cannot generate; closing it again
+        does nothing."""
         if self._engine is None:
             return
         self.pair.profile.save()
-        self._engine = None  # type: ignore[assignment]
+        self._engine = self._running = None
         self.pair.release()
         mx.clear_cache()
 
     def generate(self, prompt: Prompt, on_progress: Progress | None = None, **options: Any) -> Result:
         """Generate to the end; options as for `stream_generate`."""
-        responses = list(self.stream_generate(prompt, on_progress, **options))
-        stats = responses[-1].stats
-        assert stats is not None
-        return Result(
-            "".join(r.text for r in responses),
-            [r.token for r in responses],
-            str(responses[-1].finish_reason),
-            stats,
-        )
+        pieces, tokens = [], []
+        for response in self.stream_generate(prompt, on_progress, **options):
+            pieces.append(response.text)
+            tokens.append(response.token)
+        assert response.stats is not None  # at least one token was asked for
+        return Result("".join(pieces), tokens, str(response.finish_reason), response.stats)
 
     def stream_generate(
         self,
@@ -148,58 +152,60 @@ class Engine:
         `SamplingSettings` (temperature, top_p, top_k, min_p, seed, penalties, logit_bias, logits_processors) and
         of `SpeculationSettings` (policy, tree_nodes). The same seed gives the same text under every policy.
 
+        A new generation ends one that is still running. Whatever ends a generation early, closing the iterator and
+        exceptions included, the next one works, and reuses what both prompts begin with.
+
         Raises UsageError, which is a ValueError, naming the option; ContextLengthError for a prompt longer than
         the model's context. A generation that reaches the end of the context ends with "length".
         """
-        if self._engine is None:
-            raise UsageError("this engine is closed; load it again")
+        self._open_engine()
         checked = GenerationOptions.of(options)
+        for token in checked.stopping.stop_tokens:
+            if token >= self.pair.vocab_size:
+                raise UsageError(f"stop_tokens: {token} is not in the vocabulary of {self.pair.vocab_size}")
+        sampler = TargetSampler(checked.sampling, self.pair.vocab_size)
         tokens = self.encode(prompt)
         limit = self._token_limit(len(tokens), checked.stopping.max_tokens)
-        return self._run(tokens, checked, limit, on_progress, on_round)
+        stream = TextStream(self.tokenizer, checked.stopping, self.tokenizer.eos_token_ids, limit)
+        policy = self._policy(checked.speculation)
+        return self._run(tokens, policy, sampler, stream, on_progress or (lambda done, total: None), on_round)
 
     def _run(
         self,
-        tokens: list[int],
-        options: GenerationOptions,
-        limit: int | None,
-        on_progress: Progress | None,
+        prompt: list[int],
+        policy: GrowthPolicy,
+        sampler: TargetSampler,
+        stream: TextStream,
+        on_progress: Progress,
         on_round: Callable[[Round], None] | None,
     ) -> Iterator[Response]:
-        engine, stats = self._engine, GenerationStats()
-        engine.policy = self._policy(options.speculation)
-        sampler = TargetSampler(options.sampling, self.pair.vocab_size)
-        stream = TextStream(self.tokenizer, options.stopping, self.tokenizer.eos_token_ids, limit)
-        engine.start(tokens, stats, on_progress or (lambda done, total: None))
+        # No local name for the engine: a generation that is left standing must not keep a closed one in memory.
+        stats, clock = GenerationStats(), self.pair.clock
+        self._open_engine().policy = policy
+        self._running = stream
+        self._open_engine(stream).start(prompt, stats, on_progress)
         while stream.finish_reason is None:
-            done = engine.round(sampler, stats, stream.push)
+            before, started = stats.decode_s, clock()
+            try:
+                done = self._open_engine(stream).round(sampler, stats, stream.push)
+                responses = _responses(stream.take(), done, stats)
+            finally:
+                stats.decode_s = before + clock() - started
             if on_round is not None:
                 on_round(done)
-            accepted = done.walk.num_accepted
-            for index, piece in enumerate(stream.take()):
-                yield _response(piece, index < accepted, done, index, stats)
+            yield from responses
+
+    def _open_engine(self, stream: TextStream | None = None) -> SpeculativeEngine:
+        """The engine, for anyone or for the generation of `stream`. Raises UsageError when it is not to be had."""
+        if self._engine is None:
+            raise UsageError("this engine is closed; load the model again")
+        if stream is not None and stream is not self._running:
+            raise UsageError("this generation ended when a newer one began; run one at a time")
+        return self._engine
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises UsageError for an empty or malformed one."""
-        if isinstance(prompt, str):
-            bos = self.tokenizer.bos_token
-            special = bos is None or not prompt.startswith(bos)
-            tokens = list(self.tokenizer.encode(prompt, add_special_tokens=special)) if prompt else []
-        elif prompt and all(isinstance(item, Mapping) for item in prompt):
-            tokens = self._encode_chat([dict(item) for item in prompt])  # type: ignore[arg-type]
-        else:
-            tokens = [_checked_token(item, self.pair.vocab_size) for item in prompt]
-        if not tokens:
-            raise UsageError("prompt: it is empty; give text, messages or at least one token")
-        return tokens
-
-    def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        for message in messages:
-            if not isinstance(message.get("role"), str) or "content" not in message:
-                raise UsageError('prompt: every message needs "role" and "content"')
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise UsageError("prompt: this model has no chat template; give the prompt as text")
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        return encode_prompt(prompt, self.tokenizer, self.pair.vocab_size)
 
     def _token_limit(self, prompt_tokens: int, max_tokens: int) -> int | None:
         context = self.pair.context_length
@@ -213,51 +219,40 @@ class Engine:
 
     def _policy(self, settings: SpeculationSettings) -> GrowthPolicy:
         if settings not in self._policies:
-            self._policies[settings] = make_policy(settings, self.pair.drafters, self.pair)
+            self._policies[settings] = make_policy(settings, self.pair.drafters, self.pair.profile)
         return self._policies[settings]
 
 
-def make_policy(settings: SpeculationSettings, drafters: Sequence[Drafter], pair: LoadedPair) -> GrowthPolicy:
-    """The growth policy that `settings` name, learning into the pair's profile."""
-    profile = pair.profile
-    if settings.policy == "throughput":
-        return ThroughputPolicy(
-            profile.costs, profile.calibration, settings.tree_nodes, max_nodes=DEFAULT_MAX_NODES
+def _responses(pieces: Sequence[Piece], done: Round, stats: GenerationStats) -> list[Response]:
+    """One response for each token of a round."""
+    before = stats.generated_tokens - len(done.walk.tokens)
+    responses = []
+    for index, piece in enumerate(pieces):
+        logits = done.verification.logits[done.walk.visited[index]]
+        responses.append(
+            Response(
+                text=piece.text,
+                token=piece.token,
+                logprobs=logits - mx.logsumexp(logits),  # computed when somebody looks
+                from_draft=index < done.walk.num_accepted,
+                prompt_tokens=stats.prompt_tokens,
+                prompt_tps=stats.prompt_tokens_per_s,
+                generation_tokens=before + index + 1,
+                generation_tps=stats.tokens_per_s,
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=piece.finish_reason,
+                stats=stats,
+            )
         )
-    sources = [d.source for d in drafters]
-    main = MODEL if MODEL in sources else NGRAM
-    if settings.policy == "paper":
-        return PaperPolicy(settings.tree_nodes or DEFAULT_MAX_NODES, main)
-    if settings.policy == "plain":
-        return ChainPolicy(0)
-    return ChainPolicy(DEFAULT_CHAIN_LENGTH if settings.tree_nodes is None else settings.tree_nodes - 1, main)
+    return responses
 
 
-def _response(piece: Piece, from_draft: bool, done: Round, index: int, stats: GenerationStats) -> Response:
-    logits = done.verification.logits[done.walk.visited[index]]
-    fresh = stats.generated_tokens
-    return Response(
-        text=piece.text,
-        token=piece.token,
-        logprobs=logits - mx.logsumexp(logits),
-        from_draft=from_draft,
-        prompt_tokens=stats.prompt_tokens,
-        prompt_tps=stats.prompt_tokens_per_s,
-        generation_tokens=fresh - len(done.walk.tokens) + index + 1,
-        generation_tps=stats.tokens_per_s,
-        peak_memory=mx.get_peak_memory() / 1e9,
-        finish_reason=piece.finish_reason,
-        stats=stats,
-    )
+def _name(option: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
+    raise UsageError(f"{option}: give a folder, repository or preset, not {value!r}")
 
 
-def _checked_token(item: Any, vocab_size: int) -> int:
-    if isinstance(item, bool) or not hasattr(item, "__index__"):
-        raise UsageError(f"prompt: {item!r} is neither a token id nor a message")
-    token = int(item)
-    if not 0 <= token < vocab_size:
-        raise UsageError(f"prompt: token {token} is not in the vocabulary of {vocab_size}")
-    return token
-
-
-__all__ = ["Engine", "GenerationOptions", "Prompt", "Response", "Result", "load", "make_policy"]
+__all__ = ["Engine", "GenerationOptions", "Prompt", "Response", "Result", "load"]

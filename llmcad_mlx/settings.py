@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,6 +12,7 @@ POLICIES: tuple[str, ...] = get_args(PolicyName)
 
 DEFAULT_CHAIN_LENGTH = 4
 _MAX_TREE_NODES = 4096
+_MAX_TOKEN = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,10 @@ class SpeculationSettings:
 
 @dataclass(frozen=True, slots=True)
 class StopSettings:
-    """When a generation ends: `max_tokens` (-1: no limit), stop token ids, stop strings."""
+    """When a generation ends: `max_tokens` (-1: no limit), stop token ids, stop strings.
+
+    Raises UsageError naming the option.
+    """
 
     max_tokens: int = 256
     stop_tokens: frozenset[int] = frozenset()
@@ -48,24 +51,24 @@ class StopSettings:
         value = self.max_tokens
         if isinstance(value, bool) or not isinstance(value, int) or value == 0 or value < -1:
             raise UsageError(f"max_tokens: {value!r} is out of range; give 1 or more, or -1 for no limit")
+        for token in self.stop_tokens:
+            check_integer("stop_tokens", token, 0, _MAX_TOKEN)
+        if not all(isinstance(text, str) and text for text in self.stop_strings):
+            raise UsageError("stop: give a non-empty string or a list of them")
 
 
-def stop_settings(
-    max_tokens: int, stop: str | Sequence[str] | None, stop_tokens: Sequence[int] | None
-) -> StopSettings:
-    """Build `StopSettings` from what users write: one stop string or several, a list of token ids."""
-    if stop is None:
-        strings: tuple[str, ...] = ()
-    elif isinstance(stop, str):
-        strings = (stop,)
-    else:
-        strings = tuple(stop)
-    if not all(isinstance(text, str) and text for text in strings):
-        raise UsageError("stop: give a non-empty string or a list of them")
-    ids = tuple(stop_tokens or ())
-    for token in ids:
-        check_integer("stop_tokens", token, 0, 2**31)
-    return StopSettings(max_tokens, frozenset(ids), strings)
+def stop_settings(max_tokens: Any = 256, stop: Any = None, stop_tokens: Any = None) -> StopSettings:
+    """Build `StopSettings` from what users write: one stop string or several, token ids in any collection."""
+    strings = (stop,) if isinstance(stop, str) else _as_tuple("stop", "non-empty strings", stop)
+    return StopSettings(max_tokens, frozenset(_as_tuple("stop_tokens", "token ids", stop_tokens)), strings)
+
+
+def _as_tuple(name: str, what: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise UsageError(f"{name}: give a list of {what}, not {value!r}")
+    return tuple(value)
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> None:

@@ -35,10 +35,10 @@ class TextStream:
         self._stops = StopStrings(settings.stop_strings) if settings.stop_strings else None
         self._left = limit
         self.finish_reason: str | None = None
-        self.pieces: list[Piece] = []
+        self._pieces: list[Piece] = []
 
     def push(self, token: int) -> bool:
-        """Take the next token; True when it is the last. The piece goes to `pieces`."""
+        """Take the next token; True when it is the last. `take` hands out its piece."""
         if self._left is not None:
             self._left -= 1
         if token in self._ends:
@@ -49,12 +49,12 @@ class TextStream:
             feed = self._stops.feed(text)
             if feed.matched:
                 self.finish_reason = "stop"
-                self.pieces.append(Piece(token, feed.emit, "stop"))
+                self._pieces.append(Piece(token, feed.emit, "stop"))
                 return True
             text = feed.emit
         if self._left == 0:
             return self._end(token, text, "length")
-        self.pieces.append(Piece(token, text, None))
+        self._pieces.append(Piece(token, text, None))
         return False
 
     def _end(self, token: int, text: str, reason: str) -> bool:
@@ -65,10 +65,10 @@ class TextStream:
             rest = feed.emit if feed.matched else feed.emit + self._stops.flush()
             reason = "stop" if feed.matched else reason
         self.finish_reason = reason
-        self.pieces.append(Piece(token, text + rest, reason))
+        self._pieces.append(Piece(token, text + rest, reason))
         return True
 
     def take(self) -> list[Piece]:
         """The pieces since the last call."""
-        pieces, self.pieces = self.pieces, []
+        pieces, self._pieces = self._pieces, []
         return pieces

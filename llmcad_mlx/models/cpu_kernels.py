@@ -37,7 +37,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 LANES = 16
-FEW_ROWS = 6  # up to here `matmul_few` is faster
+FEW_ROWS = 20  # up to here `matmul_few` is faster, although each tile of 6 rows unpacks the weights anew
 K_BLOCK = 32  # chunks of a block of weights unpacked together
 N_BLOCK = 8  # weight rows of that block: with K_BLOCK, 32 KB that stay in the first-level cache
 
@@ -69,6 +69,13 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind = ir.FunctionType(a.type, [a.type] * 3)
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(function, [a, b, c])
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at `address`; harmless where nothing is mapped."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, _I8.as_pointer()), _I32(0), _I32(3), _I32(1)])
 
 
 def _splat(builder: Any, scalar: Any) -> Any:
@@ -197,6 +204,7 @@ def _tile_packed(typing, weight, scales, w, w_step, s, b, s_step, shift, x, chun
         for n in range(num_weights):
             w_at = builder.add(builder.add(w, w_offset), builder.mul(w_step, _I64(n)))
             s_row = builder.add(s_offset, builder.mul(s_step, _I64(n)))
+            _prefetch(builder, builder.add(w_at, builder.mul(w_step, _I64(num_weights))))
             unpacked.append(
                 _unpack(builder, weight.dtype, scales.dtype, w_at, builder.add(s, s_row), builder.add(b, s_row))
             )
@@ -295,6 +303,16 @@ def pack_rows(x: np.ndarray, first: int, rows: int, split: bool, out: np.ndarray
                     out[at + half + i] = x[first + m, c * 32 + 16 + i]
 
 
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def _tile_bounds(rows):  # type: ignore[no-untyped-def]
+    """Where tiles of at most 6 rows begin and end, as even as possible: (tiles + 1,)."""
+    tiles = (rows + 5) // 6
+    bounds = np.empty(tiles + 1, np.int64)
+    for tile in range(tiles + 1):
+        bounds[tile] = tile * rows // tiles
+    return bounds
+
+
 @nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
 def _tile_packed_any(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, rows):  # type: ignore[no-untyped-def]
     if rows == 1:
@@ -327,37 +345,90 @@ def _tile_unpacked_any(w, w_step, x, chunks, acc, rows):  # type: ignore[no-unty
         _tile_unpacked(w, w_step, x, chunks, acc, 4, 1)
 
 
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def _few_block(packed, bounds, weight, scales, biases, shift, chunks, block, out):  # type: ignore[no-untyped-def]
+    """Columns [4 * block, 4 * block + 4) of out, for all rows."""
+    n = min(block * 4, weight.shape[0] - 4)
+    w_at = weight.ctypes.data + n * weight.strides[0]
+    s_at = scales.ctypes.data + n * scales.strides[0]
+    b_at = biases.ctypes.data + n * scales.strides[0]
+    for tile in range(len(bounds) - 1):
+        first, last = bounds[tile], bounds[tile + 1]
+        _tile_packed_any(
+            weight, scales, w_at, weight.strides[0], s_at, b_at, scales.strides[0], shift,
+            packed.ctypes.data + first * chunks * 128, chunks,
+            out.ctypes.data + 4 * n + first * out.strides[0], out.strides[0], last - first,
+        )  # fmt: skip
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def _pack_all(x, bounds, split):  # type: ignore[no-untyped-def]
+    packed = np.empty(x.size, np.float32)
+    width = x.shape[1]
+    for tile in range(len(bounds) - 1):
+        first, last = bounds[tile], bounds[tile + 1]
+        pack_rows(x, first, last - first, split, packed[first * width : last * width])
+    return packed
+
+
 @nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
 def matmul_few(x, weight, scales, biases, shift, split, out):  # type: ignore[no-untyped-def]
     """out (M, N) = x (M, K) @ weight.T for few rows: weights are unpacked in registers, never stored."""
-    rows, chunks, num_out = x.shape[0], x.shape[1] // 32, weight.shape[0]
-    tiles = (rows + 5) // 6
-    packed = np.empty(x.size, np.float32)
-    for tile in range(tiles):
-        first, last = tile * rows // tiles, (tile + 1) * rows // tiles
-        pack_rows(x, first, last - first, split, packed[first * chunks * 32 : last * chunks * 32])
-    blocks = (num_out + 3) // 4
-    for block in nb.prange(blocks):
-        n = min(block * 4, num_out - 4)
-        for tile in range(tiles):
-            first, last = tile * rows // tiles, (tile + 1) * rows // tiles
-            _tile_packed_any(
-                weight, scales,
-                weight.ctypes.data + n * weight.strides[0], weight.strides[0],
-                scales.ctypes.data + n * scales.strides[0], biases.ctypes.data + n * scales.strides[0],
-                scales.strides[0], shift, packed.ctypes.data + first * chunks * 128, chunks,
-                out.ctypes.data + 4 * n + first * out.strides[0], out.strides[0], last - first,
-            )  # fmt: skip
+    chunks = x.shape[1] // 32
+    bounds = _tile_bounds(x.shape[0])
+    packed = _pack_all(x, bounds, split)
+    for block in nb.prange((weight.shape[0] + 3) // 4):
+        _few_block(packed, bounds, weight, scales, biases, shift, chunks, block, out)
+
+
+@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
+def matmul_few_pair(x, first, second, out1, out2):  # type: ignore[no-untyped-def]
+    """Two `matmul_few` of one input in one parallel region: waking threads costs more than a small product.
+
+    first, second: (weight, scales, biases, shift, split) of equal types and equal `split`.
+    """
+    w1, s1, b1, shift1, split, _ = first
+    w2, s2, b2, shift2, _, _ = second
+    chunks = x.shape[1] // 32
+    bounds = _tile_bounds(x.shape[0])
+    packed = _pack_all(x, bounds, split)
+    blocks1 = (w1.shape[0] + 3) // 4
+    for item in nb.prange(blocks1 + (w2.shape[0] + 3) // 4):
+        if item < blocks1:
+            _few_block(packed, bounds, w1, s1, b1, shift1, chunks, item, out1)
+        else:
+            _few_block(packed, bounds, w2, s2, b2, shift2, chunks, item - blocks1, out2)
+
+
+@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
+def matmul_few_three(x, first, second, third, out1, out2, out3):  # type: ignore[no-untyped-def]
+    """Three `matmul_few` of one input in one parallel region; see `matmul_few_pair`."""
+    w1, s1, b1, shift1, split, _ = first
+    w2, s2, b2, shift2, _, _ = second
+    w3, s3, b3, shift3, _, _ = third
+    chunks = x.shape[1] // 32
+    bounds = _tile_bounds(x.shape[0])
+    packed = _pack_all(x, bounds, split)
+    blocks1 = (w1.shape[0] + 3) // 4
+    blocks2 = blocks1 + (w2.shape[0] + 3) // 4
+    for item in nb.prange(blocks2 + (w3.shape[0] + 3) // 4):
+        if item < blocks1:
+            _few_block(packed, bounds, w1, s1, b1, shift1, chunks, item, out1)
+        elif item < blocks2:
+            _few_block(packed, bounds, w2, s2, b2, shift2, chunks, item - blocks1, out2)
+        else:
+            _few_block(packed, bounds, w3, s3, b3, shift3, chunks, item - blocks2, out3)
 
 
 @nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
 def matmul_many(x, weight, scales, biases, shift, split, threads, out):  # type: ignore[no-untyped-def]
     """out (M, N) = x (M, K) @ weight.T for many rows: a block of weights is unpacked once for all rows."""
     rows, chunks, num_out = x.shape[0], x.shape[1] // 32, weight.shape[0]
-    tiles = (rows + 5) // 6
+    bounds = _tile_bounds(rows)
+    tiles = len(bounds) - 1
     packed = np.empty(x.size, np.float32)
     for tile in nb.prange(tiles):
-        first, last = tile * rows // tiles, (tile + 1) * rows // tiles
+        first, last = bounds[tile], bounds[tile + 1]
         pack_rows(x, first, last - first, split, packed[first * chunks * 32 : last * chunks * 32])
     blocks = (num_out + N_BLOCK - 1) // N_BLOCK
     for thread in nb.prange(threads):
@@ -378,7 +449,7 @@ def matmul_many(x, weight, scales, biases, shift, split, threads, out):  # type:
                         shift, start, count, unpacked.ctypes.data + i * K_BLOCK * 128,
                     )  # fmt: skip
                 for tile in range(tiles):
-                    first, last = tile * rows // tiles, (tile + 1) * rows // tiles
+                    first, last = bounds[tile], bounds[tile + 1]
                     x_at = packed.ctypes.data + 4 * (first * chunks * 32 + start * 32 * (last - first))
                     for i in range(0, width, 4):
                         _tile_unpacked_any(
@@ -386,7 +457,7 @@ def matmul_many(x, weight, scales, biases, shift, split, threads, out):  # type:
                             acc.ctypes.data + (first * N_BLOCK + i * (last - first)) * 64, last - first,
                         )  # fmt: skip
             for tile in range(tiles):
-                first, last = tile * rows // tiles, (tile + 1) * rows // tiles
+                first, last = bounds[tile], bounds[tile + 1]
                 count = last - first
                 for i in range(0, width, 4):
                     for m in range(count):

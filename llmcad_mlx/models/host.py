@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import mlx.core as mx
@@ -17,6 +18,10 @@ def prepare_for_host(model: Module) -> None:
     """On a Linux CPU: float32 activations and the host kernels. Elsewhere nothing changes."""
     if not host_kernels_wanted():
         return
+    # Waiting threads spin for about 0.1 ms, then sleep. By default they spin for milliseconds: where something else
+    # runs on the machine that keeps their partner off the core, and a forward takes thirty times as long. Without
+    # any spinning, waking up costs a small model half its speed. Read when the threads start.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Imported here because numba is a dependency on Linux only.
     from llmcad_mlx.models.cpu_block import install_host_blocks
     from llmcad_mlx.models.cpu_linear import install_host_kernels

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-SCALE_DTYPE = "float16"
 NATIVE_BITS = 4
 NATIVE_GROUP = 32
 Q4_K_BLOCK = 256
@@ -39,18 +38,29 @@ class Groups:
     biases: Halves
 
 
+class NotFiniteError(ValueError):
+    """A block holds NaN, infinity, or a value that float16 cannot hold."""
+
+
 def is_native(kind: GGMLQuantizationType, bits: int, group_size: int) -> bool:
     """Whether blocks of this type keep their codes."""
     return kind in _NATIVE and bits == NATIVE_BITS and group_size == NATIVE_GROUP
 
 
 def group_rows(raw: Bytes, kind: GGMLQuantizationType, bits: int, group_size: int) -> Groups:
-    """Turn raw rows, (rows, bytes per row) uint8, into MLX groups."""
+    """Turn raw rows, (rows, bytes per row) uint8, into MLX groups.
+
+    Raises NotFiniteError, and NotImplementedError as `values` does.
+    """
     if not is_native(kind, bits, group_size):
-        return _quantised(values(raw, kind), bits, group_size)
-    if kind == GGMLQuantizationType.Q4_K:
-        return _from_q4_k(raw)
-    return _from_q4_0(raw) if kind == GGMLQuantizationType.Q4_0 else _from_q4_1(raw)
+        groups = _quantised(values(raw, kind), bits, group_size)
+    elif kind == GGMLQuantizationType.Q4_K:
+        groups = _from_q4_k(raw)
+    else:
+        groups = _from_q4_0(raw) if kind == GGMLQuantizationType.Q4_0 else _from_q4_1(raw)
+    require_finite(groups.scales)
+    require_finite(groups.biases)
+    return groups
 
 
 def values(raw: Bytes, kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
@@ -66,6 +76,7 @@ def values(raw: Bytes, kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
 
 
 def _quantised(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Groups:
+    require_finite(weights)  # mx.quantize skips NaN in silence
     codes, scales, biases = mx.quantize(mx.array(weights), group_size=group_size, bits=bits)
     half = [part.astype(mx.float16) for part in (scales, biases)]
     mx.eval(codes, *half)
@@ -95,9 +106,14 @@ def _from_q4_k(raw: Bytes) -> Groups:
     codes = _split_nibbles(blocks[..., 16:].reshape(num_rows, -1, 4, 32))
     return Groups(
         _packed(codes),
-        scales.reshape(num_rows, -1).astype(SCALE_DTYPE),
-        (-mins).reshape(num_rows, -1).astype(SCALE_DTYPE),
+        _rounded(scales.reshape(num_rows, -1)),
+        _rounded(-mins.reshape(num_rows, -1)),
     )
+
+
+def _rounded(numbers: npt.NDArray[np.float32]) -> Halves:
+    with np.errstate(over="ignore"):  # becomes infinite and is refused
+        return numbers.astype(np.float16)
 
 
 def _six_bit_factors(packed: Bytes) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -123,6 +139,7 @@ def _packed(codes: Bytes) -> npt.NDArray[np.uint32]:
     return np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4").astype(np.uint32, copy=False)
 
 
-def all_finite(*arrays: npt.NDArray[Any]) -> bool:
-    """Whether no array holds NaN or infinity."""
-    return all(bool(np.isfinite(array).all()) for array in arrays)
+def require_finite(array: npt.NDArray[Any]) -> None:
+    """Raise NotFiniteError when the array holds NaN or infinity."""
+    if not np.isfinite(array).all():
+        raise NotFiniteError

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.sources.gguf_families import FamilyModel
-from llmcad_mlx.sources.gguf_groups import Groups, all_finite, group_rows, values
+from llmcad_mlx.sources.gguf_groups import Groups, NotFiniteError, group_rows, require_finite, values
 from llmcad_mlx.sources.gguf_header import GgufHeader, GgufTensor, read_rows
 from llmcad_mlx.sources.safetensors_writer import SafetensorsWriter, TensorSpec
 
@@ -30,7 +30,7 @@ OnBytes = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A GGUF tensor and where it goes. `module` is mlx-lm's name without .weight when it is quantised."""
+    """A GGUF tensor and where it goes: `name` is mlx-lm's; a quantised one has codes, scales and biases."""
 
     source: GgufTensor
     name: str
@@ -140,44 +140,33 @@ def _write_tensor(
     on_bytes: OnBytes,
 ) -> None:
     tensor = planned.source
-    for first, raw in _chunks(header, planned):
-        try:
+    what = f"{header.path}: tensor {tensor.name!r}"
+    try:
+        for first, raw in _chunks(header, planned):
             if planned.quantised:
-                groups = group_rows(raw, tensor.kind, bits, group_size)
+                _write_groups(planned, writer, first, group_rows(raw, tensor.kind, bits, group_size))
             else:
-                _write_vector(header, planned, writer, raw)
-                continue
-        except NotImplementedError:
-            raise ModelError(
-                f"{header.path}: tensor {tensor.name!r} has type {tensor.kind.name}, which is not supported"
-            ) from None
-        _write_groups(header, planned, writer, first, groups)
-        on_bytes(raw.nbytes)
+                _write_vector(planned, writer, raw)
+            on_bytes(raw.nbytes)
+    except NotImplementedError:
+        raise ModelError(f"{what} has type {tensor.kind.name}, which is not supported") from None
+    except NotFiniteError:
+        raise ModelError(f"{what} holds NaN, or values float16 cannot hold") from None
 
 
-def _write_groups(
-    header: GgufHeader, planned: PlannedTensor, writer: SafetensorsWriter, first: int, groups: Groups
-) -> None:
-    if not all_finite(groups.scales, groups.biases):
-        raise _not_finite(header, planned)
+def _write_groups(planned: PlannedTensor, writer: SafetensorsWriter, first: int, groups: Groups) -> None:
     parts: tuple[npt.NDArray[Any], ...] = (groups.codes, groups.scales, groups.biases)
     for spec, part in zip(planned.specs, parts, strict=True):
         writer.write(spec.name, first, part)
 
 
-def _write_vector(
-    header: GgufHeader, planned: PlannedTensor, writer: SafetensorsWriter, raw: npt.NDArray[np.uint8]
-) -> None:
-    vector = values(raw, planned.source.kind).reshape(-1).astype(np.float16)
+def _write_vector(planned: PlannedTensor, writer: SafetensorsWriter, raw: npt.NDArray[np.uint8]) -> None:
+    with np.errstate(over="ignore"):  # becomes infinite and is refused
+        vector = values(raw, planned.source.kind).reshape(-1).astype(np.float16)
+    require_finite(vector)
     if planned.heads_to_unpair:
         vector = _unpaired(vector, planned.heads_to_unpair)
-    if not all_finite(vector):
-        raise _not_finite(header, planned)
     writer.write(planned.name, 0, vector)
-
-
-def _not_finite(header: GgufHeader, planned: PlannedTensor) -> ModelError:
-    return ModelError(f"{header.path}: tensor {planned.source.name!r} holds NaN, or values float16 cannot hold")
 
 
 def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:

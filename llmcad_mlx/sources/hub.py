@@ -1,4 +1,4 @@
-"""Files and repositories from the Hugging Face hub, with its own resume, cache and progress bars.
+"""Files and repositories from the Hugging Face hub, through huggingface_hub, with its bars and its cache.
 
 A hub that cannot be reached is found out by one short request first: left to itself huggingface_hub retries
 for half a minute (23 s measured without DNS).
@@ -7,6 +7,7 @@ for half a minute (23 s measured without DNS).
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import urllib.error
 import urllib.request
@@ -15,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from llmcad_mlx.errors import DownloadError
@@ -65,24 +68,39 @@ def require_hub() -> None:
         raise _unreachable(error) from None
 
 
-def fetch_hub_file(source: FileSource, folder: Path, progress: Progress) -> Path:
-    """The file of `source`, downloaded into `folder`; a download that was cut off continues.
+def fetch_hub_file(source: FileSource, part: Path, progress: Progress) -> None:
+    """Complete `part`, which may hold the beginning of the file, from the hub.
+
+    huggingface_hub's own download starts anew in every process since version 2; its `http_get` can continue.
 
     Raises HubUnreachableError when the connection fails, DownloadError when the hub answers but does not
-    give the file.
+    give the file. What arrived stays in `part` for the next try.
     """
     require_hub()
+    endpoint = hub_endpoint()
     with _hub_errors(f"{source.repo}/{source.file}"):
-        return Path(
-            hf_hub_download(
-                source.repo,
-                source.file,
-                revision=source.revision,
-                local_dir=folder,
-                etag_timeout=ETAG_TIMEOUT_S,
-                endpoint=hub_endpoint(),
+        url = hf_hub_url(source.repo, source.file, revision=source.revision, endpoint=endpoint)
+        found = get_hf_file_metadata(url, timeout=ETAG_TIMEOUT_S, endpoint=endpoint)
+        _check_announced(source, found.size, found.etag)
+        with part.open("ab") as out:
+            http_get(
+                url,
+                out,
+                resume_size=out.tell(),
+                headers=build_hf_headers(),
+                expected_size=source.num_bytes,
+                displayed_filename=source.file,
                 tqdm_class=_bars(progress),
             )
+
+
+def _check_announced(source: FileSource, num_bytes: int | None, etag: str | None) -> None:
+    """Refuse another file before it is downloaded. The etag of a large file is its sha256."""
+    is_sha256 = etag is not None and re.fullmatch("[0-9a-f]{64}", etag)
+    if (num_bytes is not None and num_bytes != source.num_bytes) or (is_sha256 and etag != source.sha256):
+        raise DownloadError(
+            f"{source.repo}/{source.file}: the hub has another file under this name "
+            f"({num_bytes} bytes, sha256 {etag}; expected {source.num_bytes}, {source.sha256})"
         )
 
 

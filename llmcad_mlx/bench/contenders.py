@@ -1,0 +1,184 @@
+"""Variants made runnable: each with caches, policy and learned costs of its own, on shared weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.generate import generation_stream, stream_generate
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.utils import load_model
+
+from llmcad_mlx.api import Engine
+from llmcad_mlx.bench.records import Generation
+from llmcad_mlx.bench.variants import MLX_LM_DRAFT, Variant, needs_mlx_lm
+from llmcad_mlx.bench.wrong_drafter import WrongDrafter
+from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting.model_drafter import ModelDrafter
+from llmcad_mlx.drafting.ngram_drafter import NgramDrafter
+from llmcad_mlx.errors import UsageError
+from llmcad_mlx.loader import LoadedPair
+from llmcad_mlx.models.loading import cast_to_fp32
+from llmcad_mlx.profile import PairProfile
+from llmcad_mlx.settings import SpeculationSettings
+from llmcad_mlx.stats import GenerationStats
+from llmcad_mlx.target.resident import ResidentTarget
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What all variants generate with."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Contender(Protocol):
+    """A variant that can generate, over and over, each time from an empty cache."""
+
+    @property
+    def name(self) -> str: ...
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generation:
+        """Generate after the tokens of `prompt`, to an end-of-sequence token or `max_tokens`."""
+
+
+class EngineContender:
+    """Our engine with one speculation setting. What it learns about costs is kept from run to run."""
+
+    def __init__(self, name: str, pair: LoadedPair, settings: SpeculationSettings) -> None:
+        self.name = name
+        self._pair = pair
+        self._engine = Engine(pair)
+        self._settings = settings
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generation:
+        self._forget()
+        tokens, stats = [], GenerationStats()
+        started = time.perf_counter()
+        for response in self._engine.stream_generate(
+            prompt,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            policy=self._settings.policy,
+            tree_nodes=self._settings.tree_nodes,
+        ):
+            tokens.append(response.token)
+            stats = response.stats or stats
+        seconds = time.perf_counter() - started
+        return Generation(tuple(tokens), len(tokens), len(prompt), stats.prompt_s, seconds - stats.prompt_s, stats)
+
+    def _forget(self) -> None:
+        """Empty the caches, so that no prompt is taken over from the run before."""
+        self._pair.target.truncate(0)
+        for drafter in self._pair.drafters:
+            drafter.truncate(0)
+
+
+class MlxLmContender:
+    """mlx-lm's own generation, with or without its draft model."""
+
+    def __init__(self, name: str, model: Module, tokenizer: Any, draft_model: Module | None = None) -> None:
+        self.name = name
+        self._model = model
+        self._tokenizer = tokenizer
+        self._draft_model = draft_model
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generation:
+        mx.random.seed(sampling.seed)
+        sampler = make_sampler(sampling.temperature)
+        tokens: list[int] = []
+        prompt_s = 0.0
+        started = time.perf_counter()
+        for response in stream_generate(
+            self._model,
+            self._tokenizer,
+            list(prompt),
+            sampling.max_tokens,
+            draft_model=self._draft_model,
+            sampler=sampler,
+        ):
+            if not tokens:
+                prompt_s = time.perf_counter() - started
+            tokens.append(response.token)
+        seconds = time.perf_counter() - started
+        # It has started on a token that nobody will ask for; that must not run into the next variant's time.
+        mx.synchronize(generation_stream)
+        return Generation(tuple(tokens), len(tokens) - 1, len(prompt), prompt_s, seconds - prompt_s, None)
+
+
+def make_contenders(
+    variants: Sequence[Variant], pair: LoadedPair, draft_path: Path | None = None
+) -> list[Contender]:
+    """Runnable variants on the pair's weights.
+
+    draft_path: the draft model's folder, None when there is none. mlx-lm's variants get a second copy of the
+    weights, loaded by mlx-lm, and on a CPU cast to float32. Raises UsageError for mlx-lm-draft without a draft.
+    """
+    check_variants(variants, draft_path is not None)
+    theirs = {}
+    if needs_mlx_lm(variants):
+        theirs = _mlx_lm_contenders(variants, pair, draft_path)
+    return [
+        theirs[variant.name]
+        if variant.settings is None
+        else EngineContender(variant.name, variant_pair(pair, variant), variant.settings)
+        for variant in variants
+    ]
+
+
+def check_variants(variants: Sequence[Variant], has_draft_model: bool) -> None:
+    """Raises UsageError for a variant that needs a draft model where there is none."""
+    if not has_draft_model and any(variant.name == MLX_LM_DRAFT for variant in variants):
+        raise UsageError(f"variants: {MLX_LM_DRAFT} needs a draft model; name one with --draft")
+
+
+def variant_pair(pair: LoadedPair, variant: Variant) -> LoadedPair:
+    """The same models with caches, drafters and learned costs of their own; nothing is saved to disk."""
+    return replace(
+        pair,
+        target=ResidentTarget(pair.target.model, pair.vocab_size),
+        drafters=_drafters(pair, variant),
+        profile=PairProfile(None),
+    )
+
+
+def _drafters(pair: LoadedPair, variant: Variant) -> list[Drafter]:
+    if variant.drafters == "none" or pair.target.capability == "plain":
+        return []
+    models = [ModelDrafter(d.model) for d in pair.drafters if isinstance(d, ModelDrafter)]
+    if variant.drafters == "wrong":
+        inner: Drafter = models[0] if models else NgramDrafter()
+        return [WrongDrafter(inner, pair.vocab_size)]
+    if variant.drafters == "ngram":
+        return [NgramDrafter()]
+    return [NgramDrafter(), *models] if pair.drafters else []
+
+
+def _mlx_lm_contenders(
+    variants: Sequence[Variant], pair: LoadedPair, draft_path: Path | None
+) -> dict[str, MlxLmContender]:
+    """mlx-lm's variants by name, on one copy of the target."""
+    model = _mlx_lm_model(pair.target_path)
+    found = {}
+    for variant in variants:
+        if variant.settings is None:
+            draft_model = None
+            if draft_path is not None and variant.name == MLX_LM_DRAFT:
+                draft_model = _mlx_lm_model(draft_path)
+            found[variant.name] = MlxLmContender(variant.name, model, pair.tokenizer, draft_model)
+    return found
+
+
+def _mlx_lm_model(path: Path) -> Module:
+    model: Module = load_model(path)[0]
+    if mx.default_device() == mx.cpu:
+        cast_to_fp32(model)
+    return model

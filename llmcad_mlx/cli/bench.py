@@ -1,0 +1,133 @@
+"""`llmcad-mlx bench`: compare ways of decoding, interleaved in one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmcad_mlx.bench.variants import DEFAULT_VARIANTS, variant_help
+from llmcad_mlx.cli import options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from llmcad_mlx.bench.tables import Table
+
+
+def bench(
+    target: options.Target = None,
+    draft: options.Draft = "auto",
+    variants: Annotated[
+        str, typer.Option("--variants", help=f"Comma-separated: {variant_help()}.")
+    ] = DEFAULT_VARIANTS,
+    domains: Annotated[
+        str,
+        typer.Option(
+            "--domains",
+            help="Comma-separated: code, explanation, sql, translation (the default), repeat, long, or all.",
+        ),
+    ] = "",
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="Prompts of your own: a TOML file like the package's prompts.toml."),
+    ] = None,
+    max_tokens: options.MaxTokens = 128,
+    repeat: Annotated[int, typer.Option("--repeat", help="Repetitions of all prompts.")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", help="Prompts run before measuring.")] = 2,
+    temp: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json, bench.md and plots.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Time matrix kernels by rows instead; loads no model.")
+    ] = False,
+    json_output: options.Json = False,
+) -> None:
+    """Compare ways of decoding on the same prompts, interleaved; prints medians, ratios and mismatches."""
+    from llmcad_mlx.bench.benchmark import BenchPlan, run_benchmark
+    from llmcad_mlx.bench.output import make_folder, report_json, report_tables, write_report
+
+    plan = BenchPlan.of(variants, domains, prompts, max_tokens, repeat, warmup, temp, seed)
+    if out is not None:
+        make_folder(out)
+    if kernels:
+        _kernels(repeat, out, json_output)
+        return
+    argv = ["llmcad-mlx", *sys.argv[1:]]
+    with _progress(plan.num_generations) as on_turn:
+        report = run_benchmark(plan, target, draft, not json_output, on_turn)
+    if json_output:
+        print(json.dumps(report_json(report, argv)))
+    else:
+        _print_tables(report_tables(report), report.notes)
+    problem = write_report(report, out, argv) if out is not None else None
+    if problem is not None:
+        print(problem, file=sys.stderr)
+    if report.interrupted:
+        raise KeyboardInterrupt
+
+
+def _kernels(repeat: int, out: Path | None, json_output: bool) -> None:
+    from llmcad_mlx.bench.kernels import kernel_notes, kernel_table, time_kernels
+    from llmcad_mlx.bench.output import to_markdown
+    from llmcad_mlx.loader import device_name
+    from llmcad_mlx.machine import this_machine
+
+    times = time_kernels(repeat=repeat)
+    notes = kernel_notes(device_name())
+    report = {
+        "device": device_name(),
+        "machine": asdict(this_machine()),
+        "notes": notes,
+        "times": [asdict(entry) for entry in times],
+    }
+    if json_output:
+        print(json.dumps(report))
+    else:
+        _print_tables([kernel_table(times)], notes)
+    if out is not None:
+        (out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (out / "kernels.md").write_text(to_markdown([kernel_table(times)], notes) + "\n", encoding="utf-8")
+
+
+def _print_tables(tables: Sequence[Table], notes: Sequence[str]) -> None:
+    """A terminal gets drawn tables, a file or pipe Markdown."""
+    from rich.console import Console
+
+    from llmcad_mlx.bench.output import to_markdown
+
+    if not sys.stdout.isatty():
+        print(to_markdown(tables, notes))
+        return
+    console = Console(highlight=False)
+    for table in tables:
+        console.print(table.to_rich())
+    for note in notes:
+        console.print(note, style="dim", markup=False)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr while it is a terminal; the callback is called before each generation."""
+    if not sys.stderr.isatty():
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Four redraws a second are enough, and take nothing from what is measured.
+    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as progress:
+        task = progress.add_task("loading", total=total)
+
+        def on_turn(name: str) -> None:
+            shown = progress.tasks[0]
+            progress.update(task, description=name, advance=0 if shown.description == "loading" else 1)
+
+        yield on_turn

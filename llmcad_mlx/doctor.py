@@ -1,0 +1,190 @@
+"""What a user reports when something does not work: this machine, this installation, and a model on it."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from llmcad_mlx.errors import LlmcadError
+from llmcad_mlx.machine import Machine, this_machine
+from llmcad_mlx.sources.cache_folder import home_folder
+
+_DISTRIBUTION = "llmcad-mlx"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFindings:
+    """What loading a model showed. `max_difference`: of tree to sequential logits, 0.0 is bit for bit."""
+
+    path: str
+    capability: str
+    reason: str
+    max_difference: float
+    vocab_size: int
+    context_length: int | None
+    num_layers: int
+    num_host_layers: int
+    """Layers that run on the host kernels' decoder block."""
+    weight_bytes: int
+    load_s: float
+    probe_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All findings; `problems` has a line for each thing that is broken."""
+
+    machine: Machine
+    device: str | None
+    """What MLX computes on, None when it does not."""
+    host_kernels: bool
+    models_folder: Path
+    models_folder_free_bytes: int | None
+    mlx_lm_tested: str
+    """The tested versions, e.g. "<0.33,>=0.32.2"."""
+    model: ModelFindings | None
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, one level for the machine and one object for the model."""
+        return {
+            **asdict(self.machine),
+            "device": self.device,
+            "host_kernels": self.host_kernels,
+            "models_folder": str(self.models_folder),
+            "models_folder_free_bytes": self.models_folder_free_bytes,
+            "mlx_lm_tested": self.mlx_lm_tested,
+            "model": None if self.model is None else asdict(self.model),
+            "problems": list(self.problems),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    device: str | None
+    host_kernels: bool
+    problems: tuple[str, ...]
+
+
+def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis:
+    """Examine the installation and, if one is named, a model: a folder, a preset or a hub repository.
+
+    A preset or repository that is not there yet is fetched first. Nothing is raised for what is broken; it
+    becomes a line of `problems`.
+    """
+    machine, home = this_machine(), home_folder()
+    backend = _examine_backend()
+    tested = supported_versions("mlx-lm")
+    problems = [*backend.problems, *_version_problems(machine, tested)]
+    findings = None
+    if model is not None and backend.device is not None:
+        outcome = _examine_model(model, show_progress)
+        if isinstance(outcome, str):
+            problems.append(outcome)
+        else:
+            findings = outcome
+    return Diagnosis(
+        machine=machine,
+        device=backend.device,
+        host_kernels=backend.host_kernels,
+        models_folder=home,
+        models_folder_free_bytes=_free_bytes(home),
+        mlx_lm_tested=tested,
+        model=findings,
+        problems=tuple(problems),
+    )
+
+
+def supported_versions(package: str, requirements: Iterable[str] | None = None) -> str:
+    """The versions of `package` that this one was tested with, from its own metadata; "" if it says nothing."""
+    if requirements is None:
+        try:
+            requirements = requires(_DISTRIBUTION) or ()
+        except PackageNotFoundError:
+            requirements = ()
+    for line in requirements:
+        requirement = Requirement(line)
+        if requirement.name == package and (requirement.marker is None or requirement.marker.evaluate()):
+            return str(requirement.specifier)
+    return ""
+
+
+def _version_problems(machine: Machine, tested: str) -> list[str]:
+    installed = machine.versions.get("mlx-lm")
+    if installed is None:
+        return [f"mlx-lm: not installed; install it with: pip install 'mlx-lm{tested}'"]
+    if not Requirement(f"mlx-lm{tested}").specifier.contains(installed, prereleases=True):
+        return [f"mlx-lm: version {installed} is not tested; install it with: pip install 'mlx-lm{tested}'"]
+    return []
+
+
+def _examine_backend() -> _Backend:
+    """Import MLX, compute something, and import what the host kernels need."""
+    try:
+        mx = importlib.import_module("mlx.core")
+        mx.eval(mx.ones((2, 2)) @ mx.ones((2, 2)))
+    except Exception as error:  # a broken native library fails in its own ways
+        return _Backend(None, False, (f"mlx: does not work ({_line(error)}); install it again",))
+    try:
+        device = importlib.import_module("llmcad_mlx.loader").device_name()
+        wanted = importlib.import_module("llmcad_mlx.models.host").host_kernels_wanted()
+    except Exception as error:
+        return _Backend(None, False, (f"llmcad-mlx: does not load ({_line(error)}); install it again",))
+    if not wanted:
+        return _Backend(device, False, ())
+    try:
+        importlib.import_module("llmcad_mlx.models.cpu_kernels")
+    except Exception as error:
+        problem = f"host kernels: numba does not work ({_line(error)}); install it again"
+        return _Backend(device, False, (problem,))
+    return _Backend(device, True, ())
+
+
+def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
+    """The findings, or the problem in one line."""
+    from llmcad_mlx.loader import load_tree_model
+    from llmcad_mlx.sources.resolve import resolve_target
+
+    try:
+        path = resolve_target(name, show_progress)
+        started = time.perf_counter()
+        _, model = load_tree_model(path)
+    except LlmcadError as error:
+        return f"model: {_line(error)}"
+    except Exception as error:
+        return f"model: {name}: cannot be loaded ({type(error).__name__}: {_line(error)})"
+    return ModelFindings(
+        path=str(path),
+        capability=model.capability,
+        reason=model.reason,
+        max_difference=model.report.max_difference,
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        num_layers=len(model.layers),
+        num_host_layers=sum(hasattr(layer, "_host_block") for layer in model.layers),
+        weight_bytes=model.weight_bytes,
+        load_s=time.perf_counter() - started - model.report.seconds,
+        probe_s=model.report.seconds,
+    )
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """Free space where `folder` is or would be created."""
+    for place in (folder, *folder.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

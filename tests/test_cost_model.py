@@ -1,0 +1,142 @@
+"""Step times: what is predicted between, below and beyond what was measured, and what survives a file."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmcad_mlx.tree.cost_model import CostModel, StepTimes
+
+seconds = st.floats(1e-6, 10.0)
+observations = st.lists(st.tuples(st.integers(1, 64), seconds), min_size=1, max_size=40)
+
+
+def times_of(*pairs: tuple[int, float]) -> StepTimes:
+    times = StepTimes()
+    for rows, took in pairs:
+        times.observe(rows, took)
+    return times
+
+
+def test_nothing_measured_predicts_nothing() -> None:
+    times = StepTimes()
+    assert not times
+    assert times.predict(5) == 0.0
+    assert 1 not in times
+
+
+def test_measured_counts_are_predicted_as_measured_and_others_on_the_line_between() -> None:
+    times = times_of((1, 1.0), (5, 3.0), (9, 3.0))
+    assert times
+    assert 5 in times
+    assert 4 not in times
+    assert [times.predict(rows) for rows in (1, 2, 3, 5, 7, 9)] == [1.0, 1.5, 2.0, 3.0, 3.0, 3.0]
+
+
+def test_beyond_the_largest_the_average_slope_goes_on() -> None:
+    times = times_of((1, 1.0), (5, 3.0))
+    assert times.predict(9) == pytest.approx(5.0)
+
+
+def test_beyond_the_largest_a_row_always_costs_something() -> None:
+    """Two equal times must not promise that rows are free for ever."""
+    times = times_of((1, 1.0), (4, 1.0))
+    assert 1.0 < times.predict(40) < times.predict(80)
+
+
+def test_a_single_measurement_tells_about_all_counts() -> None:
+    times = times_of((8, 1.7))
+    assert 0.0 < times.predict(1) < times.predict(4) < 1.7 < times.predict(16)
+
+
+def test_one_disturbed_measurement_changes_little() -> None:
+    times = times_of(*[(1, 1.0)] * 4, (1, 50.0), (1, 1.0))
+    assert times.predict(1) == 1.0
+
+
+def test_old_measurements_are_forgotten() -> None:
+    times = times_of(*[(1, 1.0)] * 50, *[(1, 3.0)] * 8)
+    assert times.predict(1) == 3.0
+
+
+def test_more_rows_never_take_less_time() -> None:
+    times = times_of((1, 2.0), (4, 1.0), (8, 3.0))
+    assert times.predict(4) == 2.0
+    assert times.predict(6) == 2.5
+
+
+@given(observations)
+def test_predictions_never_fall_with_rows(pairs: list[tuple[int, float]]) -> None:
+    times = times_of(*pairs)
+    predicted = [times.predict(rows) for rows in range(1, 100)]
+    assert all(a <= b * (1 + 1e-12) for a, b in zip(predicted, predicted[1:], strict=False))
+    assert predicted[0] > 0.0
+    assert all(map(math.isfinite, predicted))
+
+
+@pytest.mark.parametrize(("rows", "took"), [(0, 1.0), (-3, 1.0), (1, -0.1), (1, math.nan), (1, math.inf)])
+def test_impossible_measurements_are_refused(rows: int, took: float) -> None:
+    times = StepTimes()
+    with pytest.raises(ValueError, match="cannot take"):
+        times.observe(rows, took)
+    assert not times
+
+
+@given(observations, observations)
+def test_what_was_saved_predicts_the_same(draft: list[tuple[int, float]], verify: list[tuple[int, float]]) -> None:
+    model = CostModel(times_of(*draft), times_of(*verify))
+    again = CostModel.from_dict(json.loads(json.dumps(model.to_dict())))
+    for rows in range(1, 70):
+        assert again.draft.predict(rows) == model.draft.predict(rows)
+        assert again.verify.predict(rows) == model.verify.predict(rows)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        "costs",
+        {},
+        {"draft": {}},
+        {"verify": {}},
+        {"draft": {}, "verify": []},
+        {"draft": {}, "verify": None},
+        {"draft": {}, "verify": {"one": 1.0}},
+        {"draft": {}, "verify": {"0": 1.0}},
+        {"draft": {}, "verify": {"1": "fast"}},
+        {"draft": {}, "verify": {"1": True}},
+        {"draft": {}, "verify": {"1": None}},
+        {"draft": {}, "verify": {"1": -1.0}},
+        {"draft": {}, "verify": {"1": math.nan}},
+        {"draft": {}, "verify": {"1": math.inf}},
+        {"draft": {}, "verify": {"1": 10**400}},
+    ],
+    ids=lambda data: repr(data)[:60],
+)
+def test_bad_data_is_refused(data: object) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - the message is for the log; the kind is what callers rely on
+        CostModel.from_dict(data)
+
+
+def test_rates() -> None:
+    costs = CostModel()
+    assert costs.plain_rate == 0.0
+    assert costs.speculative_rate is None
+    assert costs.rate == 0.0
+    costs.verify.observe(1, 0.5)
+    assert costs.plain_rate == costs.rate == 2.0
+    costs.observe_round(3, 1.0)
+    assert costs.speculative_rate == costs.rate == 3.0
+    costs.observe_round(1, 1.0)
+    assert 1.0 < (costs.speculative_rate or 0.0) < 3.0
+    for _ in range(100):
+        costs.observe_round(1, 1.0)
+    assert costs.speculative_rate == pytest.approx(1.0, rel=1e-3)
+    assert costs.rate == 2.0  # plain decoding is the better way to spend a second
+    costs.forget_rate()
+    assert costs.speculative_rate is None

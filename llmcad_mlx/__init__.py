@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-from llmcad_mlx.api import Engine, Response, Result, load
-from llmcad_mlx.errors import (
-    ContextLengthError,
-    DownloadError,
-    GenerationError,
-    LlmcadError,
-    ModelError,
-    UsageError,
-    VocabularyError,
-)
-from llmcad_mlx.stats import GenerationStats
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmcad_mlx.api import Engine as Engine
+    from llmcad_mlx.api import Response as Response
+    from llmcad_mlx.api import Result as Result
+    from llmcad_mlx.api import load as load
+    from llmcad_mlx.errors import ContextLengthError as ContextLengthError
+    from llmcad_mlx.errors import DownloadError as DownloadError
+    from llmcad_mlx.errors import GenerationError as GenerationError
+    from llmcad_mlx.errors import LlmcadError as LlmcadError
+    from llmcad_mlx.errors import ModelError as ModelError
+    from llmcad_mlx.errors import UsageError as UsageError
+    from llmcad_mlx.errors import VocabularyError as VocabularyError
+    from llmcad_mlx.stats import GenerationStats as GenerationStats
 
 __version__ = "0.1.0"
+
+# Imported on first use: `llmcad-mlx --help` and `doctor` must work, and work fast, without MLX.
+_MODULES = {
+    "Engine": "api",
+    "Response": "api",
+    "Result": "api",
+    "load": "api",
+    "GenerationStats": "stats",
+    "ContextLengthError": "errors",
+    "DownloadError": "errors",
+    "GenerationError": "errors",
+    "LlmcadError": "errors",
+    "ModelError": "errors",
+    "UsageError": "errors",
+    "VocabularyError": "errors",
+}
 
 __all__ = [
     "ContextLengthError",
@@ -31,3 +52,9 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"llmcad_mlx.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'llmcad_mlx' has no attribute {name!r}")

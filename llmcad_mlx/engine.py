@@ -75,10 +75,11 @@ class SpeculativeEngine:
             while leaves := self.policy.next_leaves(tree, drafter.source):
                 started = self.clock()
                 proposals = drafter.expand(tree, leaves)
-                if drafter.rows_fed:
+                if drafter.rows_fed != 0:
                     seconds = self.clock() - started
-                    self.costs.draft.observe(drafter.rows_fed, seconds)
                     stats.draft_s += seconds
+                    if drafter.rows_fed is not None:
+                        self.costs.draft.observe(drafter.rows_fed, seconds)
                 for leaf, candidates in zip(leaves, proposals, strict=True):
                     self.policy.add(tree, leaf, candidates)
         return tree

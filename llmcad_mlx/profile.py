@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ class PairProfile:
                 costs = CostModel.from_dict(data.get("costs"))
                 self.calibration = Calibration.from_dict(data.get("calibration"))
                 self.costs = costs
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 self.calibration = Calibration()
 
     def save(self) -> None:
@@ -45,14 +46,16 @@ class PairProfile:
             "costs": self.costs.to_dict(),
             "calibration": self.calibration.to_dict(),
         }
-        try:
+        with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                json.dump(data, file)
-            os.replace(name, self._path)
-        except OSError:
-            return
+            try:
+                with os.fdopen(handle, "w") as file:
+                    json.dump(data, file)
+                os.replace(name, self._path)
+            except BaseException:
+                os.unlink(name)
+                raise
 
 
 def profile_path(home: Path, models: Sequence[Path | str], device: str) -> Path:

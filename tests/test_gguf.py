@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.sources import gguf_weights
-from llmcad_mlx.sources.cache_folder import model_folder
 from llmcad_mlx.sources.disk import DiskError
 from llmcad_mlx.sources.gguf import convert_gguf
 from llmcad_mlx.sources.gguf_families import read_family
@@ -30,6 +29,7 @@ from llmcad_mlx.sources.gguf_metadata import Metadata
 from llmcad_mlx.sources.gguf_rope import llama3_divisors
 from llmcad_mlx.sources.gguf_tokenizer import read_tokenizer
 from llmcad_mlx.sources.gguf_weights import plan_weights
+from llmcad_mlx.sources.pull import pull_part
 from tests.tiny_gguf import HEAD_DIM, HIDDEN, TinyGguf, write_tiny_gguf
 
 
@@ -156,15 +156,26 @@ def test_other_blocks_are_quantised_anew_within_a_step(kind: Kind) -> None:
     assert (error <= 1.01 * step + 2e-3).all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_fitted_groups_are_better_than_spanning_each_group(bits: int, group_size: int) -> None:
+    weights = np.random.default_rng(3).standard_normal((16, 256)).astype(np.float32)
+    spanned = mx.dequantize(*mx.quantize(mx.array(weights), group_size, bits), group_size, bits)
+    ours = dequantised(weights.view(np.uint8), Kind.F32, bits, group_size)
+    assert np.square(weights - ours).sum() < 0.95 * np.square(weights - np.array(spanned)).sum()
+
+
+def test_constant_and_zero_groups() -> None:
+    weights = np.repeat(np.array([[0.0, 0.5, -3.0, 2.0**-20]], np.float32), 32, axis=1)
+    assert np.array_equal(dequantised(weights.view(np.uint8), Kind.F32), weights)
+
+
 # --- whole models -----------------------------------------------------------------------------------------
 
 
 def reference(tiny: TinyGguf, name: str) -> np.ndarray:
-    """A weight as mlx-lm's own 4-bit conversion of the Hugging Face model would hold it."""
-    matrix = mx.array(tiny.weights[name])
-    codes, scales, biases = mx.quantize(matrix, 32, 4)
-    scales, biases = (part.astype(mx.float16).astype(mx.float32) for part in (scales, biases))
-    return np.array(mx.dequantize(codes, scales, biases, 32, 4))
+    """A weight of the Hugging Face model, in its own row order, after 4-bit quantisation."""
+    return dequantised(tiny.weights[name].view(np.uint8), Kind.F32)
 
 
 def loaded(folder: Path) -> dict[str, np.ndarray]:
@@ -428,7 +439,7 @@ def greedy(folder: Path, question: str, num_tokens: int) -> str:
 
 @pytest.mark.embedded
 def test_embedded_model_answers() -> None:
-    folder = model_folder("smollm2-135m", "target")
+    folder = pull_part("smollm2-135m", "target")
     assert greedy(folder, "What is the capital of France?", 8) == "The capital of France is Paris."
 
 
@@ -442,4 +453,4 @@ def test_embedded_model_answers() -> None:
     ],
 )
 def test_converted_draft_answers(question: str, answer: str) -> None:
-    assert answer in greedy(model_folder("qwen2.5-coder-1.5b", "draft"), question, 16)
+    assert answer in greedy(pull_part("qwen2.5-coder-1.5b", "draft"), question, 16)

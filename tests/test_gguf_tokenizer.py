@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.sources.cache_folder import model_folder
 from llmcad_mlx.sources.gguf import convert_gguf
 from llmcad_mlx.sources.gguf_header import read_gguf_header
 from llmcad_mlx.sources.gguf_metadata import Metadata
 from llmcad_mlx.sources.gguf_tokenizer import read_tokenizer
+from llmcad_mlx.sources.pull import pull_part
 from tests.tiny_gguf import END, TEMPLATE, write_tiny_gguf
 
 CORPUS = (
@@ -189,7 +189,7 @@ def round_trip(folder: Path) -> None:
 
 @pytest.mark.embedded
 def test_embedded_tokenizer() -> None:
-    folder = model_folder("smollm2-135m", "target")
+    folder = pull_part("smollm2-135m", "target")
     round_trip(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.encode("Hello world 12") == EMBEDDED_IDS
@@ -202,7 +202,7 @@ EMBEDDED_IDS = [19556, 905, 216, 33, 34]
 @pytest.mark.large
 @pytest.mark.parametrize("part", ["target", "draft"])
 def test_qwen_tokenizer(part: str) -> None:
-    folder = model_folder("qwen2.5-coder-1.5b", part)
+    folder = pull_part("qwen2.5-coder-1.5b", part)
     round_trip(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.encode("Hello world") == [9707, 1879]

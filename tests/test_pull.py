@@ -16,10 +16,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from llmcad_mlx.errors import DownloadError, ModelError
+from llmcad_mlx.cli import pull as pull_command
+from llmcad_mlx.errors import DownloadError, ModelError, UsageError
 from llmcad_mlx.sources import disk, mirror, pull, resolve
 from llmcad_mlx.sources.cache_folder import files_folder, home_folder
-from llmcad_mlx.sources.presets import FileSource, Mirror, Preset
+from llmcad_mlx.sources.presets import FileSource, Mirror, Preset, list_presets
 from llmcad_mlx.sources.progress import NoProgress, StreamProgress
 from tests.hub_stand_in import HubStandIn, hub_stand_in
 from tests.tiny_gguf import write_tiny_gguf
@@ -348,6 +349,13 @@ def test_incomplete_folder_is_made_again(tiny_preset: Preset, damage: str) -> No
     assert weights.read_bytes() == whole
 
 
+def test_leftovers_of_a_killed_process_are_removed(tiny_preset: Preset) -> None:
+    parent = home_folder() / "models" / "tiny"
+    (parent / ".target.killed").mkdir(parents=True)
+    folder = pull.pull_preset("tiny").target
+    assert [item.name for item in parent.iterdir() if item.is_dir()] == [folder.name]
+
+
 def test_keep_source(tiny_preset: Preset) -> None:
     pull.pull_preset("tiny", keep_source=True)
     assert (files_folder() / f"{tiny_preset.target.sha256}.gguf").exists()
@@ -447,3 +455,26 @@ def test_resolve_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ModelError) as caught:
         resolve.resolve_target(spec)
     assert message in str(caught.value)
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    pull_command.pull(None, list_names=True)
+    printed = capsys.readouterr().out
+    for preset in list_presets():
+        assert f"{preset.name}: {preset.summary}" in printed
+    assert "Apache-2.0, 1,609 MB to download" in printed
+
+
+def test_command_prints_the_folders(tiny_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
+    pull_command.pull("tiny")
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [str(home_folder() / "models" / "tiny" / "target")]
+    assert "downloading tiny.gguf from the hub" in captured.err
+
+
+def test_command_needs_a_name() -> None:
+    with pytest.raises(UsageError, match="name a preset"):
+        pull_command.pull(None)

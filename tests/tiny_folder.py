@@ -38,27 +38,29 @@ VOCAB = len(token_ids())
 def make_folder(
     path: Path, *, seed: int = 0, noise: float = 0.0, context: int = 512, template: bool = True, **shape: Any
 ) -> Path:
-    """Write the folder and return it.
+    """Write a llama folder and return it.
 
     `noise` moves the weights of the model of the same `seed`: a draft that is right now and then.
     `context`: max_position_embeddings. `shape`: as for `tiny_llama`.
     """
-    path.mkdir(parents=True)
     model = tiny_llama(seed, vocab=VOCAB, **shape)
     if noise:
         mx.random.seed(seed + 1000)
         model.update(tree_map(lambda p: p + noise * mx.random.normal(p.shape), model.parameters()))
+    args = {key: value for key, value in vars(model.args).items() if value is not None and key != "layer_types"}
+    return write_folder(path, model, {**args, "max_position_embeddings": context}, template)
+
+
+def write_folder(path: Path, model: Any, config: dict[str, Any], template: bool = True) -> Path:
+    """Write any model with this module's tokenizer; the model may have fewer tokens."""
+    path.mkdir(parents=True)
     mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    args = vars(model.args)
-    config = {key: value for key, value in args.items() if value is not None and key != "layer_types"}
-    (path / "config.json").write_text(
-        json.dumps({**config, "max_position_embeddings": context, "eos_token_id": EOS})
-    )
+    (path / "config.json").write_text(json.dumps({**config, "eos_token_id": EOS}))
     make_tokenizer().save(str(path / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": SPECIAL[EOS],
-        "model_max_length": context,
+        "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))

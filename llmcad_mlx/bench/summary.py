@@ -89,10 +89,12 @@ def run_mismatches(runs: Sequence[Run], comparable: bool = True) -> list[int | N
 
 
 def decode_rate(run: Run) -> float | None:
+    """Tokens per second of decoding."""
     return run.tokens_per_s
 
 
 def prompt_rate(run: Run) -> float | None:
+    """Tokens per second of prompt processing."""
     return run.prompt_tokens_per_s
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from llmcad_mlx.errors import GenerationError
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.policy import Candidates
 
@@ -21,7 +24,7 @@ def top_candidates(
 
     Candidates are ranked by `TargetSampler.draft_scores` for the row's position, and their confidence is the
     softmax of those scores: at T = 0 the draft's own probability, above it a probability given the noise that
-    the target will use too.
+    the target will use too. Raises GenerationError for logits that are not finite where it matters.
     """
     if mx.default_device() == mx.cpu:
         rows = np.asarray(logits.astype(mx.float32))
@@ -48,7 +51,10 @@ def _best_of(scores: npt.NDArray[np.float32], count: int) -> Candidates:
     order = np.argpartition(some, len(some) - count)[len(some) - count :]
     order = order[np.argsort(-some[order], kind="stable")]
     top = some[order]
-    total = np.exp(scores - top[0]).sum()
+    with np.errstate(invalid="ignore"):
+        total = float(np.exp(scores - top[0]).sum())
+    if not math.isfinite(total):
+        raise _broken_draft()
     return Candidates(tokens[order].tolist(), (np.exp(top - top[0]) / total).tolist())
 
 
@@ -66,8 +72,18 @@ def _on_device(logits: mx.array, positions: Sequence[int], sampler: TargetSample
     order = mx.argsort(-top, axis=-1)
     tokens = mx.take_along_axis(tokens, order, axis=-1)
     top = mx.take_along_axis(top, order, axis=-1)
-    confidences = mx.exp(top - mx.logsumexp(scores, axis=-1, keepdims=True))
+    # Rounding must not make a probability of more than 1; a NaN stays one.
+    confidences = mx.minimum(mx.exp(top - mx.logsumexp(scores, axis=-1, keepdims=True)), 1.0)
     mx.eval(tokens, confidences)
     ids: list[list[int]] = tokens.tolist()  # type: ignore[assignment]
     values: list[list[float]] = confidences.tolist()  # type: ignore[assignment]
+    if not all(map(math.isfinite, itertools.chain.from_iterable(values))):
+        raise _broken_draft()
     return [Candidates(t, c) for t, c in zip(ids, values, strict=True)]
+
+
+def _broken_draft() -> GenerationError:
+    return GenerationError(
+        "the draft's logits contain NaN or infinity; its file is damaged or its precision too low: "
+        "pull it again, or choose another draft"
+    )

@@ -25,8 +25,9 @@ class Drafter(Protocol):
         """What the nodes' `source` says, e.g. "model" or "ngram"."""
 
     @property
-    def rows_fed(self) -> int:
-        """Rows of the last `expand`'s forward, 0 when it did none: what its time is filed under."""
+    def rows_fed(self) -> int | None:
+        """What the time of the last `expand` is filed under: the rows of its forward, 0 when it did none,
+        None when it did more than a usual step."""
 
     def prefill(
         self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]

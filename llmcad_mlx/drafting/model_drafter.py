@@ -14,7 +14,8 @@ from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.policy import Candidates
 from llmcad_mlx.tree.token_tree import MODEL, ROOT, TokenTree
 
-_CATCH_UP_CHUNK = 512  # tokens of a missed stretch fed in one forward
+_FED_WITH_NODES = 6  # missed tokens; more go through the model's body first, without the head
+_WINDOW = 32  # tokens read again after a long break
 
 
 class ModelDrafter:
@@ -33,7 +34,8 @@ class ModelDrafter:
             raise ValueError(f"a draft must be able to take tokens back; {model.reason}")
         self.model = model
         self.cache = cache
-        self.rows_fed = 0
+        self.rows_fed: int | None = 0
+        self._start = 0  # index in the sequence of the cache's first token
         self._num_candidates = num_candidates
         self._tokens: Sequence[int] = ()
         self._sampler: TargetSampler | None = None
@@ -45,6 +47,8 @@ class ModelDrafter:
         self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
     ) -> None:
         """Feed all but the last token, which is the first root."""
+        if self._start:
+            self._restart(0)
         missing = tokens[self.cache.length : len(tokens) - 1]
         self.model.prefill(missing, self.cache, on_progress=on_progress, should_stop=should_stop)
 
@@ -60,15 +64,13 @@ class ModelDrafter:
         return [self._ready.pop(leaf, Candidates((), ())) for leaf in leaves]
 
     def _feed(self, tree: TokenTree, leaves: Sequence[int]) -> None:
-        missed = list(self._tokens[self.cache.length :]) if ROOT not in self._slots else []
-        if len(missed) > _CATCH_UP_CHUNK:
-            self.model.prefill(missed[:-1], self.cache)
-            missed = missed[-1:]
+        missed, caught_up = self._missed() if ROOT not in self._slots else ([], False)
         nodes = self._unfed(tree, leaves)
         if self.model.capability == "chain":
             nodes = self._as_chain(tree, nodes)
-        self.rows_fed = len(missed) + len(nodes)
-        if not self.rows_fed:
+        num_rows = len(missed) + len(nodes)
+        self.rows_fed = None if caught_up else num_rows
+        if not num_rows:
             return
         tokens = [*missed, *(tree.tokens[node] for node in nodes)]
         first = self.cache.num_slots
@@ -82,6 +84,26 @@ class ModelDrafter:
         self._propose(tree, [ROOT, *nodes] if missed else nodes, result.logits[max(len(missed) - 1, 0) :])
         if missed:
             self._caught_up = list(range(first, first + len(missed)))
+
+    def _missed(self) -> tuple[list[int], bool]:
+        """The tokens to feed before any node, and whether many others had to be fed first.
+
+        A few are fed with the nodes. More than a few mean that the policy has left this drafter alone: reading
+        all of what was written meanwhile could cost more than drafting ever gains, so it starts again from the
+        last tokens. The next prompt is read in full again.
+        """
+        missed = list(self._tokens[self._start + self.cache.length :])
+        if len(missed) <= _FED_WITH_NODES:
+            return missed, False
+        if len(missed) > _WINDOW:
+            self._restart(max(0, len(self._tokens) - _WINDOW))
+            missed = list(self._tokens[self._start :])
+        self.model.prefill(missed[:-1], self.cache)
+        return missed[-1:], True
+
+    def _restart(self, start: int) -> None:
+        self.cache.truncate(0)
+        self._start = start
 
     def _unfed(self, tree: TokenTree, leaves: Sequence[int]) -> list[int]:
         """The nodes to feed, parents first: the leaves and their ancestors, without those that have slots."""
@@ -118,4 +140,6 @@ class ModelDrafter:
 
     def truncate(self, length: int) -> None:
         self.cache.rollback()
-        self.cache.truncate(min(length, self.cache.length))
+        if length <= self._start:
+            self._restart(0)
+        self.cache.truncate(min(length - self._start, self.cache.length))

@@ -19,6 +19,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
 from llmcad_mlx.models import cpu_kernels as kernels
+from llmcad_mlx.models.host import HostLayer
 
 _CHUNK = 32  # weights the kernels unpack at a time; the input dimension must be a multiple
 _SHIFTS = {32: 0, 64: 1, 128: 2}  # group size -> log2(chunks per group)
@@ -98,17 +99,17 @@ def _linear(layer: Any, x: mx.array) -> mx.array:
     return out + layer["bias"] if "bias" in layer else out
 
 
-class HostLinear(Linear):
+class HostLinear(HostLayer, Linear):
     def __call__(self, x: mx.array) -> mx.array:
         return _linear(self, x)
 
 
-class HostQuantizedLinear(QuantizedLinear):
+class HostQuantizedLinear(HostLayer, QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         return _linear(self, x)
 
 
-class HostEmbedding(Embedding):
+class HostEmbedding(HostLayer, Embedding):
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x).astype(mx.float32)
 
@@ -116,7 +117,7 @@ class HostEmbedding(Embedding):
         return _linear(self, x)
 
 
-class HostQuantizedEmbedding(QuantizedEmbedding):
+class HostQuantizedEmbedding(HostLayer, QuantizedEmbedding):
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x).astype(mx.float32)
 

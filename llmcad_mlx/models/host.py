@@ -9,6 +9,10 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 
+class HostLayer:
+    """Marks a layer that runs on the host kernels, in float32 whatever its weights are stored in."""
+
+
 def host_kernels_wanted() -> bool:
     """True where MLX would run on a CPU without Apple's Accelerate."""
     return mx.default_device() == mx.cpu and platform.system() == "Linux"
@@ -18,9 +22,9 @@ def prepare_for_host(model: Module) -> None:
     """On a Linux CPU: float32 activations and the host kernels. Elsewhere nothing changes."""
     if not host_kernels_wanted():
         return
-    # Waiting threads spin for about 0.1 ms, then sleep. By default they spin for milliseconds: where something else
-    # runs on the machine that keeps their partner off the core, and a forward takes thirty times as long. Without
-    # any spinning, waking up costs a small model half its speed. Read when the threads start.
+    # Waiting threads spin for about 0.1 ms, then sleep. By default they spin for milliseconds: where something
+    # else runs on the machine that keeps their partner off the core, and a forward takes thirty times as long.
+    # Without any spinning, waking up costs a small model half its speed. Read when the threads start.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Imported here because numba is a dependency on Linux only.
     from llmcad_mlx.models.cpu_block import install_host_blocks

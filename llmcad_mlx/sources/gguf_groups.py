@@ -2,44 +2,24 @@
 
 Blocks that already are 4-bit codes in groups of 32 with a scale and an offset (Q4_0, Q4_1, Q4_K) keep their
 codes; only a Q4_K scale, a product of two numbers, is rounded to float16. Everything else is dequantised and
-quantised anew. Layouts: ggml's `ggml-quants.c` and `gguf.quants`.
+fitted anew. Layouts: ggml's `ggml-quants.c` and `gguf.quants`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from llmcad_mlx.sources.group_fit import Groups, Halves, fit_groups, packed_codes, require_finite
+
 NATIVE_BITS = 4
 NATIVE_GROUP = 32
-Q4_K_BLOCK = 256
 
 _NATIVE = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K)
 
 Bytes = npt.NDArray[np.uint8]
-Halves = npt.NDArray[np.float16]
-
-
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """Rows of one quantised matrix.
-
-    codes: (rows, columns * bits / 32) uint32; scales, biases: (rows, columns / group_size) float16.
-    """
-
-    codes: npt.NDArray[np.uint32]
-    scales: Halves
-    biases: Halves
-
-
-class NotFiniteError(ValueError):
-    """A block holds NaN, infinity, or a value that float16 cannot hold."""
 
 
 def is_native(kind: GGMLQuantizationType, bits: int, group_size: int) -> bool:
@@ -53,7 +33,7 @@ def group_rows(raw: Bytes, kind: GGMLQuantizationType, bits: int, group_size: in
     Raises NotFiniteError, and NotImplementedError as `values` does.
     """
     if not is_native(kind, bits, group_size):
-        groups = _quantised(values(raw, kind), bits, group_size)
+        groups = fit_groups(values(raw, kind), bits, group_size)
     elif kind == GGMLQuantizationType.Q4_K:
         groups = _from_q4_k(raw)
     else:
@@ -75,25 +55,19 @@ def values(raw: Bytes, kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
     return result
 
 
-def _quantised(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Groups:
-    require_finite(weights)  # mx.quantize skips NaN in silence
-    codes, scales, biases = mx.quantize(mx.array(weights), group_size=group_size, bits=bits)
-    half = [part.astype(mx.float16) for part in (scales, biases)]
-    mx.eval(codes, *half)
-    return Groups(np.array(codes), np.array(half[0]), np.array(half[1]))
-
-
 def _from_q4_0(raw: Bytes) -> Groups:
     """Block: d, 16 bytes. `w = d * (code - 8)`."""
     blocks = raw.reshape(raw.shape[0], -1, 18)
     scales = _halves(blocks[..., 0:2])
-    return Groups(_packed(_split_nibbles(blocks[..., 2:])), scales, scales * np.float16(-8))
+    return Groups(packed_codes(_split_nibbles(blocks[..., 2:]), 4), scales, scales * np.float16(-8))
 
 
 def _from_q4_1(raw: Bytes) -> Groups:
     """Block: d, m, 16 bytes. `w = d * code + m`."""
     blocks = raw.reshape(raw.shape[0], -1, 20)
-    return Groups(_packed(_split_nibbles(blocks[..., 4:])), _halves(blocks[..., 0:2]), _halves(blocks[..., 2:4]))
+    return Groups(
+        packed_codes(_split_nibbles(blocks[..., 4:]), 4), _halves(blocks[..., 0:2]), _halves(blocks[..., 2:4])
+    )
 
 
 def _from_q4_k(raw: Bytes) -> Groups:
@@ -105,7 +79,7 @@ def _from_q4_k(raw: Bytes) -> Groups:
     mins = _halves(blocks[..., 2:4]).astype(np.float32)[..., None] * min_codes
     codes = _split_nibbles(blocks[..., 16:].reshape(num_rows, -1, 4, 32))
     return Groups(
-        _packed(codes),
+        packed_codes(codes, 4),
         _rounded(scales.reshape(num_rows, -1)),
         _rounded(-mins.reshape(num_rows, -1)),
     )
@@ -132,14 +106,3 @@ def _halves(pairs: Bytes) -> Halves:
 def _split_nibbles(data: Bytes) -> Bytes:
     """(rows, ..., n) bytes to (rows, columns) codes: of each n bytes all low halves, then all high ones."""
     return np.concatenate([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)
-
-
-def _packed(codes: Bytes) -> npt.NDArray[np.uint32]:
-    """(rows, columns) codes to MLX's packing: element 8 i + j in bits 4 j of word i."""
-    return np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4").astype(np.uint32, copy=False)
-
-
-def require_finite(array: npt.NDArray[Any]) -> None:
-    """Raise NotFiniteError when the array holds NaN or infinity."""
-    if not np.isfinite(array).all():
-        raise NotFiniteError

@@ -17,8 +17,9 @@ from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.sources.gguf_families import FamilyModel
-from llmcad_mlx.sources.gguf_groups import Groups, NotFiniteError, group_rows, require_finite, values
+from llmcad_mlx.sources.gguf_groups import group_rows, values
 from llmcad_mlx.sources.gguf_header import GgufHeader, GgufTensor, read_rows
+from llmcad_mlx.sources.group_fit import Groups, NotFiniteError, require_finite
 from llmcad_mlx.sources.safetensors_writer import SafetensorsWriter, TensorSpec
 
 MAX_SHARD_BYTES = 5 << 30

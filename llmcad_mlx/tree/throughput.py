@@ -19,10 +19,14 @@ from llmcad_mlx.tree.walk import Walk
 DEFAULT_MAX_NODES = 64
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
-_PROBE_SHARE = 0.02  # of the time spent on plain decoding, while drafting does not pay
-_MARGIN = 1.02  # speculation must beat plain decoding by this much to go on
-_PATIENCE = 6  # rounds before speculation that does not pay is given up
+# The account of the draft model, in tokens of plain decoding: what its rounds gained or lost against it.
+_OPENING = 3.0
+_MOST = 12.0  # gains are not saved up for ever: a draft that turns bad is noticed within so many tokens
+_GIVE_UP = -3.0  # stop drafting with the model
+_TRY_AGAIN = 3.0  # start again, for as long as the account allows
+_ALLOWANCE = 0.02  # paid in for each token, which bounds what useless drafting may cost
 _HIT_DECAY = 0.95
+_EXPLORE = 2  # times the largest measured row count that a step may have
 
 
 class ThroughputPolicy:
@@ -47,7 +51,6 @@ class ThroughputPolicy:
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        self.sources = frozenset({MODEL, NGRAM})
         self.costs = costs
         self.calibration = calibration
         self.tree_nodes = tree_nodes
@@ -57,9 +60,13 @@ class ThroughputPolicy:
         self._tree: TokenTree | None = None
         self._gain = 0.7  # acceptance probability that expanding a certain leaf has added, lately
         self._drafting = True  # whether drafting with the model has been paying
-        self._rounds = 0  # with the model, since drafting was (re)started
-        self._debt = 0.0  # seconds of plain decoding since the last probe
-        self._probe_cost = 0.0  # seconds the last unpaid probe wasted
+        self._account = _OPENING
+        self._model_used = False
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Both drafters; the n-gram one alone while drafting with the model does not pay."""
+        return frozenset({MODEL, NGRAM} if self._drafting or self.tree_nodes is not None else {NGRAM})
 
     # -- growth ------------------------------------------------------------------------------------------
 
@@ -97,7 +104,7 @@ class ThroughputPolicy:
 
     def _free(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """For a drafter that costs nothing: nodes likely enough to be worth a row of the target pass."""
-        if len(tree) >= 2 * self.max_nodes:
+        if len(tree) >= self.max_nodes:
             return []
         floor = max(self._row_price(len(tree)), 0.02)
         leaves = self._best_unexpanded(tree, expanded, self.max_width)
@@ -105,11 +112,12 @@ class ThroughputPolicy:
 
     def _paying(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """The best so many leaves that a model step on them gains more than it costs; none if no step does."""
-        if not self._drafting and not self._probe_is_due():
-            return []
+        if not self.costs.verify:
+            return []  # the very first pass measures plain decoding
         leaves = self._best_unexpanded(tree, expanded, self.max_width)
-        if not self.costs.draft or not self.costs.verify:
-            return leaves[:1] if len(tree) < self.max_nodes else []  # nothing measured yet: go and measure
+        if not self.costs.draft:
+            return leaves[:1] if len(expanded) == 0 else []  # nothing measured yet: one step tells
+        leaves = leaves[: _EXPLORE * self.costs.draft.most_rows]
         rate, row_price = self.costs.rate, self._row_price(len(tree))
         best, best_value, gain = 0, 0.0, 0.0
         for width, leaf in enumerate(leaves, 1):
@@ -144,7 +152,9 @@ class ThroughputPolicy:
         if self.tree_nodes is not None:
             return tree.select(self.tree_nodes)
         rate, verify = self.costs.rate, self.costs.verify
-        ranked = sorted(tree.cumulative, reverse=True)[: self.max_nodes]
+        # Costs beyond what was measured are a guess: find out step by step.
+        most = min(self.max_nodes, max(_EXPLORE * verify.most_rows, 1))
+        ranked = sorted(tree.cumulative, reverse=True)[:most]
         best, best_value, gain = 1, -float("inf"), 0.0
         for nodes, probability in enumerate(ranked, 1):
             gain += probability
@@ -168,30 +178,18 @@ class ThroughputPolicy:
     # -- whether to draft at all -------------------------------------------------------------------------
 
     def finished(self, num_tokens: int, seconds: float) -> None:
-        """The round is over: `num_tokens` emitted in `seconds`, everything included."""
-        if not self._model_used:
-            self._debt += seconds
-            return
-        self.costs.observe_round(num_tokens, seconds)
-        self._rounds += 1
-        plain, speculative = self.costs.plain_rate, self.costs.speculative_rate
-        if self._drafting:
-            losing = speculative is not None and speculative < plain * _MARGIN
-            if losing and self._rounds >= _PATIENCE and 1 in self.costs.verify:
-                self._stop_drafting(num_tokens, seconds)
-        elif num_tokens > seconds * plain * _MARGIN:
-            self._drafting, self._rounds = True, 0
-            self.costs.forget_rate()
+        """The round is over: `num_tokens` emitted in `seconds`, everything included.
+
+        A draft that keeps losing against plain decoding overdraws its account and is left alone until the
+        allowance has paid for another try. So a useless one costs a few tokens and 2 % of the time.
+        """
+        self._account += _ALLOWANCE * num_tokens
+        if self._model_used:
             self.costs.observe_round(num_tokens, seconds)
-        else:
-            self._stop_drafting(num_tokens, seconds)
-
-    def _stop_drafting(self, num_tokens: int, seconds: float) -> None:
-        plain = self.costs.plain_rate
-        wasted = seconds - num_tokens / plain if plain else seconds
-        self._probe_cost = max(wasted, 0.1 * seconds)
-        self._drafting, self._debt, self._rounds = False, 0.0, 0
-        self.costs.forget_rate()
-
-    def _probe_is_due(self) -> bool:
-        return self._model_used or self._debt * _PROBE_SHARE > self._probe_cost
+            self._account += num_tokens - seconds * self.costs.plain_rate
+        self._account = min(self._account, _MOST)
+        if self._drafting and self._account < _GIVE_UP:
+            self._drafting = False
+            self.costs.forget_rate()
+        elif not self._drafting and self._account >= _TRY_AGAIN:
+            self._drafting = True

@@ -1,0 +1,350 @@
+"""Bad input: one clear line on stderr, the right exit code, no traceback, and nothing on stdout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcad_mlx import Engine, ModelError, UsageError, VocabularyError, load
+from llmcad_mlx.cli.main import run
+from tests.tiny_folder import change_config, copy_folder, make_folder, poison
+
+FAILED, USAGE = 1, 2
+POISONED_PROMPT = "\"#$%&'()"  # reads the row of the embeddings that `poison` spoils
+CLI = (sys.executable, "-c", "from llmcad_mlx.cli.main import main; main()")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMCAD_MLX_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "good", context=64)
+
+
+@pytest.fixture(scope="module")
+def engine(good: Path) -> Iterator[Engine]:
+    with load(good) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def bad(good: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return copy_folder(good, tmp_path / "bad")
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command line; check that it failed as it should, and return its one line."""
+
+    def check(code: int, *argv: object) -> str:
+        capfd.readouterr()
+        assert run([str(word) for word in argv]) == code
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
+        return err
+
+    return check
+
+
+# --- Models -------------------------------------------------------------------------------------------------
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut_off(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+def config(**changes: Any) -> Callable[[Path], object]:
+    return lambda folder: change_config(folder, **changes)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (remove("config.json"), "config.json: missing"),
+    "no weights": (remove("model.safetensors"), "no model*.safetensors"),
+    "no tokenizer": (
+        lambda f: (remove("tokenizer.json")(f), remove("tokenizer_config.json")(f)),
+        "no tokenizer.json",
+    ),
+    "half a download": (write("model.safetensors.incomplete", b""), "a download was not finished"),
+    "half the weights": (cut_off("model.safetensors"), "model.safetensors: "),
+    "foreign weights": (write("model.safetensors", b"GIF89a" * 50), "not a safetensors file"),
+    "an LFS pointer": (
+        write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        "not a safetensors",
+    ),
+    "no JSON": (write("config.json", b'{"model_type": "lla'), "config.json: not valid JSON"),
+    "binary JSON": (write("config.json", b"\xff\xfe\x00"), "config.json: not valid JSON"),
+    "broken tokenizer": (write("tokenizer.json", b"{"), "cannot load the tokenizer"),
+    "unknown architecture": (config(model_type="nosuch9"), "unknown architecture 'nosuch9'"),
+    "other sizes": (config(hidden_size=128), "the weights do not match config.json"),
+    "impossible config": (config(num_attention_heads="two"), "does not describe a 'llama' model"),
+    "code of its own": (config(model_file="evil.py"), "brings code of its own ('evil.py'), which is never run"),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_broken_model_folders(bad: Path, refused: Callable[..., str], damage: str) -> None:
+    break_it, message = BROKEN[damage]
+    break_it(bad)
+    (bad / "evil.py").write_text("raise SystemExit('ran')")
+    for role in ("--target", "--draft"):
+        words = [role, bad] if role == "--target" else ["--target", bad.parent / "sound", role, bad]
+        if role == "--draft":
+            make_folder(bad.parent / "sound")
+        line = refused(FAILED, "generate", "hi", *words)
+        assert message in line
+        assert str(bad) in line
+    with pytest.raises(ModelError):
+        load(bad)
+
+
+def test_targets_that_are_no_folder(good: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    gguf = tmp_path / "model.gguf"
+    line = refused(FAILED, "generate", "hi", "--target", gguf)
+    assert "no such file" in line
+    gguf.write_bytes(b"GGUF")
+    assert f"llmcad-mlx convert {gguf}" in refused(FAILED, "generate", "hi", "--target", gguf)
+    file = good / "config.json"
+    assert f"{file}: is a file" in refused(FAILED, "generate", "hi", "--target", file)
+    for missing in (tmp_path / "nowhere", "nosuchpreset", ""):
+        line = refused(FAILED, "generate", "hi", "--target", missing)
+        assert f"'{missing}'" in line
+        assert "smollm2-135m" in line
+    (tmp_path / "empty").mkdir()
+    assert "config.json: missing" in refused(FAILED, "generate", "hi", "--target", tmp_path / "empty")
+
+
+def test_a_draft_with_other_tokens(good: Path, bad: Path, refused: Callable[..., str]) -> None:
+    tokenizer = (bad / "tokenizer.json").read_text()
+    assert '"%": 6' in tokenizer
+    (bad / "tokenizer.json").write_text(tokenizer.replace('"%": 6', '"~~": 6'))
+    line = refused(FAILED, "generate", "hi", "--target", good, "--draft", bad)
+    assert "token 6 is '%' in the target and '~~' in the draft" in line
+    with pytest.raises(VocabularyError, match="token 6 is"):
+        load(good, bad)
+
+
+@pytest.mark.parametrize("weight", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("policy", ["plain", "throughput"])
+def test_nan_logits(bad: Path, refused: Callable[..., str], weight: str, policy: str) -> None:
+    poison(bad, weight)
+    line = refused(FAILED, "generate", POISONED_PROMPT, "--target", bad, "--policy", policy)
+    assert "logits contain NaN" in line
+
+
+def test_a_draft_with_nan_logits_is_refused(good: Path, bad: Path, refused: Callable[..., str]) -> None:
+    poison(bad)
+    assert "cannot be used as a draft" in refused(FAILED, "generate", "hi", "--target", good, "--draft", bad)
+
+
+def test_a_draft_that_turns_nan_later_is_named(good: Path, bad: Path, refused: Callable[..., str]) -> None:
+    poison(bad, "model.embed_tokens.weight")
+    for policy in ("throughput", "paper", "chain"):
+        words = ["--target", good, "--draft", bad, "--policy", policy]
+        assert "the draft's logits contain NaN" in refused(FAILED, "generate", POISONED_PROMPT, *words)
+
+
+# --- Prompts ------------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_cannot_be_read(good: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    binary, blank = tmp_path / "binary", tmp_path / "blank"
+    binary.write_bytes(b"\xff\xfe\xfd")
+    blank.write_text(" \n")
+    for words, message in (
+        ([], "prompt: give it as an argument"),
+        (["hi", "--prompt-file", blank], "prompt: give it as an argument"),
+        ([""], "prompt: it is empty"),
+        (["  \n "], "prompt: it is empty"),
+        (["--prompt-file", blank], f"{blank}: it is empty"),
+        (["--prompt-file", binary], f"{binary}: is not UTF-8 text"),
+        (["--prompt-file", tmp_path], f"{tmp_path}: cannot be read"),
+        (["--prompt-file", tmp_path / "nowhere"], "nowhere: cannot be read: No such file"),
+        (["hi", "--raw", "--system", "be brief"], "a raw prompt takes no system message"),
+    ):
+        # No model is loaded for these: the target does not exist.
+        assert message in refused(USAGE, "generate", *words, "--target", tmp_path / "nowhere")
+
+
+def test_a_prompt_longer_than_the_context(good: Path, refused: Callable[..., str]) -> None:
+    line = refused(USAGE, "generate", "--raw", "x" * 64, "--target", good)
+    assert "its 64 tokens leave no room in the model's context of 64" in line
+    assert "context of 64" in refused(USAGE, "generate", "x" * 500, "--target", good)
+
+
+def test_messages_for_a_model_without_template(tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = make_folder(tmp_path / "base", template=False)
+    assert "no chat template" in refused(USAGE, "generate", "hi", "--system", "x", "--target", folder)
+    with load(folder) as base, pytest.raises(UsageError, match="no chat template"):
+        base.generate([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "empty"), ([], "empty"), (None, "NoneType"), (7, "int"), (b"hi", "bytes"), ({"a": 1}, "dict"),
+        ([1, "a"], "'a' is neither"), ([True], "True is neither"), ([1.5], "1.5 is neither"),
+        ([-1], "token -1 is not in the vocabulary of 112"), ([112], "token 112 is not in the vocabulary"),
+        ([1, {"role": "user", "content": "x"}], "neither a token id nor a message"),
+        ([{"role": "user"}], "needs a .role. and a .content"), ([{"content": "x"}], "needs a .role."),
+        ([{"role": 3, "content": "x"}], "needs a .role."),
+        ([{"role": "robot", "content": "x"}], "chat template refuses the messages: unknown role robot"),
+    ],
+)  # fmt: skip
+def test_prompts_in_python(engine: Engine, prompt: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^prompt: .*{message}"):
+        engine.stream_generate(prompt)
+
+
+# --- Options ------------------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE: dict[str, list[Any]] = {
+    "max_tokens": [0, -2, 1.5, "5", None, True],
+    "temperature": [-0.1, NAN, INF, "hot", None, 1e-9],
+    "top_p": [0, -1, 1.01, NAN, None],
+    "top_k": [-1, 1.5, "3", None],
+    "min_p": [-0.1, 1.1, NAN],
+    "seed": [-1, 2**64, 1.5, None],
+    "repetition_penalty": [-1, NAN, "x"],
+    "presence_penalty": [INF, None],
+    "frequency_penalty": [NAN, "x"],
+    "repetition_context_size": [0, -1, 2.5],
+    "presence_context_size": [0],
+    "frequency_context_size": [0],
+    "logit_bias": [[1], {-1: 1.0}, {"a": 1.0}, {3: NAN}, {3: None}, {112: 1.0}],
+    "logits_processors": [5, ["x"], print],
+    "policy": ["fastest", "", None, 3],
+    "tree_nodes": [0, -1, 5000, 2.5, "8"],
+    "stop": ["", [""], 5, [5]],
+    "stop_tokens": [5, [-1], ["a"], [112]],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(name, v) for name, values in OUT_OF_RANGE.items() for v in values])
+def test_options_out_of_range_in_python(engine: Engine, option: str, value: Any) -> None:
+    """At the call, not at the first token."""
+    with pytest.raises(ValueError, match=f"^{option}[ :]") as caught:
+        engine.stream_generate("hi", **{option: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_every_option_is_tested_for_its_range() -> None:
+    from llmcad_mlx.api import _SAMPLING, _SPECULATION, _STOPPING
+
+    assert set(OUT_OF_RANGE) == _SAMPLING | _SPECULATION | _STOPPING
+
+
+def test_unknown_options_in_python(engine: Engine) -> None:
+    with pytest.raises(UsageError, match=r"^temp: unknown option; the options are .*temperature"):
+        engine.generate("hi", temp=0.5)
+    with pytest.raises(UsageError, match=r"^tree_nodes: the plain policy has no tree"):
+        engine.generate("hi", policy="plain", tree_nodes=4)
+    for name, value in (("target", 5), ("draft", 5), ("draft", "")):
+        with pytest.raises(UsageError, match=f"^{name}: "):
+            load(**{"target": engine.pair.target_path, name: value})
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--temp", "-1"], "temperature"), (["--temp", "nan"], "temperature"), (["--temp", "hot"], "--temp"),
+        (["--top-p", "0"], "top_p"), (["--top-p", "1.5"], "top_p"), (["--top-k", "-1"], "top_k"),
+        (["--top-k", "1.5"], "--top-k"), (["--min-p", "2"], "min_p"), (["--seed", "-1"], "seed"),
+        (["--max-tokens", "0"], "max_tokens"), (["-m", "-2"], "max_tokens"), (["--policy", "fastest"], "policy"),
+        (["--tree-nodes", "0"], "tree_nodes"), (["--tree-nodes", "99999"], "tree_nodes"),
+        (["--policy", "plain", "--tree-nodes", "4"], "tree_nodes"), (["--stop", ""], "stop"),
+        (["--repetition-penalty", "-1"], "repetition_penalty"),
+        (["--presence-penalty", "inf"], "presence_penalty"),
+        (["--frequency-penalty", "nan"], "frequency_penalty"),
+        (["--nonsense"], "--nonsense"), (["--temp"], "--temp"), (["--json=maybe"], "--json"), (["more"], "more"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_on_the_command_line(
+    refused: Callable[..., str], words: list[str], name: str
+) -> None:
+    # Refused before the target, which does not exist, is looked for.
+    assert name in refused(USAGE, "generate", "hi", "--target", "/nowhere", *words)
+
+
+def test_an_empty_draft_name(good: Path, refused: Callable[..., str]) -> None:
+    assert "draft: ''" in refused(USAGE, "generate", "hi", "--target", good, "--draft", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["chatter"], USAGE, "No such command 'chatter'"),
+        (["--nonsense"], USAGE, "No such option"),
+        (["convert"], USAGE, "Missing argument"),
+        (["convert", "/nowhere/x.gguf", "/nowhere/out"], FAILED, "/nowhere/x.gguf"),
+        (["pull"], USAGE, "pull: name a preset"),
+        (["pull", "nosuchpreset"], FAILED, "nosuchpreset"),
+        (["bench", "--repeat", "0"], USAGE, "repeat"),
+    ],
+)
+def test_other_commands(refused: Callable[..., str], argv: list[str], code: int, message: str) -> None:
+    assert message in refused(code, *argv)
+
+
+# --- Debugging, and a real process --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_debug_shows_the_traceback_wherever_it_stands(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, place: int
+) -> None:
+    argv = ["generate", "hi", "--target", str(tmp_path / "nowhere")]
+    argv.insert(place, "--debug")
+    assert run(argv) == FAILED
+    err = capfd.readouterr().err
+    assert "Traceback (most recent call last)" in err
+    assert err.splitlines()[-1].startswith("error: ")
+    assert run(["--debug", "generate", "hi", "--temp", "-1"]) == USAGE
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_an_unforeseen_error_is_one_line_too(
+    good: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*args: object, **options: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(Engine, "stream_generate", explode)
+    line = refused(FAILED, "generate", "hi", "--target", good)
+    assert line == "error: RuntimeError: first line second line; run again with --debug for details\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [(["x" * 99], USAGE, "context of 64"), (["hi", "--top-q", "1"], USAGE, "No such option: --top-q")],
+)
+def test_in_a_process_of_its_own(good: Path, words: list[str], code: int, message: str) -> None:
+    done = subprocess.run(
+        [*CLI, "generate", *words, "--target", str(good)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr

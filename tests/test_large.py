@@ -1,0 +1,50 @@
+"""Two thousand tokens of each real model, speculative against plain: not one may differ.
+
+Run with `make test-large`; the totals are printed.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from llmcad_mlx import load
+from tests.real_text import PROMPTS, compare
+
+pytestmark = pytest.mark.large
+
+NUM_TOKENS = 200  # for each of the ten prompts
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_embedded_model_over_two_thousand_tokens(temperature: float, capsys: pytest.CaptureFixture[str]) -> None:
+    total_over("smollm2-135m", temperature, capsys)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_qwen_pair_over_two_thousand_tokens(temperature: float, capsys: pytest.CaptureFixture[str]) -> None:
+    total_over("qwen2.5-coder-1.5b", temperature, capsys)
+
+
+def total_over(preset: str, temperature: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every prompt under a forced tree and, for as long again, under what the policy chooses."""
+    tokens = mismatches = rounds = 0
+    passes = 0.0
+    with load(preset) as engine:
+        while tokens < 2000 or rounds < len(PROMPTS):
+            prompt = PROMPTS[rounds % len(PROMPTS)]
+            options = {"tree_nodes": 16} if rounds % 2 else {}
+            found = compare(engine, prompt, NUM_TOKENS, temperature=temperature, seed=rounds, **options)
+            tokens += found.tokens
+            mismatches += found.mismatches
+            passes += found.tokens / found.tokens_per_pass
+            rounds += 1
+            with capsys.disabled():
+                print(f"\n{preset} T={temperature} {rounds}: {found}", end="", flush=True)
+            assert rounds < 60, "the model hardly says anything"
+    with capsys.disabled():
+        print(
+            f"\n{preset}, T={temperature}: {tokens} tokens over {rounds} prompts, {mismatches} mismatches, "
+            f"{tokens / passes:.2f} tokens per pass"
+        )
+    assert mismatches == 0

@@ -1,0 +1,154 @@
+"""Imports point down only, the pure part is pure, and what users import is documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llmcad_mlx
+
+PACKAGE = Path(llmcad_mlx.__file__).parent
+
+# Bottom to top; the parts of one layer do not import each other. A part is a module or a folder.
+LAYERS = [
+    {"errors", "machine"},
+    {"settings", "stats", "stop", "prompt", "tree"},
+    {"sampling", "text_stream", "profile", "models", "sources"},
+    {"drafting", "target"},
+    {"engine", "policies"},
+    {"loader"},
+    {"api"},
+    {"report", "doctor", "bench"},
+    {"cli", "serve"},
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+STANDARD = sys.stdlib_module_names
+HEAVY = {"mlx", "mlx_lm", "numba", "llvmlite", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf"}
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """Dotted names of everything a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(part: str = "") -> list[Path]:
+    files = [file for file in sorted(PACKAGE.rglob("*.py")) if file != PACKAGE / "__init__.py"]
+    return [file for file in files if not part or part_of(file) == part]
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down_only(file: Path) -> None:
+    here = part_of(file)
+    assert here in LEVEL, f"{here}: say in LAYERS where it belongs"
+    for name in imports_of(file):
+        top, _, rest = name.partition(".")
+        part = rest.split(".")[0]
+        if top != "llmcad_mlx" or part in (here, "__version__"):
+            continue
+        assert part in LEVEL, f"{file.name} imports {name}: say in LAYERS where it belongs"
+        assert LEVEL[part] < LEVEL[here], f"{file.name} imports {name}, which is not below it"
+
+
+def foreign_imports(part: str) -> set[str]:
+    """Top-level packages that a part imports, ours and the standard library left out."""
+    names = {name.partition(".")[0] for file in modules(part) for name in imports_of(file)}
+    return names - STANDARD - {"llmcad_mlx"}
+
+
+def test_the_tree_is_pure() -> None:
+    """Data and arithmetic: no model, tokenizer, file, clock or global randomness."""
+    assert foreign_imports("tree") == {"numpy"}
+    names = {name for file in modules("tree") for name in imports_of(file)}
+    roots = {name.partition(".")[0] for name in names}
+    assert not roots & {"time", "os", "io", "pathlib", "random", "threading", "datetime", "tempfile"}
+    for file in modules("tree"):
+        calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call, ast.Name) and call.id in ("open", "print", "input")]
+
+
+def test_the_engine_knows_no_kernel_file_or_tokenizer() -> None:
+    assert foreign_imports("engine") == set()
+    inside = {name.split(".")[1] for name in imports_of(PACKAGE / "engine.py") if name.startswith("llmcad_mlx.")}
+    assert not inside & {"models", "sources", "profile", "loader", "text_stream"}
+    assert not {name.partition(".")[0] for name in imports_of(PACKAGE / "engine.py")} & {"os", "io", "pathlib", "json"}
+
+
+def test_the_bottom_needs_nothing() -> None:
+    for part in ("errors", "settings", "stats", "stop"):
+        assert foreign_imports(part) == set()
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Names of the modules that a fresh interpreter holds after `statement`."""
+    script = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    *said, _ = done.stdout.split("sys\n", 1)
+    assert said == [""], "an import printed something"
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_compiles_nothing() -> None:
+    """The kernels, and numba with them, come with the first model on a Linux CPU."""
+    loaded = loaded_by("import llmcad_mlx")
+    assert not {name for name in loaded if name.startswith("llmcad_mlx.models.cpu_")}
+    assert "numba" not in loaded
+    assert "matplotlib" not in loaded
+
+
+def test_the_command_line_starts_without_mlx() -> None:
+    """`--help` and usage errors answer at once."""
+    loaded = loaded_by("import llmcad_mlx.cli.main")
+    assert not loaded & {"mlx.core", "mlx_lm", "transformers", "numba", "matplotlib"}
+
+
+def test_the_pure_part_can_be_used_alone() -> None:
+    loaded = loaded_by("import llmcad_mlx.tree.token_tree, llmcad_mlx.tree.throughput, llmcad_mlx.tree.paper")
+    assert "numba" not in loaded
+
+
+@pytest.mark.parametrize("name", [name for name in llmcad_mlx.__all__ if name != "__version__"])
+def test_what_users_import_is_documented(name: str) -> None:
+    public = getattr(llmcad_mlx, name)
+    assert inspect.getdoc(public), f"{name} has no docstring"
+    if not inspect.isclass(public):
+        return
+    for member, value in vars(public).items():
+        described = isinstance(value, property | staticmethod | classmethod) or inspect.isfunction(value)
+        if described and not member.startswith("_"):
+            assert inspect.getdoc(getattr(public, member)), f"{name}.{member} has no docstring"
+
+
+@pytest.mark.parametrize("file", [PACKAGE / "__init__.py", *modules()], ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_every_module_says_what_it_is(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert not tree.body or ast.get_docstring(tree), f"{file} has no docstring"
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_module_keeps_mutable_state(file: Path) -> None:
+    """No list or set at module level, no `global`; dicts there are constants, written once."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    for node in tree.body:
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        empty = (isinstance(value, ast.Dict) and not value.keys) or (
+            isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in ("dict", "set", "list")
+        )
+        assert not empty, f"{file}:{node.lineno}: an empty container waits to be filled"

@@ -35,7 +35,9 @@ STORAGES = [*QUANTIZED, *((None, 32, dtype) for dtype in DTYPES)]
 SHAPES = [(1, 4), (2, 13), (9, 30), (36, 11)]
 
 
-def make_linear(bits: int | None, group: int, dtype: str, num_in: int, num_out: int, bias: bool = False) -> nn.Module:
+def make_linear(
+    bits: int | None, group: int, dtype: str, num_in: int, num_out: int, bias: bool = False
+) -> nn.Module:
     """A linear layer with the storage asked for, in MLX's own class."""
     random = np.random.default_rng(num_in * 1000 + num_out)
     layer: Any = nn.Linear(num_in, num_out, bias=bias)

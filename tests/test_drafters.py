@@ -124,7 +124,9 @@ def test_an_index_that_grew_and_shrank_equals_a_new_one(data: st.DataObject) -> 
 
 @settings(max_examples=100, deadline=None)
 @given(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=80), branch=st.lists(st.integers(0, 2), max_size=3))
-def test_proposals_are_what_followed_the_longest_of_the_latest_matches(tokens: list[int], branch: list[int]) -> None:
+def test_proposals_are_what_followed_the_longest_of_the_latest_matches(
+    tokens: list[int], branch: list[int]
+) -> None:
     """Against looking through the text from end to start."""
     end = [*tokens, *branch]
     lengths: dict[int, int] = {}

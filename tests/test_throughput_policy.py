@@ -109,9 +109,7 @@ class World:
 @pytest.mark.parametrize("confidences", [[0.9, 0.05], [0.5, 0.3, 0.1], [0.2] * 4, [1.0]])
 @pytest.mark.parametrize("draft_s", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("row_share", [0.0, 0.05, 1.0])
-def test_a_useless_draft_costs_next_to_nothing(
-    confidences: list[float], draft_s: float, row_share: float
-) -> None:
+def test_a_useless_draft_costs_next_to_nothing(confidences: list[float], draft_s: float, row_share: float) -> None:
     world = World([], confidences, lambda rows: draft_s, lambda rows: 1 + row_share * (rows - 1))
     world.run(600)
     assert world.seconds <= 1.05 * world.plain_seconds
@@ -136,9 +134,7 @@ def test_no_draft_is_slower_than_none(
     accept: float, confidence: float, draft_s: float, row_share: float, seed: int
 ) -> None:
     """Good, bad, shy and boastful drafts, cheap and dear."""
-    world = World(
-        [accept], [confidence], lambda rows: draft_s, lambda rows: 1 + row_share * (rows - 1), seed=seed
-    )
+    world = World([accept], [confidence], lambda rows: draft_s, lambda rows: 1 + row_share * (rows - 1), seed=seed)
     world.run(800)
     assert world.seconds <= 1.05 * world.plain_seconds
 
@@ -321,9 +317,7 @@ def measured(verify: dict[int, float], draft: dict[int, float] | None = None) ->
     times=st.lists(st.floats(0.0, 2.0), min_size=4, max_size=4),
     rate=st.floats(0.1, 10.0),
 )
-def test_as_many_nodes_are_submitted_as_gain_most(
-    seed: int, size: int, times: list[float], rate: float
-) -> None:
+def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: list[float], rate: float) -> None:
     """Against trying every number of nodes, with a target pass that gets dearer in steps."""
     took = np.cumsum([1.0, *times])
     costs = measured(dict(zip((1, 2, 8, 16, 64), took.tolist(), strict=True)))

@@ -30,7 +30,7 @@ class WrongDrafter:
         return self.inner.source
 
     @property
-    def rows_fed(self) -> int:
+    def rows_fed(self) -> int | None:
         return self.inner.rows_fed
 
     def prefill(

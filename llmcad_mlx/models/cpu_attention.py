@@ -223,9 +223,9 @@ def silu_times(gate, up, threads):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
-def _attend(
+def _attend(  # type: ignore[no-untyped-def]
     q, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, out, item, prefix, longest
-):  # type: ignore[no-untyped-def]
+):
     """One head of one tile of up to 6 rows."""
     rows, heads, dim = q.shape
     group = heads // keys.shape[0]

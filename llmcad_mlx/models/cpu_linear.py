@@ -125,7 +125,7 @@ class HostQuantizedEmbedding(HostLayer, QuantizedEmbedding):
         return _linear(self, x)
 
 
-_HOST_CLASSES = {
+_HOST_CLASSES: dict[type, type] = {
     Linear: HostLinear,
     QuantizedLinear: HostQuantizedLinear,
     Embedding: HostEmbedding,

@@ -16,7 +16,7 @@ from mlx_lm.generate import GenerationResponse
 from llmcad_mlx import ContextLengthError, Engine, GenerationError, UsageError, load
 from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from tests.architecture_configs import build, config_of
-from tests.tiny_folder import EOS, make_folder, write_folder
+from tests.tiny_folder import EOS, make_folder, tiny_environment, write_folder
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "plain"},
@@ -31,9 +31,8 @@ TEXT = "then the other one ran in and then the other one"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMCAD_MLX_HOME", str(tmp_path_factory.mktemp("home")))
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_environment(tmp_path_factory.mktemp("home")):
         yield
 
 

@@ -20,7 +20,7 @@ from typer.main import get_command
 from llmcad_mlx import Engine, __version__, load
 from llmcad_mlx.cli.figures import prompt_progress
 from llmcad_mlx.cli.main import app, run
-from tests.tiny_folder import EOS, make_folder
+from tests.tiny_folder import EOS, make_folder, tiny_environment
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 CONTRACT = {
@@ -38,9 +38,8 @@ CHILD = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMCAD_MLX_HOME", str(tmp_path_factory.mktemp("home")))
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_environment(tmp_path_factory.mktemp("home")):
         yield
 
 

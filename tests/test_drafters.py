@@ -220,29 +220,70 @@ def test_rows_fed_counts_the_rows_of_the_last_forward_only() -> None:
     assert proposal == reference([1, 2, 3, 4], 0.0)
 
 
-@pytest.mark.parametrize("missed", [1, 511, 512, 513, 700])
-def test_rounds_without_drafting_are_caught_up_with(missed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missed", [1, 5, 6, 20, 31, 32, 33, 600])
+def test_rounds_without_drafting_are_caught_up_with(missed: int) -> None:
+    """In full after a short break, from the last tokens alone after a long one."""
     tokens = np.random.default_rng(missed).integers(0, VOCAB, 10 + missed).tolist()
     drafter = ModelDrafter(model())
     drafter.prefill(tokens[:10], lambda done: None, lambda: False)
-    largest = 0
-    append = LazyKVCache.append
-
-    def counted(cache: LazyKVCache, parents: Sequence[int] | None, n: int) -> range:
-        nonlocal largest
-        largest = max(largest, n)
-        return append(cache, parents, n)
-
-    monkeypatch.setattr(LazyKVCache, "append", counted)
-    for end in range(10, len(tokens), 100):  # rounds that draft nothing
+    for end in range(10, len(tokens), 7):  # rounds that draft nothing
         drafter.begin(tokens[:end], sampler())
         drafter.commit(TokenTree(tokens[end - 1], end - 1), [])
+    read = tokens if missed < 32 else tokens[-32:]
+    for token in (3, 17):  # the round of the catch-up, and one after it
+        drafter.begin(tokens, sampler())
+        tree = TokenTree(tokens[-1], len(tokens) - 1)
+        assert drafter.expand(tree, [ROOT]) == [reference(read, 0.0)]
+        node = tree.add(ROOT, token, 0.5)
+        assert drafter.expand(tree, [node]) == [reference([*read, token], 0.0)]
+        drafter.commit(tree, [node])
+        tokens, read = [*tokens, token, 5], [*read, token, 5]
+        assert drafter.cache.length == len(read) - 1
+
+
+def test_the_time_of_a_catch_up_is_not_filed_as_that_of_a_step() -> None:
+    drafter = ModelDrafter(model())
+    drafter.begin(list(range(30)), sampler())
+    tree = TokenTree(29, 29)
+    drafter.expand(tree, [ROOT])
+    assert drafter.rows_fed is None
+    drafter.expand(tree, [tree.add(ROOT, 3, 0.5)])
+    assert drafter.rows_fed == 1
+
+
+def long_break(tokens: Sequence[int]) -> ModelDrafter:
+    """A drafter that has read the last 32 of `tokens` only."""
+    drafter = ModelDrafter(model())
     drafter.begin(tokens, sampler())
-    (proposal,) = drafter.expand(TokenTree(tokens[-1], len(tokens) - 1), [ROOT])
+    drafter.expand(TokenTree(tokens[-1], len(tokens) - 1), [ROOT])
     drafter.commit(TokenTree(tokens[-1], len(tokens) - 1), [])
-    assert largest <= 512
-    assert drafter.cache.length == len(tokens)
-    assert proposal == reference(tokens, 0.0)
+    return drafter
+
+
+@pytest.mark.parametrize("kept", [0, 50, 68, 69, 80, 99, 100])
+def test_after_a_long_break_a_new_prompt_is_read_in_full(kept: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
+    drafter = long_break(tokens)
+    assert drafter.cache.length == 32
+    prompt = [*tokens[:kept], 1, 2, 3, 4]
+    drafter.truncate(kept)
+    drafter.prefill(prompt, lambda done: None, lambda: False)
+    assert drafter.cache.length == len(prompt) - 1
+    drafter.begin(prompt, sampler())
+    tree = TokenTree(4, len(prompt) - 1)
+    assert drafter.expand(tree, [ROOT]) == [reference(prompt, 0.0)]
+
+
+@pytest.mark.parametrize("kept", [0, 50, 68, 69, 80, 99])
+def test_after_a_long_break_an_edit_is_drafted_for_without_a_prefill(kept: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
+    drafter = long_break(tokens)
+    drafter.truncate(kept)
+    edited = [*tokens[:kept], 7, 8]
+    drafter.begin(edited, sampler())
+    start = 0 if kept <= 68 and len(edited) <= 32 else len(edited) - 32 if kept <= 68 else 68
+    tree = TokenTree(8, len(edited) - 1)
+    assert drafter.expand(tree, [ROOT]) == [reference(edited[start:], 0.0)]
 
 
 def test_an_interrupted_round_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

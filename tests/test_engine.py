@@ -110,6 +110,11 @@ class Interrupting:
         return result
 
 
+def run_rounds(engine: SpeculativeEngine, count: int, stop: Callable[[int], bool]) -> None:
+    for _ in range(count):
+        engine.round(greedy(), GenerationStats(), stop)
+
+
 PLACES = ["verify", "expand", "model expand", "target commit", "drafter commit", "stop"]
 
 
@@ -144,8 +149,7 @@ def test_an_interrupted_round_leaves_a_state_to_start_from(place: str, call: int
     engine.start(PROMPT, GenerationStats())
     expected = plain_text(PROMPT, 40)
     with pytest.raises(KeyboardInterrupt):
-        for _ in range(4):
-            engine.round(greedy(), GenerationStats(), stop)
+        run_rounds(engine, 4, stop)
     kept = list(engine.tokens)
     assert kept == [*PROMPT, *expected][: len(kept)]
     # The same prompt again, the conversation going on, and another one that shares a beginning.

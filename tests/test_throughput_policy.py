@@ -62,11 +62,12 @@ class World:
         policy, tree = self.policy, TokenTree(0, self.tokens)
         seconds = 0.0
         policy.begin(tree)
-        if self.ngram is not None:
+        sources = policy.sources  # as the engine: others are not even asked
+        if self.ngram is not None and NGRAM in sources:
             while leaves := policy.next_leaves(tree, NGRAM):
                 for leaf in leaves:
                     policy.add(tree, leaf, Candidates([50], [self.ngram], NGRAM))
-        while leaves := policy.next_leaves(tree, MODEL):
+        while MODEL in sources and (leaves := policy.next_leaves(tree, MODEL)):
             took = self._noisy(self.draft_s(len(leaves)))
             policy.costs.draft.observe(len(leaves), took)
             seconds += took

@@ -32,8 +32,8 @@ class PromptProgress:
 
     def __call__(self, done: int, total: int) -> None:
         if self._enabled and (self._shown or time.monotonic() - self._started > _SHOW_AFTER_S):
+            self._shown = True  # before it is: Ctrl-C may come in between
             print(f"\rprompt: {done}/{total} tokens", end="", file=sys.stderr, flush=True)
-            self._shown = True
 
     def finish(self) -> None:
         """Take the line away."""

@@ -121,7 +121,8 @@ class ThroughputPolicy:
         rate, row_price = self.costs.rate, self._row_price(len(tree))
         best, best_value, gain = 0, 0.0, 0.0
         for width, leaf in enumerate(leaves, 1):
-            gain += tree.cumulative[leaf] * self._gain
+            covered = sum(tree.confidences[child] for child in tree.children(leaf))  # by another drafter
+            gain += tree.cumulative[leaf] * self._gain * max(1.0 - covered, 0.0)
             value = gain - rate * self.costs.draft.predict(width) - width * row_price
             if value > best_value:
                 best, best_value = width, value

@@ -486,6 +486,29 @@ def test_blocks_with_packed_or_16_bit_weights(bits: int | None, dtype: str) -> N
     assert_same_outputs(ours.layers[1], theirs.layers[1])
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(4, "bf16"), (8, "fp16"), (None, "fp32")])
+def test_a_block_gives_a_row_the_same_bits_however_the_prompt_is_cut(bits: int | None, dtype: str) -> None:
+    model = make_model(llama, attention_bias=True)
+    model.set_dtype(DTYPES[dtype])
+    if bits is not None:
+        nn.quantize(model, 32, bits)
+    cpu_linear.install_host_kernels(model)
+    assert cpu_block.install_host_blocks(model) == 2
+    x = rows_of(64, 45)
+    results = []
+    for size in (45, 21, 20, 7, 1):
+        cache, parts = LazyKVCache(1), []
+        for start in range(0, 45, size):
+            part = mx.array(x[None, start : start + size])
+            slots = cache.append(None, part.shape[1])
+            mask = cache.mask(part.shape[1], None, False)
+            parts.append(np.array(model.layers[0](part, mask, cache.layers[0]))[0])
+            cache.commit(list(slots))
+        results.append(np.concatenate(parts))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
 class ReluMLP(llama.MLP):
     """Has everything a SwiGLU has, and computes something else."""
 

@@ -16,7 +16,6 @@ from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from llmcad_mlx.drafting.ngram_drafter import NgramDrafter
 from llmcad_mlx.drafting.vocabulary import check_same_tokens
 from llmcad_mlx.errors import GenerationError, VocabularyError
-from llmcad_mlx.models.lazy_cache import LazyKVCache
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.sampling import SamplingSettings, TargetSampler
 from llmcad_mlx.tree.calibration import ngram_confidence

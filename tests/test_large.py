@@ -27,13 +27,13 @@ def test_qwen_pair_over_two_thousand_tokens(temperature: float, capsys: pytest.C
 
 
 def total_over(preset: str, temperature: float, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every prompt under a forced tree and, for as long again, under what the policy chooses."""
+    """The prompts over and over, by turns under a forced tree and under what the policy chooses."""
     tokens = mismatches = rounds = 0
     passes = 0.0
     with load(preset) as engine:
         while tokens < 2000 or rounds < len(PROMPTS):
             prompt = PROMPTS[rounds % len(PROMPTS)]
-            options = {"tree_nodes": 16} if rounds % 2 else {}
+            options = {} if (rounds + rounds // len(PROMPTS)) % 2 else {"tree_nodes": 16}
             found = compare(engine, prompt, NUM_TOKENS, temperature=temperature, seed=rounds, **options)
             tokens += found.tokens
             mismatches += found.mismatches
@@ -44,7 +44,7 @@ def total_over(preset: str, temperature: float, capsys: pytest.CaptureFixture[st
             assert rounds < 60, "the model hardly says anything"
     with capsys.disabled():
         print(
-            f"\n{preset}, T={temperature}: {tokens} tokens over {rounds} prompts, {mismatches} mismatches, "
+            f"\n{preset}, T={temperature}: {tokens} tokens in {rounds} generations, {mismatches} mismatches, "
             f"{tokens / passes:.2f} tokens per pass"
         )
     assert mismatches == 0

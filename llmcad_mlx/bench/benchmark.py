@@ -44,6 +44,7 @@ class BenchPlan:
         warmup: int,
         temperature: float,
         seed: int,
+        per_domain: int | None = None,
     ) -> BenchPlan:
         """Check what the command line was given. Raises UsageError naming the option."""
         GenerationOptions.of({"max_tokens": max_tokens, "temperature": temperature, "seed": seed})
@@ -51,10 +52,12 @@ class BenchPlan:
             raise UsageError("max_tokens: a benchmark needs a limit; give 1 or more")
         check_integer("repeat", repeat, 1, 10_000)
         check_integer("warmup", warmup, 0, 10_000)
+        if per_domain is not None:
+            check_integer("per_domain", per_domain, 1, 10_000)
         names = [name.strip() for name in domains.split(",") if name.strip()]
         return cls(
             tuple(parse_variants(variants)),
-            tuple(mixed_by_domain(load_prompts(prompts, names))),
+            tuple(mixed_by_domain(load_prompts(prompts, names, per_domain))),
             Sampling(max_tokens, temperature, seed),
             repeat,
             warmup,

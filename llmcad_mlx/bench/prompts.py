@@ -24,8 +24,10 @@ class BenchPrompt:
     text: str
 
 
-def load_prompts(file: Path | None = None, domains: Sequence[str] = ()) -> list[BenchPrompt]:
-    """The prompts of the named domains, in the order the names are given.
+def load_prompts(
+    file: Path | None = None, domains: Sequence[str] = (), per_domain: int | None = None
+) -> list[BenchPrompt]:
+    """The prompts of the named domains, in the order the names are given; at most the first `per_domain` of each.
 
     file: a TOML file of tables `[[domain]]` with `name` and `text`; None: the prompts of this package.
     domains: empty means code, explanation, sql and translation, or all of them for a `file`; "all" is all.
@@ -39,7 +41,7 @@ def load_prompts(file: Path | None = None, domains: Sequence[str] = ()) -> list[
     for domain in domains:
         if domain not in by_domain:
             raise UsageError(f"domains: {domain!r} is unknown; choose from {', '.join([*by_domain, ALL_DOMAINS])}")
-    return [prompt for domain in dict.fromkeys(domains) for prompt in by_domain[domain]]
+    return [prompt for domain in dict.fromkeys(domains) for prompt in by_domain[domain][:per_domain]]
 
 
 def _read(file: Path | None) -> str:

@@ -38,6 +38,9 @@ def bench(
         Path | None,
         typer.Option("--prompts", help="Prompts of your own: a TOML file like the package's prompts.toml."),
     ] = None,
+    per_domain: Annotated[
+        int | None, typer.Option("--per-domain", help="Only the first so many prompts of each domain.")
+    ] = None,
     max_tokens: options.MaxTokens = 128,
     repeat: Annotated[int, typer.Option("--repeat", help="Repetitions of all prompts.")] = 3,
     warmup: Annotated[int, typer.Option("--warmup", help="Prompts run before measuring.")] = 2,
@@ -53,7 +56,7 @@ def bench(
     from llmcad_mlx.bench.benchmark import BenchPlan, run_benchmark
     from llmcad_mlx.bench.output import make_folder, report_json, report_tables, write_report
 
-    plan = BenchPlan.of(variants, domains, prompts, max_tokens, repeat, warmup, temp, seed)
+    plan = BenchPlan.of(variants, domains, prompts, max_tokens, repeat, warmup, temp, seed, per_domain)
     if out is not None:
         make_folder(out)
     if kernels:

@@ -38,11 +38,11 @@ class NgramDrafter:
         self._extend(tokens)
 
     def _extend(self, tokens: Sequence[int]) -> None:
-        known = len(self._tokens)
-        self._tokens.extend(tokens[known:])
-        for end in range(max(known, _MIN_MATCH), len(self._tokens)):
-            # The place is the index of the token that followed the pair.
-            self._places.setdefault(tuple(self._tokens[end - _MIN_MATCH : end]), []).append(end)
+        for end in range(len(self._tokens), len(tokens)):
+            if end >= _MIN_MATCH:
+                # The place is the index of the token that followed the pair.
+                self._places.setdefault(tuple(self._tokens[end - _MIN_MATCH : end]), []).append(end)
+            self._tokens.append(tokens[end])
 
     def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
         return [self._lookup(tree, leaf) for leaf in leaves]

@@ -372,6 +372,8 @@ def test_an_unsubmitted_lookup_that_would_have_failed_counts_against_it() -> Non
 def test_a_model_step_is_taken_only_where_it_gains_more_than_it_costs() -> None:
     for draft_s, expected in ((0.05, True), (5.0, False)):
         costs = measured({1: 1.0, 2: 1.02, 64: 2.0}, {1: draft_s, 8: draft_s})
+        costs.verify.observe(1, 1.0)
+        costs.draft.observe(1, draft_s)  # prices are believed from the second time on
         policy = ThroughputPolicy(costs, Calibration())
         tree = TokenTree(0)
         policy.begin(tree)

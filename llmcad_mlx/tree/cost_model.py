@@ -5,10 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
-from statistics import median
+from statistics import median_low
 from typing import Any
 
-_REMEMBERED = 7  # observations per row count; their median shrugs off a disturbed one
+_REMEMBERED = 7  # observations per row count; their lower median shrugs off a disturbed one, even of two
 _FIRST_LIMIT = 2.5  # times the prediction, for the first observation of a row count
 _ROW_SHARE = 0.1  # cost of one more row, relative to a single row, before any was measured
 
@@ -30,7 +30,7 @@ class StepTimes:
         A first observation far above what its neighbours suggest is cut to a multiple of that: it may have
         compiled a kernel, and believing it would keep the policy from ever trying that count again.
         """
-        if rows < 1 or not seconds >= 0.0:
+        if rows < 1 or not 0.0 <= seconds < float("inf"):
             raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
         if self._rows and rows not in self._seen:
             seconds = min(seconds, _FIRST_LIMIT * self.predict(rows))
@@ -40,6 +40,10 @@ class StepTimes:
     def __contains__(self, rows: int) -> bool:
         """Whether a forward of exactly `rows` rows was measured."""
         return rows in self._seen
+
+    def times_seen(self, rows: int) -> int:
+        """How many observations of exactly `rows` rows are remembered."""
+        return len(self._seen.get(rows, ()))
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -75,16 +79,15 @@ class StepTimes:
 
     def _rebuild(self) -> None:
         self._rows = sorted(self._seen)
-        self._seconds = []
-        floor = 0.0
-        for rows in self._rows:
-            # More rows never take less time: a dip is noise, and believing it would buy useless nodes.
-            floor = max(floor, median(self._seen[rows]))
-            self._seconds.append(floor)
+        self._seconds = [median_low(self._seen[rows]) for rows in self._rows]
+        # Fewer rows never take more time. Where they seem to, they were disturbed: nothing makes a step faster
+        # than it is, but compiling a kernel or another process makes it slower.
+        for at in range(len(self._rows) - 2, -1, -1):
+            self._seconds[at] = min(self._seconds[at], self._seconds[at + 1])
 
     def to_dict(self) -> dict[str, float]:
         """JSON-able medians by row count."""
-        return {str(rows): median(seen) for rows, seen in self._seen.items()}
+        return {str(rows): median_low(seen) for rows, seen in self._seen.items()}
 
     @classmethod
     def from_dict(cls, data: Any) -> StepTimes:
@@ -93,9 +96,12 @@ class StepTimes:
         if not isinstance(data, Mapping):
             raise ValueError("step times are not a mapping")
         for rows, seconds in data.items():
-            if not isinstance(seconds, int | float) or isinstance(seconds, bool):
-                raise ValueError(f"step time of {rows} rows is {seconds!r}, not a number")
-            times.observe(int(rows), float(seconds))
+            if not isinstance(seconds, float):
+                raise ValueError(f"step time of {rows} rows is {seconds!r}, not a number of seconds")
+            if int(rows) < 1 or not 0.0 <= seconds < float("inf"):
+                raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
+            times._seen[int(rows)] = deque([seconds], maxlen=_REMEMBERED)
+        times._rebuild()
         return times
 
 

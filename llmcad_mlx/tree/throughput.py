@@ -21,10 +21,13 @@ _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
 # The account of the draft model, in tokens of plain decoding: what its rounds gained or lost against it.
 _OPENING = 3.0
-_MOST = 12.0  # gains are not saved up for ever: a draft that turns bad is noticed within so many tokens
+_MOST = 6.0  # gains are not saved up for ever: a draft that turns bad is noticed within so many tokens
 _GIVE_UP = -3.0  # stop drafting with the model
 _TRY_AGAIN = 3.0  # start again, for as long as the account allows
-_ALLOWANCE = 0.02  # paid in for each token, which bounds what useless drafting may cost
+_ALLOWANCE = 0.015  # paid in for each token, which bounds what useless drafting may cost
+_WORST_ROUND = -3.0
+_LOOK_AGAIN = 32  # rounds without the draft after which one step is taken to see whether it would pay now
+_SURE = 2  # observations that make a step time believable
 _HIT_DECAY = 0.95
 _EXPLORE = 2  # times the largest measured row count that a step may have
 
@@ -45,7 +48,7 @@ class ThroughputPolicy:
         max_width: int = 8,
     ) -> None:
         for name, value in (
-            ("tree_nodes", tree_nodes or 1),
+            ("tree_nodes", 1 if tree_nodes is None else tree_nodes),
             ("max_nodes", max_nodes),
             ("max_width", max_width),
         ):
@@ -61,6 +64,7 @@ class ThroughputPolicy:
         self._gain = 0.7  # acceptance probability that expanding a certain leaf has added, lately
         self._drafting = True  # whether drafting with the model has been paying
         self._account = _OPENING
+        self._idle = 0  # rounds since the model was last used
         self._model_used = False
 
     @property
@@ -96,11 +100,15 @@ class ThroughputPolicy:
 
     def _unfilled(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """Nodes whose children could still enter the best `tree_nodes`: those that are in them now."""
-        leaves = self._best_unexpanded(tree, expanded, self.max_width)
-        if len(tree) > self.max_nodes:
-            bar = sorted(tree.cumulative, reverse=True)[self.max_nodes - 1]
-            leaves = [leaf for leaf in leaves if tree.cumulative[leaf] > bar]
-        return leaves
+        return self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
+
+    @staticmethod
+    def _with_room(tree: TokenTree, leaves: list[int], num_nodes: int) -> list[int]:
+        """The leaves whose children could still be among the best `num_nodes` of the tree."""
+        if len(tree) < num_nodes:
+            return leaves
+        bar = sorted(tree.cumulative, reverse=True)[num_nodes - 1]
+        return [leaf for leaf in leaves if tree.cumulative[leaf] > bar]
 
     def _free(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """For a drafter that costs nothing: nodes likely enough to be worth a row of the target pass."""
@@ -112,12 +120,14 @@ class ThroughputPolicy:
 
     def _paying(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """The best so many leaves that a model step on them gains more than it costs; none if no step does."""
-        if not self.costs.verify:
-            return []  # the very first pass measures plain decoding
+        if self.costs.verify.times_seen(1) < _SURE:
+            return []  # the very first passes measure plain decoding
         leaves = self._best_unexpanded(tree, expanded, self.max_width)
+        if not expanded and self._look_again():
+            return leaves[:1]
         if not self.costs.draft:
-            return leaves[:1] if len(expanded) == 0 else []  # nothing measured yet: one step tells
-        leaves = leaves[: _EXPLORE * self.costs.draft.most_rows]
+            return []
+        leaves = self._with_room(tree, leaves[: _EXPLORE * self.costs.draft.most_rows], self._most_nodes())
         rate, row_price = self.costs.rate, self._row_price(len(tree))
         best, best_value, gain = 0, 0.0, 0.0
         for width, leaf in enumerate(leaves, 1):
@@ -127,6 +137,17 @@ class ThroughputPolicy:
             if value > best_value:
                 best, best_value = width, value
         return leaves[:best]
+
+    def _most_nodes(self) -> int:
+        """Costs beyond what was measured are a guess: larger trees are tried step by step."""
+        return min(self.max_nodes, max(_EXPLORE * self.costs.verify.most_rows, 1))
+
+    def _look_again(self) -> bool:
+        """Whether to take one step that seems not to pay: its price was measured too rarely or long ago."""
+        draft = self.costs.draft
+        if sum(draft.times_seen(rows) for rows in range(1, 4)) < _SURE:
+            return True
+        return self._idle >= _LOOK_AGAIN and self._account > 0.0
 
     def _row_price(self, rows: int) -> float:
         """Tokens that one more row in the target pass costs, around a tree of `rows` nodes."""
@@ -153,9 +174,7 @@ class ThroughputPolicy:
         if self.tree_nodes is not None:
             return tree.select(self.tree_nodes)
         rate, verify = self.costs.rate, self.costs.verify
-        # Costs beyond what was measured are a guess: find out step by step.
-        most = min(self.max_nodes, max(_EXPLORE * verify.most_rows, 1))
-        ranked = sorted(tree.cumulative, reverse=True)[:most]
+        ranked = sorted(tree.cumulative, reverse=True)[: self._most_nodes()]
         best, best_value, gain = 1, -float("inf"), 0.0
         for nodes, probability in enumerate(ranked, 1):
             gain += probability
@@ -182,12 +201,14 @@ class ThroughputPolicy:
         """The round is over: `num_tokens` emitted in `seconds`, everything included.
 
         A draft that keeps losing against plain decoding overdraws its account and is left alone until the
-        allowance has paid for another try. So a useless one costs a few tokens and 2 % of the time.
+        allowance has paid for another try. So a useless one costs a few tokens and 1.5 % of the time.
         """
         self._account += _ALLOWANCE * num_tokens
+        self._idle = 0 if self._model_used else self._idle + 1
         if self._model_used:
             self.costs.observe_round(num_tokens, seconds)
-            self._account += num_tokens - seconds * self.costs.plain_rate
+            # One disturbed round says little about the draft.
+            self._account += max(num_tokens - seconds * self.costs.plain_rate, _WORST_ROUND)
         self._account = min(self._account, _MOST)
         if self._drafting and self._account < _GIVE_UP:
             self._drafting = False

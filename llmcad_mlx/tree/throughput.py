@@ -27,6 +27,7 @@ _TRY_AGAIN = 3.0  # start again, for as long as the account allows
 _ALLOWANCE = 0.015  # paid in for each token, which bounds what useless drafting may cost
 _WORST_ROUND = -3.0
 _LOOK_AGAIN = 32  # rounds without the draft after which one step is taken to see whether it would pay now
+_WELL_KNOWN = 3  # observations of a pass's size
 _SURE = 2  # observations that make a step time believable
 _HIT_DECAY = 0.95
 _EXPLORE = 2  # times the largest measured row count that a step may have
@@ -181,6 +182,9 @@ class ThroughputPolicy:
             value = gain - rate * verify.predict(nodes)
             if value > best_value + 1e-9:
                 best, best_value = nodes, value
+        # Neighbouring sizes are measured now and then; a single disturbed observation would rule them out for good.
+        if 1 < best < len(ranked) and verify.times_seen(best + 1) < _WELL_KNOWN:
+            best += 1
         return tree.select(best)
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:

@@ -89,6 +89,8 @@ class SpeculativeEngine:
 
     def _submit(self, tree: TokenTree) -> Selection:
         selection = self.policy.submit(tree)
+        if self.target.capability == "plain":
+            return tree.select(1)
         if self.target.capability == "chain":
             return tree.keep_path(_best_path(selection.tree, selection.new_to_old))
         return selection

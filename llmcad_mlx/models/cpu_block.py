@@ -180,9 +180,10 @@ class _Rotation:
         if len(partner) == 0:
             return False, 0
         if partner[0] == 0 and self._dim > 2:
-            # Neighbours; the number of pairs is where the last element still turns.
-            every = np.asarray(self._rope(mx.ones((1, 1, 2, self._dim)), offset=0))[0, 0, 1]
-            return True, (int(np.flatnonzero(every != 1.0).max()) + 2) // 2
+            # Neighbours; a pair turns where its second element shows up in its first, however little.
+            probe[..., 0::2], probe[..., 1::2] = 0.0, 1.0
+            turned = np.asarray(self._rope(mx.array(probe), offset=0))[0, 0, 1]
+            return True, int(np.flatnonzero(turned[0::2]).max()) + 1
         return False, int(partner[0]) + 1
 
 

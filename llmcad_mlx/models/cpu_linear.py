@@ -52,7 +52,8 @@ def host_matmul(
     """x (..., K) float32 times the transpose of a packed or dense (N, K) weight: (..., N) float32."""
     rows = np.ascontiguousarray(np.asarray(x).reshape(-1, x.shape[-1]))
     out = np.empty((rows.shape[0], weight.shape[0]), np.float32)
-    if rows.shape[0] <= kernels.FEW_ROWS:
+    # A block of the other kernel is N_BLOCK outputs wide.
+    if rows.shape[0] <= kernels.FEW_ROWS or weight.shape[0] < kernels.N_BLOCK:
         kernels.matmul_few(rows, weight, scales, biases, shift, split, out)
     else:
         kernels.matmul_many(rows, weight, scales, biases, shift, split, _num_threads(), out)

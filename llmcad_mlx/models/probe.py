@@ -39,7 +39,7 @@ Logits = dict[int, npt.NDArray[np.float32]]  # node -> (V,)
 # The probe's tree. Nodes 0 and 1 are the prompt. Below 1 comes 2 with the children 3 and 4, extended by 5 and
 # 6; committing 2, 4, 6 leaves 3 and 5 dead between them. Below 6 come 7, its children 8 and 9, and 10 below
 # 9. Tokens are small ids that every vocabulary has.
-_TOKENS = (5, 23, 11, 37, 8, 19, 42, 14, 31, 6, 27)
+_TOKENS = (5, 23, 11, 29, 8, 19, 2, 14, 31, 6, 27)
 _PARENTS = (-1, 0, 1, 2, 2, 3, 4, 6, 7, 7, 9)
 _PROMPT = (0, 1)
 _TREE = ((2, 3, 4), (5, 6), (7, 8, 9), (10,))  # nodes of each forward

@@ -1,6 +1,6 @@
 """First words: load the embedded model, stream an answer, look at the figures.
 
-    python examples/first_words.py "Why is the sky blue?"
+python examples/first_words.py "Why is the sky blue?"
 """
 
 from __future__ import annotations

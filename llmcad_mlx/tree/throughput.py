@@ -182,7 +182,7 @@ class ThroughputPolicy:
             value = gain - rate * verify.predict(nodes)
             if value > best_value + 1e-9:
                 best, best_value = nodes, value
-        # Neighbouring sizes are measured now and then; a single disturbed observation would rule them out for good.
+        # Measure the next size too: a single disturbed observation would rule it out for good.
         if 1 < best < len(ranked) and verify.times_seen(best + 1) < _WELL_KNOWN:
             best += 1
         return tree.select(best)

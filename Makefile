@@ -4,10 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+DEMO_PROMPT := "Write this text again, word for word: The tide comes in twice a day. Fishermen know its hours by \
+heart, and their children learn them before they learn to read. When the moon is full, the water climbs up to the \
+old wall, and the boats in the harbour ride high above the quay."
+
 .PHONY: demo test test-large check format clean bench
 
 demo: $(READY)
-	$(BIN)/llmcad-mlx generate --max-tokens 120 "Write a short story about a fox who learns to swim."
+	$(BIN)/llmcad-mlx generate --max-tokens 120 $(DEMO_PROMPT)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not large"

@@ -7,9 +7,6 @@ from typing import Annotated
 
 import typer
 
-from llmcad_mlx.sources.gguf import convert_gguf
-from llmcad_mlx.sources.progress import progress_for
-
 
 def convert(
     source: Annotated[Path, typer.Argument(help="A GGUF file of the llama or qwen2 family.")],
@@ -21,5 +18,8 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace DEST where it exists.")] = False,
 ) -> None:
     """Convert a GGUF file into a folder that this program and mlx-lm open."""
+    from llmcad_mlx.sources.gguf import convert_gguf
+    from llmcad_mlx.sources.progress import progress_for
+
     convert_gguf(source, dest, bits, group_size, force=force, progress=progress_for(True))
     print(dest)

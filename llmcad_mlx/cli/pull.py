@@ -8,8 +8,6 @@ import typer
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.sources.presets import NGRAM, list_presets
-from llmcad_mlx.sources.progress import progress_for
-from llmcad_mlx.sources.pull import pull_preset, pull_repo
 
 
 def pull(
@@ -27,6 +25,9 @@ def pull(
         return
     if name is None:
         raise UsageError("pull: name a preset or a hub repository; `llmcad-mlx pull --list` prints the presets")
+    from llmcad_mlx.sources.progress import progress_for
+    from llmcad_mlx.sources.pull import pull_preset, pull_repo
+
     if "/" in name:
         print(pull_repo(name, progress=progress_for(True)))
         return

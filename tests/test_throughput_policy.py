@@ -15,7 +15,7 @@ from llmcad_mlx.tree.calibration import Calibration
 from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.policy import Candidates
 from llmcad_mlx.tree.throughput import ThroughputPolicy
-from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TokenTree
+from llmcad_mlx.tree.token_tree import MODEL, NGRAM, Selection, TokenTree
 from llmcad_mlx.tree.walk import walk
 
 # -- a world of numbers ------------------------------------------------------------------------------------
@@ -144,6 +144,39 @@ def test_useless_lookups_cost_next_to_nothing() -> None:
     world = World([], [], verify_s=lambda rows: 1 + 0.5 * (rows - 1), ngram=0.8)
     world.run(400)
     assert world.seconds <= 1.05 * world.plain_seconds
+
+
+@pytest.mark.parametrize(
+    ("first_row", "next_rows"), [(0.0, 0.02), (0.1, 0.02), (0.0, 0.1), (0.1, 0.1), (0.0, 0.2)]
+)
+@pytest.mark.parametrize("jitter", [0.1, 0.3])
+def test_noisy_clocks_do_not_make_useless_lookups_look_good(
+    first_row: float, next_rows: float, jitter: float
+) -> None:
+    """Noise can make the price of a row look like nothing; plain passes must then be measured again."""
+    ratios = []
+    for seed in range(8):
+        world = World([], [], verify_s=lambda rows: 1 + first_row * (rows > 1) + next_rows * (rows - 1),
+                      ngram=0.57, jitter=jitter, seed=seed)  # fmt: skip
+        world.run(1000)
+        ratios.append(world.seconds / world.plain_seconds)
+    assert max(ratios) <= 1.05
+
+
+def test_plain_passes_are_measured_again_at_times_but_rarely() -> None:
+    world = World([0.7], [0.7], lambda rows: 0.05, lambda rows: 1 + 0.02 * (rows - 1))
+    world.run(200)
+    seen: list[int] = []
+    submit = world.policy.submit
+
+    def noting(tree: TokenTree) -> Selection:
+        selection = submit(tree)
+        seen.append(len(selection.tree))
+        return selection
+
+    world.policy.submit = noting  # type: ignore[method-assign]
+    world.run(4000)
+    assert 5 <= seen.count(1) <= len(seen) / 40
 
 
 def test_a_useless_draft_does_not_spoil_good_lookups() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from statistics import median_low
 from typing import Any
 
-_REMEMBERED = 7  # observations per row count; their lower median shrugs off a disturbed one, even of two
+_REMEMBERED = 15  # observations per row count; their lower median shrugs off a disturbed one, even of two
 _FIRST_LIMIT = 2.5  # times the prediction, for the first observation of a row count
 _ROW_SHARE = 0.1  # cost of one more row, relative to a single row, before any was measured
 
@@ -80,14 +80,21 @@ class StepTimes:
     def _rebuild(self) -> None:
         self._rows = sorted(self._seen)
         self._seconds = [median_low(self._seen[rows]) for rows in self._rows]
-        # Fewer rows never take more time. Where they seem to, they were disturbed: nothing makes a step faster
-        # than it is, but compiling a kernel or another process makes it slower.
-        for at in range(len(self._rows) - 2, -1, -1):
-            self._seconds[at] = min(self._seconds[at], self._seconds[at + 1])
+        # Fewer rows never take more time. Where they seem to, noise says so: neighbours are pooled until the
+        # order is right (isotonic regression), each weighing as much as it was observed.
+        pooled: list[tuple[float, int, int]] = []  # seconds, observations, row counts in the pool
+        for rows, seconds in zip(self._rows, self._seconds, strict=True):
+            seen, size = len(self._seen[rows]), 1
+            while pooled and pooled[-1][0] > seconds:
+                other, weight, others = pooled.pop()
+                seconds = (seconds * seen + other * weight) / (seen + weight)
+                seen, size = seen + weight, size + others
+            pooled.append((seconds, seen, size))
+        self._seconds = [seconds for seconds, _, size in pooled for _ in range(size)]
 
     def to_dict(self) -> dict[str, float]:
-        """JSON-able medians by row count."""
-        return {str(rows): median_low(seen) for rows, seen in self._seen.items()}
+        """JSON-able seconds by row count, as `predict` gives them."""
+        return {str(rows): seconds for rows, seconds in zip(self._rows, self._seconds, strict=True)}
 
     @classmethod
     def from_dict(cls, data: Any) -> StepTimes:

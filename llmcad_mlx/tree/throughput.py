@@ -30,6 +30,9 @@ _LOOK_AGAIN = 32  # rounds without the draft after which one step is taken to se
 _WELL_KNOWN = 3  # observations of a pass's size
 _SURE = 2  # observations that make a step time believable
 _HIT_DECAY = 0.95
+_LEAST_GAIN = 0.05  # tokens a tree must promise beyond plain decoding, or measured costs' noise decides
+_PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
+_YIELD_DECAY = 0.9
 _EXPLORE = 2  # times the largest measured row count that a step may have
 
 
@@ -67,6 +70,9 @@ class ThroughputPolicy:
         self._account = _OPENING
         self._idle = 0  # rounds since the model was last used
         self._model_used = False
+        self._since_plain = 0  # rounds since the target's pass had a single row
+        self._yield = 1.0  # tokens a round has given lately
+        self._measuring_plain = False
 
     @property
     def sources(self) -> frozenset[str]:
@@ -79,6 +85,9 @@ class ThroughputPolicy:
         self._expanded = {}
         self._tree = tree
         self._model_used = False
+        # What a plain pass takes decides about every tree, so it is measured again from time to time. That
+        # round gives up `_yield` - 1 tokens: the more, the rarer.
+        self._measuring_plain = self._since_plain >= _PLAIN_AGAIN * self._yield
 
     def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
         """The most likely nodes `source` has not expanded, while expanding them pays."""
@@ -121,8 +130,8 @@ class ThroughputPolicy:
 
     def _paying(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """The best so many leaves that a model step on them gains more than it costs; none if no step does."""
-        if self.costs.verify.times_seen(1) < _SURE:
-            return []  # the very first passes measure plain decoding
+        if self._measuring_plain or self.costs.verify.times_seen(1) < _SURE:
+            return []  # the very first passes measure plain decoding, too
         leaves = self._best_unexpanded(tree, expanded, self.max_width)
         if not expanded and self._look_again():
             return leaves[:1]
@@ -182,6 +191,8 @@ class ThroughputPolicy:
             value = gain - rate * verify.predict(nodes)
             if value > best_value + 1e-9:
                 best, best_value = nodes, value
+        if self._measuring_plain or sum(ranked[:best]) - 1.0 < _LEAST_GAIN:
+            return tree.select(1)
         # Measure the next size too: a single disturbed observation would rule it out for good.
         if 1 < best < len(ranked) and verify.times_seen(best + 1) < _WELL_KNOWN:
             best += 1
@@ -189,6 +200,8 @@ class ThroughputPolicy:
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from every candidate the target's choices have judged, also those not submitted."""
+        self._since_plain = 0 if len(tree) == 1 else self._since_plain + 1
+        self._yield = self._yield * _YIELD_DECAY + len(walk.tokens) * (1 - _YIELD_DECAY)
         drafted = self._tree if self._tree is not None else tree
         node: int | None = 0
         for token in walk.tokens:

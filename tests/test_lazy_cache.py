@@ -82,11 +82,24 @@ class RandomUse:
             assert self.cache.position(slot) == len(self.committed) + len(self.paths[slot]) - 1
 
     def commit(self) -> None:
-        if self.paths:
-            slot = int(self.rng.choice(list(self.paths)))
-            self.committed += self.paths[slot]
-            self.cache.commit(path_to(self.cache, slot, self.paths))
-            self.paths = {}
+        """Accept a path; keep some of the tree below its end."""
+        if not self.paths:
+            return
+        slot = int(self.rng.choice([*self.paths, -1]))
+        path = path_to(self.cache, slot, self.paths) if slot >= 0 else []
+        accepted = self.paths[slot] if path else ()
+        keep: list[int] = []
+        for below in sorted(self.paths):
+            parent = int(self.cache._parents[below])
+            if (parent in keep or parent == (path or [self.cache.last_slot])[-1]) and self.rng.random() < 0.6:
+                keep.append(below)
+        self.committed += accepted
+        self.rng.shuffle(keep)
+        kept = self.cache.commit(path, keep)
+        self.paths = {new: self.paths[old][len(accepted) :] for old, new in zip(keep, kept, strict=True)}
+        assert self.cache.num_slots == len(self.committed) + len(kept) + self.cache.num_dead
+        for new, tokens in self.paths.items():
+            assert self.cache.position(new) == len(self.committed) + len(tokens) - 1
 
     def rollback(self) -> None:
         self.cache.rollback()
@@ -122,7 +135,7 @@ def path_to(cache: LazyKVCache, slot: int, uncommitted: Container[int]) -> list[
 def test_random_use_equals_plain_forwards(seed: int, max_dead_share: float, min_dead: int) -> None:
     tree_model = llama(max_dead_share=max_dead_share, min_dead=min_dead)
     use = RandomUse(tree_model, Reference(tree_model), np.random.default_rng(seed))
-    for _ in range(16):
+    for _ in range(20):
         use.step()
 
 
@@ -182,17 +195,22 @@ def test_mask_of_a_tree_on_paper() -> None:
 @given(data=st.data(), window=st.sampled_from([None, 1, 3, 6]))
 def test_attention_plan_says_what_the_mask_says(data: st.DataObject, window: int | None) -> None:
     cache = LazyKVCache(1, min_dead=99)
+    slots: list[int] = []
     for commits in range(data.draw(st.integers(0, 3)) + 1):
-        slots: list[int] = []
         for _ in range(data.draw(st.integers(1, 2))):
             size, start = data.draw(st.integers(1, 4)), cache.num_slots
             choices = [[-1, *slots, *range(start, start + row)] for row in range(size)]
             slots += cache.append([data.draw(st.sampled_from(options)) for options in choices], size)
         if commits:
             break
-        cache.commit(path_to(cache, data.draw(st.sampled_from(slots)), slots))
+        path = path_to(cache, data.draw(st.sampled_from(slots)), slots)
+        keep: list[int] = []
+        for slot in slots:
+            if int(cache._parents[slot]) in [path[-1], *keep] and data.draw(st.booleans()):
+                keep.append(slot)
+        slots = cache.commit(path, keep)
     if not cache.num_appended:
-        cache.append(None, 2)
+        cache.append([slots[-1] if slots else -1, -1], 2)
     plan, visible = cache.attention_plan(window), cache.visible(window)
     prefix = np.concatenate([np.arange(first, first + length) for first, length in plan.runs])
     ends = [0, *plan.own_ends.tolist()]
@@ -201,6 +219,51 @@ def test_attention_plan_says_what_the_mask_says(data: st.DataObject, window: int
         if plan.causal:
             seen = list(range(int(plan.first_visible[row]), int(plan.slots[row]) + 1))
         assert seen == np.flatnonzero(visible[row]).tolist()
+
+
+def test_kept_slots_on_paper() -> None:
+    cache = LazyKVCache(1, min_dead=99)
+    cache.commit(cache.append(None, 2))
+    #            2   3  4  5  6  7  8: 3 and 4 below 2, 5 below 3, 6 and 7 below 4, 8 below 7
+    cache.append([-1, 2, 2, 3, 4, 4, 7], 7)
+    assert cache.commit([2, 4], keep=[8, 7]) == [8, 7]  # 3, 5 and 6 die
+    assert (cache.length, cache.num_slots, cache.num_dead, cache.last_slot) == (4, 9, 3, 4)
+    with pytest.raises(ValueError, match="neither the last committed"):
+        cache.append([6], 1)  # dead
+    cache.append([8, -1], 2)
+    mask = cache.layers[0].make_mask(2)
+    assert isinstance(mask, mx.array)
+    expected = [[1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 1, 0, 0, 0, 0, 0, 1]]
+    assert np.array(mask)[0, 0].astype(int).tolist() == expected
+    with pytest.raises(ValueError, match="not a path"):
+        cache.commit([6])
+    assert cache.commit([7, 8], keep=[9]) == [9]
+    assert (cache.length, cache.num_slots, cache.num_dead) == (6, 10, 3)
+    cache.rollback()
+    assert (cache.length, cache.num_slots, cache.num_dead) == (6, 9, 3)
+
+
+def test_a_compaction_moves_what_is_kept() -> None:
+    cache = LazyKVCache(1, max_dead_share=0.0, min_dead=1)
+    cache.commit(cache.append(None, 2))
+    cache.append([-1, -1, 3, 4, 4], 5)
+    assert cache.commit([3], keep=[5, 4]) == [4, 3]
+    assert (cache.length, cache.num_slots, cache.num_dead) == (3, 5, 0)
+    cache.append([3, 4], 2)
+    mask = cache.layers[0].make_mask(2)
+    assert isinstance(mask, mx.array)
+    assert np.array(mask)[0, 0].astype(int).tolist() == [[1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 0, 1]]
+
+
+def test_a_kept_line_keeps_the_fast_kernels() -> None:
+    cache = LazyKVCache(1, linear=True)
+    cache.commit(cache.append(None, 3))
+    cache.append(None, 4)
+    assert cache.commit([3], keep=[4, 5]) == [4, 5]
+    cache.append([5], 1)
+    assert cache.layers[0].make_mask(1) is None
+    with pytest.raises(ValueError, match="chains only"):
+        cache.append([4], 1)
 
 
 def test_wrong_use_is_refused() -> None:
@@ -217,6 +280,13 @@ def test_wrong_use_is_refused() -> None:
         cache.commit(slots)
     with pytest.raises(ValueError, match="not a path"):
         cache.commit([7])
+    with pytest.raises(ValueError, match="not a tree below"):
+        cache.commit([3], keep=[4])  # its sibling
+    with pytest.raises(ValueError, match="not a tree below"):
+        cache.commit([3], keep=[3])
+    with pytest.raises(ValueError, match="not a tree below"):
+        cache.commit([], keep=[5])
+    assert (cache.length, cache.num_slots) == (3, 5)
     with pytest.raises(ValueError, match="cannot keep 9 of 3"):
         cache.truncate(9)
     with pytest.raises(RuntimeError, match="announced with append"):

@@ -202,26 +202,30 @@ class LazyKVCache(SlotTable):
         self.stores.append(store)
         return store
 
-    def commit(self, slots: Sequence[int]) -> None:
-        """`SlotTable.commit`, and a compaction when too many slots are dead."""
-        super().commit(slots)
+    def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
+        """`SlotTable.commit`, and a compaction when too many slots are dead, which moves ``keep``."""
+        kept = super().commit(slots, keep)
         if self.num_dead >= self.min_dead and self.num_dead > self.max_dead_share * self.num_slots:
-            self.compact()
+            moved = dict(zip(sorted(kept), range(self.length, self.length + len(kept)), strict=True))
+            self._close_gaps(sorted(kept))
+            kept = [moved[slot] for slot in kept]
+        return kept
 
     def compact(self) -> None:
-        """Close the gaps that dead slots left: one gather per layer, from the first gap on.
-
-        Drops what is uncommitted.
-        """
+        """Close the gaps that dead slots left, and drop what is uncommitted."""
         self._settle()
-        live = self.live_slots()
-        gaps = np.flatnonzero(live != np.arange(self.length))
+        self._close_gaps([])
+
+    def _close_gaps(self, kept: Sequence[int]) -> None:
+        """One gather per layer, from the first gap on. ``kept``: all uncommitted slots, ascending."""
+        order = np.concatenate([self.live_slots(), np.asarray(kept, np.int32)])
+        gaps = np.flatnonzero(order != np.arange(len(order)))
         if len(gaps):
             start = int(gaps[0])
-            moved = mx.array(live[start:])
+            moved = mx.array(order[start:])
             for store in self.stores:
                 store.gather_tail(start, moved)
-            self._renumber()
+            self._renumber(len(kept))
 
     @property
     def offset(self) -> int | NodePositions:

@@ -1,8 +1,8 @@
 """Which slot of a KV cache holds which token, and what each new row may see: bookkeeping without MLX.
 
 Slots are numbered in creation order. Committed slots are in position order, the k-th live slot being at
-position k, because a parent always has a smaller slot than its child. Slots that are neither committed nor
-below the last committed one are dead; they stay until their tail is dropped or the owner compacts.
+position k, because a parent always has a smaller slot than its child. A slot that is neither committed nor
+waiting to be is dead; dead slots stay until their tail is dropped or the owner compacts.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ class SlotTable:
         self.generation = 0
         """Counts appends."""
         self._first_pending = 0
+        """Slots from here on are uncommitted, but for the dead ones that a commit left between those it kept."""
+        self._gone: frozenset[int] = frozenset()
+        """Those dead ones."""
         self._live = np.zeros(256, np.int32)
         self._parents = np.zeros(256, np.int32)
         self._positions = np.zeros(256, np.int32)
@@ -89,23 +92,29 @@ class SlotTable:
         self._forget_append()
         return range(start, start + n)
 
-    def commit(self, slots: Sequence[int]) -> None:
+    def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
         """Make ``slots``, a path below the last committed slot, part of the sequence; other new ones die.
 
-        Raises ValueError when they are not such a path.
+        ``keep``: uncommitted slots that live on uncommitted, each below the last committed slot (as it is then)
+        or below another one of ``keep``. Returns where they lie from now on, in the order given.
+        Raises ValueError, and changes nothing, when ``slots`` or ``keep`` are not of that shape.
         """
         path = np.asarray(slots, np.int32)
         if len(path):
-            known = path[0] >= self._first_pending and path[-1] < self.num_slots
             expected = np.concatenate([[self.last_slot], path[:-1]])
-            if not known or not np.array_equal(self._parents[path], expected):
+            if not self._is_pending(path).all() or not np.array_equal(self._parents[path], expected):
                 raise ValueError("committed slots are not a path below the last committed slot")
-            self._live[self.length : self.length + len(path)] = path
-            self.length += len(path)
-        self._settle()
+        kept = np.asarray(keep, np.int32)
+        last = int(path[-1]) if len(path) else self.last_slot
+        if not self._is_pending(kept).all() or not np.isin(self._parents[kept], [last, *keep]).all():
+            raise ValueError("kept slots are not a tree below the last committed slot")
+        self._live[self.length : self.length + len(path)] = path
+        self.length += len(path)
+        self._settle(keep)
+        return list(keep)
 
     def rollback(self) -> None:
-        """Back to the last commit: whatever was appended since is dropped."""
+        """Back to the last commit: whatever is uncommitted is dropped, also what the commit kept."""
         self._settle()
 
     def truncate(self, length: int) -> None:
@@ -136,7 +145,7 @@ class SlotTable:
     @property
     def num_dead(self) -> int:
         """Slots that hold neither a committed nor an uncommitted token."""
-        return self._first_pending - self.length
+        return self._first_pending - self.length + len(self._gone)
 
     def live_slots(self) -> Ints:
         """(length,) slots of the committed tokens in position order."""
@@ -206,14 +215,16 @@ class SlotTable:
                 paths: dict[int, list[int]] = {last: []}
                 parents = self._parents[self._first_pending : end].tolist()
                 for slot, parent in enumerate(parents, self._first_pending):
-                    paths[slot] = [*paths[parent], slot]
+                    if slot not in self._gone:
+                        paths[slot] = [*paths[parent], slot]
                 self._own = tuple(np.array(paths[slot], np.int32) for slot in range(first, end))
         return self._own
 
     def _checked_parents(self, parents: Sequence[int], start: int) -> Ints:
         rows = np.asarray(parents, np.int32)
         rows = np.where(rows == -1, np.int32(self.last_slot), rows)
-        pending = (rows >= self._first_pending) & (rows < np.arange(start, start + len(rows)))
+        known = (rows >= self._first_pending) & (rows < np.arange(start, start + len(rows)))
+        pending = known & ~np.isin(rows, list(self._gone)) if self._gone else known
         if not np.all(pending | (rows == self.last_slot)):
             raise ValueError("a parent is neither the last committed slot nor an earlier uncommitted one")
         return rows
@@ -227,18 +238,34 @@ class SlotTable:
                 depths.append(int(self._positions[parent]) + 1 if parent >= 0 else 0)
         return np.array(depths, np.int32)
 
-    def _settle(self) -> None:
-        """Nothing is uncommitted any more: drop the dead tail."""
-        self.num_slots = self.first_appended = self._first_pending = self.last_slot + 1
-        self._chain = self.num_slots == self.length
+    def _is_pending(self, slots: Ints) -> npt.NDArray[np.bool_]:
+        """Which of ``slots`` are uncommitted, and not dead."""
+        known = (slots >= self._first_pending) & (slots < self.num_slots)
+        return known & ~np.isin(slots, list(self._gone))
+
+    def _settle(self, keep: Sequence[int] = ()) -> None:
+        """Nothing but ``keep`` is uncommitted any more: drop the dead tail."""
+        first = self.last_slot + 1
+        self.num_slots = self.first_appended = max(keep, default=first - 1) + 1
+        self._first_pending = first
+        self._gone = frozenset(range(first, self.num_slots)).difference(keep)
+        line = np.arange(first, self.num_slots)
+        self._chain = first == self.length and not self._gone and np.array_equal(self._parents[line], line - 1)
         self._forget_append()
 
-    def _renumber(self) -> None:
-        """The owner has moved the live slots to [0, length)."""
+    def _renumber(self, num_kept: int) -> None:
+        """The owner has moved the live slots to [0, length), and the ``num_kept`` uncommitted ones, in ascending
+        order, to the places behind."""
+        end = self.length + num_kept
+        kept = np.setdiff1d(np.arange(self._first_pending, self.num_slots), list(self._gone))
+        places = {self.last_slot: self.length - 1} | dict(zip(kept.tolist(), range(self.length, end), strict=True))
+        parents = [places[parent] for parent in self._parents[kept].tolist()]
+        self._positions[self.length : end] = self._positions[kept]
+        self._parents[self.length : end] = parents
         order = np.arange(self.length, dtype=np.int32)
         self._live[: self.length] = self._positions[: self.length] = order
         self._parents[: self.length] = order - 1
-        self._settle()
+        self._settle(range(self.length, end))
 
     def _forget_append(self) -> None:
         self._own = None

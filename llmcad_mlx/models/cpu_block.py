@@ -9,6 +9,8 @@ MLX's own code and keeps it only when they agree.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ from mlx.nn.layers.normalization import RMSNorm
 
 from llmcad_mlx.models import cpu_attention, cpu_kernels
 from llmcad_mlx.models.cpu_linear import HostLinear, HostQuantizedLinear, _num_threads
+from llmcad_mlx.models.host import LoadedLayer
+from llmcad_mlx.models.kinds import layer_kind
 from llmcad_mlx.models.lazy_cache import LayerCache, LazyKVCache
 
 Floats = npt.NDArray[np.float32]
@@ -304,25 +308,36 @@ def _agrees(block: Any, original: type) -> bool:
     return True
 
 
-def install_host_blocks(model: Module) -> int:
-    """Turn the model's decoder blocks into host blocks where both ways agree; returns how many."""
+def install_host_blocks(model: Module, loaded: LoadedLayer | None = None) -> int:
+    """Turn the model's decoder blocks into host blocks where both ways agree; returns how many.
+
+    loaded: see `host.use_host_blocks`.
+    """
     classes: dict[type, type] = {}
+    agreed: dict[Hashable, bool] = {}
     count = 0
-    for block in getattr(model, "layers", []):
+    for number, block in enumerate(getattr(model, "layers", [])):
         if not _is_candidate(block):
             continue
         original = type(block)
+        kind = layer_kind(block) if loaded is not None else number
         if original not in classes:
             classes[original] = type(original.__name__, (_HostBlock, original), {})
         block._host_block = _HostBlockState(block)
         block.__class__ = classes[original]
-        try:
-            agreed = _agrees(block, original)
-        except (TypeError, ValueError, AttributeError, IndexError):
-            agreed = False
-        if agreed:
+        if kind not in agreed:
+            with nullcontext() if loaded is None else loaded(number):
+                agreed[kind] = _agrees_safely(block, original)
+        if agreed[kind]:
             count += 1
         else:
             block.__class__ = original
             del block._host_block
     return count
+
+
+def _agrees_safely(block: Any, original: type) -> bool:
+    try:
+        return _agrees(block, original)
+    except (TypeError, ValueError, AttributeError, IndexError):
+        return False

@@ -153,7 +153,8 @@ def _supported(layer: Any) -> bool:
 def install_host_kernels(model: Module) -> int:
     """Give the model's linear and embedding layers the host kernels; float32 for everything else.
 
-    Returns how many layers were changed. Layers of other shapes, bits or kinds keep MLX's kernels.
+    Returns how many layers were changed. Layers of other shapes, bits or kinds keep MLX's kernels. Nothing is
+    evaluated.
     """
     changed = 0
     for module in [m for _, m in model.named_modules()]:
@@ -169,5 +170,4 @@ def install_host_kernels(model: Module) -> int:
             for name, value in own.items():
                 if mx.issubdtype(value.dtype, mx.floating):
                     module[name] = value.astype(mx.float32)
-    mx.eval(model.parameters())
     return changed

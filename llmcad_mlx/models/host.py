@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
+
+
+LoadedLayer = Callable[[int], AbstractContextManager[None]]
 
 
 class HostLayer:
@@ -19,7 +24,17 @@ def host_kernels_wanted() -> bool:
 
 
 def prepare_for_host(model: Module) -> None:
-    """On a Linux CPU: float32 activations and the host kernels. Elsewhere nothing changes."""
+    """On a Linux CPU: float32 activations and the host kernels. Elsewhere nothing changes.
+
+    Evaluates the model's parameters.
+    """
+    use_host_kernels(model)
+    mx.eval(model.parameters())
+    use_host_blocks(model)
+
+
+def use_host_kernels(model: Module) -> None:
+    """The first half of `prepare_for_host`: linear layers. Evaluates nothing."""
     if not host_kernels_wanted():
         return
     # Waiting threads spin for about 0.1 ms, then sleep. By default they spin for milliseconds: where something
@@ -27,8 +42,19 @@ def prepare_for_host(model: Module) -> None:
     # Without any spinning, waking up costs a small model half its speed. Read when the threads start.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Imported here because numba is a dependency on Linux only.
-    from llmcad_mlx.models.cpu_block import install_host_blocks
     from llmcad_mlx.models.cpu_linear import install_host_kernels
 
     install_host_kernels(model)
-    install_host_blocks(model)
+
+
+def use_host_blocks(model: Module, loaded: LoadedLayer | None = None) -> None:
+    """The second half: whole decoder blocks, where they agree with MLX's.
+
+    loaded(i): a context in which layer i's weights are in memory. With it one layer of each kind is compared,
+    without it every layer.
+    """
+    if not host_kernels_wanted():
+        return
+    from llmcad_mlx.models.cpu_block import install_host_blocks
+
+    install_host_blocks(model, loaded)

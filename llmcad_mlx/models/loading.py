@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.errors import ModelError
 
@@ -37,20 +37,25 @@ class LoadedModel:
     """mlx-lm's TokenizerWrapper."""
     config: dict[str, Any]
     path: Path
+    unchanged: frozenset[str] = frozenset()
+    """Names of the tensors that the model uses as the files hold them."""
 
 
-def load_model_folder(path: str | Path) -> LoadedModel:
+def load_model_folder(path: str | Path, lazy: bool = False) -> LoadedModel:
     """Load the model and tokenizer of an mlx-lm folder; code that a folder brings along is never run.
 
-    Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
+    lazy: a parameter is read when it is first used. Raises ModelError, one line, for a folder that is missing,
+    incomplete, corrupt or of an unknown kind.
     """
     folder = Path(path).expanduser()
     config = read_config(folder)
     check_weight_files(folder)
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise ModelError(f"{folder}: no tokenizer.json or tokenizer.model; download the folder again")
+    classes = _RecordingClasses()
     try:
-        model, config = load_model(folder)
+        model, config = load_model(folder, lazy=lazy, get_model_classes=classes)
+        classes.restore(model)
     except SystemExit:
         raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
     except Exception as error:  # model files raise anything when a config is not what they expect
@@ -60,7 +65,34 @@ def load_model_folder(path: str | Path) -> LoadedModel:
         tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, eos)
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from error
-    return LoadedModel(model, tokenizer, config, folder)
+    return LoadedModel(model, tokenizer, config, folder, classes.unchanged)
+
+
+class _RecordingClasses:
+    """mlx-lm's way from a config to classes; notes which tensors the model's `sanitize` passes through."""
+
+    def __init__(self) -> None:
+        self.unchanged: frozenset[str] = frozenset()
+        self._model_class: type[Any] | None = None
+
+    def __call__(self, config: dict[str, Any]) -> tuple[type[Any], type[Any]]:
+        model_class, args_class = _get_classes(config=config)
+        self._model_class = model_class
+
+        def sanitize(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            before = dict(weights)
+            after: dict[str, mx.array] = weights
+            if hasattr(model_class, "sanitize"):
+                after = model_class.sanitize(model, weights)
+            self.unchanged = frozenset(name for name, array in after.items() if before.get(name) is array)
+            return after
+
+        namespace = {"sanitize": sanitize, "__module__": model_class.__module__}
+        return type(model_class.__name__, (model_class,), namespace), args_class
+
+    def restore(self, model: Any) -> None:
+        """Give the loaded model its own class."""
+        model.__class__ = self._model_class
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """One speculative round: grow, verify, commit.
 
-    tree = grow(…)                     drafters propose, the policy decides what is worth it
-    verification = target.verify(…)    one pass of the target over the nodes the policy submits
+    growth.draft()                     drafters propose, the policy decides what is worth it
+    verification = target.verify(…)    one pass of the target over the nodes the policy submits; while it waits
+                                       for weights, the drafters go on (`pipeline`)
     walk(…)                            the target chooses every token; the tree says how far it reaches
-    commit(…)                          the accepted path joins the sequence in all caches
+    commit(…)                          the accepted path joins the sequence in all caches; what was drafted
+                                       below its last token starts the next round
 
 The text depends on the target, the sampling settings and the seed alone: every emitted token is chosen by
 `choose`, which plain decoding (a tree that is a lone root) calls with the same arguments.
@@ -16,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.pipeline import CarriedTree, Growth, prefill_steps
 from llmcad_mlx.sampling import TargetSampler, check_peak
 from llmcad_mlx.stats import GenerationStats
 from llmcad_mlx.target.target import Target, Verification
@@ -27,12 +30,16 @@ from llmcad_mlx.tree.walk import Walk, walk
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one round did: the tree as drafted, the part that was verified, and the target's walk over it."""
+    """What one round did: the tree as drafted, the part that was verified, and the target's walk over it.
+
+    `survivors`: the part of `drafted` that the next round starts with.
+    """
 
     drafted: TokenTree
     selection: Selection
     verification: Verification
     walk: Walk
+    survivors: Selection | None
 
 
 @dataclass(slots=True)
@@ -50,39 +57,47 @@ class SpeculativeEngine:
     costs: CostModel
     clock: Callable[[], float] = time.perf_counter
     tokens: list[int] = field(default_factory=list)
+    _carried: CarriedTree | None = field(default=None, init=False)
+    _unfinished: bool = field(default=False, init=False)  # whether caches and tokens may disagree
+    _bytes_before: int = field(default=0, init=False)  # what the target had streamed when the round began
 
     def round(
         self, sampler: TargetSampler, stats: GenerationStats, stop: Callable[[int], bool] | None = None
     ) -> Round:
         """Grow, verify, commit; appends the emitted tokens to `tokens`. `stop(token)` ends the walk."""
+        self._settle()
         started = self.clock()
-        tree = self._grow(sampler, stats)
-        selection = self._submit(tree)
-        verification = self._verify(selection.tree, stats)
+        growth = self._begin(sampler, stats)
+        growth.draft()
+        selection = self._submit(growth.tree)
+        verification = self._verify(selection.tree, growth, stats)
         steps = walk(selection.tree, self._chooser(verification, selection.tree, sampler), stop)
-        self._commit(tree, selection, verification, steps)
-        self._count(tree, selection, steps, stats)
+        survivors = self._commit(growth, selection, verification, steps)
+        if survivors is not None:
+            self._carried = CarriedTree(survivors, self.policy, sampler.settings)
+        self._unfinished = False
+        done = Round(growth.tree, selection, verification, steps, survivors)
+        self._count(done, growth, stats)
         seconds = self.clock() - started
         self.policy.finished(len(steps.tokens), seconds)
         stats.decode_s += seconds
-        return Round(tree, selection, verification, steps)
+        return done
 
-    def _grow(self, sampler: TargetSampler, stats: GenerationStats) -> TokenTree:
-        tree = TokenTree(self.tokens[-1], len(self.tokens) - 1)
-        self.policy.begin(tree)
-        for drafter in self._active():
-            drafter.begin(self.tokens, sampler)
-            while leaves := self.policy.next_leaves(tree, drafter.source):
-                started = self.clock()
-                proposals = drafter.expand(tree, leaves)
-                if drafter.rows_fed != 0:
-                    seconds = self.clock() - started
-                    stats.draft_s += seconds
-                    if drafter.rows_fed is not None:
-                        self.costs.draft.observe(drafter.rows_fed, seconds)
-                for leaf, candidates in zip(leaves, proposals, strict=True):
-                    self.policy.add(tree, leaf, candidates)
-        return tree
+    def _settle(self) -> None:
+        """After a round or a prefill that was broken off: make the caches hold what `tokens` says."""
+        if self._unfinished:
+            self.start(list(self.tokens), GenerationStats())
+        self._unfinished = True
+
+    def _begin(self, sampler: TargetSampler, stats: GenerationStats) -> Growth:
+        carried, self._carried = self._carried, None
+        survivors = carried.survivors if carried and carried.serves(self.policy, sampler.settings) else None
+        tree = survivors.tree if survivors else TokenTree(self.tokens[-1], len(self.tokens) - 1)
+        self.policy.begin(tree, survivors)
+        drafters = self._active()
+        for drafter in drafters:
+            drafter.begin(self.tokens, sampler, tree)
+        return Growth(tree, drafters, self.policy, self.costs, stats, self.clock)
 
     def _active(self) -> list[Drafter]:
         return [drafter for drafter in self.drafters if drafter.source in self.policy.sources]
@@ -92,15 +107,18 @@ class SpeculativeEngine:
         if self.target.capability == "plain":
             return tree.select(1)
         if self.target.capability == "chain":
-            return tree.keep_path(_best_path(selection.tree, selection.new_to_old))
+            return tree.keep_path([selection.new_to_old[node] for node in selection.tree.best_branch()])
         return selection
 
-    def _verify(self, tree: TokenTree, stats: GenerationStats) -> Verification:
-        started = self.clock()
-        verification = self.target.verify(tree)
+    def _verify(self, tree: TokenTree, growth: Growth, stats: GenerationStats) -> Verification:
+        waited, started = self.target.io_wait_s, self.clock()
+        verification = self.target.verify(tree, growth.provisional_step if self.policy.pipelined else None)
         seconds = self.clock() - started
+        waited = self.target.io_wait_s - waited
+        # Drafting in the background takes the place of waiting, so it is not taken off what a pass takes.
         self.costs.verify.observe(len(tree), seconds)
-        stats.verify_s += seconds
+        stats.verify_s += seconds - growth.background_s - waited
+        stats.io_wait_s += waited
         return verification
 
     def _chooser(
@@ -116,21 +134,28 @@ class SpeculativeEngine:
 
         return choose
 
-    def _commit(self, tree: TokenTree, selection: Selection, verification: Verification, steps: Walk) -> None:
+    def _commit(
+        self, growth: Growth, selection: Selection, verification: Verification, steps: Walk
+    ) -> Selection | None:
         self.policy.verified(selection.tree, steps)
         self.target.commit(verification, steps.nodes)
         path = [selection.new_to_old[node] for node in steps.nodes]
-        for drafter in self._active():
-            drafter.commit(tree, path)
+        survivors = growth.survivors(path, steps)
+        for drafter in growth.drafters:
+            drafter.commit(growth.tree, path, survivors)
         self.tokens.extend(steps.tokens)
+        return survivors
 
-    def _count(self, tree: TokenTree, selection: Selection, steps: Walk, stats: GenerationStats) -> None:
+    def _count(self, done: Round, growth: Growth, stats: GenerationStats) -> None:
         stats.target_passes += 1
-        stats.drafted += len(tree) - 1
-        stats.tested += len(selection.tree) - 1
-        stats.accepted += steps.num_accepted
-        stats.path_tested += steps.path_tested
-        stats.generated_tokens += len(steps.tokens)
+        stats.tested += len(done.selection.tree) - 1
+        stats.accepted += done.walk.num_accepted
+        stats.path_tested += done.walk.path_tested
+        stats.generated_tokens += len(done.walk.tokens)
+        stats.provisional_passes += growth.num_provisional > 0
+        stats.survived += done.survivors is not None and len(done.survivors.tree) > 1
+        stats.streamed_bytes += self.target.streamed_bytes - self._bytes_before
+        self._bytes_before = self.target.streamed_bytes
 
     def start(
         self,
@@ -144,6 +169,7 @@ class SpeculativeEngine:
         on_progress(done, total) counts prompt tokens; should_stop ends the prefill early.
         """
         started = self.clock()
+        self._carried, self._unfinished = None, True
         common = _common_prefix(self.tokens, prompt)
         kept = min(common, len(prompt) - 1)
         self.target.truncate(kept)
@@ -154,11 +180,16 @@ class SpeculativeEngine:
         stats.prompt_tokens, stats.reused_tokens = len(prompt), kept
         on_progress(kept, len(prompt))
         self.target.prefill(
-            prompt[kept:-1], lambda done: on_progress(min(kept + done, len(prompt)), len(prompt)), should_stop
+            prompt[kept:-1],
+            lambda done: on_progress(min(kept + done, len(prompt)), len(prompt)),
+            should_stop,
+            prefill_steps(self._active(), prompt) if self.policy.pipelined else None,
         )
         for drafter in self._active():
             drafter.prefill(prompt, lambda done: None, should_stop)
         on_progress(len(prompt), len(prompt))
+        self._unfinished = self.target.num_cached < len(prompt) - 1
+        self._bytes_before = self.target.streamed_bytes
         stats.prompt_s += self.clock() - started
 
 
@@ -167,12 +198,3 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
         if left != right:
             return index
     return min(len(a), len(b))
-
-
-def _best_path(tree: TokenTree, names: Sequence[int]) -> list[int]:
-    """The branch with the largest summed cumulative confidence, root included, as `names` of its nodes."""
-    total = list(tree.cumulative)
-    for node in range(1, len(tree)):
-        total[node] += total[tree.parents[node]]
-    tip = max(range(len(tree)), key=total.__getitem__)
-    return [names[node] for node in (0, *tree.path(tip))]

@@ -11,6 +11,11 @@ class GenerationStats:
 
     `drafted` nodes were created by a drafter, `tested` were sent to the target, `accepted` became output.
     `path_tested` counts the drafted tokens the target's own path came to, the acceptance rate's denominator.
+    `provisional` of the drafted nodes were created while the target waited for weights, in `provisional_passes` of
+    the passes; after `survived` of the passes a drafted subtree was left to start the next round with.
+
+    `draft_s` is all drafting, `hidden_draft_s` the part of it done while the target waited for weights.
+    `streamed_bytes` were read for the target's passes, prompt left out.
     """
 
     prompt_tokens: int = 0
@@ -21,8 +26,13 @@ class GenerationStats:
     tested: int = 0
     accepted: int = 0
     path_tested: int = 0
+    provisional: int = 0
+    provisional_passes: int = 0
+    survived: int = 0
+    streamed_bytes: int = 0
     prompt_s: float = 0.0
     draft_s: float = 0.0
+    hidden_draft_s: float = 0.0
     verify_s: float = 0.0
     io_wait_s: float = 0.0
     decode_s: float = 0.0

@@ -32,6 +32,8 @@ from tests.architecture_configs import VOCAB as FAMILY_VOCAB
 from tests.architecture_configs import build, config_of
 from tests.tiny import VOCAB, tiny_tree_model
 
+Background = Callable[[], bool] | None
+
 PROMPT = [1, 2, 3, 4, 5, 1, 2, 3]
 
 
@@ -186,7 +188,7 @@ def test_an_interrupted_prefill_is_taken_up_again() -> None:
 
 def test_logits_that_are_not_numbers_end_in_one_clear_error() -> None:
     class Broken(ResidentTarget):
-        def verify(self, tree: TokenTree) -> Verification:
+        def verify(self, tree: TokenTree, background: Background = None) -> Verification:
             sound = super().verify(tree)
             return Verification(sound.logits * float("nan"), sound.slots, VOCAB)
 
@@ -226,13 +228,15 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     stats, seen = GenerationStats(), GenerationStats()
     engine.start(PROMPT, stats)
     assert (stats.prompt_s, stats.prompt_tokens, stats.reused_tokens) == (64.0, len(PROMPT), 0)
-    fed = 0.0
+    fed, carried = 0.0, 0
     for _ in range(12):
         before = expand.calls
         done = engine.round(greedy(), stats)
         fed += expand.calls - before
         submitted = done.selection.tree
-        seen.drafted += len(done.drafted) - 1
+        seen.drafted += len(done.drafted) - 1 - carried
+        carried = len(done.survivors.tree) - 1 if done.survivors is not None else 0
+        seen.survived += carried > 0
         seen.tested += len(submitted) - 1
         seen.accepted += done.walk.num_accepted
         seen.path_tested += done.walk.path_tested
@@ -243,6 +247,7 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     assert (stats.drafted, stats.tested, stats.accepted) == (seen.drafted, seen.tested, seen.accepted)
     assert (stats.path_tested, stats.generated_tokens) == (seen.path_tested, seen.generated_tokens)
     assert stats.generated_tokens == len(engine.tokens) - len(PROMPT)
+    assert (stats.survived, stats.provisional, stats.provisional_passes) == (seen.survived, 0, 0)
     assert stats.target_passes == verify.calls == 12
     assert stats.tokens_per_pass == stats.generated_tokens / 12
     assert stats.acceptance_rate == stats.accepted / stats.path_tested
@@ -325,7 +330,7 @@ class Watching(ResidentTarget):
         super().__init__(*args)
         self.seen: list[list[int]] = []
 
-    def verify(self, tree: TokenTree) -> Verification:
+    def verify(self, tree: TokenTree, background: Background = None) -> Verification:
         self.seen.append(list(tree.parents))
         return super().verify(tree)
 

@@ -21,6 +21,7 @@ LAYERS = [
     {"settings", "stats", "stop", "prompt", "tree"},
     {"sampling", "text_stream", "profile", "models", "sources"},
     {"drafting", "target"},
+    {"pipeline"},
     {"engine", "policies"},
     {"loader"},
     {"api"},

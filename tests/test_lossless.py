@@ -25,8 +25,9 @@ from llmcad_mlx.tree.fixed import ChainPolicy
 from llmcad_mlx.tree.paper import PaperPolicy
 from llmcad_mlx.tree.policy import Candidates, GrowthPolicy
 from llmcad_mlx.tree.throughput import ThroughputPolicy
-from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TokenTree
+from llmcad_mlx.tree.token_tree import MODEL, NGRAM, Selection, TokenTree
 from tests.tiny import VOCAB, tiny_tree_model
+from tests.waiting_target import WaitingTarget
 
 
 @functools.cache
@@ -45,9 +46,12 @@ class RandomDrafter:
         self.adversarial = adversarial
 
     def prefill(self, tokens: Sequence[int], on_progress: object, should_stop: object) -> None: ...
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler) -> None: ...
-    def commit(self, tree: TokenTree, path: Sequence[int]) -> None: ...
+    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None: ...
+    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None: ...
     def truncate(self, length: int) -> None: ...
+
+    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
+        return False
 
     def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
         out = []
@@ -79,8 +83,11 @@ def make_engine(
     policy: GrowthPolicy,
     costs: CostModel,
     clock: Callable[[], float],
+    waits: int | None = None,
 ) -> SpeculativeEngine:
-    target = ResidentTarget(model(0, target_host), VOCAB)
+    """waits: the seed of a target that waits for its weights; None: a resident one."""
+    tree_model = model(0, target_host)
+    target = ResidentTarget(tree_model, VOCAB) if waits is None else WaitingTarget(tree_model, VOCAB, seed=waits)
     target.cache.max_dead_share, target.cache.min_dead = 0.1, 2  # compact often
     return SpeculativeEngine(target, drafters, policy, costs, clock)
 
@@ -99,14 +106,16 @@ def plain(prompt: Sequence[int], count: int, sampling: SamplingSettings, host: b
     return run(engine, prompt, count, sampling)
 
 
-def make_policy(kind: str, costs: CostModel, nodes: int) -> GrowthPolicy:
+def make_policy(
+    kind: str, costs: CostModel, nodes: int, *, branching: bool = True, pipelined: bool = True
+) -> GrowthPolicy:
     if kind == "throughput":
-        return ThroughputPolicy(costs, Calibration())
+        return ThroughputPolicy(costs, Calibration(), branching=branching, pipelined=pipelined)
     if kind == "forced":
-        return ThroughputPolicy(costs, Calibration(), tree_nodes=nodes)
+        return ThroughputPolicy(costs, Calibration(), tree_nodes=nodes, branching=branching, pipelined=pipelined)
     if kind == "paper":
-        return PaperPolicy(nodes)
-    return ChainPolicy(nodes)
+        return PaperPolicy(nodes, branching=branching, pipelined=pipelined)
+    return ChainPolicy(nodes, pipelined=pipelined)
 
 
 def make_drafters(kind: str, seed: int, host: bool) -> list[Drafter]:
@@ -143,16 +152,24 @@ sampling_settings = st.builds(
     nodes=st.integers(1, 24),
     seed=st.integers(0, 1000),
     host=st.booleans(),
+    waits=st.one_of(st.none(), st.integers(0, 1000)),
+    options=st.fixed_dictionaries({"branching": st.booleans(), "pipelined": st.booleans()}),
 )
 def test_output_equals_plain_decoding(
-    sampling: SamplingSettings, draft: str, policy: str, nodes: int, seed: int, host: bool
+    sampling: SamplingSettings,
+    draft: str,
+    policy: str,
+    nodes: int,
+    seed: int,
+    host: bool,
+    waits: int | None,
+    options: dict[str, bool],
 ) -> None:
     random = np.random.default_rng(seed)
     prompt = random.integers(0, VOCAB, int(random.integers(1, 30))).tolist()
     costs = CostModel()
-    engine = make_engine(
-        host, make_drafters(draft, seed, host), make_policy(policy, costs, nodes), costs, FakeClock(seed)
-    )
+    growth = make_policy(policy, costs, nodes, **options)
+    engine = make_engine(host, make_drafters(draft, seed, host), growth, costs, FakeClock(seed), waits)
     first = run(engine, prompt, 40, sampling)
     assert first == plain(prompt, 40, sampling, host)
     # A second turn that goes on, and a third whose prompt was edited in the middle: caches are reused.

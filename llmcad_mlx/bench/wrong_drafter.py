@@ -8,7 +8,7 @@ from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.calibration import ngram_confidence
 from llmcad_mlx.tree.policy import Candidates
-from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
+from llmcad_mlx.tree.token_tree import NGRAM, Selection, TokenTree
 
 _SHIFT = 7  # any number: it only has to lead to another token
 
@@ -38,8 +38,11 @@ class WrongDrafter:
     ) -> None:
         self.inner.prefill(tokens, on_progress, should_stop)
 
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler) -> None:
-        self.inner.begin(tokens, sampler)
+    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
+        return self.inner.prefill_some(tokens, limit)
+
+    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
+        self.inner.begin(tokens, sampler, tree)
 
     def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
         proposals = self.inner.expand(tree, leaves)
@@ -58,8 +61,8 @@ class WrongDrafter:
             shifted.append(other)
         return Candidates(shifted, found.confidences[: len(shifted)], found.source)
 
-    def commit(self, tree: TokenTree, path: Sequence[int]) -> None:
-        self.inner.commit(tree, path)
+    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
+        self.inner.commit(tree, path, survivors)
 
     def truncate(self, length: int) -> None:
         self.inner.truncate(length)

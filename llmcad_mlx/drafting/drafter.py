@@ -7,7 +7,7 @@ from typing import Protocol
 
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.policy import Candidates
-from llmcad_mlx.tree.token_tree import TokenTree
+from llmcad_mlx.tree.token_tree import Selection, TokenTree
 
 
 class Drafter(Protocol):
@@ -15,9 +15,11 @@ class Drafter(Protocol):
 
     One round:
 
-        drafter.begin(tokens, sampler)              # the whole sequence; the tree's root is its last token
+        drafter.begin(tokens, sampler, tree)        # the whole sequence; the tree's root is its last token
         candidates = drafter.expand(tree, leaves)   # any number of times
-        drafter.commit(tree, path)                  # the accepted nodes, top down; the rest is forgotten
+        drafter.commit(tree, path, survivors)       # the accepted nodes, top down, and what goes on below them
+
+    The next round's tree is `survivors.tree`, or a new one: then all that was not accepted is forgotten.
     """
 
     @property
@@ -34,14 +36,24 @@ class Drafter(Protocol):
     ) -> None:
         """Take in a prompt ahead of the first round, keeping the part that is known already."""
 
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler) -> None:
-        """Start a round after `tokens`, prompt and output so far. Must be cheap: no forward yet."""
+    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
+        """Take in at most `limit` tokens more of what `prefill` would; returns whether there are others."""
+
+    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
+        """Start a round after `tokens`, prompt and output so far. Must be cheap: no forward yet.
+
+        `tree` is the object that the last `commit` got as `survivors.tree`, or any other one, which means what
+        None does: a lone root. So a round that was broken off leaves nothing behind.
+        """
 
     def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
         """Candidates for the children of each of `leaves`, best first. Empty ones: nothing to propose."""
 
-    def commit(self, tree: TokenTree, path: Sequence[int]) -> None:
-        """Nodes `path` of `tree` were accepted; all other nodes are gone."""
+    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
+        """Nodes `path` of `tree` were accepted; all others are gone, but for those in `survivors`.
+
+        `survivors`: the subtree of `tree` below a child of the last accepted node, that child included.
+        """
 
     def truncate(self, length: int) -> None:
         """Only the first `length` tokens of the sequence are still true."""

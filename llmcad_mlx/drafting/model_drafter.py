@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 
@@ -12,7 +12,7 @@ from llmcad_mlx.models.lazy_cache import LazyKVCache
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.policy import Candidates
-from llmcad_mlx.tree.token_tree import MODEL, ROOT, TokenTree
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
 
 _FED_WITH_NODES = 6  # missed tokens; more go through the model's body first, without the head
 _WINDOW = 32  # tokens read again after a long break
@@ -22,7 +22,8 @@ class ModelDrafter:
     """A small model with its own lazy KV cache.
 
     Nodes get a slot in the cache when they are fed, that is when they or a descendant are expanded. Accepted
-    nodes without one, the bonus token always among them, are fed with the next round's first forward.
+    nodes without one are fed with the next round's first forward. Nodes that survive a round keep their slots,
+    uncommitted; then the new root, the bonus token, has one already.
     """
 
     source = MODEL
@@ -41,21 +42,31 @@ class ModelDrafter:
         self._sampler: TargetSampler | None = None
         self._slots: dict[int, int] = {}  # node -> slot
         self._ready: dict[int, Candidates] = {}  # proposals not asked for yet
-        self._caught_up: list[int] = []  # slots of committed tokens that were fed in this round
+        self._caught_up: list[int] = []  # slots of committed tokens that are not committed in the cache yet
+        self._carried: TokenTree | None = None  # the tree that slots and proposals were kept for
 
     def prefill(
         self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
     ) -> None:
         """Feed all but the last token, which is the first root."""
-        if self._start:
-            self._restart(0)
-        missing = tokens[self.cache.length : len(tokens) - 1]
+        missing = self._unread(tokens)
         self.model.prefill(missing, self.cache, on_progress=on_progress, should_stop=should_stop)
 
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler) -> None:
+    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
+        missing = self._unread(tokens)
+        self.model.prefill(missing[:limit], self.cache)
+        return len(missing) > limit
+
+    def _unread(self, prompt: Sequence[int]) -> Sequence[int]:
+        if self._start:
+            self._restart(0)
+        return prompt[self.cache.length : len(prompt) - 1]
+
+    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
         self._tokens, self._sampler = tokens, sampler
-        self.cache.rollback()
-        self._forget_round()
+        if tree is None or tree is not self._carried:
+            self._forget_round()
+        self._carried = None
         self.rows_fed = 0
 
     def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
@@ -127,19 +138,32 @@ class ModelDrafter:
         found = top_candidates(logits, positions, self._sampler, self._num_candidates)
         self._ready.update(zip(nodes, found, strict=True))
 
-    def commit(self, tree: TokenTree, path: Sequence[int]) -> None:
-        """Keep the slots of the accepted nodes that were fed; the others come with the next round."""
+    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
+        """Keep the slots of accepted and surviving nodes that were fed; the others come with the next round."""
         fed = list(itertools.takewhile(lambda node: node in self._slots, path))
-        self.cache.commit([*self._caught_up, *(self._slots[node] for node in fed)])
-        self._forget_round()
+        names = {} if survivors is None else _new_names(self._slots, survivors)
+        kept = self.cache.commit(
+            [*self._caught_up, *(self._slots[node] for node in fed)], [self._slots[node] for node in names]
+        )
+        self._slots = dict(zip(names.values(), kept, strict=True))
+        self._ready = {names[node]: self._ready[node] for node in self._ready if node in names}
+        self._caught_up = [self._slots[ROOT]] if ROOT in self._slots else []
+        self._carried = None if survivors is None else survivors.tree
 
     def _forget_round(self) -> None:
+        self.cache.rollback()
         self._slots.clear()
         self._ready.clear()
         self._caught_up.clear()
 
     def truncate(self, length: int) -> None:
-        self.cache.rollback()
+        self._forget_round()
+        self._carried = None
         if length <= self._start:
             self._restart(0)
         self.cache.truncate(min(length - self._start, self.cache.length))
+
+
+def _new_names(nodes: Iterable[int], survivors: Selection) -> dict[int, int]:
+    """Of `nodes`, those that survive: old name to new name."""
+    return {node: new for node in nodes if (new := survivors.old_to_new[node]) != DROPPED}

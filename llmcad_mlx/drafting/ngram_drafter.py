@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.calibration import ngram_confidence
 from llmcad_mlx.tree.policy import Candidates
-from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
+from llmcad_mlx.tree.token_tree import NGRAM, Selection, TokenTree
 
 _MIN_MATCH = 2  # a single token says too little about the next
 _MAX_MATCH = 32  # longer matches are not surer
@@ -34,7 +34,11 @@ class NgramDrafter:
         """Index the prompt."""
         self._extend(tokens)
 
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler) -> None:
+    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
+        self._extend(tokens)
+        return False
+
+    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
         self._extend(tokens)
 
     def _extend(self, tokens: Sequence[int]) -> None:
@@ -68,7 +72,7 @@ class NgramDrafter:
             length += 1
         return length
 
-    def commit(self, tree: TokenTree, path: Sequence[int]) -> None:
+    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
         """Nothing to do: `begin` indexes what was accepted."""
 
     def truncate(self, length: int) -> None:

@@ -104,10 +104,11 @@ class SlotTable:
             expected = np.concatenate([[self.last_slot], path[:-1]])
             if not self._is_pending(path).all() or not np.array_equal(self._parents[path], expected):
                 raise ValueError("committed slots are not a path below the last committed slot")
-        kept = np.asarray(keep, np.int32)
-        last = int(path[-1]) if len(path) else self.last_slot
-        if not self._is_pending(kept).all() or not np.isin(self._parents[kept], [last, *keep]).all():
-            raise ValueError("kept slots are not a tree below the last committed slot")
+        if keep:
+            kept = np.asarray(keep, np.int32)
+            last = int(path[-1]) if len(path) else self.last_slot
+            if not self._is_pending(kept).all() or not {last, *keep}.issuperset(self._parents[kept].tolist()):
+                raise ValueError("kept slots are not a tree below the last committed slot")
         self._live[self.length : self.length + len(path)] = path
         self.length += len(path)
         self._settle(keep)
@@ -241,7 +242,7 @@ class SlotTable:
     def _is_pending(self, slots: Ints) -> npt.NDArray[np.bool_]:
         """Which of ``slots`` are uncommitted, and not dead."""
         known = (slots >= self._first_pending) & (slots < self.num_slots)
-        return known & ~np.isin(slots, list(self._gone))
+        return known & ~np.isin(slots, list(self._gone)) if self._gone else known
 
     def _settle(self, keep: Sequence[int] = ()) -> None:
         """Nothing but ``keep`` is uncommitted any more: drop the dead tail."""

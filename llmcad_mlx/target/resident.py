@@ -30,13 +30,27 @@ class ResidentTarget:
         """Committed tokens in the cache."""
         return self.cache.length
 
+    @property
+    def io_wait_s(self) -> float:
+        """Nothing is read."""
+        return 0.0
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Nothing is read."""
+        return 0
+
     def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
+        self,
+        tokens: Sequence[int],
+        on_progress: Callable[[int], None],
+        should_stop: Callable[[], bool],
+        background: Callable[[], bool] | None = None,
     ) -> None:
         """Append `tokens` to the cache in large chunks; see `TreeModel.prefill`."""
         self.model.prefill(tokens, self.cache, on_progress=on_progress, should_stop=should_stop)
 
-    def verify(self, tree: TokenTree) -> Verification:
+    def verify(self, tree: TokenTree, background: Callable[[], bool] | None = None) -> Verification:
         """One pass over all nodes. The root is the token that follows the cached ones."""
         if self.capability != "plain":
             self.cache.rollback()  # an interrupted round may have left its nodes
@@ -59,3 +73,6 @@ class ResidentTarget:
         if self.capability != "plain":
             self.cache.rollback()
         self.cache.truncate(min(length, self.cache.length))
+
+    def close(self) -> None:
+        """Nothing to stop."""

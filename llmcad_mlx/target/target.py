@@ -51,6 +51,9 @@ class Target(Protocol):
     """A large model that checks token trees. Keeps the cache of one session.
 
     The cache holds all tokens of the sequence but the last, which is the next tree's root.
+
+    A target whose weights are streamed calls `background()` again and again while the layer it needs next is not
+    in memory. Each call does one step of other work; after False, nothing being worth doing, the target waits.
     """
 
     @property
@@ -61,12 +64,24 @@ class Target(Protocol):
     def num_cached(self) -> int:
         """Committed tokens in the cache."""
 
+    @property
+    def io_wait_s(self) -> float:
+        """Seconds spent waiting for reads so far, background steps left out; 0.0 with all weights in memory."""
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of weights read so far, loading left out."""
+
     def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
+        self,
+        tokens: Sequence[int],
+        on_progress: Callable[[int], None],
+        should_stop: Callable[[], bool],
+        background: Callable[[], bool] | None = None,
     ) -> None:
         """Append `tokens` to the cache in large chunks; on_progress gets the number done."""
 
-    def verify(self, tree: TokenTree) -> Verification:
+    def verify(self, tree: TokenTree, background: Callable[[], bool] | None = None) -> Verification:
         """One pass over all nodes. The root is the token that follows the cached ones."""
 
     def commit(self, verification: Verification, nodes: Sequence[int]) -> None:

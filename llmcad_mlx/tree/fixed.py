@@ -10,16 +10,20 @@ from llmcad_mlx.tree.walk import Walk
 
 
 class ChainPolicy:
-    """`source` drafts `length` tokens in a line, the most likely each time; 0 is plain decoding."""
+    """`source` drafts `length` tokens in a line, the most likely each time; 0 is plain decoding.
 
-    def __init__(self, length: int, source: str = MODEL) -> None:
+    It drafts nothing provisionally; `pipelined` lets the draft read the prompt while the target does.
+    """
+
+    def __init__(self, length: int, source: str = MODEL, pipelined: bool = True) -> None:
         if length < 0:
             raise ValueError(f"a chain cannot have {length} tokens")
         self.length = length
+        self.pipelined = pipelined
         self.sources = frozenset({source}) if length else frozenset()
         self._tip: int | None = 0
 
-    def begin(self, tree: TokenTree) -> None:
+    def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
         self._tip = len(tree) - 1
 
     def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
@@ -33,6 +37,10 @@ class ChainPolicy:
         if candidates.tokens:
             confidence = candidates.confidences[0]
             self._tip = tree.add(leaf, candidates.tokens[0], confidence, candidates.source)
+
+    def provisional_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+        """None."""
+        return []
 
     def submit(self, tree: TokenTree) -> Selection:
         """All of it."""

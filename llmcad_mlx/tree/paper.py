@@ -26,21 +26,38 @@ class PaperPolicy:
     formula; the papers' prose describes another, alpha divided by the average cumulative confidence after
     the error, which is not used.
 
-    `max_nodes` bounds the tree, its root included; `source` is the one drafter it uses.
+    While the target waits for its weights, the most likely branch is continued by its best candidates alone
+    (the papers' pipeline), by no more than `max_nodes` of them.
+
+    `max_nodes` bounds the tree, its root included; `source` is the one drafter it uses. For the ablation:
+    without `branching` the best candidate alone is kept, without `fallback` alpha is 0 for good.
     """
 
-    def __init__(self, max_nodes: int = 64, source: str = MODEL) -> None:
+    def __init__(
+        self,
+        max_nodes: int = 64,
+        source: str = MODEL,
+        *,
+        branching: bool = True,
+        fallback: bool = True,
+        pipelined: bool = True,
+    ) -> None:
         if max_nodes < 1:
             raise ValueError(f"max_nodes is {max_nodes}; the root alone is 1")
         self.sources = frozenset({source})
         self.max_nodes = max_nodes
-        self.alpha = INITIAL_ALPHA
+        self.branching = branching
+        self.fallback = fallback
+        self.pipelined = pipelined
+        self.alpha = INITIAL_ALPHA if fallback else 0.0
         self._tips: list[int] = []
         self._asked: dict[str, set[int]] = {}
+        self._provisional: int | None = None  # candidates that may still be added; None before the fallback
 
-    def begin(self, tree: TokenTree) -> None:
+    def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
         self._tips = tree.leaves()
         self._asked = {}
+        self._provisional = None
 
     def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
         """The tip of the branch with the largest deficit; none when the tree is full or not trusted.
@@ -60,7 +77,24 @@ class PaperPolicy:
         asked.add(tip)
         return [tip]
 
+    def provisional_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+        """The tip of the branch that was the most likely one at the fallback."""
+        if self._provisional is None:
+            asked = self._asked.get(source, set())
+            tips = [tip for tip in self._tips if tip not in asked]
+            self._tips = [max(tips, key=tree.cumulative.__getitem__)] if tips and source in self.sources else []
+            self._provisional = self.max_nodes
+        if self._provisional == 0:
+            return []
+        leaves, self._tips = self._tips, []
+        return leaves
+
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
+        if self._provisional is not None:
+            for token, confidence in zip(candidates.tokens[:1], candidates.confidences, strict=False):
+                self._tips = [tree.add(leaf, token, confidence, candidates.source)]
+                self._provisional -= 1
+            return
         branch = self._tips.index(leaf)
         pairs = zip(candidates.tokens, candidates.confidences, strict=True)
         for rank, (token, confidence) in enumerate(pairs):
@@ -68,15 +102,15 @@ class PaperPolicy:
                 return
             if rank == 0:
                 self._tips[branch] = tree.add(leaf, token, confidence, candidates.source)
-            elif confidence > CONFIDENCE_THRESHOLD:
+            elif confidence > CONFIDENCE_THRESHOLD and self.branching:
                 self._tips.append(tree.add(leaf, token, confidence, candidates.source))
 
     def submit(self, tree: TokenTree) -> Selection:
-        """Everything that was drafted."""
-        return tree.select(len(tree))
+        """Everything that was drafted, unless more than `max_nodes` survived the last round."""
+        return tree.select(self.max_nodes)
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:
-        if walk.path_tested == 0:
+        if walk.path_tested == 0 or not self.fallback:
             return
         if not walk.refused:
             self.alpha *= 0.5

@@ -34,7 +34,8 @@ class GrowthPolicy(Protocol):
                 for leaf, candidates in zip(leaves, drafter.expand(tree, leaves)):
                     policy.add(tree, leaf, candidates)
         selection = policy.submit(tree)
-        …the target verifies selection.tree…
+        …the target verifies selection.tree; while it waits for its weights, drafters go on below `tree`:
+            leaves = policy.provisional_leaves(tree, drafter.source), then expand and add as above…
         policy.verified(selection.tree, walk)
         policy.finished(len(walk.tokens), seconds)
 
@@ -45,8 +46,15 @@ class GrowthPolicy(Protocol):
     def sources(self) -> Collection[str]:
         """The drafters it wants; others are not even given the prompt."""
 
-    def begin(self, tree: TokenTree) -> None:
-        """Start a round. `tree` is a lone root, or already has nodes drafted while the target worked."""
+    @property
+    def pipelined(self) -> bool:
+        """Whether drafters work while the target waits for weights, and nodes that survive a round are used."""
+
+    def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
+        """Start a round. `tree` is a lone root, or what survived: the last round's tree below its bonus token.
+
+        `survivors`: how the nodes of `tree`, which is its tree, were called in the last round.
+        """
 
     def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
         """Nodes for the drafter `source` to expand in one batched step; empty: it is done for this round.
@@ -57,6 +65,13 @@ class GrowthPolicy(Protocol):
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         """Put the candidates worth having below `leaf`, which was asked for, into the tree; maybe none."""
+
+    def provisional_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+        """Nodes for `source` to expand in one step while the target checks what was submitted; maybe none.
+
+        Time is free then, and the target will not see these nodes in this pass: what counts is how likely the
+        text passes through a node, whether or not it was submitted.
+        """
 
     def submit(self, tree: TokenTree) -> Selection:
         """The part of the tree that the target checks; the root is always in it."""

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from llmcad_mlx.tree.calibration import Calibration
 from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.policy import Candidates
-from llmcad_mlx.tree.token_tree import MODEL, NGRAM, Selection, TokenTree
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
 DEFAULT_MAX_NODES = 64
+DEFAULT_PROVISIONAL = 4  # times the nodes of a pass
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
 # The account of the draft model, in tokens of plain decoding: what its rounds gained or lost against it.
@@ -34,13 +35,16 @@ _LEAST_GAIN = 0.05  # tokens a tree must promise beyond plain decoding, or measu
 _PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
 _YIELD_DECAY = 0.9
 _EXPLORE = 2  # times the largest measured row count that a step may have
+_LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, for expanding it in free time
 
 
 class ThroughputPolicy:
     """Best-first growth with a measured stop rule; never slower than plain decoding for long.
 
     `costs` and `calibration` are the engine's, shared so that they can be saved. With `tree_nodes` the tree is
-    grown to exactly the best that many nodes, whatever the costs say. `max_nodes` bounds a tree otherwise.
+    grown to exactly the best that many nodes, whatever the costs say. `max_nodes` bounds a pass otherwise,
+    `max_provisional` (4 times the nodes of a pass) a tree that grows while the target waits for its weights.
+    Without `branching`, for the ablation, only the best candidate of a leaf is kept and one branch is submitted.
     """
 
     def __init__(
@@ -50,11 +54,16 @@ class ThroughputPolicy:
         tree_nodes: int | None = None,
         max_nodes: int = DEFAULT_MAX_NODES,
         max_width: int = 8,
+        *,
+        max_provisional: int | None = None,
+        branching: bool = True,
+        pipelined: bool = True,
     ) -> None:
         for name, value in (
             ("tree_nodes", 1 if tree_nodes is None else tree_nodes),
             ("max_nodes", max_nodes),
             ("max_width", max_width),
+            ("max_provisional", 1 if max_provisional is None else max_provisional),
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -62,7 +71,11 @@ class ThroughputPolicy:
         self.calibration = calibration
         self.tree_nodes = tree_nodes
         self.max_nodes = tree_nodes or max_nodes
-        self.max_width = max_width
+        self.max_width = max_width if branching else 1
+        self.max_provisional = max_provisional or DEFAULT_PROVISIONAL * self.max_nodes
+        self.pipelined = pipelined
+        self._kept_children = _KEPT_CHILDREN if branching else 1
+        self._branching = branching
         self._expanded: dict[str, set[int]] = {}
         self._tree: TokenTree | None = None
         self._gain = 0.7  # acceptance probability that expanding a certain leaf has added, lately
@@ -81,13 +94,15 @@ class ThroughputPolicy:
 
     # -- growth ------------------------------------------------------------------------------------------
 
-    def begin(self, tree: TokenTree) -> None:
-        self._expanded = {}
+    def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
+        expanded = self._expanded if survivors is not None else {}
+        self._expanded = {source: _renamed(nodes, survivors) for source, nodes in expanded.items()}
         self._tree = tree
-        self._model_used = False
+        self._model_used = MODEL in tree.sources
         # What a plain pass takes decides about every tree, so it is measured again from time to time. That
         # round gives up `_yield` - 1 tokens: the more, the rarer.
-        self._measuring_plain = self._since_plain >= _PLAIN_AGAIN * self._yield
+        due = self._since_plain >= _PLAIN_AGAIN * self._yield
+        self._measuring_plain = due and self.tree_nodes is None
 
     def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
         """The most likely nodes `source` has not expanded, while expanding them pays."""
@@ -122,10 +137,8 @@ class ThroughputPolicy:
 
     def _free(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """For a drafter that costs nothing: nodes likely enough to be worth a row of the target pass."""
-        if len(tree) >= self.max_nodes:
-            return []
         floor = max(self._row_price(len(tree)), 0.02)
-        leaves = self._best_unexpanded(tree, expanded, self.max_width)
+        leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
 
     def _paying(self, tree: TokenTree, expanded: set[int]) -> list[int]:
@@ -168,7 +181,7 @@ class ThroughputPolicy:
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         probability, source = self.calibration.probability, candidates.source
         best = 0.0
-        pairs = zip(candidates.tokens[:_KEPT_CHILDREN], candidates.confidences, strict=False)
+        pairs = zip(candidates.tokens[: self._kept_children], candidates.confidences, strict=False)
         for token, raw in pairs:
             confidence = probability(raw, source)
             best = max(best, confidence)
@@ -177,14 +190,36 @@ class ThroughputPolicy:
         if source == MODEL:
             self._gain = self._gain * _HIT_DECAY + best * (1 - _HIT_DECAY)
 
+    def provisional_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+        """The nodes the text passes through most likely, of those `source` has not expanded.
+
+        None while plain decoding is measured: a step that makes a layer wait would make it look slow.
+        """
+        unsure = self.tree_nodes is None and self.costs.verify.times_seen(1) < _SURE
+        if self._measuring_plain or unsure or len(tree) >= self.max_provisional:
+            return []
+        expanded = self._expanded.setdefault(source, set())
+        leaves = self._best_unexpanded(tree, expanded, self.max_width)
+        leaves = [leaf for leaf in leaves if tree.cumulative[leaf] > _LEAST_PROVISIONAL]
+        expanded.update(leaves)
+        self._model_used = self._model_used or (source == MODEL and bool(leaves))
+        return leaves
+
     # -- verification ------------------------------------------------------------------------------------
 
     def submit(self, tree: TokenTree) -> Selection:
         """The best nodes, as many as maximise expected tokens minus the price of the target pass."""
+        if self._branching:
+            return tree.select(self._worth(sorted(tree.cumulative, reverse=True)))
+        branch = tree.best_branch()
+        return tree.keep_path(branch[: self._worth([tree.cumulative[node] for node in branch])])
+
+    def _worth(self, ranked: Sequence[float]) -> int:
+        """How many nodes to submit, of those with the cumulative confidences `ranked`, largest first."""
         if self.tree_nodes is not None:
-            return tree.select(self.tree_nodes)
+            return self.tree_nodes
         rate, verify = self.costs.rate, self.costs.verify
-        ranked = sorted(tree.cumulative, reverse=True)[: self._most_nodes()]
+        ranked = ranked[: self._most_nodes()]
         best, best_value, gain = 1, -float("inf"), 0.0
         for nodes, probability in enumerate(ranked, 1):
             gain += probability
@@ -192,11 +227,11 @@ class ThroughputPolicy:
             if value > best_value + 1e-9:
                 best, best_value = nodes, value
         if self._measuring_plain or sum(ranked[:best]) - 1.0 < _LEAST_GAIN:
-            return tree.select(1)
+            return 1
         # Measure the next size too: a single disturbed observation would rule it out for good.
         if 1 < best < len(ranked) and verify.times_seen(best + 1) < _WELL_KNOWN:
             best += 1
-        return tree.select(best)
+        return best
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from every candidate the target's choices have judged, also those not submitted."""
@@ -232,3 +267,8 @@ class ThroughputPolicy:
             self.costs.forget_rate()
         elif not self._drafting and self._account >= _TRY_AGAIN:
             self._drafting = True
+
+
+def _renamed(nodes: set[int], survivors: Selection | None) -> set[int]:
+    """The new names of those of `nodes` that survive."""
+    return set() if survivors is None else {survivors.old_to_new[node] for node in nodes} - {DROPPED}

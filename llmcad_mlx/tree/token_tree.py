@@ -136,6 +136,13 @@ class TokenTree:
         """Nodes without children, in order of creation; the root when it is alone."""
         return [node for node, children in enumerate(self._children) if not children]
 
+    def best_branch(self) -> list[int]:
+        """The branch with the largest summed cumulative confidence, root included, top down."""
+        total = list(self.cumulative)
+        for node in range(1, len(total)):
+            total[node] += total[self.parents[node]]
+        return [ROOT, *self.path(max(range(len(total)), key=total.__getitem__))]
+
     def ancestor_mask(self) -> npt.NDArray[np.bool_]:
         """Boolean (N, N): entry [i, j] is true where node j is i itself or an ancestor of i."""
         size = len(self.tokens)

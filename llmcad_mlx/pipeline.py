@@ -1,0 +1,108 @@
+"""The speculative pipeline (DESIGN 3.6): who grows a round's tree, and when.
+
+Before the target's pass the tree is drafted until the policy falls back. During the pass, whenever the target
+waits for weights, the same tree goes on growing provisionally: also below nodes the target was not given, for
+its own token after the accepted path may be one of them. Afterwards the subtree below that token starts the next
+round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.sampling import SamplingSettings
+from llmcad_mlx.stats import GenerationStats
+from llmcad_mlx.tree.cost_model import CostModel
+from llmcad_mlx.tree.policy import GrowthPolicy
+from llmcad_mlx.tree.token_tree import ROOT, Selection, TokenTree
+from llmcad_mlx.tree.walk import Walk
+
+_PREFILL_STEP = 64  # prompt tokens a drafter reads at a time while the target waits
+
+
+@dataclass(slots=True)
+class Growth:
+    """One round's tree and who grows it. Steps are timed, counted and charged to `costs` and `stats` here.
+
+    `num_provisional`: steps taken by `provisional_step`, `background_s`: seconds spent in them.
+    """
+
+    tree: TokenTree
+    drafters: Sequence[Drafter]
+    policy: GrowthPolicy
+    costs: CostModel
+    stats: GenerationStats
+    clock: Callable[[], float]
+    num_provisional: int = 0
+    background_s: float = 0.0
+
+    def draft(self) -> None:
+        """Ask the drafters in order, cheapest first, for as long as the policy wants more of each."""
+        for drafter in self.drafters:
+            while leaves := self.policy.next_leaves(self.tree, drafter.source):
+                self._expand(drafter, leaves)
+
+    def provisional_step(self) -> bool:
+        """One step of drafting beyond what was submitted; False when no node is worth one."""
+        started = self.clock()
+        for drafter in self.drafters:
+            if leaves := self.policy.provisional_leaves(self.tree, drafter.source):
+                size = len(self.tree)
+                self.stats.hidden_draft_s += self._expand(drafter, leaves)
+                self.stats.provisional += len(self.tree) - size
+                self.num_provisional += 1
+                self.background_s += self.clock() - started
+                return True
+        return False
+
+    def _expand(self, drafter: Drafter, leaves: Sequence[int]) -> float:
+        """One draft step; returns its seconds, 0.0 for one without a forward."""
+        seconds, size = 0.0, len(self.tree)
+        started = self.clock()
+        proposals = drafter.expand(self.tree, leaves)
+        if drafter.rows_fed != 0:
+            seconds = self.clock() - started
+            self.stats.draft_s += seconds
+            if drafter.rows_fed is not None:
+                self.costs.draft.observe(drafter.rows_fed, seconds)
+        for leaf, candidates in zip(leaves, proposals, strict=True):
+            self.policy.add(self.tree, leaf, candidates)
+        self.stats.drafted += len(self.tree) - size
+        return seconds
+
+    def survivors(self, path: Sequence[int], steps: Walk) -> Selection | None:
+        """What is drafted below the bonus token, its node the new root; None when it was not drafted.
+
+        `path`: the accepted nodes of `tree`, top down.
+        """
+        if steps.stopped or not self.policy.pipelined:
+            return None
+        node = self.tree.child(path[-1] if path else ROOT, steps.tokens[-1])
+        return None if node is None else self.tree.reroot(node)
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedTree:
+    """What survived a round, and for whom it was drafted."""
+
+    survivors: Selection
+    policy: GrowthPolicy
+    sampling: SamplingSettings
+
+    def serves(self, policy: GrowthPolicy, sampling: SamplingSettings) -> bool:
+        """Whether the next round may start with it: its ranks and figures would be the same."""
+        return policy is self.policy and sampling == self.sampling
+
+
+def prefill_steps(drafters: Sequence[Drafter], prompt: Sequence[int]) -> Callable[[], bool]:
+    """A background that lets the drafters read `prompt`, one after the other, a piece with each call."""
+    waiting = list(drafters)
+
+    def step() -> bool:
+        if waiting and not waiting[0].prefill_some(prompt, _PREFILL_STEP):
+            del waiting[0]
+        return bool(waiting)
+
+    return step

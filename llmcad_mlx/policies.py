@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.profile import PairProfile
-from llmcad_mlx.settings import DEFAULT_CHAIN_LENGTH, SpeculationSettings
+from llmcad_mlx.settings import (
+    DEFAULT_CHAIN_LENGTH,
+    FIXED_PAPER_NODES,
+    FIXED_THROUGHPUT_NODES,
+    SpeculationSettings,
+)
 from llmcad_mlx.tree.fixed import ChainPolicy
 from llmcad_mlx.tree.paper import PaperPolicy
 from llmcad_mlx.tree.policy import GrowthPolicy
@@ -14,17 +19,33 @@ from llmcad_mlx.tree.throughput import DEFAULT_MAX_NODES, ThroughputPolicy
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM
 
 
-def make_policy(settings: SpeculationSettings, drafters: Sequence[Drafter], profile: PairProfile) -> GrowthPolicy:
+def make_policy(
+    settings: SpeculationSettings,
+    drafters: Sequence[Drafter],
+    profile: PairProfile,
+    max_nodes: int = DEFAULT_MAX_NODES,
+) -> GrowthPolicy:
     """The policy that `settings` name.
 
-    "throughput" learns into `profile`; "paper" and "chain" listen to one drafter, the model where there is one.
+    "throughput" learns into `profile`, and sends the target at most `max_nodes` nodes where `settings` leave it
+    the choice; "paper" and "chain" listen to one drafter, the model where there is one.
     """
-    nodes = settings.tree_nodes
+    nodes, pipelined = settings.tree_nodes, settings.pipeline
     if settings.policy == "throughput":
-        return ThroughputPolicy(profile.costs, profile.calibration, nodes, max_nodes=DEFAULT_MAX_NODES)
+        if not settings.fallback:
+            nodes = nodes or FIXED_THROUGHPUT_NODES
+        return ThroughputPolicy(
+            profile.costs, profile.calibration, nodes, max_nodes, branching=settings.tree, pipelined=pipelined
+        )
     if settings.policy == "plain":
-        return ChainPolicy(0)
+        return ChainPolicy(0, pipelined=pipelined)
     source = MODEL if any(drafter.source == MODEL for drafter in drafters) else NGRAM
     if settings.policy == "paper":
-        return PaperPolicy(DEFAULT_MAX_NODES if nodes is None else nodes, source)
-    return ChainPolicy(DEFAULT_CHAIN_LENGTH if nodes is None else nodes - 1, source)
+        return PaperPolicy(
+            nodes or (DEFAULT_MAX_NODES if settings.fallback else FIXED_PAPER_NODES),
+            source,
+            branching=settings.tree,
+            fallback=settings.fallback,
+            pipelined=pipelined,
+        )
+    return ChainPolicy(DEFAULT_CHAIN_LENGTH if nodes is None else nodes - 1, source, pipelined)

@@ -11,6 +11,8 @@ PolicyName = Literal["throughput", "paper", "chain", "plain"]
 POLICIES: tuple[str, ...] = get_args(PolicyName)
 
 DEFAULT_CHAIN_LENGTH = 4
+FIXED_PAPER_NODES = 9  # without the fallback rule: the root and 8 drafted tokens
+FIXED_THROUGHPUT_NODES = 16
 _MAX_TREE_NODES = 4096
 _MAX_TOKEN = 2**31 - 1
 
@@ -21,11 +23,20 @@ class SpeculationSettings:
 
     `policy`: "throughput" (default) measures and adapts; "paper" is LLMCad's; "chain" drafts a line of
     `tree_nodes - 1` tokens (4 if not given); "plain" does not draft. `tree_nodes`: nodes sent to the target in
-    each pass, the root included; None lets the policy choose. Raises UsageError naming the option.
+    each pass, the root included; None lets the policy choose.
+
+    Parts that can be switched off, for comparison: `pipeline`, drafting while the target waits for weights and
+    using what survives a round; `tree`, more than one branch; `fallback`, the rule that ends drafting, without
+    which every pass gets `tree_nodes` nodes (9 under "paper", 16 under "throughput" if not given).
+
+    Raises UsageError naming the option.
     """
 
     policy: PolicyName = "throughput"
     tree_nodes: int | None = None
+    pipeline: bool = True
+    tree: bool = True
+    fallback: bool = True
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -34,6 +45,14 @@ class SpeculationSettings:
             check_integer("tree_nodes", self.tree_nodes, 1, _MAX_TREE_NODES)
             if self.policy == "plain":
                 raise UsageError("tree_nodes: the plain policy has no tree; leave one of the two out")
+        for name in ("pipeline", "tree", "fallback"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}: {getattr(self, name)!r} is neither True nor False")
+        for name in ("tree", "fallback"):
+            if not getattr(self, name) and self.policy in ("chain", "plain"):
+                raise UsageError(
+                    f"{name}: the {self.policy} policy has none to switch off; leave one of the two out"
+                )
 
 
 @dataclass(frozen=True, slots=True)

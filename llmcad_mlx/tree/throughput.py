@@ -17,7 +17,8 @@ from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, Selection, TokenTr
 from llmcad_mlx.tree.walk import Walk
 
 DEFAULT_MAX_NODES = 64
-DEFAULT_PROVISIONAL = 4  # times the nodes of a pass
+_PROVISIONAL = 4  # times the nodes of a pass, in a tree that grows while the target waits
+_MIN_PROVISIONAL = 64
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
 # The account of the draft model, in tokens of plain decoding: what its rounds gained or lost against it.
@@ -43,7 +44,7 @@ class ThroughputPolicy:
 
     `costs` and `calibration` are the engine's, shared so that they can be saved. With `tree_nodes` the tree is
     grown to exactly the best that many nodes, whatever the costs say. `max_nodes` bounds a pass otherwise,
-    `max_provisional` (4 times the nodes of a pass) a tree that grows while the target waits for its weights.
+    `max_provisional` (4 times as much, at least 64) a tree that grows while the target waits for its weights.
     Without `branching`, for the ablation, only the best candidate of a leaf is kept and one branch is submitted.
     """
 
@@ -72,7 +73,7 @@ class ThroughputPolicy:
         self.tree_nodes = tree_nodes
         self.max_nodes = tree_nodes or max_nodes
         self.max_width = max_width if branching else 1
-        self.max_provisional = max_provisional or DEFAULT_PROVISIONAL * self.max_nodes
+        self.max_provisional = max_provisional or max(_PROVISIONAL * self.max_nodes, _MIN_PROVISIONAL)
         self.pipelined = pipelined
         self._kept_children = _KEPT_CHILDREN if branching else 1
         self._branching = branching

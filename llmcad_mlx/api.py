@@ -13,11 +13,12 @@ from mlx_lm.generate import GenerationResponse
 
 from llmcad_mlx.engine import Round, SpeculativeEngine
 from llmcad_mlx.errors import ContextLengthError, UsageError
-from llmcad_mlx.loader import LoadedPair, load_pair
+from llmcad_mlx.loader import LoadedPair, MemoryOptions, load_pair
 from llmcad_mlx.policies import make_policy
 from llmcad_mlx.prompt import Prompt, encode_prompt
 from llmcad_mlx.sampling import SamplingSettings, TargetSampler
 from llmcad_mlx.settings import SpeculationSettings, StopSettings, stop_settings
+from llmcad_mlx.sizes import parse_rate, parse_size
 from llmcad_mlx.stats import GenerationStats
 from llmcad_mlx.text_stream import Piece, TextStream
 from llmcad_mlx.tree.fixed import ChainPolicy
@@ -78,6 +79,11 @@ def load(
     target: str | os.PathLike[str] | None = None,
     draft: str | os.PathLike[str] | None = "auto",
     *,
+    memory: int | str | None = None,
+    pinned: int | str = "auto",
+    context: int | None = None,
+    read_bandwidth: float | str | None = None,
+    verify: bool = False,
     progress: bool = False,
 ) -> Engine:
     """Load a target and its draft.
@@ -85,11 +91,50 @@ def load(
     target: a local mlx-lm folder, a hub repository ("org/name") or a preset; None is the embedded default.
     draft: the same kinds for a draft model (which the n-gram drafter then assists), "ngram" for prompt lookup
     alone, None or "none" for plain decoding, "auto" for what the target's preset names, else "ngram".
-    progress: show download progress on a terminal.
+    memory: what the whole process may use, in bytes or as text ("6GB"); target weights that do not fit are read
+    from the disk on every pass. None: everything in memory if it fits into 70 % of physical memory, else that
+    budget. pinned: how much of the target stays in memory ("auto": as much as fits). context: tokens to make room
+    for under a budget (4096, or what the model was made for). read_bandwidth: bytes per second or "250MB/s", to
+    emulate slower storage. verify: check a bundle's weights against their checksums on every read. progress: show
+    download progress on a terminal.
 
-    Raises ModelError, VocabularyError or DownloadError, each with one line that says what to do.
+    Raises UsageError for an option that is out of range, BudgetError (one) for a budget that cannot work,
+    ModelError, VocabularyError or DownloadError, each with one line that says what to do.
     """
-    return Engine(load_pair(_name("target", target), _name("draft", draft), progress))
+    options = memory_options(memory, pinned, context, read_bandwidth, verify)
+    return Engine(load_pair(_name("target", target), _name("draft", draft), progress, options))
+
+
+def memory_options(
+    memory: int | str | None = None,
+    pinned: int | str = "auto",
+    context: int | None = None,
+    read_bandwidth: float | str | None = None,
+    verify: bool = False,
+) -> MemoryOptions:
+    """The memory options of `load`, checked. Raises UsageError naming the one that is wrong."""
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise UsageError(f"context: {context!r} is not a number of tokens above 0")
+    rate = read_bandwidth
+    if isinstance(rate, str):
+        rate = parse_rate(rate, "read-bandwidth")
+    elif rate is not None and (isinstance(rate, bool) or not 0 < rate < float("inf")):
+        raise UsageError(f"read-bandwidth: {rate!r} is not a number of bytes per second above 0")
+    return MemoryOptions(
+        memory=None if memory is None else _size("memory", memory, 1),
+        pinned=None if pinned == "auto" else _size("pinned", pinned, 0),
+        context=context,
+        read_bandwidth=rate,
+        verify=verify,
+    )
+
+
+def _size(option: str, value: int | str, least: int) -> int:
+    if isinstance(value, str):
+        value = parse_size(value, option)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{option}: {value!r} is not a number of bytes; give one, or text like 6GB")
+    return value
 
 
 class Engine:

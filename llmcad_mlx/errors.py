@@ -29,3 +29,11 @@ class DownloadError(LlmcadError):
 
 class GenerationError(LlmcadError):
     """The target produced something that no token can be chosen from (NaN logits)."""
+
+
+class StorageError(LlmcadError):
+    """Weights could not be read, or are not what they were, while the model was in use."""
+
+
+class BudgetError(UsageError):
+    """A memory budget in which the pair cannot work."""

@@ -96,3 +96,11 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now."""
+    text = _text("/proc/self/statm")
+    if text:
+        return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(_output("ps", "-o", "rss=", "-p", str(os.getpid())).strip() or 0) * 1024

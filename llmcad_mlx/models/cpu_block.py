@@ -221,6 +221,10 @@ class _HostBlockState:
         self._weights: tuple[Any, Any, Any] | None = None
         self._source: Any = None
 
+    def forget(self) -> None:
+        """Drop the views."""
+        self._weights = self._source = None
+
     def weights(self) -> tuple[Any, Any, Any]:
         source = self.block.mlp.down_proj["weight"]
         if self._weights is None or self._source is not source:

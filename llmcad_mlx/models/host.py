@@ -6,16 +6,31 @@ import os
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-
 
 LoadedLayer = Callable[[int], AbstractContextManager[None]]
 
 
 class HostLayer:
     """Marks a layer that runs on the host kernels, in float32 whatever its weights are stored in."""
+
+
+def forget_views(module: Module) -> None:
+    """Drop the views of a layer's weights that the host kernels have kept."""
+    if isinstance(module, HostLayer):
+        weights: Any = module._host
+        weights.source = weights.arrays = None
+
+
+def forget_block_views(model: Module) -> None:
+    """Drop the views of weights that whole decoder blocks have kept."""
+    for block in getattr(model, "layers", []):
+        state = getattr(block, "_host_block", None)
+        if state is not None:
+            state.forget()
 
 
 def host_kernels_wanted() -> bool:

@@ -21,11 +21,11 @@ class HostBuffers:
         self.values: Floats = np.zeros((kv_heads, _STEP, dim), np.float32)
 
     def reserve(self, used: int, num_slots: int) -> None:
-        """Make room for ``num_slots`` slots, keeping the first ``used``; grows by half at least."""
+        """Make room for ``num_slots`` slots, keeping the first ``used``; grows by a quarter at least."""
         capacity = self.keys.shape[1]
         if num_slots + _SPARE <= capacity:
             return
-        capacity = -(-max(num_slots + _SPARE, capacity * 3 // 2) // _STEP) * _STEP
+        capacity = -(-max(num_slots + _SPARE, capacity * 5 // 4) // _STEP) * _STEP
         self.keys, self.values = (self._grown(a, used, capacity) for a in (self.keys, self.values))
 
     def gather_tail(self, start: int, slots: npt.NDArray[np.int32]) -> None:

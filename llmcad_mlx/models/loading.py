@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import struct
@@ -41,10 +42,11 @@ class LoadedModel:
     """Names of the tensors that the model uses as the files hold them."""
 
 
-def load_model_folder(path: str | Path, lazy: bool = False) -> LoadedModel:
+def load_model_folder(path: str | Path, lazy: bool = False, like: LoadedModel | None = None) -> LoadedModel:
     """Load the model and tokenizer of an mlx-lm folder; code that a folder brings along is never run.
 
-    lazy: a parameter is read when it is first used. Raises ModelError, one line, for a folder that is missing,
+    lazy: a parameter is read when it is first used. like: a model whose tokenizer is taken where the files are the
+    same: a tokenizer takes over 100 MB. Raises ModelError, one line, for a folder that is missing,
     incomplete, corrupt or of an unknown kind.
     """
     folder = Path(path).expanduser()
@@ -60,12 +62,18 @@ def load_model_folder(path: str | Path, lazy: bool = False) -> LoadedModel:
         raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
     except Exception as error:  # model files raise anything when a config is not what they expect
         raise ModelError(_why_not_built(folder, config, error)) from error
-    eos = config.get("eos_token_id")
+    tokenizer = like.tokenizer if like is not None and _same_tokenizer(folder, like.path) else None
     try:
-        tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, eos)
+        tokenizer = tokenizer or load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from error
     return LoadedModel(model, tokenizer, config, folder, classes.unchanged)
+
+
+def _same_tokenizer(a: Path, b: Path) -> bool:
+    """Whether two folders have the same tokenizer.json, which holds all tokens."""
+    files = a / "tokenizer.json", b / "tokenizer.json"
+    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
 
 
 class _RecordingClasses:

@@ -20,6 +20,8 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
+from llmcad_mlx.models.host import forget_views
+
 
 class WeightFeed(Protocol):
     """Brings units of weights into buffers."""
@@ -102,25 +104,27 @@ class _StreamedLayer(Module):
 
 
 def _by_pieces(module: Any, call: Any, x: mx.array) -> mx.array:
-    """Outputs of a matrix that comes in pieces of rows: each output depends on one row only."""
-    outputs = []
-    bias = module.get("bias")
-    first = 0
+    """Outputs (…, rows) float32 of a matrix that comes in pieces of rows: each output depends on one row only."""
     mx.eval(x)
+    bias = module.get("bias")
+    num_rows = sum(piece.placements[0].shape[0] for piece in module._pieces)
+    # Written in place: collecting the pieces would take the logits' memory twice.
+    whole = mx.zeros((*x.shape[:-1], num_rows), mx.float32)
+    mx.eval(whole)
+    out: Any = np.asarray(whole)
+    first = 0
     for piece in module._pieces:
         with piece.loaded():
             rows = module["weight"].shape[0]
             if bias is not None:
                 module["bias"] = bias[first : first + rows]
             try:
-                part = call(x)
-                mx.eval(part)
+                out[..., first : first + rows] = np.asarray(call(x).astype(mx.float32))
             finally:
                 if bias is not None:
                     module["bias"] = bias
-        outputs.append(part)
         first += rows
-    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+    return whole
 
 
 class _StreamedHead(Module):
@@ -162,6 +166,15 @@ def stream_embedding(embedding: Module, rows: RowSource, pieces: Sequence[Stream
     _mix_in(embedding, _StreamedEmbedding)
     embedding._rows = rows
     embedding._pieces = tuple(pieces)
+
+
+def let_go(unit: StreamedUnit) -> None:
+    """Let nothing refer to the unit's buffers any more; its modules are of no use until they get weights again."""
+    unit.buffers = ()
+    unit._views.clear()
+    for place in unit.placements:
+        place.module[place.name] = mx.zeros(place.shape, place.wanted)  # never evaluated: takes no memory
+        forget_views(place.module)
 
 
 def make_resident(module: Module) -> None:

@@ -1,0 +1,44 @@
+"""Sizes and rates as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from llmcad_mlx.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes from "6GB", "600 MB", "1.5GiB", "800m" or "123456". Raises UsageError naming `option`."""
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise UsageError(f"{option}: {text!r} is not a size; write it like 6GB, 600MB or 1.5GiB")
+    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+
+
+def parse_rate(text: str, option: str) -> float:
+    """Bytes per second from "250MB/s". Raises UsageError naming `option`."""
+    found = _SIZE.fullmatch(re.sub(r"/s\s*$", "", text))
+    rate = float(found[1]) * _UNITS[(found[2] or "").lower()] if found is not None else 0.0
+    if rate <= 0.0:
+        raise UsageError(f"{option}: {text!r} is not a rate; write it like 250MB/s")
+    return rate
+
+
+def format_size(num_bytes: int) -> str:
+    """ "1.00 GB", "85 MB", "12 kB"."""
+    if num_bytes >= 10**9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 10**6 else f"{num_bytes / 1e3:.0f} kB"

@@ -1,0 +1,113 @@
+"""How streamed modules get their weights: in the order of the pass, or one at a time for checks at load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+import numpy as np
+
+from llmcad_mlx.errors import ModelError
+from llmcad_mlx.target.parts import Matrix
+from llmcad_mlx.target.storage import Storage
+from llmcad_mlx.target.stream import Unit, WeightStream
+
+
+class OnDemandFeed:
+    """Reads each unit when it is asked for, into the first buffer. Any order."""
+
+    def __init__(self, units: Sequence[Unit], buffer: memoryview, storage: Storage) -> None:
+        self._units = units
+        self._buffer = buffer
+        self._storage = storage
+
+    def take(self, unit: int) -> int:
+        for read in self._units[unit].reads:
+            end = read.buffer_offset + read.num_bytes
+            self._storage.read_into(read.file, read.offset, self._buffer[read.buffer_offset : end])
+        return 0
+
+    def give_back(self) -> None:
+        """Nothing reads ahead."""
+
+
+class SequentialFeed:
+    """Takes units from a stream in the order in which a pass uses them; works on something else meanwhile."""
+
+    def __init__(self, stream: WeightStream, num_units: int) -> None:
+        self.stream = stream
+        self._num_units = num_units
+        self._expected = 0
+        self._background: Callable[[], bool] | None = None
+        self.row_bytes = 0
+        """Bytes of rows that were looked up."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far, looked-up rows included."""
+        return self.stream.bytes_read + self.row_bytes
+
+    @contextmanager
+    def working(self, background: Callable[[], bool] | None) -> Iterator[None]:
+        """Call `background` whenever a unit is not there yet, until it says that nothing is worth doing."""
+        self._background = background
+        try:
+            yield
+        finally:
+            self._background = None
+
+    def take(self, unit: int) -> int:
+        if unit != self._expected:
+            if unit != 0:
+                raise ModelError(
+                    f"this model uses its layers in another order than they are listed (unit {unit} where "
+                    f"{self._expected} was due), so it cannot be streamed; give it memory for all its weights"
+                )
+            # A prompt's pass ends before the head, an interrupted one anywhere.
+            self.stream.restart()
+        self._expected = -1  # until it is there: an error or Ctrl-C may come in between
+        while self._background is not None and not self.stream.ready():
+            if not self._background():
+                self._background = None
+        buffer = self.stream.wait()
+        self._expected = (unit + 1) % self._num_units
+        return buffer
+
+    def give_back(self) -> None:
+        self.stream.release()
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.stream.close()
+
+
+class RowReader:
+    """Reads rows of an embedding from the files."""
+
+    def __init__(self, matrix: Matrix, storage: Storage, feed: SequentialFeed | None = None) -> None:
+        """feed: what the bytes read are counted on."""
+        self._matrix = matrix
+        self._storage = storage
+        self.feed = feed
+
+    def rows(self, indices: Sequence[int]) -> dict[str, mx.array]:
+        """The rows `indices` of every parameter, by name."""
+        found = {}
+        for parameter in self._matrix.parameters:
+            extent = parameter.extent
+            row_bytes = extent.num_bytes // self._matrix.num_rows
+            data = bytearray(row_bytes * len(indices))
+            out = memoryview(data)
+            for place, index in enumerate(indices):
+                part = out[place * row_bytes : (place + 1) * row_bytes]
+                self._storage.read_into(extent.file, extent.offset + index * row_bytes, part)
+            array = (
+                mx.array(np.frombuffer(data, np.uint8))
+                .view(parameter.stored)
+                .reshape(len(indices), *extent.shape[1:])
+            )
+            found[parameter.name] = array.astype(parameter.wanted)
+            if self.feed is not None:
+                self.feed.row_bytes += len(data)
+        return found

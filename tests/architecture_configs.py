@@ -556,13 +556,13 @@ def config_of(family: str) -> dict[str, Any]:
     return config
 
 
-def build(family: str) -> Any:
-    """A model of the family with random fp32 weights, the same on every call."""
+def build(family: str, **changes: Any) -> Any:
+    """A model of the family with random fp32 weights, the same on every call; `changes` to its config."""
     if family == "olmo":  # its file asks for a package that it does not use
         sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
     module = importlib.import_module(f"mlx_lm.models.{family}")
     mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(config_of(family)))
+    model = module.Model(module.ModelArgs.from_dict({**config_of(family), **changes}))
     model.eval()
     # Some files start matrices at zero (heads, gates); zeros would hide what flows through them.
     model.update(tree_map(_not_zero, model.parameters()))

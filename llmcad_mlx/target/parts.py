@@ -110,7 +110,7 @@ class StreamParts:
             for (name, value), parameter in zip(own, found, strict=True):
                 if parameter is not None:
                     layers[layer].append(parameter)
-                elif value.nbytes > SMALL_BYTES:
+                elif value.ndim >= 2 and value.nbytes > SMALL_BYTES and not name.startswith("_"):
                     raise ModelError(
                         f"{folder}: {path}.{name} is stored in another form than the model computes with; "
                         "`llmcad-mlx convert` makes a folder that can be streamed"

@@ -20,7 +20,7 @@ from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.sampling import SamplingSettings, TargetSampler
 from llmcad_mlx.tree.calibration import ngram_confidence
 from llmcad_mlx.tree.policy import Candidates
-from llmcad_mlx.tree.token_tree import MODEL, NGRAM, ROOT, TokenTree
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TokenTree
 from tests.tiny import VOCAB, tiny_tree_model
 
 
@@ -149,6 +149,11 @@ def test_proposals_are_what_followed_the_longest_of_the_latest_matches(
 
 def reference(tokens: Sequence[int], temperature: float, seed: int = 0) -> Candidates:
     """Candidates after `tokens`, from a fresh forward of all of them."""
+    return _reference(tuple(tokens), temperature, seed)
+
+
+@functools.cache
+def _reference(tokens: tuple[int, ...], temperature: float, seed: int) -> Candidates:
     cache = model(seed).new_cache()
     logits = model(seed).forward(tokens, cache).logits[-1:]
     (found,) = candidates.top_candidates(logits, [len(tokens)], sampler(temperature), 8)
@@ -156,7 +161,10 @@ def reference(tokens: Sequence[int], temperature: float, seed: int = 0) -> Candi
 
 
 def random_tree(random: np.random.Generator, root: int, position: int, size: int) -> TokenTree:
-    tree = TokenTree(root, position)
+    return grown(TokenTree(root, position), random, size)
+
+
+def grown(tree: TokenTree, random: np.random.Generator, size: int) -> TokenTree:
     while len(tree) < size:
         tree.add(int(random.integers(0, len(tree))), int(random.integers(0, VOCAB)), 0.5)
     return tree
@@ -185,6 +193,113 @@ def test_any_order_and_batching_gives_the_candidates_of_fresh_forwards(seed: int
         tokens = [*tokens, *(tree.tokens[node] for node in path), int(random.integers(0, VOCAB))]
         assert drafter.cache.length < len(tokens)
         assert drafter.cache.num_appended == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), temperature=st.sampled_from([0.0, 1.0]), min_dead=st.sampled_from([1, 5, 99]))
+def test_rounds_that_go_on_with_what_survived_see_what_fresh_forwards_see(
+    seed: int, temperature: float, min_dead: int
+) -> None:
+    """Bit for bit, with compactions, rounds that were broken off, and survivors that nobody had fed."""
+    random = np.random.default_rng(seed)
+    drafter = ModelDrafter(model())
+    drafter.cache.max_dead_share, drafter.cache.min_dead = 0.1, min_dead
+    tokens = random.integers(0, VOCAB, int(random.integers(1, 12))).tolist()
+    tree, expanded = TokenTree(tokens[-1], len(tokens) - 1), set[int]()
+    for _ in range(8):
+        if random.random() < 0.15:  # broken off: the round starts again with a new tree
+            drafter.begin(tokens, sampler(temperature), tree)
+            drafter.expand(tree, [node for node in range(len(tree)) if node not in expanded][:3])
+            tree, expanded = TokenTree(tokens[-1], len(tokens) - 1), set[int]()
+        drafter.begin(tokens, sampler(temperature), tree)
+        grown(tree, random, len(tree) + int(random.integers(1, 14)))
+        nodes = [node for node in random.permutation(len(tree)).tolist() if node not in expanded]
+        nodes = nodes[: int(random.integers(0, len(nodes) + 1))]
+        expanded.update(nodes)
+        while nodes:
+            width = int(random.integers(1, 5))
+            batch, nodes = nodes[:width], nodes[width:]
+            for leaf, proposal in zip(batch, drafter.expand(tree, batch), strict=True):
+                assert proposal == reference([*tokens, *tree.path_tokens(leaf)], temperature)
+        last = int(random.integers(0, len(tree)))
+        bonus = tree.children(last)[0] if tree.has_children(last) and random.random() < 0.8 else None
+        survivors = None if bonus is None else tree.reroot(bonus)
+        drafter.commit(tree, tree.path(last), survivors)
+        tokens += [
+            *tree.path_tokens(last),
+            int(random.integers(0, VOCAB)) if bonus is None else tree.tokens[bonus],
+        ]
+        assert drafter.cache.length < len(tokens)
+        if survivors is None:
+            tree, expanded = TokenTree(tokens[-1], len(tokens) - 1), set[int]()
+        else:
+            tree = survivors.tree
+            expanded = {survivors.old_to_new[node] for node in expanded} - {DROPPED}
+            fed = (
+                {ROOT, *expanded} | {above for node in expanded for above in tree.path(node)}
+                if expanded
+                else set()
+            )
+            pending = drafter.cache.num_slots - drafter.cache.num_dead - drafter.cache.length
+            assert pending >= len(fed)
+
+
+def test_what_survives_is_not_fed_again() -> None:
+    drafter = ModelDrafter(model())
+    tree = TokenTree(3, 2)
+    drafter.begin([1, 2, 3], sampler(), tree)
+    a = tree.add(ROOT, 4, 0.9)
+    b, c = tree.add(a, 5, 0.5), tree.add(a, 6, 0.5)
+    d = tree.add(b, 7, 0.5)
+    drafter.expand(tree, [d, c])  # all were fed; the proposals of the root, a and b were not asked for
+    survivors = tree.reroot(b)
+    drafter.commit(tree, [a], survivors)
+    assert (drafter.cache.length, drafter.cache.num_slots - drafter.cache.num_dead) == (4, 6)
+    drafter.begin([1, 2, 3, 4, 5], sampler(), survivors.tree)
+    assert drafter.expand(survivors.tree, [ROOT]) == [reference([1, 2, 3, 4, 5], 0.0)]
+    assert drafter.rows_fed == 0
+    node = survivors.tree.add(ROOT, 8, 0.5)
+    assert drafter.expand(survivors.tree, [node]) == [reference([1, 2, 3, 4, 5, 8], 0.0)]
+    assert drafter.rows_fed == 1
+    drafter.commit(survivors.tree, [node], None)
+    assert drafter.cache.length == 6  # the root, which had its slot, and the node
+
+
+@pytest.mark.parametrize("ended_by", ["another tree", "no tree", "truncate", "prefill"])
+def test_survivors_that_are_not_taken_up_are_forgotten(ended_by: str) -> None:
+    drafter, tokens = ModelDrafter(model()), [1, 2, 3]
+    tree = TokenTree(3, 2)
+    drafter.begin(tokens, sampler(), tree)
+    a = tree.add(ROOT, 4, 0.9)
+    drafter.expand(tree, [tree.add(a, 5, 0.5)])
+    survivors = tree.reroot(a)
+    drafter.commit(tree, [], survivors)
+    assert drafter.cache.num_slots == 5
+    new = survivors.tree
+    if ended_by == "another tree":
+        new = TokenTree(4, 3)
+    elif ended_by != "no tree":
+        drafter.truncate(3)
+        if ended_by == "prefill":
+            drafter.prefill([1, 2, 3, 4], lambda done: None, lambda: False)
+    drafter.begin([*tokens, 4], sampler(), None if ended_by == "no tree" else new)
+    assert drafter.cache.num_slots == drafter.cache.length == 3
+    assert drafter.expand(new, [ROOT]) == [reference([1, 2, 3, 4], 0.0)]
+    assert drafter.rows_fed == 1
+
+
+def test_a_prompt_can_be_read_in_pieces() -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 150).tolist()
+    drafter = ModelDrafter(model())
+    lengths = []
+    while drafter.prefill_some(tokens, 64):
+        lengths.append(drafter.cache.length)
+    assert [*lengths, drafter.cache.length] == [64, 128, 149]
+    drafter.begin(tokens, sampler())
+    assert drafter.expand(TokenTree(tokens[-1], 149), [ROOT]) == [reference(tokens, 0.0)]
+    lookups = NgramDrafter()
+    assert not lookups.prefill_some([1, 2, 3, 1, 2], 1)
+    assert list(lookup(lookups, [1, 2, 3, 1, 2]).tokens) == [3]
 
 
 def test_the_cache_holds_what_was_fed_of_the_accepted_path() -> None:

@@ -31,6 +31,7 @@ from llmcad_mlx.tree.token_tree import TokenTree
 from tests.architecture_configs import VOCAB as FAMILY_VOCAB
 from tests.architecture_configs import build, config_of
 from tests.tiny import VOCAB, tiny_tree_model
+from tests.waiting_target import WaitingTarget
 
 Background = Callable[[], bool] | None
 
@@ -87,6 +88,11 @@ def decode(engine: SpeculativeEngine, count: int, sampler: TargetSampler | None 
 
 
 def plain_text(prompt: Sequence[int], count: int) -> list[int]:
+    return _plain_text(tuple(prompt), count)
+
+
+@functools.cache
+def _plain_text(prompt: tuple[int, ...], count: int) -> list[int]:
     engine = engine_of([], ChainPolicy(0))
     engine.start(prompt, GenerationStats())
     return decode(engine, count)
@@ -117,16 +123,15 @@ def run_rounds(engine: SpeculativeEngine, count: int, stop: Callable[[int], bool
         engine.round(greedy(), GenerationStats(), stop)
 
 
-PLACES = ["verify", "expand", "model expand", "target commit", "drafter commit", "stop"]
+PLACES = ["verify", "expand", "model expand", "target commit", "drafter commit", "policy", "stop"]
+TARGETS: dict[str, Callable[[], ResidentTarget]] = {
+    "resident": lambda: ResidentTarget(model(), VOCAB),
+    "waiting": lambda: WaitingTarget(model(), VOCAB, most=4),  # most expansions happen inside of verify
+}
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("call", [1, 3])
-def test_an_interrupted_round_leaves_a_state_to_start_from(place: str, call: int, after: bool) -> None:
-    drafters = [NgramDrafter(), ModelDrafter(model(noise=0.2))]
-    engine = engine_of(drafters, forced(8))
-    target: Any = engine.target
+def interrupt(engine: SpeculativeEngine, place: str, call: int, after: bool) -> Callable[[int], bool]:
+    """Let the `call`-th visit to `place` raise KeyboardInterrupt; returns the `stop` to run rounds with."""
     if place == "stop":
         calls = [0]
 
@@ -137,17 +142,31 @@ def test_an_interrupted_round_leaves_a_state_to_start_from(place: str, call: int
             return False
     else:
         owner, name = {
-            "verify": (target, "verify"),
-            "expand": (drafters[0], "expand"),
-            "model expand": (drafters[1], "expand"),
-            "target commit": (target, "commit"),
-            "drafter commit": (drafters[1], "commit"),
+            "verify": (engine.target, "verify"),
+            "expand": (engine.drafters[0], "expand"),
+            "model expand": (engine.drafters[-1], "expand"),
+            "target commit": (engine.target, "commit"),
+            "drafter commit": (engine.drafters[-1], "commit"),
+            "policy": (engine.policy, "verified"),
         }[place]
         Interrupting(owner, name, call, after)
 
         def stop(token: int) -> bool:
             return False
 
+    return stop
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("call", [1, 3])
+def test_an_interrupted_round_leaves_a_state_to_start_from(
+    place: str, call: int, after: bool, target: str
+) -> None:
+    drafters = [NgramDrafter(), ModelDrafter(model(noise=0.2))]
+    engine = engine_of(drafters, forced(8), TARGETS[target]())
+    stop = interrupt(engine, place, call, after)
     engine.start(PROMPT, GenerationStats())
     expected = plain_text(PROMPT, 40)
     with pytest.raises(KeyboardInterrupt):
@@ -160,18 +179,40 @@ def test_an_interrupted_round_leaves_a_state_to_start_from(place: str, call: int
         assert decode(engine, 10)[:10] == plain_text(prompt, 10)[:10]
 
 
-@pytest.mark.parametrize("place", ["verify", "model expand"])
-def test_an_interrupted_round_can_simply_be_run_again(place: str) -> None:
-    drafter = ModelDrafter(model(noise=0.2))
-    engine = engine_of([drafter], forced(8))
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_interrupted_round_can_simply_be_run_again(place: str, after: bool, target: str) -> None:
+    engine = engine_of([NgramDrafter(), ModelDrafter(model(noise=0.2))], forced(8), TARGETS[target]())
     engine.start(PROMPT, GenerationStats())
     decode(engine, 5)
-    Interrupting(*((engine.target, "verify") if place == "verify" else (drafter, "expand")), 2, True)
+    stop = interrupt(engine, place, 4, after)
     with pytest.raises(KeyboardInterrupt):
-        decode(engine, 60)
+        run_rounds(engine, 60, stop)
     decode(engine, 30)
     text = engine.tokens[len(PROMPT) :]
     assert text == plain_text(PROMPT, len(text))[: len(text)]
+
+
+@pytest.mark.parametrize("place", ["prefill", "verify"])
+def test_a_read_error_of_the_target_leaves_a_state_to_go_on_from(place: str) -> None:
+    """What a streamed target raises when a file is gone, in the prompt or in the middle of a pass."""
+
+    def fail(*args: object) -> bool:
+        raise OSError("the file is gone")
+
+    target = WaitingTarget(model(), VOCAB)
+    engine = engine_of([ModelDrafter(model(noise=0.2))], forced(8), target)
+    engine.start(PROMPT[:3], GenerationStats())
+    decode(engine, 3)
+    sound, target._wait = target._wait, fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(OSError, match="gone"):
+        engine.start(PROMPT, GenerationStats()) if place == "prefill" else engine.round(
+            greedy(), GenerationStats()
+        )
+    target._wait = sound  # type: ignore[method-assign]
+    said = list(engine.tokens)
+    assert decode(engine, 20)[:20] == plain_text(said, 20)[:20]
 
 
 def test_an_interrupted_prefill_is_taken_up_again() -> None:

@@ -195,7 +195,8 @@ class Engine:
 
         options: `max_tokens` (256; -1: no limit), `stop` (strings), `stop_tokens` (ids), those of
         `SamplingSettings` (temperature, top_p, top_k, min_p, seed, penalties, logit_bias, logits_processors) and
-        of `SpeculationSettings` (policy, tree_nodes). The same seed gives the same text under every policy.
+        of `SpeculationSettings` (policy, tree_nodes, pipeline, tree, fallback). The same seed gives the same text
+        under every policy.
 
         A new generation ends one that is still running. Whatever ends a generation early, closing the iterator and
         exceptions included, the next one works, and reuses what both prompts begin with.
@@ -263,8 +264,15 @@ class Engine:
         return min((n for n in (room, wanted) if n is not None), default=None)
 
     def _policy(self, settings: SpeculationSettings) -> GrowthPolicy:
+        if (settings.tree_nodes or 0) > self.pair.max_nodes and self.pair.plan is not None:
+            raise UsageError(
+                f"tree_nodes: the memory plan has room for {self.pair.max_nodes} nodes a pass, not "
+                f"{settings.tree_nodes}; give more memory or fewer nodes"
+            )
         if settings not in self._policies:
-            self._policies[settings] = make_policy(settings, self.pair.drafters, self.pair.profile)
+            self._policies[settings] = make_policy(
+                settings, self.pair.drafters, self.pair.profile, self.pair.max_nodes
+            )
         return self._policies[settings]
 
 

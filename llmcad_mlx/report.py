@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ import mlx.core as mx
 
 from llmcad_mlx.api import Engine
 from llmcad_mlx.loader import device_name
+from llmcad_mlx.machine import peak_rss_bytes
 from llmcad_mlx.stats import GenerationStats
 
 
@@ -23,6 +22,7 @@ def generation_report(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All keys of the contract. Bytes in bytes, times in seconds; a budget of null means no limit was set."""
+    plan = engine.pair.plan
     return {
         "text": text,
         "tokens": list(tokens),
@@ -32,7 +32,7 @@ def generation_report(
         "seed": options.get("seed", 0),
         "policy": options.get("policy", "throughput"),
         "device": device_name(),
-        "emulated": False,
+        "emulated": engine.pair.options.read_bandwidth is not None,
         "target_passes": stats.target_passes,
         "drafted": stats.drafted,
         "tested": stats.tested,
@@ -46,15 +46,9 @@ def generation_report(
         "verify_s": stats.verify_s,
         "io_wait_s": stats.io_wait_s,
         "other_s": stats.other_s,
-        "streamed_bytes": 0,
-        "budget_bytes": None,
-        "pinned_bytes": engine.pair.target.model.weight_bytes,
+        "streamed_bytes": stats.streamed_bytes,
+        "budget_bytes": None if plan is None else plan.budget_bytes,
+        "pinned_bytes": engine.pair.target.model.weight_bytes if plan is None else plan.pinned_bytes,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_mlx_bytes": mx.get_peak_memory(),
     }
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -182,14 +182,29 @@ def test_options_reach_the_engine(
     monkeypatch.setattr(Engine, "stream_generate", spy)
     words = (
         "--policy paper --tree-nodes 5 --max-tokens 6 --temp 0.7 --top-p 0.9 --top-k 30 --min-p 0.01 --seed 9 "
-        "--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --stop QQ --stop ZZ"
+        "--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --stop QQ --stop ZZ "
+        "--no-pipeline --no-tree --no-fallback"
     )
     output("generate", PROMPT, "--target", folder, *words.split())
     assert seen == {
         "policy": "paper", "tree_nodes": 5, "max_tokens": 6, "temperature": 0.7, "top_p": 0.9, "top_k": 30,
         "min_p": 0.01, "seed": 9, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
-        "stop": ["QQ", "ZZ"],
+        "stop": ["QQ", "ZZ"], "pipeline": False, "tree": False, "fallback": False,
     }  # fmt: skip
+
+
+def test_a_streamed_answer_tells_what_was_read(
+    folder: Path, output: Callable[..., tuple[str, str]], expected: Callable[..., str]
+) -> None:
+    where = ("--target", folder, "--raw", "--max-tokens", "8", "--pinned", "0", "--read-bandwidth", "50MB/s")
+    text, figures = output("generate", PROMPT, *where)
+    assert text == expected(PROMPT, max_tokens=8) + "\n"
+    assert "0 kB pinned" in figures
+    assert "reads emulated at 50 MB/s" in figures
+    report = json.loads(output("generate", PROMPT, *where, "--json")[0])
+    assert report["emulated"] is True
+    assert report["pinned_bytes"] == 0
+    assert report["budget_bytes"] is None
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------

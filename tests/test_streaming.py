@@ -1,4 +1,4 @@
-"""A streamed target against the same model in memory: token for token, whatever is pinned and however slow it reads."""
+"""A streamed target against the same model in memory: token for token, whatever is pinned."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_a_file_that_changes_while_running_is_named(llama: Path, tmp_path: Path,
         expected = engine.generate(PROMPT, max_tokens=12).tokens
     with load(folder, None, pinned=0) as engine:
         tokens = []
-        with pytest.raises(StorageError, match=r"model\.safetensors: .*; (load|fetch) the model again"):
+        with pytest.raises(StorageError, match=r"model\.safetensors: .*; (load|fetch) the model again"):  # noqa: PT012
             for response in engine.stream_generate(PROMPT, max_tokens=12):
                 tokens.append(response.token)
                 if len(tokens) == 4:
@@ -213,7 +213,7 @@ def test_a_generation_goes_on_after_a_read_error(llama: Path, monkeypatch: pytes
 
         with monkeypatch.context() as patch:
             patch.setattr(FileStorage, "read_into", fail)
-            with pytest.raises(StorageError, match="made up"):
+            with pytest.raises(StorageError, match="made up"):  # noqa: PT012
                 for _ in range(3):  # what was read ahead still serves
                     engine.generate(PROMPT + " x", max_tokens=12)
         assert engine.generate(PROMPT, max_tokens=12).tokens == expected

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcad_mlx.cli import options
-from llmcad_mlx.cli.figures import closing_line, prompt_progress
+from llmcad_mlx.cli.figures import closing_lines, prompt_progress
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.stats import GenerationStats
 
@@ -31,8 +31,18 @@ def generate(
     ] = False,
     target: options.Target = None,
     draft: options.Draft = "auto",
+    memory: options.Memory = None,
+    pinned: options.Pinned = "auto",
+    context: options.Context = None,
+    read_bandwidth: options.ReadBandwidth = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check a bundle's weights against their checksums on every read.")
+    ] = False,
     policy: options.Policy = "throughput",
     tree_nodes: options.TreeNodes = None,
+    pipeline: options.Pipeline = True,
+    tree: options.Tree = True,
+    fallback: options.Fallback = True,
     max_tokens: options.MaxTokens = 256,
     temp: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -54,19 +64,28 @@ def generate(
     json_output: options.Json = False,
 ) -> None:
     """Answer one prompt; text goes to standard output, figures to standard error."""
-    from llmcad_mlx.api import GenerationOptions, load
+    from llmcad_mlx.api import GenerationOptions, load, memory_options
 
     if raw and system is not None:
         raise UsageError("system: a raw prompt takes no system message; leave one of the two out")
     settings: dict[str, Any] = {
-        "policy": policy, "tree_nodes": tree_nodes, "max_tokens": max_tokens, "temperature": temp,
+        "policy": policy, "tree_nodes": tree_nodes, "pipeline": pipeline, "tree": tree, "fallback": fallback,
+        "max_tokens": max_tokens, "temperature": temp,
         "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "stop": stop or None,
     }  # fmt: skip
-    GenerationOptions.of(settings)  # before anything is downloaded or loaded
+    # Checked before anything is downloaded or loaded.
+    GenerationOptions.of(settings)
+    where: dict[str, Any] = {
+        "pinned": pinned,
+        "context": context,
+        "read_bandwidth": read_bandwidth,
+        "verify": verify,
+    }
+    memory_options(memory, **where)
     text = _read_prompt(prompt, prompt_file)
-    with load(target, draft, progress=not json_output) as engine:
+    with load(target, draft, memory=memory, progress=not json_output, **where) as engine:
         _answer(engine, text if raw else _as_chat(engine, text, system), settings, json_output)
 
 
@@ -108,7 +127,8 @@ def _answer(engine: Engine, prompt: Prompt, settings: dict[str, Any], json_outpu
         _print_report(engine, answer, settings)
     else:
         print(flush=True)
-        print(closing_line(answer.stats), file=sys.stderr)
+        for line in closing_lines(answer.stats, engine.pair.plan, engine.pair.options):
+            print(line, file=sys.stderr)
 
 
 def _print_report(engine: Engine, answer: _Answer, settings: dict[str, Any]) -> None:

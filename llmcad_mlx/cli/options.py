@@ -25,4 +25,38 @@ TopP = Annotated[float, typer.Option("--top-p", help="Nucleus sampling: 0.9 take
 TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Least probability, relative to the best; 0 is off.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text, under every policy.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="What the whole process may use, like 6GB; the target streams from the disk.",
+    ),
+]
+Pinned = Annotated[
+    str,
+    typer.Option("--pinned", metavar="SIZE|auto", help="How much of a streamed target stays in memory."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", help="Tokens to make room for under a budget. Default: up to 4096."),
+]
+ReadBandwidth = Annotated[
+    str | None,
+    typer.Option(
+        "--read-bandwidth",
+        metavar="RATE",
+        help="Emulate slower storage, like 250MB/s; figures are marked emulated.",
+    ),
+]
+Pipeline = Annotated[
+    bool, typer.Option("--pipeline/--no-pipeline", help="Draft on while the target's weights load.")
+]
+Tree = Annotated[bool, typer.Option("--tree/--no-tree", help="Grow branches, or one line only.")]
+Fallback = Annotated[
+    bool,
+    typer.Option(
+        "--fallback/--no-fallback", help="Let the policy stop drafting, or always draft the same number."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

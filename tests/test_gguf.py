@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
-from llmcad_mlx.sources import gguf_weights
+from llmcad_mlx.sources import bundle_writer, gguf_weights
 from llmcad_mlx.sources.disk import DiskError
 from llmcad_mlx.sources.gguf import convert_gguf
 from llmcad_mlx.sources.gguf_families import read_family
@@ -235,7 +235,7 @@ def test_written_in_pieces_is_the_same_file(tmp_path: Path, monkeypatch: pytest.
 def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = write_tiny_gguf(tmp_path / "tiny.gguf")
     convert_gguf(tiny.path, tmp_path / "one")
-    monkeypatch.setattr(gguf_weights, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(bundle_writer, "MAX_FILE_BYTES", 20_000)
     convert_gguf(tiny.path, tmp_path / "many")
     names = sorted(file.name for file in (tmp_path / "many").glob("*.safetensors"))
     assert len(names) > 2
@@ -387,15 +387,15 @@ def test_existing_destination(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(UsageError, match=r"already exists; choose another folder or use --force"):
+    with pytest.raises(UsageError, match=r"already exists and is not empty; choose a new or empty folder"):
         convert_gguf(tiny.path, out)
     assert (out / "mine.txt").exists()
-    convert_gguf(tiny.path, out, force=True)
+    convert_gguf(tiny.path, out, replace=True)
     assert not (out / "mine.txt").exists()
     assert (out / "config.json").exists()
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
-        convert_gguf(tiny.path, tmp_path / "file", force=True)
+        convert_gguf(tiny.path, tmp_path / "file", replace=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "out", "tiny.gguf"]
 
 

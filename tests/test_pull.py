@@ -351,7 +351,7 @@ def test_incomplete_folder_is_made_again(tiny_preset: Preset, damage: str) -> No
 
 def test_leftovers_of_a_killed_process_are_removed(tiny_preset: Preset) -> None:
     parent = home_folder() / "models" / "tiny"
-    (parent / ".target.killed").mkdir(parents=True)
+    (parent / ".target.partial-1-killed").mkdir(parents=True)
     folder = pull.pull_preset("tiny").target
     assert [item.name for item in parent.iterdir() if item.is_dir()] == [folder.name]
 

@@ -1,4 +1,4 @@
-"""`llmcad-mlx convert`: a GGUF file becomes an mlx-lm folder."""
+"""`llmcad-mlx convert`: a GGUF file, a model folder or a hub repository becomes a bundle."""
 
 from __future__ import annotations
 
@@ -9,17 +9,32 @@ import typer
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A GGUF file of the llama or qwen2 family.")],
-    dest: Annotated[Path, typer.Argument(help="The folder to make.")],
-    bits: Annotated[int, typer.Option("--bits", help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = 4,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A GGUF file (llama or qwen2 family), a folder from mlx-lm or Hugging Face, a hub repository."
+        ),
+    ],
+    dest: Annotated[Path, typer.Argument(help="The folder to make; new or empty.")],
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            "--bits",
+            help="Bits per weight: 4 or 8; GGUF also 2, 3, 5, 6. Default: 4. Not for what is quantised already.",
+            show_default=False,
+        ),
+    ] = None,
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Weights that share a scale: 32, 64 or 128.")
-    ] = 32,
-    force: Annotated[bool, typer.Option("--force", help="Replace DEST where it exists.")] = False,
+        int | None,
+        typer.Option(
+            "--group-size",
+            help="Weights that share a scale: 32, 64 or 128. Default: 32 for GGUF, 64 for folders.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Convert a GGUF file into a folder that this program and mlx-lm open."""
-    from llmcad_mlx.sources.gguf import convert_gguf
-    from llmcad_mlx.sources.progress import progress_for
+    """Make a bundle: a folder that this program and mlx-lm open, ordered for streaming, with checksums."""
+    from llmcad_mlx.sources.convert import convert as make_bundle
 
-    convert_gguf(source, dest, bits, group_size, force=force, progress=progress_for(True))
+    make_bundle(source, dest, bits, group_size, show_progress=True)
     print(dest)

@@ -9,26 +9,30 @@ from pathlib import Path
 from llmcad_mlx.errors import LlmcadError
 
 RESERVE_BYTES = 64 << 20
+_REMEDY = "make room or set LLMCAD_MLX_HOME to another disk"
 
 
 class DiskError(LlmcadError):
     """The disk is full or cannot be written."""
 
 
-def require_free_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Raise DiskError unless the disk of the existing `folder` has room for `num_bytes` and a little more."""
+def require_free_space(folder: Path, num_bytes: int, what: str, remedy: str = _REMEDY) -> None:
+    """Raise DiskError unless the disk of the existing `folder` has room for `num_bytes` and a little more.
+
+    remedy: what the user can do, the end of the message.
+    """
     free = shutil.disk_usage(folder).free
     if free < num_bytes + RESERVE_BYTES:
         raise DiskError(
             f"{folder}: {_gigabytes(num_bytes + RESERVE_BYTES)} are needed for {what}, "
-            f"{_gigabytes(free)} are free; make room or set LLMCAD_MLX_HOME to another disk"
+            f"{_gigabytes(free)} are free; {remedy}"
         )
 
 
-def full_disk_error(error: OSError, path: Path) -> DiskError:
+def full_disk_error(error: OSError, path: Path, remedy: str = _REMEDY) -> DiskError:
     """The one-line error for a write to `path` that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskError(f"{path}: the disk is full; make room or set LLMCAD_MLX_HOME to another disk")
+        return DiskError(f"{path}: the disk is full; {remedy}")
     return DiskError(f"{path}: cannot be written ({error.strerror or error})")
 
 

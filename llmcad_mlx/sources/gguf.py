@@ -1,22 +1,17 @@
-"""A GGUF file becomes a plain mlx-lm folder that `mlx_lm.load` opens."""
+"""A GGUF file becomes a bundle: an mlx-lm folder with checksums."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.sources.disk import full_disk_error, require_free_space
+from llmcad_mlx.errors import UsageError
 from llmcad_mlx.sources.gguf_families import FamilyModel, read_family
 from llmcad_mlx.sources.gguf_header import read_gguf_header
 from llmcad_mlx.sources.gguf_metadata import Metadata
 from llmcad_mlx.sources.gguf_tokenizer import TokenIds, read_tokenizer
 from llmcad_mlx.sources.gguf_weights import plan_weights, write_weights
+from llmcad_mlx.sources.new_folder import new_folder
 from llmcad_mlx.sources.progress import NoProgress, Progress
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -29,17 +24,17 @@ def convert_gguf(
     bits: int = 4,
     group_size: int = 32,
     *,
-    force: bool = False,
+    replace: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write the model in `source` to the new folder `dest`: weights in MLX groups, tokenizer, chat template.
+    """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
 
     The folder appears complete or not at all. `bits` is one of 2, 3, 4, 5, 6, 8 and `group_size` of 32, 64,
-    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `gguf_groups`). `force` replaces
-    an existing folder.
+    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `gguf_groups`). `replace` an
+    existing folder, else it must be new or empty.
 
     Raises UsageError for an option or a destination that cannot be used, ModelError for a file that is not a
-    GGUF model of a supported family, is damaged, or does not fit the disk.
+    GGUF model of a supported family or is damaged, DiskError when it does not fit the disk.
     """
     _check_options(bits, group_size)
     header = read_gguf_header(source)
@@ -48,7 +43,7 @@ def convert_gguf(
     tokenizer = read_tokenizer(metadata)
     plan = plan_weights(header, model, bits, group_size)
     num_source_bytes = sum(tensor.source.num_bytes for tensor in plan)
-    with _new_folder(dest, sum(tensor.num_bytes for tensor in plan), force) as folder:
+    with new_folder(dest, sum(tensor.num_bytes for tensor in plan), replace=replace) as folder:
         with (progress or NoProgress()).stage(f"converting to {bits}-bit groups", num_source_bytes) as advance:
             write_weights(header, plan, folder, bits, group_size, advance)
         tokenizer.save(folder)
@@ -60,40 +55,6 @@ def _check_options(bits: int, group_size: int) -> None:
         raise UsageError(f"bits: {bits} is not one of {', '.join(map(str, BITS))}")
     if group_size not in GROUP_SIZES:
         raise UsageError(f"group-size: {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
-
-
-@contextmanager
-def _new_folder(dest: Path, num_bytes: int, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `dest` that takes its place when the block ends well, else disappears."""
-    if dest.exists() and not force:
-        raise UsageError(f"{dest}: already exists; choose another folder or use --force")
-    if dest.exists() and not dest.is_dir():
-        raise UsageError(f"{dest}: is a file; choose a folder")
-    try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        require_free_space(dest.parent, num_bytes, f"the converted model {dest.name}")
-        folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
-    except OSError as error:
-        raise ModelError(f"{dest}: cannot be created ({error.strerror or error})") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        _take_place(folder, dest)
-    except OSError as error:
-        raise full_disk_error(error, dest) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _take_place(folder: Path, dest: Path) -> None:
-    """Rename; an old folder is moved away first, because a rename onto a folder with files fails."""
-    if not dest.exists():
-        os.rename(folder, dest)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{dest.name}.old.", dir=dest.parent))
-    os.rename(dest, old / "folder")
-    os.rename(folder, dest)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_configs(folder: Path, model: FamilyModel, ids: TokenIds, bits: int, group_size: int) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +14,13 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.sources.bundle_writer import BundleWriter
 from llmcad_mlx.sources.gguf_families import FamilyModel
 from llmcad_mlx.sources.gguf_groups import group_rows, values
 from llmcad_mlx.sources.gguf_header import GgufHeader, GgufTensor, read_rows
 from llmcad_mlx.sources.group_fit import Groups, NotFiniteError, require_finite
-from llmcad_mlx.sources.safetensors_writer import SafetensorsWriter, TensorSpec
+from llmcad_mlx.sources.safetensors_writer import TensorSpec
 
-MAX_SHARD_BYTES = 5 << 30
 CHUNK_VALUES = 1 << 22  # 16 MB as float32
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -73,22 +71,15 @@ def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: 
 def write_weights(
     header: GgufHeader, plan: list[PlannedTensor], folder: Path, bits: int, group_size: int, on_bytes: OnBytes
 ) -> None:
-    """Write `plan` into `folder` as model.safetensors, or as shards with an index above 5 GB.
+    """Write `plan` into `folder` as the weights of a bundle.
 
     `on_bytes` is called with the number of source bytes done since the last call.
     Raises ModelError for values that are not finite, OSError when the disk is full.
     """
-    shards = _shards(plan)
-    names = _shard_names(len(shards))
-    with ExitStack() as stack:
-        for file_name, shard in zip(names, shards, strict=True):
-            specs = [spec for tensor in shard for spec in tensor.specs]
-            writer = stack.enter_context(SafetensorsWriter(folder / file_name, specs))
-            for tensor in shard:
-                _write_tensor(header, tensor, writer, bits, group_size, on_bytes)
-            writer.sync()
-    if len(shards) > 1:
-        _write_index(folder, names, shards)
+    with BundleWriter(folder, (spec for tensor in plan for spec in tensor.specs)) as writer:
+        for tensor in plan:
+            _write_tensor(header, tensor, writer, bits, group_size, on_bytes)
+        writer.finish(header.path.name)
 
 
 def _model_shapes(model: FamilyModel) -> dict[str, tuple[int, ...]]:
@@ -100,7 +91,7 @@ def _model_shapes(model: FamilyModel) -> dict[str, tuple[int, ...]]:
 
 
 def _in_order(names: dict[str, tuple[int, ...]]) -> list[str]:
-    """Layers by number, each layer's tensors together, so that a layer is one run of bytes."""
+    """Layers by number, each layer's tensors together, so that a layer is complete before the next begins."""
 
     def place(name: str) -> tuple[int, int]:
         parts = name.split(".")
@@ -116,7 +107,7 @@ def _planned(
 ) -> PlannedTensor:
     heads = model.heads_to_unpair(tensor.name)
     if len(tensor.shape) == 1:
-        return PlannedTensor(tensor, name, False, heads, (TensorSpec(name, "float16", tensor.shape),))
+        return PlannedTensor(tensor, name, False, heads, (TensorSpec(name, "F16", tensor.shape),))
     if tensor.columns % group_size:
         raise ModelError(
             f"{header.path}: tensor {tensor.name!r} has rows of {tensor.columns}, "
@@ -125,9 +116,9 @@ def _planned(
     stem = name.removesuffix(".weight")
     groups = (tensor.rows, tensor.columns // group_size)
     specs = (
-        TensorSpec(name, "uint32", (tensor.rows, tensor.columns * bits // 32)),
-        TensorSpec(f"{stem}.scales", "float16", groups),
-        TensorSpec(f"{stem}.biases", "float16", groups),
+        TensorSpec(name, "U32", (tensor.rows, tensor.columns * bits // 32)),
+        TensorSpec(f"{stem}.scales", "F16", groups),
+        TensorSpec(f"{stem}.biases", "F16", groups),
     )
     return PlannedTensor(tensor, name, True, heads, specs)
 
@@ -135,7 +126,7 @@ def _planned(
 def _write_tensor(
     header: GgufHeader,
     planned: PlannedTensor,
-    writer: SafetensorsWriter,
+    writer: BundleWriter,
     bits: int,
     group_size: int,
     on_bytes: OnBytes,
@@ -155,19 +146,19 @@ def _write_tensor(
         raise ModelError(f"{what} holds NaN, or values float16 cannot hold") from None
 
 
-def _write_groups(planned: PlannedTensor, writer: SafetensorsWriter, first: int, groups: Groups) -> None:
+def _write_groups(planned: PlannedTensor, writer: BundleWriter, first: int, groups: Groups) -> None:
     parts: tuple[npt.NDArray[Any], ...] = (groups.codes, groups.scales, groups.biases)
     for spec, part in zip(planned.specs, parts, strict=True):
-        writer.write(spec.name, first, part)
+        writer.write_rows(spec.name, first, part)
 
 
-def _write_vector(planned: PlannedTensor, writer: SafetensorsWriter, raw: npt.NDArray[np.uint8]) -> None:
+def _write_vector(planned: PlannedTensor, writer: BundleWriter, raw: npt.NDArray[np.uint8]) -> None:
     with np.errstate(over="ignore"):  # becomes infinite and is refused
         vector = values(raw, planned.source.kind).reshape(-1).astype(np.float16)
     require_finite(vector)
     if planned.heads_to_unpair:
         vector = _unpaired(vector, planned.heads_to_unpair)
-    writer.write(planned.name, 0, vector)
+    writer.write_rows(planned.name, 0, vector)
 
 
 def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
@@ -189,33 +180,3 @@ def _unpaired(rows: npt.NDArray[Scalar], num_heads: int) -> npt.NDArray[Scalar]:
     """Undo `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py: neighbours (2 i, 2 i + 1) to halves."""
     pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _shards(plan: list[PlannedTensor]) -> list[list[PlannedTensor]]:
-    shards: list[list[PlannedTensor]] = [[]]
-    room = MAX_SHARD_BYTES
-    for tensor in plan:
-        if shards[-1] and tensor.num_bytes > room:
-            shards.append([])
-            room = MAX_SHARD_BYTES
-        shards[-1].append(tensor)
-        room -= tensor.num_bytes
-    return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _write_index(folder: Path, names: list[str], shards: list[list[PlannedTensor]]) -> None:
-    weight_map = {
-        spec.name: file_name
-        for file_name, shard in zip(names, shards, strict=True)
-        for tensor in shard
-        for spec in tensor.specs
-    }
-    total = sum(tensor.num_bytes for shard in shards for tensor in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -1,11 +1,10 @@
-"""Presets fetched, checked and converted into mlx-lm folders; repositories fetched as they are."""
+"""Presets fetched, checked and converted into bundles; repositories fetched as they are."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -92,10 +91,8 @@ def pull_repo(repo: str, revision: str | None = None, progress: Progress | None 
 
 
 def _fetch_and_convert(source: FileSource, folder: Path, progress: Progress, keep_source: bool) -> None:
-    for stale in folder.parent.glob(f".{folder.name}.*/"):  # half-converted by a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
     file = fetch_file(source, progress)
-    convert_gguf(file, folder, BITS, GROUP_SIZE, force=True, progress=progress)
+    convert_gguf(file, folder, BITS, GROUP_SIZE, replace=True, progress=progress)
     marker = json.dumps(asdict(_expected(folder, source)), indent=2)
     (folder / MARKER).write_text(marker + "\n", encoding="utf-8")
     if not keep_source:

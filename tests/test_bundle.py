@@ -279,7 +279,9 @@ def test_any_tensors_in_any_order_come_back(
         specs.append(TensorSpec(name, dtype, tuple(shape)))
         contents[name] = order.randbytes(specs[-1].num_bytes)
     pieces = [
-        (name, start, data[start : start + 50]) for name, data in contents.items() for start in range(0, len(data), 50)
+        (name, start, data[start : start + 50])
+        for name, data in contents.items()
+        for start in range(0, len(data), 50)
     ]
     order.shuffle(pieces)
     with pytest.MonkeyPatch.context() as patch:
@@ -302,7 +304,9 @@ def test_any_tensors_in_any_order_come_back(
         mx.load(str(file))
 
 
-def test_a_layer_is_never_split_between_files(tmp_path: Path, stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_is_never_split_between_files(
+    tmp_path: Path, stock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bundle_writer, "MAX_FILE_BYTES", 1)
     write_bundle(stock, tmp_path / "out")
     bundle = known(tmp_path / "out")

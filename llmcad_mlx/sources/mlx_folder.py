@@ -137,8 +137,11 @@ def _as_it_is(loaded: LoadedModel) -> _Weights:
 
 
 def _quantised(loaded: LoadedModel, bits: int, group_size: int) -> _Weights:
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports there
-        model, config = quantize_model(loaded.model, loaded.config, group_size, bits)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports there
+            model, config = quantize_model(loaded.model, loaded.config, group_size, bits)
+    except ValueError as error:
+        raise ModelError(f"{loaded.path}: mlx-lm cannot quantise it ({_first_line(error)})") from None
     if not _is_quantised(model):
         raise UsageError(
             f"--group-size: no rows of {loaded.path} divide into groups of {group_size}; choose a smaller one"
@@ -199,11 +202,15 @@ def _write_array(source: Path, writer: BundleWriter, spec: TensorSpec, array: mx
         flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
         mx.eval(flat)
     except RuntimeError as error:
-        line = str(error).partition("\n")[0]
-        raise ModelError(f"{source}: {spec.name} cannot be read ({line}); download the folder again") from None
+        what = f"{source}: {spec.name} cannot be read ({_first_line(error)})"
+        raise ModelError(f"{what}; download the folder again") from None
     if not finite:
         raise ModelError(f"{source}: {spec.name} holds NaN or infinity; download the folder again")
     writer.write_bytes(spec.name, 0, memoryview(flat))  # type: ignore[arg-type]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ class ModelFindings:
     """What loading a model showed. `max_difference`: of tree to sequential logits, 0.0 is bit for bit."""
 
     path: str
+    checksums_verified: bool | None
+    """Every byte of the weights was compared with its checksum; None: a stock folder has none."""
     capability: str
     reason: str
     max_difference: float
@@ -149,12 +151,13 @@ def _examine_backend() -> _Backend:
 
 
 def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
-    """The findings, or the problem in one line."""
+    """The findings, or the problem in one line. Nothing is loaded from a bundle whose bytes were altered."""
     from llmcad_mlx.loader import load_tree_model
     from llmcad_mlx.sources.resolve import resolve_target
 
     try:
         path = resolve_target(name, show_progress)
+        is_bundle = _verify(path, show_progress)
         started = time.perf_counter()
         _, model = load_tree_model(path)
     except LlmcadError as error:
@@ -163,6 +166,7 @@ def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
         return f"model: {name}: cannot be loaded ({type(error).__name__}: {_line(error)})"
     return ModelFindings(
         path=str(path),
+        checksums_verified=True if is_bundle else None,
         capability=model.capability,
         reason=model.reason,
         max_difference=model.report.max_difference,
@@ -174,6 +178,29 @@ def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
         load_s=time.perf_counter() - started - model.report.seconds,
         probe_s=model.report.seconds,
     )
+
+
+def _verify(path: Path, show_progress: bool) -> bool:
+    """Whether `path` is a bundle. Raises ModelError naming file and layer when its bytes were altered."""
+    from llmcad_mlx.sources.progress import progress_for
+    from llmcad_mlx.target.bundle import read_bundle, verify_bundle
+
+    bundle = read_bundle(path)
+    if bundle is None:
+        return False
+    progress = progress_for(show_progress)
+    if not progress.bars:
+        progress = progress_for(False)  # a problem stays one line
+    done = 0
+    with progress.stage(f"checking {path.name}", bundle.num_bytes) as advance:
+
+        def report(now: int, total: int) -> None:
+            nonlocal done
+            advance(now - done)
+            done = now
+
+        verify_bundle(path, report)
+    return True
 
 
 def _free_bytes(folder: Path) -> int | None:

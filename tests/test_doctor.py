@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ from llmcad_mlx.cli.main import run as run_cli
 from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.models.host import host_kernels_wanted
 from llmcad_mlx.sources import resolve
+from llmcad_mlx.sources.mlx_folder import write_bundle
+from llmcad_mlx.target.bundle import read_bundle
 from tests.tiny import VOCAB, tiny_tree_model
+from tests.tiny_folder import make_folder
 
 KEYS = {
     "platform", "python", "cpu", "num_cores", "memory_bytes", "available_bytes", "versions", "device",
@@ -123,6 +128,52 @@ def test_lines_for_people_name_the_model_findings(tiny_model, capsys):
     assert lines["capability"].strip() == "tree"
     assert lines["vocabulary"].strip() == f"{VOCAB} logits"
     assert "on host kernels" in lines["layers"]
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
+    write_bundle(make_folder(tmp_path / "stock"), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_the_bytes_of_a_bundle_are_verified(bundle, capsys):
+    assert run_cli(["doctor", str(bundle)]) == 0
+    shown = capsys.readouterr()
+    lines = dict(line.split("  ", 1) for line in shown.out.splitlines())
+    assert lines["checksums"].strip() == "verified: every byte is as it was written"
+    assert shown.err == ""  # the bar is for terminals
+
+
+def test_a_stock_folder_has_no_checksums(bundle, capsys):
+    assert run_cli(["doctor", str(bundle.parent / "stock"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["checksums_verified"] is None
+
+
+def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, capsys):
+    file = bundle / "model.safetensors"
+    (layer,) = (layer for layer in read_bundle(bundle).layers if layer.name == "layer 1")
+    with file.open("r+b") as stream:
+        stream.seek(layer.offset + 5)
+        byte = stream.read(1)[0]
+        stream.seek(layer.offset + 5)
+        stream.write(bytes([byte ^ 1]))
+    monkeypatch.setattr(loader, "load_tree_model", None)  # not loaded either
+    assert run_cli(["doctor", str(bundle)]) == 1
+    (problem,) = capsys.readouterr().err.splitlines()
+    assert problem.startswith(f"problem: model: {file}: layer 1 was altered")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_how_far_verification_is(bundle, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert diagnose(str(bundle), show_progress=True).model.checksums_verified
+    assert "checking bundle" in terminal.getvalue()
 
 
 def test_memory_is_read_from_both_systems_own_words():

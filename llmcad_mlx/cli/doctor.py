@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Line = tuple[str, str]
 
+_NO_CHECKSUMS = "none: not a bundle; `llmcad-mlx convert` makes one"
+
 
 def doctor(
     model: Annotated[
@@ -24,7 +26,10 @@ def doctor(
     ] = None,
     json_output: options.Json = False,
 ) -> None:
-    """Show platform, versions, back end, memory, and what a model can do; exit code 1 if something is broken."""
+    """Show platform, versions, back end, memory, and what a model can do; check every byte of a bundle.
+
+    Exit code 1 if something is broken.
+    """
     from llmcad_mlx.doctor import diagnose
 
     found = diagnose(model, show_progress=not json_output)
@@ -59,6 +64,7 @@ def _lines(found: Diagnosis) -> Iterator[Line]:
 
 def _model_lines(model: ModelFindings) -> Iterator[Line]:
     yield "model", model.path
+    yield "checksums", "verified: every byte is as it was written" if model.checksums_verified else _NO_CHECKSUMS
     yield "capability", f"{model.capability}: {model.reason}" if model.reason else model.capability
     exact = " (bit for bit)" if model.max_difference == 0.0 else ""
     yield "largest difference", f"{model.max_difference:.2g}{exact}, to the logits of mlx-lm's own cache"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -18,10 +19,12 @@ import pytest
 
 from llmcad_mlx.cli import pull as pull_command
 from llmcad_mlx.errors import DownloadError, ModelError, UsageError
-from llmcad_mlx.sources import disk, mirror, pull, resolve
+from llmcad_mlx.sources import disk, hub_repo, mirror, pull, resolve
 from llmcad_mlx.sources.cache_folder import files_folder, home_folder
 from llmcad_mlx.sources.presets import FileSource, Mirror, Preset, list_presets
 from llmcad_mlx.sources.progress import NoProgress, StreamProgress
+from llmcad_mlx.target.bundle import FILE as BUNDLE_FILE
+from llmcad_mlx.target.bundle import read_bundle, verify_bundle
 from tests.hub_stand_in import HubStandIn, hub_stand_in
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -388,6 +391,89 @@ def test_repository_resumes_after_a_broken_connection(hub: HubStandIn, monkeypat
     hub.breaks = [1000]
     assert (pull.pull_repo("org/model") / "model.safetensors").read_bytes() == CONTENT
     assert any("bytes=1000-" in request for request in hub.downloads())
+
+
+@pytest.fixture
+def large_repo(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> HubStandIn:
+    """A repository whose weights count as large."""
+    monkeypatch.setattr(hub_repo, "RESUMABLE_BYTES", 10_000)
+    hub.repos["org/model"] = MODEL_FILES | {"model.safetensors": CONTENT}
+    return hub
+
+
+def interrupt_after(hub: HubStandIn, num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when so many bytes of the weights have arrived."""
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    hub.breaks = [num_bytes]
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pull.pull_repo("org/model")
+
+
+def weight_requests(hub: HubStandIn) -> list[str]:
+    return [request for request in hub.downloads() if "model.safetensors" in request]
+
+
+def test_repository_continues_after_ctrl_c(large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(large_repo, 20_000, monkeypatch)
+    folder = pull.pull_repo("org/model")
+    assert (folder / "model.safetensors").read_bytes() == CONTENT
+    assert (folder / "config.json").read_bytes() == MODEL_FILES["config.json"]
+    first, second = weight_requests(large_repo)
+    assert "bytes=" not in first
+    assert second.endswith(" bytes=20000-")
+    assert pull.pull_repo("org/model") == folder
+    assert len(weight_requests(large_repo)) == 2
+    assert not list(folder.parents[1].glob("blobs/*.part"))
+
+
+@pytest.mark.parametrize("damage", ["longer", "other bytes"])
+def test_repository_with_a_damaged_beginning(
+    large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
+) -> None:
+    interrupt_after(large_repo, 20_000, monkeypatch)
+    (part,) = tmp_path.glob("hub/models--org--model/blobs/*.part")
+    part.write_bytes(b"x" * (60_000 if damage == "longer" else 20_000))
+    if damage == "other bytes":
+        with pytest.raises(
+            DownloadError, match=r"org/model/model\.safetensors: sha256 is \w+, expected \w+; the file"
+        ):
+            pull.pull_repo("org/model")
+    assert (pull.pull_repo("org/model") / "model.safetensors").read_bytes() == CONTENT
+
+
+def test_no_room_for_a_repository_is_said_before_it_is_fetched(
+    large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 60)
+    with pytest.raises(disk.DiskError, match=r"are needed for org/model, .* or set HF_HOME to another disk"):
+        pull.pull_repo("org/model")
+    assert not large_repo.downloads()
+
+
+def test_a_disk_that_fills_up_during_a_repository(large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub_repo, "http_get", full)
+    with pytest.raises(disk.DiskError, match=r"org/model: the disk is full; make room or set HF_HOME"):
+        pull.pull_repo("org/model")
+
+
+def test_presets_become_bundles_and_older_folders_stay_valid(tiny_preset: Preset, hub: HubStandIn) -> None:
+    folder = pull.pull_preset("tiny").target
+    bundle = verify_bundle(folder)
+    assert bundle is not None
+    assert [layer.name for layer in bundle.layers] == ["embedding", "layer 0", "layer 1", "rest"]
+    (folder / BUNDLE_FILE).unlink()
+    num_requests = len(hub.requests)
+    assert pull.pull_preset("tiny").target == folder
+    assert len(hub.requests) == num_requests
+    assert read_bundle(folder) is None
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,15 @@ from pathlib import Path
 from llmcad_mlx.errors import LlmcadError
 
 RESERVE_BYTES = 64 << 20
-_REMEDY = "make room or set LLMCAD_MLX_HOME to another disk"
+HOME_REMEDY = "make room or set LLMCAD_MLX_HOME to another disk"
+"""What to do when the folder of models is full."""
 
 
 class DiskError(LlmcadError):
     """The disk is full or cannot be written."""
 
 
-def require_free_space(folder: Path, num_bytes: int, what: str, remedy: str = _REMEDY) -> None:
+def require_free_space(folder: Path, num_bytes: int, what: str, remedy: str = HOME_REMEDY) -> None:
     """Raise DiskError unless the disk of the existing `folder` has room for `num_bytes` and a little more.
 
     remedy: what the user can do, the end of the message.
@@ -29,9 +30,14 @@ def require_free_space(folder: Path, num_bytes: int, what: str, remedy: str = _R
         )
 
 
-def full_disk_error(error: OSError, path: Path, remedy: str = _REMEDY) -> DiskError:
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or the user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def full_disk_error(error: OSError, path: Path | str, remedy: str = HOME_REMEDY) -> DiskError:
     """The one-line error for a write to `path` that failed."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return DiskError(f"{path}: the disk is full; {remedy}")
     return DiskError(f"{path}: cannot be written ({error.strerror or error})")
 

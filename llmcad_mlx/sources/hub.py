@@ -1,4 +1,4 @@
-"""Files and repositories from the Hugging Face hub, through huggingface_hub, with its bars and its cache.
+"""Single files from the Hugging Face hub, through huggingface_hub, with its bars.
 
 A hub that cannot be reached is found out by one short request first: left to itself huggingface_hub retries
 for half a minute (23 s measured without DNS).
@@ -16,29 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from llmcad_mlx.errors import DownloadError
+from llmcad_mlx.sources.disk import HOME_REMEDY, full_disk_error, is_full
 from llmcad_mlx.sources.presets import FileSource
 from llmcad_mlx.sources.progress import Progress
 
 PROBE_TIMEOUT_S = 5.0
 ETAG_TIMEOUT_S = 10.0
-
-# Weights, configuration and tokenizer of an mlx-lm model; no Python code, which is never run.
-MODEL_FILES = (
-    "*.json",
-    "model*.safetensors",
-    "tokenizer.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-)
 
 
 class HubUnreachableError(DownloadError):
@@ -78,7 +67,7 @@ def fetch_hub_file(source: FileSource, part: Path, progress: Progress) -> None:
     """
     require_hub()
     endpoint = hub_endpoint()
-    with _hub_errors(f"{source.repo}/{source.file}"):
+    with hub_errors(f"{source.repo}/{source.file}", HOME_REMEDY):
         url = hf_hub_url(source.repo, source.file, revision=source.revision, endpoint=endpoint)
         found = get_hf_file_metadata(url, timeout=ETAG_TIMEOUT_S, endpoint=endpoint)
         _check_announced(source, found.size, found.etag)
@@ -90,7 +79,7 @@ def fetch_hub_file(source: FileSource, part: Path, progress: Progress) -> None:
                 headers=build_hf_headers(),
                 expected_size=source.num_bytes,
                 displayed_filename=source.file,
-                tqdm_class=_bars(progress),
+                tqdm_class=bars(progress),
             )
 
 
@@ -104,38 +93,9 @@ def _check_announced(source: FileSource, num_bytes: int | None, etag: str | None
         )
 
 
-def fetch_hub_repo(repo: str, revision: str | None, progress: Progress) -> Path:
-    """The mlx-lm model in a hub repository, from the hub's cache where it is complete there.
-
-    Raises DownloadError when it cannot be had.
-    """
-    online = True
-    try:
-        require_hub()
-    except HubUnreachableError as unreachable:
-        online, reason = False, unreachable
-    try:
-        with _hub_errors(repo):
-            return Path(
-                snapshot_download(
-                    repo,
-                    revision=revision,
-                    allow_patterns=list(MODEL_FILES),
-                    etag_timeout=ETAG_TIMEOUT_S,
-                    endpoint=hub_endpoint(),
-                    local_files_only=not online,
-                    tqdm_class=_bars(progress),
-                )
-            )
-    except HubUnreachableError as error:
-        if online:
-            raise
-        raise DownloadError(f"{repo}: not in the local cache, and {reason}") from error
-
-
 @contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Turn huggingface_hub's many exceptions into one line each."""
+def hub_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turn huggingface_hub's many exceptions into one line each; `remedy` is for a full disk."""
     try:
         yield
     except errors.GatedRepoError:
@@ -157,6 +117,8 @@ def _hub_errors(what: str) -> Iterator[None]:
             raise _refused(what, error.__cause__) from None
         raise _unreachable(error.__cause__ or error) from None
     except OSError as error:
+        if is_full(error):
+            raise full_disk_error(error, what, remedy) from None
         raise DownloadError(f"{what}: {_first_line(error)}; run the command again to continue") from None
     except Exception as error:
         # Transport errors come from httpx or httpx2, whichever this huggingface_hub uses.
@@ -182,12 +144,13 @@ def _first_line(error: object) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class _NoBars(hub_tqdm):
+class NoBars(hub_tqdm):
     """huggingface_hub's bars, never drawn."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
 
-def _bars(progress: Progress) -> type[hub_tqdm] | None:
-    return None if progress.bars else _NoBars
+def bars(progress: Progress) -> type[hub_tqdm] | None:
+    """What to give huggingface_hub as `tqdm_class`: None draws its own bars."""
+    return None if progress.bars else NoBars

@@ -16,7 +16,8 @@ from llmcad_mlx.errors import DownloadError, ModelError
 from llmcad_mlx.sources.cache_folder import files_folder, model_folder
 from llmcad_mlx.sources.disk import full_disk_error, require_free_space
 from llmcad_mlx.sources.gguf import convert_gguf
-from llmcad_mlx.sources.hub import HubUnreachableError, fetch_hub_file, fetch_hub_repo
+from llmcad_mlx.sources.hub import HubUnreachableError, fetch_hub_file
+from llmcad_mlx.sources.hub_repo import fetch_hub_repo
 from llmcad_mlx.sources.mirror import discard, fetch_from_mirror, forget_progress
 from llmcad_mlx.sources.presets import FileSource, get_preset
 from llmcad_mlx.sources.progress import NoProgress, Progress

@@ -18,10 +18,10 @@ PACKAGE = Path(llmcad_mlx.__file__).parent
 # Bottom to top; the parts of one layer do not import each other. A part is a module or a folder.
 LAYERS = [
     {"errors", "machine"},
-    {"settings", "stats", "stop", "prompt", "tree"},
-    {"sampling", "text_stream", "profile", "models", "sources"},
+    {"settings", "sizes", "stats", "stop", "prompt", "tree"},
+    {"sampling", "text_stream", "profile", "models"},
     {"drafting", "target"},
-    {"pipeline"},
+    {"pipeline", "sources"},
     {"engine", "policies"},
     {"loader"},
     {"api"},

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-import llmcad_mlx
+from llmcad_mlx import __version__
 from llmcad_mlx.sources.safetensors_writer import SafetensorsWriter, TensorSpec
 from llmcad_mlx.target.bundle import Bundle, BundleLayer, BundleTensor, write_manifest
 from llmcad_mlx.target.weights import TensorExtent
@@ -137,7 +137,7 @@ class BundleWriter:
         if len(files) > 1:
             self._write_index()
         layers = tuple(self._finished[layer.name] for layer in self._layers)
-        version = f"llmcad-mlx {llmcad_mlx.__version__}"
+        version = f"llmcad-mlx {__version__}"
         write_manifest(Bundle(self._folder, layers, None, {}, source, version))
 
     def _wrote(self, layer: LayerPlan, num_bytes: int) -> None:

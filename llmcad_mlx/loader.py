@@ -239,6 +239,11 @@ def _load_drafter(path: Path, target: LoadedModel, vocab_size: int) -> ModelDraf
         raise ModelError(
             f"{path}: the draft has {model.vocab_size} logits for {vocab_size} tokens; choose another draft"
         )
+    first = model.forward([0], model.new_cache()).logits
+    if not bool(mx.all(mx.isfinite(first)).item()):  # the probe's report may stem from other weights
+        raise ModelError(
+            f"{path}: cannot be used as a draft: its logits are not finite; choose another draft or 'ngram'"
+        )
     try:
         return ModelDrafter(model)
     except ValueError as error:

@@ -236,6 +236,9 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "logits_processors": [5, ["x"], print],
     "policy": ["fastest", "", None, 3],
     "tree_nodes": [0, -1, 5000, 2.5, "8"],
+    "pipeline": [1, None, "no"],
+    "tree": [0, None],
+    "fallback": [0, "yes"],
     "stop": ["", [""], 5, [5]],
     "stop_tokens": [5, [-1], ["a"], [112]],
 }

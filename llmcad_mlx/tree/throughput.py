@@ -17,7 +17,7 @@ from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, Selection, TokenTr
 from llmcad_mlx.tree.walk import Walk
 
 DEFAULT_MAX_NODES = 64
-_PROVISIONAL = 4  # times the nodes of a pass, in a tree that grows while the target waits
+_PROVISIONAL = 4  # times the nodes of a pass may be expanded in a tree that grows while the target waits
 _MIN_PROVISIONAL = 64
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
@@ -44,7 +44,8 @@ class ThroughputPolicy:
 
     `costs` and `calibration` are the engine's, shared so that they can be saved. With `tree_nodes` the tree is
     grown to exactly the best that many nodes, whatever the costs say. `max_nodes` bounds a pass otherwise,
-    `max_provisional` (4 times as much, at least 64) a tree that grows while the target waits for its weights.
+    `max_provisional` (4 times as much, at least 64) the nodes each drafter has expanded in a tree that grows while
+    the target waits for its weights.
     Without `branching`, for the ablation, only the best candidate of a leaf is kept and one branch is submitted.
     """
 
@@ -197,10 +198,11 @@ class ThroughputPolicy:
         None while plain decoding is measured: a step that makes a layer wait would make it look slow.
         """
         unsure = self.tree_nodes is None and self.costs.verify.times_seen(1) < _SURE
-        if self._measuring_plain or unsure or len(tree) >= self.max_provisional:
+        if self._measuring_plain or unsure:
             return []
         expanded = self._expanded.setdefault(source, set())
-        leaves = self._best_unexpanded(tree, expanded, self.max_width)
+        room = self.max_provisional - len(expanded)
+        leaves = self._best_unexpanded(tree, expanded, min(self.max_width, max(room, 0)))
         leaves = [leaf for leaf in leaves if tree.cumulative[leaf] > _LEAST_PROVISIONAL]
         expanded.update(leaves)
         self._model_used = self._model_used or (source == MODEL and bool(leaves))

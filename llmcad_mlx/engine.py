@@ -115,9 +115,10 @@ class SpeculativeEngine:
         verification = self.target.verify(tree, growth.provisional_step if self.policy.pipelined else None)
         seconds = self.clock() - started
         waited = self.target.io_wait_s - waited
+        busy = seconds - growth.background_s - waited
         # Drafting in the background takes the place of waiting, so it is not taken off what a pass takes.
-        self.costs.verify.observe(len(tree), seconds)
-        stats.verify_s += seconds - growth.background_s - waited
+        self.costs.verify.observe(len(tree), seconds, busy)
+        stats.verify_s += busy
         stats.io_wait_s += waited
         return verification
 

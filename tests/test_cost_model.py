@@ -54,6 +54,17 @@ def test_a_single_measurement_tells_about_all_counts() -> None:
     assert 0.0 < times.predict(1) < times.predict(4) < 1.7 < times.predict(16)
 
 
+def test_waiting_tells_how_many_rows_cost_nothing() -> None:
+    times = StepTimes()
+    times.observe(2, 10.0, busy=1.0)
+    assert times.hidden_rows == 20
+    assert times.predict(20) == 10.0
+    assert times.predict(24) == pytest.approx(10.0 + 4 * 0.5)  # a row computes for half a second at most
+    times.observe(2, 10.0, busy=9.0)
+    assert times.hidden_rows == 0
+    assert times.predict(4) > 10.0
+
+
 def test_one_disturbed_measurement_changes_little() -> None:
     times = times_of(*[(1, 1.0)] * 4, (1, 50.0), (1, 1.0))
     assert times.predict(1) == 1.0

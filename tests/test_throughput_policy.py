@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,7 @@ class World:
     draft_s: Callable[[int], float] = lambda rows: 0.2
     verify_s: Callable[[int], float] = lambda rows: 1.0 + 0.1 * (rows - 1)
     jitter: float = 0.0
+    load_s: float = 0.0  # a pass takes at least so long: its weights are read meanwhile
     ngram: float | None = None
     ngram_accept: float = 0.0
     seed: int = 0
@@ -76,8 +78,9 @@ class World:
                 policy.add(tree, leaf, Candidates(tokens, self.confidences, MODEL))
             assert len(tree) < 1000, "drafting without end"
         selection = policy.submit(tree)
-        took = self._noisy(self.verify_s(len(selection.tree)))
-        policy.costs.verify.observe(len(selection.tree), took)
+        busy = self._noisy(self.verify_s(len(selection.tree)))
+        took = max(busy, self.load_s)
+        policy.costs.verify.observe(len(selection.tree), took, busy)
         seconds += took
         steps = walk(selection.tree, lambda node, path: self._target_token())
         policy.verified(selection.tree, steps)
@@ -101,7 +104,7 @@ class World:
     @property
     def plain_seconds(self) -> float:
         """What the same tokens take without drafting, on average."""
-        return self.tokens * self.verify_s(1) * float(np.exp(self.jitter**2 / 2))
+        return self.tokens * max(self.verify_s(1) * float(np.exp(self.jitter**2 / 2)), self.load_s)
 
 
 # -- never slower ------------------------------------------------------------------------------------------
@@ -222,6 +225,41 @@ def test_a_draft_that_becomes_useful_is_found_again() -> None:
     passes, tokens = world.passes, world.tokens
     world.run(500)
     assert (world.tokens - tokens) / (world.passes - passes) > 3
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_price_once_measured_on_a_busy_machine_is_not_believed_for_ever(times: int) -> None:
+    """As read from a profile, or from passes of this session."""
+    world = World([0.95], [0.9], lambda rows: 0.05, lambda rows: 1 + 0.05 * (rows - 1))
+    verify = world.policy.costs.verify
+    for _ in range(5):
+        verify.observe(1, 1.0)
+    for _ in range(times):
+        verify._seen.setdefault(2, deque(maxlen=15)).append(4.0)
+    verify._rebuild()
+    world.run(300)
+    passes, tokens = world.passes, world.tokens
+    world.run(300)
+    assert (world.tokens - tokens) / (world.passes - passes) > 3
+
+
+def test_trees_grow_at_once_to_what_loading_hides() -> None:
+    """No doubling from pass to pass where computing more rows would still end before reading."""
+    world = World([0.9], [0.9], lambda rows: 0.05, lambda rows: 0.1 + 0.01 * rows, load_s=10.0)
+    world.run(1)
+    assert world.policy.costs.verify.hidden_rows > 64
+    world.round()
+    assert world.tested > 30
+    world.run(1000)
+    assert world.seconds < 0.2 * world.plain_seconds
+    assert world.policy._since_plain > 50  # a plain pass is not measured again: it takes what all take
+
+
+def test_trees_stay_small_where_loading_hides_few_rows() -> None:
+    world = World([0.9], [0.9], lambda rows: 0.05, lambda rows: float(rows), load_s=3.0)
+    world.run(600)
+    assert world.tested / world.passes < 6
+    assert world.seconds < 0.5 * world.plain_seconds
 
 
 def test_a_draft_that_becomes_useless_is_given_up() -> None:
@@ -361,6 +399,7 @@ def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: l
             costs.verify.observe(rows, seconds)
     costs.observe_round(1, 1 / rate)
     policy = ThroughputPolicy(costs, Calibration())
+    policy._account = 0.0  # nothing to spend on another look at a price
     random = np.random.default_rng(seed)
     tree = TokenTree(0)
     policy.begin(tree)

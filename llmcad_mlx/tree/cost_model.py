@@ -10,28 +10,40 @@ from typing import Any
 
 _REMEMBERED = 15  # observations per row count; their lower median shrugs off a disturbed one, even of two
 _FIRST_LIMIT = 2.5  # times the prediction, for the first observation of a row count
+_WAITING = 0.5  # a forward computes for less than this share of its time where it waits for weights
+_MOST_HIDDEN = 1024
 _ROW_SHARE = 0.1  # cost of one more row, relative to a single row, before any was measured
 
 
 class StepTimes:
     """Seconds of a forward by its number of rows.
 
-    Between measured counts it interpolates; beyond the largest it goes on with the last slope.
+    Between measured counts it interpolates; beyond the largest it goes on with the last slope. `hidden_rows`: a
+    forward that has waited for weights would not have taken longer with so many rows, 0 if it has not waited.
     """
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
         self._rows: list[int] = []
         self._seconds: list[float] = []
+        self._row_seconds = 0.0  # at most, for a row beyond the hidden ones
+        self.hidden_rows = 0
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """One forward of `rows` rows took `seconds`. Raises ValueError for rows < 1 or negative seconds.
+    def observe(self, rows: int, seconds: float, busy: float | None = None) -> None:
+        """One forward of `rows` rows took `seconds`, `busy` of them computing (all, if not given). Raises
+        ValueError for rows < 1 or negative seconds.
+
+        Computing grows at most in proportion to the rows, so the last forward's waiting tells how many more
+        would have found room in it.
 
         A first observation far above what its neighbours suggest is cut to a multiple of that: it may have
         compiled a kernel, and believing it would keep the policy from ever trying that count again.
         """
         if rows < 1 or not 0.0 <= seconds < float("inf"):
             raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
+        busy = seconds if busy is None else min(max(busy, seconds / _MOST_HIDDEN), seconds)
+        self._row_seconds = busy / rows
+        self.hidden_rows = int(rows * seconds / busy) if busy < _WAITING * seconds else 0
         if self._rows and rows not in self._seen:
             seconds = min(seconds, _FIRST_LIMIT * self.predict(rows))
         self._seen.setdefault(rows, deque(maxlen=_REMEMBERED)).append(seconds)
@@ -66,6 +78,8 @@ class StepTimes:
             return seconds * (1 + _ROW_SHARE * (rows - 1)) / (1 + _ROW_SHARE * (first - 1))
         low, low_s = self._rows[at - 1], self._seconds[at - 1]
         if at == len(self._rows):
+            if self.hidden_rows > low:
+                return low_s + self._row_seconds * max(rows - self.hidden_rows, 0)
             return low_s + self._slope_after_last() * (rows - low)
         high, high_s = self._rows[at], self._seconds[at]
         return low_s + (high_s - low_s) * (rows - low) / (high - low)

@@ -32,6 +32,7 @@ _LOOK_AGAIN = 32  # rounds without the draft after which one step is taken to se
 _WELL_KNOWN = 3  # observations of a pass's size
 _SURE = 2  # observations that make a step time believable
 _HIT_DECAY = 0.95
+_LIKELY = 0.5  # probability of a node that is worth a look although its price seems too high
 _LEAST_GAIN = 0.05  # tokens a tree must promise beyond plain decoding, or measured costs' noise decides
 _PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
 _YIELD_DECAY = 0.9
@@ -85,6 +86,7 @@ class ThroughputPolicy:
         self._account = _OPENING
         self._idle = 0  # rounds since the model was last used
         self._model_used = False
+        self._plain_rounds = 0  # rounds since the target's pass had more than one row
         self._since_plain = 0  # rounds since the target's pass had a single row
         self._yield = 1.0  # tokens a round has given lately
         self._measuring_plain = False
@@ -103,7 +105,8 @@ class ThroughputPolicy:
         self._model_used = MODEL in tree.sources
         # What a plain pass takes decides about every tree, so it is measured again from time to time. That
         # round gives up `_yield` - 1 tokens: the more, the rarer.
-        due = self._since_plain >= _PLAIN_AGAIN * self._yield
+        # Where the target waits for weights, a plain pass takes what any pass takes.
+        due = self._since_plain >= _PLAIN_AGAIN * self._yield and not self.costs.verify.hidden_rows
         self._measuring_plain = due and self.tree_nodes is None
 
     def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
@@ -145,7 +148,7 @@ class ThroughputPolicy:
 
     def _paying(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """The best so many leaves that a model step on them gains more than it costs; none if no step does."""
-        if self._measuring_plain or self.costs.verify.times_seen(1) < _SURE:
+        if self._measuring_plain or not self._knows_plain():
             return []  # the very first passes measure plain decoding, too
         leaves = self._best_unexpanded(tree, expanded, self.max_width)
         if not expanded and self._look_again():
@@ -163,9 +166,15 @@ class ThroughputPolicy:
                 best, best_value = width, value
         return leaves[:best]
 
+    def _knows_plain(self) -> bool:
+        """Whether what a plain pass takes is believable; waiting for weights varies less than computing."""
+        verify = self.costs.verify
+        return verify.times_seen(1) >= (1 if verify.hidden_rows else _SURE)
+
     def _most_nodes(self) -> int:
         """Costs beyond what was measured are a guess: larger trees are tried step by step."""
-        return min(self.max_nodes, max(_EXPLORE * self.costs.verify.most_rows, 1))
+        verify = self.costs.verify
+        return min(self.max_nodes, max(_EXPLORE * verify.most_rows, verify.hidden_rows, 1))
 
     def _look_again(self) -> bool:
         """Whether to take one step that seems not to pay: its price was measured too rarely or long ago."""
@@ -197,7 +206,7 @@ class ThroughputPolicy:
 
         None while plain decoding is measured: a step that makes a layer wait would make it look slow.
         """
-        unsure = self.tree_nodes is None and self.costs.verify.times_seen(1) < _SURE
+        unsure = self.tree_nodes is None and not self._knows_plain()
         if self._measuring_plain or unsure:
             return []
         expanded = self._expanded.setdefault(source, set())
@@ -229,15 +238,26 @@ class ThroughputPolicy:
             value = gain - rate * verify.predict(nodes)
             if value > best_value + 1e-9:
                 best, best_value = nodes, value
-        if self._measuring_plain or sum(ranked[:best]) - 1.0 < _LEAST_GAIN:
+        if self._measuring_plain:
+            return 1
+        if best == 1 and self._look_at_two(ranked):
+            return 2
+        if sum(ranked[:best]) - 1.0 < _LEAST_GAIN:
             return 1
         # Measure the next size too: a single disturbed observation would rule it out for good.
         if 1 < best < len(ranked) and verify.times_seen(best + 1) < _WELL_KNOWN:
             best += 1
         return best
 
+    def _look_at_two(self, ranked: Sequence[float]) -> bool:
+        """Whether to submit a likely node that seems too dear: its price was measured too rarely or long ago."""
+        if len(ranked) < 2 or ranked[1] < _LIKELY or self._account <= 0.0 or not self._knows_plain():
+            return False
+        return self.costs.verify.times_seen(2) < _WELL_KNOWN or self._plain_rounds >= _LOOK_AGAIN
+
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from every candidate the target's choices have judged, also those not submitted."""
+        self._plain_rounds = self._plain_rounds + 1 if len(tree) == 1 else 0
         self._since_plain = 0 if len(tree) == 1 else self._since_plain + 1
         self._yield = self._yield * _YIELD_DECAY + len(walk.tokens) * (1 - _YIELD_DECAY)
         drafted = self._tree if self._tree is not None else tree

@@ -68,7 +68,7 @@ class SpeculativeEngine:
         self._settle()
         started = self.clock()
         growth = self._begin(sampler, stats)
-        growth.draft()
+        growth.draft(self.target.free_seconds)
         selection = self._submit(growth.tree)
         verification = self._verify(selection.tree, growth, stats)
         steps = walk(selection.tree, self._chooser(verification, selection.tree, sampler), stop)

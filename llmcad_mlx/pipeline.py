@@ -16,9 +16,11 @@ from llmcad_mlx.sampling import SamplingSettings
 from llmcad_mlx.stats import GenerationStats
 from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.policy import GrowthPolicy
-from llmcad_mlx.tree.token_tree import ROOT, Selection, TokenTree
+from llmcad_mlx.tree.token_tree import NGRAM, ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
+_WIDEST = 16  # leaves of a model's step in the background
+_LOOKUPS = 64  # leaves of a lookup's, which takes no time to speak of
 _PREFILL_STEP = 64  # prompt tokens a drafter reads at a time while the target waits
 
 
@@ -38,17 +40,22 @@ class Growth:
     num_provisional: int = 0
     background_s: float = 0.0
 
-    def draft(self) -> None:
-        """Ask the drafters in order, cheapest first, for as long as the policy wants more of each."""
+    def draft(self, free_seconds: Callable[[], float] = lambda: 0.0) -> None:
+        """Ask the drafters in order, cheapest first, for as long as the policy wants more of each.
+
+        free_seconds: how long that delays nothing.
+        """
         for drafter in self.drafters:
-            while leaves := self.policy.next_leaves(self.tree, drafter.source):
+            while leaves := self.policy.next_leaves(self.tree, drafter.source, free_seconds()):
                 self._expand(drafter, leaves)
 
-    def provisional_step(self) -> bool:
-        """One step of drafting beyond what was submitted; False when no node is worth one."""
+    def provisional_step(self, seconds: float) -> bool:
+        """One step of drafting beyond what was submitted; False when no node is worth one that takes no longer
+        than `seconds`."""
         started = self.clock()
         for drafter in self.drafters:
-            if leaves := self.policy.provisional_leaves(self.tree, drafter.source):
+            width = _LOOKUPS if drafter.source == NGRAM else self._width_within(seconds)
+            if leaves := self.policy.provisional_leaves(self.tree, drafter.source, width):
                 size = len(self.tree)
                 self.stats.hidden_draft_s += self._expand(drafter, leaves)
                 self.stats.provisional += len(self.tree) - size
@@ -56,6 +63,13 @@ class Growth:
                 self.background_s += self.clock() - started
                 return True
         return False
+
+    def _width_within(self, seconds: float) -> int:
+        """Most leaves of a draft step that ends in time; one of a step never measured."""
+        draft = self.costs.draft
+        if not draft:
+            return 1
+        return next((width for width in range(_WIDEST, 0, -1) if draft.predict(width) <= seconds), 0)
 
     def _expand(self, drafter: Drafter, leaves: Sequence[int]) -> float:
         """One draft step; returns its seconds, 0.0 for one without a forward."""
@@ -96,11 +110,11 @@ class CarriedTree:
         return policy is self.policy and sampling == self.sampling
 
 
-def prefill_steps(drafters: Sequence[Drafter], prompt: Sequence[int]) -> Callable[[], bool]:
+def prefill_steps(drafters: Sequence[Drafter], prompt: Sequence[int]) -> Callable[[float], bool]:
     """A background that lets the drafters read `prompt`, one after the other, a piece with each call."""
     waiting = list(drafters)
 
-    def step() -> bool:
+    def step(seconds: float) -> bool:  # what is not read now is read afterwards, and takes as long
         if waiting and not waiting[0].prefill_some(prompt, _PREFILL_STEP):
             del waiting[0]
         return bool(waiting)

@@ -33,7 +33,7 @@ from tests.architecture_configs import build, config_of
 from tests.tiny import VOCAB, tiny_tree_model
 from tests.waiting_target import WaitingTarget
 
-Background = Callable[[], bool] | None
+Background = Callable[[float], bool] | None
 
 PROMPT = [1, 2, 3, 4, 5, 1, 2, 3]
 

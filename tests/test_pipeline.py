@@ -240,7 +240,7 @@ class ChargedTarget(WaitingTarget):
     def streamed_bytes(self) -> int:
         return self.read
 
-    def verify(self, tree: TokenTree, background: Callable[[], bool] | None = None) -> Verification:
+    def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
         done = super().verify(tree, background)
         self.blocked_s += 8.0
         self.read += 1000
@@ -340,7 +340,7 @@ def test_free_time_goes_to_the_nodes_the_text_passes_through_most_likely() -> No
     order = []
     policy._expanded[MODEL] = {ROOT, 1}
     for confidences in ([0.9, 0.1], [0.9], [0.5], []):
-        (leaf,) = policy.provisional_leaves(tree, MODEL)
+        (leaf,) = policy.provisional_leaves(tree, MODEL, 8)
         order.append(tree.path_tokens(leaf))
         policy.add(tree, leaf, Candidates([7, 8][: len(confidences)], confidences))
     # 0.3 at [1, 3] and at [2]; then 0.27 below the one, and below the other
@@ -353,10 +353,10 @@ def test_unlikely_nodes_and_full_trees_are_left_alone() -> None:
     policy.begin(tree)
     assert policy.next_leaves(tree, MODEL) == [ROOT]
     policy.add(tree, ROOT, Candidates([1, 2, 3, 4], [0.9, 0.05, 0.004, 0.003]))
-    assert [tree.tokens[leaf] for leaf in policy.provisional_leaves(tree, MODEL)] == [1, 2]
-    assert list(policy.provisional_leaves(tree, MODEL)) == []
+    assert [tree.tokens[leaf] for leaf in policy.provisional_leaves(tree, MODEL, 8)] == [1, 2]
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == []
     policy.add(tree, 1, Candidates([5], [0.9]))
-    assert list(policy.provisional_leaves(tree, MODEL)) == []  # three are expanded
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == []  # three are expanded
 
 
 def test_a_pass_that_measures_plain_decoding_is_not_disturbed() -> None:
@@ -364,21 +364,21 @@ def test_a_pass_that_measures_plain_decoding_is_not_disturbed() -> None:
     policy = ThroughputPolicy(costs, Calibration())
     tree = TokenTree(0)
     policy.begin(tree)
-    assert list(policy.provisional_leaves(tree, MODEL)) == []  # the price of a plain pass is not known yet
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == []  # the price of a plain pass is not known yet
     for _ in range(2):
         costs.verify.observe(1, 1.0)
     policy.begin(tree)
-    assert list(policy.provisional_leaves(tree, MODEL)) == [ROOT]
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == [ROOT]
     policy._since_plain = 1000
     policy.begin(tree)
-    assert list(policy.provisional_leaves(tree, MODEL)) == []
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == []
 
 
 def test_expanded_nodes_are_remembered_under_their_new_names() -> None:
     policy = forced(4, max_width=1)
     tree = submitted_tree(policy)
     policy.max_width = 8
-    leaves = policy.provisional_leaves(tree, MODEL)
+    leaves = policy.provisional_leaves(tree, MODEL, 8)
     assert [tree.tokens[leaf] for leaf in leaves] == [2, 3]
     policy.add(tree, 2, Candidates([5, 6], [0.5, 0.4]))
     survivors = tree.reroot(2)
@@ -400,9 +400,9 @@ def test_the_papers_pipeline_keeps_one_continuation_of_the_best_branch() -> None
     assert list(policy.next_leaves(tree, MODEL)) == []  # four nodes
     assert policy.submit(tree).tree.tokens == [0, 1, 2, 3]
     order = []
-    assert list(policy.provisional_leaves(tree, NGRAM)) == []
+    assert list(policy.provisional_leaves(tree, NGRAM, 8)) == []
     policy.begin(tree)
-    while leaves := policy.provisional_leaves(tree, MODEL):
+    while leaves := policy.provisional_leaves(tree, MODEL, 8):
         (leaf,) = leaves
         order.append(tree.path_tokens(leaf))
         policy.add(tree, leaf, Candidates([7, 8], [0.6, 0.35]))
@@ -425,7 +425,7 @@ def test_calibration_learns_from_provisional_nodes_too() -> None:
     policy = forced(4, max_width=8)
     tree = submitted_tree(policy)
     selection = policy.submit(tree)
-    policy.provisional_leaves(tree, MODEL)
+    policy.provisional_leaves(tree, MODEL, 8)
     policy.add(tree, 3, Candidates([9], [0.8]))
     before = policy.calibration.probability(0.8, MODEL)
     text = iter([1, 3, 9])

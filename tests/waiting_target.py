@@ -27,20 +27,20 @@ class WaitingTarget(ResidentTarget):
         tokens: Sequence[int],
         on_progress: Callable[[int], None],
         should_stop: Callable[[], bool],
-        background: Callable[[], bool] | None = None,
+        background: Callable[[float], bool] | None = None,
     ) -> None:
         self._wait(background)
         super().prefill(tokens, on_progress, should_stop)
 
-    def verify(self, tree: TokenTree, background: Callable[[], bool] | None = None) -> Verification:
+    def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
         size = len(tree)
         self._wait(background)
         assert len(tree) == size, "the submitted tree grew"
         return super().verify(tree)
 
-    def _wait(self, background: Callable[[], bool] | None) -> None:
+    def _wait(self, background: Callable[[float], bool] | None) -> None:
         calls = self.most if self.random is None else int(self.random.integers(0, self.most + 1))
         for _ in range(calls):
-            if background is None or not background():
+            if background is None or not background(float("inf")):
                 return
             self.steps += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,12 @@ from llmcad_mlx.errors import ModelError
 from llmcad_mlx.target.parts import Matrix
 from llmcad_mlx.target.storage import Storage
 from llmcad_mlx.target.stream import Unit, WeightStream
+
+
+_LAST_WEIGHT = 0.25  # of the last unit's computing time, against those before
+
+Background = Callable[[float], bool]
+"""Does one step of other work, of about so many seconds at most; False when there is none."""
 
 
 class OnDemandFeed:
@@ -35,11 +42,16 @@ class OnDemandFeed:
 class SequentialFeed:
     """Takes units from a stream in the order in which a pass uses them; works on something else meanwhile."""
 
-    def __init__(self, stream: WeightStream, num_units: int) -> None:
+    def __init__(
+        self, stream: WeightStream, num_units: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.stream = stream
         self._num_units = num_units
+        self._clock = clock
         self._expected = 0
-        self._background: Callable[[], bool] | None = None
+        self._background: Background | None = None
+        self._taken_at: float | None = None
+        self._unit_s = 0.0  # computing with one unit, lately
         self.row_bytes = 0
         """Bytes of rows that were looked up."""
 
@@ -49,13 +61,23 @@ class SequentialFeed:
         return self.stream.bytes_read + self.row_bytes
 
     @contextmanager
-    def working(self, background: Callable[[], bool] | None) -> Iterator[None]:
-        """Call `background` whenever a unit is not there yet, until it says that nothing is worth doing."""
+    def working(self, background: Background | None) -> Iterator[None]:
+        """Call `background` as long as a unit is not there yet and it finds something to do."""
         self._background = background
         try:
             yield
         finally:
-            self._background = None
+            self._background = self._taken_at = None
+
+    def free_seconds(self) -> float:
+        """How long something else may be done before this pass takes longer.
+
+        Where reading the rest takes longer than computing with it, time is free until reading has filled all
+        buffers; otherwise only until the next unit is there.
+        """
+        outlook = self.stream.outlook()
+        slack = outlook.rest - self._unit_s * (self._num_units - max(self._expected, 0))
+        return max(outlook.ready, min(slack, outlook.idle), 0.0)
 
     def take(self, unit: int) -> int:
         if unit != self._expected:
@@ -66,11 +88,19 @@ class SequentialFeed:
                 )
             # A prompt's pass ends before the head, an interrupted one anywhere.
             self.stream.restart()
-        self._expected = -1  # until it is there: an error or Ctrl-C may come in between
-        while self._background is not None and not self.stream.ready():
-            if not self._background():
-                self._background = None
-        buffer = self.stream.wait()
+            self._expected = 0
+        now = self._clock()
+        if self._taken_at is not None:
+            self._unit_s += (now - self._taken_at - self._unit_s) * _LAST_WEIGHT
+        try:
+            while self._background is not None and not self.stream.ready():
+                if not self._background(self.free_seconds()):
+                    break
+            buffer = self.stream.wait()
+        except BaseException:
+            self._expected = -1
+            raise
+        self._taken_at = self._clock()
         self._expected = (unit + 1) % self._num_units
         return buffer
 

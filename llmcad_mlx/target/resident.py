@@ -40,17 +40,21 @@ class ResidentTarget:
         """Nothing is read."""
         return 0
 
+    def free_seconds(self) -> float:
+        """Nothing is read."""
+        return 0.0
+
     def prefill(
         self,
         tokens: Sequence[int],
         on_progress: Callable[[int], None],
         should_stop: Callable[[], bool],
-        background: Callable[[], bool] | None = None,
+        background: Callable[[float], bool] | None = None,
     ) -> None:
         """Append `tokens` to the cache in large chunks; see `TreeModel.prefill`."""
         self.model.prefill(tokens, self.cache, on_progress=on_progress, should_stop=should_stop)
 
-    def verify(self, tree: TokenTree, background: Callable[[], bool] | None = None) -> Verification:
+    def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
         """One pass over all nodes. The root is the token that follows the cached ones."""
         if self.capability != "plain":
             self.cache.rollback()  # an interrupted round may have left its nodes

@@ -8,12 +8,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 from llmcad_mlx.errors import StorageError
 from llmcad_mlx.target.storage import Storage
 
+_RATE_WEIGHT = 0.25  # of the last unit's rate, against those before
 _PIECE_BYTES = 4 << 20  # read at a time, so that closing and starting again do not wait for a whole layer
 
 
@@ -45,6 +47,19 @@ class Unit:
         return max((read.buffer_offset + read.num_bytes for read in self.reads), default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is expected of a stream, in seconds from now, if nothing is waited for or released.
+
+    `ready`: until the next unit is there. `idle`: until reading pauses for want of a free buffer. `rest`: until
+    the last unit of the pass would have been read without a pause.
+    """
+
+    ready: float
+    idle: float
+    rest: float
+
+
 class WeightStream(Protocol):
     """Units in cyclic order, read ahead into a few buffers.
 
@@ -63,6 +78,9 @@ class WeightStream(Protocol):
 
     def ready(self) -> bool:
         """Whether `wait` would return, or raise, at once."""
+
+    def outlook(self) -> Outlook:
+        """What is expected, by the rate of the last reads; all 0.0 before the first."""
 
     def wait(self) -> int:
         """Block until the next unit is there; returns the index of its buffer. Raises what reading raised."""
@@ -112,6 +130,10 @@ class ThreadedStream:
         self._there: deque[int] = deque()  # buffers with units that were read, oldest first
         self._held: deque[int] = deque()  # buffers that wait has given out
         self._error: BaseException | None = None
+        self._bytes_after = list(accumulate((unit.num_bytes for unit in reversed(units)), initial=0))[::-1]
+        self._reading: int | None = None  # the unit that is being read
+        self._unit_read = 0  # bytes of it that are there
+        self._rate = 0.0  # bytes per second of the last reads
         self._generation = 0
         self._closed = False
         self._thread = threading.Thread(target=self._read_on, name="weight reader", daemon=True)
@@ -120,6 +142,24 @@ class ThreadedStream:
     def ready(self) -> bool:
         with self._changed:
             return bool(self._there) or self._error is not None or self._closed
+
+    def outlook(self) -> Outlook:
+        with self._changed:
+            if not self._rate or self._closed or self._error is not None:
+                return Outlook(0.0, 0.0, 0.0)
+            count = len(self._units)
+            begun, first = 0, self._next_read
+            if self._reading is not None:
+                begun, first = self._units[first].num_bytes - self._unit_read, (first + 1) % count
+            room = begun + sum(self._units[(first + i) % count].num_bytes for i in range(len(self._free)))
+            # What was read ahead may belong to the next pass already.
+            unread = self._next_wait + len(self._there) + (self._reading is not None)
+            rest = begun + self._bytes_after[unread] if unread <= count else 0
+            return Outlook(
+                0.0 if self._there else (begun or self._units[self._next_wait].num_bytes) / self._rate,
+                room / self._rate,
+                rest / self._rate,
+            )
 
     def wait(self) -> int:
         with self._changed:
@@ -148,7 +188,7 @@ class ThreadedStream:
             if self._next_wait == 0 and not self._held and self._error is None:
                 return
             self._generation += 1
-            self._error = None
+            self._error = self._reading = None
             self._there.clear()
             self._held.clear()
             self._next_read = self._next_wait = 0
@@ -171,17 +211,22 @@ class ThreadedStream:
                 if self._closed:
                     return
                 number, buffer, generation = self._next_read, self._free.popleft(), self._generation
+                self._reading, self._unit_read = number, 0
             error: BaseException | None = None
+            started = self._clock()
             try:
                 self._read(number, buffer, generation)
             except _StoppedError:
                 continue
             except BaseException as raised:  # handed to the thread that waits
                 error = raised
+            rate = self._units[number].num_bytes / max(self._clock() - started, 1e-9)
             with self._changed:
                 if generation != self._generation:
                     continue
+                self._reading = None
                 if error is None:
+                    self._rate += (rate - self._rate) * (_RATE_WEIGHT if self._rate else 1.0)
                     self._there.append(buffer)
                     self._next_read = (number + 1) % len(self._units)
                 else:
@@ -202,6 +247,7 @@ class ThreadedStream:
                 part = self._buffers[buffer][place : place + size]
                 self._storage.read_into(read.file, read.offset + start, part)
                 self.bytes_read += size
+                self._unit_read += size
                 if digest is not None:
                     digest.update(part)
         if digest is not None and digest.hexdigest() != unit.sha256:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.target.feeds import SequentialFeed
+from llmcad_mlx.target.feeds import Background, SequentialFeed
 from llmcad_mlx.target.resident import ResidentTarget
 from llmcad_mlx.target.target import Verification
 from llmcad_mlx.tree.token_tree import TokenTree
-
-Background = Callable[[], bool]
-
 
 class StreamedTarget(ResidentTarget):
     """Verifies token trees with a model that is larger than the memory it may use.
@@ -35,6 +32,10 @@ class StreamedTarget(ResidentTarget):
     def streamed_bytes(self) -> int:
         """Bytes read so far."""
         return self.feed.bytes_read
+
+    def free_seconds(self) -> float:
+        """How long drafting may go on before the next pass ends later for it."""
+        return self.feed.free_seconds()
 
     def prefill(
         self,

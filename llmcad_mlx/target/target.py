@@ -52,8 +52,9 @@ class Target(Protocol):
 
     The cache holds all tokens of the sequence but the last, which is the next tree's root.
 
-    A target whose weights are streamed calls `background()` again and again while the layer it needs next is not
-    in memory. Each call does one step of other work; after False, nothing being worth doing, the target waits.
+    A target whose weights are streamed calls `background(seconds)` again and again while the layer it needs next is
+    not in memory. Each call does one step of other work, which delays nothing if it takes no longer than `seconds`;
+    after False, nothing being worth doing, the target waits for the layer.
     """
 
     @property
@@ -72,16 +73,19 @@ class Target(Protocol):
     def streamed_bytes(self) -> int:
         """Bytes of weights read so far, loading left out."""
 
+    def free_seconds(self) -> float:
+        """How long drafting may go on before the next pass ends later for it: its weights load meanwhile."""
+
     def prefill(
         self,
         tokens: Sequence[int],
         on_progress: Callable[[int], None],
         should_stop: Callable[[], bool],
-        background: Callable[[], bool] | None = None,
+        background: Callable[[float], bool] | None = None,
     ) -> None:
         """Append `tokens` to the cache in large chunks; on_progress gets the number done."""
 
-    def verify(self, tree: TokenTree, background: Callable[[], bool] | None = None) -> Verification:
+    def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
         """One pass over all nodes. The root is the token that follows the cached ones."""
 
     def commit(self, verification: Verification, nodes: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ class ChainPolicy:
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
         self._tip = len(tree) - 1
 
-    def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+    def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """The tip of the chain, until it is long enough."""
         if self._tip is None or tree.depths[self._tip] >= self.length:
             return []
@@ -38,7 +38,7 @@ class ChainPolicy:
             confidence = candidates.confidences[0]
             self._tip = tree.add(leaf, candidates.tokens[0], confidence, candidates.source)
 
-    def provisional_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+    def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
         """None."""
         return []
 

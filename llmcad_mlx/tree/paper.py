@@ -59,7 +59,7 @@ class PaperPolicy:
         self._asked = {}
         self._provisional = None
 
-    def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+    def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """The tip of the branch with the largest deficit; none when the tree is full or not trusted.
 
         A tip that a drafter was asked for and is still a tip got no candidates: it is left to others.
@@ -77,14 +77,14 @@ class PaperPolicy:
         asked.add(tip)
         return [tip]
 
-    def provisional_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+    def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
         """The tip of the branch that was the most likely one at the fallback."""
         if self._provisional is None:
             asked = self._asked.get(source, set())
             tips = [tip for tip in self._tips if tip not in asked]
             self._tips = [max(tips, key=tree.cumulative.__getitem__)] if tips and source in self.sources else []
             self._provisional = self.max_nodes
-        if self._provisional == 0:
+        if self._provisional == 0 or width < 1:
             return []
         leaves, self._tips = self._tips, []
         return leaves

@@ -35,7 +35,7 @@ class GrowthPolicy(Protocol):
                     policy.add(tree, leaf, candidates)
         selection = policy.submit(tree)
         …the target verifies selection.tree; while it waits for its weights, drafters go on below `tree`:
-            leaves = policy.provisional_leaves(tree, drafter.source), then expand and add as above…
+            leaves = policy.provisional_leaves(tree, drafter.source, width), then expand and add as above…
         policy.verified(selection.tree, walk)
         policy.finished(len(walk.tokens), seconds)
 
@@ -56,8 +56,10 @@ class GrowthPolicy(Protocol):
         `survivors`: how the nodes of `tree`, which is its tree, were called in the last round.
         """
 
-    def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+    def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """Nodes for the drafter `source` to expand in one batched step; empty: it is done for this round.
+
+        free_seconds: how long drafting delays nothing, because the target's weights are still being read.
 
         When all drafters are done, the round falls back to the target. No drafter is asked for a node
         twice in a round.
@@ -66,10 +68,10 @@ class GrowthPolicy(Protocol):
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         """Put the candidates worth having below `leaf`, which was asked for, into the tree; maybe none."""
 
-    def provisional_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
-        """Nodes for `source` to expand in one step while the target checks what was submitted; maybe none.
+    def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
+        """At most `width` nodes for `source` to expand in one step while the target waits for weights; maybe none.
 
-        Time is free then, and the target will not see these nodes in this pass: what counts is how likely the
+        So wide a step delays nothing, and the target will not see these nodes in this pass: what counts is how likely the
         text passes through a node, whether or not it was submitted.
         """
 

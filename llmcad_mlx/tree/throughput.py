@@ -109,13 +109,13 @@ class ThroughputPolicy:
         due = self._since_plain >= _PLAIN_AGAIN * self._yield and not self.costs.verify.hidden_rows
         self._measuring_plain = due and self.tree_nodes is None
 
-    def next_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+    def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """The most likely nodes `source` has not expanded, while expanding them pays."""
         expanded = self._expanded.setdefault(source, set())
         if self.tree_nodes is not None:
             leaves = self._unfilled(tree, expanded)
         elif source == MODEL:
-            leaves = self._paying(tree, expanded)
+            leaves = self._paying(tree, expanded, free_seconds)
             self._model_used = self._model_used or bool(leaves)
         else:
             leaves = self._free(tree, expanded)
@@ -146,7 +146,7 @@ class ThroughputPolicy:
         leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
 
-    def _paying(self, tree: TokenTree, expanded: set[int]) -> list[int]:
+    def _paying(self, tree: TokenTree, expanded: set[int], free_seconds: float) -> list[int]:
         """The best so many leaves that a model step on them gains more than it costs; none if no step does."""
         if self._measuring_plain or not self._knows_plain():
             return []  # the very first passes measure plain decoding, too
@@ -161,7 +161,8 @@ class ThroughputPolicy:
         for width, leaf in enumerate(leaves, 1):
             covered = sum(tree.confidences[child] for child in tree.children(leaf))  # by another drafter
             gain += tree.cumulative[leaf] * self._gain * max(1.0 - covered, 0.0)
-            value = gain - rate * self.costs.draft.predict(width) - width * row_price
+            price = rate * max(self.costs.draft.predict(width) - free_seconds, 0.0)
+            value = gain - price - width * row_price
             if value > best_value:
                 best, best_value = width, value
         return leaves[:best]
@@ -201,7 +202,7 @@ class ThroughputPolicy:
         if source == MODEL:
             self._gain = self._gain * _HIT_DECAY + best * (1 - _HIT_DECAY)
 
-    def provisional_leaves(self, tree: TokenTree, source: str) -> Sequence[int]:
+    def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
         """The nodes the text passes through most likely, of those `source` has not expanded.
 
         None while plain decoding is measured: a step that makes a layer wait would make it look slow.
@@ -211,7 +212,7 @@ class ThroughputPolicy:
             return []
         expanded = self._expanded.setdefault(source, set())
         room = self.max_provisional - len(expanded)
-        leaves = self._best_unexpanded(tree, expanded, min(self.max_width, max(room, 0)))
+        leaves = self._best_unexpanded(tree, expanded, max(min(self.max_width, width, room), 0))
         leaves = [leaf for leaf in leaves if tree.cumulative[leaf] > _LEAST_PROVISIONAL]
         expanded.update(leaves)
         self._model_used = self._model_used or (source == MODEL and bool(leaves))

@@ -150,17 +150,17 @@ def test_bad_data_is_refused(data: object) -> None:
 def test_rates() -> None:
     costs = CostModel()
     assert costs.plain_rate == 0.0
-    assert costs.speculative_rate is None
+    assert costs.recent_rate is None
     assert costs.rate == 0.0
     costs.verify.observe(1, 0.5)
     assert costs.plain_rate == costs.rate == 2.0
     costs.observe_round(3, 1.0)
-    assert costs.speculative_rate == costs.rate == 3.0
+    assert costs.recent_rate == costs.rate == 3.0
     costs.observe_round(1, 1.0)
-    assert 1.0 < (costs.speculative_rate or 0.0) < 3.0
+    assert 1.0 < (costs.recent_rate or 0.0) < 3.0
     for _ in range(100):
         costs.observe_round(1, 1.0)
-    assert costs.speculative_rate == pytest.approx(1.0, rel=1e-3)
+    assert costs.recent_rate == pytest.approx(1.0, rel=1e-3)
     assert costs.rate == 2.0  # plain decoding is the better way to spend a second
     costs.forget_rate()
-    assert costs.speculative_rate is None
+    assert costs.recent_rate is None

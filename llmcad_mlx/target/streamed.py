@@ -10,6 +10,7 @@ from llmcad_mlx.target.resident import ResidentTarget
 from llmcad_mlx.target.target import Verification
 from llmcad_mlx.tree.token_tree import TokenTree
 
+
 class StreamedTarget(ResidentTarget):
     """Verifies token trees with a model that is larger than the memory it may use.
 

@@ -127,9 +127,9 @@ class StepTimes:
 
 
 class CostModel:
-    """Draft step and target pass times, and how fast speculation and plain decoding have been lately."""
+    """Draft step and target pass times, and how fast decoding has been lately."""
 
-    _DECAY = 0.9  # weight of the past at each speculative round
+    _DECAY = 0.9  # weight of the past at each round
 
     def __init__(self, draft: StepTimes | None = None, verify: StepTimes | None = None) -> None:
         self.draft = draft or StepTimes()
@@ -138,7 +138,7 @@ class CostModel:
         self._seconds = 0.0
 
     def observe_round(self, num_tokens: int, seconds: float) -> None:
-        """A round that drafted with the model gave `num_tokens` tokens in `seconds`, everything included."""
+        """A round gave `num_tokens` tokens in `seconds`, everything included."""
         self._tokens = self._tokens * self._DECAY + num_tokens
         self._seconds = self._seconds * self._DECAY + seconds
 
@@ -149,17 +149,17 @@ class CostModel:
         return 1.0 / seconds if seconds > 0.0 else 0.0
 
     @property
-    def speculative_rate(self) -> float | None:
-        """Tokens per second of recent rounds that drafted with the model; None before the first."""
+    def recent_rate(self) -> float | None:
+        """Tokens per second of recent rounds; None before the first."""
         return self._tokens / self._seconds if self._seconds > 0.0 else None
 
     @property
     def rate(self) -> float:
-        """The price of a second in tokens: the better of the two ways of spending it."""
-        return max(self.plain_rate, self.speculative_rate or 0.0)
+        """The price of a second in tokens: what a second has yielded lately, at least what plain decoding would."""
+        return max(self.plain_rate, self.recent_rate or 0.0)
 
     def forget_rate(self) -> None:
-        """Start the speculative rate afresh: what comes is not like what was (a new prompt, a probe)."""
+        """Start the recent rate afresh: what comes is not like what was (a new prompt, a probe)."""
         self._tokens = self._seconds = 0.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -281,8 +281,8 @@ class ThroughputPolicy:
         """
         self._account += _ALLOWANCE * num_tokens
         self._idle = 0 if self._model_used else self._idle + 1
+        self.costs.observe_round(num_tokens, seconds)
         if self._model_used:
-            self.costs.observe_round(num_tokens, seconds)
             # One disturbed round says little about the draft.
             self._account += max(num_tokens - seconds * self.costs.plain_rate, _WORST_ROUND)
         self._account = min(self._account, _MOST)

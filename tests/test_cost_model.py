@@ -65,6 +65,14 @@ def test_waiting_tells_how_many_rows_cost_nothing() -> None:
     assert times.predict(4) > 10.0
 
 
+def test_what_was_read_gives_way_to_what_is_measured() -> None:
+    times = StepTimes.from_dict({"1": 9.0, "4": 10.0})
+    assert (times.times_seen(1), times.times_observed(1), times.predict(1)) == (1, 0, 9.0)
+    times.observe(1, 1.0)
+    assert (times.times_seen(1), times.times_observed(1), times.predict(1)) == (1, 1, 1.0)
+    assert times.predict(4) == 10.0
+
+
 def test_one_disturbed_measurement_changes_little() -> None:
     times = times_of(*[(1, 1.0)] * 4, (1, 50.0), (1, 1.0))
     assert times.predict(1) == 1.0

@@ -14,7 +14,6 @@ from llmcad_mlx.target.parts import Matrix
 from llmcad_mlx.target.storage import Storage
 from llmcad_mlx.target.stream import Unit, WeightStream
 
-
 _LAST_WEIGHT = 0.25  # of the last unit's computing time, against those before
 
 Background = Callable[[float], bool]

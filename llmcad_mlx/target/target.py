@@ -52,9 +52,9 @@ class Target(Protocol):
 
     The cache holds all tokens of the sequence but the last, which is the next tree's root.
 
-    A target whose weights are streamed calls `background(seconds)` again and again while the layer it needs next is
-    not in memory. Each call does one step of other work, which delays nothing if it takes no longer than `seconds`;
-    after False, nothing being worth doing, the target waits for the layer.
+    A target whose weights are streamed calls `background(seconds)` again and again while the layer it needs next
+    is not in memory. Each call does one step of other work, which delays nothing if it takes no longer than
+    `seconds`; after False, nothing being worth doing, the target waits for the layer.
     """
 
     @property

@@ -24,6 +24,7 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
+        self._read: set[int] = set()  # counts known from `from_dict` alone
         self._rows: list[int] = []
         self._seconds: list[float] = []
         self._row_seconds = 0.0  # at most, for a row beyond the hidden ones
@@ -46,6 +47,9 @@ class StepTimes:
         self.hidden_rows = int(rows * seconds / busy) if busy < _WAITING * seconds else 0
         if self._rows and rows not in self._seen:
             seconds = min(seconds, _FIRST_LIMIT * self.predict(rows))
+        if rows in self._read:  # saved on another day, when the machine may have been busy
+            self._read.discard(rows)
+            self._seen[rows].clear()
         self._seen.setdefault(rows, deque(maxlen=_REMEMBERED)).append(seconds)
         self._rebuild()
 
@@ -56,6 +60,10 @@ class StepTimes:
     def times_seen(self, rows: int) -> int:
         """How many observations of exactly `rows` rows are remembered."""
         return len(self._seen.get(rows, ()))
+
+    def times_observed(self, rows: int) -> int:
+        """The same without what `from_dict` has read."""
+        return 0 if rows in self._read else self.times_seen(rows)
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -122,6 +130,7 @@ class StepTimes:
             if int(rows) < 1 or not 0.0 <= seconds < float("inf"):
                 raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
             times._seen[int(rows)] = deque([seconds], maxlen=_REMEMBERED)
+            times._read.add(int(rows))
         times._rebuild()
         return times
 
@@ -155,7 +164,7 @@ class CostModel:
 
     @property
     def rate(self) -> float:
-        """The price of a second in tokens: what a second has yielded lately, at least what plain decoding would."""
+        """The price of a second in tokens: what one has yielded lately, at least what plain decoding would."""
         return max(self.plain_rate, self.recent_rate or 0.0)
 
     def forget_rate(self) -> None:

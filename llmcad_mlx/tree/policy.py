@@ -71,8 +71,8 @@ class GrowthPolicy(Protocol):
     def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
         """At most `width` nodes for `source` to expand in one step while the target waits for weights; maybe none.
 
-        So wide a step delays nothing, and the target will not see these nodes in this pass: what counts is how likely the
-        text passes through a node, whether or not it was submitted.
+        So wide a step delays nothing, and the target will not see these nodes in this pass: what counts is how
+        likely the text passes through a node, whether or not it was submitted.
         """
 
     def submit(self, tree: TokenTree) -> Selection:

@@ -180,7 +180,7 @@ class ThroughputPolicy:
     def _look_again(self) -> bool:
         """Whether to take one step that seems not to pay: its price was measured too rarely or long ago."""
         draft = self.costs.draft
-        if sum(draft.times_seen(rows) for rows in range(1, 4)) < _SURE:
+        if sum(draft.times_observed(rows) for rows in range(1, 4)) < _SURE:
             return True
         return self._idle >= _LOOK_AGAIN and self._account > 0.0
 
@@ -254,7 +254,7 @@ class ThroughputPolicy:
         """Whether to submit a likely node that seems too dear: its price was measured too rarely or long ago."""
         if len(ranked) < 2 or ranked[1] < _LIKELY or self._account <= 0.0 or not self._knows_plain():
             return False
-        return self.costs.verify.times_seen(2) < _WELL_KNOWN or self._plain_rounds >= _LOOK_AGAIN
+        return self.costs.verify.times_observed(2) < _WELL_KNOWN or self._plain_rounds >= _LOOK_AGAIN
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from every candidate the target's choices have judged, also those not submitted."""

@@ -432,7 +432,7 @@ def test_the_exact_weight_is_what_mlx_dequantises():
 
 @pytest.fixture
 def tiny_cli(pair, monkeypatch):
-    monkeypatch.setattr(benchmark, "load_pair", lambda target, draft, progress: pair)
+    monkeypatch.setattr(benchmark, "load_pair", lambda target, draft, progress, memory: pair)
     monkeypatch.setattr(benchmark, "resolve_draft", lambda name: Path("unused"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from llmcad_mlx.bench.runner import EncodedPrompt, mixed_by_domain, run_interlea
 from llmcad_mlx.bench.variants import PLAIN, Variant, needs_mlx_lm, parse_variants
 from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.loader import LoadedPair, device_name, load_pair
+from llmcad_mlx.loader import LoadedPair, MemoryOptions, device_name, load_pair
 from llmcad_mlx.machine import Machine, this_machine
 from llmcad_mlx.settings import check_integer
+from llmcad_mlx.sizes import format_size
 from llmcad_mlx.sources.resolve import DEFAULT_PRESET, resolve_draft
+from llmcad_mlx.target.plan import MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ class BenchReport:
     machine: Machine
     runs: list[Run]
     interrupted: bool
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    memory_plan: MemoryPlan | None = None
 
     @property
     def comparable(self) -> bool:
@@ -98,12 +102,13 @@ def run_benchmark(
     draft: str,
     show_progress: bool,
     on_turn: Callable[[str], None] = lambda name: None,
+    memory: MemoryOptions | None = None,
 ) -> BenchReport:
     """Load the pair and run the plan; `show_progress` is for downloads, `on_turn` as in `run_interleaved`.
 
     Raises the errors of `load_pair`, and UsageError for a variant that the pair cannot run.
     """
-    pair = load_pair(target, draft, show_progress)
+    pair = load_pair(target, draft, show_progress, memory)
     return measure_pair(plan, pair, target or DEFAULT_PRESET, _draft_folder(pair), on_turn)
 
 
@@ -130,6 +135,8 @@ def measure_pair(
         machine=this_machine(),
         runs=outcome.runs,
         interrupted=outcome.interrupted,
+        memory=pair.options,
+        memory_plan=pair.plan,
     )
 
 
@@ -155,6 +162,16 @@ def _notes(report: BenchReport) -> list[str]:
         f"temperature {plan.sampling.temperature:g}. All variants interleaved in one process; speeds are medians, "
         "ratios medians of the ratios at the same prompt and repetition. Wrong tokens differ from plain's, of all."
     ]
+    memory = report.memory_plan
+    if memory is not None:
+        rate = report.memory.read_bandwidth
+        notes.append(
+            f"Target: {format_size(memory.pinned_bytes)} pinned, "
+            f"{format_size(memory.streamed_bytes)} read on each pass"
+            + (f", emulated at {format_size(int(rate))}/s. All speeds are emulated." if rate is not None else ".")
+            + " Waits: the processor has nothing to do while weights load. Survived: passes after which something "
+            "drafted meanwhile was left to start with. A: tokens per pass, B: read rate, W: bytes per pass."
+        )
     if needs_mlx_lm(plan.variants):
         notes.append(
             "mlx-lm computes the first token with the prompt, so its decoding speed leaves that token out. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +22,11 @@ from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from llmcad_mlx.drafting.ngram_drafter import NgramDrafter
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.loader import LoadedPair
+from llmcad_mlx.loader import NO_DRAFT, LoadedPair, load_pair
 from llmcad_mlx.models.loading import cast_to_fp32
 from llmcad_mlx.profile import PairProfile
 from llmcad_mlx.settings import SpeculationSettings
 from llmcad_mlx.stats import GenerationStats
-from llmcad_mlx.target.resident import ResidentTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +66,21 @@ class EngineContender:
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             seed=sampling.seed,
-            policy=self._settings.policy,
-            tree_nodes=self._settings.tree_nodes,
+            **asdict(self._settings),
         ):
             tokens.append(response.token)
             stats = response.stats or stats
         seconds = time.perf_counter() - started
-        return Generation(tuple(tokens), len(tokens), len(prompt), stats.prompt_s, seconds - stats.prompt_s, stats)
+        plan = self._pair.plan
+        return Generation(
+            tokens=tuple(tokens),
+            num_timed=len(tokens),
+            prompt_tokens=len(prompt),
+            prompt_s=stats.prompt_s,
+            decode_s=seconds - stats.prompt_s,
+            stats=stats,
+            pass_bytes=0 if plan is None else plan.streamed_bytes,
+        )
 
     def _forget(self) -> None:
         """Empty the caches, so that no prompt is taken over from the run before."""
@@ -120,7 +127,8 @@ def make_contenders(
     """Runnable variants on the pair's weights.
 
     draft_path: the draft model's folder, None when there is none. mlx-lm's variants get a second copy of the
-    weights, loaded by mlx-lm, and on a CPU cast to float32. Raises UsageError for mlx-lm-draft without a draft.
+    weights, loaded by mlx-lm, and on a CPU cast to float32; plain-equal one of its own, too. Raises UsageError for
+    a variant that needs a draft model where there is none.
     """
     check_variants(variants, draft_path is not None)
     theirs = {}
@@ -136,24 +144,35 @@ def make_contenders(
 
 def check_variants(variants: Sequence[Variant], has_draft_model: bool) -> None:
     """Raises UsageError for a variant that needs a draft model where there is none."""
-    if not has_draft_model and any(variant.name == MLX_LM_DRAFT for variant in variants):
-        raise UsageError(f"variants: {MLX_LM_DRAFT} needs a draft model; name one with --draft")
+    for variant in variants:
+        if not has_draft_model and (variant.name == MLX_LM_DRAFT or variant.equal_memory):
+            raise UsageError(f"variants: {variant.name} needs a draft model; name one with --draft")
 
 
 def variant_pair(pair: LoadedPair, variant: Variant) -> LoadedPair:
-    """The same models with caches, drafters and learned costs of their own; nothing is saved to disk."""
-    return replace(
-        pair,
-        target=ResidentTarget(pair.target.model, pair.vocab_size),
-        drafters=_drafters(pair, variant),
-        profile=PairProfile(None),
-    )
+    """The same models with drafters and learned costs of their own; nothing is saved to disk.
+
+    The target's cache is everybody's: a contender empties it before it generates.
+    """
+    if variant.equal_memory:
+        return _without_draft(pair)
+    return replace(pair, drafters=_drafters(pair, variant), profile=PairProfile(None))
+
+
+def _without_draft(pair: LoadedPair) -> LoadedPair:
+    """The target alone, with the draft's memory to pin more of it."""
+    options, plan = pair.options, pair.plan
+    if plan is None:
+        raise UsageError("variants: plain-equal is for a target that is streamed; give --memory or --pinned")
+    if options.pinned is not None:
+        options = replace(options, pinned=options.pinned + plan.draft_bytes)
+    return replace(load_pair(str(pair.target_path), NO_DRAFT, False, options), profile=PairProfile(None))
 
 
 def _drafters(pair: LoadedPair, variant: Variant) -> list[Drafter]:
     if variant.drafters == "none" or pair.target.capability == "plain":
         return []
-    models = [ModelDrafter(d.model) for d in pair.drafters if isinstance(d, ModelDrafter)]
+    models = [drafter for drafter in pair.drafters if isinstance(drafter, ModelDrafter)]
     if variant.drafters == "wrong":
         inner: Drafter = models[0] if models else NgramDrafter()
         return [WrongDrafter(inner, pair.vocab_size)]

@@ -11,7 +11,7 @@ from typing import Any
 from llmcad_mlx.bench.benchmark import BenchReport
 from llmcad_mlx.bench.plots import MISSING, write_plots
 from llmcad_mlx.bench.records import Run
-from llmcad_mlx.bench.summary import run_mismatches, summarise
+from llmcad_mlx.bench.summary import VariantSummary, run_mismatches, summarise
 from llmcad_mlx.bench.tables import Table, summary_tables
 from llmcad_mlx.errors import UsageError
 
@@ -20,7 +20,11 @@ FORMAT_VERSION = 1
 
 def report_tables(report: BenchReport) -> list[Table]:
     """The summary tables of a report."""
-    return summary_tables(summarise(report.runs, report.comparable))
+    return summary_tables(_summary(report))
+
+
+def _summary(report: BenchReport) -> list[VariantSummary]:
+    return summarise(report.runs, report.comparable, report.memory.read_bandwidth)
 
 
 def report_json(report: BenchReport, argv: Sequence[str]) -> dict[str, Any]:
@@ -40,10 +44,13 @@ def report_json(report: BenchReport, argv: Sequence[str]) -> dict[str, Any]:
             "repeat": plan.repeat,
             "warmup": plan.warmup,
             **asdict(plan.sampling),
+            **asdict(report.memory),
         },
+        "emulated": report.memory.read_bandwidth is not None,
+        "memory_plan": None if report.memory_plan is None else asdict(report.memory_plan),
         "interrupted": report.interrupted,
         "notes": report.notes,
-        "summary": [asdict(line) for line in summarise(report.runs, report.comparable)],
+        "summary": [asdict(line) for line in _summary(report)],
         "runs": [_run_json(run, count) for run, count in zip(report.runs, wrong, strict=True)],
     }
 
@@ -72,9 +79,17 @@ def _run_json(run: Run, mismatches: int | None) -> dict[str, Any]:
         "accepted",
         "draft_s",
         "verify_s",
+        "io_wait_s",
+        "hidden_draft_s",
+        "provisional",
+        "provisional_passes",
+        "survived",
+        "streamed_bytes",
     )
     row |= {key: None if stats is None else getattr(stats, key) for key in keys}
-    row["other_s"] = None if stats is None else max(done.decode_s - stats.draft_s - stats.verify_s, 0.0)
+    known = 0.0 if stats is None else stats.draft_s + stats.verify_s + stats.io_wait_s
+    row["other_s"] = None if stats is None else max(done.decode_s - known, 0.0)
+    row["pass_bytes"] = done.pass_bytes
     return row
 
 
@@ -99,7 +114,7 @@ def write_report(report: BenchReport, folder: Path, argv: Sequence[str]) -> str 
     body = to_markdown(report_tables(report), report.notes)
     (folder / "bench.md").write_text(f"{head}\n{body}\n", encoding="utf-8")
     try:
-        write_plots(summarise(report.runs, report.comparable), folder)
+        write_plots(_summary(report), folder)
     except ImportError:
         return MISSING
     return None

@@ -45,10 +45,10 @@ def _draw_split(axes: Any, lines: Sequence[VariantSummary]) -> None:
     known = [line for line in lines if line.verify_share is not None]
     names = [line.variant for line in known]
     left = [0.0] * len(known)
-    for part in ("draft", "verify", "other"):
+    for part in ("draft", "verify", "wait", "other"):
         shares = [100.0 * (getattr(line, f"{part}_share") or 0.0) for line in known]
         axes.barh(names, shares, left=left, label=part)
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.set_xlabel("share of decoding time, %")
     axes.set_xlim(0, 100)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=4, frameon=False)

@@ -14,7 +14,8 @@ class Generation:
     All variants are timed from outside with one clock: `prompt_s` to the end of prompt processing, `decode_s`
     from there to the last token, whatever happens between tokens included. Our prompt processing ends before
     the first token is computed, mlx-lm's with it, so `num_timed`, the tokens that `decode_s` paid for, is one
-    less there. `stats` is None for mlx-lm, which counts neither passes nor drafts.
+    less there. `stats` is None for mlx-lm, which counts neither passes nor drafts. `pass_bytes` of weights are
+    read for each pass of the target.
     """
 
     tokens: tuple[int, ...]
@@ -23,6 +24,7 @@ class Generation:
     prompt_s: float
     decode_s: float
     stats: GenerationStats | None
+    pass_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

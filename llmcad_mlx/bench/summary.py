@@ -21,8 +21,10 @@ class VariantSummary:
 
     Speeds are medians over runs. `*_vs_*` are medians of the ratios at each place (prompt and repetition) where
     both variants ran. `tokens_per_pass` and `acceptance_rate` are totals divided by totals, the shares parts of
-    all decoding seconds. `mismatches` counts the tokens that differ from plain decoding's at the same place,
-    of `num_compared`.
+    all decoding seconds. `survival_rate`: of the passes in which the draft went on while the target waited, those
+    that left it something to start the next round with. `bound_share`: speed as a share of A·B/W, with A tokens
+    per pass, W bytes read per pass and B the emulated read rate. `mismatches` counts the tokens that differ from
+    plain decoding's at the same place, of `num_compared`.
     """
 
     variant: str
@@ -38,15 +40,21 @@ class VariantSummary:
     acceptance_rate: float | None
     draft_share: float | None
     verify_share: float | None
+    wait_share: float | None
+    survival_rate: float | None
+    bound_share: float | None
     other_share: float | None
     mismatches: int | None
     num_compared: int
 
 
-def summarise(runs: Sequence[Run], comparable: bool = True) -> list[VariantSummary]:
+def summarise(
+    runs: Sequence[Run], comparable: bool = True, read_bandwidth: float | None = None
+) -> list[VariantSummary]:
     """Lines for all variants over all domains, then per domain when there are several.
 
-    comparable: whether mlx-lm's text should equal ours, which above temperature 0 it does not.
+    comparable: whether mlx-lm's text should equal ours, which above temperature 0 it does not. read_bandwidth:
+    emulated bytes per second.
     """
     variants = list(dict.fromkeys(run.variant for run in runs))
     domains = list(dict.fromkeys(run.place.domain for run in runs))
@@ -54,7 +62,7 @@ def summarise(runs: Sequence[Run], comparable: bool = True) -> list[VariantSumma
     if len(domains) > 1:
         groups |= {domain: [run for run in runs if run.place.domain == domain] for domain in domains}
     return [
-        _summary(variant, domain, members, comparable)
+        _summary(variant, domain, members, comparable, read_bandwidth)
         for domain, members in groups.items()
         for variant in variants
         if any(run.variant == variant for run in members)
@@ -102,7 +110,9 @@ def _by_place(runs: Sequence[Run], variant: str) -> Mapping[Place, Run]:
     return {run.place: run for run in runs if run.variant == variant}
 
 
-def _summary(variant: str, domain: str, runs: Sequence[Run], comparable: bool) -> VariantSummary:
+def _summary(
+    variant: str, domain: str, runs: Sequence[Run], comparable: bool, read_bandwidth: float | None
+) -> VariantSummary:
     own = [run for run in runs if run.variant == variant]
     told = [
         (run, wrong)
@@ -114,7 +124,8 @@ def _summary(variant: str, domain: str, runs: Sequence[Run], comparable: bool) -
     draft_s, verify_s = sum(s.draft_s for s in stats), sum(s.verify_s for s in stats)
     draft_share = _share(draft_s, decode_s) if stats else None
     verify_share = _share(verify_s, decode_s) if stats else None
-    known = draft_share is not None and verify_share is not None
+    wait_share = _share(sum(s.io_wait_s for s in stats), decode_s) if stats else None
+    known = (draft_share or 0.0) + (verify_share or 0.0) + (wait_share or 0.0)
     return VariantSummary(
         variant=variant,
         domain=domain,
@@ -129,10 +140,20 @@ def _summary(variant: str, domain: str, runs: Sequence[Run], comparable: bool) -
         acceptance_rate=_share(sum(s.accepted for s in stats), sum(s.path_tested for s in stats)),
         draft_share=draft_share,
         verify_share=verify_share,
-        other_share=max(1.0 - (draft_share or 0.0) - (verify_share or 0.0), 0.0) if known else None,
+        wait_share=wait_share,
+        survival_rate=_share(sum(s.survived for s in stats), sum(s.provisional_passes for s in stats)),
+        bound_share=None if read_bandwidth is None else _bound_share(own, read_bandwidth),
+        other_share=max(1.0 - known, 0.0) if stats and decode_s > 0.0 else None,
         mismatches=sum(wrong for _, wrong in told) if told else None,
         num_compared=sum(len(run.generation.tokens) for run, _ in told),
     )
+
+
+def _bound_share(runs: Sequence[Run], read_bandwidth: float) -> float | None:
+    """Speed over A·B/W is the time that reading takes over the time that decoding took."""
+    done = [run.generation for run in runs]
+    num_bytes = sum(g.stats.target_passes * g.pass_bytes for g in done if g.stats is not None)
+    return _share(num_bytes / read_bandwidth, sum(g.decode_s for g in done)) or None
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -75,6 +75,11 @@ _DRAFTING = (
     _Column("verify", lambda line: _percent(line.verify_share)),
     _Column("other", lambda line: _percent(line.other_share)),
 )
+_STREAMING = (
+    _Column("waits", lambda line: _percent(line.wait_share)),
+    _Column("survived", lambda line: _percent(line.survival_rate)),
+)
+_BOUND = (_Column("of A·B/W", lambda line: _percent(line.bound_share)),)
 _PROMPT = (_Column("prompt tokens per s", lambda line: number(line.prompt_tokens_per_s, 0)),)
 _PROMPT_VS = (_Column("prompt × mlx-lm", lambda line: number(line.prompt_vs_mlx_lm, 1)),)
 _LAST = (_Column("wrong tokens", _mismatches),)
@@ -88,6 +93,8 @@ def summary_tables(lines: Sequence[VariantSummary]) -> list[Table]:
         *(_VS_PLAIN if PLAIN in names else ()),
         *(_VS_MLX_LM if MLX_LM in names else ()),
         *_DRAFTING,
+        *(_STREAMING if any(line.wait_share for line in lines) else ()),
+        *(_BOUND if any(line.bound_share for line in lines) else ()),
         *_PROMPT,
         *(_PROMPT_VS if MLX_LM in names else ()),
         *_LAST,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.settings import SpeculationSettings
 
-PLAIN, MLX_LM, MLX_LM_DRAFT = "plain", "mlx-lm", "mlx-lm-draft"
+PLAIN, PLAIN_EQUAL, MLX_LM, MLX_LM_DRAFT = "plain", "plain-equal", "mlx-lm", "mlx-lm-draft"
+ABLATION = "ablation"
 DEFAULT_VARIANTS = "plain,chain,paper,throughput"
 
 Drafters = Literal["all", "ngram", "wrong", "none"]
@@ -17,11 +18,15 @@ Drafters = Literal["all", "ngram", "wrong", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way of decoding. `settings` is None for mlx-lm's own paths, which need no drafters of ours."""
+    """One way of decoding. `settings` is None for mlx-lm's own paths, which need no drafters of ours.
+
+    `equal_memory`: without a draft, the target may keep in memory what the draft would take.
+    """
 
     name: str
     drafters: Drafters
     settings: SpeculationSettings | None
+    equal_memory: bool = False
 
     @property
     def is_mlx_lm(self) -> bool:
@@ -33,11 +38,16 @@ def variant_help() -> str:
     return "; ".join(f"{name} ({meaning})" for name, meaning in _MEANINGS)
 
 
+_PARTS = ("tree", "fallback", "pipeline")
+
 _MEANINGS = (
     (PLAIN, "no speculation"),
+    (PLAIN_EQUAL, "the same, with more of the target pinned instead of a draft"),
     ("chain or chain:K", "K drafted tokens in a line"),
     ("paper", "LLMCad's policy"),
     ("throughput", "the default policy"),
+    ("paper-no-X and throughput-no-X", f"without one or more of {', '.join(_PARTS)}"),
+    (ABLATION, "plain, both policies, and both without each part and without all"),
     ("tree:N", "N nodes in every pass"),
     ("ngram", "prompt lookup alone"),
     ("wrong", "a draft that is always wrong"),
@@ -50,11 +60,18 @@ _MEANINGS = (
 def parse_variants(text: str) -> list[Variant]:
     """The variants of a comma-separated list. Raises UsageError for an unknown, repeated or missing name."""
     names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name for given in names for name in (_ablation() if given == ABLATION else [given])]
     if not names:
         raise UsageError(f"variants: none given; choose from {variant_help()}")
     if len(set(names)) < len(names):
         raise UsageError(f"variants: {text!r} names one twice; name each once")
     return [_variant(name) for name in names]
+
+
+def _ablation() -> list[str]:
+    """Both policies whole, without each of their parts, and without all of them."""
+    without = ["", *(f"-no-{part}" for part in _PARTS), "".join(f"-no-{part}" for part in _PARTS)]
+    return [PLAIN, *(policy + parts for policy in ("paper", "throughput") for parts in without)]
 
 
 def needs_mlx_lm(variants: Sequence[Variant]) -> bool:
@@ -69,6 +86,7 @@ def _variant(name: str) -> Variant:
     speculation = SpeculationSettings
     known = {
         PLAIN: Variant(PLAIN, "none", speculation("plain")),
+        PLAIN_EQUAL: Variant(PLAIN_EQUAL, "none", speculation("plain"), equal_memory=True),
         "chain": Variant("chain", "all", speculation("chain")),
         "paper": Variant("paper", "all", speculation("paper")),
         "throughput": Variant("throughput", "all", speculation()),
@@ -78,6 +96,11 @@ def _variant(name: str) -> Variant:
         MLX_LM: Variant(MLX_LM, "none", None),
         MLX_LM_DRAFT: Variant(MLX_LM_DRAFT, "none", None),
     }
+    policy, *without = name.split("-no-")
+    if policy in ("paper", "throughput") and without and sorted(without) == sorted(set(without) & set(_PARTS)):
+        whole: SpeculationSettings = known[policy].settings or speculation()
+        kept: dict[str, Any] = {part: part not in without for part in _PARTS}
+        return Variant(name, "all", replace(whole, **kept))
     if name not in known:
         raise UsageError(f"variants: {name!r} is unknown; choose from {variant_help()}")
     return known[name]

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 def bench(
     target: options.Target = None,
     draft: options.Draft = "auto",
+    memory: options.Memory = None,
+    pinned: options.Pinned = "auto",
+    context: options.Context = None,
+    read_bandwidth: options.ReadBandwidth = None,
     variants: Annotated[
         str, typer.Option("--variants", help=f"Comma-separated: {variant_help()}.")
     ] = DEFAULT_VARIANTS,
@@ -53,9 +57,11 @@ def bench(
     json_output: options.Json = False,
 ) -> None:
     """Compare ways of decoding on the same prompts, interleaved; prints medians, ratios and mismatches."""
+    from llmcad_mlx.api import memory_options
     from llmcad_mlx.bench.benchmark import BenchPlan, run_benchmark
     from llmcad_mlx.bench.output import make_folder, report_json, report_tables, write_report
 
+    where = memory_options(memory, pinned, context, read_bandwidth)
     plan = BenchPlan.of(variants, domains, prompts, max_tokens, repeat, warmup, temp, seed, per_domain)
     if out is not None:
         make_folder(out)
@@ -64,7 +70,7 @@ def bench(
         return
     argv = ["llmcad-mlx", *sys.argv[1:]]
     with _progress(plan.num_generations) as on_turn:
-        report = run_benchmark(plan, target, draft, not json_output, on_turn)
+        report = run_benchmark(plan, target, draft, not json_output, on_turn, where)
     if json_output:
         print(json.dumps(report_json(report, argv)))
     else:

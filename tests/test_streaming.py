@@ -14,7 +14,7 @@ import pytest
 
 from llmcad_mlx import Engine, UsageError, load
 from llmcad_mlx.errors import BudgetError, ModelError, StorageError
-from llmcad_mlx.target import parts
+from llmcad_mlx.target import assembly, parts
 from llmcad_mlx.target.streamed import StreamedTarget
 from tests.architecture_configs import build, config_of
 from tests.tiny import tiny_llama
@@ -217,3 +217,20 @@ def test_a_generation_goes_on_after_a_read_error(llama: Path, monkeypatch: pytes
                 for _ in range(3):  # what was read ahead still serves
                     engine.generate(PROMPT + " x", max_tokens=12)
         assert engine.generate(PROMPT, max_tokens=12).tokens == expected
+
+
+def test_a_streamed_model_is_probed_on_a_few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alike are layers that run on kernels of ours, too, so a deep model does not take longer."""
+    seen: list[int] = []
+    probe = assembly.probe
+
+    def noting(model: nn.Module) -> Any:
+        seen.append(len(model.layers))
+        return probe(model)
+
+    monkeypatch.setattr(assembly, "probe", noting)
+    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
+    deep = make_folder(tmp_path / "deep", layers=7)
+    with load(str(deep), pinned=0) as engine:
+        engine.generate([1, 2, 3], max_tokens=4)
+    assert seen == [2]

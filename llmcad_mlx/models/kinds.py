@@ -23,7 +23,9 @@ def layer_kind(layer: Module) -> Hashable:
     for path, module in modules:
         plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
         plain = {k: v for k, v in plain.items() if not k.startswith("_") and not any(n in k for n in _NUMBERING)}
-        settings.append((path, type(module), tuple(sorted(plain.items()))))
+        # By name: a layer that runs on kernels of ours has a class of its own.
+        ancestry = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+        settings.append((path, ancestry, tuple(sorted(plain.items()))))
     return (parameters, tuple(settings))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from llmcad_mlx.errors import BudgetError
 from llmcad_mlx.sizes import format_size
+from llmcad_mlx.tree.throughput import provisional_nodes
 
 _MIN_NODES = 16
 _MIN_CHUNK = 64
@@ -183,7 +184,8 @@ def _fill(needs: _Needs, budget: int | None, room: _Room) -> MemoryPlan | None:
     sizes, pinned = needs.sizes, needs.pinned
     tokens = room.context + room.max_nodes
     kv = round(sizes.kv_bytes_per_token * tokens * _KV_GROWTH)
-    draft_kv = round(needs.draft_kv_bytes_per_token * tokens * _KV_GROWTH)
+    drafted = room.context + provisional_nodes(room.max_nodes)
+    draft_kv = round(needs.draft_kv_bytes_per_token * drafted * _KV_GROWTH)
     logits = round(room.max_nodes * sizes.logit_columns * 4 * _LOGIT_COPIES)
     activations = room.prefill_chunk * (3 * sizes.widest + 6 * sizes.hidden) * 4
     layers, tied = sizes.layer_bytes, sizes.head_bytes == 0

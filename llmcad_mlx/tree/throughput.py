@@ -40,6 +40,11 @@ _EXPLORE = 2  # times the largest measured row count that a step may have
 _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, for expanding it in free time
 
 
+def provisional_nodes(max_nodes: int) -> int:
+    """Nodes a drafter may have expanded in a tree that grows while the target, given `max_nodes`, waits."""
+    return max(_PROVISIONAL * max_nodes, _MIN_PROVISIONAL)
+
+
 class ThroughputPolicy:
     """Best-first growth with a measured stop rule; never slower than plain decoding for long.
 
@@ -75,7 +80,7 @@ class ThroughputPolicy:
         self.tree_nodes = tree_nodes
         self.max_nodes = tree_nodes or max_nodes
         self.max_width = max_width if branching else 1
-        self.max_provisional = max_provisional or max(_PROVISIONAL * self.max_nodes, _MIN_PROVISIONAL)
+        self.max_provisional = max_provisional or provisional_nodes(self.max_nodes)
         self.pipelined = pipelined
         self._kept_children = _KEPT_CHILDREN if branching else 1
         self._branching = branching

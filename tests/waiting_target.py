@@ -1,15 +1,23 @@
-"""A stand-in for a streamed target: a resident one that does its background work at made-up times."""
+"""Stand-ins for a streamed target: one that does its background work at made-up times, and a real one on a
+simulated clock."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from mlx.nn.layers.base import Module
 
+from llmcad_mlx.models.streaming import StreamedUnit, stream_layer
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.target.feeds import SequentialFeed
 from llmcad_mlx.target.resident import ResidentTarget
+from llmcad_mlx.target.streamed import StreamedTarget
 from llmcad_mlx.target.target import Verification
 from llmcad_mlx.tree.token_tree import TokenTree
+from tests.simulated_stream import SimulatedClock, SimulatedStream
+from tests.tiny import VOCAB, tiny_tree_model
 
 
 class WaitingTarget(ResidentTarget):
@@ -44,3 +52,37 @@ class WaitingTarget(ResidentTarget):
             if background is None or not background(float("inf")):
                 return
             self.steps += 1
+
+
+def simulated_target(
+    clock: SimulatedClock,
+    *,
+    layers: int = 4,
+    num_buffers: int = 3,
+    read_s: float = 10.0,
+    row_s: float = 0.1,
+    prefill_chunk: int = 16,
+) -> StreamedTarget:
+    """A tiny model in memory whose layers and head wait for a simulated stream as streamed ones do.
+
+    A unit takes `read_s` to read, and `row_s` for each row to compute with.
+    """
+    model = tiny_tree_model(0, host=False, layers=layers)
+    stream = SimulatedStream([1000] * (layers + 1), num_buffers, 1000 / read_s, clock)
+    feed = SequentialFeed(stream, layers + 1, clock)
+    inner: Any = model.model
+    for number, module in enumerate([*inner.layers, inner.lm_head]):
+        _charge(module, clock, row_s)
+        stream_layer(module, StreamedUnit(number, (), (), feed))
+    return StreamedTarget(model, VOCAB, feed, prefill_chunk)
+
+
+def _charge(module: Module, clock: SimulatedClock, row_s: float) -> None:
+    """Let each call of `module` take time."""
+    kind: Any = type(module)
+
+    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        clock.now += row_s * x.shape[-2]
+        return kind.__call__(self, x, *args, **kwargs)
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})

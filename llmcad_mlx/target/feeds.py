@@ -48,6 +48,7 @@ class SequentialFeed:
         self._num_units = num_units
         self._clock = clock
         self._expected = 0
+        self._lost = False  # whether the stream may be elsewhere than where `_expected` says
         self._background: Background | None = None
         self._taken_at: float | None = None
         self._unit_s = 0.0  # computing with one unit, lately
@@ -61,50 +62,62 @@ class SequentialFeed:
 
     @contextmanager
     def working(self, background: Background | None) -> Iterator[None]:
-        """Call `background` as long as a unit is not there yet and it finds something to do."""
+        """Call `background` as long as a unit is not there yet and it finds something to do.
+
+        Wherever the last pass of the block ends, the next one's first units are read from then on.
+        """
         self._background = background
         try:
             yield
         finally:
             self._background = self._taken_at = None
+        if self._expected != 0:  # a prompt's pass needs no head
+            self.stream.restart()
+            self._expected = 0
 
     def free_seconds(self) -> float:
         """How long something else may be done before this pass takes longer.
 
-        Where reading the rest takes longer than computing with it, time is free until reading has filled all
-        buffers; otherwise only until the next unit is there.
+        Where reading the rest takes longer than computing with it, time is free as long as reading goes on: until
+        all buffers are full but for the time it takes to empty one. Otherwise only until the next unit is there.
         """
         outlook = self.stream.outlook()
-        slack = outlook.rest - self._unit_s * (self._num_units - max(self._expected, 0))
-        return max(outlook.ready, min(slack, outlook.idle), 0.0)
+        if not self._unit_s:
+            return outlook.ready
+        slack = outlook.rest - self._unit_s * (self._num_units - self._expected)
+        return max(outlook.ready, min(slack, outlook.idle - self._unit_s), 0.0)
 
     def take(self, unit: int) -> int:
-        if unit != self._expected:
+        if self._lost or unit != self._expected:
             if unit != 0:
                 raise ModelError(
                     f"this model uses its layers in another order than they are listed (unit {unit} where "
                     f"{self._expected} was due), so it cannot be streamed; give it memory for all its weights"
                 )
-            # A prompt's pass ends before the head, an interrupted one anywhere.
+            # A pass may have been broken off anywhere.
             self.stream.restart()
             self._expected = 0
-        now = self._clock()
-        if self._taken_at is not None:
-            self._unit_s += (now - self._taken_at - self._unit_s) * _LAST_WEIGHT
-        try:
-            while self._background is not None and not self.stream.ready():
-                if not self._background(self.free_seconds()):
-                    break
-            buffer = self.stream.wait()
-        except BaseException:
-            self._expected = -1
-            raise
+        self._lost = True  # unless this comes to its end
+        self._learn()
+        while self._background is not None and not self.stream.ready():
+            if not self._background(self.free_seconds()):
+                break
+        buffer = self.stream.wait()
         self._taken_at = self._clock()
         self._expected = (unit + 1) % self._num_units
+        self._lost = False
         return buffer
 
+    def _learn(self) -> None:
+        """Computing with the last unit took until now."""
+        if self._taken_at is not None:
+            seconds = self._clock() - self._taken_at
+            self._unit_s += (seconds - self._unit_s) * (_LAST_WEIGHT if self._unit_s else 1.0)
+
     def give_back(self) -> None:
+        self._lost = True  # unless this comes to its end
         self.stream.release()
+        self._lost = False
 
     def close(self) -> None:
         """Stop reading."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 from llmcad_mlx.errors import StorageError
+from llmcad_mlx.target.read_ahead import Outlook, ReadAhead, Reading
 from llmcad_mlx.target.storage import Storage
 
 _RATE_WEIGHT = 0.25  # of the last unit's rate, against those before
@@ -47,19 +46,6 @@ class Unit:
         return max((read.buffer_offset + read.num_bytes for read in self.reads), default=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What is expected of a stream, in seconds from now, if nothing is waited for or released.
-
-    `ready`: until the next unit is there. `idle`: until reading pauses for want of a free buffer. `rest`: until
-    the last unit of the pass would have been read without a pause.
-    """
-
-    ready: float
-    idle: float
-    rest: float
-
-
 class WeightStream(Protocol):
     """Units in cyclic order, read ahead into a few buffers.
 
@@ -89,7 +75,10 @@ class WeightStream(Protocol):
         """The oldest unit that `wait` returned and that was not released is done with."""
 
     def restart(self) -> None:
-        """Let the next unit be the first of a pass. Drops what was read ahead unless that is so already."""
+        """Let the next unit be the first of a pass, and try again after an error.
+
+        What was read ahead for the next pass stays; the rest of this one is dropped, and nothing is held.
+        """
 
     def close(self) -> None:
         """Stop reading."""
@@ -124,15 +113,9 @@ class ThreadedStream:
         self.bytes_read = 0
         self.wait_s = 0.0
         self._changed = threading.Condition()
-        self._next_read = 0  # unit to be read next
-        self._next_wait = 0  # unit that wait returns next
-        self._free = deque(range(len(buffers)))
-        self._there: deque[int] = deque()  # buffers with units that were read, oldest first
-        self._held: deque[int] = deque()  # buffers that wait has given out
+        self._ahead = ReadAhead([unit.num_bytes for unit in units], len(buffers))
         self._error: BaseException | None = None
-        self._bytes_after = list(accumulate((unit.num_bytes for unit in reversed(units)), initial=0))[::-1]
-        self._reading: int | None = None  # the unit that is being read
-        self._unit_read = 0  # bytes of it that are there
+        self._unit_read = 0  # bytes of the unit that is being read
         self._rate = 0.0  # bytes per second of the last reads
         self._generation = 0
         self._closed = False
@@ -141,58 +124,41 @@ class ThreadedStream:
 
     def ready(self) -> bool:
         with self._changed:
-            return bool(self._there) or self._error is not None or self._closed
+            return self._something_to_say()
+
+    def _something_to_say(self) -> bool:
+        return self._ahead.num_there > 0 or self._error is not None or self._closed
 
     def outlook(self) -> Outlook:
         with self._changed:
             if not self._rate or self._closed or self._error is not None:
                 return Outlook(0.0, 0.0, 0.0)
-            count = len(self._units)
-            begun, first = 0, self._next_read
-            if self._reading is not None:
-                begun, first = self._units[first].num_bytes - self._unit_read, (first + 1) % count
-            room = begun + sum(self._units[(first + i) % count].num_bytes for i in range(len(self._free)))
-            # What was read ahead may belong to the next pass already.
-            unread = self._next_wait + len(self._there) + (self._reading is not None)
-            rest = begun + self._bytes_after[unread] if unread <= count else 0
-            return Outlook(
-                0.0 if self._there else (begun or self._units[self._next_wait].num_bytes) / self._rate,
-                room / self._rate,
-                rest / self._rate,
-            )
+            return self._ahead.outlook(self._rate, self._unit_read)
 
     def wait(self) -> int:
         with self._changed:
-            if not self._there and self._error is None and not self._closed:
+            if not self._something_to_say():
                 started = self._clock()
                 try:
-                    while not self._there and self._error is None and not self._closed:
+                    while not self._something_to_say():
                         self._changed.wait()
                 finally:
                     self.wait_s += self._clock() - started
-            if self._there:
-                buffer = self._there.popleft()
-                self._held.append(buffer)
-                self._next_wait = (self._next_wait + 1) % len(self._units)
-                return buffer
+            if self._ahead.num_there:
+                return self._ahead.take()
             raise self._error or RuntimeError("the stream is closed")
 
     def release(self) -> None:
         with self._changed:
-            if self._held:
-                self._free.append(self._held.popleft())
-                self._changed.notify_all()
+            self._ahead.release()
+            self._changed.notify_all()
 
     def restart(self) -> None:
         with self._changed:
-            if self._next_wait == 0 and not self._held and self._error is None:
-                return
-            self._generation += 1
-            self._error = self._reading = None
-            self._there.clear()
-            self._held.clear()
-            self._next_read = self._next_wait = 0
-            self._free = deque(range(len(self._buffers)))
+            reading, self._error = self._ahead.reading, None
+            self._ahead.restart()
+            if self._ahead.reading is not reading:
+                self._generation += 1
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -206,37 +172,36 @@ class ThreadedStream:
     def _read_on(self) -> None:
         while True:
             with self._changed:
-                while not self._closed and (not self._free or self._error is not None):
+                reading = None
+                while not self._closed and (self._error is not None or (reading := self._ahead.begin()) is None):
                     self._changed.wait()
-                if self._closed:
+                if self._closed or reading is None:
                     return
-                number, buffer, generation = self._next_read, self._free.popleft(), self._generation
-                self._reading, self._unit_read = number, 0
+                self._unit_read, generation = 0, self._generation
             error: BaseException | None = None
             started = self._clock()
             try:
-                self._read(number, buffer, generation)
+                self._read(reading, generation)
             except _StoppedError:
                 continue
             except BaseException as raised:  # handed to the thread that waits
                 error = raised
-            rate = self._units[number].num_bytes / max(self._clock() - started, 1e-9)
+            rate = self._units[reading.unit].num_bytes / max(self._clock() - started, 1e-9)
             with self._changed:
                 if generation != self._generation:
                     continue
-                self._reading = None
                 if error is None:
                     self._rate += (rate - self._rate) * (_RATE_WEIGHT if self._rate else 1.0)
-                    self._there.append(buffer)
-                    self._next_read = (number + 1) % len(self._units)
+                    self._ahead.arrived()
                 else:
                     self._error = error
+                    self._ahead.failed()
                 self._changed.notify_all()
 
-    def _read(self, number: int, buffer: int, generation: int) -> None:
-        unit = self._units[number]
+    def _read(self, reading: Reading, generation: int) -> None:
+        unit, buffer = self._units[reading.unit], self._buffers[reading.buffer]
         digest = hashlib.sha256() if self._verify and unit.sha256 is not None else None
-        if number == 0:
+        if reading.unit == 0:
             self._storage.check()
         for read in unit.reads:
             for start in range(0, read.num_bytes, _PIECE_BYTES):
@@ -244,7 +209,7 @@ class ThreadedStream:
                     raise _StoppedError
                 size = min(_PIECE_BYTES, read.num_bytes - start)
                 place = read.buffer_offset + start
-                part = self._buffers[buffer][place : place + size]
+                part = buffer[place : place + size]
                 self._storage.read_into(read.file, read.offset + start, part)
                 self.bytes_read += size
                 self._unit_read += size

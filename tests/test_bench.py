@@ -478,5 +478,5 @@ def test_bad_options_end_with_2_before_anything_is_loaded(arguments, capsys):
 def test_help_names_all_variants(capsys):
     assert run_cli(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("chain:K", "tree:N", "no-draft", "mlx-lm-draft", "--kernels"):
+    for name in ("chain:K", "tree:N", "no-draft", "mlx-lm-draft", "--kernels", "--growth"):
         assert name in shown

@@ -14,6 +14,8 @@ from llmcad_mlx.bench.records import Run
 from llmcad_mlx.bench.summary import VariantSummary, run_mismatches, summarise
 from llmcad_mlx.bench.tables import Table, summary_tables
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.machine import Machine
+from llmcad_mlx.sizes import format_size
 
 FORMAT_VERSION = 1
 
@@ -110,17 +112,25 @@ def write_report(report: BenchReport, folder: Path, argv: Sequence[str]) -> str 
     """Write bench.json, bench.md and the plots; returns a message when there are no plots, else None."""
     make_folder(folder)
     (folder / "bench.json").write_text(json.dumps(report_json(report, argv), indent=1) + "\n", encoding="utf-8")
-    head = f"# {report.target}, draft {report.draft}\n\n{_machine_line(report)}\n\n    {' '.join(argv)}\n"
+    machine = machine_line(report.machine, report.device)
+    head = f"# {report.target}, draft {report.draft}\n\n{machine}\n\n    {' '.join(argv)}\n"
     body = to_markdown(report_tables(report), report.notes)
     (folder / "bench.md").write_text(f"{head}\n{body}\n", encoding="utf-8")
     try:
-        write_plots(_summary(report), folder)
+        write_plots(_summary(report), folder, _subtitle(report))
     except ImportError:
         return MISSING
     return None
 
 
-def _machine_line(report: BenchReport) -> str:
-    machine = report.machine
+def _subtitle(report: BenchReport) -> str:
+    """What was measured, in a line for plots."""
+    rate = report.memory.read_bandwidth
+    emulated = "" if rate is None else f"; reads emulated at {format_size(int(rate))}/s"
+    return f"{report.target}, draft {report.draft}{emulated}"
+
+
+def machine_line(machine: Machine, device: str) -> str:
+    """Processor, cores, device and the versions that matter most."""
     versions = ", ".join(f"{name} {machine.versions.get(name)}" for name in ("mlx", "mlx-lm", "numba"))
-    return f"{machine.cpu}, {machine.num_cores} cores, {report.device}; Python {machine.python}, {versions}"
+    return f"{machine.cpu}, {machine.num_cores} cores, {device}; Python {machine.python}, {versions}"

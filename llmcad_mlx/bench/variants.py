@@ -38,6 +38,7 @@ def variant_help() -> str:
     return "; ".join(f"{name} ({meaning})" for name, meaning in _MEANINGS)
 
 
+_ADAPTIVE = ("paper", "throughput")
 _PARTS = ("tree", "fallback", "pipeline")
 
 _MEANINGS = (
@@ -71,7 +72,27 @@ def parse_variants(text: str) -> list[Variant]:
 def _ablation() -> list[str]:
     """Both policies whole, without each of their parts, and without all of them."""
     without = ["", *(f"-no-{part}" for part in _PARTS), "".join(f"-no-{part}" for part in _PARTS)]
-    return [PLAIN, *(policy + parts for policy in ("paper", "throughput") for parts in without)]
+    return [PLAIN, *(policy + parts for policy in _ADAPTIVE for parts in without)]
+
+
+@dataclass(frozen=True, slots=True)
+class Ablated:
+    """What a name says of an adaptive policy: which one, and the parts it is without."""
+
+    policy: str
+    missing: tuple[str, ...]
+
+
+def ablated(name: str) -> Ablated | None:
+    """Of "paper", "throughput" and either without parts; None for every other variant."""
+    policy, *missing = name.split("-no-")
+    return Ablated(policy, tuple(missing)) if policy in _ADAPTIVE else None
+
+
+def forced_nodes(name: str) -> int | None:
+    """N of "tree:N", None for every other variant."""
+    kind, _, number = name.partition(":")
+    return int(number) if kind == "tree" and number else None
 
 
 def needs_mlx_lm(variants: Sequence[Variant]) -> bool:
@@ -97,7 +118,7 @@ def _variant(name: str) -> Variant:
         MLX_LM_DRAFT: Variant(MLX_LM_DRAFT, "none", None),
     }
     policy, *without = name.split("-no-")
-    if policy in ("paper", "throughput") and without and sorted(without) == sorted(set(without) & set(_PARTS)):
+    if policy in _ADAPTIVE and without and sorted(without) == sorted(set(without) & set(_PARTS)):
         whole: SpeculationSettings = known[policy].settings or speculation()
         kept: dict[str, Any] = {part: part not in without for part in _PARTS}
         return Variant(name, "all", replace(whole, **kept))

@@ -14,14 +14,20 @@ import typer
 
 from llmcad_mlx.bench.variants import DEFAULT_VARIANTS, variant_help
 from llmcad_mlx.cli import options
+from llmcad_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from llmcad_mlx.bench.tables import Table
+    from llmcad_mlx.loader import MemoryOptions
+
+_FOR_KERNELS = ("repeat", "out", "json_output")
+_FOR_GROWTH = (*_FOR_KERNELS, "target", "memory", "pinned", "context", "read_bandwidth")
 
 
 def bench(
+    command: typer.Context,
     target: options.Target = None,
     draft: options.Draft = "auto",
     memory: options.Memory = None,
@@ -54,6 +60,12 @@ def bench(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Time matrix kernels by rows instead; loads no model.")
     ] = False,
+    growth: Annotated[
+        bool,
+        typer.Option(
+            "--growth", help="Time single passes of the target instead: by streamed bytes, nodes, context."
+        ),
+    ] = False,
     json_output: options.Json = False,
 ) -> None:
     """Compare ways of decoding on the same prompts, interleaved; prints medians, ratios and mismatches."""
@@ -61,7 +73,14 @@ def bench(
     from llmcad_mlx.bench.benchmark import BenchPlan, run_benchmark
     from llmcad_mlx.bench.output import make_folder, report_json, report_tables, write_report
 
+    if kernels:
+        _refuse_others(command, "kernels", _FOR_KERNELS)
+    elif growth:
+        _refuse_others(command, "growth", _FOR_GROWTH)
     where = memory_options(memory, pinned, context, read_bandwidth)
+    if growth:
+        _growth(target, where, repeat, out, json_output)
+        return
     plan = BenchPlan.of(variants, domains, prompts, max_tokens, repeat, warmup, temp, seed, per_domain)
     if out is not None:
         make_folder(out)
@@ -76,6 +95,36 @@ def bench(
     else:
         _print_tables(report_tables(report), report.notes)
     problem = write_report(report, out, argv) if out is not None else None
+    if problem is not None:
+        print(problem, file=sys.stderr)
+    if report.interrupted:
+        raise KeyboardInterrupt
+
+
+def _refuse_others(command: typer.Context, mode: str, used: Collection[str]) -> None:
+    """Raises UsageError for an option that was given and that `--mode` makes no use of."""
+    for name in command.params:
+        source = command.get_parameter_source(name)
+        if name not in {mode, *used} and source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP"):
+            raise UsageError(f"{name.replace('_', '-')}: --{mode} makes no use of it; leave one of the two out")
+
+
+def _growth(target: str | None, memory: MemoryOptions, repeat: int, out: Path | None, json_output: bool) -> None:
+    from llmcad_mlx.bench.growth import NUM_STEPS, GrowthPlan, measure_growth
+    from llmcad_mlx.bench.growth_report import growth_json, growth_notes, growth_tables, write_growth
+    from llmcad_mlx.bench.output import make_folder
+
+    plan = GrowthPlan(target, memory, repeat)
+    if out is not None:
+        make_folder(out)
+    argv = ["llmcad-mlx", *sys.argv[1:]]
+    with _progress(NUM_STEPS) as on_step:
+        report = measure_growth(plan, not json_output, on_step)
+    if json_output:
+        print(json.dumps(growth_json(report, argv)))
+    else:
+        _print_tables(growth_tables(report), growth_notes(report))
+    problem = write_growth(report, out, argv) if out is not None else None
     if problem is not None:
         print(problem, file=sys.stderr)
     if report.interrupted:

@@ -216,6 +216,26 @@ def test_a_perfect_draft_as_dear_as_the_target_is_not_used() -> None:
     assert world.tested - tested < 60
 
 
+@pytest.mark.parametrize("accept", [0.7, 0.8, 0.9])
+def test_a_step_that_pays_only_with_the_next_is_taken(accept: float) -> None:
+    """Seconds of a 1.5B target and its 0.5B draft on two cores: the second row costs much, the third next to
+    nothing, so a single draft step hardly ever pays."""
+    verify = {1: 72.7, 2: 89.0, 3: 90.0, 4: 99.0, 5: 127.0, 6: 159.0, 8: 190.0, 16: 385.0, 32: 627.0}
+    draft = {1: 25.0, 2: 30.0, 4: 34.0, 8: 64.0}
+
+    def seconds(times: dict[int, float]) -> Callable[[int], float]:
+        return lambda rows: float(np.interp(rows, list(times), list(times.values()))) / 1000
+
+    shares = [accept, 0.3 * (1 - accept), 0.2 * (1 - accept)]
+    world = World(shares, shares, seconds(draft), seconds(verify), jitter=0.02)
+    world.run(1500)
+    chains = [
+        (1 - accept ** (length + 1)) / (1 - accept) / (length * world.draft_s(1) + world.verify_s(length + 1))
+        for length in range(8)
+    ]
+    assert world.tokens / world.seconds >= 0.95 * max(chains)
+
+
 def test_a_draft_that_becomes_useful_is_found_again() -> None:
     world = World([], [0.9], lambda rows: 0.1, lambda rows: 1 + 0.05 * (rows - 1))
     world.run(300)

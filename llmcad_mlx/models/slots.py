@@ -214,10 +214,12 @@ class SlotTable:
                 self._own = tuple(line[: slot - last] for slot in range(first, end))
             else:
                 paths: dict[int, list[int]] = {last: []}
-                parents = self._parents[self._first_pending : end].tolist()
-                for slot, parent in enumerate(parents, self._first_pending):
-                    if slot not in self._gone:
-                        paths[slot] = [*paths[parent], slot]
+                for slot in range(first, end):
+                    missing, above = [slot], int(self._parents[slot])
+                    while above not in paths:
+                        missing.append(above)
+                        above = int(self._parents[above])
+                    paths[slot] = [*paths[above], *reversed(missing)]
                 self._own = tuple(np.array(paths[slot], np.int32) for slot in range(first, end))
         return self._own
 

@@ -36,6 +36,7 @@ _LIKELY = 0.5  # probability of a node that is worth a look although its price s
 _LEAST_GAIN = 0.05  # tokens a tree must promise beyond plain decoding, or measured costs' noise decides
 _PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
 _YIELD_DECAY = 0.9
+_AHEAD = 4  # draft steps that are looked ahead when one is priced
 _EXPLORE = 2  # times the largest measured row count that a step may have
 _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, for expanding it in free time
 
@@ -147,7 +148,8 @@ class ThroughputPolicy:
 
     def _free(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """For a drafter that costs nothing: nodes likely enough to be worth a row of the target pass."""
-        floor = max(self._row_price(len(tree)), 0.02)
+        rows = self._worthwhile(sorted(tree.cumulative, reverse=True))
+        floor = max(self._price(rows, 1), 0.02)
         leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
 
@@ -161,16 +163,31 @@ class ThroughputPolicy:
         if not self.costs.draft:
             return []
         leaves = self._with_room(tree, leaves[: _EXPLORE * self.costs.draft.most_rows], self._most_nodes())
-        rate, row_price = self.costs.rate, self._row_price(len(tree))
+        rate, rows = self.costs.rate, self._worthwhile(sorted(tree.cumulative, reverse=True))
         best, best_value, gain = 0, 0.0, 0.0
         for width, leaf in enumerate(leaves, 1):
             covered = sum(tree.confidences[child] for child in tree.children(leaf))  # by another drafter
             gain += tree.cumulative[leaf] * self._gain * max(1.0 - covered, 0.0)
             price = rate * max(self.costs.draft.predict(width) - free_seconds, 0.0)
-            value = gain - price - width * row_price
+            value = gain - price - self._price(rows, width)
+            value += self._later(tree.cumulative[leaves[0]], rows + width)
             if value > best_value:
                 best, best_value = width, value
         return leaves[:best]
+
+    def _later(self, probability: float, rows: int) -> float:
+        """What the steps after one on a leaf of that `probability` gain at most, each on the last one's best child.
+
+        A step that does not pay by itself may be the way to some that do: a pass of three rows is often hardly
+        dearer than one of two.
+        """
+        step = self.costs.rate * self.costs.draft.predict(1)
+        best = total = 0.0
+        for depth in range(_AHEAD):
+            probability *= self._gain
+            total += probability * self._gain - step - self._price(rows + depth, 1)
+            best = max(best, total)
+        return best
 
     def _knows_plain(self) -> bool:
         """Whether what a plain pass takes is believable; waiting for weights varies less than computing."""
@@ -189,11 +206,10 @@ class ThroughputPolicy:
             return True
         return self._idle >= _LOOK_AGAIN and self._account > 0.0
 
-    def _row_price(self, rows: int) -> float:
-        """Tokens that one more row in the target pass costs, around a tree of `rows` nodes."""
-        verify = self.costs.verify
-        rows = min(rows, self.max_nodes)
-        return self.costs.rate * max(verify.predict(rows + 1) - verify.predict(rows), 0.0)
+    def _price(self, rows: int, more: int) -> float:
+        """Tokens that `more` rows in the target pass cost beyond `rows`."""
+        verify, most = self.costs.verify, self.max_nodes
+        return self.costs.rate * (verify.predict(min(rows + more, most + 1)) - verify.predict(min(rows, most)))
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         probability, source = self.calibration.probability, candidates.source
@@ -236,14 +252,8 @@ class ThroughputPolicy:
         """How many nodes to submit, of those with the cumulative confidences `ranked`, largest first."""
         if self.tree_nodes is not None:
             return self.tree_nodes
-        rate, verify = self.costs.rate, self.costs.verify
-        ranked = ranked[: self._most_nodes()]
-        best, best_value, gain = 1, -float("inf"), 0.0
-        for nodes, probability in enumerate(ranked, 1):
-            gain += probability
-            value = gain - rate * verify.predict(nodes)
-            if value > best_value + 1e-9:
-                best, best_value = nodes, value
+        ranked, verify = ranked[: self._most_nodes()], self.costs.verify
+        best = self._worthwhile(ranked)
         if self._measuring_plain:
             return 1
         if best == 1 and self._look_at_two(ranked):
@@ -253,6 +263,17 @@ class ThroughputPolicy:
         # Measure the next size too: a single disturbed observation would rule it out for good.
         if 1 < best < len(ranked) and verify.times_seen(best + 1) < _WELL_KNOWN:
             best += 1
+        return best
+
+    def _worthwhile(self, ranked: Sequence[float]) -> int:
+        """How many of the nodes gain most tokens over the price of their rows."""
+        rate, verify = self.costs.rate, self.costs.verify
+        best, best_value, gain = 1, -float("inf"), 0.0
+        for nodes, probability in enumerate(ranked[: self._most_nodes()], 1):
+            gain += probability
+            value = gain - rate * verify.predict(nodes)
+            if value > best_value + 1e-9:
+                best, best_value = nodes, value
         return best
 
     def _look_at_two(self, ranked: Sequence[float]) -> bool:

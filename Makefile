@@ -8,10 +8,17 @@ DEMO_PROMPT := "Write this text again, word for word: The tide comes in twice a 
 heart, and their children learn them before they learn to read. When the moon is full, the water climbs up to the \
 old wall, and the boats in the harbour ride high above the quay."
 
-.PHONY: demo test test-large check format clean bench
+PAIR_PROMPT := "Write a Python function that merges two sorted lists, with type hints, then explain it in one sentence."
 
+.PHONY: demo demo-pair test test-large check format clean bench
+
+# The main job: the target's weights are read from the disk on every pass, but for what is pinned.
 demo: $(READY)
-	$(BIN)/llmcad-mlx generate --max-tokens 120 $(DEMO_PROMPT)
+	$(BIN)/llmcad-mlx generate --memory 700MB --pinned 30MB --max-tokens 120 $(DEMO_PROMPT)
+
+# The same with a target of 1.1 GB and its draft in 1 GB; a download of 1.6 GB.
+demo-pair: $(READY)
+	$(BIN)/llmcad-mlx generate --target qwen2.5-coder-1.5b --memory 1GB --max-tokens 120 $(PAIR_PROMPT)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not large"

@@ -176,7 +176,7 @@ class ThroughputPolicy:
         return leaves[:best]
 
     def _later(self, probability: float, rows: int) -> float:
-        """What the steps after one on a leaf of that `probability` gain at most, each on the last one's best child.
+        """What the steps after one on a leaf of that `probability` gain at most, each on the likeliest child.
 
         A step that does not pay by itself may be the way to some that do: a pass of three rows is often hardly
         dearer than one of two.

@@ -39,13 +39,17 @@ def _table(report: GrowthReport, question: Question) -> Table:
 
 
 def _title(question: Question, point: GrowthPoint) -> str:
-    nodes = f"{point.nodes} node{'s' if point.nodes > 1 else ''}"
+    nodes = _plural(point.nodes, "node", "nodes")
     fixed = {
         "bytes": f"bytes read, {nodes} after {point.context} tokens",
         "nodes": f"nodes, after {point.context} tokens, {format_size(point.streamed_bytes)} read",
         "context": f"tokens in the cache, {nodes}, {format_size(point.streamed_bytes)} read",
     }
     return f"One target pass by {fixed[question]}"
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
 
 
 def predicted_s(report: GrowthReport, point: GrowthPoint) -> float | None:
@@ -66,11 +70,12 @@ def growth_notes(report: GrowthReport) -> list[str]:
     """What a reader of the figures must know."""
     rate, repeat = report.plan.memory.read_bandwidth, report.plan.repeat
     notes = [
-        f"{repeat} measured pass{'es' if repeat > 1 else ''} a line, each after one of the same kind. "
+        f"{_plural(repeat, 'measured pass', 'measured passes')} a line, each after one of the same kind. "
         "Random trees of a fixed seed, the cache filled with a text that repeats itself. Node counts and contexts "
         "take turns; of streamed bytes one amount after the other is loaded and measured.",
         "A pass takes the longer of reading and computing: where computing is longer, more bytes cost nothing. "
-        "Computing: the median without the seconds that the processor had nothing to do while weights loaded."
+        "Computing: the median without the seconds that the processor had nothing to do while weights loaded; "
+        "what reading takes of the processor is in it."
         + (
             f" Reads are emulated at {format_size(int(rate))}/s; all times are emulated."
             if rate is not None
@@ -143,13 +148,14 @@ def growth_curves(report: GrowthReport) -> list[Curve]:
             continue
         scale = 1e6 if question == "bytes" else 1.0
         first, bound = points[0], [predicted_s(report, point) for point in points]
+        nodes = _plural(first.nodes, "node", "nodes")
         drawn = question == "bytes" and None not in bound
         curves.append(
             Curve(
                 title={
-                    "bytes": f"{first.nodes} nodes, {first.context} tokens",
+                    "bytes": f"{nodes}, {first.context} tokens",
                     "nodes": f"{format_size(first.streamed_bytes)} read, {first.context} tokens",
-                    "context": f"{format_size(first.streamed_bytes)} read, {first.nodes} nodes",
+                    "context": f"{format_size(first.streamed_bytes)} read, {nodes}",
                 }[question],
                 label={"bytes": "read per pass, MB", "nodes": "nodes", "context": "tokens in the cache"}[question],
                 x=[point.value / scale for point in points],

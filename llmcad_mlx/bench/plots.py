@@ -81,10 +81,8 @@ def write_curves(curves: Sequence[Curve], subtitle: str, file: Path) -> None:
         if curve.bound is not None:
             axes.plot(curve.x, curve.bound, "--", color=_ORANGE, label="bytes / rate")
         axes.set_title(curve.title, fontsize=9)
-        axes.set_xlabel(curve.label)
-        axes.set_ylabel("ms per pass")
-        axes.set_xlim(0, 1.05 * max(curve.x))
-        axes.set_ylim(0, 1.1 * max([*curve.high, *(curve.bound or ())]))
+        axes.set(xlabel=curve.label, ylabel="ms per pass")
+        axes.set(xlim=(0, 1.05 * max(curve.x)), ylim=(0, 1.1 * max([*curve.high, *(curve.bound or ())])))
         axes.grid(alpha=0.3)
     named = {
         label: handle
@@ -151,10 +149,8 @@ def _draw_nodes(figure: Any, lines: Lines) -> None:
     axes.plot(nodes, tokens, "o-", color=_BLUE)
     for x, y in points:
         axes.annotate(f"{y:.2f}", (x, y), xytext=(5, -11), textcoords="offset points", fontsize=9)
-    axes.set_xlabel("nodes in every pass (tree:N)")
-    axes.set_ylabel("tokens per pass, bonus included")
-    axes.set_xlim(0, 1.15 * nodes[-1])
-    axes.set_ylim(0, 1.15 * max(tokens))
+    axes.set(xlabel="nodes in every pass (tree:N)", ylabel="tokens per pass, bonus included")
+    axes.set(xlim=(0, 1.15 * nodes[-1]), ylim=(0, 1.15 * max(tokens)))
     axes.grid(alpha=0.3)
 
 
@@ -187,8 +183,7 @@ def _draw_ablation(figure: Any, lines: Lines) -> None:
             axes.axvline(getattr(plain, attribute), color="black", linestyle="--", linewidth=1, label=PLAIN)
         axes.set_xlabel(label)
     panels[0].set_yticks(range(len(found)), list(found))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def _without(missing: Sequence[str]) -> str:

@@ -22,10 +22,11 @@ LAYERS = [
     {"sampling", "text_stream", "profile", "models"},
     {"drafting", "target"},
     {"pipeline", "sources"},
-    {"engine", "policies"},
+    {"engine", "policies", "history", "pair_names", "pair_models", "read_rate"},
     {"loader"},
-    {"api"},
+    {"api", "forecast"},
     {"report", "doctor", "bench"},
+    {"plan_report"},
     {"cli", "serve"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

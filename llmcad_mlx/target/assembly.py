@@ -24,7 +24,6 @@ from llmcad_mlx.models.loading import LoadedModel
 from llmcad_mlx.models.probe import ProbeReport, probe
 from llmcad_mlx.models.probe_cache import cached_probe
 from llmcad_mlx.models.streaming import (
-    Placement,
     StreamedUnit,
     let_go,
     make_resident,
@@ -33,35 +32,39 @@ from llmcad_mlx.models.streaming import (
     stream_layer,
 )  # fmt: skip
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.target.bundle import Bundle
+from llmcad_mlx.target.checksums import Checksums
 from llmcad_mlx.target.feeds import OnDemandFeed, RowReader, SequentialFeed
+from llmcad_mlx.target.layout import Placed, in_order, pieces_like_layers, pieces_of
 from llmcad_mlx.target.parts import Matrix, StoredParameter, StreamParts
-from llmcad_mlx.target.plan import MemoryPlan, ModelSizes
+from llmcad_mlx.target.pinning import ModelSizes
+from llmcad_mlx.target.plan import MemoryPlan
 from llmcad_mlx.target.resident import ResidentTarget
 from llmcad_mlx.target.storage import Storage
-from llmcad_mlx.target.stream import Read, ThreadedStream, Unit
+from llmcad_mlx.target.stream import Read, ThreadedStream
 from llmcad_mlx.target.streamed import StreamedTarget
 from llmcad_mlx.target.weights import WeightIndex
 
-_ALIGNMENT = 64  # of a tensor in a buffer
-_PIECE_ROWS = 64  # a piece of the head has a multiple of so many rows, as the kernels' blocks do
-
 Progress = Callable[[int, int], None]
-Placed = tuple[Unit, list[Placement]]
 
 
 class Prepared:
     """A lazily loaded model, checked; of its large weights nothing is in memory."""
 
-    def __init__(self, loaded: LoadedModel, storage: Storage, probes: Path) -> None:
-        """probes: folder of `cached_probe`. Raises ModelError for a model that cannot be streamed."""
+    def __init__(self, loaded: LoadedModel, storage: Storage, probes: Path, bundle: Bundle | None = None) -> None:
+        """probes: folder of `cached_probe`. bundle: check all that is read against its checksums, everything once
+        now. Raises ModelError for a model that cannot be streamed, StorageError for altered weights."""
         self.loaded = loaded
         self.storage = storage
+        self._checksums = None if bundle is None else Checksums(bundle, storage)
         model: Any = loaded.model
         use_host_kernels(model)
         index = WeightIndex.of(loaded.path)
         self.parts = StreamParts.of(model, index, loaded.unchanged, loaded.path)
+        placed = in_order(self.parts, range(len(self.parts.layers)), pieces_like_layers(self.parts))
+        if self._checksums is not None:  # before the model is judged by what it computes
+            self._checksums.check_all([unit for unit, _ in placed])
         mx.eval([module[name] for module, name in self.parts.resident])
-        placed = _in_order(self.parts, range(len(self.parts.layers)), _pieces_like_layers(self.parts))
         buffer = mx.zeros((max(unit.buffer_bytes for unit, _ in placed),), mx.uint8)
         feed = OnDemandFeed([unit for unit, _ in placed], _writable(buffer), storage)
         units = [StreamedUnit(number, places, [buffer], feed) for number, (_, places) in enumerate(placed)]
@@ -123,11 +126,7 @@ class Prepared:
         if parts.head is not None and plan.pin_head:
             pinned += parts.head.parameters
         self._pin(pinned, on_progress)
-        streamed = [number for number in range(len(parts.layers)) if number not in set(plan.pinned_layers)]
-        head = parts.head_matrix
-        resident_head = head is None or (plan.pin_embedding if parts.tied else plan.pin_head)
-        pieces = [] if resident_head or head is None else _pieces(head, plan.head_pieces)
-        placed = _in_order(parts, streamed, pieces)
+        placed = self._streamed(plan)
         if not placed:
             for matrix in parts.embeddings:
                 if not plan.pin_embedding:
@@ -136,19 +135,40 @@ class Prepared:
         size = max(unit.buffer_bytes for unit, _ in placed)
         buffers = [mx.zeros((size,), mx.uint8) for _ in range(plan.num_buffers)]
         storage = stream_from(self.storage)
-        stream = ThreadedStream([unit for unit, _ in placed], [_writable(b) for b in buffers], storage)
+        sequence, views = [unit for unit, _ in placed], [_writable(buffer) for buffer in buffers]
+        if self._checksums is not None:
+            sequence = self._checksums.marked(sequence)
+        stream = ThreadedStream(sequence, views, storage, verify=self._checksums is not None)
         feed = SequentialFeed(stream, len(placed))
         units = [StreamedUnit(number, places, buffers, feed) for number, (_, places) in enumerate(placed)]
         for unit in units:
             unit.bind(0)  # lets go of the lazily loaded arrays
-        _attach(parts, units, streamed, storage, feed, with_rows=not plan.pin_embedding)
+        _attach(parts, units, self._streamed_layers(plan), storage, feed, with_rows=not plan.pin_embedding)
         return StreamedTarget(self.model, vocab_size, feed, plan.prefill_chunk)
+
+    def streamed_reads(self, plan: MemoryPlan) -> list[Read]:
+        """What a pass under `plan` reads, in order."""
+        return [read for unit, _ in self._streamed(plan) for read in unit.reads]
+
+    def _streamed(self, plan: MemoryPlan) -> list[Placed]:
+        parts = self.parts
+        head = parts.head_matrix
+        resident_head = head is None or (plan.pin_embedding if parts.tied else plan.pin_head)
+        pieces = [] if resident_head or head is None else pieces_of(head, plan.head_pieces)
+        return in_order(parts, self._streamed_layers(plan), pieces)
+
+    def _streamed_layers(self, plan: MemoryPlan) -> list[int]:
+        pinned = set(plan.pinned_layers)
+        return [number for number in range(len(self.parts.layers)) if number not in pinned]
 
     def _pin(self, parameters: Sequence[StoredParameter], on_progress: Progress) -> None:
         total, done = sum(p.extent.num_bytes for p in parameters), 0
         for p in parameters:
             data = mx.zeros((p.extent.num_bytes,), mx.uint8)
-            self.storage.read_into(p.extent.file, p.extent.offset, _writable(data))
+            view = _writable(data)
+            self.storage.read_into(p.extent.file, p.extent.offset, view)
+            if self._checksums is not None:
+                self._checksums.check_tensor(p.extent, view)
             p.module[p.name] = data.view(p.stored).reshape(p.extent.shape).astype(p.wanted)
             mx.eval(p.module[p.name])
             done += p.extent.num_bytes
@@ -172,47 +192,6 @@ def _attach(
     for matrix in parts.embeddings if with_rows else ():
         own = pieces if parts.tied and matrix is parts.head_matrix else ()
         stream_embedding(matrix.module, RowReader(matrix, storage, feed), own)
-
-
-def _in_order(parts: StreamParts, layers: Sequence[int], pieces: Sequence[Placed]) -> list[Placed]:
-    """The units of one pass."""
-    return [*(_place(f"layer {number}", parts.layers[number]) for number in layers), *pieces]
-
-
-def _place(name: str, parameters: Sequence[StoredParameter]) -> Placed:
-    """Lay parameters out in a buffer, in the order of the file so that reading is sequential."""
-    offset, reads, places = 0, [], []
-    for p in sorted(parameters, key=lambda p: (str(p.extent.file), p.extent.offset)):
-        reads.append(Read(p.extent.file, p.extent.offset, p.extent.num_bytes, offset))
-        places.append(Placement(p.module, p.name, offset, p.extent.num_bytes, p.extent.shape, p.stored, p.wanted))
-        offset += -(-p.extent.num_bytes // _ALIGNMENT) * _ALIGNMENT
-    return Unit(name, tuple(reads)), places
-
-
-def _pieces(matrix: Matrix, count: int) -> list[Placed]:
-    """The head's rows in at most `count` pieces."""
-    size = -(-matrix.num_rows // count)
-    size = -(-size // _PIECE_ROWS) * _PIECE_ROWS
-    found = []
-    for first in range(0, matrix.num_rows, size):
-        rows = min(size, matrix.num_rows - first)
-        offset, reads, places = 0, [], []
-        for p in matrix.parameters:
-            row_bytes = p.extent.num_bytes // matrix.num_rows
-            num_bytes = rows * row_bytes
-            reads.append(Read(p.extent.file, p.extent.offset + first * row_bytes, num_bytes, offset))
-            shape = (rows, *p.extent.shape[1:])
-            places.append(Placement(p.module, p.name, offset, num_bytes, shape, p.stored, p.wanted))
-            offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        found.append((Unit(f"head rows {first} to {first + rows}", tuple(reads)), places))
-    return found
-
-
-def _pieces_like_layers(parts: StreamParts) -> list[Placed]:
-    head = parts.head_matrix
-    if head is None:
-        return []
-    return _pieces(head, -(-head.num_bytes // max(max(parts.layer_bytes, default=0), 1 << 20)))
 
 
 def _writable(array: mx.array) -> memoryview:

@@ -15,6 +15,7 @@ from llmcad_mlx.cli.bench import bench
 from llmcad_mlx.cli.convert import convert
 from llmcad_mlx.cli.doctor import doctor
 from llmcad_mlx.cli.generate import generate
+from llmcad_mlx.cli.plan import plan
 from llmcad_mlx.cli.pull import pull
 from llmcad_mlx.errors import LlmcadError, UsageError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     help="Run a language model faster with a draft, without changing a token of its output.",
     pretty_exceptions_enable=False,
 )
-for command in (generate, bench, pull, convert, doctor):
+for command in (generate, plan, bench, pull, convert, doctor):
     app.command()(command)
 
 

@@ -1,0 +1,175 @@
+"""What speed a memory plan will give, and what more memory or a smaller draft would buy (DESIGN 3.7).
+
+With W bytes streamed per pass, B bytes read per second, A tokens per pass, C(N) seconds of computing with N nodes
+and D seconds of a round outside the pass: tokens/s = A / (max(W/B, C(N)) + D), and no more than A·B/W. Without a
+draft it is 1 / max(W/B, C(1)), and no more than B/W. W comes from the plan; A, C, D and N are what this pair's own
+rounds were like on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from llmcad_mlx.history import PairHistory
+from llmcad_mlx.loader import PlannedPair
+from llmcad_mlx.pair_names import pair_profile_path
+from llmcad_mlx.read_rate import ReadRate, measure_read_rate
+from llmcad_mlx.target.pinning import streamed_choices
+from llmcad_mlx.target.plan import MemoryPlan, make_plan
+
+_MORE = (25, 50, 100)  # per cent
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What rounds of the pair have been like. Seconds. `streamed_bytes`: per pass when they were measured; None:
+    all in memory."""
+
+    tokens_per_pass: float
+    nodes: float
+    pass_s: float
+    """Computing of a pass with `nodes` nodes."""
+    plain_pass_s: float
+    """Computing of a pass with one node."""
+    rest_s: float
+    """A round without its pass."""
+    draft_step_s: float | None
+    """One token by the draft model; None without one."""
+    streamed_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Predicted tokens per second; None: not known, for bounds also: nothing is read."""
+
+    speculative: float | None
+    speculative_bound: float | None
+    plain: float | None
+    plain_bound: float | None
+
+    @classmethod
+    def of(cls, streamed_bytes: int, rate: ReadRate | None, measured: Measured | None) -> Speeds:
+        """By the formulas of this module. rate: None where nothing is read."""
+        read_s = streamed_bytes / rate.bytes_per_s if rate is not None else 0.0
+        bound = 1.0 / read_s if read_s else None
+        if measured is None:
+            return cls(None, None, None, bound)
+        a = measured.tokens_per_pass
+        return cls(
+            speculative=_per_second(a, max(read_s, measured.pass_s) + measured.rest_s),
+            speculative_bound=None if bound is None else a * bound,
+            plain=_per_second(1.0, max(read_s, measured.plain_pass_s)),
+            plain_bound=bound,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another plan and its speeds. `name`: what is different."""
+
+    name: str
+    plan: MemoryPlan
+    speeds: Speeds
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A planned pair's future. `larger`: with more memory; `drafts`: with other drafts, whose tokens per pass are
+    not known."""
+
+    rate: ReadRate | None
+    """None: nothing is read."""
+    measured: Measured | None
+    speeds: Speeds
+    larger: tuple[Alternative, ...]
+    drafts: tuple[Alternative, ...]
+
+
+def make_forecast(pair: PlannedPair) -> Forecast:
+    """Predict. Reads some of the streamed weights where no rate was given. Raises StorageError."""
+    plan, rate = pair.plan, _rate(pair)
+    measured = find_measured(pair)
+    return Forecast(
+        rate=rate,
+        measured=measured,
+        speeds=Speeds.of(plan.streamed_bytes, rate, measured),
+        larger=tuple(
+            Alternative(name, other, Speeds.of(other.streamed_bytes, rate, measured))
+            for name, other in _larger(pair)
+        ),
+        drafts=tuple(
+            Alternative(name, other, _undrafted(other, rate, measured)) for name, other in _other_drafts(pair)
+        ),
+    )
+
+
+def find_measured(pair: PlannedPair) -> Measured | None:
+    """From the saved profile of this way of running, or of the most similar one that has run."""
+    plan, rate = pair.plan, pair.options.read_bandwidth
+    near = sorted(streamed_choices(pair.needs.sizes), key=lambda size: abs(size - plan.streamed_bytes))
+    ways: list[tuple[int | None, float | None]] = [(size, rate) for size in near]
+    if rate is not None:
+        ways += [(size, None) for size in near]
+    for streamed, bandwidth in (*ways, (None, None)):
+        path = pair_profile_path(pair.names, streamed, bandwidth)
+        history = PairHistory(path) if path.exists() else None
+        if history is not None and history.rounds.rounds and history.computing:
+            return _measured(history, streamed)
+    return None
+
+
+def _measured(history: PairHistory, streamed: int | None) -> Measured:
+    rounds = history.rounds
+    nodes = rounds.rows / rounds.rounds
+    return Measured(
+        tokens_per_pass=rounds.tokens / rounds.rounds,
+        nodes=nodes,
+        pass_s=history.computing.predict(max(round(nodes), 1)),
+        plain_pass_s=history.computing.predict(1),
+        rest_s=rounds.rest_s / rounds.rounds,
+        draft_step_s=history.costs.draft.predict(1) if history.costs.draft else None,
+        streamed_bytes=streamed,
+    )
+
+
+def _rate(pair: PlannedPair) -> ReadRate | None:
+    if pair.options.read_bandwidth is not None:
+        return ReadRate(pair.options.read_bandwidth, emulated=True)
+    reads = pair.prepared.streamed_reads(pair.plan)
+    return measure_read_rate(reads) if reads else None
+
+
+def _larger(pair: PlannedPair) -> Iterator[tuple[str, MemoryPlan]]:
+    """Larger budgets up to one with which nothing is read. What is pinned is up to the plan."""
+    if not pair.plan.streamed_bytes:
+        return
+    base = pair.plan.budget_bytes or pair.plan.total_bytes
+    for more in _MORE:
+        plan = make_plan(pair.needs, base * (100 + more) // 100)
+        yield f"+{more} %", plan
+        if not plan.streamed_bytes:
+            return
+    whole = make_plan(pair.needs, None)
+    yield "all resident", replace(whole, budget_bytes=whole.total_bytes)
+
+
+def _other_drafts(pair: PlannedPair) -> Iterator[tuple[str, MemoryPlan]]:
+    needs, budget = pair.needs, pair.plan.budget_bytes
+    if not needs.draft_bytes or budget is None or not pair.plan.streamed_bytes:
+        return
+    half = replace(
+        needs,
+        draft_bytes=needs.draft_bytes // 2,
+        draft_kv_bytes_per_token=needs.draft_kv_bytes_per_token // 2,
+    )
+    yield "draft half as large", make_plan(half, budget, pair.options.pinned)
+    yield "no draft model", make_plan(needs.without_draft, budget, pair.options.pinned)
+
+
+def _undrafted(plan: MemoryPlan, rate: ReadRate | None, measured: Measured | None) -> Speeds:
+    return replace(Speeds.of(plan.streamed_bytes, rate, measured), speculative=None, speculative_bound=None)
+
+
+def _per_second(tokens: float, seconds: float) -> float | None:
+    return tokens / seconds if seconds > 0.0 else None

@@ -150,7 +150,10 @@ def test_files_are_opened_once_and_let_go_of(file: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(handle)
     assert read(storage, file, 0, 10) == DATA[:10]  # opens it again
-    storage.close()
+    again = opened[-1]
+    del storage
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(again)
 
 
 def test_two_threads_read_at_the_same_time(storage: FileStorage, file: Path) -> None:

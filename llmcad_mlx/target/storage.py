@@ -33,9 +33,9 @@ class FileStorage:
 
     def __init__(self, drop_cache: bool = False) -> None:
         """drop_cache: do not leave what was read in the page cache (Linux), to measure the disk itself."""
-        self._drop_cache = drop_cache and hasattr(os, "posix_fadvise")
         self._files: dict[Path, tuple[int, tuple[int, ...]]] = {}
         self._lock = threading.Lock()
+        self._drop_cache = drop_cache and hasattr(os, "posix_fadvise")
 
     def read_into(self, file: Path, offset: int, out: memoryview) -> None:
         try:
@@ -72,6 +72,9 @@ class FileStorage:
             for handle, _ in self._files.values():
                 os.close(handle)
             self._files.clear()
+
+    def __del__(self) -> None:
+        self.close()  # after a load that failed there is nobody else to do it
 
 
 class ThrottledStorage:

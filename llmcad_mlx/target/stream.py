@@ -81,7 +81,7 @@ class WeightStream(Protocol):
         """
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading and let go of the files."""
 
 
 class _StoppedError(Exception):
@@ -168,6 +168,7 @@ class ThreadedStream:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._storage.close()
 
     def _read_on(self) -> None:
         while True:

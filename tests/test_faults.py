@@ -1,0 +1,333 @@
+"""What goes wrong around a running model: one line says so, what was finished is kept, and the next run works."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcad_mlx import Engine, load
+from llmcad_mlx.cli.main import run
+from llmcad_mlx.sources import disk
+from llmcad_mlx.sources.mlx_folder import convert_folder, write_bundle
+from llmcad_mlx.target import parts
+from llmcad_mlx.target.bundle import verify_bundle
+from tests.memory_limit import NoCgroupError, limited_group
+from tests.tiny_folder import EOS, copy_folder, make_folder, tiny_environment
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "then the other one ran in and then the other one"
+# Also where the tests run in the background, whose processes ignore Ctrl-C.
+CHILD = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from llmcad_mlx.cli.main import main; main()"
+)
+COMMAND = [sys.executable, "-c", CHILD]
+TOKENS = 40
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_environment(tmp_path_factory.mktemp("home")), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "SMALL_BYTES", 0)  # the matrices of a tiny model are all small
+        patch.setattr(disk, "RESERVE_BYTES", 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that never ends a text by itself."""
+    path = make_folder(tmp_path_factory.mktemp("models") / "model", layers=6, context=100_000)
+    for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
+        settings = json.loads((path / name).read_text())
+        assert settings.pop(key) in (EOS, "<|im_end|>")
+        (path / name).write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> str:
+    """The text of the model in memory."""
+    with load(model, None) as engine:
+        return engine.generate(PROMPT, max_tokens=TOKENS).text
+
+
+def words(model: Path, *more: object) -> list[str]:
+    """Arguments that stream the whole model."""
+    return ["generate", "--raw", PROMPT, "--target", str(model), "--pinned", "0", *map(str, more)]
+
+
+@contextmanager
+def at_token(number: int, then: Callable[[], object]) -> Iterator[None]:
+    """Let something happen when so many tokens are out."""
+    stream_generate = Engine.stream_generate
+
+    def watched(self: Engine, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for response in stream_generate(self, *arguments, **options):
+            yield response
+            if response.generation_tokens == number:
+                then()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "stream_generate", watched)
+        yield
+
+
+# -- files that fail ---------------------------------------------------------------------------------------
+
+
+def disk_error(*arguments: Any) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def network_disk_gone(*arguments: Any) -> int:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def nothing_left(*arguments: Any) -> int:
+    return 0
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (disk_error, "cannot be read (Input/output error); check the disk"),
+        (network_disk_gone, "cannot be read (Stale file handle); check the disk"),
+        (nothing_left, "was cut off while it was in use; fetch the model again"),
+    ],
+)
+def test_a_read_that_fails_keeps_what_was_said(
+    model: Path,
+    expected: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[..., int],
+    says: str,
+    draft: str,
+) -> None:
+    arguments = words(model, "-m", TOKENS, "--draft", draft)
+    with monkeypatch.context() as patch, at_token(12, lambda: patch.setattr(os, "preadv", fault)):
+        assert run(arguments) == 1
+    out, err = capfd.readouterr()
+    assert err == f"error: {model}/model.safetensors: {says}\n"
+    assert out.endswith("\n")
+    assert len(out) > 6
+    assert expected.startswith(out.removesuffix("\n"))
+    assert out.removesuffix("\n") != expected
+    assert run(arguments) == 0
+    assert capfd.readouterr().out == expected + "\n"
+
+
+def test_the_page_cache_may_go_at_any_time(model: Path, expected: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Another program needs memory, so the kernel forgets what it had of the file."""
+    handle = os.open(model / "model.safetensors", os.O_RDONLY)
+    try:
+        with at_token(10, lambda: os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)):
+            assert run(words(model, "-m", TOKENS)) == 0
+    finally:
+        os.close(handle)
+    assert capfd.readouterr().out == expected + "\n"
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------
+
+
+def start(*argv: object, **options: Any) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **options
+    )
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_ctrl_c_while_layers_load_keeps_the_text(
+    model: Path, capfd: pytest.CaptureFixture[str], draft: str
+) -> None:
+    arguments = words(model, "-m", 3000, "--draft", draft, "--read-bandwidth", "10MB/s")
+    child = start(*arguments)
+    assert child.stdout is not None
+    first = child.stdout.read(5)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err == b"interrupted\n"
+    text = (first + out).decode()
+    assert text.endswith("\n")
+    with load(model, None) as engine:
+        whole = engine.generate(PROMPT, max_tokens=len(text) + 100).text
+    assert whole.startswith(text.removesuffix("\n"))
+    assert run(words(model, "-m", 5)) == 0
+    assert whole.startswith(capfd.readouterr().out.removesuffix("\n"))
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_stream_one_bundle(model: Path, expected: str, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    write_bundle(model, bundle)
+    arguments = words(bundle, "-m", TOKENS, "--json", "--read-bandwidth", "50MB/s")
+    both = [start(*arguments) for _ in range(2)]
+    for child in both:
+        out, err = child.communicate(timeout=120)
+        assert (child.returncode, err) == (0, b"")
+        report = json.loads(out)
+        assert report["text"] == expected
+        assert report["streamed_bytes"] > 0
+
+
+def test_a_limit_that_another_process_lowers(model: Path, expected: str) -> None:
+    """The kernel takes back the page cache, which is all that a streaming process can spare."""
+    try:
+        with limited_group(2 << 30) as group:
+            child = start(
+                *words(model, "-m", TOKENS, "--read-bandwidth", "20MB/s"),
+                preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
+            )
+            assert child.stdout is not None
+            first = child.stdout.read(2)
+            lower_limit(group, resident(child.pid) + (32 << 20))
+            out, err = child.communicate(timeout=120)
+    except NoCgroupError as reason:
+        pytest.skip(f"no memory cgroup can be made here: {reason}")
+    assert child.returncode == 0, err
+    assert (first + out).decode() == expected + "\n"
+
+
+def resident(process: int) -> int:
+    """Bytes of it that are in memory."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def lower_limit(group: Path, num_bytes: int) -> None:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        if (group / name).exists():
+            (group / name).write_text(str(num_bytes))
+
+
+# -- converting --------------------------------------------------------------------------------------------
+
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from llmcad_mlx.sources import disk, mlx_folder
+disk.RESERVE_BYTES = 0
+name, count = sys.argv[3], int(sys.argv[4])
+real = getattr(os, name)
+calls = iter(range(1, 1000))
+def dying(*arguments):
+    if next(calls) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+setattr(os, name, dying)
+mlx_folder.convert_folder(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(("call", "count"), [("pwrite", 1), ("pwrite", 30), ("fsync", 1), ("rename", 1)])
+def test_a_conversion_killed_anywhere_never_leaves_half_a_model(
+    model: Path, tmp_path: Path, call: str, count: int
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED_AT, str(model), str(out), call, str(count)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not out.exists()
+    assert len(list(tmp_path.iterdir())) == 1  # what it had written, under another name
+    convert_folder(model, out)
+    assert list(tmp_path.iterdir()) == [out]
+    assert verify_bundle(out) is not None
+
+
+def test_a_limit_on_the_size_of_files_is_one_line_and_leaves_nothing(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real failing write, of the kernel's making."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        code = run(["convert", str(model), str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    err = capfd.readouterr().err
+    assert code == 1
+    assert err.splitlines()[-1] == f"error: {tmp_path / 'out'}: cannot be written (File too large)"
+    assert list(tmp_path.iterdir()) == []
+    assert run(["convert", str(model), str(tmp_path / "out")]) == 0
+    assert verify_bundle(tmp_path / "out") is not None
+
+
+def test_a_source_that_cannot_be_read_while_it_is_converted(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = copy_folder(model, tmp_path / "source")
+    write_bundle(source, tmp_path / "bundle")  # its weights are copied as bytes next time
+    calls = iter(range(1000))
+    real = os.preadv
+
+    def failing(*arguments: Any) -> int:
+        return disk_error() if next(calls) == 7 else real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        with pytest.raises(Exception, match=r"bundle/model\.safetensors: cannot be read \(Input/output error\)"):
+            write_bundle(tmp_path / "bundle", tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "source"]
+    write_bundle(tmp_path / "bundle", tmp_path / "out")
+    assert verify_bundle(tmp_path / "out") is not None
+
+
+# -- loading -----------------------------------------------------------------------------------------------
+
+
+def test_a_read_error_while_loading_is_one_line(
+    model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count in (1, 9):
+        calls = iter(range(1, 10_000))
+        real = os.preadv
+
+        def failing(*arguments: Any, count: int = count, calls: Any = calls, real: Any = real) -> int:
+            return disk_error() if next(calls) == count else real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", failing)
+            assert run(words(model, "--pinned", "1MB", "-m", "5")) == 1
+        out, err = capfd.readouterr()
+        assert out in ("", "\n")
+        assert err == f"error: {model}/model.safetensors: cannot be read (Input/output error); check the disk\n"
+
+
+def test_nothing_is_left_running_after_a_fault(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, handles = set(threading.enumerate()), open_files(model)
+    with monkeypatch.context() as patch, at_token(6, lambda: patch.setattr(os, "preadv", disk_error)):
+        assert run(words(model, "-m", TOKENS, "--draft", "none")) == 1
+    assert set(threading.enumerate()) <= before
+    assert open_files(model) == handles == 0
+
+
+def open_files(folder: Path) -> int:
+    """How many files of the folder this process holds open."""
+    gc.collect()  # what belongs to earlier failures
+    links = Path("/proc/self/fd")
+    if not links.is_dir():
+        return 0
+    found = 0
+    for link in links.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the descriptor that lists them
+            found += os.readlink(link).startswith(str(folder))
+    return found

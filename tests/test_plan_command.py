@@ -342,3 +342,13 @@ def test_a_profile_without_good_rounds_is_one_without_rounds(tmp_path: Path, dam
 def test_nothing_measured_is_nothing(folder: Path) -> None:
     pair = plan_pair(find_pair(str(folder), "none", False), MemoryOptions(pinned=0))
     assert find_measured(pair) is None
+
+
+def test_a_terminal_gets_drawn_tables(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert run(["plan", "--target", str(folder), "--pinned", "0", "--read-bandwidth", "1MB/s"]) == 0
+    out = capsys.readouterr().out
+    assert "streamed per pass" in out
+    assert "| " not in out

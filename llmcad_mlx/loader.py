@@ -19,6 +19,7 @@ from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.history import PairHistory
 from llmcad_mlx.machine import resident_bytes, this_machine
+from llmcad_mlx.models.lazy_cache import LazyKVCache
 from llmcad_mlx.models.loading import LoadedModel, load_model_folder
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.pair_models import load_drafters, load_tree_model, probe_folder, real_tokens
@@ -30,6 +31,7 @@ from llmcad_mlx.target.needs import MemoryNeeds
 from llmcad_mlx.target.plan import MemoryPlan, default_budget, make_plan
 from llmcad_mlx.target.resident import ResidentTarget
 from llmcad_mlx.target.storage import FileStorage, ThrottledStorage
+from llmcad_mlx.tree.throughput import provisional_nodes
 
 DEFAULT_CONTEXT = 4096  # tokens a plan makes room for
 MIN_CONTEXT = 1024  # what it makes room for where memory is short and nobody asked for more
@@ -111,8 +113,20 @@ class PlannedPair:
             self.vocab_size,
             lambda storage: storage if rate is None else ThrottledStorage(storage, rate),
         )
+        if self.plan.budget_bytes is not None:
+            self._make_room(target)
         context = min(self.plan.context, self.prepared.model.context_length or self.plan.context)
         return _pair(self.names, self.options, target, self.drafters, self.prepared.loaded, context, self.plan)
+
+    def _make_room(self, target: ResidentTarget) -> None:
+        """Let caches take at once what the plan has put aside for them."""
+        room = self.plan.context + self.plan.max_nodes
+        drafted = self.plan.context + provisional_nodes(self.plan.max_nodes)
+        caches = [(target.cache, room)]
+        caches += [(drafter.cache, drafted) for drafter in self.drafters if isinstance(drafter, ModelDrafter)]
+        for cache, num_slots in caches:
+            if isinstance(cache, LazyKVCache):
+                cache.expected_slots = num_slots
 
 
 def load_pair(

@@ -151,7 +151,7 @@ def _rate_note(rate: ReadRate | None) -> str:
 
 def _measured_note(measured: Measured | None, plan: MemoryPlan) -> str:
     if measured is None:
-        return "A, C and D are not measured yet for this pair: run bench or generate, then plan again."
+        return "A, C and D are not measured yet for this pair: run generate, then plan again."
     where = "all weights in memory"
     if measured.streamed_bytes is not None:
         same = measured.streamed_bytes == plan.streamed_bytes

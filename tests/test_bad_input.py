@@ -338,6 +338,17 @@ def test_an_unforeseen_error_is_one_line_too(
     assert line == "error: RuntimeError: first line second line; run again with --debug for details\n"
 
 
+def test_running_out_of_memory_says_what_to_do(
+    good: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Engine, "stream_generate", exhaust)
+    line = refused(FAILED, "generate", "hi", "--target", good)
+    assert "there is not enough memory; give a smaller --memory" in line
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [(["x" * 99], USAGE, "context of 64"), (["hi", "--top-q", "1"], USAGE, "No such option: --top-q")],

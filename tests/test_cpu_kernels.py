@@ -597,3 +597,18 @@ def test_rotation_tables_equal_fast_rope(rope: nn.RoPE) -> None:
         mx.array(x), rope.dims, traditional=rope.traditional, base=rope.base, scale=rope.scale, offset=0
     )
     np.testing.assert_allclose(found, np.array(expected)[0, 0], atol=2e-6)
+
+
+def test_layers_that_rotate_alike_share_their_tables() -> None:
+    """Tables of its own for each of 900 layers took more memory than the plan had."""
+    model = make_model(llama)
+    cpu_linear.install_host_kernels(model)
+    assert cpu_block.install_host_blocks(model) == 2
+    first, second = (layer._host_block.rotation for layer in model.layers)
+    assert first is second
+    other = make_model(llama)
+    other.layers[1].self_attn.rope = nn.RoPE(other.layers[1].self_attn.rope.dims, base=7.0)
+    cpu_linear.install_host_kernels(other)
+    assert cpu_block.install_host_blocks(other) == 2
+    first, second = (layer._host_block.rotation for layer in other.layers)
+    assert first is not second

@@ -369,3 +369,18 @@ def test_reports_of_the_probe() -> None:
     assert llama().context_length == 512
     assert len(llama().layers) == 2
     assert WINDOW == 8
+
+
+@pytest.mark.parametrize("expected", [0, 100])
+def test_a_cache_makes_room_for_what_it_expects_at_once(expected: int) -> None:
+    model = llama()
+    cache = model.new_cache()
+    assert isinstance(cache, LazyKVCache)
+    cache.expected_slots = expected
+    model.prefill([1, 2, 3], cache)
+    first = cache.nbytes
+    logits = model.forward([4], cache).logits
+    assert np.array_equal(np.array(logits[0]), Reference(model)((1, 2, 3, 4)))
+    cache.rollback()
+    model.prefill([5] * 90, cache)
+    assert (cache.nbytes == first) == (expected == 100)

@@ -107,7 +107,7 @@ def test_the_table_has_a_row_for_each_part(folder: Path, draft: Path, output: Ca
     assert sum(sizes) == pytest.approx(2000, abs=0.05 * len(sizes))
     assert cells(out, "pinned layers") == ["0 of 6", "0.0 MB"]
     assert cells(out, "target KV")[0] == "64 tokens"
-    assert "not measured yet for this pair: run bench or generate" in out
+    assert "not measured yet for this pair: run generate" in out
     assert cells(out, "speculative, A / (max(W/B, C) + D)") == ["–"]
 
 

@@ -14,12 +14,12 @@ import typer
 
 from llmcad_mlx.bench.variants import DEFAULT_VARIANTS, variant_help
 from llmcad_mlx.cli import options
+from llmcad_mlx.cli.tables import print_tables
 from llmcad_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
 
-    from llmcad_mlx.bench.tables import Table
     from llmcad_mlx.loader import MemoryOptions
 
 _FOR_KERNELS = ("repeat", "out", "json_output")
@@ -93,7 +93,7 @@ def bench(
     if json_output:
         print(json.dumps(report_json(report, argv)))
     else:
-        _print_tables(report_tables(report), report.notes)
+        print_tables(report_tables(report), report.notes)
     problem = write_report(report, out, argv) if out is not None else None
     if problem is not None:
         print(problem, file=sys.stderr)
@@ -123,7 +123,7 @@ def _growth(target: str | None, memory: MemoryOptions, repeat: int, out: Path | 
     if json_output:
         print(json.dumps(growth_json(report, argv)))
     else:
-        _print_tables(growth_tables(report), growth_notes(report))
+        print_tables(growth_tables(report), growth_notes(report))
     problem = write_growth(report, out, argv) if out is not None else None
     if problem is not None:
         print(problem, file=sys.stderr)
@@ -148,26 +148,10 @@ def _kernels(repeat: int, out: Path | None, json_output: bool) -> None:
     if json_output:
         print(json.dumps(report))
     else:
-        _print_tables([kernel_table(times)], notes)
+        print_tables([kernel_table(times)], notes)
     if out is not None:
         (out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (out / "kernels.md").write_text(to_markdown([kernel_table(times)], notes) + "\n", encoding="utf-8")
-
-
-def _print_tables(tables: Sequence[Table], notes: Sequence[str]) -> None:
-    """A terminal gets drawn tables, a file or pipe Markdown."""
-    from rich.console import Console
-
-    from llmcad_mlx.bench.output import to_markdown
-
-    if not sys.stdout.isatty():
-        print(to_markdown(tables, notes))
-        return
-    console = Console(highlight=False)
-    for table in tables:
-        console.print(table.to_rich())
-    for note in notes:
-        console.print(note, style="dim", markup=False)
 
 
 @contextmanager

@@ -36,7 +36,8 @@ def generate(
     context: options.Context = None,
     read_bandwidth: options.ReadBandwidth = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check a bundle's weights against their checksums on every read.")
+        bool,
+        typer.Option("--verify", help="Check a bundle's bytes at load and on every read."),
     ] = False,
     policy: options.Policy = "throughput",
     tree_nodes: options.TreeNodes = None,

@@ -99,6 +99,8 @@ def _line(error: BaseException) -> str:
         return f"error: {_joined(error.format_message())}; see {context.command_path if context else NAME} --help"
     if isinstance(error, LlmcadError):
         return f"error: {_joined(str(error))}"
+    if isinstance(error, MemoryError):
+        return "error: there is not enough memory; give a smaller --memory or --context, or a smaller model"
     kind = type(error).__name__
     return f"error: {kind}: {_joined(str(error)) or 'no message'}; run again with --debug for details"
 

@@ -209,15 +209,34 @@ def _norm_of(module: Any) -> tuple[Floats, float]:
     return np.array(module["weight"], np.float32), float(module.eps)
 
 
+def _rope_key(rope: Any, dim: int) -> Hashable:
+    """Equal for rope modules that rotate alike; None where that cannot be told."""
+    own = {name: value for name, value in {**vars(rope), **rope}.items() if name not in ("_no_grad", "_training")}
+    arrays = {name: value for name, value in own.items() if isinstance(value, mx.array)}
+    plain = {name: value for name, value in own.items() if name not in arrays}
+    if not all(isinstance(value, bool | int | float | str | None) for value in plain.values()):
+        return None
+    values = tuple((name, np.array(value.astype(mx.float32)).tobytes()) for name, value in sorted(arrays.items()))
+    return type(rope), dim, tuple(sorted(plain.items(), key=lambda item: item[0])), values
+
+
+class _Rotations(dict[Hashable, _Rotation]):
+    """Tables that layers share: for each of its own, a deep model would need more memory than for its weights."""
+
+    def of(self, rope: Any, dim: int) -> _Rotation:
+        key = _rope_key(rope, dim)
+        return _Rotation(rope, dim) if key is None else self.setdefault(key, _Rotation(rope, dim))
+
+
 class _HostBlockState:
     """What a block needs besides its parameters; views are rebuilt when parameters change."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, rotations: _Rotations) -> None:
         self.block = block
         attention = block.self_attn
         dim = attention.q_proj["weight"].shape[0] // attention.n_heads
         self.shape = _Shape(attention.n_heads, attention.n_kv_heads, dim, float(attention.scale))
-        self.rotation = _Rotation(attention.rope, dim)
+        self.rotation = rotations.of(attention.rope, dim)
         self._weights: tuple[Any, Any, Any] | None = None
         self._source: Any = None
 
@@ -319,6 +338,7 @@ def install_host_blocks(model: Module, loaded: LoadedLayer | None = None) -> int
     """
     classes: dict[type, type] = {}
     agreed: dict[Hashable, bool] = {}
+    rotations = _Rotations()
     count = 0
     for number, block in enumerate(getattr(model, "layers", [])):
         if not _is_candidate(block):
@@ -327,7 +347,7 @@ def install_host_blocks(model: Module, loaded: LoadedLayer | None = None) -> int
         kind = layer_kind(block) if loaded is not None else number
         if original not in classes:
             classes[original] = type(original.__name__, (_HostBlock, original), {})
-        block._host_block = _HostBlockState(block)
+        block._host_block = _HostBlockState(block, rotations)
         block.__class__ = classes[original]
         if kind not in agreed:
             with nullcontext() if loaded is None else loaded(number):

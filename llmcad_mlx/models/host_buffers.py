@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from llmcad_mlx.models.slots import SPARE_SLOTS, grown_capacity
 
-_STEP = 256
-_SPARE = 3  # the score kernel reads keys in fours and may touch three slots past the last
+Floats = npt.NDArray[np.float32]
 
 
 class HostBuffers:
@@ -16,16 +15,18 @@ class HostBuffers:
 
     __slots__ = ("keys", "values")
 
-    def __init__(self, kv_heads: int, dim: int) -> None:
-        self.keys: Floats = np.zeros((kv_heads, _STEP, dim), np.float32)
-        self.values: Floats = np.zeros((kv_heads, _STEP, dim), np.float32)
+    def __init__(self, kv_heads: int, dim: int, num_slots: int = 0) -> None:
+        """num_slots: expected; pages that are never written take no memory."""
+        capacity = grown_capacity(num_slots + SPARE_SLOTS, 0) if num_slots else 0
+        self.keys: Floats = np.zeros((kv_heads, capacity, dim), np.float32)
+        self.values: Floats = np.zeros((kv_heads, capacity, dim), np.float32)
 
     def reserve(self, used: int, num_slots: int) -> None:
-        """Make room for ``num_slots`` slots, keeping the first ``used``; grows by a quarter at least."""
+        """Make room for ``num_slots`` slots, keeping the first ``used``."""
         capacity = self.keys.shape[1]
-        if num_slots + _SPARE <= capacity:
+        if num_slots + SPARE_SLOTS <= capacity:
             return
-        capacity = -(-max(num_slots + _SPARE, capacity * 5 // 4) // _STEP) * _STEP
+        capacity = grown_capacity(num_slots + SPARE_SLOTS, capacity)
         self.keys, self.values = (self._grown(a, used, capacity) for a in (self.keys, self.values))
 
     def gather_tail(self, start: int, slots: npt.NDArray[np.int32]) -> None:

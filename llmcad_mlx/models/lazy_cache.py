@@ -23,7 +23,7 @@ from mlx_lm.models import cache as mlx_cache
 
 from llmcad_mlx.models.host_buffers import HostBuffers
 from llmcad_mlx.models.positions import NodePositions
-from llmcad_mlx.models.slots import AttentionPlan, SlotTable
+from llmcad_mlx.models.slots import AttentionPlan, SlotTable, grown_capacity
 
 __all__ = ["AttentionPlan", "LayerCache", "LazyKVCache", "UnsupportedCacheError"]
 
@@ -38,7 +38,6 @@ class LayerCache:
     window: the layer sees only the last ``window`` positions, itself included (None: all).
     """
 
-    step = 256
     start_position = 0  # llama4 asks: slots are never trimmed from the front
 
     def __init__(self, owner: LazyKVCache, window: int | None = None) -> None:
@@ -67,10 +66,12 @@ class LayerCache:
         if keys.shape[2] != end - start:
             raise RuntimeError(f"{keys.shape[2]} tokens forwarded, {end - start} announced with append")
         if self.keys is None or self.values is None:
-            self.keys, self.values = self._room(keys, end), self._room(values, end)
+            capacity = grown_capacity(max(end, self.owner.expected_slots), 0)
+            self.keys, self.values = self._room(keys, capacity), self._room(values, capacity)
         elif end > self.keys.shape[2]:
-            self.keys = self._grown(self.keys, start, end)
-            self.values = self._grown(self.values, start, end)
+            more = grown_capacity(end, self.keys.shape[2]) - start
+            self.keys = self._grown(self.keys, start, more)
+            self.values = self._grown(self.values, start, more)
         self.keys[..., start:end, :] = keys
         self.values[..., start:end, :] = values
         self._written = self.owner.generation
@@ -79,7 +80,7 @@ class LayerCache:
     def host_buffers(self, kv_heads: int, dim: int) -> HostBuffers:
         """Numpy buffers with room for the announced rows, which the host kernels write themselves."""
         if self.host is None:
-            self.host = HostBuffers(kv_heads, dim)
+            self.host = HostBuffers(kv_heads, dim, self.owner.expected_slots)
         self.host.reserve(self.owner.first_appended, self.owner.num_slots)
         self._written = self.owner.generation
         return self.host
@@ -139,12 +140,13 @@ class LayerCache:
     def maybe_trim_front(self) -> None:
         """What llama4 asks of its chunked cache; every slot is kept, the mask hides what is out of reach."""
 
-    def _room(self, rows: mx.array, num_slots: int) -> mx.array:
+    @staticmethod
+    def _room(rows: mx.array, num_slots: int) -> mx.array:
         batch, heads, _, dim = rows.shape
-        return mx.zeros((batch, heads, -(-num_slots // self.step) * self.step, dim), rows.dtype)
+        return mx.zeros((batch, heads, num_slots, dim), rows.dtype)
 
-    def _grown(self, buffer: mx.array, used: int, num_slots: int) -> mx.array:
-        return mx.concatenate([buffer[..., :used, :], self._room(buffer, num_slots - used)], axis=2)
+    def _grown(self, buffer: mx.array, used: int, more: int) -> mx.array:
+        return mx.concatenate([buffer[..., :used, :], self._room(buffer, more)], axis=2)
 
 
 class LazyKVCache(SlotTable):
@@ -174,6 +176,8 @@ class LazyKVCache(SlotTable):
         self.stores = [LayerCache(self, window) for window in (windows or [None] * num_layers)]
         self.layers: list[Any] = list(self.stores)
         """What a model gets as ``cache=``; an entry may be an mlx-lm CacheList of several stores."""
+        self.expected_slots = 0
+        """Room that is made at the first forward: growing again and again leaves holes in a process's memory."""
         self._offset: int | NodePositions | None = None
         self._masks: dict[int | None, mx.array] = {}
 

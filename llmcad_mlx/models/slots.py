@@ -15,6 +15,22 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int32]
 
+_STEP = 32
+SPARE_SLOTS = 3  # the score kernel reads keys in fours and may touch three slots past the last
+
+
+def grown_capacity(num_slots: int, capacity: int) -> int:
+    """Slots to make room for when `num_slots` are needed and there is room for `capacity`.
+
+    A quarter more at least, so that all growing together copies no more than a few times what there is.
+    """
+    return -(-max(num_slots, capacity * 5 // 4) // _STEP) * _STEP
+
+
+def most_capacity(num_slots: int) -> int:
+    """What a cache of `num_slots` slots makes room for at most."""
+    return grown_capacity(num_slots + SPARE_SLOTS, num_slots + SPARE_SLOTS)
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:

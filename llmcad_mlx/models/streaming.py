@@ -4,13 +4,13 @@ The model's own code stays as it is: a module's class gets a subclass that fetch
 the call, evaluates what depends on them, and gives the memory back. So any mlx-lm architecture streams, its
 decoder layers whole, its head in pieces of rows, its embedding by the rows that are looked up.
 
-Weights lie in reused buffers. Each tensor is a view into one, made once for each buffer and bound to the
-module's parameter before every call; nothing is copied and nothing allocated.
+Weights lie in reused buffers. Each tensor is a view into one, made once and bound to the module's parameter
+before every call; nothing is copied and nothing allocated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -54,6 +54,10 @@ class Placement:
     """What the model computes with; converted on each use where it differs from `stored`."""
 
 
+Views = dict[Hashable, list[mx.array]]
+"""By buffer and layout, the tensors that lie in it."""
+
+
 @dataclass(slots=True)
 class StreamedUnit:
     """What is brought in at once: a decoder layer, or a piece of the head."""
@@ -63,7 +67,8 @@ class StreamedUnit:
     buffers: Sequence[mx.array]
     """uint8, the stream's buffers."""
     feed: WeightFeed
-    _views: dict[int, list[mx.array]] = field(default_factory=dict)
+    views: Views = field(default_factory=dict)
+    """Made so far. Units that lie alike in the buffers share them: a deep model has tens of thousands."""
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
@@ -77,9 +82,10 @@ class StreamedUnit:
 
     def bind(self, index: int) -> None:
         """Let the modules' parameters be views into buffer `index`, whatever it holds."""
-        if index not in self._views:
-            self._views[index] = [self._view(self.buffers[index], place) for place in self.placements]
-        for place, view in zip(self.placements, self._views[index], strict=True):
+        key = index, tuple((place.offset, place.shape, place.stored) for place in self.placements)
+        if key not in self.views:
+            self.views[key] = [self._view(self.buffers[index], place) for place in self.placements]
+        for place, view in zip(self.placements, self.views[key], strict=True):
             # Not cached: a converted copy would be resident memory.
             place.module[place.name] = view if place.stored == place.wanted else view.astype(place.wanted)
 
@@ -171,7 +177,7 @@ def stream_embedding(embedding: Module, rows: RowSource, pieces: Sequence[Stream
 def let_go(unit: StreamedUnit) -> None:
     """Let nothing refer to the unit's buffers any more; its modules are of no use until they get weights again."""
     unit.buffers = ()
-    unit._views.clear()
+    unit.views = {}
     for place in unit.placements:
         place.module[place.name] = mx.zeros(place.shape, place.wanted)  # never evaluated: takes no memory
         forget_views(place.module)

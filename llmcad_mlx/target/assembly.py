@@ -25,6 +25,7 @@ from llmcad_mlx.models.probe import ProbeReport, probe
 from llmcad_mlx.models.probe_cache import cached_probe
 from llmcad_mlx.models.streaming import (
     StreamedUnit,
+    Views,
     let_go,
     make_resident,
     stream_embedding,
@@ -67,7 +68,8 @@ class Prepared:
         mx.eval([module[name] for module, name in self.parts.resident])
         buffer = mx.zeros((max(unit.buffer_bytes for unit, _ in placed),), mx.uint8)
         feed = OnDemandFeed([unit for unit, _ in placed], _writable(buffer), storage)
-        units = [StreamedUnit(number, places, [buffer], feed) for number, (_, places) in enumerate(placed)]
+        shared: Views = {}
+        units = [StreamedUnit(number, places, [buffer], feed, shared) for number, (_, places) in enumerate(placed)]
         use_host_blocks(model, lambda number: units[number].loaded())
         _attach(self.parts, units, range(len(self.parts.layers)), storage, None)
         report = cached_probe(model, loaded.config, probes, self._probe)
@@ -140,7 +142,8 @@ class Prepared:
             sequence = self._checksums.marked(sequence)
         stream = ThreadedStream(sequence, views, storage, verify=self._checksums is not None)
         feed = SequentialFeed(stream, len(placed))
-        units = [StreamedUnit(number, places, buffers, feed) for number, (_, places) in enumerate(placed)]
+        shared: Views = {}
+        units = [StreamedUnit(number, places, buffers, feed, shared) for number, (_, places) in enumerate(placed)]
         for unit in units:
             unit.bind(0)  # lets go of the lazily loaded arrays
         _attach(parts, units, self._streamed_layers(plan), storage, feed, with_rows=not plan.pin_embedding)

@@ -6,20 +6,19 @@ activations, stream buffers, and as much of the target as is left room for (`pin
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from llmcad_mlx.errors import BudgetError
+from llmcad_mlx.models.slots import most_capacity
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.target.needs import MemoryNeeds, Room
 from llmcad_mlx.target.pinning import Pins, spread
 from llmcad_mlx.tree.throughput import provisional_nodes
 
 _CONTEXT_STEP = 64
-_ROUNDING = 2  # bytes, of two products
 _LOGIT_COPIES = 1.25  # the whole, and a piece of a streamed head
-_KV_GROWTH = 1.25  # buffers grow by a quarter
 _RESERVE = 24 << 20  # the allocator's loose ends
 
 
@@ -172,11 +171,26 @@ def _roomiest(needs: MemoryNeeds, budget: int | None, plan: Callable[[Room], Mem
 
 def _longer(needs: MemoryNeeds, plan: MemoryPlan, room: Room) -> Room:
     """`room` with as much more context as what `plan`, made with it, has left."""
-    each = math.ceil((needs.sizes.kv_bytes_per_token + needs.draft_kv_bytes_per_token) * _KV_GROWTH)
+    each = needs.sizes.kv_bytes_per_token + needs.draft_kv_bytes_per_token
     if plan.budget_bytes is None or not each:
         return replace(room, context=needs.context)
-    more = max(plan.spare_bytes - _ROUNDING, 0) // each // _CONTEXT_STEP * _CONTEXT_STEP
-    return replace(room, context=min(room.context + more, needs.context))
+
+    def more_bytes(steps: int) -> int:
+        return sum(_kv_bytes(needs, replace(room, context=room.context + steps * _CONTEXT_STEP))) - now
+
+    now = sum(_kv_bytes(needs, room))
+    steps = range(-(-(needs.context - room.context) // _CONTEXT_STEP) + 1)
+    most = bisect_right(steps, plan.spare_bytes, key=more_bytes) - 1
+    return replace(room, context=min(room.context + max(most, 0) * _CONTEXT_STEP, needs.context))
+
+
+def _kv_bytes(needs: MemoryNeeds, room: Room) -> tuple[int, int]:
+    """Keys and values of the target, and of the draft."""
+    target, draft = room.context + room.max_nodes, room.context + provisional_nodes(room.max_nodes)
+    return (
+        needs.sizes.kv_bytes_per_token * most_capacity(target),
+        needs.draft_kv_bytes_per_token * most_capacity(draft),
+    )
 
 
 def _streaming(needs: MemoryNeeds, room: Room) -> MemoryPlan:
@@ -190,9 +204,7 @@ def _streaming(needs: MemoryNeeds, room: Room) -> MemoryPlan:
 def _common(needs: MemoryNeeds, room: Room) -> MemoryPlan:
     """What does not depend on what is pinned."""
     sizes = needs.sizes
-    kv = round(sizes.kv_bytes_per_token * (room.context + room.max_nodes) * _KV_GROWTH)
-    drafted = room.context + provisional_nodes(room.max_nodes)
-    draft_kv = round(needs.draft_kv_bytes_per_token * drafted * _KV_GROWTH)
+    kv, draft_kv = _kv_bytes(needs, room)
     logits = round(room.max_nodes * sizes.logit_columns * 4 * _LOGIT_COPIES)
     activations = room.prefill_chunk * (3 * sizes.widest + 6 * sizes.hidden) * 4
     return MemoryPlan(

@@ -117,7 +117,7 @@ class SpeculativeEngine:
         waited = self.target.io_wait_s - waited
         busy = seconds - growth.background_s - waited
         # Drafting in the background takes the place of waiting, so it is not taken off what a pass takes.
-        self.costs.verify.observe(len(tree), seconds, busy)
+        self.costs.observe_pass(len(tree), seconds, busy)
         stats.verify_s += busy
         stats.io_wait_s += waited
         return verification

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llmcad_mlx.history import PairHistory
 from llmcad_mlx.loader import PlannedPair
 from llmcad_mlx.pair_names import pair_profile_path
+from llmcad_mlx.profile import PairProfile
 from llmcad_mlx.read_rate import ReadRate, measure_read_rate
 from llmcad_mlx.target.pinning import streamed_choices
 from llmcad_mlx.target.plan import MemoryPlan, make_plan
+from llmcad_mlx.tree.cost_model import CostModel
 
 _MORE = (25, 50, 100)  # per cent
 
@@ -113,22 +114,22 @@ def find_measured(pair: PlannedPair) -> Measured | None:
         ways += [(size, None) for size in near]
     for streamed, bandwidth in (*ways, (None, None)):
         path = pair_profile_path(pair.names, streamed, bandwidth)
-        history = PairHistory(path) if path.exists() else None
-        if history is not None and history.rounds.rounds and history.computing:
-            return _measured(history, streamed)
+        costs = PairProfile(path).costs
+        if costs.rounds.rounds and costs.computing:
+            return _measured(costs, streamed)
     return None
 
 
-def _measured(history: PairHistory, streamed: int | None) -> Measured:
-    rounds = history.rounds
+def _measured(costs: CostModel, streamed: int | None) -> Measured:
+    rounds = costs.rounds
     nodes = rounds.rows / rounds.rounds
     return Measured(
         tokens_per_pass=rounds.tokens / rounds.rounds,
         nodes=nodes,
-        pass_s=history.computing.predict(max(round(nodes), 1)),
-        plain_pass_s=history.computing.predict(1),
+        pass_s=costs.computing.predict(max(round(nodes), 1)),
+        plain_pass_s=costs.computing.predict(1),
         rest_s=rounds.rest_s / rounds.rounds,
-        draft_step_s=history.costs.draft.predict(1) if history.costs.draft else None,
+        draft_step_s=costs.draft.predict(1) if costs.draft else None,
         streamed_bytes=streamed,
     )
 

@@ -17,7 +17,6 @@ import mlx.core as mx
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.history import PairHistory
 from llmcad_mlx.machine import resident_bytes, this_machine
 from llmcad_mlx.models.lazy_cache import LazyKVCache
 from llmcad_mlx.models.loading import LoadedModel, load_model_folder
@@ -176,7 +175,7 @@ def _pair(
         tokenizer=loaded.tokenizer,
         vocab_size=target.vocab_size,
         context_length=context,
-        profile=PairHistory(pair_profile_path(names, streamed, options.read_bandwidth)),
+        profile=PairProfile(pair_profile_path(names, streamed, options.read_bandwidth)),
         target_path=names.target_path,
         draft_name=names.draft_name,
         options=options,

@@ -14,7 +14,7 @@ from typing import Any
 from llmcad_mlx.tree.calibration import Calibration
 from llmcad_mlx.tree.cost_model import CostModel
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 class PairProfile:

@@ -127,6 +127,13 @@ def test_what_was_saved_predicts_the_same(draft: list[tuple[int, float]], verify
         assert again.verify.predict(rows) == model.verify.predict(rows)
 
 
+GOOD = CostModel().to_dict()
+
+
+def test_what_the_damages_are_made_from_is_good() -> None:
+    assert CostModel.from_dict(GOOD).to_dict() == GOOD
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -134,19 +141,21 @@ def test_what_was_saved_predicts_the_same(draft: list[tuple[int, float]], verify
         [],
         "costs",
         {},
-        {"draft": {}},
-        {"verify": {}},
-        {"draft": {}, "verify": []},
-        {"draft": {}, "verify": None},
-        {"draft": {}, "verify": {"one": 1.0}},
-        {"draft": {}, "verify": {"0": 1.0}},
-        {"draft": {}, "verify": {"1": "fast"}},
-        {"draft": {}, "verify": {"1": True}},
-        {"draft": {}, "verify": {"1": None}},
-        {"draft": {}, "verify": {"1": -1.0}},
-        {"draft": {}, "verify": {"1": math.nan}},
-        {"draft": {}, "verify": {"1": math.inf}},
-        {"draft": {}, "verify": {"1": 10**400}},
+        {name: value for name, value in GOOD.items() if name != "rounds"},
+        {name: value for name, value in GOOD.items() if name != "computing"},
+        {**GOOD, "verify": []},
+        {**GOOD, "verify": None},
+        {**GOOD, "verify": {"one": 1.0}},
+        {**GOOD, "verify": {"0": 1.0}},
+        {**GOOD, "verify": {"1": "fast"}},
+        {**GOOD, "verify": {"1": True}},
+        {**GOOD, "verify": {"1": None}},
+        {**GOOD, "verify": {"1": -1.0}},
+        {**GOOD, "verify": {"1": math.nan}},
+        {**GOOD, "verify": {"1": math.inf}},
+        {**GOOD, "verify": {"1": 10**400}},
+        {**GOOD, "rounds": [1]},
+        {**GOOD, "rounds": {**GOOD["rounds"], "tokens": -1.0}},
     ],
     ids=lambda data: repr(data)[:60],
 )

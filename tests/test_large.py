@@ -1,4 +1,5 @@
-"""Two thousand tokens of each real model, speculative against plain: not one may differ.
+"""Two thousand tokens of each real model, speculative against plain: not one may differ. The same for a streamed
+target under several budgets.
 
 Run with `make test-large`; the totals are printed.
 """
@@ -13,6 +14,8 @@ from tests.real_text import PROMPTS, compare
 pytestmark = pytest.mark.large
 
 NUM_TOKENS = 200  # for each of the ten prompts
+STREAMED_TOKENS = 40  # for each prompt and way of streaming
+STREAMED_PROMPTS = PROMPTS[:3]
 
 
 @pytest.mark.embedded
@@ -48,3 +51,30 @@ def total_over(preset: str, temperature: float, capsys: pytest.CaptureFixture[st
             f"{tokens / passes:.2f} tokens per pass"
         )
     assert mismatches == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_streamed_text_is_the_resident_text(temperature: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a budget with next to nothing pinned to one in which all fits, with and without the pipeline."""
+    target = "qwen2.5-coder-1.5b"
+    options = {"max_tokens": STREAMED_TOKENS, "temperature": temperature, "seed": 3}
+    with load(target) as engine:
+        plain = [engine.generate(prompt, policy="plain", **options).tokens for prompt in STREAMED_PROMPTS]
+    passes = tokens = 0
+    streamed = []
+    for memory in ("1GB", "1400MB", "4GB"):
+        with load(target, memory=memory) as engine:
+            assert engine.pair.plan is not None
+            streamed.append(engine.pair.plan.streamed_bytes)
+            for pipeline in (True, False):
+                for prompt, expected in zip(STREAMED_PROMPTS, plain, strict=True):
+                    result = engine.generate(prompt, pipeline=pipeline, **options)
+                    assert result.tokens == expected
+                    passes += result.stats.target_passes
+                    tokens += len(result.tokens)
+    assert streamed[0] > streamed[1] > streamed[2] == 0
+    with capsys.disabled():
+        print(
+            f"\n{target}, {[round(n / 1e6) for n in streamed]} MB read per pass, T={temperature}: {tokens} tokens "
+            f"in {passes} passes, none differs from plain decoding in memory"
+        )

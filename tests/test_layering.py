@@ -22,7 +22,7 @@ LAYERS = [
     {"sampling", "text_stream", "profile", "models"},
     {"drafting", "target"},
     {"pipeline", "sources"},
-    {"engine", "policies", "history", "pair_names", "pair_models", "read_rate"},
+    {"engine", "policies", "pair_names", "pair_models", "read_rate"},
     {"loader"},
     {"api", "forecast"},
     {"report", "doctor", "bench"},

@@ -257,7 +257,7 @@ def test_seconds_are_charged_to_who_spent_them() -> None:
     target.read = 777  # the prompt's
     engine.start(PROMPT, stats)
     passes: list[float] = []
-    engine.costs.verify.observe = lambda rows, seconds, busy: passes.append(seconds)  # type: ignore[method-assign]
+    engine.costs.observe_pass = lambda rows, seconds, busy: passes.append(seconds)  # type: ignore[method-assign]
     for _ in range(6):
         before = clock.now
         in_front = stats.draft_s - stats.hidden_draft_s

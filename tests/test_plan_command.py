@@ -12,12 +12,13 @@ import pytest
 from llmcad_mlx import load
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.forecast import Measured, Speeds, find_measured
-from llmcad_mlx.history import PairHistory, Rounds
 from llmcad_mlx.loader import MemoryOptions, find_pair, plan_pair
+from llmcad_mlx.profile import PairProfile
 from llmcad_mlx.read_rate import ReadRate, measure_read_rate, timed_read
 from llmcad_mlx.target import parts
 from llmcad_mlx.target.plan import make_plan
 from llmcad_mlx.target.stream import Read
+from llmcad_mlx.tree.rounds import Rounds
 from tests.tiny_folder import make_folder, tiny_environment
 
 PROMPT = "then the other one ran in and then the other one"
@@ -284,25 +285,25 @@ def test_large_reads_are_sampled_in_pieces(tmp_path: Path) -> None:
 
 
 def test_rounds_are_kept_with_the_profile(tmp_path: Path) -> None:
-    history = PairHistory(tmp_path / "pair.json")
+    profile = PairProfile(tmp_path / "pair.json")
     for _ in range(50):
-        history.costs.draft.observe(1, 0.01)
-        history.costs.verify.observe(8, 0.5, 0.2)
-        history.costs.observe_round(3, 0.6)
-    assert history.rounds.tokens / history.rounds.rounds == pytest.approx(3)
-    assert history.rounds.rows / history.rounds.rounds == pytest.approx(8)
-    assert history.rounds.rest_s / history.rounds.rounds == pytest.approx(0.1)
-    assert history.computing.predict(8) == pytest.approx(0.2)
-    assert history.costs.verify.predict(8) == pytest.approx(0.5)
-    history.save()
-    again = PairHistory(tmp_path / "pair.json")
-    assert again.rounds == history.rounds
-    assert again.computing.predict(8) == pytest.approx(0.2)
+        profile.costs.draft.observe(1, 0.01)
+        profile.costs.observe_pass(8, 0.5, 0.2)
+        profile.costs.observe_round(3, 0.6)
+    assert profile.costs.rounds.tokens / profile.costs.rounds.rounds == pytest.approx(3)
+    assert profile.costs.rounds.rows / profile.costs.rounds.rounds == pytest.approx(8)
+    assert profile.costs.rounds.rest_s / profile.costs.rounds.rounds == pytest.approx(0.1)
+    assert profile.costs.computing.predict(8) == pytest.approx(0.2)
+    assert profile.costs.verify.predict(8) == pytest.approx(0.5)
+    profile.save()
+    again = PairProfile(tmp_path / "pair.json")
+    assert again.costs.rounds == profile.costs.rounds
+    assert again.costs.computing.predict(8) == pytest.approx(0.2)
     assert again.costs.draft.predict(1) == 0.01
-    again.costs.verify.observe(4, 0.3, 0.1)
+    again.costs.observe_pass(4, 0.3, 0.1)
     again.costs.observe_round(1, 0.3)
     again.save()
-    assert PairHistory(tmp_path / "pair.json").rounds.tokens < again.rounds.rounds * 3
+    assert PairProfile(tmp_path / "pair.json").costs.rounds.tokens < again.costs.rounds.rounds * 3
 
 
 def test_recent_rounds_count_most(tmp_path: Path) -> None:
@@ -326,17 +327,16 @@ def test_recent_rounds_count_most(tmp_path: Path) -> None:
 )
 def test_a_profile_without_good_rounds_is_one_without_rounds(tmp_path: Path, damage: Any) -> None:
     file = tmp_path / "pair.json"
-    history = PairHistory(file)
-    history.costs.verify.observe(8, 0.5, 0.2)
-    history.costs.observe_round(3, 0.6)
-    history.save()
+    profile = PairProfile(file)
+    profile.costs.observe_pass(8, 0.5, 0.2)
+    profile.costs.observe_round(3, 0.6)
+    profile.save()
     content = json.loads(file.read_text())
     damage(content["costs"])
     file.write_text(json.dumps(content))
-    again = PairHistory(file)
-    assert again.rounds == Rounds()
-    assert not again.computing
-    assert again.costs.verify.predict(8) == 0.5  # what the policy goes by is good
+    again = PairProfile(file)
+    assert again.costs.rounds == Rounds()
+    assert not again.costs.computing
 
 
 def test_nothing_measured_is_nothing(folder: Path) -> None:

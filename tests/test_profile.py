@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llmcad_mlx.profile import PairProfile, profile_path
+from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM
 
 
@@ -22,6 +23,9 @@ def learned(path: Path | None) -> PairProfile:
         profile.calibration.observe(0.9, MODEL, False)
         profile.calibration.observe(0.4, NGRAM, True)
     return profile
+
+
+GOOD_COSTS = {**CostModel().to_dict(), "draft": {"1": 0.5}}
 
 
 def figures(profile: PairProfile) -> list[float]:
@@ -67,9 +71,9 @@ def changed(path: Path, **entries: Any) -> str:
         b"[]",
         b"null",
         b"\xff\xfe\x00",
-        b'{"version": 1}',
+        b'{"version": 2}',
         b'{"version": 999}',
-        b'{"version": 1, "costs": 3, "calibration": []}',
+        b'{"version": 2, "costs": 3, "calibration": []}',
     ],
     ids=repr,
 )
@@ -84,9 +88,9 @@ def test_a_damaged_file_means_starting_afresh(tmp_path: Path, content: bytes) ->
     [
         {"version": 0},
         {"costs": None},
-        {"costs": {"draft": {"1": 0.5}, "verify": {"1": "slow"}}},
-        {"costs": {"draft": {"1": 0.5}, "verify": {"1": 10**400}}},
-        {"costs": {"draft": {"1": 0.5}, "verify": {"1": -1.0}}},
+        {"costs": {**GOOD_COSTS, "verify": {"1": "slow"}}},
+        {"costs": {**GOOD_COSTS, "verify": {"1": 10**400}}},
+        {"costs": {**GOOD_COSTS, "verify": {"1": -1.0}}},
         {"calibration": None},
         {"calibration": {"version": 1}},
         {"calibration": {"version": 1, "edges": [0.5], "sources": {}}},

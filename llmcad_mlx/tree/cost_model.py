@@ -5,8 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import asdict
 from statistics import median_low
 from typing import Any
+
+from llmcad_mlx.tree.rounds import Rounds
 
 _REMEMBERED = 15  # observations per row count; their lower median shrugs off a disturbed one, even of two
 _FIRST_LIMIT = 2.5  # times the prediction, for the first observation of a row count
@@ -136,20 +139,37 @@ class StepTimes:
 
 
 class CostModel:
-    """Draft step and target pass times, and how fast decoding has been lately."""
+    """Draft step and target pass times, what rounds are like, and how fast decoding has been lately.
+
+    `verify`: seconds of passes, waiting included; `computing`: the same without waiting for weights. `rounds`
+    counts those whose passes came through `observe_pass`.
+    """
 
     _DECAY = 0.9  # weight of the past at each round
 
     def __init__(self, draft: StepTimes | None = None, verify: StepTimes | None = None) -> None:
-        self.draft = draft or StepTimes()
-        self.verify = verify or StepTimes()
+        self.draft = StepTimes() if draft is None else draft
+        self.verify = StepTimes() if verify is None else verify
+        self.computing = StepTimes()
+        self.rounds = Rounds()
+        self._last_pass: tuple[int, float] | None = None  # rows and seconds, until its round was counted
         self._tokens = 0.0
         self._seconds = 0.0
+
+    def observe_pass(self, rows: int, seconds: float, busy: float) -> None:
+        """A target pass over `rows` nodes took `seconds`, `busy` of them computing."""
+        self.verify.observe(rows, seconds, busy)
+        self.computing.observe(rows, min(max(busy, 0.0), seconds))
+        self._last_pass = rows, seconds
 
     def observe_round(self, num_tokens: int, seconds: float) -> None:
         """A round gave `num_tokens` tokens in `seconds`, everything included."""
         self._tokens = self._tokens * self._DECAY + num_tokens
         self._seconds = self._seconds * self._DECAY + seconds
+        if self._last_pass is not None:
+            rows, pass_s = self._last_pass
+            self._last_pass = None
+            self.rounds.add(num_tokens, rows, max(seconds - pass_s, 0.0))
 
     @property
     def plain_rate(self) -> float:
@@ -173,11 +193,16 @@ class CostModel:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""
-        return {"draft": self.draft.to_dict(), "verify": self.verify.to_dict()}
+        times = {"draft": self.draft, "verify": self.verify, "computing": self.computing}
+        return {name: part.to_dict() for name, part in times.items()} | {"rounds": asdict(self.rounds)}
 
     @classmethod
     def from_dict(cls, data: Any) -> CostModel:
         """Read what `to_dict` wrote. Raises ValueError for anything else."""
-        if not isinstance(data, Mapping) or not {"draft", "verify"} <= set(data):
-            raise ValueError("cost model: 'draft' or 'verify' is missing")
-        return cls(StepTimes.from_dict(data["draft"]), StepTimes.from_dict(data["verify"]))
+        parts = ("draft", "verify", "computing", "rounds")
+        if not isinstance(data, Mapping) or not set(parts) <= set(data):
+            raise ValueError(f"cost model: one of {', '.join(parts)} is missing")
+        model = cls(StepTimes.from_dict(data["draft"]), StepTimes.from_dict(data["verify"]))
+        model.computing = StepTimes.from_dict(data["computing"])
+        model.rounds = Rounds.from_dict(data["rounds"])
+        return model

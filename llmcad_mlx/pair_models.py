@@ -10,14 +10,17 @@ import mlx.core as mx
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from llmcad_mlx.drafting.ngram_drafter import NgramDrafter
+from llmcad_mlx.drafting.ngram_table import NgramTable, vocabulary_hash
+from llmcad_mlx.drafting.table_drafter import TableDrafter
 from llmcad_mlx.drafting.vocabulary import check_same_tokens
-from llmcad_mlx.errors import ModelError
+from llmcad_mlx.errors import ModelError, VocabularyError
 from llmcad_mlx.models.host import prepare_for_host
 from llmcad_mlx.models.loading import LoadedModel, load_model_folder
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.probe_cache import cached_probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.sources.cache_folder import home_folder
+from llmcad_mlx.sources.resolve import TABLE_SUFFIX
 
 
 def load_tree_model(path: Path, like: LoadedModel | None = None) -> tuple[LoadedModel, TreeModel]:
@@ -29,17 +32,26 @@ def load_tree_model(path: Path, like: LoadedModel | None = None) -> tuple[Loaded
 
 
 def load_drafters(path: Path | None, target: LoadedModel, model: TreeModel, vocab_size: int) -> list[Drafter]:
-    """Who drafts for `model`, which was loaded as `target`: the n-gram drafter, then the draft model at `path` if
-    any; nobody for a model that cannot verify a draft.
+    """Who drafts for `model`, which was loaded as `target`: the n-gram drafter, then the draft model or the n-gram
+    table at `path` if any; nobody for a model that cannot verify a draft.
 
     Raises ModelError or VocabularyError for an unfit draft model.
     """
     if model.capability == "plain":
         return []
     drafters: list[Drafter] = [NgramDrafter()]
-    if path is not None:
+    if path is not None and path.name.endswith(TABLE_SUFFIX):
+        drafters.append(_load_table(path, target))
+    elif path is not None:
         drafters.append(_load_drafter(path, target, vocab_size))
     return drafters
+
+
+def _load_table(path: Path, target: LoadedModel) -> TableDrafter:
+    table = NgramTable.load(path)
+    if table.vocabulary != vocabulary_hash(target.tokenizer.get_vocab()):
+        raise VocabularyError(f"{path}: the table was made with other tokens than the target's; make one for it")
+    return TableDrafter(table)
 
 
 def _load_drafter(path: Path, target: LoadedModel, vocab_size: int) -> ModelDrafter:

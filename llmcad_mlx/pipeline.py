@@ -16,7 +16,7 @@ from llmcad_mlx.sampling import SamplingSettings
 from llmcad_mlx.stats import GenerationStats
 from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.policy import GrowthPolicy
-from llmcad_mlx.tree.token_tree import NGRAM, ROOT, Selection, TokenTree
+from llmcad_mlx.tree.token_tree import MODEL, ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
 _WIDEST = 16  # leaves of a model's step in the background
@@ -54,7 +54,7 @@ class Growth:
         than `seconds`."""
         started = self.clock()
         for drafter in self.drafters:
-            width = _LOOKUPS if drafter.source == NGRAM else self._width_within(seconds)
+            width = self._width_within(seconds) if drafter.source == MODEL else _LOOKUPS
             if leaves := self.policy.provisional_leaves(self.tree, drafter.source, width):
                 size = len(self.tree)
                 self.stats.hidden_draft_s += self._expand(drafter, leaves)

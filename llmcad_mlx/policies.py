@@ -16,7 +16,7 @@ from llmcad_mlx.tree.fixed import ChainPolicy
 from llmcad_mlx.tree.paper import PaperPolicy
 from llmcad_mlx.tree.policy import GrowthPolicy
 from llmcad_mlx.tree.throughput import DEFAULT_MAX_NODES, ThroughputPolicy
-from llmcad_mlx.tree.token_tree import MODEL, NGRAM
+from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TABLE
 
 
 def make_policy(
@@ -28,7 +28,7 @@ def make_policy(
     """The policy that `settings` name.
 
     "throughput" learns into `profile`, and sends the target at most `max_nodes` nodes where `settings` leave it
-    the choice; "paper" and "chain" listen to one drafter, the model where there is one.
+    the choice; "paper" and "chain" listen to one drafter: the model where there is one, else the table.
     """
     nodes, pipelined = settings.tree_nodes, settings.pipeline
     if settings.policy == "throughput":
@@ -39,7 +39,8 @@ def make_policy(
         )
     if settings.policy == "plain":
         return ChainPolicy(0, pipelined=pipelined)
-    source = MODEL if any(drafter.source == MODEL for drafter in drafters) else NGRAM
+    found = {drafter.source for drafter in drafters}
+    source = next((source for source in (MODEL, TABLE) if source in found), NGRAM)
     if settings.policy == "paper":
         return PaperPolicy(
             nodes or (DEFAULT_MAX_NODES if settings.fallback else FIXED_PAPER_NODES),

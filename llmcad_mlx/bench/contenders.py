@@ -173,12 +173,13 @@ def _drafters(pair: LoadedPair, variant: Variant) -> list[Drafter]:
     if variant.drafters == "none" or pair.target.capability == "plain":
         return []
     models = [drafter for drafter in pair.drafters if isinstance(drafter, ModelDrafter)]
+    others = [drafter for drafter in pair.drafters if not isinstance(drafter, NgramDrafter)]
     if variant.drafters == "wrong":
         inner: Drafter = models[0] if models else NgramDrafter()
         return [WrongDrafter(inner, pair.vocab_size)]
     if variant.drafters == "ngram":
         return [NgramDrafter()]
-    return [NgramDrafter(), *models] if pair.drafters else []
+    return [NgramDrafter(), *others] if pair.drafters else []
 
 
 def _mlx_lm_contenders(

@@ -11,6 +11,7 @@ from llmcad_mlx.sources.progress import Progress, progress_for
 from llmcad_mlx.sources.pull import pull_part, pull_repo
 
 DEFAULT_PRESET = "smollm2-135m"
+TABLE_SUFFIX = ".ngrams.safetensors"
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -25,7 +26,13 @@ def resolve_target(spec: str, show_progress: bool = False) -> Path:
 
 
 def resolve_draft(spec: str, show_progress: bool = False) -> Path:
-    """The folder of a draft model. A preset means its draft model, or its target when it has none."""
+    """The folder of a draft model, or the file of an n-gram table.
+
+    A preset means its draft model, or its target when it has none.
+    """
+    path = Path(spec).expanduser()
+    if path.name.endswith(TABLE_SUFFIX) and path.is_file():
+        return path
     has_draft = _is_preset(spec) and get_preset(spec).draft is not None
     return _resolve(spec, "draft" if has_draft else "target", progress_for(show_progress))
 

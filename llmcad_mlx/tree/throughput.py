@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from llmcad_mlx.tree.calibration import Calibration
 from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.policy import Candidates
-from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, Selection, TokenTree
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, TABLE, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
 DEFAULT_MAX_NODES = 64
@@ -99,8 +99,9 @@ class ThroughputPolicy:
 
     @property
     def sources(self) -> frozenset[str]:
-        """Both drafters; the n-gram one alone while drafting with the model does not pay."""
-        return frozenset({MODEL, NGRAM} if self._drafting or self.tree_nodes is not None else {NGRAM})
+        """All drafters; those that only look up while drafting with the model does not pay."""
+        drafting = self._drafting or self.tree_nodes is not None
+        return frozenset({MODEL, NGRAM, TABLE} if drafting else {NGRAM, TABLE})
 
     # -- growth ------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ DROPPED = -1
 COMMITTED = "committed"
 MODEL = "model"
 NGRAM = "ngram"
+TABLE = "table"
 
 
 class TokenTree:
@@ -28,8 +29,8 @@ class TokenTree:
     Per-node lists, indexed by node and meant to be read only; `add` is the one way to write them:
     `tokens`, `parents` (root: -1), `depths` (root: 0), `confidences` (acceptance probability given the
     parent, root: 1.0), `raw_confidences` (what the drafter said before calibration), `cumulative` (the
-    product of `confidences` along the branch), `sources` (who drafted it: "model", "ngram"; root:
-    "committed").
+    product of `confidences` along the branch), `sources` (who drafted it: "model", "ngram", "table";
+    root: "committed").
     """
 
     __slots__ = (

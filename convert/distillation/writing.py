@@ -1,0 +1,198 @@
+"""The target writes many texts at once: each is a branch of one token tree, so a forward serves all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from llmcad_mlx.models.forward import body_of
+from llmcad_mlx.models.lazy_cache import LazyKVCache
+from llmcad_mlx.models.tree_model import TreeModel
+
+Halves = npt.NDArray[np.float16]
+
+_PREFILL_ROWS = 512
+_LOOP_EVERY = 16  # tokens between two looks for loops
+_LOOP_TOKENS = 48  # a text that has repeated itself for so long says nothing new
+_LONGEST_LOOP = 24
+
+
+@dataclass(slots=True)
+class Text:
+    """One text: `tokens` from the very first one, `num_given` of them given. `hidden[name]` (T, H) float16 are the
+    activations after the layers that were asked for, one row for each token that was fed."""
+
+    tokens: list[int]
+    num_given: int
+    temperature: float = 0.0
+    hidden: dict[str, list[Halves]] = field(default_factory=dict)
+    done: bool = False
+
+    def stacked(self, name: str) -> Halves:
+        """(T, H) float16."""
+        return np.concatenate(self.hidden[name])
+
+
+class _Tap:
+    """Mixed into a module's class: keeps its last output."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        self._tap.append(out)  # type: ignore[attr-defined]
+        return out
+
+
+@contextmanager
+def tapped(modules: dict[str, Any]) -> Iterator[dict[str, list[mx.array]]]:
+    """Keep the outputs of `modules` by name while the block runs; the reader empties the lists."""
+    kinds = {name: module.__class__ for name, module in modules.items()}
+    taps: dict[str, list[mx.array]] = {name: [] for name in modules}
+    for name, module in modules.items():
+        module.__class__ = type(kinds[name].__name__, (_Tap, kinds[name]), {})
+        module._tap = taps[name]
+    try:
+        yield taps
+    finally:
+        for name, module in modules.items():
+            module.__class__ = kinds[name]
+            del module._tap
+
+
+def tap_points(model: TreeModel, depths: Sequence[int]) -> dict[str, Any]:
+    """The modules to tap: after the first `depths[i]` layers, and "final" before the head.
+
+    Raises ValueError for a depth the model has not.
+    """
+    layers, body = model.layers, body_of(model.model)
+    if body is None or "norm" not in body or any(not 1 <= depth <= len(layers) for depth in depths):
+        raise ValueError(f"no layers {depths} or no final norm in this model of {len(layers)} layers")
+    return {str(depth): layers[depth - 1] for depth in depths} | {"final": body.norm}
+
+
+class Writer:
+    """Continues texts with the target's own choices."""
+
+    def __init__(self, model: TreeModel, stop_tokens: Sequence[int], vocab_size: int, depths: Sequence[int] = ()):
+        """depths: layers whose activations are kept besides the final ones; none at all when empty.
+
+        Raises ValueError for a model that takes no trees.
+        """
+        if model.capability != "tree":
+            raise ValueError(f"this model cannot write many texts at once: {model.reason}")
+        self.model = model
+        self._stop = frozenset(stop_tokens)
+        self._vocab_size = vocab_size
+        self._points = tap_points(model, depths) if depths else {}
+
+    def write(
+        self,
+        texts: Sequence[Text],
+        max_tokens: int,
+        seed: int,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Append up to `max_tokens` tokens to each text, until a stop token or a loop. on_tokens counts them."""
+        rng = np.random.default_rng(seed)
+        cache = self.model.new_cache()
+        assert isinstance(cache, LazyKVCache)
+        with tapped(self._points) as taps:
+            tips = self._begin(cache, texts, taps)
+            logits = np.stack([row for _, row in tips])
+            slots = [slot for slot, _ in tips]
+            live = list(texts)
+            for count in range(1, max_tokens + 1):
+                chosen = [int(t) for t in _choose(logits[:, : self._vocab_size], live, rng)]
+                for text, token in zip(live, chosen, strict=True):
+                    text.tokens.append(token)
+                    text.done = token in self._stop or (count % _LOOP_EVERY == 0 and loops(text.tokens))
+                on_tokens(len(live))
+                rest = [i for i, text in enumerate(live) if not text.done]
+                if not rest or count == max_tokens:
+                    return
+                live, slots = [live[i] for i in rest], [slots[i] for i in rest]
+                result = self.model.forward([text.tokens[-1] for text in live], cache, slots)
+                logits = np.asarray(result.logits.astype(mx.float32))
+                slots = list(result.slots)
+                self._keep(taps, live)
+
+    def _begin(
+        self, cache: LazyKVCache, texts: Sequence[Text], taps: dict[str, list[mx.array]]
+    ) -> list[tuple[int, npt.NDArray[np.float32]]]:
+        """Feed what is given; returns each text's last slot and the logits after it."""
+        common = _common_prefix([text.tokens for text in texts])
+        slots = self.model.forward(texts[0].tokens[:common], cache).slots
+        mx.eval(cache.arrays())
+        prefix = {name: np.asarray(outputs[-1][0]).astype(np.float16) for name, outputs in taps.items()}
+        for text in texts:
+            text.hidden = {name: [rows] for name, rows in prefix.items()}
+        cache.commit(list(slots))
+        for outputs in taps.values():
+            outputs.clear()
+        tips = []
+        waiting: list[Text] = []
+        for number, text in enumerate(texts):
+            waiting.append(text)
+            rows = sum(len(t.tokens) - common for t in waiting)
+            if rows >= _PREFILL_ROWS or number == len(texts) - 1:
+                tips += self._feed(cache, waiting, common, taps)
+                waiting = []
+        return tips
+
+    def _feed(
+        self, cache: LazyKVCache, texts: Sequence[Text], common: int, taps: dict[str, list[mx.array]]
+    ) -> list[tuple[int, npt.NDArray[np.float32]]]:
+        tokens, parents, ends = [], [], []
+        first = cache.num_slots
+        for text in texts:
+            own = text.tokens[common:]
+            parents += [-1, *range(first + len(tokens), first + len(tokens) + len(own) - 1)]
+            tokens += own
+            ends.append(len(tokens))
+        result = self.model.forward(tokens, cache, parents)
+        logits = np.asarray(result.logits[mx.array([end - 1 for end in ends])].astype(mx.float32))
+        self._keep(taps, texts, ends)
+        return [(result.slots[end - 1], row) for end, row in zip(ends, logits, strict=True)]
+
+    @staticmethod
+    def _keep(taps: dict[str, list[mx.array]], texts: Sequence[Text], ends: Sequence[int] | None = None) -> None:
+        """File the rows that were just computed: one for each text, or those up to `ends`."""
+        bounds = list(range(1, len(texts) + 1)) if ends is None else list(ends)
+        for name, outputs in taps.items():
+            rows = np.asarray(outputs[-1][0]).astype(np.float16)
+            outputs.clear()
+            for text, start, end in zip(texts, [0, *bounds[:-1]], bounds, strict=True):
+                text.hidden[name].append(rows[start:end])
+
+
+def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with; each keeps one of its own, and there is at least one."""
+    shortest = min(map(len, texts)) - 1
+    length = next((i for i in range(shortest) if any(t[i] != texts[0][i] for t in texts)), shortest)
+    if length < 1:
+        raise ValueError("the texts must begin with the same token and have two at least")
+    return length
+
+
+def _choose(logits: npt.NDArray[np.float32], texts: Sequence[Text], rng: np.random.Generator) -> npt.NDArray[Any]:
+    """The best token of each row, or one drawn at the text's temperature."""
+    chosen = logits.argmax(axis=1)
+    for row, text in enumerate(texts):
+        if text.temperature > 0.0:
+            scores = np.exp((logits[row] - logits[row, chosen[row]]) / text.temperature)
+            sums = np.cumsum(scores, dtype=np.float64)
+            chosen[row] = min(int(np.searchsorted(sums, rng.random() * sums[-1])), len(sums) - 1)
+    return chosen
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether the last tokens repeat a short piece over and over."""
+    tail = list(tokens[-_LOOP_TOKENS:])
+    if len(tail) < _LOOP_TOKENS:
+        return False
+    return any(tail[period:] == tail[:-period] for period in range(1, _LONGEST_LOOP + 1))

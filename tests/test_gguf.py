@@ -327,10 +327,10 @@ def yarn(writer: GGUFWriter) -> None:
 @pytest.mark.parametrize(
     ("family", "edit", "message"),
     [
-        ("gemma", None, "GGUF family 'gemma' is not supported (llama and qwen2 are)"),
+        ("gemma", None, "GGUF family 'gemma' is not supported (llama, qwen2, qwen3, gemma2"),
         ("llama", fields(llama__expert_count=8), "llama with experts is not supported"),
         ("llama", fields(llama__rope__dimension_count=8), "8 rotated dimensions are not supported"),
-        ("llama", yarn, "rotary scaling 'yarn' by 4 is not supported"),
+        ("llama", yarn, "llama.rope.scaling.original_context_length is missing"),
         ("llama", extra("rope_freqs.weight", HEAD_DIM // 2), "not those of a known Llama 3 model"),
         ("llama", extra("blk.0.extra.weight", 4), "'blk.0.extra.weight' has no place in llama"),
         ("qwen2", extra("blk.7.attn_q.bias", 4), "'blk.7.attn_q.bias' has no place in qwen2"),

@@ -40,7 +40,6 @@ def write_tiny_gguf(
     skip: tuple[str, ...] = (),
 ) -> TinyGguf:
     """A model of two layers. `edit` may add fields; tensors named in `skip` are left out."""
-    tokens, types, merges = _vocabulary()
     writer = GGUFWriter(path, family)
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
@@ -50,24 +49,35 @@ def write_tiny_gguf(
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
+    num_tokens = add_tokenizer(writer, "qwen2" if family == "qwen2" else "smollm")
+    if edit is not None:
+        edit(writer)
+    weights = _weights(family, num_tokens, tied, seed)
+    for name, values in weights.items():
+        if name not in skip:
+            _add(writer, name, values, family, kind)
+    write_out(writer)
+    return TinyGguf(path, weights, num_tokens)
+
+
+def add_tokenizer(writer: GGUFWriter, pre: str) -> int:
+    """A byte-level tokenizer and a chat template; returns the number of tokens, padded to whole groups."""
+    tokens, types, merges = _vocabulary()
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2" if family == "qwen2" else "smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
     writer.add_eos_token_id(tokens.index(END))
     writer.add_chat_template(TEMPLATE)
-    if edit is not None:
-        edit(writer)
-    weights = _weights(family, len(tokens), tied, seed)
-    for name, values in weights.items():
-        if name not in skip:
-            _add(writer, name, values, family, kind)
+    return len(tokens)
+
+
+def write_out(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return TinyGguf(path, weights, len(tokens))
 
 
 def pair_rows(rows: Array, num_heads: int) -> Array:

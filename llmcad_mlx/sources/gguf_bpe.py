@@ -19,6 +19,13 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Words that begin with capitals or have none, with an ending where the family keeps one apart.
+_CASED_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{ENDING}"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{ENDING}"
+    r"|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +46,11 @@ def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
-def _by_pattern(digits: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
+def _by_pattern(digits: str, split: str = _SPLIT) -> Callable[[], pre_tokenizers.PreTokenizer]:
     """Words, runs of at most `digits` numerals, punctuation, line ends, spaces."""
 
     def build() -> pre_tokenizers.PreTokenizer:
-        pattern = Regex(_SPLIT.replace("{DIGITS}", digits))
+        pattern = Regex(split.replace("{DIGITS}", digits))
         return pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(pattern, behavior="isolated"),
@@ -54,16 +61,24 @@ def _by_pattern(digits: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
     return build
 
 
+_QWEN2 = _Splitter(_by_pattern(""), nfc=True)
 _LLAMA3 = _Splitter(_by_pattern("{1,3}"), ignore_merges=True, adds_bos=True)
 _SPLITTERS = {
     "gpt-2": _Splitter(_gpt2),
     "smollm": _Splitter(_digits_then_gpt2),
     "starcoder": _Splitter(_digits_then_gpt2),
     "refact": _Splitter(_digits_then_gpt2),
-    "qwen2": _Splitter(_by_pattern(""), nfc=True),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "smaug-bpe": _Splitter(_by_pattern("{1,3}"), ignore_merges=True),  # SmolLM3
+    "dbrx": _Splitter(_by_pattern("{1,3}")),  # Phi 4
+    "gpt-4o": _Splitter(_by_pattern("{1,3}", _CASED_SPLIT.replace("{ENDING}", _ENDING))),  # Phi 4 mini
+    "tekken": _Splitter(  # Mistral Nemo and later
+        _by_pattern("", _CASED_SPLIT.replace("{ENDING}", "")), ignore_merges=True, adds_bos=True
+    ),
 }
 
 

@@ -1,40 +1,38 @@
-"""Which GGUF families become which mlx-lm models: config.json and tensor names.
+"""Which GGUF families become which mlx-lm models: config.json and how tensors are told apart.
 
-Names on the GGUF side: `gguf.constants.TENSOR_NAMES`; on the other side mlx-lm's `models/llama.py` and
-`models/qwen2.py`.
+How the files come about: `conversion/` and `convert_hf_to_gguf.py` of llama.cpp. What its loader takes for
+granted and no file says (Gemma's layer pattern and attention scale, SmolLM3's unrotated layers) is in
+llama.cpp's `src/models/`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.sources.gguf_dimensions import (
+    Dimensions,
+    read_dimensions,
+    require_hidden_heads,
+    require_whole_rotation,
+)
 from llmcad_mlx.sources.gguf_header import GgufHeader
 from llmcad_mlx.sources.gguf_metadata import Metadata
-from llmcad_mlx.sources.gguf_rope import ROPE_FACTORS, read_rope_scaling
+from llmcad_mlx.sources.gguf_names import (
+    CONFIGURED,
+    GEMMA2_LAYER,
+    GEMMA3_LAYER,
+    HEAD,
+    LAYER_TENSOR,
+    LLAMA_LAYER,
+    OUTER_NAMES,
+    PHI3_LAYER,
+    QWEN3_LAYER,
+)
+from llmcad_mlx.sources.gguf_rope import ORIGINAL_CONTEXT, read_rope_scaling
 
-EMBEDDING = "token_embd.weight"
-HEAD = "output.weight"
-
-_OUTER_NAMES = {
-    EMBEDDING: "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    HEAD: "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_GENERAL_SCALINGS = ("llama3", "linear", "yarn")  # mlx-lm's `initialize_rope`
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,114 +40,183 @@ class FamilyModel:
     """What a file becomes. `config` is config.json without quantisation and token ids."""
 
     config: dict[str, object]
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    paired_rows: bool
+    sizes: Dimensions
+    layer_names: Mapping[str, str]
+    paired_rows: bool = False
     """q and k rows are stored for rotating neighbours and must be put back for rotating halves."""
+    norm_offset: float = 0.0
+    """What norm weights in the file have more than in mlx-lm, which adds it itself."""
 
     def mlx_name(self, name: str) -> str | None:
         """mlx-lm's name of a GGUF tensor; None for one that the configuration replaces."""
-        if name in _OUTER_NAMES:
-            return _OUTER_NAMES[name]
-        match = _LAYER_TENSOR.fullmatch(name)
-        if match and int(match[1]) < self.num_layers and match[2] in _LAYER_NAMES:
-            return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
-        if name == ROPE_FACTORS:
+        if name in OUTER_NAMES:
+            return OUTER_NAMES[name]
+        match = LAYER_TENSOR.fullmatch(name)
+        if match and int(match[1]) < self.sizes.num_layers and match[2] in self.layer_names:
+            return f"model.layers.{match[1]}.{self.layer_names[match[2]]}.{match[3]}"
+        if name in CONFIGURED:
             return None
         raise KeyError(name)
 
     def heads_to_unpair(self, name: str) -> int:
         """How many heads' rows of this GGUF tensor must be put back in order; 0 for none."""
-        match = _LAYER_TENSOR.fullmatch(name)
+        match = LAYER_TENSOR.fullmatch(name)
         if not self.paired_rows or not match:
             return 0
-        return {"attn_q": self.num_heads, "attn_k": self.num_kv_heads}.get(match[2], 0)
+        return {"attn_q": self.sizes.num_heads, "attn_k": self.sizes.num_kv_heads}.get(match[2], 0)
+
+    def offset_of(self, name: str) -> float:
+        """What must be taken from each value of this GGUF tensor."""
+        return self.norm_offset if name.endswith("norm.weight") else 0.0
 
 
 def read_family(header: GgufHeader, metadata: Metadata) -> FamilyModel:
     """The mlx-lm model for a file.
 
-    Raises ModelError for a family other than llama and qwen2, and for their variants (experts, partial or
-    scaled rotation) that the model code of these families does not cover.
+    Raises ModelError for a family that is not in `FAMILIES`, for variants (experts, partial or scaled
+    rotation) that mlx-lm's model of the family does not cover, for sizes that contradict the tensors, and
+    for one part of a file that was split.
     """
-    build = _FAMILIES.get(metadata.prefix)
+    build = FAMILIES.get(metadata.prefix)
     if build is None:
         raise ModelError(
-            f"{header.path}: GGUF family {metadata.prefix!r} is not supported ({' and '.join(_FAMILIES)} are)"
+            f"{header.path}: GGUF family {metadata.prefix!r} is not supported ({', '.join(FAMILIES)} are)"
+        )
+    if metadata.has("split.count") and metadata.integer("split.count") > 1:
+        raise ModelError(
+            f"{header.path}: one of {metadata.integer('split.count')} parts of a GGUF file; "
+            "join them first (llama-gguf-split --merge)"
         )
     if metadata.has(".expert_count") and metadata.integer(".expert_count"):
         raise ModelError(f"{header.path}: {metadata.prefix} with experts is not supported")
-    return build(header, metadata)
+    return build(header, metadata, read_dimensions(header, metadata))
 
 
-def _common(header: GgufHeader, metadata: Metadata) -> dict[str, object]:
-    num_heads = metadata.positive(".attention.head_count")
-    embedding = header.tensors.get(EMBEDDING)
-    if embedding is None:
-        raise ModelError(f"{header.path}: tensor {EMBEDDING} is missing; the file is not a whole model")
+def _config(
+    header: GgufHeader,
+    metadata: Metadata,
+    sizes: Dimensions,
+    model_type: str,
+    scalings: tuple[str, ...] = _GENERAL_SCALINGS,
+    rope_theta: float = 10000.0,
+) -> dict[str, object]:
+    """What all families have in common."""
     config: dict[str, object] = {
-        "hidden_size": metadata.positive(".embedding_length"),
-        "num_hidden_layers": metadata.positive(".block_count"),
-        "intermediate_size": metadata.positive(".feed_forward_length"),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": metadata.positive(".attention.head_count_kv", num_heads),
+        "model_type": model_type,
+        "architectures": [_ARCHITECTURES[model_type]],
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.num_layers,
+        "intermediate_size": sizes.intermediate,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
         "rms_norm_eps": metadata.number(".attention.layer_norm_rms_epsilon"),
-        "vocab_size": embedding.shape[0],
+        "vocab_size": sizes.vocab,
         "max_position_embeddings": metadata.positive(".context_length"),
-        "rope_theta": metadata.number(".rope.freq_base", 10000.0),
+        "rope_theta": metadata.above_zero(".rope.freq_base", rope_theta),
         "rope_traditional": False,
-        "hidden_act": "silu",
+        "hidden_act": "gelu_pytorch_tanh" if model_type.startswith("gemma") else "silu",
         "tie_word_embeddings": HEAD not in header.tensors,
     }
-    scaling = read_rope_scaling(header, metadata, _head_dim(header, metadata))
+    if "longrope" not in scalings:
+        require_whole_rotation(header, sizes)
+    scaling = read_rope_scaling(header, metadata, sizes, scalings)
     if scaling is not None:
         config["rope_scaling"] = scaling
     return config
 
 
-def _head_dim(header: GgufHeader, metadata: Metadata) -> int:
-    default = metadata.positive(".embedding_length") // max(1, metadata.positive(".attention.head_count"))
-    head_dim = metadata.positive(".attention.key_length", default)
-    rotated = metadata.positive(".rope.dimension_count", head_dim)
-    if rotated != head_dim or metadata.positive(".attention.value_length", head_dim) != head_dim:
-        raise ModelError(f"{header.path}: heads of {head_dim} with {rotated} rotated dimensions are not supported")
-    return head_dim
+def _llama(header: GgufHeader, metadata: Metadata, sizes: Dimensions) -> FamilyModel:
+    """Also Mistral and SmolLM2, which come under this name."""
+    config = _config(header, metadata, sizes, "llama") | _llama_parts(header, sizes)
+    return FamilyModel(config, sizes, LLAMA_LAYER, paired_rows=True)
 
 
-def _llama(header: GgufHeader, metadata: Metadata) -> FamilyModel:
-    config = _common(header, metadata) | {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+def _smollm3(header: GgufHeader, metadata: Metadata, sizes: Dimensions) -> FamilyModel:
+    """Every fourth layer does not rotate; its rows are paired like the others'."""
+    config = _config(header, metadata, sizes, "smollm3") | _llama_parts(header, sizes)
+    return FamilyModel(config | {"no_rope_layer_interval": 4}, sizes, LLAMA_LAYER, paired_rows=True)
+
+
+def _llama_parts(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
+    return {
+        "head_dim": sizes.head_dim,
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
     }
-    config["head_dim"] = _head_dim(header, metadata)
-    return _model(metadata, config, paired_rows=True)
 
 
-def _qwen2(header: GgufHeader, metadata: Metadata) -> FamilyModel:
-    config = _common(header, metadata) | {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
+def _qwen2(header: GgufHeader, metadata: Metadata, sizes: Dimensions) -> FamilyModel:
+    require_hidden_heads(header, metadata, sizes)
+    return FamilyModel(_config(header, metadata, sizes, "qwen2"), sizes, LLAMA_LAYER)
+
+
+def _qwen3(header: GgufHeader, metadata: Metadata, sizes: Dimensions) -> FamilyModel:
+    config = _config(header, metadata, sizes, "qwen3") | {"head_dim": sizes.head_dim}
+    return FamilyModel(config, sizes, QWEN3_LAYER)
+
+
+def _gemma2(header: GgufHeader, metadata: Metadata, sizes: Dimensions) -> FamilyModel:
+    config = _config(header, metadata, sizes, "gemma2", scalings=()) | {
+        "head_dim": sizes.head_dim,
+        "query_pre_attn_scalar": _query_scalar(sizes, layers_of_27b=46),
+        "attn_logit_softcapping": metadata.above_zero(".attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.above_zero(".final_logit_softcapping", 30.0),
+        "sliding_window": metadata.positive(".attention.sliding_window", 4096),
     }
-    if _head_dim(header, metadata) * metadata.positive(".attention.head_count") != config["hidden_size"]:
-        raise ModelError(f"{header.path}: qwen2 heads do not add up to the hidden size")
-    return _model(metadata, config, paired_rows=False)
+    return FamilyModel(config, sizes, GEMMA2_LAYER, norm_offset=1.0)
 
 
-def _model(metadata: Metadata, config: dict[str, object], paired_rows: bool) -> FamilyModel:
-    num_heads = metadata.positive(".attention.head_count")
-    return FamilyModel(
-        config=config,
-        num_layers=metadata.positive(".block_count"),
-        num_heads=num_heads,
-        num_kv_heads=metadata.positive(".attention.head_count_kv", num_heads),
-        paired_rows=paired_rows,
-    )
+def _gemma3(header: GgufHeader, metadata: Metadata, sizes: Dimensions) -> FamilyModel:
+    """Scaled rotation is that of the layers that see everything."""
+    if metadata.number(".final_logit_softcapping", 0.0):
+        raise ModelError(f"{header.path}: gemma3 with capped logits is not supported")
+    config = _config(header, metadata, sizes, "gemma3_text", scalings=("linear",), rope_theta=1e6) | {
+        "head_dim": sizes.head_dim,
+        "query_pre_attn_scalar": _query_scalar(sizes, layers_of_27b=62),
+        "rope_local_base_freq": metadata.above_zero(".rope.freq_base_swa", 10000.0),
+    }
+    if metadata.has(".attention.sliding_window") and metadata.integer(".attention.sliding_window"):
+        config["sliding_window"] = metadata.positive(".attention.sliding_window")
+        config["sliding_window_pattern"] = metadata.positive(".attention.sliding_window_pattern", 6)
+    else:
+        config["sliding_window_pattern"] = 1
+    return FamilyModel(config, sizes, GEMMA3_LAYER, norm_offset=1.0)
 
 
-_FAMILIES: dict[str, Callable[[GgufHeader, Metadata], FamilyModel]] = {
+def _query_scalar(sizes: Dimensions, layers_of_27b: int) -> int:
+    """Queries are divided by this number's root. No file says so; llama.cpp tells the 27B by its layers."""
+    return sizes.hidden // sizes.num_heads if sizes.num_layers == layers_of_27b else sizes.head_dim
+
+
+def _phi3(header: GgufHeader, metadata: Metadata, sizes: Dimensions) -> FamilyModel:
+    require_hidden_heads(header, metadata, sizes)
+    share = sizes.rotated / sizes.head_dim
+    config = _config(header, metadata, sizes, "phi3", scalings=("longrope",)) | {
+        "partial_rotary_factor": share,
+        "original_max_position_embeddings": metadata.positive(
+            ORIGINAL_CONTEXT, metadata.positive(".context_length")
+        ),
+    }
+    if int(sizes.head_dim * share) != sizes.rotated:  # as mlx-lm computes it
+        raise metadata.wrong(".rope.dimension_count", sizes.rotated)
+    return FamilyModel(config, sizes, PHI3_LAYER)
+
+
+FAMILIES: Mapping[str, Callable[[GgufHeader, Metadata, Dimensions], FamilyModel]] = {
     "llama": _llama,
     "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "smollm3": _smollm3,
+}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }

@@ -19,12 +19,29 @@ NATIVE_GROUP = 32
 
 _NATIVE = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K)
 
+_FLOATS = (GGMLQuantizationType.F16, GGMLQuantizationType.F32, GGMLQuantizationType.F64)
+_K = GGMLQuantizationType
+_READABLE = frozenset(
+    (
+        *(_K.BF16, _K.Q4_0, _K.Q4_1, _K.Q5_0, _K.Q5_1, _K.Q8_0),
+        *(_K.Q2_K, _K.Q3_K, _K.Q4_K, _K.Q5_K, _K.Q6_K),
+        *(_K.IQ4_NL, _K.IQ4_XS, _K.IQ3_S, _K.IQ3_XXS, _K.IQ2_S, _K.IQ2_XS, _K.IQ2_XXS, _K.IQ1_S, _K.IQ1_M),
+        *(_K.TQ1_0, _K.TQ2_0, _K.MXFP4),
+    )
+)
+"""Those with a dequantiser in the `gguf` package. Q8_1 and Q8_K have none: no file holds them."""
+
 Bytes = npt.NDArray[np.uint8]
 
 
 def is_native(kind: GGMLQuantizationType, bits: int, group_size: int) -> bool:
     """Whether blocks of this type keep their codes."""
     return kind in _NATIVE and bits == NATIVE_BITS and group_size == NATIVE_GROUP
+
+
+def has_values(kind: GGMLQuantizationType) -> bool:
+    """Whether `values` can read this type."""
+    return kind in _FLOATS or kind in _READABLE
 
 
 def group_rows(raw: Bytes, kind: GGMLQuantizationType, bits: int, group_size: int) -> Groups:
@@ -48,7 +65,7 @@ def values(raw: Bytes, kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
 
     Raises NotImplementedError for a type the `gguf` package has no dequantiser for.
     """
-    if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32, GGMLQuantizationType.F64):
+    if kind in _FLOATS:
         floats: npt.NDArray[np.float32] = raw.view(kind.name.replace("F", "float")).astype(np.float32)
         return floats
     result: npt.NDArray[np.float32] = dequantize(raw, kind)
@@ -59,7 +76,9 @@ def _from_q4_0(raw: Bytes) -> Groups:
     """Block: d, 16 bytes. `w = d * (code - 8)`."""
     blocks = raw.reshape(raw.shape[0], -1, 18)
     scales = _halves(blocks[..., 0:2])
-    return Groups(packed_codes(_split_nibbles(blocks[..., 2:]), 4), scales, scales * np.float16(-8))
+    with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite and is refused
+        biases = scales * np.float16(-8)
+    return Groups(packed_codes(_split_nibbles(blocks[..., 2:]), 4), scales, biases)
 
 
 def _from_q4_1(raw: Bytes) -> Groups:

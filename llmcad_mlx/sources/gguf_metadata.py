@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.sources.gguf_header import GgufHeader, Value
+from llmcad_mlx.sources.gguf_cursor import Value
+from llmcad_mlx.sources.gguf_header import GgufHeader
+
+MAX_FAMILY_LENGTH = 64  # errors repeat it
 
 T = TypeVar("T", str, int, float, bool)
 
@@ -25,7 +29,7 @@ class Metadata:
     def of(header: GgufHeader) -> Metadata:
         """Raises ModelError when the file does not name its architecture."""
         family = header.metadata.get("general.architecture")
-        if not isinstance(family, str):
+        if not isinstance(family, str) or len(family) > MAX_FAMILY_LENGTH:
             raise ModelError(f"{header.path}: GGUF file without general.architecture; it is not a model")
         return Metadata(header.path, header.metadata, family)
 
@@ -52,7 +56,13 @@ class Metadata:
         value = self._typed(key, float, default)
         if not math.isfinite(value):
             raise self.wrong(key, value)
-        return _shortest_float32(value)
+        return shortest_float32(value)
+
+    def above_zero(self, key: str, default: float | None = None) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.wrong(key, value)
+        return value
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         return self._typed(key, bool, default)
@@ -80,7 +90,10 @@ class Metadata:
 
     def wrong(self, key: str, value: object) -> ModelError:
         """The error for a field that is missing or cannot be used."""
-        return ModelError(f"{self.path}: GGUF field {self._full(key)} is missing or unusable ({value!r})")
+        short = reprlib.Repr()  # one line, even where a file holds a list of millions
+        short.maxstring = short.maxother = 80
+        shown = short.repr(value)
+        return ModelError(f"{self.path}: GGUF field {self._full(key)} is missing or unusable ({shown})")
 
     def _full(self, key: str) -> str:
         return self.prefix + key if key.startswith(".") else key
@@ -92,7 +105,8 @@ class Metadata:
         return value
 
 
-def _shortest_float32(value: float) -> float:
+def shortest_float32(value: float) -> float:
+    """The shortest decimal that is the same float32."""
     for digits in range(1, 10):
         short = float(f"{value:.{digits}g}")
         if abs(short - value) <= abs(value) * 2**-25:

@@ -16,8 +16,9 @@ from mlx.utils import tree_flatten
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.sources.bundle_writer import BundleWriter
 from llmcad_mlx.sources.gguf_families import FamilyModel
-from llmcad_mlx.sources.gguf_groups import group_rows, values
+from llmcad_mlx.sources.gguf_groups import group_rows, has_values, values
 from llmcad_mlx.sources.gguf_header import GgufHeader, GgufTensor, read_rows
+from llmcad_mlx.sources.gguf_names import HEAD, OUTER_NAMES
 from llmcad_mlx.sources.group_fit import Groups, NotFiniteError, require_finite
 from llmcad_mlx.sources.safetensors_writer import TensorSpec
 
@@ -29,12 +30,16 @@ OnBytes = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A GGUF tensor and where it goes: `name` is mlx-lm's; a quantised one has codes, scales and biases."""
+    """A GGUF tensor and where it goes: `name` is mlx-lm's; a quantised one has codes, scales and biases.
+
+    `offset` is taken from each value of a vector.
+    """
 
     source: GgufTensor
     name: str
     quantised: bool
     heads_to_unpair: int
+    offset: float
     specs: tuple[TensorSpec, ...]
 
     @property
@@ -45,8 +50,8 @@ class PlannedTensor:
 def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: int) -> list[PlannedTensor]:
     """Every tensor of the model in the order it is computed: embedding, layers, norm, head.
 
-    Raises ModelError naming a tensor that is missing, unexpected, of the wrong shape, or whose rows do not
-    divide into groups.
+    Raises ModelError naming a tensor that is missing, unexpected, of the wrong shape or type, or whose rows
+    do not divide into groups.
     """
     shapes = _model_shapes(model)
     by_name: dict[str, GgufTensor] = {}
@@ -87,7 +92,10 @@ def _model_shapes(model: FamilyModel) -> dict[str, tuple[int, ...]]:
     module = importlib.import_module(f"mlx_lm.models.{model.config['model_type']}")
     instance = module.Model(module.ModelArgs.from_dict(model.config))
     parameters: dict[str, mx.array] = dict(tree_flatten(instance.parameters()))
-    return {name: tuple(array.shape) for name, array in parameters.items()}
+    shapes = {name: tuple(array.shape) for name, array in parameters.items()}
+    if model.config["tie_word_embeddings"]:
+        shapes.pop(OUTER_NAMES[HEAD], None)  # some models drop it only when they meet the weights
+    return shapes
 
 
 def _in_order(names: dict[str, tuple[int, ...]]) -> list[str]:
@@ -105,9 +113,13 @@ def _in_order(names: dict[str, tuple[int, ...]]) -> list[str]:
 def _planned(
     header: GgufHeader, model: FamilyModel, name: str, tensor: GgufTensor, bits: int, group_size: int
 ) -> PlannedTensor:
-    heads = model.heads_to_unpair(tensor.name)
+    if not has_values(tensor.kind):
+        raise ModelError(
+            f"{header.path}: tensor {tensor.name!r} has type {tensor.kind.name}, which is not supported"
+        )
+    heads, offset = model.heads_to_unpair(tensor.name), model.offset_of(tensor.name)
     if len(tensor.shape) == 1:
-        return PlannedTensor(tensor, name, False, heads, (TensorSpec(name, "F16", tensor.shape),))
+        return PlannedTensor(tensor, name, False, heads, offset, (TensorSpec(name, "F16", tensor.shape),))
     if tensor.columns % group_size:
         raise ModelError(
             f"{header.path}: tensor {tensor.name!r} has rows of {tensor.columns}, "
@@ -120,7 +132,7 @@ def _planned(
         TensorSpec(f"{stem}.scales", "F16", groups),
         TensorSpec(f"{stem}.biases", "F16", groups),
     )
-    return PlannedTensor(tensor, name, True, heads, specs)
+    return PlannedTensor(tensor, name, True, heads, offset, specs)
 
 
 def _write_tensor(
@@ -140,8 +152,6 @@ def _write_tensor(
             else:
                 _write_vector(planned, writer, raw)
             on_bytes(raw.nbytes)
-    except NotImplementedError:
-        raise ModelError(f"{what} has type {tensor.kind.name}, which is not supported") from None
     except NotFiniteError:
         raise ModelError(f"{what} holds NaN, or values float16 cannot hold") from None
 
@@ -154,7 +164,8 @@ def _write_groups(planned: PlannedTensor, writer: BundleWriter, first: int, grou
 
 def _write_vector(planned: PlannedTensor, writer: BundleWriter, raw: npt.NDArray[np.uint8]) -> None:
     with np.errstate(over="ignore"):  # becomes infinite and is refused
-        vector = values(raw, planned.source.kind).reshape(-1).astype(np.float16)
+        vector = values(raw, planned.source.kind).reshape(-1)
+        vector = (vector - np.float32(planned.offset)).astype(np.float16)
     require_finite(vector)
     if planned.heads_to_unpair:
         vector = _unpaired(vector, planned.heads_to_unpair)

@@ -75,6 +75,8 @@ class LoadedPair:
     profile: PairProfile
     target_path: Path
     draft_name: str
+    draft_path: Path | None = None
+    """None: no draft model and no table."""
     options: MemoryOptions = MemoryOptions()
     plan: MemoryPlan | None = None
     """None: all weights are in memory and no budget was set."""
@@ -178,6 +180,7 @@ def _pair(
         profile=PairProfile(pair_profile_path(names, streamed, options.read_bandwidth)),
         target_path=names.target_path,
         draft_name=names.draft_name,
+        draft_path=names.draft_path,
         options=options,
         plan=plan,
     )

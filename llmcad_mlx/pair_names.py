@@ -21,8 +21,7 @@ AUTO_DRAFT = "auto"
 
 @dataclass(frozen=True, slots=True)
 class PairNames:
-    """Where a pair's models lie. `draft_path`: None for "ngram" and "none". `draft_name`: finds the draft again
-    without the target; for "self:4" it is the folder of the target's copy."""
+    """Where a pair's models lie. `draft_name` is for people, `draft_path` None for "ngram" and "none"."""
 
     target_path: Path
     draft_name: str
@@ -39,7 +38,7 @@ def find_pair(target: str | None, draft: str | None, show_progress: bool) -> Pai
     target_path = resolve_target(target_name, show_progress)
     if bits is not None:
         copy = self_draft(target_path, bits, progress_for(show_progress))
-        return PairNames(target_path, str(copy), copy)
+        return PairNames(target_path, draft or "", copy)
     draft_name = _draft_name(draft, target_name)
     draft_path = None if draft_name in (NO_DRAFT, NGRAM_DRAFT) else resolve_draft(draft_name, show_progress)
     return PairNames(target_path, draft_name, draft_path)

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
+from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES
 from gguf.quants import dequantize, quantize
 from gguf.tensor_mapping import get_tensor_name_map
 from mlx.utils import tree_flatten, tree_unflatten
@@ -25,7 +25,18 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tests.tiny_gguf import add_tokenizer, pair_rows, write_out
 
 Config = dict[str, Any]
-KIND = GGMLQuantizationType.Q4_1  # kept as it is, so what comes back must be the same numbers
+Kind = GGMLQuantizationType
+# Where a block's float16 scales are, for types the `gguf` package reads but does not write; the rest of such
+# a block may be any bytes.
+_SCALE_BYTES = {
+    Kind.Q2_K: (80, 82),
+    Kind.Q3_K: (108,),
+    Kind.Q4_K: (0, 2),
+    Kind.Q5_K: (0, 2),
+    Kind.Q6_K: (208,),
+    Kind.IQ4_NL: (0,),
+    Kind.IQ4_XS: (0,),
+}
 BASE: Config = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -42,12 +53,14 @@ BASE: Config = {
 @dataclass(frozen=True)
 class Family:
     """`arch` names the GGUF family; `config` is what mlx-lm's model has beyond BASE; `edit` adds fields and
-    tensors of this case to the file."""
+    tensors of this case to the file. `kind` is the type of all matrices; Q4_1 is kept as it is, so what comes
+    back must be the same numbers."""
 
     arch: str
     model_type: str
     config: Config = field(default_factory=dict)
     edit: Callable[[GGUFWriter], None] | None = None
+    kind: Kind = Kind.Q4_1
 
     @property
     def head_dim(self) -> int:
@@ -64,13 +77,26 @@ def write_family_gguf(path: Path, family: Family, seed: int = 0) -> nn.Module:
     model = new_model(config)
     random = np.random.default_rng(seed)
     weights = {}
-    for name, shape in _shapes(model, config).items():
+    for name, shape in _shapes(model).items():
         weights[name] = _add_tensor(writer, family, config, name, shape, random)
     if family.edit is not None:
         family.edit(writer)
     write_out(writer)
     model.update(tree_unflatten([(name, mx.array(values)) for name, values in weights.items()]))
     return model
+
+
+def random_blocks(kind: Kind, shape: tuple[int, ...], random: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Raw rows of a matrix of this shape with values around 0.2."""
+    weights = (random.standard_normal(shape) * 0.2).astype(np.float32)
+    if kind not in _SCALE_BYTES:
+        return quantize(weights, kind).view(np.uint8)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    raw = random.integers(0, 256, (shape[0], shape[1] // block, block_bytes), dtype=np.uint8)
+    for at in _SCALE_BYTES[kind]:
+        scales = random.uniform(5e-5, 2e-4, raw.shape[:2]).astype(np.float16)
+        raw[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return raw.reshape(shape[0], -1)
 
 
 def new_model(config: Config) -> nn.Module:
@@ -81,7 +107,7 @@ def new_model(config: Config) -> nn.Module:
     return model
 
 
-def _shapes(model: nn.Module, config: Config) -> dict[str, tuple[int, ...]]:
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
 
 
@@ -120,9 +146,9 @@ def _add_tensor(
         values = (random.integers(-64, 64, shape) / 256 + (not shifted and "norm" in name)).astype(np.float32)
         writer.add_tensor(gguf_name, _stored(values + np.float32(shifted), family, config, name))
         return values
-    raw = quantize((random.standard_normal(shape) * 0.2).astype(np.float32), KIND)
-    writer.add_tensor(gguf_name, _stored(raw, family, config, name), raw_dtype=KIND)
-    exact: npt.NDArray[np.float32] = dequantize(raw, KIND)
+    raw = random_blocks(family.kind, shape, random)
+    writer.add_tensor(gguf_name, _stored(raw, family, config, name), raw_dtype=family.kind)
+    exact: npt.NDArray[np.float32] = dequantize(raw, family.kind)
     return exact
 
 

@@ -433,7 +433,6 @@ def test_the_exact_weight_is_what_mlx_dequantises():
 @pytest.fixture
 def tiny_cli(pair, monkeypatch):
     monkeypatch.setattr(benchmark, "load_pair", lambda target, draft, progress, memory: pair)
-    monkeypatch.setattr(benchmark, "resolve_draft", lambda name: Path("unused"))
 
 
 def test_json_is_the_only_thing_on_standard_output(tiny_cli, tmp_path, capsys):

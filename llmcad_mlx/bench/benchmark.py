@@ -21,7 +21,7 @@ from llmcad_mlx.loader import LoadedPair, MemoryOptions, device_name, load_pair
 from llmcad_mlx.machine import Machine, this_machine
 from llmcad_mlx.settings import check_integer
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.sources.resolve import DEFAULT_PRESET, resolve_draft
+from llmcad_mlx.sources.resolve import DEFAULT_PRESET
 from llmcad_mlx.target.plan import MemoryPlan
 
 
@@ -152,7 +152,7 @@ def _draft_folder(pair: LoadedPair) -> Path | None:
     """Where mlx-lm finds the draft model, None when the pair has none."""
     if not any(isinstance(drafter, ModelDrafter) for drafter in pair.drafters):
         return None
-    return resolve_draft(pair.draft_name)
+    return pair.draft_path
 
 
 def _notes(report: BenchReport) -> list[str]:

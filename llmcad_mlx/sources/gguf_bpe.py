@@ -19,13 +19,12 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Words that begin with capitals or have none, with an ending where the family keeps one apart.
+# Words that begin with capitals or have none, with an English ending.
 _CASED_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{ENDING}"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{ENDING}"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +74,7 @@ _SPLITTERS = {
     "llama-v3": _LLAMA3,
     "smaug-bpe": _Splitter(_by_pattern("{1,3}"), ignore_merges=True),  # SmolLM3
     "dbrx": _Splitter(_by_pattern("{1,3}")),  # Phi 4
-    "gpt-4o": _Splitter(_by_pattern("{1,3}", _CASED_SPLIT.replace("{ENDING}", _ENDING))),  # Phi 4 mini
-    "tekken": _Splitter(  # Mistral Nemo and later
-        _by_pattern("", _CASED_SPLIT.replace("{ENDING}", "")), ignore_merges=True, adds_bos=True
-    ),
+    "gpt-4o": _Splitter(_by_pattern("{1,3}", _CASED_SPLIT)),  # Phi 4 mini
 }
 
 

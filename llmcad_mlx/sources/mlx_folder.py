@@ -45,7 +45,7 @@ _BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Weights:
+class NewWeights:
     """What will be written: `copied` lie in the files as they are; `computed` are lazy, taken out one by one."""
 
     specs: tuple[TensorSpec, ...]
@@ -74,15 +74,15 @@ def convert_folder(
     check_destination(dest)
     _check_options(bits, group_size)
     loaded = load_model_folder(source, lazy=True)
-    if not _is_quantised(loaded.model):
-        weights = _quantised(loaded, 4 if bits is None else bits, 64 if group_size is None else group_size)
+    if not is_quantised(loaded.model):
+        weights = quantised_weights(loaded, 4 if bits is None else bits, 64 if group_size is None else group_size)
     elif bits is not None or group_size is not None:
         option = "bits" if bits is not None else "group-size"
         raise UsageError(f"--{option}: {source} is quantised already; leave the option out")
     else:
         weights = _as_it_is(loaded)
     del loaded  # its arrays must be in `weights` alone
-    _write(source, dest, weights, name, progress or NoProgress())
+    write_weights(source, dest, weights, name, progress or NoProgress())
 
 
 def write_bundle(source: Path, dest: Path, *, name: str | None = None, progress: Progress | None = None) -> None:
@@ -92,7 +92,7 @@ def write_bundle(source: Path, dest: Path, *, name: str | None = None, progress:
     """
     check_destination(dest)
     weights = _as_it_is(load_model_folder(source, lazy=True))
-    _write(source, dest, weights, name, progress or NoProgress())
+    write_weights(source, dest, weights, name, progress or NoProgress())
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -119,7 +119,7 @@ def _check_options(bits: int | None, group_size: int | None) -> None:
         raise UsageError(f"--group-size: {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
 
 
-def _is_quantised(model: Any) -> bool:
+def is_quantised(model: Any) -> bool:
     """Whether some parameters are packed. Partly quantised models are left as they are, too."""
     return any(array.dtype in (mx.uint8, mx.uint32) for array in _parameters(model).values())
 
@@ -128,21 +128,22 @@ def _parameters(model: Any) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))
 
 
-def _as_it_is(loaded: LoadedModel) -> _Weights:
+def _as_it_is(loaded: LoadedModel) -> NewWeights:
     config = copy.deepcopy(loaded.config)
-    if not _is_quantised(loaded.model):
+    if not is_quantised(loaded.model):
         config.pop("quantization_config", None)  # `sanitize` has undone it
     unchanged = config == loaded.config and _quantisation_is_mlx(loaded)
     return _weights(loaded, loaded.model, None if unchanged else config)
 
 
-def _quantised(loaded: LoadedModel, bits: int, group_size: int) -> _Weights:
+def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWeights:
+    """Weights in so many bits; quantised ones stay. Raises ModelError or UsageError where that cannot be."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it reports there
             model, config = quantize_model(loaded.model, loaded.config, group_size, bits)
     except ValueError as error:
         raise ModelError(f"{loaded.path}: mlx-lm cannot quantise it ({_first_line(error)})") from None
-    if not _is_quantised(model):
+    if not is_quantised(model):
         raise UsageError(
             f"--group-size: no rows of {loaded.path} divide into groups of {group_size}; choose a smaller one"
         )
@@ -154,7 +155,7 @@ def _quantisation_is_mlx(loaded: LoadedModel) -> bool:
     return "quantization" in read_config(loaded.path) or "quantization" not in loaded.config
 
 
-def _weights(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> _Weights:
+def _weights(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> NewWeights:
     index = WeightIndex.of(loaded.path)
     parameters = _parameters(model)
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # lets go of them
@@ -168,10 +169,11 @@ def _weights(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> 
         if extent is not None and (extent.dtype, extent.shape) == (spec.dtype, spec.shape):
             copied[name] = extent
             del parameters[name]
-    return _Weights(tuple(specs), copied, parameters, config)
+    return NewWeights(tuple(specs), copied, parameters, config)
 
 
-def _write(source: Path, dest: Path, weights: _Weights, name: str | None, progress: Progress) -> None:
+def write_weights(source: Path, dest: Path, weights: NewWeights, name: str | None, progress: Progress) -> None:
+    """Write `weights`, of the model in the folder `source`, to the bundle `dest`."""
     num_bytes = sum(spec.num_bytes for spec in weights.specs)
     num_side_bytes = sum(file.stat().st_size for file in _side_files(source))
     storage = FileStorage()

@@ -23,7 +23,7 @@ from mlx_lm.utils import dequantize_model
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.models.loading import LoadedModel, check_weight_files, load_model_folder, read_config
 from llmcad_mlx.sources.cache_folder import home_folder
-from llmcad_mlx.sources.mlx_folder import _is_quantised, _quantised, _write
+from llmcad_mlx.sources.mlx_folder import is_quantised, quantised_weights, write_weights
 from llmcad_mlx.sources.progress import NoProgress, Progress
 from llmcad_mlx.sources.pull import locked
 
@@ -69,13 +69,13 @@ def _make(loaded: LoadedModel, folder: Path, bits: int, progress: Progress) -> N
     config.pop("quantization", None)
     config.pop("quantization_config", None)
     model = dequantize_model(loaded.model)  # lazily, as all that follows until the copy is written
-    if _is_quantised(model):
+    if is_quantised(model):
         raise ModelError(f"{loaded.path}: has layers that mlx-lm cannot dequantise; choose another draft")
     # Nothing counts as unchanged: scales of other bits may have the same shape.
     plain = replace(loaded, model=model, config=config, unchanged=frozenset())
-    weights = _quantised(plain, bits, GROUP_SIZE)
+    weights = quantised_weights(plain, bits, GROUP_SIZE)
     progress.note(f"quantising {loaded.path} to {bits} bits, to be its own draft")
-    _write(loaded.path, folder, weights, f"{loaded.path.name} in {bits} bits", progress)
+    write_weights(loaded.path, folder, weights, f"{loaded.path.name} in {bits} bits", progress)
 
 
 def _check_bits(loaded: LoadedModel, bits: int) -> None:

@@ -6,6 +6,7 @@ as `convert_hf_to_gguf.py` does; nothing here comes from the code under test.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +18,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES
+from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 from gguf.quants import dequantize, quantize
-from gguf.tensor_mapping import get_tensor_name_map
+from gguf.tensor_mapping import TensorNameMap, get_tensor_name_map
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tests.tiny_gguf import add_tokenizer, pair_rows, write_out
@@ -128,6 +129,11 @@ def _add_fields(writer: GGUFWriter, family: Family, config: Config) -> None:
         writer.add_value_length(family.head_dim)
 
 
+@functools.cache
+def _names(family: str, num_layers: int) -> TensorNameMap:
+    return get_tensor_name_map(next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family), num_layers)
+
+
 def _add_tensor(
     writer: GGUFWriter,
     family: Family,
@@ -137,9 +143,7 @@ def _add_tensor(
     random: np.random.Generator,
 ) -> npt.NDArray[np.float32]:
     """Returns the values mlx-lm's model has, in its own row order."""
-    arch = next(key for key in MODEL_ARCH if MODEL_ARCH_NAMES[key] == family.arch)
-    names = get_tensor_name_map(arch, config["num_hidden_layers"])
-    gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    gguf_name = _names(family.arch, config["num_hidden_layers"]).get_name(name, try_suffixes=(".weight", ".bias"))
     assert gguf_name is not None, name
     if len(shape) == 1:
         shifted = family.arch.startswith("gemma")

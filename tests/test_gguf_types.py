@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from gguf.quants import dequantize
 from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.sources import gguf_weights
 from llmcad_mlx.sources.gguf import convert_gguf
 from llmcad_mlx.sources.gguf_groups import group_rows, has_values
 from llmcad_mlx.sources.gguf_header import read_gguf_header
@@ -76,6 +78,19 @@ def test_blocks_of_4_bits_are_not_rounded_twice(tmp_path: Path, kind: Kind) -> N
     convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
     text = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
     assert mx.array_equal(dense(tmp_path / "out")(text), original(text))
+
+
+def test_memory_is_that_of_a_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of 8 MB as float32 in steps of 256 KB: no part of the way holds a whole one."""
+    wide = WIDE | {"intermediate_size": 1 << 13}
+    write_family_gguf(tmp_path / "tiny.gguf", Family("llama", "llama", wide, kind=Kind.Q6_K))
+    monkeypatch.setattr(gguf_weights, "CHUNK_VALUES", 1 << 16)
+    tracemalloc.start()
+    try:
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_types_said_to_be_readable_are_those_the_package_reads() -> None:

@@ -18,6 +18,9 @@ from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.sources.gguf import convert_gguf
+from llmcad_mlx.sources.gguf_families import read_family
+from llmcad_mlx.sources.gguf_header import read_gguf_header
+from llmcad_mlx.sources.gguf_metadata import Metadata
 from llmcad_mlx.sources.gguf_rope import llama3_divisors
 from tests.family_gguf import BASE, Family, write_family_gguf
 
@@ -27,6 +30,12 @@ WINDOW = 5  # shorter than the text of the tests
 
 def window(writer: GGUFWriter) -> None:
     writer.add_sliding_window(WINDOW)
+
+
+def own_pattern(writer: GGUFWriter) -> None:
+    window(writer)
+    writer.add_sliding_window_pattern(3)
+    writer.add_rope_freq_base_swa(500.0)
 
 
 def linear(writer: GGUFWriter) -> None:
@@ -120,6 +129,12 @@ FAMILIES = {
         GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
         both(window, linear),
     ),
+    "gemma3-own-pattern": Family(
+        "gemma3",
+        "gemma3_text",
+        GEMMA3 | {"sliding_window_pattern": 3, "rope_local_base_freq": 500.0},
+        own_pattern,
+    ),
     "gemma3-no-window": Family("gemma3", "gemma3_text", GEMMA3 | {"sliding_window_pattern": 1}),
     "phi3": Family("phi3", "phi3", UNTIED),
     "phi3-tied-longrope": Family("phi3", "phi3", PHI3_LONG, longrope),
@@ -188,6 +203,28 @@ def test_gemma2_window_and_activation_are_kept_for_other_readers(tmp_path: Path)
 def test_scaling_without_a_type_is_linear_as_in_llama_cpp(tmp_path: Path) -> None:
     family = Family("llama", "llama", edit=lambda writer: writer.add_rope_scaling_factor(8.0))
     assert config_of(tmp_path, family)["rope_scaling"] == {"type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "defaults"),
+    [
+        ("gemma3", [".rope.freq_base"], {"rope_theta": 1e6, "rope_local_base_freq": 10000.0}),
+        (
+            "gemma2",
+            [".attn_logit_softcapping", ".final_logit_softcapping"],
+            {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "rope_theta": 10000.0},
+        ),
+    ],
+)
+def test_what_a_file_leaves_out_is_as_in_llama_cpp(
+    tmp_path: Path, name: str, keys: list[str], defaults: dict[str, float]
+) -> None:
+    write_family_gguf(tmp_path / "tiny.gguf", FAMILIES[name])
+    header = read_gguf_header(tmp_path / "tiny.gguf")
+    for key in keys:
+        del header.metadata[name + key]
+    config = read_family(header, Metadata.of(header)).config
+    assert {key: config[key] for key in defaults} == defaults
 
 
 # --- refused ----------------------------------------------------------------------------------------------

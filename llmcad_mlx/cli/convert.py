@@ -12,7 +12,7 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="A GGUF file (llama, qwen2/3, gemma2/3, phi3, smollm3), an mlx-lm or Hugging Face folder, a hub repo."
+            help="A GGUF file (llama, qwen2/3, gemma2/3, phi3, smollm3), an mlx-lm or HF folder, a hub repository."
         ),
     ],
     dest: Annotated[Path, typer.Argument(help="The folder to make; new or empty.")],

@@ -62,7 +62,8 @@ def test_streamed_text_is_the_resident_text(temperature: float, capsys: pytest.C
         plain = [engine.generate(prompt, policy="plain", **options).tokens for prompt in STREAMED_PROMPTS]
     passes = tokens = 0
     streamed = []
-    for memory in ("1GB", "1400MB", "4GB"):
+    # The process has held the whole pair already, so it takes more than one that starts under a budget.
+    for memory in ("1300MB", "1700MB", "4GB"):
         with load(target, memory=memory) as engine:
             assert engine.pair.plan is not None
             streamed.append(engine.pair.plan.streamed_bytes)

@@ -191,7 +191,7 @@ def _drafters(
 ) -> list[Drafter]:
     if names.draft_name == NO_DRAFT:
         return []
-    if options.verify and names.draft_path is not None:
+    if options.verify and names.draft_path is not None and names.draft_path.is_dir():
         verify_bundle(names.draft_path)  # where it has checksums
     return load_drafters(names.draft_path, target, model, vocab_size)
 

@@ -16,6 +16,7 @@ from convert.distillation.tables import make_table
 from llmcad_mlx import VocabularyError, load
 from llmcad_mlx.drafting.ngram_table import NgramTable, context_hash, context_hashes, vocabulary_hash
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.sources.mlx_folder import convert_folder
 from tests.tiny_folder import make_folder, tiny_environment
 
 texts_of_tokens = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=30), min_size=1, max_size=6)
@@ -125,6 +126,19 @@ def test_a_table_of_the_targets_text_drafts_it(tmp_path: Path, temperature: floa
             result = engine.generate([1, 2, 3], tree_nodes=8, **options)
         assert result.tokens == plain
         assert result.stats.tokens_per_pass > 2
+
+
+def test_a_table_goes_with_a_checked_and_streamed_target(tmp_path: Path) -> None:
+    with tiny_environment(tmp_path / "home"):
+        folder = tmp_path / "bundle"
+        convert_folder(make_folder(tmp_path / "model"), folder)
+        with load(folder, None) as engine:
+            plain = engine.generate([1, 2, 3], max_tokens=20).tokens
+            vocabulary = vocabulary_hash(engine.tokenizer.get_vocab())
+        path = tmp_path / "draft.ngrams.safetensors"
+        make_table(arrays([[1, 2, 3, *plain]]), 5, vocabulary).save(path)
+        with load(folder, str(path), pinned=0, verify=True) as engine:
+            assert engine.generate([1, 2, 3], max_tokens=20, tree_nodes=8).tokens == plain
 
 
 def test_a_table_for_other_tokens_is_refused(tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ class StreamedUnit:
     views: Views = field(default_factory=dict)
     """Made so far. Units that lie alike in the buffers share them: a deep model has tens of thousands."""
 
+    _layout: Hashable = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._layout = tuple((place.offset, place.shape, place.stored) for place in self.placements)
+
     @contextmanager
     def loaded(self) -> Iterator[None]:
         """The unit's weights are bound to their modules while the block runs, and garbage afterwards."""
@@ -82,7 +87,7 @@ class StreamedUnit:
 
     def bind(self, index: int) -> None:
         """Let the modules' parameters be views into buffer `index`, whatever it holds."""
-        key = index, tuple((place.offset, place.shape, place.stored) for place in self.placements)
+        key = index, self._layout
         if key not in self.views:
             self.views[key] = [self._view(self.buffers[index], place) for place in self.placements]
         for place, view in zip(self.placements, self.views[key], strict=True):

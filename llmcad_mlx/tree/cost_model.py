@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,7 +29,7 @@ class StepTimes:
         self._seen: dict[int, deque[float]] = {}
         self._read: set[int] = set()  # counts known from `from_dict` alone
         self._rows: list[int] = []
-        self._seconds: list[float] = []
+        self._fitted: list[float] | None = []  # None: to be made when somebody asks
         self._row_seconds = 0.0  # at most, for a row beyond the hidden ones
         self.hidden_rows = 0
 
@@ -53,8 +53,10 @@ class StepTimes:
         if rows in self._read:  # saved on another day, when the machine may have been busy
             self._read.discard(rows)
             self._seen[rows].clear()
+        if rows not in self._seen:
+            insort(self._rows, rows)
         self._seen.setdefault(rows, deque(maxlen=_REMEMBERED)).append(seconds)
-        self._rebuild()
+        self._fitted = None
 
     def __contains__(self, rows: int) -> bool:
         """Whether a forward of exactly `rows` rows was measured."""
@@ -102,20 +104,26 @@ class StepTimes:
         span = self._rows[-1] - self._rows[0]
         return max((self._seconds[-1] - self._seconds[0]) / span, assumed * 0.1)
 
-    def _rebuild(self) -> None:
-        self._rows = sorted(self._seen)
-        self._seconds = [median_low(self._seen[rows]) for rows in self._rows]
+    @property
+    def _seconds(self) -> list[float]:
+        """For each of `_rows`."""
+        if self._fitted is None:
+            self._fitted = self._fit()
+        return self._fitted
+
+    def _fit(self) -> list[float]:
+        medians = [median_low(self._seen[rows]) for rows in self._rows]
         # Fewer rows never take more time. Where they seem to, noise says so: neighbours are pooled until the
         # order is right (isotonic regression), each weighing as much as it was observed.
         pooled: list[tuple[float, int, int]] = []  # seconds, observations, row counts in the pool
-        for rows, seconds in zip(self._rows, self._seconds, strict=True):
+        for rows, seconds in zip(self._rows, medians, strict=True):
             seen, size = len(self._seen[rows]), 1
             while pooled and pooled[-1][0] > seconds:
                 other, weight, others = pooled.pop()
                 seconds = (seconds * seen + other * weight) / (seen + weight)
                 seen, size = seen + weight, size + others
             pooled.append((seconds, seen, size))
-        self._seconds = [seconds for seconds, _, size in pooled for _ in range(size)]
+        return [seconds for seconds, _, size in pooled for _ in range(size)]
 
     def to_dict(self) -> dict[str, float]:
         """JSON-able seconds by row count, as `predict` gives them."""
@@ -134,7 +142,8 @@ class StepTimes:
                 raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
             times._seen[int(rows)] = deque([seconds], maxlen=_REMEMBERED)
             times._read.add(int(rows))
-        times._rebuild()
+        times._rows = sorted(times._seen)
+        times._fitted = None
         return times
 
 

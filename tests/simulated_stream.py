@@ -79,6 +79,10 @@ class SimulatedStream:
         while (reading := self._ahead.reading) and self._started + self._seconds(reading) <= self.clock.now:
             self._arrive(reading)
 
+    @property
+    def next_unit(self) -> int:
+        return self._ahead.next_unit
+
     def ready(self) -> bool:
         self._catch_up()
         return self._ahead.num_there > 0

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -494,14 +495,25 @@ def test_a_feed_counts_looked_up_rows_and_closes_its_stream() -> None:
 
 
 def test_an_error_of_the_stream_ends_the_pass_and_the_next_one_tries_again() -> None:
-    storage = FaultyStorage(MemoryStorage(FILES), {5: read_error})
-    with streamed(storage) as made:
+    storage = FaultyStorage(MemoryStorage(FILES), {7: read_error})  # read when unit 0 was given back
+    with streamed(storage, num_buffers=3) as made:
         feed = SequentialFeed(made.stream, NUM_UNITS)
-        for unit in (0, 1):
+        for unit in (0, 1, 2):
             assert holds(made.buffers[feed.take(unit)], unit)
             feed.give_back()
         with pytest.raises(StorageError, match="made up"):
-            feed.take(2)
+            feed.take(3)
+        for unit in range(NUM_UNITS):
+            assert holds(made.buffers[feed.take(unit)], unit)
+            feed.give_back()
+
+
+def test_what_failed_before_its_pass_began_is_tried_again() -> None:
+    storage = FaultyStorage(MemoryStorage(FILES), {1: read_error})
+    with streamed(storage) as made:
+        while not made.stream.ready():  # nothing is there yet but the error
+            time.sleep(0.001)
+        feed = SequentialFeed(made.stream, NUM_UNITS)
         for unit in range(NUM_UNITS):
             assert holds(made.buffers[feed.take(unit)], unit)
             feed.give_back()

@@ -47,8 +47,6 @@ class SequentialFeed:
         self.stream = stream
         self._num_units = num_units
         self._clock = clock
-        self._expected = 0
-        self._lost = False  # whether the stream may be elsewhere than where `_expected` says
         self._background: Background | None = None
         self._taken_at: float | None = None
         self._unit_s = 0.0  # computing with one unit, lately
@@ -71,9 +69,8 @@ class SequentialFeed:
             yield
         finally:
             self._background = self._taken_at = None
-        if self._expected != 0:  # a prompt's pass needs no head
+        if self.stream.next_unit != 0:  # a prompt's pass needs no head
             self.stream.restart()
-            self._expected = 0
 
     def free_seconds(self) -> float:
         """How long something else may be done before this pass takes longer.
@@ -84,28 +81,24 @@ class SequentialFeed:
         outlook = self.stream.outlook()
         if not self._unit_s:
             return outlook.ready
-        slack = outlook.rest - self._unit_s * (self._num_units - self._expected)
+        slack = outlook.rest - self._unit_s * (self._num_units - self.stream.next_unit)
         return max(outlook.ready, min(slack, outlook.idle - self._unit_s), 0.0)
 
     def take(self, unit: int) -> int:
-        if self._lost or unit != self._expected:
-            if unit != 0:
-                raise ModelError(
-                    f"this model uses its layers in another order than they are listed (unit {unit} where "
-                    f"{self._expected} was due), so it cannot be streamed; give it memory for all its weights"
-                )
-            # A pass may have been broken off anywhere.
+        if unit == 0:
+            # The last pass may have been broken off anywhere; a read that failed since is tried again.
             self.stream.restart()
-            self._expected = 0
-        self._lost = True  # unless this comes to its end
+        elif unit != self.stream.next_unit:
+            raise ModelError(
+                f"this model uses its layers in another order than they are listed (unit {unit} where "
+                f"{self.stream.next_unit} was due), so it cannot be streamed; give it memory for all its weights"
+            )
         self._learn()
         while self._background is not None and not self.stream.ready():
             if not self._background(self.free_seconds()):
                 break
         buffer = self.stream.wait()
         self._taken_at = self._clock()
-        self._expected = (unit + 1) % self._num_units
-        self._lost = False
         return buffer
 
     def _learn(self) -> None:
@@ -115,9 +108,7 @@ class SequentialFeed:
             self._unit_s += (seconds - self._unit_s) * (_LAST_WEIGHT if self._unit_s else 1.0)
 
     def give_back(self) -> None:
-        self._lost = True  # unless this comes to its end
         self.stream.release()
-        self._lost = False
 
     def close(self) -> None:
         """Stop reading."""

@@ -62,6 +62,10 @@ class WeightStream(Protocol):
     def wait_s(self) -> float:
         """Seconds that `wait` has blocked so far."""
 
+    @property
+    def next_unit(self) -> int:
+        """What `wait` returns next."""
+
     def ready(self) -> bool:
         """Whether `wait` would return, or raise, at once."""
 
@@ -121,6 +125,10 @@ class ThreadedStream:
         self._closed = False
         self._thread = threading.Thread(target=self._read_on, name="weight reader", daemon=True)
         self._thread.start()
+
+    @property
+    def next_unit(self) -> int:
+        return self._ahead.next_unit
 
     def ready(self) -> bool:
         with self._changed:

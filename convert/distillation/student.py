@@ -1,0 +1,119 @@
+"""The student: the target's own first layers, kept as they are, and a few trained ones on top of them.
+
+What the first layers say is in the corpus or computed once a batch, so only the trained layers and the head are
+differentiated. The head has rows for the tokens that the target uses most; they start as the target's own, and the
+trained layers as copies of chosen layers of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.utils import dequantize_model
+
+from llmcad_mlx.errors import UsageError
+from llmcad_mlx.models.loading import LoadedModel, cast_to_fp32
+
+from .student_cpu import numpy_exponentials
+
+Ids = npt.NDArray[np.int32]
+
+# Layers of these see the text alone: no second input, no state, one mask for all.
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def check_family(loaded: LoadedModel) -> None:
+    """Raise UsageError for a target whose layers cannot be run one by one."""
+    kind = loaded.config["model_type"]
+    model: Any = loaded.model
+    if kind not in FAMILIES or any(getattr(layer, "use_sliding", False) for layer in model.layers):
+        families = ", ".join(FAMILIES)
+        raise UsageError(f"{loaded.path}: a student is made of {families} models without sliding windows only")
+
+
+def dense(module: nn.Module) -> Any:
+    """A copy of a module in float32, nothing in it quantised."""
+    found = dequantize_model(copy.deepcopy(module))
+    cast_to_fp32(found)
+    return found
+
+
+def target_head(model: Any) -> Any:
+    """The module whose rows are the target's head; a tied embedding is one."""
+    return model.lm_head if "lm_head" in model else model.model.embed_tokens
+
+
+def head_rows(model: Any, tokens: Ids | slice) -> mx.array:
+    """(len(tokens), H) float32: the target's head for these tokens."""
+    head = target_head(model)
+    rows = mx.array(tokens) if isinstance(tokens, np.ndarray) else tokens
+    if "scales" not in head:
+        return head["weight"][rows].astype(mx.float32)
+    biases = head["biases"][rows] if head.get("biases") is not None else None
+    plain = mx.dequantize(
+        head["weight"][rows], head["scales"][rows], biases, head.group_size, head.bits, head.mode
+    )
+    return plain.astype(mx.float32)
+
+
+class Student(nn.Module):
+    """The trained layers, the last norm and the head; what the target's first layers say comes in."""
+
+    def __init__(self, model: Any, sources: Sequence[int], tokens: Ids, train_head: bool = False) -> None:
+        """model: the target, of a family of `FAMILIES`. sources: its layers that the trained ones start from.
+        tokens: (V',) the head's vocabulary. train_head: whether the head's rows are trained, too."""
+        super().__init__()
+        self.layers = [dense(model.layers[number]) for number in sources]
+        self.norm = dense(model.model.norm)
+        self.head = head_rows(model, tokens)
+        mx.eval(self.parameters())
+        if not train_head:
+            self.freeze(recurse=False, keys=["head"])
+
+    def features(self, hidden: mx.array) -> mx.array:
+        """(B, T, H), what the head is applied to; `hidden` (B, T, H) comes from the target's first layers."""
+        for layer in self.layers:
+            hidden = layer(hidden, "causal", None)
+        return self.norm(hidden)
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Logits (B, T, V') of the next token."""
+        return self.features(hidden) @ self.head.T
+
+
+class FrozenTarget:
+    """The target over whole texts, for corpora without activations."""
+
+    def __init__(self, model: Any, depth: int) -> None:
+        """depth: how many of the target's layers the student keeps; 0 means its embedding alone."""
+        self._model = model
+        self._depth = depth
+        self._ready: Any = None
+
+    def __call__(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        """After the first layers, and before the head: (B, T, H) float32 each, for `tokens` (B, T)."""
+        body = self._body()
+        states = hidden = body.embed_tokens(tokens).astype(mx.float32)
+        with numpy_exponentials(body.layers[0]):
+            for number, layer in enumerate(body.layers, 1):
+                states = layer(states, "causal", None)
+                if number == self._depth:
+                    hidden = states
+        return hidden, body.norm(states)
+
+    def _body(self) -> Any:
+        if self._ready is None:
+            # MLX's quantised products are slow on a CPU: there it is worth the memory to have plain ones.
+            self._ready = dense(self._model.model) if mx.default_device() == mx.cpu else self._model.model
+        return self._ready
+
+
+def frequent_tokens(counts: npt.NDArray[np.int64], size: int) -> Ids:
+    """The `size` most frequent token ids, ascending; of equally frequent ones the lower ids."""
+    return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)

@@ -1,0 +1,124 @@
+"""A trained student becomes a draft: an mlx-lm folder whose head has rows for some tokens only.
+
+    draft_tokens.safetensors   "tokens" (V',) int32, ascending: row i of the head is for token tokens[i]
+
+The kept layers, the embedding and an untrained head are the target's own bytes. Trained matrices are fitted to
+4-bit groups of 32, the rest is float16; or all that was trained stays in float32. Where kept matrices have other
+groups, mlx-lm finds that out from their shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.utils import save_config
+
+from llmcad_mlx.models.loading import LoadedModel
+from llmcad_mlx.sources.group_fit import fit_groups
+from llmcad_mlx.sources.mlx_folder import copy_side_files
+from llmcad_mlx.sources.new_folder import new_folder
+
+from .student import Ids, Student, target_head
+from .training_state import TrainingSettings
+
+DRAFT_TOKENS = "draft_tokens.safetensors"
+BITS, GROUP_SIZE = 4, 32
+
+Arrays = dict[str, mx.array]
+
+
+def export_student(
+    loaded: LoadedModel,
+    student: Student,
+    settings: TrainingSettings,
+    tokens: Ids,
+    dest: Path,
+    *,
+    quantise: bool = True,
+    share_embedding: bool = False,
+) -> int:
+    """Write the folder `dest`; returns the bytes of its weights.
+
+    loaded: the target. tokens: (V',) the head's. share_embedding: the draft has no embedding and is given the
+    target's. Raises UsageError for a destination that is not free, DiskError when it does not fit the disk.
+    """
+    arrays = _kept(loaded.model, settings.depth, share_embedding)
+    arrays |= _trained(student, settings.depth, quantise)
+    if settings.train_head:
+        arrays |= _packed("lm_head.weight", student.head, quantise)
+    else:
+        arrays |= _own_head(loaded.model, tokens)
+    config = _config(loaded, settings, share_embedding, any(name.endswith(".scales") for name in arrays))
+    mx.eval(arrays)
+    num_bytes = sum(array.nbytes for array in arrays.values())
+    with new_folder(dest, num_bytes) as folder:
+        mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
+        mx.save_safetensors(str(folder / DRAFT_TOKENS), {"tokens": mx.array(tokens)})
+        save_config(config, folder / "config.json")
+        copy_side_files(loaded.path, folder)
+    return num_bytes
+
+
+def _kept(model: Any, depth: int, share_embedding: bool) -> Arrays:
+    """The target's embedding and first layers, as they are."""
+    body = model.model
+    found: Arrays = {}
+    if not share_embedding:
+        found |= _named("model.embed_tokens", body.embed_tokens)
+    for number in range(depth):
+        found |= _named(f"model.layers.{number}", body.layers[number])
+    return found
+
+
+def _trained(student: Student, depth: int, quantise: bool) -> Arrays:
+    found: Arrays = {}
+    for number, layer in enumerate(student.layers, depth):
+        for name, array in _named(f"model.layers.{number}", layer).items():
+            found |= _packed(name, array, quantise)
+    return found | _packed("model.norm.weight", student.norm.weight, quantise)
+
+
+def _own_head(model: Any, tokens: Ids) -> Arrays:
+    """The target's rows for `tokens`, in whatever precision they have."""
+    head, rows = target_head(model), mx.array(tokens)
+    return {f"lm_head.{name}": array[rows] for name, array in head.parameters().items()}
+
+
+def _named(prefix: str, module: Any) -> Arrays:
+    leaves: Any = tree_flatten(module.parameters())
+    return {f"{prefix}.{name}": array for name, array in leaves}
+
+
+def _packed(name: str, array: mx.array, quantise: bool) -> Arrays:
+    """A matrix whose rows divide into groups in 4 bits, anything else in float16; as it is without `quantise`."""
+    if not quantise:
+        return {name: array}
+    module, _, kind = name.rpartition(".")
+    if kind != "weight" or array.ndim != 2 or array.shape[1] % GROUP_SIZE:
+        return {name: array.astype(mx.float16)}
+    groups = fit_groups(np.asarray(array), BITS, GROUP_SIZE)
+    return {
+        f"{module}.weight": mx.array(groups.codes),
+        f"{module}.scales": mx.array(groups.scales),
+        f"{module}.biases": mx.array(groups.biases),
+    }
+
+
+def _config(loaded: LoadedModel, settings: TrainingSettings, share: bool, quantised: bool) -> dict[str, Any]:
+    config = copy.deepcopy(loaded.config)
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    if quantised:
+        config["quantization"] = {"bits": BITS, "group_size": GROUP_SIZE, "mode": "affine"}
+    layers = [*range(settings.depth), *settings.sources]
+    config |= {"num_hidden_layers": len(layers), "tie_word_embeddings": False}
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = [config["layer_types"][number] for number in layers]
+    if share:
+        config["llmcad"] = {"shares_embedding": True}
+    return config

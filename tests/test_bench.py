@@ -204,12 +204,14 @@ def test_ctrl_c_keeps_what_was_done_but_not_a_warm_up():
 # -- arithmetic ------------------------------------------------------------------------------------------
 
 
-def made_up(variant: str, repetition: int, decode_s: float, tokens=(1, 2, 3, 4), ours=True, domain="d") -> Run:
+def made_up(
+    variant: str, repetition: int, decode_s: float, tokens=(1, 2, 3, 4), ours=True, domain="d", prompt="p"
+) -> Run:
     stats = GenerationStats(
         generated_tokens=4, target_passes=2, accepted=2, path_tested=4, draft_s=decode_s / 4, verify_s=decode_s / 2
     )
     generation = Generation(tokens, len(tokens), 10, 0.5, decode_s, stats if ours else None)
-    return Run(variant, Place(domain, "p", repetition), 0, generation)
+    return Run(variant, Place(domain, prompt, repetition), 0, generation)
 
 
 def test_a_ratio_compares_runs_at_the_same_place_before_the_median_is_taken():
@@ -225,6 +227,24 @@ def test_a_place_where_only_one_variant_ran_gives_no_ratio():
     runs = [made_up("plain", 0, 1.0), made_up("fast", 0, 0.5), made_up("fast", 1, 0.1)]
     assert summary.ratios(runs, "fast", "plain", summary.decode_rate) == pytest.approx([2.0])
     assert summary.ratios(runs, "fast", "mlx-lm", summary.decode_rate) == []
+
+
+def test_the_worst_prompt_is_that_of_the_least_median():
+    runs = [made_up("plain", i, 1.0, prompt=p) for p in "ab" for i in range(3)]
+    runs += [made_up("fast", i, s, prompt="a") for i, s in enumerate((0.5, 10.0, 0.4))]
+    runs += [made_up("fast", i, s, prompt="b") for i, s in enumerate((0.8, 0.8, 0.1))]
+    plain, fast = summary.summarise(runs)
+    assert fast.worst_prompt_vs_plain == pytest.approx(1 / 0.8)
+    assert plain.worst_prompt_vs_plain == pytest.approx(1.0)
+
+
+def test_break_even_is_what_passes_of_that_length_must_give():
+    runs = [made_up("plain", 0, 1.0), made_up("fast", 0, 3.0), made_up("fast", 1, 9.0)]
+    _, fast = summary.summarise(runs)
+    assert fast.break_even == pytest.approx(
+        (3.0 / 2) / (1.0 / 4)
+    )  # 2 passes, 4 tokens; the lone run tells nothing
+    assert summary.summarise([made_up("fast", 0, 3.0)])[0].break_even is None
 
 
 def test_totals_shares_and_unknowns():
@@ -265,7 +285,7 @@ def test_tables_show_ratios_only_against_what_ran():
     markdown = table.to_markdown().splitlines()
     assert markdown[0] == "**all prompts**"
     row = [cell.strip() for cell in markdown[-1].strip("|").split("|")]
-    assert row == ["tree:4", "8.0", "2.00", "2.00", "50%", "25%", "50%", "25%", "20", "0/4"]
+    assert row == ["tree:4", "8.0", "2.00", "2.00", "2.00", "1.00", "50%", "25%", "50%", "25%", "20", "0/4"]
     (other,) = tables.summary_tables(summary.summarise([made_up("mlx-lm", 0, 1.0, ours=False)]))
     assert "× plain" not in other.header
     assert "prompt × mlx-lm" in other.header
@@ -358,6 +378,17 @@ def test_a_pair_without_draft_still_runs_every_variant_of_ours(pair, tmp_path):
     }
     assert drafted["throughput"] == 0
     assert drafted["wrong"] > 0
+    with pytest.raises(UsageError, match="draft:4 needs a draft model or an n-gram table"):
+        measure_pair(plan_of(tmp_path, "plain,draft:4", repeat=1), alone, "tiny")
+
+
+def test_the_draft_alone_is_without_prompt_lookup(pair):
+    sources = {}
+    for name in ("tree:8", "draft:8"):
+        (variant,) = parse_variants(name)
+        assert variant.settings == SpeculationSettings("throughput", 8)
+        sources[name] = [drafter.source for drafter in variant_pair(pair, variant).drafters]
+    assert sources == {"tree:8": ["ngram", "model"], "draft:8": ["model"]}
 
 
 def test_report_files_hold_every_run_versions_and_the_command(pair, tmp_path):

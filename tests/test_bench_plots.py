@@ -130,6 +130,15 @@ def test_tokens_per_pass_are_drawn_in_the_order_of_nodes(tmp_path: Path, drawn: 
     assert axes.get_ylim()[0] == 0.0
 
 
+def test_trees_of_the_draft_alone_are_a_curve_of_their_own(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    write_plots(lines_of("tree:16", "draft:4", "tree:4", "draft:16"), tmp_path)
+    (axes,) = drawn["tokens_per_pass.png"].axes
+    assert {line.get_label(): list(line.get_xdata()) for line in axes.lines} == {
+        "tree:N": [4, 16],
+        "draft:N": [4, 16],
+    }
+
+
 def test_curves_share_a_legend_and_start_at_zero(tmp_path: Path, drawn: dict[str, Figure]) -> None:
     bound = Curve("a", "x", [1, 2], [10, 20], [9, 18], [11, 25], [10, 20], [8, 40])
     waits = Curve("b", "y", [1, 2], [10, 20], [9, 18], [11, 25], [5, 6])
@@ -143,7 +152,9 @@ def test_curves_share_a_legend_and_start_at_zero(tmp_path: Path, drawn: dict[str
 
 
 def test_names_of_variants_tell_nodes_and_missing_parts() -> None:
-    assert [forced_nodes(name) for name in ("tree:16", "tree", "chain:4", "plain")] == [16, None, None, None]
+    assert [forced_nodes(name) for name in ("tree:16", "draft:4", "tree", "chain:4", "plain")] == [
+        16, 4, None, None, None,
+    ]  # fmt: skip
     assert ablated("paper") == Ablated("paper", ())
     assert ablated("throughput-no-tree-no-pipeline") == Ablated("throughput", ("tree", "pipeline"))
     assert [ablated(name) for name in ("plain", "no-draft", "tree:4")] == [None, None, None]

@@ -10,6 +10,7 @@ from llmcad_mlx.errors import ModelError
 from llmcad_mlx.sources.presets import (
     FileSource,
     Mirror,
+    PackagedSource,
     PresetError,
     RepoSource,
     get_preset,
@@ -86,6 +87,14 @@ def test_parse_whole_repositories() -> None:
     preset = parse_presets(REPOS)["pair"]
     assert (preset.target, preset.draft) == (RepoSource("org/large", "main"), RepoSource("org/small", "v2"))
     assert preset.machine == "a Mac with 8 GB"
+
+
+def test_a_draft_that_comes_with_the_package() -> None:
+    preset = parse_presets(GOOD.replace('"ngram"', '{ packaged = "small.ngrams.safetensors" }'))["small"]
+    assert preset.draft == PackagedSource("small.ngrams.safetensors")
+    assert preset.draft.path.parent.name == "data"
+    with pytest.raises(PresetError, match=re.escape("small.draft.packaged is '../small.ngrams.safetensors'")):
+        parse_presets(GOOD.replace('"ngram"', '{ packaged = "../small.ngrams.safetensors" }'))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.api import Engine, GenerationOptions
-from llmcad_mlx.bench.contenders import Sampling, check_variants, make_contenders
+from llmcad_mlx.bench.contenders import Sampling, check_variants, has_draft, make_contenders
 from llmcad_mlx.bench.prompts import BenchPrompt, load_prompts
 from llmcad_mlx.bench.records import Run
 from llmcad_mlx.bench.runner import EncodedPrompt, mixed_by_domain, run_interleaved
@@ -123,7 +123,7 @@ def measure_pair(
 
     `target` is its name for people, `draft_path` the draft model's folder, None without one.
     """
-    check_variants(plan.variants, draft_path is not None)
+    check_variants(plan.variants, draft_path is not None, has_draft(pair))
     contenders = make_contenders(plan.variants, pair, draft_path)
     prompts = encode_prompts(plan.prompts, pair)
     outcome = run_interleaved(contenders, prompts, plan.sampling, plan.repeat, plan.warmup, on_turn)
@@ -184,7 +184,12 @@ def _notes(report: BenchReport) -> list[str]:
             )
         if not report.comparable:
             notes.append("Above temperature 0 mlx-lm draws other random numbers; its text is not compared.")
-    if not any(variant.name == PLAIN for variant in plan.variants):
+    if any(variant.name == PLAIN for variant in plan.variants):
+        notes.append(
+            "Worst prompt: the least, over prompts, of the median ratio over repetitions. Break-even: the tokens "
+            "per pass at which passes that take so long would be as fast as plain decoding."
+        )
+    else:
         notes.append("Without the variant 'plain' there is nothing to compare texts and speeds with.")
     if report.interrupted:
         notes.append(f"Interrupted: only {len(report.runs)} generations were done.")

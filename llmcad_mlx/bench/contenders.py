@@ -130,7 +130,7 @@ def make_contenders(
     weights, loaded by mlx-lm, and on a CPU cast to float32; plain-equal one of its own, too. Raises UsageError for
     a variant that needs a draft model where there is none.
     """
-    check_variants(variants, draft_path is not None)
+    check_variants(variants, draft_path is not None, has_draft(pair))
     theirs = {}
     if needs_mlx_lm(variants):
         theirs = _mlx_lm_contenders(variants, pair, draft_path)
@@ -142,11 +142,20 @@ def make_contenders(
     ]
 
 
-def check_variants(variants: Sequence[Variant], has_draft_model: bool) -> None:
-    """Raises UsageError for a variant that needs a draft model where there is none."""
+def check_variants(variants: Sequence[Variant], has_draft_model: bool, has_draft: bool) -> None:
+    """Raises UsageError for a variant that needs a draft model, or a draft of any kind, where there is none."""
     for variant in variants:
         if not has_draft_model and (variant.name == MLX_LM_DRAFT or variant.equal_memory):
             raise UsageError(f"variants: {variant.name} needs a draft model; name one with --draft")
+        if not has_draft and variant.drafters == "draft":
+            raise UsageError(
+                f"variants: {variant.name} needs a draft model or an n-gram table; name one with --draft"
+            )
+
+
+def has_draft(pair: LoadedPair) -> bool:
+    """Whether anything but prompt lookup drafts."""
+    return any(not isinstance(drafter, NgramDrafter) for drafter in pair.drafters)
 
 
 def variant_pair(pair: LoadedPair, variant: Variant) -> LoadedPair:
@@ -179,7 +188,8 @@ def _drafters(pair: LoadedPair, variant: Variant) -> list[Drafter]:
         return [WrongDrafter(inner, pair.vocab_size)]
     if variant.drafters == "ngram":
         return [NgramDrafter()]
-    return [NgramDrafter(), *others] if pair.drafters else []
+    lookup: list[Drafter] = [] if variant.drafters == "draft" else [NgramDrafter()]
+    return [*lookup, *others] if pair.drafters else []
 
 
 def _mlx_lm_contenders(

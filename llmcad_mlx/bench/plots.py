@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,13 +145,19 @@ def _draw_split(figure: Any, lines: Lines) -> None:
 def _draw_nodes(figure: Any, lines: Lines) -> None:
     figure.set_size_inches(6.0, 4.0)
     axes = figure.subplots()
-    points = sorted((forced_nodes(line.variant) or 0, line.tokens_per_pass or 0.0) for line in lines)
-    nodes, tokens = zip(*points, strict=True)
-    axes.plot(nodes, tokens, "o-", color=_BLUE)
-    for x, y in points:
-        axes.annotate(f"{y:.2f}", (x, y), xytext=(5, -11), textcoords="offset points", fontsize=9)
-    axes.set(xlabel="nodes in every pass (tree:N)", ylabel="tokens per pass, bonus included")
-    axes.set(xlim=(0, 1.15 * nodes[-1]), ylim=(0, 1.15 * max(tokens)))
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        points = curves.setdefault(line.variant.partition(":")[0], [])
+        points.append((forced_nodes(line.variant) or 0, line.tokens_per_pass or 0.0))
+    for (kind, points), colour in zip(sorted(curves.items(), reverse=True), (_BLUE, _ORANGE), strict=False):
+        nodes, tokens = zip(*sorted(points), strict=True)
+        axes.plot(nodes, tokens, "o-", color=colour, label=f"{kind}:N")
+        for x, y in points:
+            axes.annotate(f"{y:.2f}", (x, y), xytext=(5, -11), textcoords="offset points", fontsize=9)
+    most = [max(figures) for figures in zip(*itertools.chain(*curves.values()), strict=True)]
+    axes.set(xlabel="nodes in every pass", ylabel="tokens per pass, bonus included")
+    axes.set(xlim=(0, 1.15 * most[0]), ylim=(0, 1.15 * most[1]))
+    axes.legend(frameon=False)
     axes.grid(alpha=0.3)
 
 

@@ -33,10 +33,12 @@ class VariantSummary:
     num_tokens: int
     tokens_per_s: float | None
     tokens_per_s_vs_plain: float | None
+    worst_prompt_vs_plain: float | None
     tokens_per_s_vs_mlx_lm: float | None
     prompt_tokens_per_s: float | None
     prompt_vs_mlx_lm: float | None
     tokens_per_pass: float | None
+    break_even: float | None
     acceptance_rate: float | None
     draft_share: float | None
     verify_share: float | None
@@ -133,10 +135,12 @@ def _summary(
         num_tokens=sum(len(run.generation.tokens) for run in own),
         tokens_per_s=_median(map(decode_rate, own)),
         tokens_per_s_vs_plain=_median(ratios(runs, variant, PLAIN, decode_rate)),
+        worst_prompt_vs_plain=_worst_prompt(runs, variant),
         tokens_per_s_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, decode_rate)),
         prompt_tokens_per_s=_median(map(prompt_rate, own)),
         prompt_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, prompt_rate)),
         tokens_per_pass=_share(sum(s.generated_tokens for s in stats), sum(s.target_passes for s in stats)),
+        break_even=_break_even(runs, own),
         acceptance_rate=_share(sum(s.accepted for s in stats), sum(s.path_tested for s in stats)),
         draft_share=draft_share,
         verify_share=verify_share,
@@ -147,6 +151,27 @@ def _summary(
         mismatches=sum(wrong for _, wrong in told) if told else None,
         num_compared=sum(len(run.generation.tokens) for run, _ in told),
     )
+
+
+def _worst_prompt(runs: Sequence[Run], variant: str) -> float | None:
+    prompts = dict.fromkeys((run.place.domain, run.place.prompt) for run in runs)
+    found = [
+        _median(
+            ratios([run for run in runs if (run.place.domain, run.place.prompt) == p], variant, PLAIN, decode_rate)
+        )
+        for p in prompts
+    ]
+    return min((ratio for ratio in found if ratio is not None), default=None)
+
+
+def _break_even(runs: Sequence[Run], own: Sequence[Run]) -> float | None:
+    """Seconds a pass over plain's seconds a token, at the places where both ran."""
+    plain = _by_place(runs, PLAIN)
+    both = [(run.generation, plain[run.place].generation) for run in own if run.place in plain]
+    stats = [(ours, theirs, ours.stats) for ours, theirs in both if ours.stats is not None]
+    pass_s = _share(sum(ours.decode_s for ours, _, _ in stats), sum(s.target_passes for _, _, s in stats))
+    plain_s = _share(sum(t.decode_s for _, t, _ in stats), sum(t.num_timed for _, t, _ in stats))
+    return None if pass_s is None or plain_s is None else _share(pass_s, plain_s)
 
 
 def _bound_share(runs: Sequence[Run], read_bandwidth: float) -> float | None:

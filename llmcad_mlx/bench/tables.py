@@ -66,10 +66,14 @@ def _mismatches(line: VariantSummary) -> str:
 
 
 _SPEED = (_Column("tokens per s", lambda line: number(line.tokens_per_s)),)
-_VS_PLAIN = (_Column("× plain", lambda line: number(line.tokens_per_s_vs_plain, 2)),)
+_VS_PLAIN = (
+    _Column("× plain", lambda line: number(line.tokens_per_s_vs_plain, 2)),
+    _Column("worst prompt", lambda line: number(line.worst_prompt_vs_plain, 2)),
+)
 _VS_MLX_LM = (_Column("× mlx-lm", lambda line: number(line.tokens_per_s_vs_mlx_lm, 2)),)
+_PER_PASS = (_Column("tokens per pass", lambda line: number(line.tokens_per_pass, 2)),)
+_BREAK_EVEN = (_Column("break-even", lambda line: number(line.break_even, 2)),)
 _DRAFTING = (
-    _Column("tokens per pass", lambda line: number(line.tokens_per_pass, 2)),
     _Column("accepted", lambda line: _percent(line.acceptance_rate)),
     _Column("draft", lambda line: _percent(line.draft_share)),
     _Column("verify", lambda line: _percent(line.verify_share)),
@@ -92,6 +96,8 @@ def summary_tables(lines: Sequence[VariantSummary]) -> list[Table]:
         *_SPEED,
         *(_VS_PLAIN if PLAIN in names else ()),
         *(_VS_MLX_LM if MLX_LM in names else ()),
+        *_PER_PASS,
+        *(_BREAK_EVEN if PLAIN in names else ()),
         *_DRAFTING,
         *(_STREAMING if any(line.wait_share for line in lines) else ()),
         *(_BOUND if any(line.bound_share for line in lines) else ()),

@@ -13,7 +13,7 @@ PLAIN, PLAIN_EQUAL, MLX_LM, MLX_LM_DRAFT = "plain", "plain-equal", "mlx-lm", "ml
 ABLATION = "ablation"
 DEFAULT_VARIANTS = "plain,chain,paper,throughput"
 
-Drafters = Literal["all", "ngram", "wrong", "none"]
+Drafters = Literal["all", "draft", "ngram", "wrong", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ def variant_help() -> str:
 
 _ADAPTIVE = ("paper", "throughput")
 _PARTS = ("tree", "fallback", "pipeline")
+_FORCED = ("tree", "draft")
 
 _MEANINGS = (
     (PLAIN, "no speculation"),
@@ -50,6 +51,7 @@ _MEANINGS = (
     ("paper-no-X and throughput-no-X", f"without one or more of {', '.join(_PARTS)}"),
     (ABLATION, "plain, both policies, and both without each part and without all"),
     ("tree:N", "N nodes in every pass"),
+    ("draft:N", "the same by the draft alone, without prompt lookup"),
     ("ngram", "prompt lookup alone"),
     ("wrong", "a draft that is always wrong"),
     ("no-draft", "the default policy without a draft"),
@@ -90,9 +92,9 @@ def ablated(name: str) -> Ablated | None:
 
 
 def forced_nodes(name: str) -> int | None:
-    """N of "tree:N", None for every other variant."""
+    """N of "tree:N" and "draft:N", None for every other variant."""
     kind, _, number = name.partition(":")
-    return int(number) if kind == "tree" and number else None
+    return int(number) if kind in _FORCED and number else None
 
 
 def needs_mlx_lm(variants: Sequence[Variant]) -> bool:
@@ -128,8 +130,10 @@ def _variant(name: str) -> Variant:
 
 
 def _numbered(name: str, kind: str, number: str) -> Variant:
-    if kind not in ("chain", "tree") or not (number.isascii() and number.isdigit()) or int(number) < 1:
-        raise UsageError(f"variants: {name!r} is unknown; a number goes with chain:K or tree:N and is at least 1")
+    if kind not in ("chain", *_FORCED) or not (number.isascii() and number.isdigit()) or int(number) < 1:
+        raise UsageError(
+            f"variants: {name!r} is unknown; a number goes with chain:K, tree:N or draft:N and is at least 1"
+        )
     if kind == "chain":
         return Variant(name, "all", SpeculationSettings("chain", int(number) + 1))
-    return Variant(name, "all", SpeculationSettings("throughput", int(number)))
+    return Variant(name, "draft" if kind == "draft" else "all", SpeculationSettings("throughput", int(number)))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.sources.presets import NGRAM, FileSource, Source, list_presets
+from llmcad_mlx.sources.presets import NGRAM, DraftSource, FileSource, PackagedSource, list_presets
 
 
 def pull(
@@ -39,7 +39,7 @@ def pull(
 
 def _print_presets() -> None:
     for preset in list_presets():
-        sources = [preset.target] + ([preset.draft] if preset.draft else [])
+        sources: list[DraftSource] = [preset.target] + ([preset.draft] if preset.draft else [])
         print(f"{preset.name}: {preset.summary}")
         print(f"  target  {_where(preset.target)}")
         print(f"  draft   {_where(preset.draft) if preset.draft else NGRAM}")
@@ -52,11 +52,14 @@ def _print_presets() -> None:
         print(f"  {', '.join(facts)}")
 
 
-def _where(source: Source) -> str:
+def _where(source: DraftSource) -> str:
+    if isinstance(source, PackagedSource):
+        return f"{source.file}, which comes with this package"
     return f"{source.repo} {source.file}" if isinstance(source, FileSource) else source.repo
 
 
-def _download(sources: list[Source]) -> list[str]:
+def _download(sources: list[DraftSource]) -> list[str]:
     """Only where the sizes of all are known."""
+    sources = [source for source in sources if not isinstance(source, PackagedSource)]
     sizes = [source.num_bytes for source in sources if isinstance(source, FileSource)]
     return [f"{sum(sizes) / 1e6:,.0f} MB to download"] if len(sizes) == len(sources) else []

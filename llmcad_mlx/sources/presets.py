@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import TypeVar
 
 from llmcad_mlx.errors import ModelError
@@ -46,7 +47,20 @@ class RepoSource:
     revision: str
 
 
+@dataclass(frozen=True, slots=True)
+class PackagedSource:
+    """A draft that comes with the package: the file of an n-gram table."""
+
+    file: str
+
+    @property
+    def path(self) -> Path:
+        """Where it lies on this machine."""
+        return Path(str(files("llmcad_mlx").joinpath("data", self.file)))
+
+
 Source = FileSource | RepoSource
+DraftSource = Source | PackagedSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +76,7 @@ class Preset:
     license: str
     memory_bytes: int
     target: Source
-    draft: Source | None
+    draft: DraftSource | None
     machine: str | None = None
 
 
@@ -145,11 +159,19 @@ def _preset(table: _Table) -> Preset:
         license=table.take("license", str),
         memory_bytes=table.positive("memory_bytes"),
         target=_source(_Table(f"{table.where}.target", table.optional("target"))),
-        draft=None if draft == NGRAM else _source(_Table(f"{table.where}.draft", draft)),
+        draft=None if draft == NGRAM else _draft_source(_Table(f"{table.where}.draft", draft)),
         machine=table.take("machine", str) if table.has("machine") else None,
     )
     table.end()
     return preset
+
+
+def _draft_source(table: _Table) -> DraftSource:
+    if not table.has("packaged"):
+        return _source(table)
+    source = PackagedSource(table.matching("packaged", r"[\w.-]+\.ngrams\.safetensors"))
+    table.end()
+    return source
 
 
 def _source(table: _Table) -> Source:

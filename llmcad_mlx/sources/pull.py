@@ -19,7 +19,7 @@ from llmcad_mlx.sources.gguf import convert_gguf
 from llmcad_mlx.sources.hub import HubUnreachableError, fetch_hub_file
 from llmcad_mlx.sources.hub_repo import fetch_hub_repo
 from llmcad_mlx.sources.mirror import discard, fetch_from_mirror, forget_progress
-from llmcad_mlx.sources.presets import FileSource, RepoSource, get_preset
+from llmcad_mlx.sources.presets import FileSource, PackagedSource, RepoSource, get_preset
 from llmcad_mlx.sources.progress import NoProgress, Progress
 
 BITS = 4
@@ -33,7 +33,7 @@ HASH_BYTES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class PulledPreset:
-    """Folders that `mlx_lm.load` opens. `draft` is None when the n-gram drafter serves."""
+    """Folders that `mlx_lm.load` opens. `draft` is None when the n-gram drafter serves, a file for a table."""
 
     target: Path
     draft: Path | None
@@ -64,7 +64,8 @@ def pull_preset(name: str, progress: Progress | None = None, keep_source: bool =
 
 
 def pull_part(name: str, part: str, progress: Progress | None = None, keep_source: bool = False) -> Path:
-    """The folder of a preset's `part`, "target" or "draft"; of the hub's cache where it is a whole repository.
+    """The folder of a preset's `part`, "target" or "draft"; of the hub's cache where it is a whole repository. A
+    draft that comes with the package is a file.
 
     Errors as for `pull_preset`.
     """
@@ -72,6 +73,8 @@ def pull_part(name: str, part: str, progress: Progress | None = None, keep_sourc
     source = preset.target if part == "target" else preset.draft
     if source is None:
         raise ModelError(f"{name}: this preset has no draft model; use --draft ngram")
+    if isinstance(source, PackagedSource):
+        return source.path
     if isinstance(source, RepoSource):
         return pull_repo(source.repo, source.revision, progress)
     folder = model_folder(name, part)

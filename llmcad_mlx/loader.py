@@ -24,6 +24,7 @@ from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.pair_models import load_drafters, load_tree_model, probe_folder, real_tokens
 from llmcad_mlx.pair_names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
 from llmcad_mlx.profile import PairProfile
+from llmcad_mlx.sources.draft_choice import Conditions
 from llmcad_mlx.target.assembly import Prepared, kv_bytes_per_token
 from llmcad_mlx.target.bundle import Bundle, read_bundle, verify_bundle
 from llmcad_mlx.target.needs import MemoryNeeds
@@ -59,6 +60,11 @@ class MemoryOptions:
     def asks_for_streaming(self) -> bool:
         """Whether anything was given that only a memory plan can heed."""
         return self != MemoryOptions()
+
+    @property
+    def conditions(self) -> Conditions:
+        """What a tuned draft is chosen for."""
+        return Conditions(device_name(), self.memory, self.pinned, self.read_bandwidth)
 
 
 @dataclass(slots=True)
@@ -135,13 +141,35 @@ def load_pair(
 ) -> LoadedPair:
     """Resolve, load and check. See `api.load` for the arguments and errors."""
     options = options or MemoryOptions()
-    names = find_pair(target, draft, show_progress)
-    if options.asks_for_streaming or _budget(names, options) is not None:
+    names = find_pair(target, draft, show_progress, options.conditions)
+    return load_names(names, options)
+
+
+def load_names(names: PairNames, options: MemoryOptions) -> LoadedPair:
+    """Load and check what `find_pair` has found."""
+    if is_planned([names], options):
         return plan_pair(names, options).build()
-    loaded, model = load_tree_model(names.target_path)
-    vocab_size = real_tokens(loaded, model)
-    drafters = _drafters(names, options, loaded, model, vocab_size)
-    return _pair(names, options, ResidentTarget(model, vocab_size), drafters, loaded, model.context_length, None)
+    return SharedTarget(names.target_path).pair(names)
+
+
+def is_planned(pairs: Sequence[PairNames], options: MemoryOptions) -> bool:
+    """Whether a memory plan is needed to load the target that `pairs` have in common with all their drafts."""
+    return options.asks_for_streaming or _budget(pairs, options) is not None
+
+
+class SharedTarget:
+    """A target wholly in memory, for one draft or for many: their pairs have one cache in common."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelError for a folder that cannot be loaded."""
+        self._loaded, self._model = load_tree_model(folder)
+        self._target = ResidentTarget(self._model, real_tokens(self._loaded, self._model))
+
+    def pair(self, names: PairNames) -> LoadedPair:
+        """The target with the draft of `names`. Raises ModelError or VocabularyError for an unfit draft."""
+        options, loaded, model = MemoryOptions(), self._loaded, self._model
+        drafters = _drafters(names, options, loaded, model, self._target.vocab_size)
+        return _pair(names, options, self._target, drafters, loaded, model.context_length, None)
 
 
 def plan_pair(names: PairNames, options: MemoryOptions) -> PlannedPair:
@@ -157,7 +185,7 @@ def plan_pair(names: PairNames, options: MemoryOptions) -> PlannedPair:
     vocab_size = real_tokens(loaded, prepared.model)
     drafters = _drafters(names, options, loaded, prepared.model, vocab_size)
     needs = _needs(prepared, drafters, options)
-    plan = make_plan(needs, _budget(names, options), options.pinned)
+    plan = make_plan(needs, _budget([names], options), options.pinned)
     return PlannedPair(names, options, prepared, drafters, vocab_size, needs, plan)
 
 
@@ -205,12 +233,12 @@ def _bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def _budget(names: PairNames, options: MemoryOptions) -> int | None:
-    """What was asked for; else None where both models fit into memory, else what they may use of it."""
+def _budget(pairs: Sequence[PairNames], options: MemoryOptions) -> int | None:
+    """What was asked for; else None where all models fit into memory, else what they may use of it."""
     if options.memory is not None:
         return options.memory
-    folders = [folder for folder in (names.target_path, names.draft_path) if folder is not None]
-    files = [file for folder in folders for file in folder.glob("model*.safetensors")]
+    drafts = dict.fromkeys(names.draft_path for names in pairs if names.draft_path is not None)
+    files = [file for folder in (pairs[0].target_path, *drafts) for file in folder.glob("model*.safetensors")]
     physical = this_machine().memory_bytes
     return None if physical is None else default_budget(sum(file.stat().st_size for file in files), physical)
 
@@ -243,6 +271,6 @@ def release_free_memory() -> None:
 
 
 __all__ = [
-    "NO_DRAFT", "LoadedPair", "MemoryOptions", "PairNames", "PlannedPair", "device_name", "find_pair", "load_pair",
-    "load_tree_model", "plan_pair", "release_free_memory",
+    "NO_DRAFT", "LoadedPair", "MemoryOptions", "PairNames", "PlannedPair", "SharedTarget", "device_name",
+    "find_pair", "is_planned", "load_names", "load_pair", "load_tree_model", "plan_pair", "release_free_memory",
 ]  # fmt: skip

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from llmcad_mlx.errors import UsageError
+from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.profile import profile_path
 from llmcad_mlx.sources.cache_folder import home_folder
+from llmcad_mlx.sources.draft_choice import Conditions, find_choice
 from llmcad_mlx.sources.progress import progress_for
+from llmcad_mlx.sources.quantised_copy import CopyName, quantised_copy
 from llmcad_mlx.sources.resolve import DEFAULT_PRESET, preset_draft, resolve_draft, resolve_target
 from llmcad_mlx.sources.self_draft import self_draft, self_draft_bits
 
@@ -28,28 +30,62 @@ class PairNames:
     draft_path: Path | None
 
 
-def find_pair(target: str | None, draft: str | None, show_progress: bool) -> PairNames:
+def find_pair(
+    target: str | None, draft: str | None, show_progress: bool, conditions: Conditions | None = None
+) -> PairNames:
     """Resolve names to folders, fetching and making what is not there.
 
-    Raises the errors of `resolve_target` and `self_draft`.
+    conditions: what a tuned draft must have been chosen for, where `draft` is "auto"; None: this device and no
+    memory options. Raises the errors of `resolve_target`, `resolve_draft` and `quantised_copy`.
     """
     target_name = DEFAULT_PRESET if target is None else target
-    bits = self_draft_bits(draft) if isinstance(draft, str) else None
+    _check_draft(draft)
     target_path = resolve_target(target_name, show_progress)
+    if draft != AUTO_DRAFT:
+        return name_pair(target_path, draft, show_progress)
+    choice = find_choice(target_path, conditions or Conditions(device_name()))
+    if choice is None:
+        return name_pair(target_path, preset_draft(target_name), show_progress)
+    try:
+        return name_pair(target_path, choice.draft, show_progress)
+    except LlmcadError as error:
+        raise ModelError(
+            f"{error}. `llmcad-mlx tune` chose this draft for {target_path}: run it again, or give --draft"
+        ) from None
+
+
+def name_pair(target_path: Path, draft: str | None, show_progress: bool) -> PairNames:
+    """The target in a folder with a draft that is not "auto", which is fetched or made where it is not there.
+
+    Raises the errors of `resolve_draft` and `quantised_copy`.
+    """
+    _check_draft(draft)
+    if draft is None or draft in (NO_DRAFT, NGRAM_DRAFT):
+        return PairNames(target_path, draft or NO_DRAFT, None)
+    progress = progress_for(show_progress)
+    bits, smaller = self_draft_bits(draft), CopyName.of(draft)
     if bits is not None:
-        copy = self_draft(target_path, bits, progress_for(show_progress))
-        return PairNames(target_path, draft or "", copy)
-    draft_name = _draft_name(draft, target_name)
-    draft_path = None if draft_name in (NO_DRAFT, NGRAM_DRAFT) else resolve_draft(draft_name, show_progress)
-    return PairNames(target_path, draft_name, draft_path)
+        path = self_draft(target_path, bits, progress)
+    elif smaller is not None:
+        source = resolve_draft(smaller.draft, show_progress)
+        if not source.is_dir():
+            raise UsageError(
+                f"draft: {smaller.draft} is an n-gram table, which has no bits; leave '{smaller.bits}bit:' out"
+            )
+        path = quantised_copy(source, smaller.bits, progress, name=draft)
+    else:
+        path = resolve_draft(draft, show_progress)
+    return PairNames(target_path, draft, path)
 
 
-def _draft_name(draft: str | None, target_name: str) -> str:
+def _check_draft(draft: str | None) -> None:
+    """Raises UsageError for what can name no draft, before anything is looked for."""
     if draft is None:
-        return NO_DRAFT
+        return
     if not isinstance(draft, str) or not draft:
         raise UsageError(f"draft: {draft!r} is not a folder, repository, preset, 'ngram', 'self:4' or 'none'")
-    return preset_draft(target_name) if draft == AUTO_DRAFT else draft
+    self_draft_bits(draft)
+    CopyName.of(draft)
 
 
 def pair_profile_path(names: PairNames, streamed_bytes: int | None, read_bandwidth: float | None) -> Path:

@@ -26,7 +26,7 @@ LAYERS = [
     {"loader"},
     {"api", "forecast"},
     {"report", "doctor", "bench"},
-    {"plan_report"},
+    {"plan_report", "tuning"},
     {"cli", "serve"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -155,7 +155,7 @@ def test_other_bits_are_refused_before_the_target_is_looked_for(draft: str) -> N
 def test_a_target_of_no_more_bits_is_refused(target: Path, tmp_path: Path, bits: int, remedy: str) -> None:
     folder = self_draft(target, bits)
     with pytest.raises(
-        UsageError, match=rf"draft: self:{bits} needs a target of more bits, .* has {bits}; .*{remedy}"
+        UsageError, match=rf"draft: self:{bits} needs a model of more bits, .* has {bits}; .*{remedy}"
     ):
         self_draft(folder, bits)
     assert self_draft(folder, 2).exists()

@@ -14,8 +14,8 @@ Draft = Annotated[
     str,
     typer.Option(
         "--draft",
-        help="Draft model (like --target), 'ngram', 'none', 'auto' for the preset's own, or 'self:2', 'self:3', "
-        "'self:4': a copy of the target in so many bits, made once.",
+        help="Draft model (like --target), n-gram table, 'ngram', 'none', 'auto' for what tune has chosen or the "
+        "preset's own; 'self:4' (3, 2): the target in so many bits; '4bit:DRAFT' (2, 3, 8): a draft in so many.",
     ),
 ]
 Policy = Annotated[str, typer.Option("--policy", help="throughput, paper, chain or plain.")]

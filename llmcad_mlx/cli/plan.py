@@ -24,7 +24,8 @@ def plan(
     from llmcad_mlx.plan_report import plan_json, plan_notes, plan_tables
 
     where = memory_options(memory, pinned, context, read_bandwidth)
-    pair = plan_pair(find_pair(target, draft, not json_output), where)
+    names = find_pair(target, draft, not json_output, where.conditions)
+    pair = plan_pair(names, where)
     forecast = make_forecast(pair)
     if json_output:
         print(json.dumps(plan_json(pair, forecast)))

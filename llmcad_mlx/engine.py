@@ -187,7 +187,8 @@ class SpeculativeEngine:
             prefill_steps(self._active(), prompt) if self.policy.pipelined else None,
         )
         for drafter in self._active():
-            drafter.prefill(prompt, lambda done: None, should_stop)
+            # Told again with each chunk: whoever wants to end the prompt here raises.
+            drafter.prefill(prompt, lambda done: on_progress(len(prompt), len(prompt)), should_stop)
         on_progress(len(prompt), len(prompt))
         self._unfinished = self.target.num_cached < len(prompt) - 1
         self._bytes_before = self.target.streamed_bytes

@@ -47,7 +47,8 @@ class MemoryOptions:
     memory: bytes for the whole process; None: no limit as long as the models fit into 70 % of physical memory.
     pinned: bytes of the target's weights that stay in memory; None: as much as fits. context: tokens to make room
     for. read_bandwidth: bytes per second, to emulate slower storage. verify: check a bundle's weights against
-    their checksums: all of them once at load, streamed ones on every read.
+    their checksums: all of them once at load, streamed ones on every read. reserved: bytes of `memory` that the
+    program wants for itself.
     """
 
     memory: int | None = None
@@ -55,11 +56,12 @@ class MemoryOptions:
     context: int | None = None
     read_bandwidth: float | None = None
     verify: bool = False
+    reserved: int = 0
 
     @property
     def asks_for_streaming(self) -> bool:
         """Whether anything was given that only a memory plan can heed."""
-        return self != MemoryOptions()
+        return self != MemoryOptions(reserved=self.reserved)
 
     @property
     def conditions(self) -> Conditions:
@@ -254,7 +256,7 @@ def _needs(prepared: Prepared, drafters: Sequence[Drafter], options: MemoryOptio
         sizes,
         context=context,
         min_context=context if options.context else min(context, MIN_CONTEXT),
-        runtime_bytes=max(resident_bytes() - weights - sizes.resident_bytes, 0),
+        runtime_bytes=max(resident_bytes() - weights - sizes.resident_bytes, 0) + options.reserved,
         draft_bytes=weights,
         draft_kv_bytes_per_token=sum(kv_bytes_per_token(model) for model in models),
         max_nodes=STREAMED_MAX_NODES,

@@ -10,8 +10,10 @@ from llmcad_mlx.errors import UsageError
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[int]:
-    """Token ids of a prompt; at least one.
+def encode_prompt(
+    prompt: Prompt, tokenizer: Any, vocab_size: int, tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
+    """Token ids of a prompt; at least one. `tools`: functions that the chat template shows with messages.
 
     Text gets the tokenizer's special tokens unless it begins with them, as in mlx-lm; messages go through the
     chat template. Token ids may be any sequence of integers, arrays included. Raises UsageError for a prompt that
@@ -22,7 +24,11 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[int]:
     else:
         items = _as_list(prompt)
         is_chat = bool(items) and all(isinstance(item, Mapping) for item in items)
-        tokens = _encode_chat([dict(m) for m in items], tokenizer) if is_chat else [_token(item) for item in items]
+        tokens = (
+            _encode_chat([dict(m) for m in items], tokenizer, tools)
+            if is_chat
+            else [_token(item) for item in items]
+        )
     if not tokens:
         raise UsageError("prompt: it is empty; give text, messages or at least one token")
     for token in tokens:  # a model would read beyond its embeddings, not complain
@@ -47,14 +53,17 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
 
-def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
+def _encode_chat(
+    messages: list[dict[str, Any]], tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None
+) -> list[int]:
     for message in messages:
         if not isinstance(message.get("role"), str) or "content" not in message:
             raise UsageError('prompt: every message needs a "role" and a "content"')
     if not tokenizer.has_chat_template:
         raise UsageError("prompt: this model has no chat template; give the prompt as text")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # templates are programs: they raise what they like at messages they cannot take
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"prompt: the model's chat template refuses the messages: {reason}") from error

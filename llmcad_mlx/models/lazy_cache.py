@@ -125,6 +125,13 @@ class LayerCache:
         """Bytes of the buffers, spare capacity included."""
         return sum(array.nbytes for array in self.state) + (self.host.nbytes if self.host else 0)
 
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot's key and value; 0 before the first forward."""
+        if self.host is not None:
+            return self.host.nbytes // max(self.host.keys.shape[1], 1)
+        return sum(array.nbytes // array.shape[2] for array in self.state)
+
     def size(self) -> int:
         """Number of slots in use."""
         return self.owner.num_slots
@@ -264,6 +271,11 @@ class LazyKVCache(SlotTable):
     def nbytes(self) -> int:
         """Bytes of all buffers, spare capacity included."""
         return sum(store.nbytes for store in self.stores)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot in all layers; 0 before the first forward."""
+        return sum(store.slot_nbytes for store in self.stores)
 
     def _accept_shape(self, chain: bool) -> None:
         if self.linear and not chain:

@@ -33,7 +33,7 @@ final class OrphanGuard: Sendable {
         // No other process that this program starts may hold the pipe open.
         _ = fcntl(lifeline.fileDescriptor, F_SETFD, FD_CLOEXEC)
         do {
-            try shell.run()
+            try shell.runWithSignals()
         } catch {
             return nil
         }
@@ -42,9 +42,8 @@ final class OrphanGuard: Sendable {
 
     /// Ends the guard: the guarded process has ended.
     func dismiss() {
-        // First the shell, then the pipe: closing the pipe would make it send its signal.
-        shell.withLock { $0.terminate() }
-        shell.withLock { $0.waitUntilExit() }
+        // First the shell, then the pipe: closing the pipe would make it send its signals.
+        shell.withLock { $0.send(SIGKILL) }
         try? lifeline.close()
     }
 }

@@ -80,7 +80,7 @@ final class ServerProcess: Sendable {
                 continuation.finish()
             }
         }
-        try process.run()
+        try process.runWithSignals()
         let orphanGuard = OrphanGuard(of: process.processIdentifier, graceSeconds: graceSeconds)
         self.process = Locked(process)
         self.lines = lines
@@ -116,23 +116,14 @@ final class ServerProcess: Sendable {
 
     /// Asks it to end as Ctrl-C does, after `grace` ends it at once, and returns when it has ended.
     func end(grace: Duration) async {
-        send(SIGINT)
+        process.withLock { $0.send(SIGINT) }
         // Not a child task: cancelling the caller must not shorten the grace.
         let lastResort = Task {
             try await Task.sleep(for: grace)
-            send(SIGKILL)
+            process.withLock { $0.send(SIGKILL) }
         }
         _ = await exit.value
         lastResort.cancel()
-    }
-
-    private func send(_ signal: Int32) {
-        process.withLock { process in
-            // Its number may belong to another process once it has ended.
-            if process.isRunning {
-                _ = kill(process.processIdentifier, signal)
-            }
-        }
     }
 
     /// Reads lines on a thread of its own until the end. (A `readabilityHandler` is not told of the end on Linux, and

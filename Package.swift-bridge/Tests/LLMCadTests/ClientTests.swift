@@ -144,6 +144,13 @@ final class ClientTests: XCTestCase {
         XCTAssertEqual(whole, 20)
     }
 
+    func testALongConversation() async throws {
+        let server = try FakeServer { _ in FakeServer.json(200, Samples.answer) }
+        let text = String(repeating: "long ", count: 400_000)
+        _ = try await client(server).chat([.user(text)])
+        XCTAssertGreaterThan(server.requests[0].body.count, text.utf8.count)
+    }
+
     func testErrors() async throws {
         let body = #"{"error": {"message": "why", "type": "t", "param": "top_p", "code": null}}"#
         let answers: [(Int, String, LLMCadError)] = [

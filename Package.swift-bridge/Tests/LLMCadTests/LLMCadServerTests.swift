@@ -213,6 +213,15 @@ final class LLMCadServerTests: XCTestCase {
         XCTAssertEqual(exit.reason, .exited(code: 0))
     }
 
+    func testTheInterruptReachesAProcessThatATaskStarted() async throws {
+        let process = try ServerProcess(
+            executable: URL(fileURLWithPath: "/bin/sleep"), arguments: ["60"], environment: [:], graceSeconds: 1,
+            log: nil)
+        await process.end(grace: .seconds(5))
+        let exit = await process.exit.value
+        XCTAssertEqual(exit.reason, .signalled(SIGINT))
+    }
+
     func testAServerThatIsForgottenIsEnded() async throws {
         var forgotten: (LLMCadServer, Locked<[FakeServer]>)? = try answering()
         _ = try await forgotten?.0.start()

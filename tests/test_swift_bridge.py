@@ -1,0 +1,62 @@
+"""The Swift package, built and tested: its client and its server launcher against this package's own server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_folder import make_folder
+
+PACKAGE = Path(__file__).parent.parent / "Package.swift-bridge"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("swift") is None, reason="swift is not installed: see swift.org/install"
+)
+
+
+@pytest.fixture(scope="module")
+def scratch(request: pytest.FixtureRequest) -> Path:
+    """Where Swift builds: kept between runs in pytest's cache, so that only what changed is built again."""
+    cache = request.config.cache
+    assert cache is not None
+    return cache.mkdir("swift-build")
+
+
+def swift(subcommand: str, scratch: Path, *options: str, **variables: str) -> str:
+    """Run `swift build` or `swift test` and return all it printed; fail the test with that when it fails."""
+    command = ["swift", subcommand, "--package-path", str(PACKAGE), "--scratch-path", str(scratch)]
+    done = subprocess.run(
+        [*command, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    assert done.returncode == 0, done.stdout[-20_000:]
+    return done.stdout
+
+
+def test_builds_without_a_warning(scratch: Path) -> None:
+    printed = swift("build", scratch, "--build-tests")
+    assert "warning:" not in printed, printed
+
+
+def test_passes_its_tests_with_a_real_server(scratch: Path, tmp_path: Path) -> None:
+    target = make_folder(tmp_path / "target", context=8192)
+    draft = make_folder(tmp_path / "draft", noise=0.02, context=8192)
+    printed = swift(
+        "test",
+        scratch,
+        "--skip-build",
+        "--disable-swift-testing",
+        LLMCAD_MLX_HOME=str(tmp_path / "home"),
+        LLMCAD_SERVER_COMMAND=str(Path(sys.executable).with_name("llmcad-mlx")),
+        LLMCAD_SERVER_ARGUMENTS="\n".join(["--target", str(target), "--draft", str(draft)]),
+    )
+    assert "skipped" not in printed.lower(), printed
+    assert "0 failures" in printed

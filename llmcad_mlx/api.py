@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
+from llmcad_mlx.conversations.file import SavedConversation, save_conversation
+from llmcad_mlx.conversations.restore import restore_caches
+from llmcad_mlx.conversations.snapshot import Snapshot, put_snapshot, take_snapshot
 from llmcad_mlx.engine import Round, SpeculativeEngine
 from llmcad_mlx.errors import ContextLengthError, UsageError
 from llmcad_mlx.loader import LoadedPair, MemoryOptions, load_pair
@@ -155,6 +159,8 @@ class Engine:
         )
         self._running: TextStream | None = None
         """The latest generation's stream: who may run rounds."""
+        self._owner = object()
+        """Whose snapshots are taken back."""
 
     def __enter__(self) -> Engine:
         return self
@@ -207,10 +213,7 @@ class Engine:
         the model's context. A generation that reaches the end of the context ends with "length".
         """
         self._open_engine()
-        checked = GenerationOptions.of(options)
-        for token in checked.stopping.stop_tokens:
-            if token >= self.pair.vocab_size:
-                raise UsageError(f"stop_tokens: {token} is not in the vocabulary of {self.pair.vocab_size}")
+        checked = self.check_options(**options)
         sampler = TargetSampler(checked.sampling, self.pair.vocab_size)
         tokens = self.encode(prompt)
         limit = self._token_limit(len(tokens), checked.stopping.max_tokens)
@@ -250,6 +253,51 @@ class Engine:
         if stream is not None and stream is not self._running:
             raise UsageError("this generation ended when a newer one began; run one at a time")
         return self._engine
+
+    def check_options(self, **options: Any) -> GenerationOptions:
+        """The options of `stream_generate`, checked as there. Raises UsageError naming the one that is wrong."""
+        checked = GenerationOptions.of(options)
+        for token in checked.stopping.stop_tokens:
+            if token >= self.pair.vocab_size:
+                raise UsageError(f"stop_tokens: {token} is not in the vocabulary of {self.pair.vocab_size}")
+        if (checked.speculation.tree_nodes or 0) > self.pair.max_nodes and self.pair.plan is not None:
+            raise UsageError(
+                f"tree_nodes: the memory plan has room for {self.pair.max_nodes} nodes a pass, not "
+                f"{checked.speculation.tree_nodes}; give more memory or fewer nodes"
+            )
+        return checked
+
+    def snapshot(self) -> Snapshot | None:
+        """A copy of the conversation's caches, to go on from there later; None where nothing was read yet, or the
+        model keeps a state that cannot be copied. `nbytes` of it says what keeping it costs."""
+        return take_snapshot(self.pair, self._open_engine().tokens, self._owner)
+
+    def restore(self, snapshot: Snapshot | None) -> None:
+        """Go on from a snapshot; None forgets what was read. A generation that is still running ends.
+
+        No text changes by it: the next prompt is read from where it differs from what the snapshot holds.
+        Raises UsageError for another engine's snapshot.
+        """
+        engine = self._open_engine()
+        if snapshot is not None and snapshot.owner is not self._owner:
+            raise UsageError("snapshot: it is another engine's; restore it there")
+        self._running = None
+        put_snapshot(self.pair, engine, snapshot)
+
+    def save_conversation(self, path: str | os.PathLike[str], data: Mapping[str, Any]) -> int:
+        """Write `data`, which must be JSON, and the conversation's caches to a file; returns its bytes.
+
+        Whole or not at all. `llmcad_mlx.conversations.file.read_conversation` reads it. Raises UsageError for a
+        path that cannot be used, DiskError when the disk has no room.
+        """
+        return save_conversation(Path(path), data, self.pair, self._open_engine().tokens)
+
+    def restore_conversation(self, saved: SavedConversation) -> list[str]:
+        """Put a saved conversation's caches back where they fit this engine's models; returns one line for each
+        that does not, and why. Then the next prompt is read again: no text changes by it."""
+        engine = self._open_engine()
+        self._running = None
+        return restore_caches(saved, self.pair, engine)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises UsageError for an empty or malformed one."""

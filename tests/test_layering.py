@@ -24,6 +24,7 @@ LAYERS = [
     {"pipeline", "sources"},
     {"engine", "policies", "pair_names", "pair_models", "read_rate"},
     {"loader"},
+    {"conversations"},
     {"api", "forecast"},
     {"report", "doctor", "bench"},
     {"plan_report", "tuning"},

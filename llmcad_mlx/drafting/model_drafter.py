@@ -45,6 +45,11 @@ class ModelDrafter:
         self._caught_up: list[int] = []  # slots of committed tokens that are not committed in the cache yet
         self._carried: TokenTree | None = None  # the tree that slots and proposals were kept for
 
+    @property
+    def num_cached(self) -> int:
+        """Committed tokens in the cache; 0 where they are not the first ones of the sequence."""
+        return 0 if self._start else self.cache.length
+
     def prefill(
         self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
     ) -> None:

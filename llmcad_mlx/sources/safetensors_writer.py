@@ -47,13 +47,15 @@ class TensorSpec:
 class SafetensorsWriter:
     """One file; its tensors lie in the order of `specs`. Bytes may be written in any order.
 
+    `metadata`: entries for the header beside `format`.
+
     `pwrite` rather than a memory map: a full disk is then an OSError, not a killed process.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         self.path = path
         self._specs = {spec.name: spec for spec in specs}
-        header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+        header: dict[str, object] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
         position = 0
         starts: dict[str, int] = {}
         for spec in specs:

@@ -1,0 +1,167 @@
+"""A saved conversation: what was said, and the caches, so that going on does not mean reading it all again.
+
+One safetensors file. Metadata: `llmcad_mlx` (FORMAT), `conversation` (JSON: whatever the caller keeps there) and
+`cache` (JSON: what the caches belong to, their tokens and layers). Tensors: `target.0.keys`, … `draft.3.values`,
+each (kv_heads, L, dim), then `sha256`, 32 bytes, the digest of all bytes before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from llmcad_mlx.conversations.identity import belongings
+from llmcad_mlx.conversations.snapshot import TARGET, CachePart, cache_parts
+from llmcad_mlx.errors import UsageError
+from llmcad_mlx.loader import LoadedPair
+from llmcad_mlx.models.cache_state import LayerState, take_layer
+from llmcad_mlx.sources.disk import full_disk_error, require_free_space
+from llmcad_mlx.sources.safetensors_writer import SafetensorsWriter, TensorSpec
+
+FORMAT = "conversation 1"
+DIGEST = TensorSpec("sha256", "U8", (32,))
+
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_BLOCK_BYTES = 4 << 20
+_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+_REMEDY = "make room or choose another disk"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedConversation:
+    """A file's header. `data` is what was given to `save_conversation`, `cache` None where no cache was saved."""
+
+    path: Path
+    data: dict[str, Any]
+    cache: dict[str, Any] | None
+
+
+def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tokens: Sequence[int]) -> int:
+    """Write `data`, which must be JSON, and the caches that hold `tokens`; returns the file's bytes.
+
+    The file appears whole or not at all, readable by its owner only. An older conversation gives way, another
+    file does not. Raises UsageError for a path that cannot be used, DiskError when the disk has no room.
+    """
+    path = path.expanduser().absolute()
+    _check_destination(path)
+    parts = cache_parts(pair, tokens)
+    specs = [spec for part in parts for spec in _specs(part)]
+    cache = _cache_facts(pair, parts, tokens) if parts else None
+    metadata = {"llmcad_mlx": FORMAT, "conversation": json.dumps(data), "cache": json.dumps(cache)}
+    try:
+        require_free_space(path.parent, sum(s.num_bytes for s in specs), f"the conversation {path.name}", _REMEDY)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        try:
+            with SafetensorsWriter(Path(name), [*specs, DIGEST], metadata) as writer:
+                _write_layers(writer, parts)
+                end = writer.offset(DIGEST.name)
+                writer.write_bytes(DIGEST.name, 0, _digest(Path(name), end))
+                writer.sync()
+            os.replace(name, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+    except OSError as error:
+        raise full_disk_error(error, path, _REMEDY) from None
+    return end + DIGEST.num_bytes
+
+
+def _check_destination(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}; make it or choose another")
+    if path.exists():
+        try:
+            read_conversation(path)
+        except UsageError:
+            raise UsageError(f"{path}: exists and is not a saved conversation; choose another name") from None
+
+
+def _specs(part: CachePart) -> Iterator[TensorSpec]:
+    for number, store in enumerate(part.cache.stores):
+        first = take_layer(part.cache, store, 1)
+        if first is not None:
+            for kind, array in (("keys", first.keys), ("values", first.values)):
+                shape = (array.shape[0], part.length, array.shape[2])
+                yield TensorSpec(f"{part.model}.{number}.{kind}", _DTYPES[array.dtype], shape)
+
+
+def _write_layers(writer: SafetensorsWriter, parts: Sequence[CachePart]) -> None:
+    """Layer by layer: under a memory budget there is no room for a second copy of all of them."""
+    for part in parts:
+        for number, layer in enumerate(part.layers()):
+            if layer is not None:
+                for kind, array in (("keys", layer.keys), ("values", layer.values)):
+                    data: Any = np.asarray(array.reshape(-1).view(mx.uint8))
+                    writer.write_bytes(f"{part.model}.{number}.{kind}", 0, memoryview(data))
+
+
+def _cache_facts(pair: LoadedPair, parts: Sequence[CachePart], tokens: Sequence[int]) -> dict[str, Any]:
+    lengths = {part.model: part.length for part in parts}
+    hosts = {part.model: [store.host is not None for store in part.cache.stores] for part in parts}
+    return {
+        "belongs_to": belongings(pair),
+        "tokens": list(tokens[: lengths[TARGET]]),
+        "lengths": lengths,
+        "on_host": hosts,
+    }
+
+
+def read_conversation(path: Path) -> SavedConversation:
+    """Read a file's header. Raises UsageError, one line, for a file that is not a saved conversation."""
+    path = path.expanduser().absolute()
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if length <= _MAX_HEADER_BYTES else b""
+        metadata = json.loads(header)["__metadata__"]
+        if metadata["llmcad_mlx"] != FORMAT:
+            raise UsageError(f"{path}: was saved by a version with another format; load it with that one")
+        data, cache = json.loads(metadata["conversation"]), json.loads(metadata["cache"])
+        if not isinstance(data, dict) or not isinstance(cache, dict | None):
+            raise ValueError
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except UsageError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UsageError(f"{path}: is not a saved conversation, or is damaged; choose another file") from None
+    return SavedConversation(path, data, cache)
+
+
+def saved_layers(path: Path, model: str, on_host: Sequence[bool]) -> Iterator[LayerState | None]:
+    """The layers of one model, one after the other, each read from the file when it is used and then let go."""
+    arrays: Any = mx.load(str(path), format="safetensors")
+    for number, host in enumerate(on_host):
+        keys, values = (arrays.pop(f"{model}.{number}.{kind}", None) for kind in ("keys", "values"))
+        yield None if keys is None or values is None else LayerState(keys, values, host)
+
+
+def has_right_digest(path: Path) -> bool:
+    """Whether a file's bytes are those that were written."""
+    end = path.stat().st_size - DIGEST.num_bytes
+    if end <= 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(end)
+        return file.read() == _digest(path, end)
+
+
+def _digest(path: Path, num_bytes: int) -> bytes:
+    """sha256 of a file's first `num_bytes` bytes."""
+    digest, left = hashlib.sha256(), num_bytes
+    with path.open("rb") as file:
+        while left and (block := file.read(min(_BLOCK_BYTES, left))):
+            digest.update(block)
+            left -= len(block)
+    return digest.digest()

@@ -1,0 +1,122 @@
+"""A conversation's caches as values: taken out of an engine, kept in memory, put back.
+
+What is kept are the keys and values of the tokens that target and draft model have read, and nothing else: no
+random state (noise is keyed by position) and nothing drafted. So going on after a `restore` gives the text that
+going on without it would have given; where a next prompt begins with other tokens, what follows the difference
+is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llmcad_mlx.drafting.model_drafter import ModelDrafter
+from llmcad_mlx.engine import SpeculativeEngine
+from llmcad_mlx.loader import LoadedPair
+from llmcad_mlx.models.cache_state import LayerState, put_layers, take_layer
+from llmcad_mlx.models.lazy_cache import LazyKVCache
+
+TARGET, DRAFT = "target", "draft"
+
+
+@dataclass(frozen=True, slots=True)
+class CachePart:
+    """One model's cache in an engine, and how many of its tokens are worth keeping, all committed."""
+
+    model: str
+    """TARGET or DRAFT."""
+    cache: LazyKVCache
+    length: int
+
+    def layers(self) -> Iterator[LayerState | None]:
+        """Copies of the layers, one after the other."""
+        return (take_layer(self.cache, store, self.length) for store in self.cache.stores)
+
+
+@dataclass(frozen=True, slots=True)
+class PartSnapshot:
+    """Copies of one model's keys and values for the first `length` tokens; None: a layer that has none."""
+
+    model: str
+    length: int
+    layers: tuple[LayerState | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.nbytes for layer in self.layers if layer is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One conversation's caches, apart from the engine they come from.
+
+    `tokens`: what the target has read, prompt and output. The copies are tight, so `nbytes` is what keeping the
+    snapshot costs. `owner` names the engine: only that one takes it back.
+    """
+
+    tokens: tuple[int, ...]
+    parts: tuple[PartSnapshot, ...]
+    owner: object
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copied keys and values."""
+        return sum(part.nbytes for part in self.parts)
+
+
+def cache_parts(pair: LoadedPair, tokens: Sequence[int]) -> list[CachePart]:
+    """The caches that hold a beginning of `tokens`, the target's first; [] where it has read nothing, or keeps a
+    state that cannot be copied layer by layer (capability "plain")."""
+    cache = pair.target.cache
+    length = min(cache.length, len(tokens))
+    if not isinstance(cache, LazyKVCache) or not length:
+        return []
+    parts = [CachePart(TARGET, cache, length)]
+    for drafter in model_drafters(pair):
+        read = min(drafter.num_cached, length)
+        if read:
+            parts.append(CachePart(DRAFT, drafter.cache, read))
+    return parts
+
+
+def take_snapshot(pair: LoadedPair, tokens: Sequence[int], owner: object) -> Snapshot | None:
+    """Copy the caches that hold `tokens`; None where `cache_parts` finds none. Changes nothing."""
+    parts = cache_parts(pair, tokens)
+    if not parts:
+        return None
+    taken = tuple(PartSnapshot(part.model, part.length, tuple(part.layers())) for part in parts)
+    return Snapshot(tuple(tokens[: parts[0].length]), taken, owner)
+
+
+def put_snapshot(pair: LoadedPair, engine: SpeculativeEngine, snapshot: Snapshot | None) -> None:
+    """Make `snapshot` all that the engine's caches hold; None empties them."""
+    forget(pair, engine)
+    if snapshot is None:
+        return
+    for part in snapshot.parts:
+        put_layers(cache_of(pair, part.model), part.layers, part.length)
+    engine.tokens = list(snapshot.tokens)
+
+
+def forget(pair: LoadedPair, engine: SpeculativeEngine) -> None:
+    """Empty all caches."""
+    engine.tokens = []
+    pair.target.truncate(0)
+    for drafter in pair.drafters:
+        drafter.truncate(0)
+
+
+def cache_of(pair: LoadedPair, model: str) -> LazyKVCache:
+    """The cache of TARGET or DRAFT. Raises ValueError where there is none that can be written."""
+    drafts = [drafter.cache for drafter in model_drafters(pair)]
+    for cache in [pair.target.cache] if model == TARGET else drafts:
+        if isinstance(cache, LazyKVCache):
+            return cache
+    raise ValueError(f"there is no {model} whose cache could be restored")
+
+
+def model_drafters(pair: LoadedPair) -> list[ModelDrafter]:
+    """The drafters that have a cache of their own."""
+    return [drafter for drafter in pair.drafters if isinstance(drafter, ModelDrafter)]

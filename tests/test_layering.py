@@ -28,7 +28,8 @@ LAYERS = [
     {"api", "forecast"},
     {"report", "doctor", "bench"},
     {"plan_report", "tuning"},
-    {"cli", "serve"},
+    {"serve"},
+    {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

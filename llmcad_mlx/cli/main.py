@@ -17,6 +17,7 @@ from llmcad_mlx.cli.doctor import doctor
 from llmcad_mlx.cli.generate import generate
 from llmcad_mlx.cli.plan import plan
 from llmcad_mlx.cli.pull import pull
+from llmcad_mlx.cli.serve import serve
 from llmcad_mlx.cli.tune import tune
 from llmcad_mlx.errors import LlmcadError, UsageError
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Run a language model faster with a draft, without changing a token of its output.",
     pretty_exceptions_enable=False,
 )
-for command in (generate, plan, tune, bench, pull, convert, doctor):
+for command in (generate, serve, plan, tune, bench, pull, convert, doctor):
     app.command()(command)
 
 

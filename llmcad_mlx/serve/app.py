@@ -1,0 +1,192 @@
+"""The HTTP API: routes, and what becomes of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from llmcad_mlx.errors import UsageError
+from llmcad_mlx.prompt import encode_prompt
+from llmcad_mlx.serve.answers import make_answer
+from llmcad_mlx.serve.body import read_json
+from llmcad_mlx.serve.errors import ApiError, bad_request, queue_full, shutting_down
+from llmcad_mlx.serve.fair_queue import FairQueue, QueueClosedError, QueueFullError
+from llmcad_mlx.serve.gate import Gate
+from llmcad_mlx.serve.job import Job
+from llmcad_mlx.serve.metrics import CONTENT_TYPE, Metrics
+from llmcad_mlx.serve.openapi import openapi_document
+from llmcad_mlx.serve.page_files import page_routes
+from llmcad_mlx.serve.parts import PartMaker
+from llmcad_mlx.serve.requests import GenerationRequest, Kind, RequestReader, refused
+from llmcad_mlx.serve.responses import GenerationResponse, JsonResponse, error_response
+from llmcad_mlx.serve.settings import ServerSettings
+from llmcad_mlx.serve.tool_calls import ToolListener
+from llmcad_mlx.serve.worker import ServedModel, Worker
+
+_MOST_RETRY_S = 60
+
+
+class Api:
+    """The endpoints of one served model."""
+
+    def __init__(
+        self, settings: ServerSettings, model: ServedModel, worker: Worker, queue: FairQueue[Job], metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._model = model
+        self._worker = worker
+        self._queue = queue
+        self._metrics = metrics
+        self._reader = RequestReader(settings, model.name)
+        self._created = int(time.time())
+        # One thread: a tokenizer encodes for one at a time. Not the worker's, which may be busy for minutes.
+        self._encoding = ThreadPoolExecutor(1, "encoding")
+
+    def asgi(self) -> Starlette:
+        """The application."""
+        routes = [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/openapi.json", self.openapi),
+            *page_routes(),
+        ]
+        gate = Middleware(
+            Gate,
+            settings=self._settings,
+            metrics=self._metrics,
+            paths=[route.path for route in routes if "{" not in route.path],
+        )
+        # Outermost, so that a page that may call the server can also read what it is refused for.
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(self._settings.cors),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
+        app = Starlette(
+            routes=routes,
+            middleware=[cors, gate] if self._settings.cors else [gate],
+            exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error},
+        )
+        app.router.redirect_slashes = False
+        return app
+
+    def close(self) -> None:
+        """Stop encoding."""
+        self._encoding.shutdown(wait=False, cancel_futures=True)
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        return await self._generation(request, "chat")
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        return await self._generation(request, "completion")
+
+    async def _generation(self, request: Request, kind: Kind) -> Response:
+        wanted = self._reader.read(kind, await read_json(request, self._settings))
+        tools = self._tool_listener(wanted)
+        loop = asyncio.get_running_loop()
+        prompt = await loop.run_in_executor(self._encoding, self._encode, wanted)
+        address = request.client.host if request.client else ""
+        job = Job(wanted, prompt, f"{address} {wanted.user}", loop)
+        try:
+            self._queue.put(job.client, job)
+        except QueueFullError:
+            wait = len(self._queue) * self._metrics.mean_generation_s
+            raise queue_full(min(max(math.ceil(wait), 1), _MOST_RETRY_S)) from None
+        except QueueClosedError:
+            raise shutting_down() from None
+        answer = make_answer(wanted, self._model.name)
+        return GenerationResponse(job, self._queue, answer, PartMaker(tools), self._settings.keepalive_s)
+
+    def _tool_listener(self, wanted: GenerationRequest) -> ToolListener | None:
+        if wanted.tools is None:
+            return None
+        if not self._model.tokenizer.has_tool_calling:
+            raise bad_request(f"tools: {self._model.name} has no chat template for tools; leave them out", "tools")
+        return ToolListener(self._model.tokenizer, wanted.tools)
+
+    def _encode(self, wanted: GenerationRequest) -> list[int]:
+        """The prompt's tokens. Raises ApiError for one that is malformed or too long."""
+        try:
+            tokens = encode_prompt(wanted.prompt, self._model.tokenizer, self._model.vocab_size, wanted.tools)
+        except UsageError as error:
+            api_error = refused(error)
+            api_error.param = "messages" if wanted.kind == "chat" else "prompt"
+            raise api_error from None
+        context, limit = self._model.context_length, self._settings.max_prompt_tokens
+        # One place must be left for an answer.
+        most = min((n for n in (None if context is None else context - 1, limit) if n is not None), default=None)
+        if most is not None and len(tokens) > most:
+            raise bad_request(
+                f"the prompt has {len(tokens)} tokens, and there is room for {most}; shorten it",
+                "messages" if wanted.kind == "chat" else "prompt",
+                "context_length_exceeded",
+            )
+        return tokens
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return JsonResponse({"object": "list", "data": [self._card()]})
+
+    async def one_model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        if request.path_params["name"] != self._model.name:
+            raise ApiError(404, f"only {self._model.name} is served here", param="model", code="model_not_found")
+        return JsonResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._model.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "llmcad-mlx",
+            "context_length": self._model.context_length,
+            "draft": self._model.draft,
+        }
+
+    async def health(self, request: Request) -> Response:
+        """GET /health."""
+        if not self._worker.is_alive:
+            return JsonResponse({"status": "unavailable"}, 503)
+        return JsonResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        text = self._metrics.text(len(self._queue), self._worker.num_running)
+        return PlainTextResponse(text, headers={"Content-Type": CONTENT_TYPE})
+
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json."""
+        return JsonResponse(openapi_document(self._reader.schemas, needs_key=self._settings.api_key is not None))
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: an unknown path, a wrong method."""
+    assert isinstance(error, HTTPException)
+    message = {404: "there is nothing here; see /openapi.json", 405: "this method is not allowed here"}.get(
+        error.status_code, error.detail
+    )
+    return error_response(ApiError(error.status_code, message, headers=error.headers))

@@ -1,0 +1,131 @@
+"""A live server on loopback with a tiny model, for tests: the real thing, on a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mlx.core as mx
+
+from llmcad_mlx import Engine, load
+from llmcad_mlx.api import Response
+from llmcad_mlx.serve.server import LlmServer
+from llmcad_mlx.serve.settings import ServerSettings
+
+NAME = "tiny"
+CHAT = [{"role": "user", "content": "tell me of the cat"}]
+
+
+@dataclass(frozen=True)
+class Live:
+    """A running server."""
+
+    url: str
+    server: LlmServer
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60)
+
+    def chat(self, **body: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", **{"messages": CHAT, **body})
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.post("/v1/completions", **{"prompt": "the other one", **body})
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=60)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One figure of /metrics; 0 where there is none yet."""
+        inner = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        key = f"llmcad_mlx_{name}{{{inner}}}" if labels else f"llmcad_mlx_{name}"
+        for line in self.get("/metrics").text.splitlines():
+            label, _, value = line.rpartition(" ")
+            if label == key:
+                return float(value)
+        return 0.0
+
+
+def loader(folder: Path, draft: Path | str | None = "ngram", kind: type[Engine] = Engine) -> Callable[[], Engine]:
+    """Loads on the worker's thread, where numba's number of threads is its own: one is best for tiny matrices."""
+
+    def load_there() -> Engine:
+        if importlib.util.find_spec("numba") is not None:
+            import numba
+
+            numba.set_num_threads(1)
+        engine = load(folder, draft)
+        engine.__class__ = kind
+        return engine
+
+    return load_there
+
+
+@contextlib.contextmanager
+def serving(load_engine: Callable[[], Engine], **settings: Any) -> Iterator[Live]:
+    """Run a server until the block ends."""
+    server = LlmServer(ServerSettings(port=0, **settings), load_engine, NAME)
+    server.start()
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        _wait_for(server)
+        yield Live(server.url, server)
+    finally:
+        server.stop()
+        thread.join(30)
+        assert not thread.is_alive(), "the server does not end"
+
+
+def _wait_for(server: LlmServer) -> None:
+    # The socket is bound but does not listen yet: a connection is refused until it does.
+    with httpx.Client(transport=httpx.HTTPTransport(retries=20)) as client:
+        assert client.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The data of a stream's events, [DONE] checked and left out."""
+    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+@contextlib.contextmanager
+def streaming(live: Live, path: str = "/v1/chat/completions", **body: Any) -> Iterator[httpx.Response]:
+    wanted = {"messages": CHAT, **body} if "chat" in path else {"prompt": "the other one", **body}
+    with httpx.stream("POST", f"{live.url}{path}", json={**wanted, "stream": True}, timeout=60) as response:
+        yield response
+
+
+class Scripted(Engine):
+    """An engine whose target wants to say what a class attribute says, and then ends."""
+
+    script: str = ""
+
+    def stream_generate(self, prompt: Any, *callbacks: Any, **options: Any) -> Iterator[Response]:
+        tokens = self.tokenizer.encode(self.script, add_special_tokens=False)
+        (eos, *_) = self.tokenizer.eos_token_ids
+        said: Sequence[int] = [*tokens, eos]
+        return super().stream_generate(prompt, *callbacks, **options, logits_processors=[_Says(said)])
+
+
+class _Says:
+    """A logits processor that lets one token through at a time."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        return mx.where(mx.arange(logits.shape[-1]) == next(self._tokens), logits, -mx.inf)
+
+
+def without(mapping: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A copy without some keys."""
+    return {key: value for key, value in mapping.items() if key not in names}

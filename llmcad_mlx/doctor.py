@@ -27,6 +27,8 @@ class ModelFindings:
     path: str
     checksums_verified: bool | None
     """Every byte of the weights was compared with its checksum; None: a stock folder has none."""
+    drafts_only: str
+    """Why this can only be a draft; "" where it can also be a target."""
     capability: str
     reason: str
     max_difference: float
@@ -159,7 +161,7 @@ def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
         path = resolve_target(name, show_progress)
         is_bundle = _verify(path, show_progress)
         started = time.perf_counter()
-        _, model = load_tree_model(path)
+        loaded, model = load_tree_model(path, alone=True)
     except LlmcadError as error:
         return f"model: {_line(error)}"
     except Exception as error:
@@ -167,6 +169,7 @@ def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
     return ModelFindings(
         path=str(path),
         checksums_verified=True if is_bundle else None,
+        drafts_only=loaded.drafts_only,
         capability=model.capability,
         reason=model.reason,
         max_difference=model.report.max_difference,

@@ -19,13 +19,17 @@ from llmcad_mlx.models.loading import LoadedModel, load_model_folder
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.probe_cache import cached_probe
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.models.trimmed_head import FILE as DRAFT_TOKENS
+from llmcad_mlx.models.trimmed_head import check_token_list
 from llmcad_mlx.sources.cache_folder import home_folder
 from llmcad_mlx.sources.resolve import TABLE_SUFFIX
 
 
-def load_tree_model(path: Path, like: LoadedModel | None = None) -> tuple[LoadedModel, TreeModel]:
-    """Load one folder and find out what the model can do. like: see `load_model_folder`."""
-    loaded = load_model_folder(path, like=like)
+def load_tree_model(
+    path: Path, like: LoadedModel | None = None, alone: bool = False
+) -> tuple[LoadedModel, TreeModel]:
+    """Load one folder and find out what the model can do. like, alone: see `load_model_folder`."""
+    loaded = load_model_folder(path, like=like, alone=alone)
     prepare_for_host(loaded.model)
     report = cached_probe(loaded.model, loaded.config, probe_folder(), probe)
     return loaded, TreeModel(loaded.model, loaded.config, report)
@@ -57,7 +61,10 @@ def _load_table(path: Path, target: LoadedModel) -> TableDrafter:
 def _load_drafter(path: Path, target: LoadedModel, vocab_size: int) -> ModelDrafter:
     loaded, model = load_tree_model(path, like=target)
     check_same_tokens(target.tokenizer.get_vocab(), loaded.tokenizer.get_vocab())
-    if model.vocab_size < vocab_size:
+    tokens = loaded.draft_tokens
+    if tokens is not None:
+        check_token_list(tokens, vocab_size, str(path / DRAFT_TOKENS))  # padding is not proposed either
+    elif model.vocab_size < vocab_size:
         raise ModelError(
             f"{path}: the draft has {model.vocab_size} logits for {vocab_size} tokens; choose another draft"
         )
@@ -67,13 +74,15 @@ def _load_drafter(path: Path, target: LoadedModel, vocab_size: int) -> ModelDraf
             f"{path}: cannot be used as a draft: its logits are not finite; choose another draft or 'ngram'"
         )
     try:
-        return ModelDrafter(model)
+        return ModelDrafter(model, vocabulary=tokens)
     except ValueError as error:
         raise ModelError(f"{path}: cannot be used as a draft: {error}; choose another draft or 'ngram'") from None
 
 
 def real_tokens(loaded: LoadedModel, model: TreeModel) -> int:
-    """Ids beyond the largest the tokenizer knows are padding."""
+    """Ids beyond the largest the tokenizer knows are padding. Raises ModelError for what cannot be a target."""
+    if loaded.drafts_only:
+        raise ModelError(f"{loaded.path}: can only draft: {loaded.drafts_only}; give it as --draft")
     ids: Sequence[int] = list(loaded.tokenizer.get_vocab().values())
     largest = max(ids, default=-1)
     if largest < 0:

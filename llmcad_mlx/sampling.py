@@ -158,22 +158,24 @@ class TargetSampler:
         shifted -= np.log(np.exp(shifted).sum())
         return shifted
 
-    def draft_scores(self, logprobs: Row, position: int) -> Row:
+    def draft_scores(self, logprobs: Row, position: int, vocabulary: npt.NDArray[np.int32] | None = None) -> Row:
         """What the draft ranks candidates by at `position`: its guess at the target's own ranking.
 
         `logprobs` (V,) are the draft's log probabilities, padded or not. At T > 0 the result is
         logprobs/T + the noise the target will use (drafter-invariant coupling, arXiv 2408.07978); at T = 0
         it is `logprobs`. Shape (min(V, vocab_size),): draft padding is dropped.
+        vocabulary: (V,) ids below `vocab_size`, where entry i is not about token i but vocabulary[i].
         """
         real = logprobs[: self.vocab_size]
         if self.settings.temperature == 0.0:
             return real
-        return self._perturbed(real, position)
+        return self._perturbed(real, position, vocabulary)
 
-    def _perturbed(self, logprobs: Row, position: int) -> Row:
+    def _perturbed(self, logprobs: Row, position: int, vocabulary: npt.NDArray[np.int32] | None = None) -> Row:
         with np.errstate(over="ignore"):  # masked logits of -3e38 may become -inf
             scores: Row = logprobs / np.float32(self.settings.temperature)
-        scores += self._noise.at(position)[: len(scores)]
+        noise = self._noise.at(position)
+        scores += noise[: len(scores)] if vocabulary is None else noise[vocabulary]
         return scores
 
     def _filter(self, logprobs: Row) -> Row:

@@ -15,6 +15,7 @@ from llmcad_mlx import loader, machine
 from llmcad_mlx.cli.main import run as run_cli
 from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.models.host import host_kernels_wanted
+from llmcad_mlx.models.loading import LoadedModel
 from llmcad_mlx.sources import resolve
 from llmcad_mlx.sources.mlx_folder import write_bundle
 from llmcad_mlx.target.bundle import read_bundle
@@ -30,7 +31,9 @@ KEYS = {
 @pytest.fixture
 def tiny_model(monkeypatch):
     monkeypatch.setattr(resolve, "resolve_target", lambda name, progress: Path("/models") / name)
-    monkeypatch.setattr(loader, "load_tree_model", lambda path: (None, tiny_tree_model(1)))
+    model = tiny_tree_model(1)
+    loaded = LoadedModel(model.model, None, model.config, Path("/models/tiny"))
+    monkeypatch.setattr(loader, "load_tree_model", lambda path, alone: (loaded, model))
 
 
 def broken_import(monkeypatch, broken: str) -> None:

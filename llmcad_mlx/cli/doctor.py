@@ -64,6 +64,8 @@ def _lines(found: Diagnosis) -> Iterator[Line]:
 
 def _model_lines(model: ModelFindings) -> Iterator[Line]:
     yield "model", model.path
+    if model.drafts_only:
+        yield "kind", f"a draft, not a target: {model.drafts_only}"
     yield "checksums", "verified: every byte is as it was written" if model.checksums_verified else _NO_CHECKSUMS
     yield "capability", f"{model.capability}: {model.reason}" if model.reason else model.capability
     exact = " (bit for bit)" if model.max_difference == 0.0 else ""

@@ -17,10 +17,19 @@ from llmcad_mlx.tree.policy import Candidates
 _CHUNKS = 256  # a row is cut into that many pieces to find its largest entries without sorting it
 
 
+TokenList = npt.NDArray[np.int32]
+
+
 def top_candidates(
-    logits: mx.array, positions: Sequence[int], sampler: TargetSampler, count: int
+    logits: mx.array,
+    positions: Sequence[int],
+    sampler: TargetSampler,
+    count: int,
+    vocabulary: TokenList | None = None,
 ) -> list[Candidates]:
     """The `count` best candidates of each row of `logits` (N, V), best first.
+
+    vocabulary: (V,) ascending ids below the sampler's `vocab_size`, where the columns are not token 0, 1, 2, …
 
     Candidates are ranked by `TargetSampler.draft_scores` for the row's position, and their confidence is the
     softmax of those scores: at T = 0 the draft's own probability, above it a probability given the noise that
@@ -28,9 +37,17 @@ def top_candidates(
     """
     if mx.default_device() == mx.cpu:
         rows = np.asarray(logits.astype(mx.float32))
-        scores = [sampler.draft_scores(row, p) for row, p in zip(rows, positions, strict=True)]
-        return [_best_of(row, count) for row in scores]
-    return _on_device(logits, positions, sampler, count)
+        scores = [sampler.draft_scores(row, p, vocabulary) for row, p in zip(rows, positions, strict=True)]
+        return [_named(_best_of(row, count), vocabulary) for row in scores]
+    found = _on_device(logits, positions, sampler, count, vocabulary)
+    return [_named(row, vocabulary) for row in found]
+
+
+def _named(columns: Candidates, vocabulary: TokenList | None) -> Candidates:
+    """Candidates by token for those by column."""
+    if vocabulary is None:
+        return columns
+    return Candidates(vocabulary[list(columns.tokens)].tolist(), columns.confidences)
 
 
 def _best_of(scores: npt.NDArray[np.float32], count: int) -> Candidates:
@@ -58,12 +75,20 @@ def _best_of(scores: npt.NDArray[np.float32], count: int) -> Candidates:
     return Candidates(tokens[order].tolist(), (np.exp(top - top[0]) / total).tolist())
 
 
-def _on_device(logits: mx.array, positions: Sequence[int], sampler: TargetSampler, count: int) -> list[Candidates]:
-    """The same with MLX operations: only the candidates are read back, in one synchronisation."""
+def _on_device(
+    logits: mx.array,
+    positions: Sequence[int],
+    sampler: TargetSampler,
+    count: int,
+    vocabulary: TokenList | None = None,
+) -> list[Candidates]:
+    """Candidates by column with MLX operations: only they are read back, in one synchronisation."""
     scores = logits[:, : sampler.vocab_size].astype(mx.float32)
     temperature = sampler.settings.temperature
     if temperature > 0.0:
         noise = np.stack([sampler.noise_at(p) for p in positions])
+        if vocabulary is not None:
+            noise = noise[:, vocabulary]
         scores = (scores - mx.logsumexp(scores, axis=-1, keepdims=True)) / temperature
         scores = scores + mx.array(noise[:, : scores.shape[1]])
     count = min(count, scores.shape[1])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 
-from llmcad_mlx.drafting.candidates import top_candidates
+from llmcad_mlx.drafting.candidates import TokenList, top_candidates
 from llmcad_mlx.models.lazy_cache import LazyKVCache
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.sampling import TargetSampler
@@ -28,8 +28,11 @@ class ModelDrafter:
 
     source = MODEL
 
-    def __init__(self, model: TreeModel, num_candidates: int = 8) -> None:
-        """Raises ValueError for a model whose cache cannot roll back."""
+    def __init__(self, model: TreeModel, num_candidates: int = 8, vocabulary: TokenList | None = None) -> None:
+        """vocabulary: the tokens of a trimmed head, see `top_candidates`.
+
+        Raises ValueError for a model whose cache cannot roll back.
+        """
         cache = model.new_cache()
         if not isinstance(cache, LazyKVCache):
             raise ValueError(f"a draft must be able to take tokens back; {model.reason}")
@@ -38,6 +41,7 @@ class ModelDrafter:
         self.rows_fed: int | None = 0
         self._start = 0  # index in the sequence of the cache's first token
         self._num_candidates = num_candidates
+        self._vocabulary = vocabulary
         self._tokens: Sequence[int] = ()
         self._sampler: TargetSampler | None = None
         self._slots: dict[int, int] = {}  # node -> slot
@@ -140,7 +144,7 @@ class ModelDrafter:
         """Turn rows of logits (len(nodes), V) into candidates for the children of `nodes`."""
         assert self._sampler is not None
         positions = [tree.position(node) + 1 for node in nodes]
-        found = top_candidates(logits, positions, self._sampler, self._num_candidates)
+        found = top_candidates(logits, positions, self._sampler, self._num_candidates, self._vocabulary)
         self._ready.update(zip(nodes, found, strict=True))
 
     def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:

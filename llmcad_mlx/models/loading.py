@@ -17,6 +17,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.models.draft_parts import DraftParts, drafts_only, vocabulary_size
+from llmcad_mlx.models.shared_embedding import TokenEmbedding, shares_embedding, token_embedding
+from llmcad_mlx.models.trimmed_head import FILE as DRAFT_TOKENS
+from llmcad_mlx.models.trimmed_head import TokenList, read_draft_tokens
 
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "U16": 16, "I16": 16,
@@ -40,26 +44,43 @@ class LoadedModel:
     path: Path
     unchanged: frozenset[str] = frozenset()
     """Names of the tensors that the model uses as the files hold them."""
+    embedding: TokenEmbedding | None = None
+    """Where it looks tokens up; None where that is not a plain embedding, or its target's."""
+    draft_tokens: TokenList | None = None
+    """Row i of the head is the logit of token draft_tokens[i]; None: of token i."""
+
+    @property
+    def drafts_only(self) -> str:
+        """Why this can only be a draft; "" where it can also be a target."""
+        return drafts_only(self.config, self.draft_tokens)
 
 
-def load_model_folder(path: str | Path, lazy: bool = False, like: LoadedModel | None = None) -> LoadedModel:
+def load_model_folder(
+    path: str | Path, lazy: bool = False, like: LoadedModel | None = None, alone: bool = False
+) -> LoadedModel:
     """Load the model and tokenizer of an mlx-lm folder; code that a folder brings along is never run.
 
-    lazy: a parameter is read when it is first used. like: a model whose tokenizer is taken where the files are the
-    same: a tokenizer takes over 100 MB. Raises ModelError, one line, for a folder that is missing,
-    incomplete, corrupt or of an unknown kind.
+    lazy: a parameter is read when it is first used. like: the target, for a draft. Its tokenizer is taken where
+    the files are the same: a tokenizer takes over 100 MB. Its embedding is taken by a draft that has none.
+    alone: such a draft gets a made-up embedding where there is no target: to examine or copy it.
+    Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
     """
     folder = Path(path).expanduser()
     config = read_config(folder)
     check_weight_files(folder)
+    tokens = _draft_tokens(folder, config)
+    shared = _shared_embedding(folder, config, like, alone)
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise ModelError(f"{folder}: no tokenizer.json or tokenizer.model; download the folder again")
-    classes = _RecordingClasses()
+    parts = DraftParts(folder, config, tokens, shared)
+    classes = _RecordingClasses(parts)
     try:
         model, config = load_model(folder, lazy=lazy, get_model_classes=classes)
         classes.restore(model)
     except SystemExit:
         raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
+    except ModelError:
+        raise
     except Exception as error:  # model files raise anything when a config is not what they expect
         raise ModelError(_why_not_built(folder, config, error)) from error
     tokenizer = like.tokenizer if like is not None and _same_tokenizer(folder, like.path) else None
@@ -67,7 +88,28 @@ def load_model_folder(path: str | Path, lazy: bool = False, like: LoadedModel | 
         tokenizer = tokenizer or load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from error
-    return LoadedModel(model, tokenizer, config, folder, classes.unchanged)
+    return LoadedModel(model, tokenizer, config, folder, classes.unchanged, token_embedding(model), tokens)
+
+
+def _draft_tokens(folder: Path, config: dict[str, Any]) -> TokenList | None:
+    file = folder / DRAFT_TOKENS
+    if not file.exists():
+        return None
+    check_safetensors(file)
+    return read_draft_tokens(file, vocabulary_size(config))
+
+
+def _shared_embedding(
+    folder: Path, config: dict[str, Any], like: LoadedModel | None, alone: bool
+) -> TokenEmbedding | None:
+    """The target's embedding for a draft that uses it; None where it gets a made-up one, or has its own."""
+    if not shares_embedding(config) or (like is None and alone):
+        return None
+    if like is None:
+        raise ModelError(f"{folder}: uses its target's embedding, so it can only draft; give it as --draft")
+    if like.embedding is None:
+        raise ModelError(f"{folder}: uses its target's embedding, and {like.path} has none; choose another draft")
+    return like.embedding
 
 
 def _same_tokenizer(a: Path, b: Path) -> bool:
@@ -77,15 +119,21 @@ def _same_tokenizer(a: Path, b: Path) -> bool:
 
 
 class _RecordingClasses:
-    """mlx-lm's way from a config to classes; notes which tensors the model's `sanitize` passes through."""
+    """mlx-lm's way from a config to classes; notes which tensors the model's `sanitize` passes through, and lets
+    the model fit a draft's folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: DraftParts) -> None:
         self.unchanged: frozenset[str] = frozenset()
+        self._parts = parts
         self._model_class: type[Any] | None = None
 
     def __call__(self, config: dict[str, Any]) -> tuple[type[Any], type[Any]]:
         model_class, args_class = _get_classes(config=config)
         self._model_class = model_class
+
+        def build(model: Any, args: Any) -> None:
+            model_class.__init__(model, args)
+            self._parts.fit(model)
 
         def sanitize(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             before = dict(weights)
@@ -93,9 +141,10 @@ class _RecordingClasses:
             if hasattr(model_class, "sanitize"):
                 after = model_class.sanitize(model, weights)
             self.unchanged = frozenset(name for name, array in after.items() if before.get(name) is array)
+            self._parts.check(after)
             return after
 
-        namespace = {"sanitize": sanitize, "__module__": model_class.__module__}
+        namespace = {"__init__": build, "sanitize": sanitize, "__module__": model_class.__module__}
         return type(model_class.__name__, (model_class,), namespace), args_class
 
     def restore(self, model: Any) -> None:

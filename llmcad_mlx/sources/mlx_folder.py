@@ -21,10 +21,12 @@ from mlx_lm.utils import quantize_model, save_config
 
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.models.loading import LoadedModel, load_model_folder, read_config
+from llmcad_mlx.models.trimmed_head import FILE as DRAFT_TOKENS
+from llmcad_mlx.models.trimmed_head import TokenList
 from llmcad_mlx.sources.bundle_writer import BundleWriter, plan_layers
 from llmcad_mlx.sources.new_folder import check_destination, new_folder
 from llmcad_mlx.sources.progress import Advance, NoProgress, Progress
-from llmcad_mlx.sources.safetensors_writer import TensorSpec
+from llmcad_mlx.sources.safetensors_writer import SafetensorsWriter, TensorSpec
 from llmcad_mlx.target.bundle import FILE as MANIFEST
 from llmcad_mlx.target.storage import FileStorage
 from llmcad_mlx.target.weights import TensorExtent, WeightIndex
@@ -53,6 +55,8 @@ class NewWeights:
     computed: dict[str, mx.array]
     config: dict[str, Any] | None
     """None: config.json stays as it is."""
+    draft_tokens: TokenList | None = None
+    """Of a trimmed head; None: the head is whole."""
 
 
 def convert_folder(
@@ -73,7 +77,7 @@ def convert_folder(
     """
     check_destination(dest)
     _check_options(bits, group_size)
-    loaded = load_model_folder(source, lazy=True)
+    loaded = load_model_folder(source, lazy=True, alone=True)
     if not is_quantised(loaded.model):
         weights = quantised_weights(loaded, 4 if bits is None else bits, 64 if group_size is None else group_size)
     elif bits is not None or group_size is not None:
@@ -91,7 +95,7 @@ def write_bundle(source: Path, dest: Path, *, name: str | None = None, progress:
     Arguments and errors as for `convert_folder`.
     """
     check_destination(dest)
-    weights = _as_it_is(load_model_folder(source, lazy=True))
+    weights = _as_it_is(load_model_folder(source, lazy=True, alone=True))
     write_weights(source, dest, weights, name, progress or NoProgress())
 
 
@@ -133,7 +137,7 @@ def _as_it_is(loaded: LoadedModel) -> NewWeights:
     if not is_quantised(loaded.model):
         config.pop("quantization_config", None)  # `sanitize` has undone it
     unchanged = config == loaded.config and _quantisation_is_mlx(loaded)
-    return _weights(loaded, loaded.model, None if unchanged else config)
+    return weights_of(loaded, loaded.model, None if unchanged else config)
 
 
 def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWeights:
@@ -147,7 +151,7 @@ def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWei
         raise UsageError(
             f"--group-size: no rows of {loaded.path} divide into groups of {group_size}; choose a smaller one"
         )
-    return _weights(loaded, model, config)
+    return weights_of(loaded, model, config)
 
 
 def _quantisation_is_mlx(loaded: LoadedModel) -> bool:
@@ -155,7 +159,8 @@ def _quantisation_is_mlx(loaded: LoadedModel) -> bool:
     return "quantization" in read_config(loaded.path) or "quantization" not in loaded.config
 
 
-def _weights(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> NewWeights:
+def weights_of(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> NewWeights:
+    """What is to be written of `model`, whose arrays are let go; what is as in `loaded`'s files is copied."""
     index = WeightIndex.of(loaded.path)
     parameters = _parameters(model)
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # lets go of them
@@ -169,7 +174,7 @@ def _weights(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> 
         if extent is not None and (extent.dtype, extent.shape) == (spec.dtype, spec.shape):
             copied[name] = extent
             del parameters[name]
-    return NewWeights(tuple(specs), copied, parameters, config)
+    return NewWeights(tuple(specs), copied, parameters, config, loaded.draft_tokens)
 
 
 def write_weights(source: Path, dest: Path, weights: NewWeights, name: str | None, progress: Progress) -> None:
@@ -196,6 +201,14 @@ def write_weights(source: Path, dest: Path, weights: NewWeights, name: str | Non
         else:
             save_config(weights.config, folder / "config.json")
         copy_side_files(source, folder)
+        if weights.draft_tokens is not None:
+            _write_tokens(folder / DRAFT_TOKENS, weights.draft_tokens)
+
+
+def _write_tokens(file: Path, tokens: TokenList) -> None:
+    with SafetensorsWriter(file, [TensorSpec("tokens", "I32", tokens.shape)]) as writer:
+        writer.write_bytes("tokens", 0, tokens.astype("<i4").tobytes())
+        writer.sync()
 
 
 def _write_array(source: Path, writer: BundleWriter, spec: TensorSpec, array: mx.array) -> None:

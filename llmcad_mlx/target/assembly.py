@@ -81,6 +81,8 @@ class Prepared:
         for unit in units:
             let_go(unit)
         forget_block_views(model)
+        for matrix in self.parts.embeddings:  # a draft may look tokens up in it before `build`
+            stream_embedding(matrix.module, RowReader(matrix, storage))
 
     def _matrices(self) -> list[Matrix]:
         return [*self.parts.embeddings, *([self.parts.head] if self.parts.head else [])]
@@ -123,6 +125,8 @@ class Prepared:
         on_progress(done, total) counts bytes of pinned weights.
         """
         parts = self.parts
+        for matrix in parts.embeddings:
+            make_resident(matrix.module)
         pinned = [p for number in plan.pinned_layers for p in parts.layers[number]]
         pinned += [p for matrix in parts.embeddings if plan.pin_embedding for p in matrix.parameters]
         if parts.head is not None and plan.pin_head:

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.utils import load_config
 
+from convert import distill_draft
 from convert.distillation.acceptance import LOOKUP, measure, table_of
 from convert.distillation.corpus import CorpusSettings, write_corpus
 from convert.distillation.student import FrozenTarget, Student, dense, frequent_tokens, head_rows
@@ -383,3 +384,52 @@ def test_layers_say_the_same_with_numpys_exponential(target: LoadedModel) -> Non
     found: Any = dict(tree_flatten(gradients))
     for name, gradient in tree_flatten(plain_gradients):
         assert float(mx.abs(found[name] - gradient).max()) < 1e-5 * float(mx.abs(gradient).max()), name
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["distill_draft.py", *map(str, arguments)])
+    distill_draft.main()
+
+
+def test_the_commands_train_stop_go_on_and_export(
+    folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = (
+        folder, corpus.parent, "--name", tmp_path / "run", "--layers", 1, "--head-tokens", 60, "--steps", 7,
+        "--warmup", 2, "--batch-tokens", 512, "--check-every", 3, "--check-tokens", 100,
+    )  # fmt: skip
+    show = distill_draft.Bars.show
+
+    def interrupted(bars: Any, progress: Any) -> None:
+        show(bars, progress)
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill_draft.Bars, "show", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, "train", *options)
+    assert stopped.value.code == 130
+    assert "stopped at step 5; the same command goes on from step 3" in capsys.readouterr().err
+    monkeypatch.setattr(distill_draft.Bars, "show", show)
+    command(monkeypatch, "train", *options)
+    out = capsys.readouterr().out
+    assert "step 0:" not in out
+    assert "step 7: loss" in out
+    assert (tmp_path / "run" / "loss.png").exists()
+    with pytest.raises(SystemExit) as refused:
+        command(monkeypatch, "train", *options, "--seed", 1)
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    command(
+        monkeypatch, "export", folder, corpus.parent, tmp_path / "draft", "--name", tmp_path / "run", "--dense"
+    )
+    assert "step 7 of 7" in capsys.readouterr().out
+    assert (tmp_path / "draft" / DRAFT_TOKENS).exists()
+    with pytest.raises(SystemExit) as refused:
+        command(monkeypatch, "export", folder, corpus.parent, tmp_path / "new", "--name", "nothing")
+    assert refused.value.code == 2
+    assert "run the train step first" in capsys.readouterr().err

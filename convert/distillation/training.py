@@ -27,7 +27,8 @@ _MOST_NORM = 1.0  # of the gradient
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How a run stands. `saved`: the checkpoint's step. `top1`, `top4`: see `Examination.agreement`; None between
+    """How a run stands. `loss`: of the step, or mean since the last look; NaN where nothing was learned since the
+    start. `saved`: the checkpoint's step. `top1`, `top4`: see `Examination.agreement`; None between
     two looks. `tokens_per_s`: of the texts, padding left out."""
 
     step: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import TracebackType
 
@@ -39,7 +40,10 @@ class Bars:
     def show(self, progress: Progress) -> None:
         """Take in how the run stands."""
         self.step = progress.step
-        what = f"loss {progress.loss:.3f}, {progress.tokens_per_s:,.0f} tokens/s"
+        known = math.isfinite(progress.loss)
+        what = (
+            f"loss {progress.loss:.3f}, {progress.tokens_per_s:,.0f} tokens/s" if known else "nothing learned yet"
+        )
         self._bars.update(self._task, completed=progress.step, description=what)
         self.saved = progress.saved
         if progress.top1 is not None and progress.top4 is not None:

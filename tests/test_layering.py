@@ -27,7 +27,7 @@ LAYERS = [
     {"conversations"},
     {"api", "forecast"},
     {"report", "doctor", "bench"},
-    {"plan_report", "tuning"},
+    {"plan_report", "tuning", "chat"},
     {"serve"},
     {"cli"},
 ]

@@ -12,6 +12,7 @@ import typer
 from typer.main import get_command
 
 from llmcad_mlx.cli.bench import bench
+from llmcad_mlx.cli.chat import chat
 from llmcad_mlx.cli.convert import convert
 from llmcad_mlx.cli.doctor import doctor
 from llmcad_mlx.cli.generate import generate
@@ -29,7 +30,7 @@ app = typer.Typer(
     help="Run a language model faster with a draft, without changing a token of its output.",
     pretty_exceptions_enable=False,
 )
-for command in (generate, serve, plan, tune, bench, pull, convert, doctor):
+for command in (chat, generate, serve, plan, tune, bench, pull, convert, doctor):
     app.command()(command)
 
 

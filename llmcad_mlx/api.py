@@ -95,8 +95,9 @@ def load(
     target: a local mlx-lm folder, a hub repository ("org/name") or a preset; None is the embedded default.
     draft: the same kinds for a draft model (which the n-gram drafter then assists), the file of an n-gram table,
     "self:4" (or 3, 2) for the target itself in so many bits, "4bit:DRAFT" (or 2, 3, 8) for another draft in so
-    many, "ngram" for prompt lookup alone, None or "none" for plain decoding, "auto" for what `llmcad-mlx tune` has
-    chosen, else what the target's preset names, else "ngram".
+    many, "trimmed:8192:DRAFT" for one that proposes only so many usual tokens, "ngram" for prompt lookup alone, None
+    or "none" for plain decoding, "auto" for what `llmcad-mlx tune` has chosen, else what the target's preset names,
+    else "ngram".
     memory: what the whole process may use, in bytes or as text ("6GB"); target weights that do not fit are read
     from the disk on every pass. None: everything in memory if it fits into 70 % of physical memory, else that
     budget. pinned: how much of the target stays in memory ("auto": as much as fits). context: tokens to make room

@@ -10,9 +10,9 @@ import mlx.core as mx
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.profile import profile_path
 from llmcad_mlx.sources.cache_folder import home_folder
+from llmcad_mlx.sources.copy_names import CopyName
 from llmcad_mlx.sources.draft_choice import Conditions, find_choice
 from llmcad_mlx.sources.progress import progress_for
-from llmcad_mlx.sources.quantised_copy import CopyName, quantised_copy
 from llmcad_mlx.sources.resolve import DEFAULT_PRESET, preset_draft, resolve_draft, resolve_target
 from llmcad_mlx.sources.self_draft import self_draft, self_draft_bits
 
@@ -36,7 +36,7 @@ def find_pair(
     """Resolve names to folders, fetching and making what is not there.
 
     conditions: what a tuned draft must have been chosen for, where `draft` is "auto"; None: this device and no
-    memory options. Raises the errors of `resolve_target`, `resolve_draft` and `quantised_copy`.
+    memory options. Raises the errors of `resolve_target` and `name_pair`.
     """
     target_name = DEFAULT_PRESET if target is None else target
     _check_draft(draft)
@@ -57,22 +57,20 @@ def find_pair(
 def name_pair(target_path: Path, draft: str | None, show_progress: bool) -> PairNames:
     """The target in a folder with a draft that is not "auto", which is fetched or made where it is not there.
 
-    Raises the errors of `resolve_draft` and `quantised_copy`.
+    Raises the errors of `resolve_draft`, `quantised_copy` and `write_trimmed_draft`.
     """
     _check_draft(draft)
     if draft is None or draft in (NO_DRAFT, NGRAM_DRAFT):
         return PairNames(target_path, draft or NO_DRAFT, None)
     progress = progress_for(show_progress)
-    bits, smaller = self_draft_bits(draft), CopyName.of(draft)
+    bits, copy = self_draft_bits(draft), CopyName.of(draft)
     if bits is not None:
         path = self_draft(target_path, bits, progress)
-    elif smaller is not None:
-        source = resolve_draft(smaller.draft, show_progress)
-        if not source.is_dir():
-            raise UsageError(
-                f"draft: {smaller.draft} is an n-gram table, which has no bits; leave '{smaller.bits}bit:' out"
-            )
-        path = quantised_copy(source, smaller.bits, progress, name=draft)
+    elif copy is not None:
+        source = name_pair(target_path, copy.draft, show_progress).draft_path
+        if source is None or not source.is_dir():
+            raise UsageError(f"draft: {copy.draft} is no draft model; leave {copy.prefix!r} out")
+        path = copy.make(source, progress)
     else:
         path = resolve_draft(draft, show_progress)
     return PairNames(target_path, draft, path)
@@ -84,8 +82,10 @@ def _check_draft(draft: str | None) -> None:
         return
     if not isinstance(draft, str) or not draft:
         raise UsageError(f"draft: {draft!r} is not a folder, repository, preset, 'ngram', 'self:4' or 'none'")
+    copy = CopyName.of(draft)
+    while copy is not None:
+        draft, copy = copy.draft, CopyName.of(copy.draft)
     self_draft_bits(draft)
-    CopyName.of(draft)
 
 
 def pair_profile_path(names: PairNames, streamed_bytes: int | None, read_bandwidth: float | None) -> Path:

@@ -4,6 +4,7 @@ clock is a simulated one."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from llmcad_mlx import load
 from llmcad_mlx.bench.contenders import EngineContender, Sampling
 from llmcad_mlx.bench.prompts import BenchPrompt, load_prompts
 from llmcad_mlx.bench.records import Generation, Place, Run
@@ -20,6 +22,7 @@ from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from llmcad_mlx.errors import GenerationError, ModelError, UsageError
 from llmcad_mlx.loader import LoadedPair, MemoryOptions, device_name, load_names
 from llmcad_mlx.models.host import host_kernels_wanted
+from llmcad_mlx.models.loading import load_model_folder
 from llmcad_mlx.pair_names import NO_DRAFT, PairNames, find_pair, pair_profile_path
 from llmcad_mlx.profile import PairProfile
 from llmcad_mlx.sources import disk
@@ -84,8 +87,8 @@ def prompts(tmp_path: Path) -> Path:
 
 def plan_of(prompts: Path, **changes: Any) -> TunePlan:
     values: dict[str, Any] = {
-        "drafts": None, "bits": "none", "prompts": prompts, "per_domain": None, "max_tokens": 40, "repeat": 2,
-        "warmup": 1, "temperature": 0.0, "seed": 0,
+        "drafts": None, "bits": "none", "trim": "none", "prompts": prompts, "per_domain": None, "max_tokens": 40,
+        "repeat": 2, "warmup": 1, "temperature": 0.0, "seed": 0,
     }  # fmt: skip
     return TunePlan.of(**(values | changes))
 
@@ -94,7 +97,7 @@ def plan_of(prompts: Path, **changes: Any) -> TunePlan:
 
 
 def test_the_packaged_prompts_cover_four_domains_and_are_not_those_drafts_are_judged_on() -> None:
-    plan = TunePlan.of(None, "none", None, None, 8, 1, 0, 0.0, 0)
+    plan = TunePlan.of(None, "none", "none", None, None, 8, 1, 0, 0.0, 0)
     assert len(plan.split.calibration) == len(plan.split.measured) == 8
     assert {domain for domain, _ in plan.split.measured} == {"chat", "code", "summarising", "translation"}
     judged = load_prompts(Path(__file__).parents[1] / "examples" / "four_domains.toml")
@@ -113,7 +116,8 @@ def test_half_of_each_domain_predicts_the_other() -> None:
     ("option", "value"),
     [
         ("max_tokens", 1), ("max_tokens", -1), ("repeat", 0), ("warmup", -1), ("per_domain", 1), ("drafts", " ,"),
-        ("drafts", "ngram,self:9"), ("drafts", "5bit:x"), ("bits", "5"), ("bits", ""), ("temperature", -1.0),
+        ("drafts", "ngram,self:9"), ("drafts", "5bit:x"), ("drafts", "trimmed:9:5bit:x"), ("bits", "5"),
+        ("bits", ""), ("trim", "few"), ("trim", "0"), ("trim", ""), ("temperature", -1.0),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_refused_by_name(prompts: Path, option: str, value: object) -> None:
@@ -172,7 +176,7 @@ def test_a_disturbed_repetition_does_not_count() -> None:
 
 
 def line(name: str, speed: float | None, size: int = 0) -> CandidateFigures:
-    return CandidateFigures(name, size, None, 0, None, 2.0, None, speed, {}, 3, 0, 60)
+    return CandidateFigures(name, size, None, 0, None, 2.0, None, speed, 0.1, {}, 3, 0, 60)
 
 
 def race(
@@ -385,6 +389,38 @@ def test_a_candidate_that_cannot_be_loaded_or_fails_is_listed_and_the_rest_is_me
     assert "Left out: wild: its logits are NaN." in tune_notes(report)
 
 
+def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured(
+    models: Path, target: Path, prompts: Path
+) -> None:
+    """Reading the prompt counts here, which no speed of decoding shows."""
+    stage = stage_of(models, target, near=0.01, near2=0.01)
+
+    def open_pair(candidate: Candidate) -> LoadedPair:
+        pair = stage(candidate)
+        if candidate.name == "near2":
+            for drafter in pair.drafters:
+                read = drafter.prefill
+
+                def slowly(*args: Any, read: Any = read) -> None:
+                    stage.clock.now += 20.0
+                    read(*args)
+
+                drafter.prefill = slowly  # type: ignore[method-assign]
+        return pair
+
+    report = tuning.tune(plan_of(prompts, warmup=2), stage.lineup(), open_pair)
+    (failure,) = report.failures
+    assert failure.name == "near2"
+    assert re.fullmatch(
+        r"its warm-up took 4\d\.\d s for an answer that takes \d\.\d s without a draft", failure.reason
+    )
+    assert not [run for run in report.outcome.runs if run.variant == "near2"]
+    unscreened = tuning.tune(plan_of(prompts, warmup=0, repeat=1), stage.lineup(), open_pair)
+    found = {entry.name: entry for entry in unscreened.lines}
+    assert found["near2"].prompt_s == pytest.approx(40.0)  # the n-gram drafter is slow here, too
+    assert found[NEAR].prompt_s == 0.0
+
+
 @pytest.mark.skipif(not host_kernels_wanted(), reason="elsewhere rounding may decide near-ties")
 def test_a_candidate_with_another_text_is_left_out(models: Path, target: Path, prompts: Path) -> None:
     stage = stage_of(models, target, near=0.001)
@@ -557,11 +593,11 @@ def names_of(found: Candidates) -> list[str]:
 
 
 def test_without_names_prompt_lookup_and_self_substitutes_are_tried(target: Path, tmp_path: Path) -> None:
-    found = find_candidates(str(target), target, None, (4,), None, False)
+    found = find_candidates(str(target), target, None, (4,), (), None, False)
     assert names_of(found) == ["ngram", "self:4", "self:3", "self:2", "none"]
     assert not found.failures
     convert_folder(target, tmp_path / "four", 4, 32)
-    found = find_candidates("four", tmp_path / "four", None, (4,), "self:2", False)
+    found = find_candidates("four", tmp_path / "four", None, (4,), (), "self:2", False)
     assert names_of(found) == ["self:2", "ngram", "self:3", "none"]
 
 
@@ -571,13 +607,13 @@ def test_draft_models_are_tried_in_fewer_bits(
     convert_folder(models / NEAR, tmp_path / "eight", 8, 32)
     given = (str(models / NEAR), str(tmp_path / "eight"), "auto", "nowhere/at-all-", "none")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = find_candidates(str(target), target, given, (4, 8), None, False)
+    found = find_candidates(str(target), target, given, (4, 8), (), None, False)
     assert names_of(found) == ["near", "eight", "ngram", "8bit:near", "4bit:near", "4bit:eight", "none"]
     assert [failure.name for failure in found.failures] == ["nowhere/at-all-"]
     config = json.loads((found.found[5].names.draft_path / "config.json").read_text())  # type: ignore[operator]
     assert config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
     monkeypatch.chdir(models)
-    relative = find_candidates(str(target), target, (NEAR, f"8bit:{NEAR}"), (), None, False)
+    relative = find_candidates(str(target), target, (NEAR, f"8bit:{NEAR}"), (), (), None, False)
     assert [candidate.name for candidate in relative.found[:2]] == [
         str(models / NEAR),
         f"8bit:{models / NEAR}",
@@ -596,8 +632,35 @@ def test_a_copy_needs_a_draft_of_more_bits(models: Path, target: Path, tmp_path:
         find_pair(str(target), f"8bit:{tmp_path / 'four'}", False)
     table = tmp_path / "small.ngrams.safetensors"
     table.write_bytes(b"")
-    with pytest.raises(UsageError, match="is an n-gram table, which has no bits"):
-        find_pair(str(target), f"8bit:{table}", False)
+    for other in (str(table), "ngram", f"8bit:{table}"):
+        with pytest.raises(UsageError, match=r"is no draft model; leave '(8bit|trimmed:9):' out"):
+            find_pair(str(target), f"trimmed:9:{other}" if other != "ngram" else f"8bit:{other}", False)
+
+
+def test_draft_models_in_all_bits_are_tried_with_fewer_output_tokens(models: Path, target: Path) -> None:
+    near = models / NEAR
+    found = find_candidates(str(target), target, ("ngram", str(near), "self:2"), (4,), (30, 90), None, False)
+    assert names_of(found) == [
+        "ngram", "near", "self:2", "4bit:near", "trimmed:30:near", "trimmed:30:self:2", "trimmed:30:4bit:near",
+        "none",
+    ]  # fmt: skip
+    assert not found.failures
+    paths = {short_name(candidate.name): candidate.names.draft_path for candidate in found.found}
+    for name in ("trimmed:30:near", "trimmed:30:4bit:near"):
+        path = paths[name]
+        assert path is not None
+        loaded = load_model_folder(path, lazy=True, alone=True)
+        assert loaded.draft_tokens is not None
+        assert len(loaded.draft_tokens) == 30
+    again = find_pair(str(target), f"trimmed:30:4bit:{near}", False)
+    assert again.draft_path == paths["trimmed:30:4bit:near"]
+    trimmed = find_candidates(str(target), target, (str(paths["trimmed:30:near"]),), (), (20,), None, False)
+    assert len(trimmed.found) == 2  # it is trimmed already
+    with load(target, draft="none") as plain, load(target, draft=f"trimmed:30:4bit:{near}") as engine:
+        expected = plain.generate([5, 9, 30, 31, 12], max_tokens=40)
+        result = engine.generate([5, 9, 30, 31, 12], max_tokens=40, policy="chain")
+    assert result.tokens == expected.tokens
+    assert result.stats.drafted > 0
 
 
 # -- command line ----------------------------------------------------------------------------------------
@@ -606,7 +669,8 @@ def test_a_copy_needs_a_draft_of_more_bits(models: Path, target: Path, tmp_path:
 @pytest.fixture
 def words(models: Path, target: Path, prompts: Path) -> Callable[..., list[str]]:
     def call(*more: object) -> list[str]:
-        fixed = ["--prompts", prompts, "--max-tokens", 6, "--repeat", 1, "--warmup", 0, "--bits", "none"]
+        fixed = ["--prompts", prompts, "--max-tokens", 6, "--repeat", 1, "--warmup", 0]
+        fixed += ["--bits", "none", "--trim", "none"]
         return ["tune", str(target), *map(str, fixed), *map(str, more)]
 
     return call
@@ -614,8 +678,8 @@ def words(models: Path, target: Path, prompts: Path) -> Callable[..., list[str]]
 
 CANDIDATE_KEYS = {
     "draft", "draft_bytes", "draft_step_s", "streamed_bytes", "pinned_bytes", "tokens_per_pass", "tokens_per_s",
-    "domains", "num_runs", "mismatches", "num_compared", "predicted_tokens_per_s", "difference", "prediction",
-    "standing",
+    "prompt_s", "domains", "num_runs", "mismatches", "num_compared", "predicted_tokens_per_s", "difference",
+    "prediction", "standing",
 }  # fmt: skip
 
 
@@ -743,9 +807,11 @@ def test_ctrl_c_prints_what_was_measured_and_ends_with_130(
 
 
 def test_task_is_what_the_options_say(prompts: Path) -> None:
-    plan = plan_of(prompts, drafts="ngram, self:4,ngram", bits="8,2", temperature=0.5, seed=9, per_domain=2)
+    changes = {"bits": "8,2", "trim": "4096, 8192,4096", "temperature": 0.5, "seed": 9, "per_domain": 2}
+    plan = plan_of(prompts, drafts="ngram, self:4,ngram", **changes)
     assert plan.drafts == ("ngram", "self:4")
     assert plan.bits == (8, 2)
+    assert plan.tokens == (4096, 8192)
     assert plan.task == Task(plan.task.prompts, Sampling(40, 0.5, 9), 2, 1)
     assert [(p.domain, p.name) for p in plan.task.prompts] == [
         ("chat", "1"), ("code", "1"), ("chat", "2"), ("code", "2"),

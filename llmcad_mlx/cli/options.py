@@ -15,7 +15,8 @@ Draft = Annotated[
     typer.Option(
         "--draft",
         help="Draft model (like --target), n-gram table, 'ngram', 'none', 'auto' for what tune has chosen or the "
-        "preset's own; 'self:4' (3, 2): the target in so many bits; '4bit:DRAFT' (2, 3, 8): a draft in so many.",
+        "preset's own; 'self:4' (3, 2): the target in so many bits; '4bit:DRAFT' (2, 3, 8): a draft in so many; "
+        "'trimmed:8192:DRAFT': a draft with so many output tokens.",
     ),
 ]
 Policy = Annotated[str, typer.Option("--policy", help="throughput, paper, chain or plain.")]

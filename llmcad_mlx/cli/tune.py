@@ -39,6 +39,14 @@ def tune(
             "--bits", help="Draft models are also tried in so many bits, where they have more; or 'none'."
         ),
     ] = "2,3,4,8",
+    trim: Annotated[
+        str,
+        typer.Option(
+            "--trim",
+            help="Draft models, in all bits, are also tried with an output vocabulary of only so many usual "
+            "tokens; or 'none'.",
+        ),
+    ] = "8192",
     memory: options.Memory = None,
     pinned: options.Pinned = "auto",
     context: options.Context = None,
@@ -68,7 +76,7 @@ def tune(
     from llmcad_mlx.tuning.tune_plan import TunePlan
 
     where = memory_options(memory, pinned, context, read_bandwidth)
-    plan = TunePlan.of(drafts, bits, prompts, per_domain, max_tokens, repeat, warmup, temp, seed)
+    plan = TunePlan.of(drafts, bits, trim, prompts, per_domain, max_tokens, repeat, warmup, temp, seed)
     if out is not None:
         make_folder(out)
     argv = ["llmcad-mlx", *sys.argv[1:]]

@@ -1,9 +1,7 @@
 """A model folder in fewer bits, made once and kept in the cache folder: what self-drafts and smaller drafts are.
 
 The copy is an mlx-lm folder like any other: affine groups of 32.
-```
-<kind>/<model>-<state>-<bits>bit    model: digest of the folder's path; state: of its files' sizes and times
-```
+
 On a Linux CPU the host kernels take 4 and 8 bits; copies of 2 and 3 bits run there on MLX's own kernels, which are
 right but slow. On Metal and CUDA, MLX's kernels serve all.
 """
@@ -11,50 +9,22 @@ right but slow. On Metal and CUDA, MLX's kernels serve all.
 from __future__ import annotations
 
 import copy
-import hashlib
-import re
-import shutil
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.utils import dequantize_model
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.models.loading import LoadedModel, check_weight_files, load_model_folder, read_config
-from llmcad_mlx.sources.cache_folder import home_folder
+from llmcad_mlx.models.loading import LoadedModel, load_model_folder
+from llmcad_mlx.sources.kept_copy import kept_copy
 from llmcad_mlx.sources.mlx_folder import is_quantised, quantised_weights, write_weights
 from llmcad_mlx.sources.progress import NoProgress, Progress
-from llmcad_mlx.sources.pull import locked
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZE = 32
 KIND = "drafts"
-
-_NAME = re.compile(r"(\d+)bit:(.+)", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class CopyName:
-    """A draft named like "4bit:DRAFT": DRAFT, whatever that names, in so many bits."""
-
-    bits: int
-    draft: str
-
-    def __str__(self) -> str:
-        return f"{self.bits}bit:{self.draft}"
-
-    @classmethod
-    def of(cls, draft: str) -> CopyName | None:
-        """None for every other name. Raises UsageError for other bits."""
-        found = _NAME.fullmatch(draft)
-        if found is None:
-            return None
-        for bits in BITS:
-            if found[1] == str(bits):
-                return cls(bits, found[2])
-        raise UsageError(f"draft: {draft!r} is not one of {', '.join(f'{bits}bit:DRAFT' for bits in BITS)}")
 
 
 def quantised_copy(
@@ -68,18 +38,13 @@ def quantised_copy(
     changed is removed. Raises UsageError for a model that has no more bits, ModelError for one that cannot be
     read or quantised, DiskError when the copy does not fit the disk.
     """
-    identity, state = _digest(str(source.resolve())), _state(source)
-    folder = home_folder() / kind / f"{identity}-{state}-{bits}bit"
-    if folder.exists():  # complete, because it got its name last
-        return folder
-    loaded = load_model_folder(source, lazy=True)
-    _check_bits(loaded, bits, name or f"{bits}bit")
-    with locked(folder):
-        if not folder.exists():
-            for old in folder.parent.glob(f"{identity}-*-{bits}bit"):
-                shutil.rmtree(old, ignore_errors=True)
-            _make(loaded, folder, bits, progress or NoProgress())
-    return folder
+
+    def make(folder: Path) -> None:
+        loaded = load_model_folder(source, lazy=True, alone=True)
+        _check_bits(loaded, bits, name or f"{bits}bit")
+        _make(loaded, folder, bits, progress or NoProgress())
+
+    return kept_copy(source, kind, f"{bits}bit", make)
 
 
 def stored_bits(loaded: LoadedModel) -> int:
@@ -120,15 +85,3 @@ def _check_bits(loaded: LoadedModel, bits: int, name: str) -> None:
             f"draft: {name} needs a model of more bits, and {loaded.path} has {present}; "
             f"choose {fewer}another draft"
         )
-
-
-def _state(source: Path) -> str:
-    """Changes with the weights and the configuration, by sizes and times: hashing them would take minutes."""
-    read_config(source)
-    files = [source / "config.json", *check_weight_files(source)]
-    stats = [(file.name, file.stat()) for file in files]
-    return _digest("\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -101,8 +101,9 @@ class DomainFigures:
 class CandidateFigures:
     """One candidate. None: not known (yet).
 
-    `tokens_per_pass` is of all prompts, `tokens_per_s` of the measured half. `mismatches` counts the tokens of all
-    runs that are not the target's own, of `num_compared`.
+    `tokens_per_pass` is of all prompts, `tokens_per_s` of the measured half. Speeds leave out reading the prompt,
+    of which `prompt_s` is the median. `mismatches` counts the tokens of all runs that are not the target's own, of
+    `num_compared`.
     """
 
     name: str
@@ -113,6 +114,7 @@ class CandidateFigures:
     tokens_per_pass: float | None
     prediction: Prediction | None
     tokens_per_s: float | None
+    prompt_s: float | None
     domains: dict[str, DomainFigures]
     num_runs: int
     mismatches: int

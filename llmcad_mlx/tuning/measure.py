@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from llmcad_mlx.bench.benchmark import encode_prompts
 from llmcad_mlx.bench.contenders import EngineContender, Sampling
 from llmcad_mlx.bench.prompts import BenchPrompt
-from llmcad_mlx.bench.records import Place, Run
+from llmcad_mlx.bench.records import Generation, Place, Run
 from llmcad_mlx.bench.runner import EncodedPrompt, schedule
 from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from llmcad_mlx.drafting.table_drafter import TableDrafter
@@ -19,6 +19,8 @@ from llmcad_mlx.profile import PairProfile
 from llmcad_mlx.settings import SpeculationSettings
 from llmcad_mlx.target.plan import MemoryPlan
 from llmcad_mlx.tuning.candidates import Candidate
+
+_HOPELESS = 5  # times as long as without a draft: like weights in bits that the processor has no kernels for
 
 OpenPair = Callable[[Candidate], LoadedPair]
 OnTurn = Callable[[str, int], None]
@@ -50,12 +52,23 @@ class Seat:
 
 @dataclass(slots=True)
 class Outcome:
-    """`runs` in the order they were done; `failures` by candidate; `interrupted`: Ctrl-C came before the last."""
+    """`runs` in the order they were done; `failures` by candidate; `interrupted`: Ctrl-C came before the last.
+    `warmups`: seconds of each candidate's answers before measuring, prompt included."""
 
     runs: list[Run] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     seats: dict[str, Seat] = field(default_factory=dict)
     interrupted: bool = False
+    warmups: dict[str, list[float]] = field(default_factory=dict)
+
+    def hopeless(self, name: str) -> str | None:
+        """Why a candidate is not worth measuring: it took many times as long as no draft for every answer of the
+        warm-up; None for one that is."""
+        times = list(zip(self.warmups.get(name, ()), self.warmups.get(NO_DRAFT, ()), strict=False))
+        if not times or any(own <= _HOPELESS * plain for own, plain in times):
+            return None
+        own, plain = times[-1]
+        return f"its warm-up took {own:.1f} s for an answer that takes {plain:.1f} s without a draft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +100,8 @@ def measure(
 ) -> Outcome:
     """Do all turns. together: whether all candidates may be in memory at the same time.
 
-    A candidate that raises an error of this package, or runs out of memory, gets no more turns. Raises what "none"
-    raises: then it is the target's fault. Ctrl-C ends it early with what was done, if anything was.
+    A candidate that raises an error of this package, runs out of memory, or is hopeless gets no more turns. Raises
+    what "none" raises: then it is the target's fault. Ctrl-C ends it early with what was done, if anything was.
     """
     outcome = Outcome()
     planned = list(sittings(candidates, task.repeat, together))
@@ -147,6 +160,8 @@ def _take_turns(
     for turn in schedule(len(seated), len(prompts), sitting.repeat, task.warmup):
         (candidate, contender), encoded = seated[turn.variant], prompts[turn.prompt]
         on_turn(candidate.label)
+        if turn.repetition >= 0 and (reason := outcome.hopeless(candidate.name)) is not None:
+            outcome.failures.setdefault(candidate.name, reason)
         if candidate.name in outcome.failures:
             continue
         try:
@@ -154,9 +169,16 @@ def _take_turns(
         except (LlmcadError, MemoryError) as error:
             _fail(outcome, candidate, error)
             continue
-        if turn.repetition >= 0:
+        if turn.repetition < 0:
+            outcome.warmups.setdefault(candidate.name, []).append(_seconds(generation))
+        else:
             place = Place(encoded.prompt.domain, encoded.prompt.name, sitting.first + turn.repetition)
             outcome.runs.append(Run(candidate.name, place, turn.order, generation))
+
+
+def _seconds(generation: Generation) -> float:
+    stats = generation.stats
+    return stats.prompt_s + stats.decode_s if stats is not None else generation.prompt_s + generation.decode_s
 
 
 def _fail(outcome: Outcome, candidate: Candidate, error: LlmcadError | MemoryError) -> None:

@@ -51,7 +51,7 @@ def tune_notes(report: TuneReport) -> list[str]:
         f"{plan.task.repeat}; at most {sampling.max_tokens} tokens; temperature {sampling.temperature:g}. "
         f"Candidates {where}. A prompt counts with its median repetition; speeds are all tokens over all seconds.",
         "Predicted: A / (max(W/B, C) + D) with tokens per pass A, computing C and the rest of a round D from the "
-        "prompts that predict; measured: the speed on the others.",
+        "prompts that predict; measured: the speed on the others. Reading the prompt comes on top.",
     ]
     if report.emulated:
         notes.append(f"Reads are emulated at {format_size(int(report.lineup.options.read_bandwidth or 0))}/s.")
@@ -96,6 +96,7 @@ def tune_json(report: TuneReport, argv: Sequence[str]) -> dict[str, Any]:
         "options": {
             "drafts": None if plan.drafts is None else list(plan.drafts),
             "bits": list(plan.bits),
+            "trim": list(plan.tokens),
             "calibrated_on": [f"{domain}/{name}" for domain, name in sorted(plan.split.calibration)],
             "measured_on": [f"{domain}/{name}" for domain, name in sorted(plan.split.measured)],
             "repeat": plan.task.repeat,
@@ -145,8 +146,9 @@ def _overall(report: TuneReport, lines: Sequence[CandidateFigures]) -> Table:
     planned = any(line.pinned_bytes is not None for line in lines)
     inexact = any(line.mismatches for line in lines)
     header = (
-        "draft", "memory", *(("pinned", "read per pass") if planned else ()), "tokens per pass", "draft step",
-        "predicted tokens per s", "measured", "difference", "× none", *(("wrong tokens",) if inexact else ()),
+        "draft", "memory", *(("pinned", "read per pass") if planned else ()), "prompt", "tokens per pass",
+        "draft step", "predicted tokens per s", "measured", "difference", "× none",
+        *(("wrong tokens",) if inexact else ()),
     )  # fmt: skip
     rows = []
     for line in lines:
@@ -155,7 +157,8 @@ def _overall(report: TuneReport, lines: Sequence[CandidateFigures]) -> Table:
         ratio = line.tokens_per_s / plain if plain and line.tokens_per_s is not None else None
         wrong = (f"{line.mismatches}/{line.num_compared}",) if inexact else ()
         rows.append((
-            label, _size(line.draft_bytes), *memory, number(line.tokens_per_pass, 2), _step(line),
+            label, _size(line.draft_bytes), *memory, _milliseconds(line.prompt_s, 0),
+            number(line.tokens_per_pass, 2), _milliseconds(line.draft_step_s, 1),
             number(line.predicted_tokens_per_s), number(line.tokens_per_s), _signed(line.difference),
             number(ratio, 2), *wrong,
         ))  # fmt: skip
@@ -191,8 +194,8 @@ def _size(num_bytes: int | None) -> str:
     return NOTHING if num_bytes is None else format_size(num_bytes)
 
 
-def _step(line: CandidateFigures) -> str:
-    return NOTHING if line.draft_step_s is None else f"{line.draft_step_s * 1e3:.1f} ms"
+def _milliseconds(seconds: float | None, digits: int) -> str:
+    return NOTHING if seconds is None else f"{seconds * 1e3:.{digits}f} ms"
 
 
 def _signed(value: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import mlx.core as mx
 
@@ -26,6 +27,7 @@ from llmcad_mlx.tuning.figures import (
     compared,
     median_runs,
     rate,
+    stats_of,
     tokens_per_pass,
 )
 from llmcad_mlx.tuning.measure import OnTurn, OpenPair, Outcome, Seat, measure
@@ -82,7 +84,7 @@ def run_tune(
     target_path = resolve_target(name, show_progress)
     choice = find_choice(target_path, options.conditions)
     incumbent = None if choice is None else choice.draft
-    candidates = find_candidates(name, target_path, plan.drafts, plan.bits, incumbent, show_progress)
+    candidates = find_candidates(name, target_path, plan.drafts, plan.bits, plan.tokens, incumbent, show_progress)
     report = tune(plan, Lineup(name, target_path, candidates, options, incumbent), on_turn=on_turn)
     save(report)
     return report
@@ -164,6 +166,7 @@ def _line(
         tokens_per_pass=tokens_per_pass(middle),
         prediction=Prediction.of(calibrating, costs, streamed, lineup.options.read_bandwidth),
         tokens_per_s=rate(among(middle, plan.split.measured)),
+        prompt_s=median([stats.prompt_s for stats in stats_of(runs)]),
         domains={domain: DomainFigures(tokens_per_pass(own), rate(own)) for domain, own in by_domain.items()},
         num_runs=len(runs),
         mismatches=wrong,

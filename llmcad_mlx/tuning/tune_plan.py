@@ -12,21 +12,23 @@ from llmcad_mlx.bench.prompts import ALL_DOMAINS, load_prompts
 from llmcad_mlx.bench.runner import mixed_by_domain
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.settings import check_integer
-from llmcad_mlx.sources.quantised_copy import BITS, CopyName
+from llmcad_mlx.sources.copy_names import CopyName
+from llmcad_mlx.sources.quantised_copy import BITS
 from llmcad_mlx.sources.self_draft import self_draft_bits
 from llmcad_mlx.tuning.figures import Split
 from llmcad_mlx.tuning.measure import Task
 
-NO_BITS = "none"
+NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class TunePlan:
-    """What to measure. `drafts`: None for what is there; `bits`: of the copies
-    of draft models."""
+    """What to measure. `drafts`: None for what is there; `bits` and
+    `tokens`: of the copies of draft models."""
 
     drafts: tuple[str, ...] | None
     bits: tuple[int, ...]
+    tokens: tuple[int, ...]
     task: Task
     split: Split
 
@@ -40,6 +42,7 @@ class TunePlan:
         cls,
         drafts: str | None,
         bits: str,
+        trim: str,
         prompts: Path | None,
         per_domain: int | None,
         max_tokens: int,
@@ -60,7 +63,7 @@ class TunePlan:
             found = load_prompts(prompts or packaged, [ALL_DOMAINS], per_domain)
         sampling = Sampling(max_tokens, temperature, seed)
         task = Task(tuple(mixed_by_domain(found)), sampling, repeat, warmup)
-        return cls(_drafts(drafts), _bits(bits), task, Split.of(found))
+        return cls(_drafts(drafts), _bits(bits), _tokens(trim), task, Split.of(found))
 
 
 def _drafts(text: str | None) -> tuple[str, ...] | None:
@@ -76,11 +79,20 @@ def _drafts(text: str | None) -> tuple[str, ...] | None:
 
 
 def _bits(text: str) -> tuple[int, ...]:
-    if text == NO_BITS:
+    if text == NONE:
         return ()
     names = [name.strip() for name in text.split(",")]
     known = {str(bits): bits for bits in BITS}
     for name in names:
         if name not in known:
-            raise UsageError(f"bits: {name!r} is not one of {', '.join(known)}, or {NO_BITS}")
+            raise UsageError(f"bits: {name!r} is not one of {', '.join(known)}, or {NONE}")
     return tuple(dict.fromkeys(known[name] for name in names))
+
+
+def _tokens(text: str) -> tuple[int, ...]:
+    if text == NONE:
+        return ()
+    names = [name.strip() for name in text.split(",")]
+    if not all(name.isascii() and name.isdigit() and int(name) for name in names):
+        raise UsageError(f"trim: {text!r} is not a list of numbers of tokens like 4096,8192, or {NONE}")
+    return tuple(dict.fromkeys(int(name) for name in names))

@@ -72,7 +72,7 @@ def table(args: argparse.Namespace) -> None:
 
 def train_student(args: argparse.Namespace) -> None:
     loaded = load_model_folder(resolve_target(args.target), lazy=True)
-    settings = _settings(args, len(loaded.model.layers))
+    settings = _settings(args)
     folder = args.work / args.name
     bars = Bars(settings.steps)
     try:
@@ -84,14 +84,14 @@ def train_student(args: argparse.Namespace) -> None:
     _plot(folder, f"{loaded.path.name}, {args.name}")
 
 
-def _settings(args: argparse.Namespace, num_layers: int) -> TrainingSettings:
+def _settings(args: argparse.Namespace) -> TrainingSettings:
     depth = args.depth
     if depth is None:
         depths = stored_depths(args.work / "corpus")
         if not depths:
             raise UsageError("--depth: the corpus holds no activations to take it from; give the layers to keep")
         depth = depths[0]
-    sources = args.from_layers or range(num_layers - args.layers, num_layers)
+    sources = args.from_layers or range(depth, depth + args.layers)
     given = {name: getattr(args, name) for name in _TRAINING if getattr(args, name) is not None}
     return TrainingSettings(depth, tuple(sources), train_head=args.train_head, **given)
 
@@ -182,7 +182,7 @@ def _add_student_steps(steps: Any) -> None:
     step.add_argument("work", type=Path)
     step.add_argument("--name", default="student", help="of the run's folder in WORK (student)")
     step.add_argument("--depth", type=int, help="target layers that are kept (the least the corpus has)")
-    step.add_argument("--layers", type=int, default=2, help="trained layers, copies of the target's last (2)")
+    step.add_argument("--layers", type=int, default=2, help="trained layers, copies of the target's next (2)")
     step.add_argument("--from-layers", type=int, nargs="+", help="the target's layers to copy instead")
     for name, (kind, what) in _TRAINING.items():
         step.add_argument(f"--{name.replace('_', '-')}", type=kind, help=what)

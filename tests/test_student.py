@@ -127,6 +127,16 @@ def test_a_student_of_the_last_layers_is_the_target(target: LoadedModel, corpus:
     assert Examination(unseen, head, TOKENS).agreement(student) == (share, share)
 
 
+def test_a_student_too_sure_of_itself_is_scaled_down(target: LoadedModel, corpus: Path) -> None:
+    student = Student(target.model, [1, 2], TOKENS)
+    frozen = FrozenTarget(target.model, 1)
+    batch = next(Batches(corpus, 1, 512, TOKENS, frozen).of_shard(1, (0, 0)))
+    distillation = Distillation(head_rows(target.model, TOKENS), 0.0, 0.0)
+    assert distillation.best_scale(student, batch) == 1.0
+    student.norm.weight *= 8
+    assert distillation.best_scale(student, batch) == 0.125
+
+
 def test_activations_computed_are_those_of_the_corpus(target: LoadedModel, corpus: Path, tmp_path: Path) -> None:
     for path in corpus.iterdir():
         arrays = {name: array for name, array in mx.load(str(path)).items() if name in ("tokens", "ends", "given")}
@@ -198,7 +208,7 @@ def test_training_lowers_the_loss_and_is_logged(unbroken: Path) -> None:
     losses = [line["loss"] for line in log if "loss" in line]
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 13))
     assert [line["step"] for line in log if "top1" in line] == [0, 5, 10, 12]
-    assert losses[-1] < 0.9 * losses[0]
+    assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4])
     found = Checkpoint.find(unbroken)
     assert found is not None
     assert (found.place.step, found.settings) == (12, SETTINGS)

@@ -23,6 +23,7 @@ from .student_cpu import numpy_exponentials, softmax
 from .student_data import Batch
 
 _CHUNK_ROWS = 1024
+_SCALES = tuple(2.0 ** (-n / 2) for n in range(9))
 
 
 class Distillation:
@@ -39,6 +40,18 @@ class Distillation:
         with numpy_exponentials(student.layers[0]):
             (_, loss), gradients = nn.value_and_grad(student, self._surrogate)(student, batch)
         return loss, gradients
+
+    def best_scale(self, student: Student, batch: Batch) -> float:
+        """The factor on the student's features, of 1 to 1/16, with the smallest loss on the batch's first rows.
+
+        A fresh student is as sure as the target and mostly wrong. The last norm fixes the size of its logits, and
+        Adam moves that norm's weights a thousandth a step.
+        """
+        few = slice(0, _CHUNK_ROWS)
+        with numpy_exponentials(student.layers[0]):
+            features = _rows_of(student.features(batch.hidden), batch.rows)[few]
+        losses = [float(self._by_logits(scale * features, student.head, batch, few)[0]) for scale in _SCALES]
+        return _SCALES[int(np.argmin(losses))]
 
     def _surrogate(self, student: Student, batch: Batch) -> tuple[mx.array, mx.array]:
         """A scalar with the loss's gradients, and the loss."""

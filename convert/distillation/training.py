@@ -86,6 +86,9 @@ class _Run:
         )
         head = head_rows(model, self.tokens)
         self._distillation = Distillation(head, settings.hard_share, settings.hidden_weight)
+        if found is None:
+            first = next(self._batches.of_shard(UNSEEN + 1, (settings.seed, 0)))
+            self._student.norm.weight *= self._distillation.best_scale(self._student, first)
         unseen = self._batches.unseen(settings.check_tokens)
         self._examination = Examination(unseen, head_rows(model, slice(None)), self.tokens)
         self._log = TrainingLog(folder, self.place.step)

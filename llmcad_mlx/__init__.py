@@ -8,31 +8,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmcad_mlx.api import Engine as Engine
     from llmcad_mlx.api import Response as Response
-    from llmcad_mlx.api import Result as Result
-    from llmcad_mlx.api import load as load
     from llmcad_mlx.errors import ContextLengthError as ContextLengthError
     from llmcad_mlx.errors import DownloadError as DownloadError
     from llmcad_mlx.errors import GenerationError as GenerationError
     from llmcad_mlx.errors import LlmcadError as LlmcadError
     from llmcad_mlx.errors import ModelError as ModelError
+    from llmcad_mlx.errors import RemoteError as RemoteError
     from llmcad_mlx.errors import UsageError as UsageError
     from llmcad_mlx.errors import VocabularyError as VocabularyError
+    from llmcad_mlx.local_or_remote import load as load
+    from llmcad_mlx.remote import RemoteEngine as RemoteEngine
+    from llmcad_mlx.result import Result as Result
     from llmcad_mlx.stats import GenerationStats as GenerationStats
 
 __version__ = "0.1.0"
 
-# Imported on first use: `llmcad-mlx --help` and `doctor` must work, and work fast, without MLX.
+# Imported on first use: `llmcad-mlx --help`, `doctor` and engines on another machine must work without MLX.
 _MODULES = {
     "Engine": "api",
     "Response": "api",
-    "Result": "api",
-    "load": "api",
+    "Result": "result",
+    "RemoteEngine": "remote",
+    "load": "local_or_remote",
     "GenerationStats": "stats",
     "ContextLengthError": "errors",
     "DownloadError": "errors",
     "GenerationError": "errors",
     "LlmcadError": "errors",
     "ModelError": "errors",
+    "RemoteError": "errors",
     "UsageError": "errors",
     "VocabularyError": "errors",
 }
@@ -45,6 +49,8 @@ __all__ = [
     "GenerationStats",
     "LlmcadError",
     "ModelError",
+    "RemoteEngine",
+    "RemoteError",
     "Response",
     "Result",
     "UsageError",

@@ -20,6 +20,7 @@ from llmcad_mlx.errors import ContextLengthError, UsageError
 from llmcad_mlx.loader import LoadedPair, MemoryOptions, load_pair
 from llmcad_mlx.policies import make_policy
 from llmcad_mlx.prompt import Prompt, encode_prompt
+from llmcad_mlx.result import Result
 from llmcad_mlx.sampling import SamplingSettings, TargetSampler
 from llmcad_mlx.settings import SpeculationSettings, StopSettings, stop_settings
 from llmcad_mlx.sizes import parse_rate, parse_size
@@ -45,16 +46,6 @@ class Response(GenerationResponse):
     """
 
     stats: GenerationStats | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished generation. `tokens` are all generated tokens, a final end-of-sequence token included."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    stats: GenerationStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,11 +306,6 @@ class Engine:
         return min((n for n in (room, wanted) if n is not None), default=None)
 
     def _policy(self, settings: SpeculationSettings) -> GrowthPolicy:
-        if (settings.tree_nodes or 0) > self.pair.max_nodes and self.pair.plan is not None:
-            raise UsageError(
-                f"tree_nodes: the memory plan has room for {self.pair.max_nodes} nodes a pass, not "
-                f"{settings.tree_nodes}; give more memory or fewer nodes"
-            )
         if settings not in self._policies:
             self._policies[settings] = make_policy(
                 settings, self.pair.drafters, self.pair.profile, self.pair.max_nodes

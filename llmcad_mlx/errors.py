@@ -35,5 +35,9 @@ class StorageError(LlmcadError):
     """Weights could not be read, or are not what they were, while the model was in use."""
 
 
+class RemoteError(LlmcadError):
+    """The server that an engine is on is busy, went away, or cannot be reached."""
+
+
 class BudgetError(UsageError):
     """A memory budget in which the pair cannot work."""

@@ -24,7 +24,8 @@ class TreeModel:
     """Draft and target are both one of these.
 
     model: a loaded mlx-lm model. config: its config.json. report: what `probe` found (None: probe now).
-    cache_options: `LazyKVCache` options such as ``max_dead_share``.
+    prefill_chunk: tokens that `prefill` forwards at a time. cache_options: `LazyKVCache` options such as
+    ``max_dead_share``.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class TreeModel:
         model: Module,
         config: Mapping[str, Any],
         report: ProbeReport | None = None,
+        prefill_chunk: int = 512,
         **cache_options: Any,
     ) -> None:
         self.model = model
+        self.prefill_chunk = prefill_chunk
         self.config = dict(config)
         self.report = report or probe(model)
         self._cache_options = cache_options
@@ -98,18 +101,18 @@ class TreeModel:
         self,
         tokens: Sequence[int],
         cache: ModelCache,
-        chunk: int = 512,
+        chunk: int | None = None,
         on_progress: Callable[[int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
-        """Append and commit ``tokens`` as a chain, ``chunk`` at a time, without the head.
+        """Append and commit ``tokens`` as a chain, ``chunk`` (None: `prefill_chunk`) at a time, without the head.
 
         Each chunk's keys and values are evaluated before the next. on_progress gets the number of tokens done
         so far; should_stop is asked before each chunk, and True ends the prefill there (``cache.length``
         tells where). An exception, Ctrl-C included, leaves the cache at the last finished chunk, or empty if
         it cannot roll back.
         """
-        chunk = 1 if self.report.single_rows else chunk
+        chunk = 1 if self.report.single_rows else chunk or self.prefill_chunk
         for start in range(0, len(tokens), chunk):
             if should_stop is not None and should_stop():
                 return

@@ -1,0 +1,31 @@
+"""mlx-lm's `stream_generate` and `generate` with token trees, for models that `mlx_lm.load` has loaded.
+
+    from llmcad_mlx.mlx_lm_plugin import stream_generate   # instead of: from mlx_lm import stream_generate
+
+Same signature, same responses, same text. Without a draft model, what the text repeats is drafted (prompt lookup).
+`python -m llmcad_mlx.mlx_lm_plugin generate|chat|server …` runs mlx-lm's own commands that way, and
+`with installed():` does it for any code that calls mlx-lm.
+
+What mlx-lm's options do here:
+- `sampler`, `logits_processors`: called as by mlx-lm, once for each token, in order, on the target's row; so with
+  the same `mx.random.seed` a finished generation has mlx-lm's text (of generation without a draft model).
+- `draft_model`: drafts the tree. `num_draft_tokens`: most drafted tokens that a pass verifies; left out, the
+  policy chooses.
+- `prompt_cache`: read before, and written back before the last response and whenever the generator is closed: it
+  then holds what was generated, the last token included. With a draft model its second part is the draft's.
+- `prefill_step_size`, `prompt_progress_callback`, `stream`: as in mlx-lm, draft model or not.
+- `kv_bits`, `input_embeddings`, `max_kv_size` where the text could outgrow it, caches of other kinds than
+  mlx-lm's `KVCache`, and models that cannot verify a draft: mlx-lm's own function runs instead, drafting as it
+  does. The logger `llmcad_mlx.mlx_lm_plugin` tells why, at level INFO.
+"""
+
+from __future__ import annotations
+
+from llmcad_mlx.mlx_lm_plugin.versions import check_mlx_lm
+
+check_mlx_lm()
+
+from llmcad_mlx.mlx_lm_plugin.generation import generate, stream_generate  # noqa: E402
+from llmcad_mlx.mlx_lm_plugin.install import installed  # noqa: E402
+
+__all__ = ["generate", "installed", "stream_generate"]

@@ -1,0 +1,142 @@
+"""One generation through the engine, answering with mlx-lm's responses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse
+
+from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting.ngram_drafter import NgramDrafter
+from llmcad_mlx.engine import Round, SpeculativeEngine
+from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModel
+from llmcad_mlx.mlx_lm_plugin.caller_sampler import CallerSampler
+from llmcad_mlx.mlx_lm_plugin.prompt_caches import ModelRows, RowsDrafter
+from llmcad_mlx.mlx_lm_plugin.request import Request
+from llmcad_mlx.models.lazy_cache import LazyKVCache
+from llmcad_mlx.policies import make_policy
+from llmcad_mlx.settings import SpeculationSettings, StopSettings
+from llmcad_mlx.stats import GenerationStats
+from llmcad_mlx.target.resident import ResidentTarget
+from llmcad_mlx.text_stream import Piece, TextStream
+from llmcad_mlx.tree.throughput import DEFAULT_MAX_NODES
+
+_LOG = logging.getLogger("llmcad_mlx.mlx_lm_plugin")
+
+
+class Speculation:
+    """One generation: an engine with caches of its own, and the caller's cache around it."""
+
+    def __init__(
+        self,
+        request: Request,
+        target: AdaptedModel,
+        draft: AdaptedModel | None,
+        rows: ModelRows | None,
+        draft_rows: ModelRows | None,
+    ) -> None:
+        self._request = request
+        self._rows = rows
+        self._stats = GenerationStats()
+        tree = target.with_prefill_chunk(request.prefill_chunk)
+        self._target = ResidentTarget(tree, tree.vocab_size)  # like mlx-lm's, every logit can be chosen
+        self._drafter: RowsDrafter | None = None
+        if draft is not None:
+            self._drafter = RowsDrafter(draft.with_prefill_chunk(request.prefill_chunk), draft_rows)
+        self._before: list[int] = []
+        cache = self._target.cache
+        if rows is not None and isinstance(cache, LazyKVCache):
+            rows.put_into(cache)
+            self._before = rows.tokens()
+        profile = target.profile(draft)
+        drafters: list[Drafter] = [NgramDrafter()]
+        if self._drafter is not None:
+            drafters.append(self._drafter)
+        max_nodes = DEFAULT_MAX_NODES if request.max_drafted is None else request.max_drafted + 1
+        policy = make_policy(SpeculationSettings(), drafters, profile, max_nodes)
+        self._engine = SpeculativeEngine(self._target, drafters, policy, profile.costs, tokens=list(self._before))
+        self._sampler = CallerSampler(
+            request.sampler, request.processors, tree.vocab_size, target.logits_dtype, len(self._before)
+        )
+        self._given_out = 0
+
+    def run(self) -> Iterator[GenerationResponse]:
+        """The responses; the caller's cache is written before the last one, or when this is closed."""
+        request, finished = self._request, False
+        text = TextStream(request.tokenizer, StopSettings(), request.tokenizer.eos_token_ids, request.max_tokens)
+        started = False
+        try:
+            with mx.stream(request.stream):
+                self._engine.start([*self._before, *request.prompt], self._stats, self._progress)
+            started = True
+            while text.finish_reason is None:
+                with mx.stream(request.stream):
+                    done = self._engine.round(self._sampler, self._stats, text.push)
+                    responses = self._responses(text.take(), done)
+                for response in responses:
+                    self._given_out += 1
+                    if response.finish_reason is not None:
+                        finished = True
+                        self._finish()
+                    yield response
+        finally:
+            if started and not finished:
+                self._give_back()
+            _LOG.info(
+                "%d tokens in %d passes of the target, %d drafted tokens accepted",
+                self._stats.generated_tokens,
+                self._stats.target_passes,
+                self._stats.accepted,
+            )
+
+    def _progress(self, done: int, total: int) -> None:
+        before = len(self._before)
+        self._request.on_progress(done - before, total - before)
+
+    def _responses(self, pieces: Sequence[Piece], done: Round) -> list[GenerationResponse]:
+        """One for each token of a round."""
+        stats, prompt = self._stats, self._request.prompt
+        logprobs = self._sampler.take_logprobs() or self._greedy_logprobs(done)
+        mx.eval(logprobs)  # mlx-lm's are too: another thread may look at them
+        first = stats.generated_tokens - len(pieces) + 1
+        return [
+            GenerationResponse(
+                text=piece.text,
+                token=piece.token,
+                logprobs=logprobs[index],
+                from_draft=index < done.walk.num_accepted,
+                prompt_tokens=len(prompt),
+                prompt_tps=len(prompt) / max(stats.prompt_s, 1e-9),
+                generation_tokens=first + index,
+                generation_tps=stats.tokens_per_s,
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=piece.finish_reason,
+            )
+            for index, piece in enumerate(pieces)
+        ]
+
+    def _greedy_logprobs(self, done: Round) -> list[mx.array]:
+        logits = done.verification.logits[mx.array(list(done.walk.visited))]
+        rows = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(self._sampler.dtype)
+        return list(rows)
+
+    def _finish(self) -> None:
+        with mx.stream(self._request.stream):
+            self._sampler.draw_ahead()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """The caller's cache holds what was given out, the last token included, as after mlx-lm's function."""
+        if self._rows is None:
+            return
+        tokens = self._engine.tokens[: len(self._before) + len(self._request.prompt) + self._given_out]
+        cache = self._target.cache
+        assert isinstance(cache, LazyKVCache)
+        with mx.stream(self._request.stream):
+            self._target.truncate(len(tokens))
+            self._target.prefill(tokens[cache.length :], lambda done: None, lambda: False)
+            self._rows.take_from(cache, tokens)
+            if self._drafter is not None:
+                self._drafter.give_back(tokens)

@@ -93,7 +93,8 @@ def _settings(args: argparse.Namespace) -> TrainingSettings:
         depth = depths[0]
     sources = args.from_layers or range(depth, depth + args.layers)
     given = {name: getattr(args, name) for name in _TRAINING if getattr(args, name) is not None}
-    return TrainingSettings(depth, tuple(sources), train_head=args.train_head, **given)
+    given |= {"train_head": args.train_head, "lens": args.lens, "prompts": args.prompts}
+    return TrainingSettings(depth, tuple(sources), **given)
 
 
 def _plot(folder: Path, title: str) -> None:
@@ -114,7 +115,7 @@ def export(args: argparse.Namespace) -> None:
         raise UsageError(f"{folder}: no checkpoint; run the train step first")
     found.check(found.settings, digest_of(loaded.model))
     settings = found.settings
-    student = Student(loaded.model, settings.sources, found.tokens, settings.train_head)
+    student = Student(loaded.model, settings.sources, found.tokens, settings.train_head, settings.lens)
     found.restore(student)
     num_bytes = export_student(
         loaded, student, settings, found.tokens, args.dest,
@@ -187,6 +188,8 @@ def _add_student_steps(steps: Any) -> None:
     for name, (kind, what) in _TRAINING.items():
         step.add_argument(f"--{name.replace('_', '-')}", type=kind, help=what)
     step.add_argument("--train-head", action="store_true", default=False, help="train the head's rows, too")
+    step.add_argument("--no-lens", dest="lens", action="store_false", help="no matrix between norm and head")
+    step.add_argument("--no-prompts", dest="prompts", action="store_false", help="learn from answers alone")
     step = steps.add_parser("export", help="make a draft folder of a run's last checkpoint")
     step.set_defaults(run=export)
     step.add_argument("target")

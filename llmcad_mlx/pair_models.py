@@ -36,8 +36,9 @@ def load_tree_model(
 
 
 def load_drafters(path: Path | None, target: LoadedModel, model: TreeModel, vocab_size: int) -> list[Drafter]:
-    """Who drafts for `model`, which was loaded as `target`: the n-gram drafter, then the draft model or the n-gram
-    table at `path` if any; nobody for a model that cannot verify a draft.
+    """Who drafts for `model`, which was loaded as `target`, cheapest first: the n-gram drafter, then what is at
+    `path`, if anything: an n-gram table, or a draft model's folder with tables in it or none; nobody for a model
+    that cannot verify a draft.
 
     Raises ModelError or VocabularyError for an unfit draft model.
     """
@@ -47,6 +48,7 @@ def load_drafters(path: Path | None, target: LoadedModel, model: TreeModel, voca
     if path is not None and path.name.endswith(TABLE_SUFFIX):
         drafters.append(_load_table(path, target))
     elif path is not None:
+        drafters += [_load_table(table, target) for table in sorted(path.glob(f"*{TABLE_SUFFIX}"))]
         drafters.append(_load_drafter(path, target, vocab_size))
     return drafters
 
@@ -60,6 +62,11 @@ def _load_table(path: Path, target: LoadedModel) -> TableDrafter:
 
 def _load_drafter(path: Path, target: LoadedModel, vocab_size: int) -> ModelDrafter:
     loaded, model = load_tree_model(path, like=target)
+    made_for = (loaded.config.get("llmcad") or {}).get("vocabulary")
+    if made_for not in (None, vocabulary_hash(target.tokenizer.get_vocab())):
+        raise VocabularyError(
+            f"{path}: the draft was made for other tokens than the target's; choose another draft"
+        )
     check_same_tokens(target.tokenizer.get_vocab(), loaded.tokenizer.get_vocab())
     tokens = loaded.draft_tokens
     if tokens is not None:

@@ -298,7 +298,9 @@ def exported(target: LoadedModel, folder: Path, dest: Path, **options: bool) -> 
     """Write the draft of the run in `folder` to `dest`; returns the student."""
     found = Checkpoint.find(folder)
     assert found is not None
-    student = Student(target.model, found.settings.sources, found.tokens, found.settings.train_head)
+    student = Student(
+        target.model, found.settings.sources, found.tokens, found.settings.train_head, found.settings.lens
+    )
     found.restore(student)
     export_student(target, student, found.settings, found.tokens, dest, **options)
     return student
@@ -341,7 +343,7 @@ def test_an_exported_draft_may_leave_the_embedding_to_the_target(
     exported(target, unbroken, tmp_path / "draft", share_embedding=True)
     names = mx.load(str(tmp_path / "draft" / "model.safetensors"))
     assert not any("embed_tokens" in name for name in names)
-    assert json.loads((tmp_path / "draft" / "config.json").read_text())["llmcad"] == {"shares_embedding": True}
+    assert json.loads((tmp_path / "draft" / "config.json").read_text())["llmcad"]["shares_embedding"]
 
 
 def test_a_trained_head_is_exported(target: LoadedModel, corpus: Path, tmp_path: Path) -> None:

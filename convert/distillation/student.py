@@ -3,6 +3,10 @@
 What the first layers say is in the corpus or computed once a batch, so only the trained layers and the head are
 differentiated. The head has rows for the tokens that the target uses most; they start as the target's own, and the
 trained layers as copies of chosen layers of it.
+
+A head made for the last layer's activations reads early ones badly. A lens, a matrix between norm and head, is
+the least-squares map from the student's first activations to the target's last ones, and is trained on from there
+(the tuned lens, arXiv 2303.08112). It costs nothing when the student drafts: it becomes part of the head.
 """
 
 from __future__ import annotations
@@ -63,15 +67,24 @@ def head_rows(model: Any, tokens: Ids | slice) -> mx.array:
 
 
 class Student(nn.Module):
-    """The trained layers, the last norm and the head; what the target's first layers say comes in."""
+    """The trained layers, the last norm, the lens if any, and the head.
 
-    def __init__(self, model: Any, sources: Sequence[int], tokens: Ids, train_head: bool = False) -> None:
+    `head` (V', H) float32 are the target's rows, trained or not; `lens` (H, H) float32 is the identity until
+    `fit_lens`.
+    """
+
+    def __init__(
+        self, model: Any, sources: Sequence[int], tokens: Ids, train_head: bool = False, lens: bool = False
+    ) -> None:
         """model: the target, of a family of `FAMILIES`. sources: its layers that the trained ones start from.
         tokens: (V',) the head's vocabulary. train_head: whether the head's rows are trained, too."""
         super().__init__()
         self.layers = [dense(model.layers[number]) for number in sources]
         self.norm = dense(model.model.norm)
         self.head = head_rows(model, tokens)
+        if lens:
+            self.norm.weight = mx.ones_like(self.norm.weight)
+            self.lens = mx.eye(self.head.shape[1])
         mx.eval(self.parameters())
         if not train_head:
             self.freeze(recurse=False, keys=["head"])
@@ -80,7 +93,13 @@ class Student(nn.Module):
         """(B, T, H), what the head is applied to; `hidden` (B, T, H) comes from the target's first layers."""
         for layer in self.layers:
             hidden = layer(hidden, "causal", None)
-        return self.norm(hidden)
+        hidden = self.norm(hidden)
+        return hidden @ self.lens if "lens" in self else hidden
+
+    @property
+    def whole_head(self) -> mx.array:
+        """(V', H) float32: what a head without a lens before it needs for the same logits."""
+        return self.head @ self.lens.T if "lens" in self else self.head
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Logits (B, T, V') of the next token."""

@@ -44,6 +44,14 @@ class _Shard:
     ends: npt.NDArray[np.int64]
     given: npt.NDArray[np.int64]
 
+    @property
+    def common(self) -> int:
+        """With how many tokens all texts begin, the first of them at least."""
+        texts = [self.tokens[start:end] for start, end in zip(self.starts, self.ends, strict=True)]
+        shortest = min(map(len, texts)) - 1
+        same = [all(text[at] == texts[0][at] for text in texts) for at in range(shortest)]
+        return max(same.index(False) if False in same else shortest, 1)
+
     @classmethod
     def load(cls, path: Path, keys: Sequence[str]) -> _Shard:
         loaded: Any = mx.load(str(path))
@@ -56,14 +64,24 @@ class _Shard:
 class Batches:
     """Batches of a corpus for one vocabulary of the head."""
 
-    def __init__(self, folder: Path, depth: int, batch_tokens: int, tokens: Ids, target: FrozenTarget) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        depth: int,
+        batch_tokens: int,
+        tokens: Ids,
+        target: FrozenTarget,
+        prompts: bool = False,
+    ) -> None:
         """batch_tokens: most tokens of a batch, padding included; a longer text is a batch of its own.
-        target: computes what shards do not hold."""
+        target: computes what shards do not hold. prompts: rows are also those inside the prompts, from where
+        the texts of a shard begin to differ."""
         self._folder = folder
         self._key = f"hidden_{depth}"
         self._batch_tokens = batch_tokens
         self._tokens = tokens
         self._target = target
+        self._prompts = prompts
 
     def of_shard(self, number: int, seed: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """The batches of shard `number` from the `start`th on. The same seed gives the same ones."""
@@ -121,7 +139,8 @@ class Batches:
         for row, i in enumerate(group):
             text = shard.tokens[shard.starts[i] : shard.ends[i]]
             ids[row, : len(text)] = text
-            chosen = np.arange(int(shard.given[i]) - 1, len(text) - 1)
+            first = shard.common if self._prompts and known_only else int(shard.given[i])
+            chosen = np.arange(first - 1, len(text) - 1)
             places = self._places(text[chosen + 1])
             keep = places >= 0 if known_only else np.ones(len(chosen), bool)
             rows.append(row * length + chosen[keep])

@@ -2,9 +2,9 @@
 
     draft_tokens.safetensors   "tokens" (V',) int32, ascending: row i of the head is for token tokens[i]
 
-The kept layers, the embedding and an untrained head are the target's own bytes. Trained matrices are fitted to
-4-bit groups of 32, the rest is float16; or all that was trained stays in float32. Where kept matrices have other
-groups, mlx-lm finds that out from their shapes.
+The kept layers, the embedding and a head neither trained nor behind a lens are the target's own bytes. Trained
+matrices are fitted to 4-bit groups of 32, the rest is float16; or all that was trained stays in float32. Where
+kept matrices have other groups, mlx-lm finds that out from their shapes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save_config
 
+from llmcad_mlx.drafting.ngram_table import vocabulary_hash
 from llmcad_mlx.models.loading import LoadedModel
 from llmcad_mlx.sources.group_fit import fit_groups
 from llmcad_mlx.sources.mlx_folder import copy_side_files
@@ -44,23 +45,25 @@ def export_student(
 ) -> int:
     """Write the folder `dest`; returns the bytes of its weights.
 
-    loaded: the target. tokens: (V',) the head's. share_embedding: the draft has no embedding and is given the
-    target's. Raises UsageError for a destination that is not free, DiskError when it does not fit the disk.
+    loaded: the target. tokens: (V',) the head's. share_embedding: the draft has neither embedding nor
+    tokenizer and is given the target's. Raises UsageError for a destination that is not free, DiskError when it
+    does not fit the disk.
     """
     arrays = _kept(loaded.model, settings.depth, share_embedding)
     arrays |= _trained(student, settings.depth, quantise)
-    if settings.train_head:
-        arrays |= _packed("lm_head.weight", student.head, quantise)
+    if settings.train_head or settings.lens:
+        arrays |= _packed("lm_head.weight", student.whole_head, quantise)
     else:
         arrays |= _own_head(loaded.model, tokens)
-    config = _config(loaded, settings, share_embedding, any(name.endswith(".scales") for name in arrays))
+    config = _config(loaded, settings, share_embedding, quantised=any(name.endswith(".scales") for name in arrays))
     mx.eval(arrays)
     num_bytes = sum(array.nbytes for array in arrays.values())
     with new_folder(dest, num_bytes) as folder:
         mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
         mx.save_safetensors(str(folder / DRAFT_TOKENS), {"tokens": mx.array(tokens)})
         save_config(config, folder / "config.json")
-        copy_side_files(loaded.path, folder)
+        if not share_embedding:
+            copy_side_files(loaded.path, folder)
     return num_bytes
 
 
@@ -120,5 +123,6 @@ def _config(loaded: LoadedModel, settings: TrainingSettings, share: bool, quanti
     if isinstance(config.get("layer_types"), list):
         config["layer_types"] = [config["layer_types"][number] for number in layers]
     if share:
-        config["llmcad"] = {"shares_embedding": True}
+        vocabulary = vocabulary_hash(loaded.tokenizer.get_vocab())
+        config["llmcad"] = {"shares_embedding": True, "vocabulary": vocabulary}
     return config

@@ -16,6 +16,7 @@ import numpy as np
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.models.loading import LoadedModel
 
+from .lens import fit_lens
 from .student import FrozenTarget, Student, check_family, frequent_tokens, head_rows
 from .student_data import UNSEEN, Batch, Batches, num_shards, token_counts
 from .student_loss import Distillation, Examination
@@ -23,6 +24,7 @@ from .training_state import Checkpoint, Place, TrainingLog, TrainingSettings, sa
 
 _LOWEST_RATE = 0.1  # of the learning rate, at the end
 _MOST_NORM = 1.0  # of the gradient
+_LENS_TOKENS = 100_000  # that a lens is fitted to
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +78,26 @@ class _Run:
         else:
             found.check(settings, self._target)
             self.place, self.tokens = found.place, found.tokens
-        self._student = Student(model, settings.sources, self.tokens, settings.train_head)
+        self._student = Student(model, settings.sources, self.tokens, settings.train_head, settings.lens)
         self._optimizer = optim.AdamW(_schedule(settings), betas=[0.9, 0.98], bias_correction=True)
         self._optimizer.init(self._student.trainable_parameters())
         if found is not None:
             found.restore(self._student, self._optimizer)
         self._batches = Batches(
-            corpus, settings.depth, settings.batch_tokens, self.tokens, FrozenTarget(model, settings.depth)
+            corpus,
+            settings.depth,
+            settings.batch_tokens,
+            self.tokens,
+            FrozenTarget(model, settings.depth),
+            settings.prompts,
         )
         head = head_rows(model, self.tokens)
         self._distillation = Distillation(head, settings.hard_share, settings.hidden_weight)
-        if found is None:
+        if found is None and settings.lens:
+            shards = range(UNSEEN + 1, self.place.num_shards)
+            every = (batch for n in shards for batch in self._batches.of_shard(n, (settings.seed, 0)))
+            fit_lens(self._student, every, _LENS_TOKENS)
+        elif found is None:
             first = next(self._batches.of_shard(UNSEEN + 1, (settings.seed, 0)))
             self._student.norm.weight *= self._distillation.best_scale(self._student, first)
         unseen = self._batches.unseen(settings.check_tokens)

@@ -35,8 +35,9 @@ class TrainingSettings:
     depth: the target's first layers that are kept. sources: its layers that the trained ones start from.
     head_tokens: V'. batch_tokens: of a step, padding included. The learning rate rises over `warmup` steps, then
     falls as a cosine to a tenth at `steps`. hard_share, hidden_weight: see `student_loss`. train_head: the head's
-    rows are trained, too. check_every: steps between two checkpoints, each with a look at `check_tokens` tokens
-    of texts that are never trained on.
+    rows are trained, too. lens: see `student`. prompts: what the target would say inside the prompts is learned,
+    too; labels there are the prompts' tokens. check_every: steps between two checkpoints, each with a look at
+    `check_tokens` tokens of texts that are never trained on.
 
     Raises UsageError naming the option.
     """
@@ -51,6 +52,8 @@ class TrainingSettings:
     hard_share: float = 0.0
     hidden_weight: float = 0.0
     train_head: bool = False
+    lens: bool = True
+    prompts: bool = True
     check_every: int = 100
     check_tokens: int = 8192
     seed: int = 0
@@ -185,4 +188,6 @@ def read_log(folder: Path) -> list[Mapping[str, Any]]:
 
 
 def _option(name: str) -> str:
-    return "--" + {"sources": "from-layers"}.get(name, name).replace("_", "-")
+    return "--" + {"sources": "from-layers", "lens": "no-lens", "prompts": "no-prompts"}.get(name, name).replace(
+        "_", "-"
+    )

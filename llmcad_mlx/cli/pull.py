@@ -39,7 +39,7 @@ def pull(
 
 def _print_presets() -> None:
     for preset in list_presets():
-        sources: list[DraftSource] = [preset.target] + ([preset.draft] if preset.draft else [])
+        sources: list[DraftSource] = [preset.target, *([preset.draft] if preset.draft else [])]
         print(f"{preset.name}: {preset.summary}")
         print(f"  target  {_where(preset.target)}")
         print(f"  draft   {_where(preset.draft) if preset.draft else NGRAM}")
@@ -54,7 +54,7 @@ def _print_presets() -> None:
 
 def _where(source: DraftSource) -> str:
     if isinstance(source, PackagedSource):
-        return f"{source.file}, which comes with this package"
+        return f"{source.name}, which comes with this package"
     return f"{source.repo} {source.file}" if isinstance(source, FileSource) else source.repo
 
 

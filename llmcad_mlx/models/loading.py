@@ -61,7 +61,8 @@ def load_model_folder(
     """Load the model and tokenizer of an mlx-lm folder; code that a folder brings along is never run.
 
     lazy: a parameter is read when it is first used. like: the target, for a draft. Its tokenizer is taken where
-    the files are the same: a tokenizer takes over 100 MB. Its embedding is taken by a draft that has none.
+    the files are the same: a tokenizer takes over 100 MB. Its embedding is taken by a draft that has none, and
+    then the tokenizer too where the draft has none either.
     alone: such a draft gets a made-up embedding where there is no target: to examine or copy it.
     Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
     """
@@ -70,7 +71,8 @@ def load_model_folder(
     check_weight_files(folder)
     tokens = _draft_tokens(folder, config)
     shared = _shared_embedding(folder, config, like, alone)
-    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    if not has_tokenizer and shared is None:
         raise ModelError(f"{folder}: no tokenizer.json or tokenizer.model; download the folder again")
     parts = DraftParts(folder, config, tokens, shared)
     classes = _RecordingClasses(parts)
@@ -83,7 +85,8 @@ def load_model_folder(
         raise
     except Exception as error:  # model files raise anything when a config is not what they expect
         raise ModelError(_why_not_built(folder, config, error)) from error
-    tokenizer = like.tokenizer if like is not None and _same_tokenizer(folder, like.path) else None
+    theirs = like is not None and (not has_tokenizer or _same_tokenizer(folder, like.path))
+    tokenizer = like.tokenizer if like is not None and theirs else None
     try:
         tokenizer = tokenizer or load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
     except Exception as error:

@@ -2,7 +2,8 @@
 
 config.json says so: `"llmcad": {"shares_embedding": true}`. It is the target's object that is called, so that it
 works whatever the target does with it: in memory, or read from the disk row by row. Its bytes count as the
-target's.
+target's. Such a folder may also leave the tokenizer out, and says by `"vocabulary"` beside it, a
+`vocabulary_hash`, which tokens it was made for.
 """
 
 from __future__ import annotations

@@ -49,14 +49,14 @@ class RepoSource:
 
 @dataclass(frozen=True, slots=True)
 class PackagedSource:
-    """A draft that comes with the package: the file of an n-gram table."""
+    """A draft that comes with the package: a draft model's folder, or the file of an n-gram table."""
 
-    file: str
+    name: str
 
     @property
     def path(self) -> Path:
         """Where it lies on this machine."""
-        return Path(str(files("llmcad_mlx").joinpath("data", self.file)))
+        return Path(str(files("llmcad_mlx").joinpath("data", self.name)))
 
 
 Source = FileSource | RepoSource
@@ -169,7 +169,7 @@ def _preset(table: _Table) -> Preset:
 def _draft_source(table: _Table) -> DraftSource:
     if not table.has("packaged"):
         return _source(table)
-    source = PackagedSource(table.matching("packaged", r"[\w.-]+\.ngrams\.safetensors"))
+    source = PackagedSource(table.matching("packaged", r"\w[\w.-]*"))
     table.end()
     return source
 

@@ -466,6 +466,19 @@ def tiny_cli(pair, monkeypatch):
     monkeypatch.setattr(benchmark, "load_pair", lambda target, draft, progress, memory: pair)
 
 
+def test_another_program_is_compared_in_the_same_run(tiny_cli, tmp_path, capsys):
+    arguments = [
+        "bench", "--json", "--variants", "plain", "--compare", "mlx-lm", "--prompts", str(prompt_file(tmp_path)),
+        "--max-tokens", "4", "--repeat", "1", "--warmup", "0",
+    ]  # fmt: skip
+    assert run_cli(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["options"]["variants"] == ["plain", "mlx-lm"]
+    assert {run["variant"] for run in report["runs"]} == {"plain", "mlx-lm"}
+    assert run_cli(["bench", "--compare", "ollama"]) == 2
+    assert "the one program to compare with is 'mlx-lm'" in capsys.readouterr().err
+
+
 def test_json_is_the_only_thing_on_standard_output(tiny_cli, tmp_path, capsys):
     arguments = ["bench", "--json", "--variants", "plain,throughput", "--prompts", str(prompt_file(tmp_path))]
     assert run_cli([*arguments, "--max-tokens", "4", "--repeat", "1", "--warmup", "0"]) == 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmcad_mlx.bench.variants import DEFAULT_VARIANTS, variant_help
+from llmcad_mlx.bench.variants import DEFAULT_VARIANTS, MLX_LM, variant_help
 from llmcad_mlx.cli import options
 from llmcad_mlx.cli.tables import print_tables
 from llmcad_mlx.errors import UsageError
@@ -37,6 +37,10 @@ def bench(
     variants: Annotated[
         str, typer.Option("--variants", help=f"Comma-separated: {variant_help()}.")
     ] = DEFAULT_VARIANTS,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", help="'mlx-lm': mlx_lm's own generation beside the variants, in the same run."),
+    ] = None,
     domains: Annotated[
         str,
         typer.Option(
@@ -81,7 +85,9 @@ def bench(
     if growth:
         _growth(target, where, repeat, out, json_output)
         return
-    plan = BenchPlan.of(variants, domains, prompts, max_tokens, repeat, warmup, temp, seed, per_domain)
+    plan = BenchPlan.of(
+        _with_others(variants, compare), domains, prompts, max_tokens, repeat, warmup, temp, seed, per_domain
+    )
     if out is not None:
         make_folder(out)
     if kernels:
@@ -99,6 +105,15 @@ def bench(
         print(problem, file=sys.stderr)
     if report.interrupted:
         raise KeyboardInterrupt
+
+
+def _with_others(variants: str, compare: str | None) -> str:
+    """The variants, and another program's where they are not among them already."""
+    if compare is None:
+        return variants
+    if compare != MLX_LM:
+        raise UsageError(f"compare: {compare!r} is unknown; the one program to compare with is '{MLX_LM}'")
+    return variants if MLX_LM in [name.strip() for name in variants.split(",")] else f"{variants},{MLX_LM}"
 
 
 def _refuse_others(command: typer.Context, mode: str, used: Collection[str]) -> None:

@@ -109,7 +109,8 @@ func decodingProblem(_ error: any Error) -> String {
     case .typeMismatch(_, let context), .valueNotFound(_, let context):
         return "\(path(context.codingPath)) has the wrong type"
     case .dataCorrupted(let context):
-        return context.codingPath.isEmpty ? "it is not JSON" : "\(path(context.codingPath)): \(context.debugDescription)"
+        return context.codingPath.isEmpty
+            ? "it is not JSON" : "\(path(context.codingPath)): \(context.debugDescription)"
     @unknown default:
         return error.localizedDescription
     }

@@ -15,7 +15,8 @@ public struct LLMCadServerConfiguration: Sendable {
     /// A key that the server asks for, at least 8 printable ASCII characters. It travels in the environment, where
     /// other users of the computer cannot read it. `nil`: none.
     public var apiKey: String?
-    /// How long loading the model may take.
+    /// How long the server may take until it answers. The first start of a model that is not on this computer
+    /// downloads it; `llmcad-mlx pull` does that beforehand.
     public var startTimeout: Duration
     /// How long the server may take to end when asked, before it is ended at once.
     public var stopGrace: Duration
@@ -61,7 +62,9 @@ extension LLMCadServerConfiguration {
     /// - Throws: ``LLMCadServerError/commandNotFound(_:)``.
     func executable() throws -> URL {
         let name = command.first ?? ""
-        let folders = name.contains("/") ? [""] : (processEnvironment["PATH"] ?? "").split(separator: ":").map { "\($0)/" }
+        let folders =
+            name.contains("/")
+            ? [""] : (processEnvironment["PATH"] ?? "").split(separator: ":").map { "\($0)/" }
         for path in folders.map({ $0 + name }) where FileManager.default.isExecutableFile(atPath: path) {
             return URL(fileURLWithPath: path)
         }

@@ -18,7 +18,7 @@ final class OrphanGuard: Sendable {
         """
 
     private let shell: Locked<Process>
-    private let lifeline: FileHandle
+    private let lifeline: Locked<FileHandle>
 
     /// `nil` when the system starts no further process; the guarded one runs all the same.
     init?(of identifier: Int32, graceSeconds: Int) {
@@ -29,7 +29,7 @@ final class OrphanGuard: Sendable {
         shell.standardInput = pipe
         shell.standardOutput = FileHandle.nullDevice
         shell.standardError = FileHandle.nullDevice
-        lifeline = pipe.fileHandleForWriting
+        let lifeline = pipe.fileHandleForWriting
         // No other process that this program starts may hold the pipe open.
         _ = fcntl(lifeline.fileDescriptor, F_SETFD, FD_CLOEXEC)
         do {
@@ -38,13 +38,14 @@ final class OrphanGuard: Sendable {
             return nil
         }
         self.shell = Locked(shell)
+        self.lifeline = Locked(lifeline)
     }
 
     /// Ends the guard: the guarded process has ended.
     func dismiss() {
         // First the shell, then the pipe: closing the pipe would make it send its signals.
         shell.withLock { $0.send(SIGKILL) }
-        try? lifeline.close()
+        lifeline.withLock { try? $0.close() }
     }
 }
 #endif

@@ -131,10 +131,11 @@ final class ServerProcess: Sendable {
     private static func read(
         _ handle: FileHandle, ended: DispatchSemaphore, report: @escaping @Sendable (String) -> Void
     ) {
+        let handle = Locked(handle)
         let reader = Thread {
             var rest = Data()
             while true {
-                let data = handle.availableData
+                let data = handle.withLock { $0.availableData }
                 if data.isEmpty { break }
                 rest.append(data)
                 while let end = rest.firstIndex(of: UInt8(ascii: "\n")) {

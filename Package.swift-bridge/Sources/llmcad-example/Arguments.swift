@@ -49,7 +49,9 @@ struct Arguments {
             case "--start": start = try value(of: word)
             case "--with": serverOptions.append(try value(of: word))
             case "--verbose": verbose = true
-            case "--": prompts += words; words = []
+            case "--":
+                prompts += words
+                words = []
             case _ where word.hasPrefix("-"): throw Problem(message: "unknown option \(word)")
             default: prompts.append(word)
             }

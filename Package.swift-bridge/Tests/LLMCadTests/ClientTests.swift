@@ -29,7 +29,8 @@ final class ClientTests: XCTestCase {
     }
 
     func testModelsAndHealth() async throws {
-        let list = #"{"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "llmcad-mlx"}]}"#
+        let list =
+            #"{"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "llmcad-mlx"}]}"#
         let server = try FakeServer { request in
             FakeServer.json(200, request.head.hasPrefix("GET /health ") ? #"{"status": "ok"}"# : list)
         }
@@ -47,7 +48,9 @@ final class ClientTests: XCTestCase {
             let models = try await LLMCadClient(endpoint: endpoint).models()
             XCTAssertEqual(models, [])
         }
-        XCTAssertEqual(server.requests.map { $0.head.prefix(15) }, ["GET /v1/models ", "GET /v1/models ", "GET /v1/models "])
+        XCTAssertEqual(
+            server.requests.map { $0.head.prefix(15) },
+            ["GET /v1/models ", "GET /v1/models ", "GET /v1/models "])
     }
 
     func testStream() async throws {
@@ -90,13 +93,15 @@ final class ClientTests: XCTestCase {
     }
 
     func testLeavingTheLoopClosesTheConnection() async throws {
-        let server = try FakeServer { _ in [FakeServer.streamHead, .send(Samples.stream[0]), .awaitDisconnect] }
+        let server = try FakeServer { _ in [FakeServer.streamHead, .send(Samples.stream[0]), .awaitDisconnect]
+        }
         for try await _ in client(server).stream([.user("Hi")]) { break }
         await eventually("closed") { server.disconnects == 1 }
     }
 
     func testCancellingTheTaskClosesTheConnection() async throws {
-        let server = try FakeServer { _ in [FakeServer.streamHead, .send(Samples.stream[0]), .awaitDisconnect] }
+        let server = try FakeServer { _ in [FakeServer.streamHead, .send(Samples.stream[0]), .awaitDisconnect]
+        }
         let client = client(server)
         let reading = Task { try await texts(client.stream([.user("Hi")])) }
         await eventually("asked") { server.requests.count == 1 }
@@ -123,7 +128,8 @@ final class ClientTests: XCTestCase {
 
     func testManyRequestsCancelledAtAnyMoment() async throws {
         let server = try FakeServer { _ in
-            [FakeServer.streamHead] + Samples.stream.flatMap { [FakeServer.Step.send($0), .pause(milliseconds: 1)] }
+            [FakeServer.streamHead]
+                + Samples.stream.flatMap { [FakeServer.Step.send($0), .pause(milliseconds: 1)] }
         }
         let client = client(server)
         let whole = try await withThrowingTaskGroup(of: Bool.self) { group in
@@ -142,6 +148,17 @@ final class ClientTests: XCTestCase {
             return try await group.reduce(0) { $0 + ($1 ? 1 : 0) }
         }
         XCTAssertEqual(whole, 20)
+    }
+
+    func testNoConnectionIsLeftOpen() async throws {
+        let server = try FakeServer { _ in [FakeServer.streamHead] + Samples.stream.map(FakeServer.Step.send) }
+        func openFiles() throws -> Int { try FileManager.default.contentsOfDirectory(atPath: "/dev/fd").count }
+        _ = try await texts(client(server).stream([.user("Hi")]))
+        let before = try openFiles()
+        for index in 0..<40 {
+            for try await _ in client(server).stream([.user("Hi")]) where index % 2 == 0 { break }
+        }
+        try await eventually("closed") { try openFiles() <= before }
     }
 
     func testALongConversation() async throws {
@@ -180,14 +197,17 @@ final class ClientTests: XCTestCase {
         let server = try FakeServer { _ in [FakeServer.streamHead, .send(Samples.stream[0])] }
         let error = await llmcadError { try await texts(client(server).stream([.user("Hi")])) }
         XCTAssertEqual(
-            error, .connection(.networkConnectionLost, message: "it was closed before the answer was complete"))
+            error, .connection(.networkConnectionLost, message: "it was closed before the answer was complete")
+        )
     }
 
     func testNothingListens() async throws {
         let port = try LoopbackPort.free()
         let client = LLMCadClient(endpoint: try XCTUnwrap(URL(string: "http://127.0.0.1:\(port)")))
         let error = await llmcadError { try await client.health() }
-        guard case .connection(.cannotConnectToHost, _) = error else { return XCTFail("\(String(describing: error))") }
+        guard case .connection(.cannotConnectToHost, _) = error else {
+            return XCTFail("\(String(describing: error))")
+        }
     }
 
     func testASilentServerTimesOut() async throws {

@@ -66,7 +66,9 @@ final class DecodingTests: XCTestCase {
     }
 
     func testStreamOfTexts() throws {
-        let events = try decodeStream([Samples.chunk("Hel"), Samples.chunk("lo"), Samples.last, Samples.usageChunk, "[DONE]"])
+        let events = try decodeStream([
+            Samples.chunk("Hel"), Samples.chunk("lo"), Samples.last, Samples.usageChunk, "[DONE]",
+        ])
         let usage = try decode(Usage.self, Samples.usage)
         XCTAssertEqual(
             events, [.text("Hel", tokens: []), .text("lo", tokens: []), .finished(.length, usage: usage)])
@@ -103,7 +105,8 @@ final class DecodingTests: XCTestCase {
     }
 
     func testAnErrorInTheStream() {
-        let chunk = #"{"error": {"message": "out of memory", "type": "server_error", "param": null, "code": null}}"#
+        let chunk =
+            #"{"error": {"message": "out of memory", "type": "server_error", "param": null, "code": null}}"#
         XCTAssertThrowsError(try decodeStream([Samples.chunk("a"), chunk])) { error in
             XCTAssertEqual(error as? LLMCadError, .generationFailed("out of memory"))
         }

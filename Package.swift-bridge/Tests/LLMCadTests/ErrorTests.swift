@@ -21,7 +21,9 @@ final class ErrorTests: XCTestCase {
     }
 
     func testAnswersOfOtherServers() {
-        guard case .unexpectedStatus(502, let message) = error(502, "<html>") else { return XCTFail("another error") }
+        guard case .unexpectedStatus(502, let message) = error(502, "<html>") else {
+            return XCTFail("another error")
+        }
         XCTAssertFalse(message.isEmpty)
         XCTAssertFalse(message.contains("html"))
         XCTAssertEqual(error(429, "", retryAfter: "Wed, 21 Oct 2026 07:28:00 GMT"), .queueFull(retryAfter: nil))

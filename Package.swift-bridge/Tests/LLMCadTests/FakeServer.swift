@@ -97,8 +97,10 @@ final class FakeServer: Sendable {
         while true {
             if let end = received.range(of: Data("\r\n\r\n".utf8)) {
                 let head = String(decoding: received[..<end.lowerBound], as: UTF8.self)
-                let length = head.lowercased().split(separator: "\r\n").first { $0.hasPrefix("content-length:") }
-                    .flatMap { Int($0.dropFirst("content-length:".count).trimmingCharacters(in: .whitespaces)) }
+                let length = head.lowercased().split(separator: "\r\n").first {
+                    $0.hasPrefix("content-length:")
+                }
+                .flatMap { Int($0.dropFirst("content-length:".count).trimmingCharacters(in: .whitespaces)) }
                 let body = received[end.upperBound...]
                 if body.count >= length ?? 0 { return Request(head: head, body: Data(body)) }
             }

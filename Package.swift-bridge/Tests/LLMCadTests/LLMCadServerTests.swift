@@ -29,7 +29,10 @@ final class LLMCadServerTests: XCTestCase {
         let answers = Locked<[FakeServer]>([])
         var configuration = configuration("echo $$ >&2; exec sleep 60", port: port) { _ in
             answers.withLock { answers in
-                if answers.isEmpty, let server = try? FakeServer(port: port, { _ in FakeServer.json(200, #"{"status": "ok"}"#) }) {
+                if answers.isEmpty,
+                    let server = try? FakeServer(
+                        port: port, { _ in FakeServer.json(200, #"{"status": "ok"}"#) })
+                {
                     answers.append(server)
                 }
             }
@@ -77,7 +80,9 @@ final class LLMCadServerTests: XCTestCase {
 
     func testOnlyTheLastLinesAreKept() async {
         let server = LLMCadServer(configuration("seq 1 1000 >&2; exit 1"))
-        guard case .exitedWhileStarting(let exit) = await serverError(server) else { return XCTFail("another error") }
+        guard case .exitedWhileStarting(let exit) = await serverError(server) else {
+            return XCTFail("another error")
+        }
         XCTAssertEqual(exit.lastLines, (961...1000).map(String.init))
     }
 
@@ -132,7 +137,8 @@ final class LLMCadServerTests: XCTestCase {
 
     func testCancellingTheStartEndsTheProcess() async throws {
         let lines = Locked<[String]>([])
-        let server = LLMCadServer(configuration("echo $$ >&2; exec sleep 60") { line in lines.withLock { $0.append(line) } })
+        let server = LLMCadServer(
+            configuration("echo $$ >&2; exec sleep 60") { line in lines.withLock { $0.append(line) } })
         let starting = Task { try await server.start() }
         await eventually("started") { !lines.withLock { $0 }.isEmpty }
         starting.cancel()
@@ -147,7 +153,8 @@ final class LLMCadServerTests: XCTestCase {
 
     func testStoppingWhileStarting() async throws {
         let lines = Locked<[String]>([])
-        let server = LLMCadServer(configuration("echo $$ >&2; exec sleep 60") { line in lines.withLock { $0.append(line) } })
+        let server = LLMCadServer(
+            configuration("echo $$ >&2; exec sleep 60") { line in lines.withLock { $0.append(line) } })
         let starting = Task { await serverError(server) }
         await eventually("started") { !lines.withLock { $0 }.isEmpty }
         await server.stop()
@@ -215,7 +222,8 @@ final class LLMCadServerTests: XCTestCase {
 
     func testTheInterruptReachesAProcessThatATaskStarted() async throws {
         let process = try ServerProcess(
-            executable: URL(fileURLWithPath: "/bin/sleep"), arguments: ["60"], environment: [:], graceSeconds: 1,
+            executable: URL(fileURLWithPath: "/bin/sleep"), arguments: ["60"], environment: [:],
+            graceSeconds: 1,
             log: nil)
         await process.end(grace: .seconds(5))
         let exit = await process.exit.value
@@ -244,7 +252,9 @@ final class LLMCadServerTests: XCTestCase {
         try program.run()
         // The first line is the server's process number, and comes when it is guarded.
         var line = Data()
-        while line.last != UInt8(ascii: "\n"), let byte = try errors.fileHandleForReading.read(upToCount: 1), !byte.isEmpty {
+        while line.last != UInt8(ascii: "\n"), let byte = try errors.fileHandleForReading.read(upToCount: 1),
+            !byte.isEmpty
+        {
             line.append(byte)
         }
         let identifier = try XCTUnwrap(Int32(String(decoding: line.dropLast(), as: UTF8.self)))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.page_server import DONE, ScriptedServer, answer, chunk, event, node, refusal, running, tree_round
+from tests.serving import loader, serving
+from tests.tiny_folder import make_folder, tiny_environment
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
 IPAD = {"viewport": {"width": 820, "height": 1180}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
@@ -67,6 +72,8 @@ class Visitor:
     browser: Browser
     problems: list[str] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
+    other_origins: list[str] = field(default_factory=list)
+    """Other servers than the scripted one that the test itself opens."""
 
     def open(self, url: str, **options: Any) -> Page:
         context = self.browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
@@ -92,7 +99,8 @@ def visitor(browser: Browser, server: ScriptedServer) -> Iterator[Visitor]:
         context.close()
     assert visitor.problems == []
     assert visitor.addresses
-    assert [address for address in visitor.addresses if not address.startswith(server.url)] == []
+    origins = (f"{server.url}/", *visitor.other_origins)
+    assert [address for address in visitor.addresses if not address.startswith(origins)] == []
 
 
 @pytest.fixture
@@ -157,12 +165,12 @@ def test_figures_are_live_and_end_with_the_servers(page: Page, server: ScriptedS
     expect(page.locator("#speed")).to_have_text("12.3")
     expect(page.locator("#per-pass")).to_have_text("2.50")
     expect(page.locator("#acceptance")).to_have_text("67 %")  # 2 of 3: a tested child of the path's end was wrong
-    expect(page.locator("#memory")).to_have_text("312 MB of 1.00 GB")
+    expect(page.locator("dd", has=page.locator("#memory"))).to_have_text("312 MB of 1.00 GB")
     gate.set()
     finished(page)
     expect(page.locator("#speed")).to_have_text("20.0")
     expect(page.locator("#acceptance")).to_have_text("75 %")
-    expect(page.locator("#memory")).to_have_text("320 MB of 640 MB")
+    expect(page.locator("dd", has=page.locator("#memory"))).to_have_text("320 MB of 640 MB")
     share = "e => e.getBoundingClientRect().width / e.parentElement.getBoundingClientRect().width"
     assert page.eval_on_selector("#budget-used", share) == pytest.approx(0.5, abs=0.02)
 
@@ -171,7 +179,7 @@ def test_without_a_budget_only_the_memory_is_shown(page: Page, server: ScriptedS
     lone = tree_round(0, [node("a", -1, "root")], "b", budget_bytes=None)
     server.scripts = [[chunk([("b", False)], lone), DONE]]
     say(page)
-    expect(page.locator("#memory")).to_have_text("312 MB")
+    expect(page.locator("dd", has=page.locator("#memory"))).to_have_text("312 MB")
     expect(page.locator("#budget")).to_be_hidden()
     expect(page.locator("#acceptance")).to_have_text("–")
 
@@ -200,12 +208,35 @@ def test_the_tree_has_the_nodes_that_the_stream_said(page: Page, server: Scripte
             assert a is b or apart
 
 
+def test_nodes_do_not_overlap_and_edges_do_not_cross(page: Page) -> None:
+    rng = random.Random(5)
+    for _ in range(100):
+        nodes, end = [node("r", -1, "root")], 0
+        for index in range(1, rng.randint(2, 64)):
+            parent = rng.choice([index - 1, rng.randrange(index)])
+            accepted = parent == end and rng.random() < 0.5
+            end = index if accepted else end
+            nodes.append(
+                node("x" * rng.randint(0, 9), parent, "accepted" if accepted else "rejected", rng.random())
+            )
+        layout = 'async (round) => (await import("/page/layout.js")).layOut(round).places'
+        places = page.evaluate(layout, tree_round(0, nodes, "b"))
+        spots = [(place["depth"], place["row"]) for place in places]
+        assert len(set(spots)) == len(nodes) + 1
+        parents = [*(n["parent"] for n in nodes), end]
+        edges = [(spots[parent], spots[child]) for child, parent in enumerate(parents) if child]
+        for (depth, above), (_, below) in edges:
+            between = [b for (d, a), (_, b) in edges if d == depth and a < above]
+            assert max(between, default=-1) < below  # parents higher up have all their children higher up
+        assert {spots[index][1] for index in (0, end, len(nodes))} == {0}
+
+
 def test_a_node_tells_its_confidence_to_mouse_and_keyboard(page: Page, server: ScriptedServer) -> None:
     server.scripts = [[first_chunk(), DONE]]
     say(page)
     finished(page)
     told = page.locator("#node")
-    expect(told).to_have_text("6 nodes: 2 accepted, 2 rejected, 1 not sent")
+    expect(told).to_have_text("6 nodes: the start, 2 accepted, 2 rejected, 1 not sent")
     page.locator('[data-node="1"]').hover()
     expect(told).to_have_text("“ rain”: rejected, confidence 25 %, drafted by the draft model")
     page.locator('[data-node="0"]').focus()
@@ -599,7 +630,9 @@ def test_touch_screens(visitor: Visitor, server: ScriptedServer, size: tuple[int
     page.get_by_label("Message").fill("y" * 300)
     page.get_by_role("button", name="Send").tap()
     finished(page)
-    assert page.evaluate("document.scrollingElement.scrollWidth") <= size[0]
+    assert page.evaluate("[innerWidth, document.scrollingElement.scrollWidth]") == [size[0], size[0]]
+    right = "all => Math.max(...all.map(e => e.getBoundingClientRect().right))"
+    assert page.locator(".bar *, .figures *, .compose *, .question, .answer").evaluate_all(right) <= size[0]
     assert page.evaluate(
         "document.getElementById('log').scrollWidth <= document.getElementById('log').clientWidth"
     )
@@ -706,3 +739,42 @@ def test_following_stops_when_the_reader_scrolls_up(page: Page, server: Scripted
     gate.set()
     finished(page)
     assert page.evaluate("document.getElementById('log').scrollTop") == 0
+
+
+def test_with_the_real_server(visitor: Visitor, tmp_path: Path) -> None:
+    """Key, settings, text and every round's tree, from a model: the page shows just what the stream says."""
+    target, draft = make_folder(tmp_path / "target"), make_folder(tmp_path / "draft", noise=0.02)
+    with tiny_environment(tmp_path), serving(loader(target, draft), api_key="right-key-1") as live:
+        visitor.other_origins.append(f"{live.url}/")
+        page = visitor.open(live.url)
+        page.get_by_role("textbox", name="Key").fill("right-key-1")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_contain_text("tiny")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Max tokens").fill("40")
+        page.get_by_label("Policy").select_option("paper")
+        page.get_by_role("button", name="Save").click()
+        with page.expect_response("**/v1/chat/completions") as response:
+            say(page, "the cat in the hat")
+        finished(page)
+        chunks = [
+            json.loads(line[6:]) for line in response.value.text().splitlines() if line.startswith("data: {")
+        ]
+        said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
+        plain = set("*_`~#>\\+-.)0123456789")  # what Markdown may take for its own
+        shown = page.locator(".answer .text").text_content() or ""
+        assert [letter for letter in said if letter not in plain and not letter.isspace()] == [
+            letter for letter in shown if letter not in plain and not letter.isspace()
+        ]
+        tokens = [token for c in chunks for token in c.get("speculation", {}).get("tokens", [])]
+        assert any(token["from_draft"] for token in tokens)
+        expect(page.locator(".state")).to_contain_text("40 tokens")
+        expect(page.locator(".state")).to_contain_text("ended at the limit of tokens")
+        rounds = [c["speculation"]["round"] for c in chunks if "round" in c.get("speculation", {})]
+        expect(page.locator("#place")).to_have_text(f"round {len(rounds)} of {len(rounds)}")
+        for number, drawn in enumerate(rounds, 1):
+            page.get_by_label("Round", exact=True).fill(str(number))
+            states = page.locator("[data-node]").evaluate_all("all => all.map(e => e.classList[1])")
+            assert states == [n["state"] for n in drawn["nodes"]]
+        expect(page.locator("#speed")).to_have_text(re.compile(r"^\d+\.\d$"))
+        expect(page.locator("#memory")).to_have_text(re.compile(r"^\d+ MB|^\d\.\d\d GB"))

@@ -104,7 +104,7 @@ async function end(turn, problem) {
     takeBack(turn);
     if (problem.status === 401 && (await key.ask(problem.message))) {
       byId("message").value = "";
-      if (!model) findModel();
+      if (!model) await findModel();
       return send(turn.question);
     }
   } else {

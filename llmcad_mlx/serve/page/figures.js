@@ -26,7 +26,8 @@ export function percent(share) {
 }
 
 function showMemory(peak, budget) {
-  byId("memory").textContent = isNumber(budget) ? `${bytes(peak)} of ${bytes(budget)}` : bytes(peak);
+  byId("memory").textContent = bytes(peak);
+  byId("limit").textContent = isNumber(budget) ? ` of ${bytes(budget)}` : "";
   byId("budget").hidden = !(isNumber(budget) && isNumber(peak) && budget > 0);
   if (byId("budget").hidden) return;
   byId("budget").classList.toggle("over", peak > budget);

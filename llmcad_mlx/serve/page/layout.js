@@ -1,8 +1,8 @@
-// Where the nodes of a token tree go: depth from left to right, a row for each branch.
+// Where the nodes of a token tree go: depth from left to right, branches below each other.
 
 const GLYPH = 7.3; // px, of the 12 px monospaced label; most scripts beyond Latin, Greek and Cyrillic are twice as wide
-const PADDING = 18; // px, both sides of a label
-const GAP = 26; // px between columns, where the edges are
+const PADDING = 15; // px, both sides of a label
+const GAP = 20; // px between columns, where the edges are
 const LONGEST = 12; // characters of a label
 
 /**
@@ -56,18 +56,28 @@ function rank(node) {
   return node.state === "accepted" ? 2 : node.confidence;
 }
 
-/** Depth first, without recursion: a branch can be hundreds of nodes deep. */
+/**
+ * A line of first children is straight. The branches beside it go below, the deepest first, each as high as its own
+ * line is free: then no two nodes overlap and no two edges cross. Without recursion, as lines can be hundreds long.
+ */
 function giveRows(places, children, rankOf) {
-  let rows = 0;
-  const open = [0];
+  const free = []; // the next free row at each depth
+  const open = [{ start: 0, least: 0 }];
   while (open.length) {
-    const index = open.pop();
-    places[index].row = rows;
-    const below = children[index].sort((a, b) => rankOf(b) - rankOf(a));
-    if (below.length) open.push(...below.toReversed());
-    else rows++;
+    const { start, least } = open.pop();
+    const line = [start];
+    for (let next = start; children[next].length; line.push(next)) {
+      children[next].sort((a, b) => rankOf(b) - rankOf(a));
+      next = children[next][0];
+    }
+    const row = Math.max(least, ...line.map((index) => free[places[index].depth] ?? 0));
+    for (const index of line) {
+      places[index].row = row;
+      free[places[index].depth] = row + 1;
+      for (const beside of children[index].slice(1).reverse()) open.push({ start: beside, least: row + 1 });
+    }
   }
-  return rows;
+  return Math.max(...free);
 }
 
 function giveColumns(places) {

@@ -68,8 +68,9 @@ export class RoundsView {
     if (round === this.#drawn) return;
     this.#drawn = round;
     const describe = (text) => (byId("node").textContent = text || (round ? treeSummary(round) : ""));
-    byId("canvas").replaceChildren(round ? drawTree(round, describe) : this.#empty);
-    byId("canvas").scrollTo(0, 0);
+    const canvas = byId("canvas");
+    canvas.replaceChildren(round ? drawTree(round, canvas.clientWidth, describe) : this.#empty);
+    canvas.scrollTo(0, 0);
     describe("");
   }
 }

@@ -7,22 +7,26 @@ const SVG = "http://www.w3.org/2000/svg";
 const NODE = 24; // px, height of a node
 const ROW = { fine: 32, coarse: 46 }; // px: rows that a finger can hit are higher
 const MARGIN = 12; // px
+const SMALLEST = 0.75; // share of its size down to which a tree is made to fit
 const STATES = { root: "start", accepted: "accepted", rejected: "rejected", provisional: "drafted, not sent" };
 
 /**
  * @param {import("./answer.js").Round} round
+ * @param {number} room  px that are free; a tree that needs somewhat more is drawn smaller, where a mouse points
  * @param {(text: string) => void} describe  shows what a node is, "" for nothing
  * @returns {SVGElement}
  */
-export function drawTree(round, describe) {
+export function drawTree(round, room, describe) {
   const { places, rows, width, end } = layOut(round);
-  const row = matchMedia("(pointer: coarse)").matches ? ROW.coarse : ROW.fine;
-  const size = { width: width + 2 * MARGIN, height: rows * row + MARGIN };
-  const svg = make("svg", { ...size, viewBox: `0 0 ${size.width} ${size.height}`, role: "tree" });
+  const coarse = matchMedia("(pointer: coarse)").matches;
+  const row = coarse ? ROW.coarse : ROW.fine;
+  const [wide, high] = [width + 2 * MARGIN, rows * row + MARGIN];
+  const scale = coarse ? 1 : Math.min(1, Math.max(SMALLEST, room / wide));
+  const svg = make("svg", { width: wide * scale, height: high * scale, viewBox: `0 0 ${wide} ${high}`, role: "tree" });
   svg.setAttribute("aria-label", treeSummary(round));
   const edges = make("g", { "aria-hidden": "true" });
   svg.append(edges);
-  const place = ({ x, row: at, width: wide }) => ({ left: x + MARGIN, right: x + wide + MARGIN, y: at * row + row / 2 });
+  const place = ({ x, row: at, width }) => ({ left: x + MARGIN, right: x + width + MARGIN, y: at * row + row / 2 });
   round.nodes.forEach((node, index) => {
     if (index) edges.append(drawEdge(place(places[node.parent]), place(places[index]), node.state, node.confidence));
     svg.append(drawNode(place(places[index]), places[index], node.state, row, nodeText(node, places[index])));
@@ -40,10 +44,10 @@ export function drawTree(round, describe) {
   return svg;
 }
 
-/** "16 nodes: 4 accepted, 10 rejected, 1 not sent". */
+/** "16 nodes: the start, 4 accepted, 10 rejected, 1 not sent". */
 export function treeSummary({ nodes }) {
   const count = (state) => nodes.filter((node) => node.state === state).length;
-  const parts = [`${count("accepted")} accepted`, `${count("rejected")} rejected`];
+  const parts = ["the start", `${count("accepted")} accepted`, `${count("rejected")} rejected`];
   if (count("provisional")) parts.push(`${count("provisional")} not sent`);
   return `${nodes.length} ${nodes.length === 1 ? "node" : "nodes"}: ${parts.join(", ")}`;
 }

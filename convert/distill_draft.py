@@ -23,7 +23,7 @@ from distillation.corpus import CorpusSettings, texts_of, write_corpus
 from distillation.forecast import tokens_per_pass
 from distillation.student import Student
 from distillation.student_data import stored_depths
-from distillation.student_export import export_student
+from distillation.student_export import BITS, export_student
 from distillation.tables import make_table
 from distillation.training import digest_of, train
 from distillation.training_plot import MISSING, plot_training
@@ -119,7 +119,7 @@ def export(args: argparse.Namespace) -> None:
     found.restore(student)
     num_bytes = export_student(
         loaded, student, settings, found.tokens, args.dest,
-        quantise=not args.dense, share_embedding=args.share_embedding,
+        bits=None if args.dense else args.bits, share_embedding=args.share_embedding,
     )  # fmt: skip
     print(f"{args.dest}: {num_bytes / 1e6:.1f} MB, step {found.place.step} of {settings.steps}")
 
@@ -196,6 +196,7 @@ def _add_student_steps(steps: Any) -> None:
     step.add_argument("work", type=Path)
     step.add_argument("dest", type=Path)
     step.add_argument("--name", default="student", help="of the run's folder in WORK (student)")
+    step.add_argument("--bits", type=int, choices=BITS, default=8, help="of what was trained (8)")
     step.add_argument("--dense", action="store_true", help="keep what was trained in float32")
     step.add_argument("--share-embedding", action="store_true", help="leave it out; the target's is used")
     step = steps.add_parser("report", help="tokens per pass of drafts on prompts they were not trained on")

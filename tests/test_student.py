@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
-from mlx_lm.utils import load_config
+from mlx_lm.utils import infer_quant_config, load_config
 
 from convert import distill_draft
 from convert.distillation.acceptance import LOOKUP, measure, table_of
@@ -294,7 +294,7 @@ def settings_dict() -> dict[str, Any]:
     return {name: getattr(SETTINGS, name) for name in SETTINGS.__slots__}
 
 
-def exported(target: LoadedModel, folder: Path, dest: Path, **options: bool) -> Student:
+def exported(target: LoadedModel, folder: Path, dest: Path, **options: Any) -> Student:
     """Write the draft of the run in `folder` to `dest`; returns the student."""
     found = Checkpoint.find(folder)
     assert found is not None
@@ -312,16 +312,21 @@ def draft_of(folder: Path) -> tuple[Any, Any]:
     model = llama.Model(llama.ModelArgs.from_dict(load_config(folder)))
     model.lm_head = nn.Linear(64, len(tokens), bias=False)
     weights: Any = mx.load(str(folder / "model.safetensors"))
-    nn.quantize(model, 32, 4, class_predicate=lambda path, module: f"{path}.scales" in weights)
+    nn.quantize(
+        model,
+        class_predicate=lambda path, module: (
+            f"{path}.scales" in weights and infer_quant_config(path, module, weights)
+        ),
+    )
     model.load_weights(list(weights.items()), strict=True)
     return model, tokens
 
 
-@pytest.mark.parametrize("dense_export", [True, False])
+@pytest.mark.parametrize(("bits", "tolerance"), [(None, 1e-5), (8, 0.02), (4, 0.25)])
 def test_an_exported_draft_says_what_the_student_says(
-    target: LoadedModel, unbroken: Path, tmp_path: Path, dense_export: bool
+    target: LoadedModel, unbroken: Path, tmp_path: Path, bits: int | None, tolerance: float
 ) -> None:
-    student = exported(target, unbroken, tmp_path / "draft", quantise=not dense_export)
+    student = exported(target, unbroken, tmp_path / "draft", bits=bits)
     draft, tokens = draft_of(tmp_path / "draft")
     assert len(tokens) == 60
     assert (np.diff(tokens) > 0).all()
@@ -329,12 +334,27 @@ def test_an_exported_draft_says_what_the_student_says(
     text = mx.array([[4, 9, 17, 20, 33, 7, 50, 80, 3, 3, 2]])
     said, meant = draft(text), student(FrozenTarget(target.model, 1)(text)[0])
     worst = float(mx.abs(said - meant).max() / mx.abs(meant).max())
-    assert worst < (1e-5 if dense_export else 0.25)
-    if not dense_export:
-        assert "scales" in draft.layers[1].mlp.up_proj
+    assert worst < tolerance
+    assert getattr(draft.layers[1].mlp.up_proj, "bits", None) == bits
     config = load_config(tmp_path / "draft")
     assert (config["num_hidden_layers"], config["vocab_size"], config["tie_word_embeddings"]) == (2, VOCAB, False)
     assert (tmp_path / "draft" / "tokenizer.json").exists()
+
+
+def test_export_keeps_what_training_has_moved(target: LoadedModel, unbroken: Path, tmp_path: Path) -> None:
+    """Weights that began on a 4-bit grid must not fall back onto it."""
+    found = Checkpoint.find(unbroken)
+    assert found is not None
+    student = Student(target.model, found.settings.sources, found.tokens)
+    linear = student.layers[0].mlp.down_proj
+    mx.random.seed(0)
+    grid = mx.dequantize(*mx.quantize(mx.random.normal(linear.weight.shape).astype(mx.float16), 32, 4), 32, 4)
+    moved = 0.05 * mx.random.normal(grid.shape)
+    linear.weight = grid.astype(mx.float32) + moved
+    export_student(target, student, found.settings, found.tokens, tmp_path / "draft")
+    draft, _ = draft_of(tmp_path / "draft")
+    kept = dense(draft).layers[1].mlp.down_proj.weight - grid
+    assert float((kept * moved).sum() / (moved * moved).sum()) == pytest.approx(1.0, abs=0.05)
 
 
 def test_an_exported_draft_may_leave_the_embedding_to_the_target(
@@ -349,7 +369,7 @@ def test_an_exported_draft_may_leave_the_embedding_to_the_target(
 def test_a_trained_head_is_exported(target: LoadedModel, corpus: Path, tmp_path: Path) -> None:
     settings = TrainingSettings(**{**settings_dict(), "train_head": True, "steps": 4})
     train(target, corpus, tmp_path / "run", settings)
-    student = exported(target, tmp_path / "run", tmp_path / "draft", quantise=False)
+    student = exported(target, tmp_path / "run", tmp_path / "draft", bits=None)
     draft, tokens = draft_of(tmp_path / "draft")
     assert np.array_equal(draft.lm_head.weight, student.whole_head)
     assert not np.allclose(student.head, head_rows(target.model, tokens))

@@ -2,9 +2,11 @@
 
     draft_tokens.safetensors   "tokens" (V',) int32, ascending: row i of the head is for token tokens[i]
 
-The kept layers, the embedding and a head neither trained nor behind a lens are the target's own bytes. Trained
-matrices are fitted to 4-bit groups of 32, the rest is float16; or all that was trained stays in float32. Where
-kept matrices have other groups, mlx-lm finds that out from their shapes.
+The kept layers, the embedding and a head neither trained nor behind a lens are the target's own bytes. What was
+trained gets groups of 32 in 8 or 4 bits, norms float16; or all of it stays in float32. mlx-lm finds the bits of
+each matrix from its shape. Training moves weights by less than the step of 4-bit codes, and they began on such
+codes: groups fitted by least squares are the old codes again. On SmolLM2-135M, 18.9 % agreement of one trained
+layer became 0.6 % that way, is 17.4 % in 4 bits spanned by `mx.quantize`, and 18.9 % in 8.
 """
 
 from __future__ import annotations
@@ -14,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save_config
 
 from llmcad_mlx.drafting.ngram_table import vocabulary_hash
 from llmcad_mlx.models.loading import LoadedModel
-from llmcad_mlx.sources.group_fit import fit_groups
 from llmcad_mlx.sources.mlx_folder import copy_side_files
 from llmcad_mlx.sources.new_folder import new_folder
 
@@ -28,7 +28,9 @@ from .student import Ids, Student, target_head
 from .training_state import TrainingSettings
 
 DRAFT_TOKENS = "draft_tokens.safetensors"
-BITS, GROUP_SIZE = 4, 32
+BITS = (8, 4)
+_KEPT_BITS = 4
+GROUP_SIZE = 32
 
 Arrays = dict[str, mx.array]
 
@@ -40,19 +42,19 @@ def export_student(
     tokens: Ids,
     dest: Path,
     *,
-    quantise: bool = True,
+    bits: int | None = 8,
     share_embedding: bool = False,
 ) -> int:
     """Write the folder `dest`; returns the bytes of its weights.
 
-    loaded: the target. tokens: (V',) the head's. share_embedding: the draft has neither embedding nor
-    tokenizer and is given the target's. Raises UsageError for a destination that is not free, DiskError when it
-    does not fit the disk.
+    loaded: the target. tokens: (V',) the head's. bits: 8 or 4, of what was trained; None: float32.
+    share_embedding: the draft has neither embedding nor tokenizer and is given the target's. Raises UsageError for
+    a destination that is not free, DiskError when it does not fit the disk.
     """
     arrays = _kept(loaded.model, settings.depth, share_embedding)
-    arrays |= _trained(student, settings.depth, quantise)
+    arrays |= _trained(student, settings.depth, bits)
     if settings.train_head or settings.lens:
-        arrays |= _packed("lm_head.weight", student.whole_head, quantise)
+        arrays |= _packed("lm_head.weight", student.whole_head, bits)
     else:
         arrays |= _own_head(loaded.model, tokens)
     config = _config(loaded, settings, share_embedding, quantised=any(name.endswith(".scales") for name in arrays))
@@ -78,12 +80,12 @@ def _kept(model: Any, depth: int, share_embedding: bool) -> Arrays:
     return found
 
 
-def _trained(student: Student, depth: int, quantise: bool) -> Arrays:
+def _trained(student: Student, depth: int, bits: int | None) -> Arrays:
     found: Arrays = {}
     for number, layer in enumerate(student.layers, depth):
         for name, array in _named(f"model.layers.{number}", layer).items():
-            found |= _packed(name, array, quantise)
-    return found | _packed("model.norm.weight", student.norm.weight, quantise)
+            found |= _packed(name, array, bits)
+    return found | _packed("model.norm.weight", student.norm.weight, bits)
 
 
 def _own_head(model: Any, tokens: Ids) -> Arrays:
@@ -97,19 +99,16 @@ def _named(prefix: str, module: Any) -> Arrays:
     return {f"{prefix}.{name}": array for name, array in leaves}
 
 
-def _packed(name: str, array: mx.array, quantise: bool) -> Arrays:
-    """A matrix whose rows divide into groups in 4 bits, anything else in float16; as it is without `quantise`."""
-    if not quantise:
+def _packed(name: str, array: mx.array, bits: int | None) -> Arrays:
+    """A matrix whose rows divide into groups in so many bits, anything else in float16; as it is for None."""
+    if bits is None:
         return {name: array}
     module, _, kind = name.rpartition(".")
     if kind != "weight" or array.ndim != 2 or array.shape[1] % GROUP_SIZE:
         return {name: array.astype(mx.float16)}
-    groups = fit_groups(np.asarray(array), BITS, GROUP_SIZE)
-    return {
-        f"{module}.weight": mx.array(groups.codes),
-        f"{module}.scales": mx.array(groups.scales),
-        f"{module}.biases": mx.array(groups.biases),
-    }
+    packed = mx.quantize(array, GROUP_SIZE, bits)
+    codes, scales, biases = packed[0], packed[1].astype(mx.float16), packed[2].astype(mx.float16)
+    return {f"{module}.weight": codes, f"{module}.scales": scales, f"{module}.biases": biases}
 
 
 def _config(loaded: LoadedModel, settings: TrainingSettings, share: bool, quantised: bool) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def _config(loaded: LoadedModel, settings: TrainingSettings, share: bool, quanti
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     if quantised:
-        config["quantization"] = {"bits": BITS, "group_size": GROUP_SIZE, "mode": "affine"}
+        config["quantization"] = {"bits": _KEPT_BITS, "group_size": GROUP_SIZE, "mode": "affine"}
     layers = [*range(settings.depth), *settings.sources]
     config |= {"num_hidden_layers": len(layers), "tie_word_embeddings": False}
     if isinstance(config.get("layer_types"), list):

@@ -308,13 +308,15 @@ def test_the_documents_own_fuzzing_finds_no_server_error(live: Live) -> None:
         modes = list(schemathesis.GenerationMode) if has_body else [schemathesis.GenerationMode.POSITIVE]
         for mode in modes:
 
-            @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy(generation_mode=mode))
             def fuzz(case: Any) -> None:
+                if isinstance(case.body, dict):
+                    case.body.pop("model", None)  # a made-up name is a 404, and nothing more is looked at
                 response = case.call()
                 statuses[response.status_code] += 1
                 assert response.status_code < 500, response.text
 
             fuzz()
-    assert statuses[200] > 20
-    assert statuses[400] > 20
+    assert statuses[200] >= 10
+    assert statuses[400] >= 30

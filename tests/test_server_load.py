@@ -178,7 +178,10 @@ def test_a_signal_ends_it_in_order(folder: Path, number: int) -> None:
     assert "shutting_down" in rest[-2]
     assert rest[-1] == "data: [DONE]"
     assert said == "stopped; 1 running and 0 waiting requests were ended\n"
-    assert complained.strip() == "shutting down; once more to leave at once"
+    shutting_down, broken_off = complained.splitlines()
+    assert shutting_down.endswith(" shutting down; once more to leave at once")
+    assert " completion: 1 prompt tokens (0 cached), " in broken_off
+    assert broken_off.endswith(" per pass, broken off")
 
 
 def run_to_the_end(*arguments: str | Path) -> tuple[int, str]:

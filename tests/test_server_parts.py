@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ from llmcad_mlx.serve.errors import ApiError
 from llmcad_mlx.serve.events import RoundEvent, TokenEvent
 from llmcad_mlx.serve.fair_queue import FairQueue, QueueClosedError, QueueFullError
 from llmcad_mlx.serve.fields import CHAT, COMPLETION
+from llmcad_mlx.serve.job import Job
 from llmcad_mlx.serve.names import public_name
 from llmcad_mlx.serve.parts import PartMaker
 from llmcad_mlx.serve.prompt_cache import PromptCache, cache_limit
+from llmcad_mlx.serve.requests import GenerationRequest
 from llmcad_mlx.serve.schema import check
 from llmcad_mlx.serve.tool_calls import ToolListener
 from tests.tiny_folder import make_folder, tiny_environment
@@ -160,6 +163,23 @@ def test_every_token_and_every_tree_is_in_one_part() -> None:
         ("c", [5], trees[2]),
     ]
     assert (last.text, last.tokens, last.tree) == ("", [], None)
+
+
+def test_who_reads_too_slowly_is_cut_off() -> None:
+    """What a client has not read yet is kept for it, but not without end."""
+
+    async def fill() -> tuple[int, Job]:
+        job = Job(GenerationRequest("chat", "", {}), [], "me", asyncio.get_running_loop())
+        for _ in range(3000):
+            job.send(RoundEvent([token("a")], None))
+            await asyncio.sleep(0)
+        return job.events.qsize(), job
+
+    waiting, job = asyncio.run(fill())
+    assert waiting < 1100
+    assert job.cancelled
+    assert job.reason is not None
+    assert job.reason.code == "slow_reader"
 
 
 MESSAGES = [{"role": "user", "content": "hello"}]

@@ -26,7 +26,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
+    return make_folder(tmp_path_factory.mktemp("models") / "target", context=4096)
 
 
 class Gates:
@@ -37,6 +37,8 @@ class Gates:
         self.rounds = 0
         self.prompts: list[Any] = []
         self.failure: Exception | None = None
+        self.prompt_steps = 0
+        self.hold_prompt = False
 
 
 @pytest.fixture
@@ -57,12 +59,18 @@ def gated(folder: Path, gates: Gates) -> Callable[[], Engine]:
             if gates.failure is not None:
                 raise gates.failure
 
+            def progress(done: int, total: int) -> None:
+                gates.prompt_steps += 1
+                if gates.hold_prompt:
+                    assert gates.open.wait(60)
+                on_progress(done, total)
+
             def wait(done: Any) -> None:
                 gates.rounds += 1
                 assert gates.open.wait(60)
                 on_round(done)
 
-            return super().stream_generate(prompt, on_progress, wait, **options)
+            return super().stream_generate(prompt, progress, wait, **options)
 
     return loader(folder, None, Gated)
 
@@ -153,6 +161,17 @@ def test_a_vanished_request_without_a_stream_ends_too(live: Live, gates: Gates) 
     gates.open.set()
     running(live, 0)
     assert gates.rounds == 1
+    assert live.complete(max_tokens=3).status_code == 200
+
+
+def test_a_long_prompt_ends_too(live: Live, gates: Gates) -> None:
+    gates.hold_prompt = True
+    with streaming(live, "/v1/completions", prompt=[5, 6, 7] * 1000, max_tokens=4):
+        until(lambda: gates.prompt_steps == 1)
+    until(lambda: counted(live, 200) == 1)
+    gates.open.set()
+    running(live, 0)
+    assert (gates.prompt_steps, gates.rounds) == (1, 0)
     assert live.complete(max_tokens=3).status_code == 200
 
 

@@ -91,7 +91,8 @@ def serve(
         reserving = replace(where, reserved=settings.prompt_cache_bytes)
         return Engine(load_pair(target, draft, True, reserving))
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("llmcad_mlx.serve").setLevel(logging.INFO)  # a line for each answer; never what was said
     server = LlmServer(settings, load_engine, name or public_name(target))
     try:
         model = server.start()

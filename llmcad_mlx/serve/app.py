@@ -100,6 +100,8 @@ class Api:
         return await self._generation(request, "completion")
 
     async def _generation(self, request: Request, kind: Kind) -> Response:
+        if not self._worker.is_alive:
+            raise shutting_down()
         wanted = self._reader.read(kind, await read_json(request, self._settings))
         tools = self._tool_listener(wanted)
         loop = asyncio.get_running_loop()

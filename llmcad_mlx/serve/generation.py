@@ -36,7 +36,7 @@ class Generation:
         self._num_rounds = 0
         self._texts: dict[int, str] = {}
 
-    def run(self) -> None:
+    def run(self) -> FinishedEvent:
         """Generate to the end. Raises CancelledError, and what the engine raises."""
         responses = self._engine.stream_generate(
             self._job.prompt, self._on_progress, self._on_round, **self._job.request.options
@@ -52,7 +52,7 @@ class Generation:
                 self._send_round(self._latest, batch)
                 self._latest, batch = None, []
                 self._check_cancelled()
-        self._job.send(FinishedEvent(reason, self._usage(reason)))
+        return FinishedEvent(reason, self._usage(reason))
 
     def _on_progress(self, done: int, total: int) -> None:
         self.has_begun = True

@@ -71,11 +71,12 @@ class Metrics:
         for name, (text, _) in _TOTALS.items():
             yield from _head(f"{name}_total", "counter", text)
             yield f"{_PREFIX}{name}_total {self._totals[name]}"
+        resident = resident_bytes()
         gauges = {
             "requests_waiting": ("Requests in the queue.", waiting),
             "requests_running": ("Generations that run.", running),
-            "resident_memory_bytes": ("Memory of the process.", resident_bytes()),
-            "peak_resident_memory_bytes": ("Most memory the process ever had.", peak_rss_bytes()),
+            "resident_memory_bytes": ("Memory of the process.", resident),
+            "peak_resident_memory_bytes": ("Most memory the process ever had.", max(peak_rss_bytes(), resident)),
         }
         for name, (text, value) in gauges.items():
             yield from _head(name, "gauge", text)

@@ -113,7 +113,7 @@ class _Closing:
 
     def start(self) -> None:
         """Begin, if that was not done yet."""
-        with contextlib.suppress(RuntimeError):
+        if self._thread.ident is None:
             self._thread.start()
 
     def result(self) -> Ending:

@@ -16,7 +16,7 @@ from typing import Any
 from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.serve.errors import ApiError, internal_error, shutting_down
-from llmcad_mlx.serve.events import FailedEvent
+from llmcad_mlx.serve.events import FailedEvent, FinishedEvent
 from llmcad_mlx.serve.fair_queue import FairQueue
 from llmcad_mlx.serve.generation import CancelledError, Generation
 from llmcad_mlx.serve.job import Job
@@ -132,19 +132,33 @@ class Worker:
     def _serve(self, engine: Engine, job: Job) -> None:
         generation = Generation(engine, job)
         started = time.perf_counter()
+        end = self._generate(generation, engine, job)
+        if generation.has_begun:  # counted before the client hears of the end, so that it finds itself counted
+            self._prompt_cache.ended([*job.prompt, *generation.tokens])
+            self._metrics.count_generation(generation.stats, time.perf_counter() - started)
+            _log.info("%s: %s", job.request.kind, _summary(generation, end))
+        job.send(end)
+
+    def _generate(self, generation: Generation, engine: Engine, job: Job) -> FinishedEvent | FailedEvent:
+        """Generate; returns how it ended."""
         try:
             if job.cancelled:
                 raise CancelledError
             self._prompt_cache.switch(engine, job.prompt)
-            generation.run()
+            return generation.run()
         except CancelledError:
-            job.send(FailedEvent(job.reason or shutting_down()))
+            return FailedEvent(job.reason or shutting_down())
         except Exception as error:
-            job.send(FailedEvent(_told(error)))
-        finally:
-            if generation.has_begun:
-                self._prompt_cache.ended([*job.prompt, *generation.tokens])
-                self._metrics.count_generation(generation.stats, time.perf_counter() - started)
+            return FailedEvent(_told(error))
+
+
+def _summary(generation: Generation, end: FinishedEvent | FailedEvent) -> str:
+    stats = generation.stats
+    why = end.finish_reason if isinstance(end, FinishedEvent) else "broken off"
+    return (
+        f"{stats.prompt_tokens} prompt tokens ({stats.reused_tokens} cached), {len(generation.tokens)} generated, "
+        f"{stats.tokens_per_s:.1f} tokens/s, {stats.tokens_per_pass:.2f} per pass, {why}"
+    )
 
 
 def _told(error: Exception) -> ApiError:

@@ -49,7 +49,7 @@ def main() -> int:
         nargs="+",
         default=[],
         help="text files, token shards of distill_draft.py, or folders of them, to count tokens in; "
-        "without it: the language reference that comes with Python",
+        "without it: the tokens with the lowest ids, which most tokenizers give to the most frequent ones",
     )
     options = parser.parse_args()
     try:

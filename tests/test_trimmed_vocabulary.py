@@ -554,6 +554,7 @@ def test_tokens_are_counted_in_texts_and_shards(target: Path, tmp_path: Path) ->
     mx.save_safetensors(str(corpus / "inner" / "b.safetensors"), {"tokens": mx.array([q] * 5)})
     assert set(usual_tokens(tokenizer, 5, [corpus]).tolist()) == {0, 1, z, q, newline}
     assert set(usual_tokens(tokenizer, 3, [corpus / "inner"]).tolist()) == {0, 1, q}
+    assert usual_tokens(tokenizer, 9).tolist() == list(range(9))  # by the tokenizer's own order
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfd")
     mx.save_safetensors(str(tmp_path / "beyond.safetensors"), {"tokens": mx.array([FOLDER_VOCAB])})
     mx.save_safetensors(str(tmp_path / "floats.safetensors"), {"tokens": mx.array([1.0])})
@@ -610,7 +611,7 @@ def test_from_the_command_line(target: Path, tmp_path: Path) -> None:
 @pytest.mark.embedded
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_embedded_model_trimmed_drafts_for_itself(tmp_path: Path, temperature: float) -> None:
-    """4,096 tokens by the default corpus; of these, the draft is right nearly always."""
+    """4,096 tokens by the tokenizer's order; of these, the draft is right nearly always."""
     target = resolve_target(DEFAULT_PRESET)
     tokenizer = load_model_folder(target, lazy=True).tokenizer
     folder = trimmed_draft(target, usual_tokens(tokenizer, 4096))

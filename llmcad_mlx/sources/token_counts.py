@@ -1,13 +1,12 @@
 """How often each token occurs in a corpus, and which are worth a row in a draft's head.
 
 A corpus is text files, read as UTF-8, and token shards: safetensors files with `tokens` (N,) of integers, as
-`convert/distill_draft.py` writes them. Without one, the language reference that comes with every Python is
-counted: English prose and code, and there without a network. A corpus of the target's own text is better.
+`convert/distill_draft.py` writes them. Without one the tokenizer's own order decides: tokenizers number tokens by
+how frequent they were in what they were trained on. A corpus of the target's own text is better.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,23 +35,16 @@ def usual_tokens(
 ) -> TokenList:
     """The `num_tokens` tokens of mlx-lm's `tokenizer` that are worth a row, ascending; special ones among them.
 
-    corpus: files and folders; empty: Python's language reference. Raises UsageError and ModelError as
-    `corpus_files`, `count_tokens` and `most_frequent` do.
+    corpus: files and folders; empty: the lowest ids. Raises UsageError and ModelError as `corpus_files`,
+    `count_tokens` and `most_frequent` do.
     """
     vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
     special = special_tokens(tokenizer)
-    most_frequent(np.zeros(vocab_size, np.int64), num_tokens, special)  # refuses before anything is counted
-    if corpus:
-        counts = count_tokens(corpus_files(corpus), tokenizer, vocab_size, progress)
-    else:
-        counts = count_texts(python_texts(), tokenizer, vocab_size)
+    lowest = most_frequent(np.zeros(vocab_size, np.int64), num_tokens, special)
+    if not corpus:
+        return lowest
+    counts = count_tokens(corpus_files(corpus), tokenizer, vocab_size, progress)
     return most_frequent(counts, num_tokens, special)
-
-
-def python_texts() -> list[str]:
-    """The language reference, as `help()` shows it."""
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return list(topics.values())
 
 
 def corpus_files(paths: Sequence[Path]) -> list[Path]:
@@ -90,15 +82,6 @@ def count_tokens(
                     raise UsageError(f"--corpus: {file}: token {beyond[0]} is not one of {vocab_size}")
                 counts += np.bincount(tokens, minlength=vocab_size)
             advance(file.stat().st_size)
-    return counts
-
-
-def count_texts(texts: Iterable[str], tokenizer: Any, vocab_size: int) -> Counts:
-    """The same for texts in memory."""
-    counts = np.zeros(vocab_size, np.int64)
-    for text in texts:
-        for piece in _pieces(text):
-            counts += np.bincount(_encode(piece, tokenizer), minlength=vocab_size)
     return counts
 
 
@@ -156,4 +139,5 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _encode(text: str, tokenizer: Any) -> npt.NDArray[np.int64]:
-    return np.array(tokenizer.encode(text, add_special_tokens=False), np.int64)
+    # verbose: it would warn about texts longer than the model's context.
+    return np.array(tokenizer.encode(text, add_special_tokens=False, verbose=False), np.int64)

@@ -37,6 +37,7 @@ def main(url: str, file: str, scheme: Any = "light", screen: str = "desktop", qu
                 if accepted > most:
                     best, most = index, accepted
             page.get_by_label("Round", exact=True).fill(str(best + 1))
+            page.get_by_label("Message").focus()
         page.screenshot(path=file)
         browser.close()
 

@@ -177,8 +177,11 @@ def test_figures_are_live_and_end_with_the_servers(page: Page, server: ScriptedS
 
 def test_without_a_budget_only_the_memory_is_shown(page: Page, server: ScriptedServer) -> None:
     lone = tree_round(0, [node("a", -1, "root")], "b", budget_bytes=None)
-    server.scripts = [[chunk([("b", False)], lone), DONE]]
+    usage = {"completion_tokens": 1, "speculation": {"tested": 0, "acceptance_rate": 0.0, "budget_bytes": None}}
+    server.scripts = [[chunk([("b", False)], lone), event({"choices": [], "usage": usage}), DONE]]
     say(page)
+    finished(page)
+    expect(page.locator(".state")).not_to_contain_text("accepted")
     expect(page.locator("dd", has=page.locator("#memory"))).to_have_text("312 MB")
     expect(page.locator("#budget")).to_be_hidden()
     expect(page.locator("#acceptance")).to_have_text("–")
@@ -741,6 +744,17 @@ def test_following_stops_when_the_reader_scrolls_up(page: Page, server: Scripted
     assert page.evaluate("document.getElementById('log').scrollTop") == 0
 
 
+LISTEN = """() => {
+    const real = window.fetch;
+    window.fetch = async (...request) => {
+        const response = await real(...request);
+        const [mine, theirs] = response.body.tee();
+        window.heard = new Response(mine).text();
+        return new Response(theirs, response);
+    };
+}"""
+
+
 def test_with_the_real_server(visitor: Visitor, tmp_path: Path) -> None:
     """Key, settings, text and every round's tree, from a model: the page shows just what the stream says."""
     target, draft = make_folder(tmp_path / "target"), make_folder(tmp_path / "draft", noise=0.02)
@@ -754,12 +768,11 @@ def test_with_the_real_server(visitor: Visitor, tmp_path: Path) -> None:
         page.get_by_label("Max tokens").fill("40")
         page.get_by_label("Policy").select_option("paper")
         page.get_by_role("button", name="Save").click()
-        with page.expect_response("**/v1/chat/completions") as response:
-            say(page, "the cat in the hat")
+        page.evaluate(LISTEN)
+        say(page, "the cat in the hat")
         finished(page)
-        chunks = [
-            json.loads(line[6:]) for line in response.value.text().splitlines() if line.startswith("data: {")
-        ]
+        heard = page.evaluate("window.heard").splitlines()
+        chunks = [json.loads(line[6:]) for line in heard if line.startswith("data: {")]
         said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
         plain = set("*_`~#>\\+-.)0123456789")  # what Markdown may take for its own
         shown = page.locator(".answer .text").text_content() or ""

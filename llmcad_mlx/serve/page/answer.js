@@ -30,6 +30,7 @@ export class Answer {
     if (chunk.usage) {
       this.numTokens = chunk.usage.completion_tokens ?? this.numTokens;
       this.figures = { ...this.figures, ...chunk.usage.speculation };
+      if (this.figures.tested === 0) delete this.figures.acceptance_rate; // 0 of 0 is no share
     }
   }
 

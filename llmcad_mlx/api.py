@@ -15,6 +15,7 @@ from mlx_lm.generate import GenerationResponse
 from llmcad_mlx.conversations.file import SavedConversation, save_conversation
 from llmcad_mlx.conversations.restore import restore_caches
 from llmcad_mlx.conversations.snapshot import Snapshot, put_snapshot, take_snapshot
+from llmcad_mlx.drafting.own_drafter import OwnDrafter, Propose
 from llmcad_mlx.engine import Round, SpeculativeEngine
 from llmcad_mlx.errors import ContextLengthError, UsageError
 from llmcad_mlx.loader import LoadedPair, MemoryOptions, load_pair
@@ -28,6 +29,7 @@ from llmcad_mlx.stats import GenerationStats
 from llmcad_mlx.text_stream import Piece, TextStream
 from llmcad_mlx.tree.fixed import ChainPolicy
 from llmcad_mlx.tree.policy import GrowthPolicy
+from llmcad_mlx.tree.token_tree import COMMITTED, MODEL
 
 Progress = Callable[[int, int], None]
 
@@ -86,9 +88,9 @@ def load(
     target: a local mlx-lm folder, a hub repository ("org/name") or a preset; None is the embedded default.
     draft: the same kinds for a draft model (which the n-gram drafter then assists), the file of an n-gram table,
     "self:4" (or 3, 2) for the target itself in so many bits, "4bit:DRAFT" (or 2, 3, 8) for another draft in so
-    many, "trimmed:8192:DRAFT" for one that proposes only so many usual tokens, "ngram" for prompt lookup alone, None
-    or "none" for plain decoding, "auto" for what `llmcad-mlx tune` has chosen, else what the target's preset names,
-    else "ngram".
+    many, "trimmed:8192:DRAFT" for one that proposes only so many usual tokens, "ngram" for prompt lookup alone,
+    None or "none" for plain decoding, "auto" for what `llmcad-mlx tune` has chosen, else what the target's
+    preset names, else "ngram".
     memory: what the whole process may use, in bytes or as text ("6GB"); target weights that do not fit are read
     from the disk on every pass. None: everything in memory if it fits into 70 % of physical memory, else that
     budget. pinned: how much of the target stays in memory ("auto": as much as fits). context: tokens to make room
@@ -258,6 +260,33 @@ class Engine:
                 f"{checked.speculation.tree_nodes}; give more memory or fewer nodes"
             )
         return checked
+
+    def add_drafter(self, name: str, propose: Propose) -> None:
+        """Let a function of yours draft too, from the next generation on. No text changes by it: the target
+        verifies its tokens as it verifies all others.
+
+        name: what the nodes' `source` says; how far it can be believed is learned, and kept, under this name.
+        propose: gets a list of all tokens so far, prompt included, and gives pairs of a next token's id and how
+        sure that is, from 0 to 1; none where it has no idea. It is asked for many branches of each round's tree,
+        so it should take microseconds; what it takes is counted as drafting.
+
+        The policies "paper" and "chain", which listen to one drafter, listen to it where there is neither a draft
+        model nor a table. Raises UsageError for a name that is taken and a target that verifies no drafts; a
+        generation raises it for what is no proposal.
+        """
+        self._open_engine()
+        drafters = self.pair.drafters
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"name: {name!r} is no name for a drafter; give one like 'phrases'")
+        if name in {COMMITTED, MODEL, *(drafter.source for drafter in drafters)}:
+            raise UsageError(f"name: {name!r} is taken; give the drafter another name")
+        if not callable(propose):
+            raise UsageError(f"propose: {propose!r} cannot be called; give a function of a list of tokens")
+        if self.pair.target.capability == "plain":
+            raise UsageError("propose: this target verifies no drafts; `llmcad-mlx doctor` says why")
+        first_model = next((i for i, d in enumerate(drafters) if d.source == MODEL), len(drafters))
+        drafters.insert(first_model, OwnDrafter(name, propose, self.pair.vocab_size))
+        self._policies.clear()  # they were made for the drafters of before
 
     def snapshot(self) -> Snapshot | None:
         """A copy of the conversation's caches, to go on from there later; None where nothing was read yet, or the

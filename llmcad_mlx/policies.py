@@ -28,19 +28,26 @@ def make_policy(
     """The policy that `settings` name.
 
     "throughput" learns into `profile`, and sends the target at most `max_nodes` nodes where `settings` leave it
-    the choice; "paper" and "chain" listen to one drafter: the model where there is one, else the table.
+    the choice; "paper" and "chain" listen to one drafter: the model where there is one, else the table, else the
+    last of `drafters`.
     """
     nodes, pipelined = settings.tree_nodes, settings.pipeline
+    found = [drafter.source for drafter in drafters]
     if settings.policy == "throughput":
         if not settings.fallback:
             nodes = nodes or FIXED_THROUGHPUT_NODES
         return ThroughputPolicy(
-            profile.costs, profile.calibration, nodes, max_nodes, branching=settings.tree, pipelined=pipelined
+            profile.costs,
+            profile.calibration,
+            nodes,
+            max_nodes,
+            branching=settings.tree,
+            pipelined=pipelined,
+            lookups=set(found) - {MODEL},
         )
     if settings.policy == "plain":
         return ChainPolicy(0, pipelined=pipelined)
-    found = {drafter.source for drafter in drafters}
-    source = next((source for source in (MODEL, TABLE) if source in found), NGRAM)
+    source = next((source for source in (MODEL, TABLE) if source in found), found[-1] if found else NGRAM)
     if settings.policy == "paper":
         return PaperPolicy(
             nodes or (DEFAULT_MAX_NODES if settings.fallback else FIXED_PAPER_NODES),

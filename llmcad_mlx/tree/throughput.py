@@ -8,7 +8,7 @@ nodes (SpecExec, OPT-Tree and DySpec reach the same rule).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from llmcad_mlx.tree.calibration import Calibration
 from llmcad_mlx.tree.cost_model import CostModel
@@ -53,6 +53,7 @@ class ThroughputPolicy:
     grown to exactly the best that many nodes, whatever the costs say. `max_nodes` bounds a pass otherwise,
     `max_provisional` (4 times as much, at least 64) the nodes each drafter has expanded in a tree that grows while
     the target waits for its weights.
+    `lookups`: the sources that cost next to nothing; the model is the one that is priced.
     Without `branching`, for the ablation, only the best candidate of a leaf is kept and one branch is submitted.
     """
 
@@ -67,6 +68,7 @@ class ThroughputPolicy:
         max_provisional: int | None = None,
         branching: bool = True,
         pipelined: bool = True,
+        lookups: Collection[str] = (NGRAM, TABLE),
     ) -> None:
         for name, value in (
             ("tree_nodes", 1 if tree_nodes is None else tree_nodes),
@@ -83,6 +85,7 @@ class ThroughputPolicy:
         self.max_width = max_width if branching else 1
         self.max_provisional = max_provisional or provisional_nodes(self.max_nodes)
         self.pipelined = pipelined
+        self._lookups = frozenset(lookups)
         self._kept_children = _KEPT_CHILDREN if branching else 1
         self._branching = branching
         self._expanded: dict[str, set[int]] = {}
@@ -101,7 +104,7 @@ class ThroughputPolicy:
     def sources(self) -> frozenset[str]:
         """All drafters; those that only look up while drafting with the model does not pay."""
         drafting = self._drafting or self.tree_nodes is not None
-        return frozenset({MODEL, NGRAM, TABLE} if drafting else {NGRAM, TABLE})
+        return self._lookups | {MODEL} if drafting else self._lookups
 
     # -- growth ------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The command line: text, figures, JSON, help, and what Ctrl-C and a closed pipe do."""
+"""The command line: text, figures, JSON, and what Ctrl-C and a closed pipe do."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
-from llmcad_mlx import Engine, __version__, load
+from llmcad_mlx import Engine, load
 from llmcad_mlx.cli.figures import prompt_progress
-from llmcad_mlx.cli.main import app, run
+from llmcad_mlx.cli.main import run
 from tests.tiny_folder import EOS, make_folder, tiny_environment
 
-COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 CONTRACT = {
     "text", "tokens", "finish_reason", "prompt_tokens", "generated_tokens", "seed", "policy", "device", "emulated",
     "target_passes", "drafted", "tested", "accepted", "tokens_per_pass", "acceptance_rate",
@@ -87,43 +85,6 @@ def output(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
         return capfd.readouterr()
 
     return call
-
-
-# --- Help ---------------------------------------------------------------------------------------------------
-
-
-def test_the_commands_are_there() -> None:
-    assert set(COMMANDS) >= {"generate", "bench", "pull", "convert", "doctor"}
-
-
-@pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)], ids=lambda w: " ".join(w) or "root")
-def test_every_help_works(output: Callable[..., tuple[str, str]], words: list[str]) -> None:
-    out, err = output(*words, "--help")
-    assert " ".join(["Usage: llmcad-mlx", *words]) in out
-    assert err == ""
-
-
-def test_a_percent_sign_in_help_is_one(output: Callable[..., tuple[str, str]]) -> None:
-    assert " 90%" in output("generate", "--help")[0]
-
-
-def test_no_command_shows_the_help(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run([]) == 2
-    assert "Commands" in capfd.readouterr().out
-
-
-def test_version(output: Callable[..., tuple[str, str]]) -> None:
-    assert output("--version") == (f"llmcad-mlx {__version__}\n", "")
-
-
-def test_shell_completion_answers() -> None:
-    environment = {
-        **os.environ, "_LLMCAD_MLX_COMPLETE": "complete_bash", "COMP_WORDS": "llmcad-mlx gen", "COMP_CWORD": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stdout.split()) == (0, ["generate"])
 
 
 # --- Text and figures ---------------------------------------------------------------------------------------

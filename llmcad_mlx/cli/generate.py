@@ -60,7 +60,7 @@ def generate(
         float, typer.Option("--frequency-penalty", help="The same, for each time a token occurred.")
     ] = 0.0,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="End before this text; may be given again.")
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be given again.")
     ] = None,
     json_output: options.Json = False,
 ) -> None:

@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 
 import typer
+from typer.completion import get_completion_inspect_parameters
 from typer.main import get_command
 
 from llmcad_mlx.cli.bench import bench
 from llmcad_mlx.cli.chat import chat
+from llmcad_mlx.cli.completion import InstallCompletion, ShowCompletion, with_shell
 from llmcad_mlx.cli.convert import convert
 from llmcad_mlx.cli.doctor import doctor
 from llmcad_mlx.cli.generate import generate
@@ -29,9 +32,22 @@ app = typer.Typer(
     name=NAME,
     help="Run a language model faster with a draft, without changing a token of its output.",
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut off long names on narrow terminals
+    add_completion=False,  # its options take no shell's name
 )
-for command in (chat, generate, serve, plan, tune, bench, pull, convert, doctor):
-    app.command()(command)
+COMMANDS: dict[Callable[..., None], str] = {
+    chat: "Talk with a model.",
+    generate: "Answer one prompt.",
+    serve: "Serve OpenAI's HTTP API and a chat page.",
+    plan: "Show what a memory budget is spent on.",
+    tune: "Measure drafts and remember the best.",
+    bench: "Compare ways of decoding.",
+    pull: "Fetch a model and make it ready.",
+    convert: "Make a bundle that streams well.",
+    doctor: "Check this machine or a model.",
+}
+for command, in_short in COMMANDS.items():
+    app.command(short_help=in_short)(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -48,6 +64,8 @@ def _root(
     version: bool = typer.Option(
         False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
     ),
+    install_completion: InstallCompletion = None,
+    show_completion: ShowCompletion = None,
 ) -> None: ...
 
 
@@ -81,10 +99,11 @@ def _invoke(arguments: list[str]) -> int:
     """Not Typer's own `main`: it has its own mind about Ctrl-C and broken pipes."""
     root = get_command(app)
     if "_LLMCAD_MLX_COMPLETE" in os.environ:
+        get_completion_inspect_parameters()  # by which Typer gets to know the shells
         root.main(prog_name=NAME)  # answers the shell's question and exits
     try:
         # A copy of the arguments: Typer uses its list up.
-        with root.make_context(NAME, [*arguments] or ["--help"]) as context:
+        with root.make_context(NAME, with_shell(arguments) or ["--help"]) as context:
             root.invoke(context)
     except typer.Exit as done:
         return done.exit_code if arguments else USAGE

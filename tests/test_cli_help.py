@@ -1,0 +1,220 @@
+"""What the command line says about itself: every `--help` at every width, the version, and shell completion."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+from typer.main import get_command
+
+from llmcad_mlx import __version__
+from llmcad_mlx.cli.main import app, run
+
+ROOT: Any = get_command(app)
+COMMANDS = sorted(ROOT.commands)
+PAGES = [[], *([command] for command in COMMANDS)]
+WIDTHS = (60, 80, 120)
+ENTRY = "from llmcad_mlx.cli.main import main; main()"
+BETWEEN = "=====\n"
+# All pages at all widths in one process: each start takes a second.
+ALL_PAGES = f"""
+import os
+from llmcad_mlx.cli.main import run
+for width in {WIDTHS}:
+    os.environ["COLUMNS"] = str(width)
+    for words in {PAGES}:
+        assert run([*words, "--help"]) == 0
+        print({BETWEEN!r}, end="", flush=True)
+"""
+
+
+@pytest.fixture
+def output(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Run a command that succeeds; its stdout and stderr."""
+
+    def call(*argv: str) -> tuple[str, str]:
+        capfd.readouterr()
+        assert run(list(argv)) == 0
+        return capfd.readouterr()
+
+    return call
+
+
+@cache
+def pages(on_terminal: bool) -> list[str]:
+    """Every help text, in the order of `ALL_PAGES`."""
+    reading, writing = pty.openpty() if on_terminal else os.pipe()
+    child = subprocess.Popen([sys.executable, "-c", ALL_PAGES], stdout=writing, stderr=writing)
+    os.close(writing)
+    read = b""
+    try:
+        while more := os.read(reading, 65536):
+            read += more
+    except OSError:  # how Linux says that the terminal's other end is closed
+        pass
+    os.close(reading)
+    assert child.wait(timeout=60) == 0, read.decode()
+    return read.decode().replace("\r\n", "\n").split(BETWEEN)[:-1]
+
+
+def page_of(words: list[str], width: int, on_terminal: bool) -> str:
+    return pages(on_terminal)[WIDTHS.index(width) * len(PAGES) + PAGES.index(words)]
+
+
+def test_the_commands_are_there() -> None:
+    assert set(COMMANDS) == {"bench", "chat", "convert", "doctor", "generate", "plan", "pull", "serve", "tune"}
+
+
+@pytest.mark.parametrize("on_terminal", [False, True], ids=["piped", "terminal"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("words", PAGES, ids=lambda words: " ".join(words) or "root")
+def test_every_help_is_whole_and_fits(words: list[str], width: int, on_terminal: bool) -> None:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", page_of(words, width, on_terminal))
+    assert text.startswith(" ".join(["Usage: llmcad-mlx", *words]))
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text  # nothing is cut off
+    assert "..." not in text.replace("[ARGS]...", "")
+    command = ROOT.commands[words[0]] if words else ROOT
+    said = re.sub(r"\s+", "", text)  # lines are also broken at hyphens
+    for parameter in command.params:
+        names = [*parameter.opts, *parameter.secondary_opts] if parameter.param_type_name == "option" else []
+        for name in names:
+            assert re.search(rf"(?<![\w-]){name}(?![\w-])", text), f"{name} is broken or missing"
+        assert parameter.help, f"{parameter.name} has no help"
+        assert re.sub(r"\s+", "", parameter.help) in said, f"{parameter.name}'s help is not whole"
+    for name in () if words else COMMANDS:
+        assert re.search(rf"^  {name} +\w.*\.$", text, re.MULTILINE), f"{name} is not explained in one line"
+
+
+def test_a_pipe_gets_no_colours_and_a_terminal_the_same_text() -> None:
+    for piped, shown in zip(pages(False), pages(True), strict=True):
+        assert "\x1b" not in piped
+        assert re.sub(r"\x1b\[[0-9;]*m", "", shown) == piped
+
+
+def test_a_percent_sign_in_help_is_one(output: Callable[..., tuple[str, str]]) -> None:
+    assert " 90%" in re.sub(r"\s+", " ", output("generate", "--help")[0])
+
+
+def test_no_command_shows_the_help(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    assert "Commands" in capfd.readouterr().out
+
+
+def test_version(output: Callable[..., tuple[str, str]]) -> None:
+    assert output("--version") == (f"llmcad-mlx {__version__}\n", "")
+
+
+# --- Completion ---------------------------------------------------------------------------------------------
+
+
+def ask(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, with a home of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", ENTRY, *words],
+        env={**os.environ, "HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"), [("llmcad-mlx gen", "generate"), ("llmcad-mlx generate --tem", "--temp")]
+)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shells_question_is_answered(tmp_path: Path, shell: str, line: str, expected: str) -> None:
+    asked = {
+        "_LLMCAD_MLX_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - 1),
+        "_TYPER_COMPLETE_ARGS": line,
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    done = ask(tmp_path, **asked)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert expected in re.split(r"[\s\"(]+", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("shell", "file"),
+    [
+        ("bash", ".bash_completions/llmcad-mlx.sh"),
+        ("zsh", ".zfunc/_llmcad-mlx"),
+        ("fish", ".config/fish/completions/llmcad-mlx.fish"),
+    ],
+)
+def test_what_is_installed_is_what_is_shown(tmp_path: Path, shell: str, file: str) -> None:
+    shown = ask(tmp_path, "--show-completion", shell)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"_LLMCAD_MLX_COMPLETE=complete_{shell}" in shown.stdout
+    installed = ask(tmp_path, "--install-completion", shell)
+    assert (installed.returncode, installed.stderr) == (0, "")
+    assert file in installed.stdout.replace("\n", "")
+    assert (tmp_path / file).read_text().strip() == shown.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_tab_completes_in_bash(tmp_path: Path) -> None:
+    """Installed, and typed into a shell of its own."""
+    assert ask(tmp_path, "--install-completion", "bash").returncode == 0
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "llmcad-mlx").write_text(f"#!/bin/sh\nexec {sys.executable} -c '{ENTRY}' \"$@\"\n")
+    (programs / "llmcad-mlx").chmod(0o755)
+    environment: Any = {
+        **os.environ, "HOME": str(tmp_path), "PATH": f"{programs}:{os.environ['PATH']}", "TERM": "dumb",
+    }  # fmt: skip
+    shell = pexpect.spawn(
+        "bash", ["--rcfile", str(tmp_path / ".bashrc"), "-i"], env=environment, timeout=60, encoding="utf-8"
+    )
+    try:
+        shell.send("llmcad-mlx gener\t")
+        shell.expect_exact("llmcad-mlx generate ")
+        shell.send("--read-b\t")
+        shell.expect_exact("--read-bandwidth ")
+    finally:
+        shell.close(force=True)
+
+
+def test_the_shell_in_use_is_meant_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import shellingham
+
+    monkeypatch.setattr(shellingham, "detect_shell", lambda: ("fish", "/usr/bin/fish"))
+    with pytest.raises(SystemExit) as ended:
+        run(["--show-completion"])
+    assert ended.value.code == 0
+    assert "complete_fish" in capfd.readouterr().out
+
+
+def test_a_shell_without_completion_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import shellingham
+
+    assert run(["--show-completion", "tcsh"]) == 2
+    assert "'tcsh' is not one of 'bash', 'zsh', 'fish'" in capfd.readouterr().err
+    monkeypatch.setattr(shellingham, "detect_shell", lambda: ("tcsh", "/bin/tcsh"))
+    assert run(["--install-completion"]) == 2
+    told = "tcsh is not one of bash, zsh, fish; name one, like --install-completion bash"
+    assert capfd.readouterr().err == f"error: --install-completion: {told}\n"
+
+    def unknown() -> None:
+        raise shellingham.ShellDetectionFailure
+
+    monkeypatch.setattr(shellingham, "detect_shell", unknown)
+    assert run(["--show-completion"]) == 2
+    assert "the shell in use is not one of" in capfd.readouterr().err

@@ -47,7 +47,7 @@ draft = { repo = "org/small", revision = "v2" }
 def test_packaged_presets_are_whole() -> None:
     presets = {preset.name: preset for preset in list_presets()}
     assert set(presets) == {"smollm2-135m", "qwen2.5-coder-1.5b", "qwen3-8b", "qwen3-14b", "qwen3-32b"}
-    assert presets["smollm2-135m"].draft is None
+    assert presets["smollm2-135m"].draft == PackagedSource("smollm2-135m-draft")
     pair = presets["qwen2.5-coder-1.5b"]
     assert isinstance(pair.target, FileSource)
     assert isinstance(pair.draft, FileSource)
@@ -90,11 +90,11 @@ def test_parse_whole_repositories() -> None:
 
 
 def test_a_draft_that_comes_with_the_package() -> None:
-    preset = parse_presets(GOOD.replace('"ngram"', '{ packaged = "small.ngrams.safetensors" }'))["small"]
-    assert preset.draft == PackagedSource("small.ngrams.safetensors")
+    preset = parse_presets(GOOD.replace('"ngram"', '{ packaged = "small-draft" }'))["small"]
+    assert preset.draft == PackagedSource("small-draft")
     assert preset.draft.path.parent.name == "data"
-    with pytest.raises(PresetError, match=re.escape("small.draft.packaged is '../small.ngrams.safetensors'")):
-        parse_presets(GOOD.replace('"ngram"', '{ packaged = "../small.ngrams.safetensors" }'))
+    with pytest.raises(PresetError, match=re.escape("small.draft.packaged is '../small-draft'")):
+        parse_presets(GOOD.replace('"ngram"', '{ packaged = "../small-draft" }'))
 
 
 @pytest.mark.parametrize(

@@ -570,11 +570,11 @@ def test_resolve(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     resolve.resolve_target("smollm2-135m")
     resolve.resolve_draft("smollm2-135m")
     resolve.resolve_draft("qwen2.5-coder-1.5b")
-    assert parts == [("smollm2-135m", "target"), ("smollm2-135m", "target"), ("qwen2.5-coder-1.5b", "draft")]
+    assert parts == [("smollm2-135m", "target"), ("smollm2-135m", "draft"), ("qwen2.5-coder-1.5b", "draft")]
 
 
 def test_default_drafts() -> None:
-    assert resolve.preset_draft("smollm2-135m") == "ngram"
+    assert resolve.preset_draft("smollm2-135m") == "smollm2-135m"
     assert resolve.preset_draft("qwen2.5-coder-1.5b") == "qwen2.5-coder-1.5b"
     assert resolve.preset_draft("org/anything") == "ngram"
 

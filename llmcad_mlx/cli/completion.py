@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,10 +23,28 @@ class Shell(StrEnum):
     fish = "fish"
 
 
+# zsh runs the file when Tab is pressed for the first time, and takes what it defines for the second time only.
+_FIRST_TAB = """
+if [ "$funcstack[1]" = "_llmcad-mlx" ]; then
+  _llmcad_mlx_completion "$@"
+fi
+"""
+
+
+def _install(context: typer.Context, parameter: typer.CallbackParam, shell: Shell | None) -> None:
+    try:
+        install_callback(context, parameter, shell)  # ends the program when it has installed something
+    except SystemExit as done:
+        if shell is Shell.zsh and done.code == 0:
+            with (Path.home() / ".zfunc" / "_llmcad-mlx").open("a", encoding="utf-8") as file:
+                file.write(_FIRST_TAB)
+        raise
+
+
 InstallCompletion = Annotated[
     Shell | None,
     typer.Option(
-        INSTALL, metavar="[SHELL]", callback=install_callback, is_eager=True, expose_value=False,
+        INSTALL, metavar="[SHELL]", callback=_install, is_eager=True, expose_value=False,
         help="Complete commands and options with Tab from now on, in this shell or in bash, zsh or fish.",
     ),
 ]  # fmt: skip

@@ -27,14 +27,14 @@ test-large: $(READY)
 	$(BIN)/python -m pytest -m large -s
 
 check: $(READY)
-	$(BIN)/ruff format --check llmcad_mlx tests examples convert
-	$(BIN)/ruff check llmcad_mlx tests examples convert
+	$(BIN)/ruff format --check llmcad_mlx tests examples convert docs
+	$(BIN)/ruff check llmcad_mlx tests examples convert docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not large"
 
 format: $(READY)
-	$(BIN)/ruff check --fix llmcad_mlx tests examples convert
-	$(BIN)/ruff format llmcad_mlx tests examples convert
+	$(BIN)/ruff check --fix llmcad_mlx tests examples convert docs
+	$(BIN)/ruff format llmcad_mlx tests examples convert docs
 
 bench: $(READY)
 	$(BIN)/llmcad-mlx bench --out bench-out

@@ -34,8 +34,10 @@ _SURE = 2  # observations that make a step time believable
 _HIT_DECAY = 0.95
 _LIKELY = 0.5  # probability of a node that is worth a look although its price seems too high
 _LEAST_GAIN = 0.05  # tokens a tree must promise beyond plain decoding, or measured costs' noise decides
+_LEAST_NET = 0.05  # the same after the price of its rows: the best of many guesses promises more than it keeps
 _PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
 _YIELD_DECAY = 0.9
+_TINY = 0.01  # probability of a node that is not worth a row, whatever that costs
 _AHEAD = 4  # draft steps that are looked ahead when one is priced
 _EXPLORE = 2  # times the largest measured row count that a step may have
 _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, for expanding it in free time
@@ -99,6 +101,7 @@ class ThroughputPolicy:
         self._since_plain = 0  # rounds since the target's pass had a single row
         self._yield = 1.0  # tokens a round has given lately
         self._measuring_plain = False
+        self._rate = 0.0  # `costs.rate` when the round began: asked for dozens of times in each
 
     @property
     def sources(self) -> frozenset[str]:
@@ -112,6 +115,7 @@ class ThroughputPolicy:
         expanded = self._expanded if survivors is not None else {}
         self._expanded = {source: _renamed(nodes, survivors) for source, nodes in expanded.items()}
         self._tree = tree
+        self._rate = self.costs.rate
         self._model_used = MODEL in tree.sources
         # What a plain pass takes decides about every tree, so it is measured again from time to time. That
         # round gives up `_yield` - 1 tokens: the more, the rarer.
@@ -152,7 +156,7 @@ class ThroughputPolicy:
 
     def _free(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """For a drafter that costs nothing: nodes likely enough to be worth a row of the target pass."""
-        rows = self._worthwhile(sorted(tree.cumulative, reverse=True))
+        rows, _ = self._worthwhile(sorted(tree.cumulative, reverse=True))
         floor = max(self._price(rows, 1), 0.02)
         leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
@@ -167,14 +171,14 @@ class ThroughputPolicy:
         if not self.costs.draft:
             return []
         leaves = self._with_room(tree, leaves[: _EXPLORE * self.costs.draft.most_rows], self._most_nodes())
-        rate, rows = self.costs.rate, self._worthwhile(sorted(tree.cumulative, reverse=True))
+        rate, (rows, _) = self._rate, self._worthwhile(sorted(tree.cumulative, reverse=True))
         best, best_value, gain = 0, 0.0, 0.0
+        later = self._later(tree.cumulative[leaves[0]], rows + 1) if leaves else 0.0
         for width, leaf in enumerate(leaves, 1):
             covered = sum(tree.confidences[child] for child in tree.children(leaf))  # by another drafter
             gain += tree.cumulative[leaf] * self._gain * max(1.0 - covered, 0.0)
             price = rate * max(self.costs.draft.predict(width) - free_seconds, 0.0)
-            value = gain - price - self._price(rows, width)
-            value += self._later(tree.cumulative[leaves[0]], rows + width)
+            value = gain + later - price - self._price(rows, width)
             if value > best_value:
                 best, best_value = width, value
         return leaves[:best]
@@ -185,7 +189,7 @@ class ThroughputPolicy:
         A step that does not pay by itself may be the way to some that do: a pass of three rows is often hardly
         dearer than one of two.
         """
-        step = self.costs.rate * self.costs.draft.predict(1)
+        step = self._rate * self.costs.draft.predict(1)
         best = total = 0.0
         for depth in range(_AHEAD):
             probability *= self._gain
@@ -213,7 +217,7 @@ class ThroughputPolicy:
     def _price(self, rows: int, more: int) -> float:
         """Tokens that `more` rows in the target pass cost beyond `rows`."""
         verify, most = self.costs.verify, self.max_nodes
-        return self.costs.rate * (verify.predict(min(rows + more, most + 1)) - verify.predict(min(rows, most)))
+        return self._rate * (verify.predict(min(rows + more, most + 1)) - verify.predict(min(rows, most)))
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         probability, source = self.calibration.probability, candidates.source
@@ -257,9 +261,11 @@ class ThroughputPolicy:
         if self.tree_nodes is not None:
             return self.tree_nodes
         ranked, verify = ranked[: self._most_nodes()], self.costs.verify
-        best = self._worthwhile(ranked)
+        best, net = self._worthwhile(ranked)
         if self._measuring_plain:
             return 1
+        if net < _LEAST_NET:
+            best = 1
         if best == 1 and self._look_at_two(ranked):
             return 2
         if sum(ranked[:best]) - 1.0 < _LEAST_GAIN:
@@ -269,16 +275,19 @@ class ThroughputPolicy:
             best += 1
         return best
 
-    def _worthwhile(self, ranked: Sequence[float]) -> int:
-        """How many of the nodes gain most tokens over the price of their rows."""
-        rate, verify = self.costs.rate, self.costs.verify
-        best, best_value, gain = 1, -float("inf"), 0.0
+    def _worthwhile(self, ranked: Sequence[float]) -> tuple[int, float]:
+        """How many of the nodes gain most tokens over the price of their rows, and how much more than the root."""
+        verify, hidden = self.costs.verify, self.costs.verify.hidden_rows
+        best, best_value, alone, gain = 1, -float("inf"), 0.0, 0.0
         for nodes, probability in enumerate(ranked[: self._most_nodes()], 1):
+            if probability < _TINY and nodes > hidden:
+                break
             gain += probability
-            value = gain - rate * verify.predict(nodes)
+            value = gain - self._rate * verify.predict(nodes)
+            alone = value if nodes == 1 else alone
             if value > best_value + 1e-9:
                 best, best_value = nodes, value
-        return best
+        return best, best_value - alone
 
     def _look_at_two(self, ranked: Sequence[float]) -> bool:
         """Whether to submit a likely node that seems too dear: its price was measured too rarely or long ago."""

@@ -102,7 +102,7 @@ def test_trained_stopped_and_exported(target: LoadedModel, corpus: Path, tmp_pat
     found.restore(student)
     assert not np.allclose(student.lens, mx.eye(64))
     draft = tmp_path / "draft"
-    export_student(target, student, SETTINGS, found.tokens, draft, quantise=False, share_embedding=share)
+    export_student(target, student, SETTINGS, found.tokens, draft, bits=None, share_embedding=share)
     loaded = load_model_folder(draft, like=target)
     ids = [4, 9, 17, 20, 33]
     hidden, _ = FrozenTarget(target.model, 1)(mx.array([ids]))

@@ -25,7 +25,7 @@ final class HTTPExchange: NSObject, URLSessionDataDelegate {
 
     /// Sends `request`. Ending the iteration, or cancelling its task, closes the connection at once.
     ///
-    /// The stream throws ``LLMCadError/connection(_:message:)``.
+    /// The stream throws ``LLMCadError/connection(_:message:)``, or `CancellationError` when it was closed.
     static func start(_ request: URLRequest) -> Parts {
         let (parts, continuation) = Parts.makeStream()
         let configuration = URLSessionConfiguration.ephemeral
@@ -67,7 +67,9 @@ final class HTTPExchange: NSObject, URLSessionDataDelegate {
     }
 
     func urlSession(_ session: URLSession, task: URLSessionTask, didCompleteWithError error: (any Error)?) {
-        continuation.finish(throwing: error.map { LLMCadError(transport: $0) })
+        // Only a reader who has gone cancels the task, and the reader may see this first.
+        let cancelled = (error as? URLError)?.code == .cancelled
+        continuation.finish(throwing: cancelled ? CancellationError() : error.map { LLMCadError(transport: $0) })
         session.finishTasksAndInvalidate()  // A session holds its delegate until then.
     }
 }

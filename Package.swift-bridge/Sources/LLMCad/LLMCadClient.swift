@@ -58,6 +58,8 @@ public struct LLMCadClient: Sendable {
                     let body = ChatRequest(messages: messages, options: options, stream: details)
                     try await receive(try chatRequest(body)) { continuation.yield($0) }
                     continuation.finish()
+                } catch is CancellationError {
+                    continuation.finish()
                 } catch {
                     continuation.finish(throwing: error)
                 }

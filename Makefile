@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Half of the time tests wait for servers, terminals and browsers. A file's tests stay together.
+JOBS ?= -n 2 --dist loadfile
 
 DEMO_PROMPT := "Write this text again, word for word: The tide comes in twice a day. Fishermen know its hours by \
 heart, and their children learn them before they learn to read. When the moon is full, the water climbs up to the \
@@ -21,7 +23,7 @@ demo-pair: $(READY)
 	$(BIN)/llmcad-mlx generate --target qwen2.5-coder-1.5b --memory 1GB --max-tokens 120 $(PAIR_PROMPT)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not large"
+	$(BIN)/python -m pytest $(JOBS) -m "not large"
 
 test-large: $(READY)
 	$(BIN)/python -m pytest -m large -s
@@ -30,7 +32,7 @@ check: $(READY)
 	$(BIN)/ruff format --check llmcad_mlx tests examples convert docs
 	$(BIN)/ruff check llmcad_mlx tests examples convert docs
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not large"
+	$(BIN)/python -m pytest $(JOBS) -m "not large"
 
 format: $(READY)
 	$(BIN)/ruff check --fix llmcad_mlx tests examples convert docs

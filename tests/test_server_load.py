@@ -105,8 +105,9 @@ class Crowd:
             for request in range(number, REQUESTS, CLIENTS):
                 await self._ask(client, request, f"client {number}")
                 self._asked += 1
-                if self._asked in (20, REQUESTS):
-                    self.resident[self._asked] = await _resident(client)
+                asked = self._asked  # others go on while this one asks for the memory
+                if asked in (20, REQUESTS):
+                    self.resident[asked] = await _resident(client)
 
     async def _ask(self, client: httpx.AsyncClient, number: int, user: str) -> None:
         body, dice = {**wanted(number), "user": user}, random.Random(number + 10_000)

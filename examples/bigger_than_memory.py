@@ -1,6 +1,6 @@
 """Bigger than memory: only a part of the target stays in memory, the rest is read from the disk on every pass.
 
-python examples/bigger_than_memory.py 700MB 30MB     the whole process's budget; how much of the target stays
+python examples/bigger_than_memory.py 800MB 30MB     the whole process's budget; how much of the target stays
 
 Leave the second one out, and as much stays as the budget has room for; of the embedded model, which is small, all.
 """
@@ -15,7 +15,7 @@ QUESTION = "Repeat: the quick brown fox jumps over the lazy dog, the quick brown
 
 
 def main() -> None:
-    memory = sys.argv[1] if len(sys.argv) > 1 else "700MB"
+    memory = sys.argv[1] if len(sys.argv) > 1 else "800MB"
     pinned = sys.argv[2] if len(sys.argv) > 2 else "auto" if len(sys.argv) > 1 else "30MB"
     with load(memory=memory, pinned=pinned) as engine:
         plan = engine.pair.plan

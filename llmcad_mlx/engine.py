@@ -171,7 +171,7 @@ class SpeculativeEngine:
         """
         started = self.clock()
         self._carried, self._unfinished = None, True
-        common = _common_prefix(self.tokens, prompt)
+        common = common_prefix(self.tokens, prompt)
         kept = min(common, len(prompt) - 1)
         self.target.truncate(kept)
         kept = self.target.num_cached
@@ -195,7 +195,8 @@ class SpeculativeEngine:
         stats.prompt_s += self.clock() - started
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
     for index, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return index

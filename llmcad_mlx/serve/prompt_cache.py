@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from llmcad_mlx.api import Engine
 from llmcad_mlx.conversations.snapshot import Snapshot, model_drafters
+from llmcad_mlx.engine import common_prefix
 from llmcad_mlx.machine import this_machine
 from llmcad_mlx.models.lazy_cache import LazyKVCache
 from llmcad_mlx.sizes import parse_size
@@ -92,11 +93,3 @@ def _bytes_per_token(engine: Engine) -> int:
     """What a copy of the target's and the draft's caches costs; known beforehand, so that the limit holds."""
     caches = [engine.pair.target.cache, *(drafter.cache for drafter in model_drafters(engine.pair))]
     return sum(cache.slot_nbytes for cache in caches if isinstance(cache, LazyKVCache))
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    for index, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return index
-    return min(len(a), len(b))

@@ -147,3 +147,13 @@ def test_tables_in_a_drafts_folder_draft_beside_its_model(target: LoadedModel, t
             result = engine.generate([4, 5, 6], max_tokens=40, tree_nodes=8)
         assert result.tokens == plain
         assert result.stats.tokens_per_pass > 2
+
+
+def test_a_draft_without_tokenizer_can_be_examined_alone(target: LoadedModel, tmp_path: Path) -> None:
+    settings = TrainingSettings(1, (2,), lens=False)
+    export_student(
+        target, Student(target.model, [2], TOKENS), settings, TOKENS, tmp_path / "own", share_embedding=True
+    )
+    loaded = load_model_folder(tmp_path / "own", alone=True)
+    assert loaded.tokenizer is None
+    assert loaded.drafts_only

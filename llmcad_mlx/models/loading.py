@@ -72,7 +72,7 @@ def load_model_folder(
     tokens = _draft_tokens(folder, config)
     shared = _shared_embedding(folder, config, like, alone)
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
-    if not has_tokenizer and shared is None:
+    if not has_tokenizer and shared is None and not (alone and shares_embedding(config)):
         raise ModelError(f"{folder}: no tokenizer.json or tokenizer.model; download the folder again")
     parts = DraftParts(folder, config, tokens, shared)
     classes = _RecordingClasses(parts)
@@ -88,7 +88,8 @@ def load_model_folder(
     theirs = like is not None and (not has_tokenizer or _same_tokenizer(folder, like.path))
     tokenizer = like.tokenizer if like is not None and theirs else None
     try:
-        tokenizer = tokenizer or load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
+        if has_tokenizer and tokenizer is None:
+            tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from error
     return LoadedModel(model, tokenizer, config, folder, classes.unchanged, token_embedding(model), tokens)

@@ -161,6 +161,16 @@ final class ClientTests: XCTestCase {
         try await eventually("closed") { try openFiles() <= before }
     }
 
+    func testAServerThatIsGoneAnswersNoOne() async throws {
+        // Its thread may only begin when its socket's number already is another server's.
+        for _ in 0..<200 {
+            do { _ = try FakeServer { _ in FakeServer.json(200, #"{"status": "gone"}"#) } }
+            let server = try FakeServer { _ in FakeServer.json(200, #"{"status": "here"}"#) }
+            let health = try await client(server).health()
+            XCTAssertEqual(health.status, "here")
+        }
+    }
+
     func testALongConversation() async throws {
         let server = try FakeServer { _ in FakeServer.json(200, Samples.answer) }
         let text = String(repeating: "long ", count: 400_000)

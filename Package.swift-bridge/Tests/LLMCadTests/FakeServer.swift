@@ -26,6 +26,7 @@ final class FakeServer: Sendable {
 
     let url: URL
     private let descriptor: Int32
+    private let gone = Locked(false)
     private let seen = Locked<[Request]>([])
     private let left = Locked<Int>(0)
 
@@ -38,9 +39,15 @@ final class FakeServer: Sendable {
         let listener = try XCTUnwrap(LoopbackPort.listener(on: port))
         descriptor = listener.descriptor
         url = try XCTUnwrap(URL(string: "http://127.0.0.1:\(listener.port)"))
-        let (descriptor, seen, left) = (descriptor, seen, left)
+        let (descriptor, gone, seen, left) = (descriptor, gone, seen, left)
         Thread {
+            // Only this thread may close the socket: its number is then the next server's.
+            defer { close(descriptor) }
             while true {
+                var waiting = pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0)
+                let ready = poll(&waiting, 1, 50)
+                if gone.withLock({ $0 }) { return }
+                guard ready > 0 else { continue }
                 let client = accept(descriptor, nil, nil)
                 guard client >= 0 else { return }
                 Thread {
@@ -52,8 +59,8 @@ final class FakeServer: Sendable {
     }
 
     deinit {
+        gone.withLock { $0 = true }
         shutdown(descriptor, Int32(SHUT_RDWR))
-        close(descriptor)
     }
 
     /// An answer with a JSON body.

@@ -100,7 +100,8 @@ class SpeculativeEngine:
         return Growth(tree, drafters, self.policy, self.costs, stats, self.clock)
 
     def _active(self) -> list[Drafter]:
-        return [drafter for drafter in self.drafters if drafter.source in self.policy.sources]
+        wanted = self.policy.sources
+        return [drafter for drafter in self.drafters if drafter.source in wanted]
 
     def _submit(self, tree: TokenTree) -> Selection:
         selection = self.policy.submit(tree)

@@ -47,7 +47,10 @@ class Growth:
         """
         for drafter in self.drafters:
             while leaves := self.policy.next_leaves(self.tree, drafter.source, free_seconds()):
+                size = len(self.tree)
                 self._expand(drafter, leaves)
+                if len(self.tree) == size:
+                    break  # it has no idea about the likeliest nodes, and next come those that are less likely
 
     def provisional_step(self, seconds: float) -> bool:
         """One step of drafting beyond what was submitted; False when no node is worth one that takes no longer

@@ -307,7 +307,7 @@ def test_a_given_up_draft_is_left_alone_in_the_background() -> None:
     policy = ThroughputPolicy(CostModel(), Calibration())
     drafter = ModelDrafter(model())
     engine = SpeculativeEngine(WaitingTarget(model(), VOCAB), [drafter], policy, policy.costs, Clock())
-    policy._drafting, policy._account = False, 0.0
+    policy._draft_account.drafting, policy._draft_account.balance = False, 0.0
     engine.start(PROMPT, GenerationStats())
     stats = GenerationStats()
     run(engine, 5, stats)

@@ -430,12 +430,12 @@ def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: l
             costs.verify.observe(rows, seconds)
     costs.observe_round(1, 1 / rate)
     policy = ThroughputPolicy(costs, Calibration())
-    policy._account = 0.0  # nothing to spend on another look at a price
+    policy._draft_account.balance = 0.0  # nothing to spend on another look at a price
     random = np.random.default_rng(seed)
     tree = TokenTree(0)
-    policy.begin(tree)
     for token in range(1, size):
         tree.add(int(random.integers(0, len(tree))), token, float(random.random()))
+    policy.begin(tree)
     ranked = sorted(tree.cumulative, reverse=True)
     worth_a_row = sum(probability >= 0.01 for probability in ranked)
     values = [sum(ranked[:n]) - costs.rate * costs.verify.predict(n) for n in range(1, worth_a_row + 1)]
@@ -453,8 +453,8 @@ def test_lookups_not_worth_a_row_are_left_out_but_learned_from() -> None:
     calibration = Calibration()
     policy = ThroughputPolicy(measured({1: 1.0, 2: 1.9, 64: 60.0}), calibration)
     before = calibration.probability(0.4, NGRAM)
-    for _ in range(60):
-        tree = TokenTree(0)
+    for position in range(60):
+        tree = TokenTree(0, position)
         policy.begin(tree)
         for leaf in policy.next_leaves(tree, NGRAM):
             policy.add(tree, leaf, Candidates([7], [0.4], NGRAM))

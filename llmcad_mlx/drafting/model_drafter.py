@@ -149,6 +149,10 @@ class ModelDrafter:
 
     def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
         """Keep the slots of accepted and surviving nodes that were fed; the others come with the next round."""
+        if not self._slots and not self._caught_up:
+            self._ready.clear()
+            self._carried = None if survivors is None else survivors.tree
+            return  # most rounds, where drafting hardly pays
         fed = list(itertools.takewhile(lambda node: node in self._slots, path))
         names = {} if survivors is None else _new_names(self._slots, survivors)
         kept = self.cache.commit(

@@ -16,6 +16,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from llmcad_mlx.errors import ModelError
 
 FORMAT = "llmcad-ngram-table-1"
 
+_BUCKET_BITS = 20  # of a key, which tell the contexts of a bucket apart
 _MIX, _STEP, _MASK = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xFFFFFFFFFFFFFFFF
 _ARRAYS = ("keys", "starts", "totals", "kinds", "tokens", "counts", "single_keys", "single_tokens")
 
@@ -79,8 +81,7 @@ class NgramTable:
         self.order = order
         self.vocabulary = vocabulary
         self._arrays = arrays
-        # Searched with Python integers, which for a single key is faster than numpy.
-        self._keys, self._single_keys = arrays["keys"].data, arrays["single_keys"].data
+        self._index = _Index.of(arrays)
 
     @classmethod
     def load(cls, path: Path) -> NgramTable:
@@ -107,7 +108,7 @@ class NgramTable:
     @property
     def num_bytes(self) -> int:
         """In memory."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(array.nbytes for array in self._arrays.values()) + self._index.num_bytes
 
     def candidates(self, tokens: Sequence[int], count: int) -> list[tuple[int, float]]:
         """At most `count` tokens after the end of `tokens`, with their probabilities, best first."""
@@ -126,18 +127,54 @@ class NgramTable:
 
     def _entries(self, context: Sequence[int]) -> tuple[dict[int, int], int, int] | None:
         """Counts by token, their total and the number of kinds; None for a context never seen."""
-        key = context_hash(context)
-        at = bisect_left(self._keys, key)
-        if at < len(self._keys) and self._keys[at] == key:
-            start, end = int(self._arrays["starts"][at]), int(self._arrays["starts"][at + 1])
-            tokens = self._arrays["tokens"][start:end].tolist()
-            counts = self._arrays["counts"][start:end].tolist()
-            return (
-                dict(zip(tokens, counts, strict=True)),
-                int(self._arrays["totals"][at]),
-                int(self._arrays["kinds"][at]),
-            )
-        at = bisect_left(self._single_keys, key)
-        if at < len(self._single_keys) and self._single_keys[at] == key:
-            return {int(self._arrays["single_tokens"][at]): 1}, 1, 1
-        return None
+        key, index = context_hash(context), self._index
+        bucket = key >> _BUCKET_BITS
+        end = index.buckets[bucket + 1]
+        at = bisect_left(index.keys, key, index.buckets[bucket], end)
+        if at == end or index.keys[at] != key:
+            return None
+        first, last = index.starts[at], index.starts[at + 1]
+        counts = dict(zip(index.tokens[first:last], index.counts[first:last], strict=True))
+        return counts, index.totals[at], index.kinds[at]
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """A table's arrays for looking up: those of contexts seen once among the others, in the order of the keys.
+
+    Read as Python integers, which for a few of them is faster than numpy. `buckets` (4097,): where the keys with
+    the same upper 12 bits begin; looking for one in all of them would touch more memory than all else in a lookup.
+    """
+
+    keys: memoryview
+    starts: memoryview
+    totals: memoryview
+    kinds: memoryview
+    tokens: memoryview
+    counts: memoryview
+    buckets: memoryview
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> _Index:
+        keys = np.concatenate([arrays["keys"], arrays["single_keys"]])
+        order = np.argsort(keys, kind="stable")
+        once = np.ones(len(arrays["single_keys"]), np.uint16)
+        sizes = np.concatenate([np.diff(arrays["starts"].astype(np.int64)), once])
+        firsts = np.concatenate([arrays["starts"][:-1], len(arrays["tokens"]) + np.arange(len(once))])
+        starts = np.concatenate([[0], np.cumsum(sizes[order])])
+        # The entries of the contexts, one after the other in their new order.
+        entries = np.repeat(firsts[order] - starts[:-1], sizes[order]) + np.arange(starts[-1])
+        bounds = np.arange((1 << (32 - _BUCKET_BITS)) + 1, dtype=np.uint64) << np.uint64(_BUCKET_BITS)
+        return cls(
+            keys=keys[order].data,
+            starts=starts.astype(np.uint32).data,
+            totals=np.concatenate([arrays["totals"], once])[order].data,
+            kinds=np.concatenate([arrays["kinds"], once])[order].data,
+            tokens=np.concatenate([arrays["tokens"], arrays["single_tokens"]])[entries.astype(np.int64)].data,
+            counts=np.concatenate([arrays["counts"], once])[entries.astype(np.int64)].data,
+            buckets=np.searchsorted(keys[order].astype(np.uint64), bounds).astype(np.uint32).data,
+        )

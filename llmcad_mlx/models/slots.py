@@ -132,7 +132,8 @@ class SlotTable:
 
     def rollback(self) -> None:
         """Back to the last commit: whatever is uncommitted is dropped, also what the commit kept."""
-        self._settle()
+        if self.num_slots > self._first_pending:
+            self._settle()
 
     def truncate(self, length: int) -> None:
         """Keep only the first ``length`` committed tokens and nothing uncommitted.
@@ -268,9 +269,12 @@ class SlotTable:
         self.num_slots = self.first_appended = max(keep, default=first - 1) + 1
         self._first_pending = first
         self._gone = frozenset(range(first, self.num_slots)).difference(keep)
-        line = np.arange(first, self.num_slots)
-        self._chain = first == self.length and not self._gone and np.array_equal(self._parents[line], line - 1)
+        self._chain = first == self.length and not self._gone and self._is_line(first, self.num_slots)
         self._forget_append()
+
+    def _is_line(self, first: int, end: int) -> bool:
+        """Whether each of these slots is the child of the one before it."""
+        return first == end or np.array_equal(self._parents[first:end], np.arange(first - 1, end - 1))
 
     def _renumber(self, num_kept: int) -> None:
         """The owner has moved the live slots to [0, length), and the ``num_kept`` uncommitted ones, in ascending

@@ -27,6 +27,7 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}  # of `_seen`; sorting anew what has not changed would be felt
         self._read: set[int] = set()  # counts known from `from_dict` alone
         self._rows: list[int] = []
         self._fitted: list[float] | None = []  # None: to be made when somebody asks
@@ -56,7 +57,10 @@ class StepTimes:
         if rows not in self._seen:
             insort(self._rows, rows)
         self._seen.setdefault(rows, deque(maxlen=_REMEMBERED)).append(seconds)
-        self._fitted = None
+        median = median_low(self._seen[rows])
+        if self._medians.get(rows) != median or len(self._seen[rows]) < _REMEMBERED:
+            self._medians[rows] = median
+            self._fitted = None
 
     def __contains__(self, rows: int) -> bool:
         """Whether a forward of exactly `rows` rows was measured."""
@@ -112,12 +116,11 @@ class StepTimes:
         return self._fitted
 
     def _fit(self) -> list[float]:
-        medians = [median_low(self._seen[rows]) for rows in self._rows]
         # Fewer rows never take more time. Where they seem to, noise says so: neighbours are pooled until the
         # order is right (isotonic regression), each weighing as much as it was observed.
         pooled: list[tuple[float, int, int]] = []  # seconds, observations, row counts in the pool
-        for rows, seconds in zip(self._rows, medians, strict=True):
-            seen, size = len(self._seen[rows]), 1
+        for rows in self._rows:
+            seconds, seen, size = self._medians[rows], len(self._seen[rows]), 1
             while pooled and pooled[-1][0] > seconds:
                 other, weight, others = pooled.pop()
                 seconds = (seconds * seen + other * weight) / (seen + weight)
@@ -141,6 +144,7 @@ class StepTimes:
             if int(rows) < 1 or not 0.0 <= seconds < float("inf"):
                 raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
             times._seen[int(rows)] = deque([seconds], maxlen=_REMEMBERED)
+            times._medians[int(rows)] = seconds
             times._read.add(int(rows))
         times._rows = sorted(times._seen)
         times._fitted = None

@@ -8,12 +8,14 @@ nodes (SpecExec, OPT-Tree and DySpec reach the same rule).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
+from llmcad_mlx.tree.accounts import DraftAccount, LookupAccount
 from llmcad_mlx.tree.calibration import Calibration
 from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.policy import Candidates
-from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, TABLE, Selection, TokenTree
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TABLE, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
 DEFAULT_MAX_NODES = 64
@@ -21,14 +23,8 @@ _PROVISIONAL = 4  # times the nodes of a pass may be expanded in a tree that gro
 _MIN_PROVISIONAL = 64
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
-# The account of the draft model, in tokens of plain decoding: what its rounds gained or lost against it.
-_OPENING = 3.0
-_MOST = 6.0  # gains are not saved up for ever: a draft that turns bad is noticed within so many tokens
-_GIVE_UP = -3.0  # stop drafting with the model
-_TRY_AGAIN = 3.0  # start again, for as long as the account allows
-_ALLOWANCE = 0.015  # paid in for each token, which bounds what useless drafting may cost
-_WORST_ROUND = -3.0
 _LOOK_AGAIN = 32  # rounds without the draft after which one step is taken to see whether it would pay now
+_SELDOM = 512  # the same after many such looks in vain: each that gave nothing doubles the wait for the next
 _WELL_KNOWN = 3  # observations of a pass's size
 _SURE = 2  # observations that make a step time believable
 _HIT_DECAY = 0.95
@@ -38,6 +34,8 @@ _LEAST_NET = 0.05  # the same after the price of its rows: the best of many gues
 _PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
 _YIELD_DECAY = 0.9
 _TINY = 0.01  # probability of a node that is not worth a row, whatever that costs
+_LEAST_LOOKUP = 0.02  # the same for a lookup below it
+_UNLIKELY = 0.03  # the same for a draft step
 _AHEAD = 4  # draft steps that are looked ahead when one is priced
 _EXPLORE = 2  # times the largest measured row count that a step may have
 _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, for expanding it in free time
@@ -46,6 +44,17 @@ _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, f
 def provisional_nodes(max_nodes: int) -> int:
     """Nodes a drafter may have expanded in a tree that grows while the target, given `max_nodes`, waits."""
     return max(_PROVISIONAL * max_nodes, _MIN_PROVISIONAL)
+
+
+class _Ranking(NamedTuple):
+    """A tree's cumulative confidences, largest first, as many as a pass may have.
+
+    `rows`: how many of them gain most over the price of their rows; `net`: how much more than the root alone.
+    """
+
+    probabilities: Sequence[float]
+    rows: int
+    net: float
 
 
 class ThroughputPolicy:
@@ -88,35 +97,48 @@ class ThroughputPolicy:
         self.max_provisional = max_provisional or provisional_nodes(self.max_nodes)
         self.pipelined = pipelined
         self._lookups = frozenset(lookups)
+        self._all_sources = self._lookups | {MODEL}
         self._kept_children = _KEPT_CHILDREN if branching else 1
         self._branching = branching
         self._expanded: dict[str, set[int]] = {}
         self._tree: TokenTree | None = None
         self._gain = 0.7  # acceptance probability that expanding a certain leaf has added, lately
-        self._drafting = True  # whether drafting with the model has been paying
-        self._account = _OPENING
+        self._draft_account = DraftAccount()
+        self._lookup_account = LookupAccount()
         self._idle = 0  # rounds since the model was last used
+        self._patience = _LOOK_AGAIN  # such rounds until it is tried again
+        self._trying = False
         self._model_used = False
+        self._model_right = False  # whether the target accepted anything of it in this round
+        self._looking = False  # whether this round's pass is to measure what two rows take
+        self._declined = False  # whether lookups were worth a row that their account did not pay for
+        self._next_root = -1  # position of the next round's root if the text goes on
         self._plain_rounds = 0  # rounds since the target's pass had more than one row
         self._since_plain = 0  # rounds since the target's pass had a single row
         self._yield = 1.0  # tokens a round has given lately
         self._measuring_plain = False
-        self._rate = 0.0  # `costs.rate` when the round began: asked for dozens of times in each
+        self._rate = 0.0  # `costs.rate` when the round began
+        self._ranking: _Ranking | None = None  # of the tree as it is; None: to be made when somebody asks
+        self._passes = [0.0]  # in tokens at that rate, by rows: asked for dozens of times in each round
 
     @property
     def sources(self) -> frozenset[str]:
         """All drafters; those that only look up while drafting with the model does not pay."""
-        drafting = self._drafting or self.tree_nodes is not None
-        return self._lookups | {MODEL} if drafting else self._lookups
+        drafting = self._draft_account.drafting or self.tree_nodes is not None
+        return self._all_sources if drafting else self._lookups
 
     # -- growth ------------------------------------------------------------------------------------------
 
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
-        expanded = self._expanded if survivors is not None else {}
-        self._expanded = {source: _renamed(nodes, survivors) for source, nodes in expanded.items()}
+        self._expanded = {} if survivors is None else _renamed(self._expanded, survivors)
         self._tree = tree
         self._rate = self.costs.rate
+        self._passes = [0.0]
+        self._ranking = None
         self._model_used = MODEL in tree.sources
+        self._trying = self._looking = self._declined = False
+        if tree.root_position != self._next_root:
+            self._lookup_account.new_text()
         # What a plain pass takes decides about every tree, so it is measured again from time to time. That
         # round gives up `_yield` - 1 tokens: the more, the rarer.
         # Where the target waits for weights, a plain pass takes what any pass takes.
@@ -137,9 +159,9 @@ class ThroughputPolicy:
         return leaves
 
     def _best_unexpanded(self, tree: TokenTree, expanded: set[int], count: int) -> list[int]:
-        cumulative = tree.cumulative
         fresh = [node for node in range(len(tree)) if node not in expanded]
-        fresh.sort(key=lambda node: -cumulative[node])
+        if len(fresh) > 1:
+            fresh.sort(key=tree.cumulative.__getitem__, reverse=True)
         return fresh[:count]
 
     def _unfilled(self, tree: TokenTree, expanded: set[int]) -> list[int]:
@@ -156,8 +178,9 @@ class ThroughputPolicy:
 
     def _free(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """For a drafter that costs nothing: nodes likely enough to be worth a row of the target pass."""
-        rows, _ = self._worthwhile(sorted(tree.cumulative, reverse=True))
-        floor = max(self._price(rows, 1), 0.02)
+        if len(expanded) == len(tree):
+            return []
+        floor = max(self._price(self._ranked(tree).rows, 1), _LEAST_LOOKUP)
         leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
 
@@ -167,14 +190,18 @@ class ThroughputPolicy:
             return []  # the very first passes measure plain decoding, too
         leaves = self._best_unexpanded(tree, expanded, self.max_width)
         if not expanded and self._look_again():
+            self._trying = True
             return leaves[:1]
         if not self.costs.draft:
             return []
         leaves = self._with_room(tree, leaves[: _EXPLORE * self.costs.draft.most_rows], self._most_nodes())
-        rate, (rows, _) = self._rate, self._worthwhile(sorted(tree.cumulative, reverse=True))
+        rate, rows = self._rate, self._ranked(tree).rows
+        least = 0.0 if free_seconds or self.costs.verify.hidden_rows else _UNLIKELY
         best, best_value, gain = 0, 0.0, 0.0
         later = self._later(tree.cumulative[leaves[0]], rows + 1) if leaves else 0.0
         for width, leaf in enumerate(leaves, 1):
+            if tree.cumulative[leaf] < least:
+                break
             covered = sum(tree.confidences[child] for child in tree.children(leaf))  # by another drafter
             gain += tree.cumulative[leaf] * self._gain * max(1.0 - covered, 0.0)
             price = rate * max(self.costs.draft.predict(width) - free_seconds, 0.0)
@@ -212,16 +239,24 @@ class ThroughputPolicy:
         draft = self.costs.draft
         if sum(draft.times_observed(rows) for rows in range(1, 4)) < _SURE:
             return True
-        return self._idle >= _LOOK_AGAIN and self._account > 0.0
+        return self._idle >= self._patience and self._draft_account.balance > 0.0
 
     def _price(self, rows: int, more: int) -> float:
         """Tokens that `more` rows in the target pass cost beyond `rows`."""
-        verify, most = self.costs.verify, self.max_nodes
-        return self._rate * (verify.predict(min(rows + more, most + 1)) - verify.predict(min(rows, most)))
+        last = min(rows + more, self.max_nodes + 1)
+        return self._pass(last) - self._passes[min(rows, self.max_nodes)]
+
+    def _pass(self, rows: int) -> float:
+        """Tokens that a pass over so many rows costs."""
+        known = self._passes
+        if rows >= len(known):
+            predict = self.costs.verify.predict
+            known.extend(self._rate * predict(more) for more in range(len(known), rows + 1))
+        return known[rows]
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         probability, source = self.calibration.probability, candidates.source
-        best = 0.0
+        self._ranking, best = None, 0.0
         pairs = zip(candidates.tokens[: self._kept_children], candidates.confidences, strict=False)
         for token, raw in pairs:
             confidence = probability(raw, source)
@@ -252,55 +287,74 @@ class ThroughputPolicy:
     def submit(self, tree: TokenTree) -> Selection:
         """The best nodes, as many as maximise expected tokens minus the price of the target pass."""
         if self._branching:
-            return tree.select(self._worth(sorted(tree.cumulative, reverse=True)))
+            return tree.select(self._worth(self._ranked(tree)))
         branch = tree.best_branch()
-        return tree.keep_path(branch[: self._worth([tree.cumulative[node] for node in branch])])
+        return tree.keep_path(branch[: self._worth(self._rank([tree.cumulative[node] for node in branch]))])
 
-    def _worth(self, ranked: Sequence[float]) -> int:
-        """How many nodes to submit, of those with the cumulative confidences `ranked`, largest first."""
+    def _worth(self, ranking: _Ranking) -> int:
+        """How many nodes to submit, of those that are ranked."""
         if self.tree_nodes is not None:
             return self.tree_nodes
-        ranked, verify = ranked[: self._most_nodes()], self.costs.verify
-        best, net = self._worthwhile(ranked)
         if self._measuring_plain:
             return 1
-        if net < _LEAST_NET:
-            best = 1
-        if best == 1 and self._look_at_two(ranked):
-            return 2
-        if sum(ranked[:best]) - 1.0 < _LEAST_GAIN:
+        wanted = self._wanted(ranking)
+        if self._model_used:
+            return self._or_look_at_two(wanted, ranking, self._draft_account.balance)
+        paid, balance = wanted, self._lookup_account.balance
+        while paid > 1 and self._price(1, paid - 1) > balance:
+            paid -= 1
+        self._declined = paid == 1 < wanted
+        return self._or_look_at_two(paid, ranking, balance)
+
+    def _wanted(self, ranking: _Ranking) -> int:
+        best = ranking.rows
+        if ranking.net < _LEAST_NET or sum(ranking.probabilities[:best]) - 1.0 < _LEAST_GAIN:
             return 1
         # Measure the next size too: a single disturbed observation would rule it out for good.
-        if 1 < best < len(ranked) and verify.times_seen(best + 1) < _WELL_KNOWN:
-            best += 1
-        return best
+        more = best < len(ranking.probabilities) and self.costs.verify.times_seen(best + 1) < _WELL_KNOWN
+        return best + 1 if best > 1 and more else best
 
-    def _worthwhile(self, ranked: Sequence[float]) -> tuple[int, float]:
-        """How many of the nodes gain most tokens over the price of their rows, and how much more than the root."""
-        verify, hidden = self.costs.verify, self.costs.verify.hidden_rows
-        best, best_value, alone, gain = 1, -float("inf"), 0.0, 0.0
-        for nodes, probability in enumerate(ranked[: self._most_nodes()], 1):
-            if probability < _TINY and nodes > hidden:
+    def _ranked(self, tree: TokenTree) -> _Ranking:
+        """The tree's nodes: asked for several times between two changes of it."""
+        if self._ranking is None:
+            self._ranking = self._rank(sorted(tree.cumulative, reverse=True))
+        return self._ranking
+
+    def _rank(self, probabilities: list[float]) -> _Ranking:
+        hidden = self.costs.verify.hidden_rows
+        del probabilities[self._most_nodes() :]
+        self._pass(len(probabilities))
+        best, best_net, net, passes = 1, 0.0, 0.0, self._passes
+        for rows in range(2, len(probabilities) + 1):
+            probability = probabilities[rows - 1]
+            if probability < _TINY and rows > hidden:
                 break
-            gain += probability
-            value = gain - self._rate * verify.predict(nodes)
-            alone = value if nodes == 1 else alone
-            if value > best_value + 1e-9:
-                best, best_value = nodes, value
-        return best, best_value - alone
+            net += probability - (passes[rows] - passes[rows - 1])
+            if net > best_net + 1e-9:
+                best, best_net = rows, net
+        return _Ranking(probabilities, best, best_net)
 
-    def _look_at_two(self, ranked: Sequence[float]) -> bool:
-        """Whether to submit a likely node that seems too dear: its price was measured too rarely or long ago."""
-        if len(ranked) < 2 or ranked[1] < _LIKELY or self._account <= 0.0 or not self._knows_plain():
-            return False
-        return self.costs.verify.times_observed(2) < _WELL_KNOWN or self._plain_rounds >= _LOOK_AGAIN
+    def _or_look_at_two(self, nodes: int, ranking: _Ranking, balance: float) -> int:
+        """`nodes`, or 2 for a likely node that seems too dear: its price was measured too rarely or long ago."""
+        self._looking = (
+            nodes == 1
+            and len(ranking.probabilities) > 1
+            and ranking.probabilities[1] >= _LIKELY
+            and balance > 0.0
+            and self._knows_plain()
+            and (self.costs.verify.times_observed(2) < _WELL_KNOWN or self._plain_rounds >= _LOOK_AGAIN)
+        )
+        return 2 if self._looking else nodes
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from every candidate the target's choices have judged, also those not submitted."""
         self._plain_rounds = self._plain_rounds + 1 if len(tree) == 1 else 0
         self._since_plain = 0 if len(tree) == 1 else self._since_plain + 1
         self._yield = self._yield * _YIELD_DECAY + len(walk.tokens) * (1 - _YIELD_DECAY)
+        self._next_root = tree.root_position + len(walk.tokens)
         drafted = self._tree if self._tree is not None else tree
+        self._book_lookups(drafted, tree, walk)
+        self._model_right = any(tree.sources[node] == MODEL for node in walk.nodes)
         node: int | None = 0
         for token in walk.tokens:
             if node is None:
@@ -310,28 +364,46 @@ class ThroughputPolicy:
                 self.calibration.observe(drafted.raw_confidences[child], drafted.sources[child], right)
             node = drafted.child(node, token)
 
-    # -- whether to draft at all -------------------------------------------------------------------------
+    # -- whether it pays ---------------------------------------------------------------------------------
+
+    def _book_lookups(self, drafted: TokenTree, submitted: TokenTree, walk: Walk) -> None:
+        if (
+            self._declined
+            and len(submitted) == 1
+            and any(drafted.tokens[child] == walk.tokens[0] for child in _best_child(drafted))
+        ):
+            self._lookup_account.book_missed(len(walk.tokens))
+        else:
+            risked = len(submitted) > 1 and not self._model_used and not self._looking
+            net = walk.num_accepted - self._price(1, len(submitted) - 1) if risked else 0.0
+            self._lookup_account.book(len(walk.tokens), net)
 
     def finished(self, num_tokens: int, seconds: float) -> None:
-        """The round is over: `num_tokens` emitted in `seconds`, everything included.
-
-        A draft that keeps losing against plain decoding overdraws its account and is left alone until the
-        allowance has paid for another try. So a useless one costs a few tokens and 1.5 % of the time.
-        """
-        self._account += _ALLOWANCE * num_tokens
-        self._idle = 0 if self._model_used else self._idle + 1
+        """The round is over: `num_tokens` emitted in `seconds`, everything included."""
         self.costs.observe_round(num_tokens, seconds)
+        account, was_drafting = self._draft_account, self._draft_account.drafting
         if self._model_used:
-            # One disturbed round says little about the draft.
-            self._account += max(num_tokens - seconds * self.costs.plain_rate, _WORST_ROUND)
-        self._account = min(self._account, _MOST)
-        if self._drafting and self._account < _GIVE_UP:
-            self._drafting = False
+            account.book(num_tokens, num_tokens - seconds * self.costs.plain_rate)
+            if not self._trying:
+                self._patience = _LOOK_AGAIN
+            elif self._idle >= self._patience and not self._model_right:
+                self._patience = min(2 * self._patience, _SELDOM)
+            self._idle = 0
+        else:
+            account.book(num_tokens, None)
+            self._idle += 1
+        if was_drafting and not account.drafting:
             self.costs.forget_rate()
-        elif not self._drafting and self._account >= _TRY_AGAIN:
-            self._drafting = True
 
 
-def _renamed(nodes: set[int], survivors: Selection | None) -> set[int]:
-    """The new names of those of `nodes` that survive."""
-    return set() if survivors is None else {survivors.old_to_new[node] for node in nodes} - {DROPPED}
+def _best_child(tree: TokenTree) -> list[int]:
+    """The root's likeliest child, if it has any."""
+    children = tree.children(ROOT)
+    return [max(children, key=tree.confidences.__getitem__)] if children else []
+
+
+def _renamed(expanded: Mapping[str, set[int]], survivors: Selection) -> dict[str, set[int]]:
+    """The new names of those nodes that survive."""
+    return {
+        source: {survivors.old_to_new[node] for node in nodes} - {DROPPED} for source, nodes in expanded.items()
+    }

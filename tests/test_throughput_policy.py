@@ -453,12 +453,11 @@ def test_lookups_not_worth_a_row_are_left_out_but_learned_from() -> None:
     calibration = Calibration()
     policy = ThroughputPolicy(measured({1: 1.0, 2: 1.9, 64: 60.0}), calibration)
     before = calibration.probability(0.4, NGRAM)
-    for position in range(60):
+    for position in range(120):  # a text in which no row was paid for yet is looked at every other round
         tree = TokenTree(0, position)
         policy.begin(tree)
         for leaf in policy.next_leaves(tree, NGRAM):
             policy.add(tree, leaf, Candidates([7], [0.4], NGRAM))
-        assert len(tree) == 2
         submitted = policy.submit(tree).tree
         if len(submitted) == 2:
             break
@@ -467,6 +466,36 @@ def test_lookups_not_worth_a_row_are_left_out_but_learned_from() -> None:
         policy.finished(len(steps.tokens), 1.0)
     assert calibration.probability(0.4, NGRAM) > before
     assert len(submitted) == 2  # it has turned out to be worth its row
+
+
+def test_lookups_that_turn_wrong_cost_a_new_text_little() -> None:
+    """Though what they said was nearly always right before, and still counts for more than what it costs."""
+    world = World([], [], lambda rows: 9.0, lambda rows: 1 + 0.2 * (rows - 1), ngram=0.8, ngram_accept=0.9)
+    world.run(500)
+    assert world.tokens / world.passes > 1.5
+    world.ngram_accept = 0.0
+    world.tokens += 1000  # another text
+    passes, seconds = world.passes, world.seconds
+    for _ in range(30):
+        world.round()
+    lost = world.seconds - seconds - (world.passes - passes)
+    assert lost <= 0.01 * 30
+    assert world.policy.calibration.probability(0.8, NGRAM) > 0.5
+
+
+def test_right_lookups_earn_dear_rows() -> None:
+    """A row that costs more than a text's first balance is paid for once lookups were right without it."""
+    world = World([], [], lambda rows: 9.0, lambda rows: 1 + 0.6 * (rows - 1), ngram=0.95, ngram_accept=0.98)
+    for _ in range(3):
+        world.policy.costs.verify.observe(2, 1.6)
+    world.run(200)
+    world.tokens += 1000
+    tested, passes = world.tested, world.passes
+    world.round()
+    assert world.tested == tested
+    while world.passes < passes + 20:
+        world.round()
+    assert world.tested - tested >= 12
 
 
 def test_an_unsubmitted_lookup_that_would_have_failed_counts_against_it() -> None:

@@ -112,6 +112,8 @@ class ThroughputPolicy:
         self._model_right = False  # whether the target accepted anything of it in this round
         self._looking = False  # whether this round's pass is to measure what two rows take
         self._declined = False  # whether lookups were worth a row that their account did not pay for
+        self._rounds = 0  # of the present text
+        self._resting = False  # whether this round does without drafting
         self._next_root = -1  # position of the next round's root if the text goes on
         self._plain_rounds = 0  # rounds since the target's pass had more than one row
         self._since_plain = 0  # rounds since the target's pass had a single row
@@ -139,9 +141,14 @@ class ThroughputPolicy:
         self._trying = self._looking = self._declined = False
         if tree.root_position != self._next_root:
             self._lookup_account.new_text()
+            self._rounds = 0
+        self._rounds += 1
         # What a plain pass takes decides about every tree, so it is measured again from time to time. That
         # round gives up `_yield` - 1 tokens: the more, the rarer.
         # Where the target waits for weights, a plain pass takes what any pass takes.
+        # Where lookups cannot pay for a row and the model idles, every other round does without looking.
+        in_need = self._price(1, 1) > max(self._lookup_account.balance, 0.0) and self._idle > 0
+        self._resting = in_need and not self._resting
         due = self._since_plain >= _PLAIN_AGAIN * self._yield and not self.costs.verify.hidden_rows
         self._measuring_plain = due and self.tree_nodes is None
 
@@ -150,6 +157,8 @@ class ThroughputPolicy:
         expanded = self._expanded.setdefault(source, set())
         if self.tree_nodes is not None:
             leaves = self._unfilled(tree, expanded)
+        elif self._resting:
+            return []
         elif source == MODEL:
             leaves = self._paying(tree, expanded, free_seconds)
             self._model_used = self._model_used or bool(leaves)
@@ -178,8 +187,11 @@ class ThroughputPolicy:
 
     def _free(self, tree: TokenTree, expanded: set[int]) -> list[int]:
         """For a drafter that costs nothing: nodes likely enough to be worth a row of the target pass."""
-        if len(expanded) == len(tree):
+        size = len(tree)
+        if len(expanded) == size:
             return []
+        if size == 1:
+            return [ROOT] if self._price(1, 1) < 1.0 else []
         floor = max(self._price(self._ranked(tree).rows, 1), _LEAST_LOOKUP)
         leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
@@ -239,7 +251,9 @@ class ThroughputPolicy:
         draft = self.costs.draft
         if sum(draft.times_observed(rows) for rows in range(1, 4)) < _SURE:
             return True
-        return self._idle >= self._patience and self._draft_account.balance > 0.0
+        # A look costs as much as a token or two, which a short text never earns back.
+        long = self._rounds > _LOOK_AGAIN
+        return long and self._idle >= self._patience and self._draft_account.balance > 0.0
 
     def _price(self, rows: int, more: int) -> float:
         """Tokens that `more` rows in the target pass cost beyond `rows`."""
@@ -256,13 +270,14 @@ class ThroughputPolicy:
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         probability, source = self.calibration.probability, candidates.source
-        self._ranking, best = None, 0.0
+        best = 0.0
         pairs = zip(candidates.tokens[: self._kept_children], candidates.confidences, strict=False)
         for token, raw in pairs:
             confidence = probability(raw, source)
             best = max(best, confidence)
             if confidence >= _MIN_CONFIDENCE:
                 tree.add(leaf, token, confidence, source, raw)
+                self._ranking = None
         if source == MODEL:
             self._gain = self._gain * _HIT_DECAY + best * (1 - _HIT_DECAY)
 
@@ -295,7 +310,7 @@ class ThroughputPolicy:
         """How many nodes to submit, of those that are ranked."""
         if self.tree_nodes is not None:
             return self.tree_nodes
-        if self._measuring_plain:
+        if self._measuring_plain or len(ranking.probabilities) == 1:
             return 1
         wanted = self._wanted(ranking)
         if self._model_used:

@@ -9,12 +9,12 @@ nodes (SpecExec, OPT-Tree and DySpec reach the same rule).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
 
 from llmcad_mlx.tree.accounts import DraftAccount, LookupAccount
 from llmcad_mlx.tree.calibration import Calibration
 from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.policy import Candidates
+from llmcad_mlx.tree.prices import EXPLORE, Prices, Ranking
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TABLE, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
@@ -33,28 +33,15 @@ _LEAST_GAIN = 0.05  # tokens a tree must promise beyond plain decoding, or measu
 _LEAST_NET = 0.05  # the same after the price of its rows: the best of many guesses promises more than it keeps
 _PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
 _YIELD_DECAY = 0.9
-_TINY = 0.01  # probability of a node that is not worth a row, whatever that costs
 _LEAST_LOOKUP = 0.02  # the same for a lookup below it
 _UNLIKELY = 0.03  # the same for a draft step
 _AHEAD = 4  # draft steps that are looked ahead when one is priced
-_EXPLORE = 2  # times the largest measured row count that a step may have
 _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, for expanding it in free time
 
 
 def provisional_nodes(max_nodes: int) -> int:
     """Nodes a drafter may have expanded in a tree that grows while the target, given `max_nodes`, waits."""
     return max(_PROVISIONAL * max_nodes, _MIN_PROVISIONAL)
-
-
-class _Ranking(NamedTuple):
-    """A tree's cumulative confidences, largest first, as many as a pass may have.
-
-    `rows`: how many of them gain most over the price of their rows; `net`: how much more than the root alone.
-    """
-
-    probabilities: Sequence[float]
-    rows: int
-    net: float
 
 
 class ThroughputPolicy:
@@ -119,9 +106,8 @@ class ThroughputPolicy:
         self._since_plain = 0  # rounds since the target's pass had a single row
         self._yield = 1.0  # tokens a round has given lately
         self._measuring_plain = False
-        self._rate = 0.0  # `costs.rate` when the round began
-        self._ranking: _Ranking | None = None  # of the tree as it is; None: to be made when somebody asks
-        self._passes = [0.0]  # in tokens at that rate, by rows: asked for dozens of times in each round
+        self._ranking: Ranking | None = None  # of the tree as it is; None: to be made when somebody asks
+        self._prices = Prices(costs, self.max_nodes)
 
     @property
     def sources(self) -> frozenset[str]:
@@ -134,8 +120,7 @@ class ThroughputPolicy:
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
         self._expanded = {} if survivors is None else _renamed(self._expanded, survivors)
         self._tree = tree
-        self._rate = self.costs.rate
-        self._passes = [0.0]
+        self._prices.begin()
         self._ranking = None
         self._model_used = MODEL in tree.sources
         self._trying = self._looking = self._declined = False
@@ -146,11 +131,11 @@ class ThroughputPolicy:
         # What a plain pass takes decides about every tree, so it is measured again from time to time. That
         # round gives up `_yield` - 1 tokens: the more, the rarer.
         # Where the target waits for weights, a plain pass takes what any pass takes.
-        # Where lookups cannot pay for a row and the model idles, every other round does without looking.
-        in_need = self._price(1, 1) > max(self._lookup_account.balance, 0.0) and self._idle > 0
-        self._resting = in_need and not self._resting
         due = self._since_plain >= _PLAIN_AGAIN * self._yield and not self.costs.verify.hidden_rows
         self._measuring_plain = due and self.tree_nodes is None
+        # Where lookups cannot pay for a row and the model idles, every other round does without looking.
+        in_need = self._prices.more_rows(1, 1) > max(self._lookup_account.balance, 0.0) and self._idle > 0
+        self._resting = in_need and not self._resting
 
     def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """The most likely nodes `source` has not expanded, while expanding them pays."""
@@ -191,8 +176,8 @@ class ThroughputPolicy:
         if len(expanded) == size:
             return []
         if size == 1:
-            return [ROOT] if self._price(1, 1) < 1.0 else []
-        floor = max(self._price(self._ranked(tree).rows, 1), _LEAST_LOOKUP)
+            return [ROOT] if self._prices.more_rows(1, 1) < 1.0 else []
+        floor = max(self._prices.more_rows(self._ranked(tree).rows, 1), _LEAST_LOOKUP)
         leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
 
@@ -206,8 +191,8 @@ class ThroughputPolicy:
             return leaves[:1]
         if not self.costs.draft:
             return []
-        leaves = self._with_room(tree, leaves[: _EXPLORE * self.costs.draft.most_rows], self._most_nodes())
-        rate, rows = self._rate, self._ranked(tree).rows
+        leaves = self._with_room(tree, leaves[: EXPLORE * self.costs.draft.most_rows], self._prices.most_nodes())
+        rows = self._ranked(tree).rows
         least = 0.0 if free_seconds or self.costs.verify.hidden_rows else _UNLIKELY
         best, best_value, gain = 0, 0.0, 0.0
         later = self._later(tree.cumulative[leaves[0]], rows + 1) if leaves else 0.0
@@ -216,8 +201,7 @@ class ThroughputPolicy:
                 break
             covered = sum(tree.confidences[child] for child in tree.children(leaf))  # by another drafter
             gain += tree.cumulative[leaf] * self._gain * max(1.0 - covered, 0.0)
-            price = rate * max(self.costs.draft.predict(width) - free_seconds, 0.0)
-            value = gain + later - price - self._price(rows, width)
+            value = gain + later - self._prices.step(width, free_seconds) - self._prices.more_rows(rows, width)
             if value > best_value:
                 best, best_value = width, value
         return leaves[:best]
@@ -228,11 +212,11 @@ class ThroughputPolicy:
         A step that does not pay by itself may be the way to some that do: a pass of three rows is often hardly
         dearer than one of two.
         """
-        step = self._rate * self.costs.draft.predict(1)
+        step = self._prices.step(1)
         best = total = 0.0
         for depth in range(_AHEAD):
             probability *= self._gain
-            total += probability * self._gain - step - self._price(rows + depth, 1)
+            total += probability * self._gain - step - self._prices.more_rows(rows + depth, 1)
             best = max(best, total)
         return best
 
@@ -240,11 +224,6 @@ class ThroughputPolicy:
         """Whether what a plain pass takes is believable; waiting for weights varies less than computing."""
         verify = self.costs.verify
         return verify.times_seen(1) >= (1 if verify.hidden_rows else _SURE)
-
-    def _most_nodes(self) -> int:
-        """Costs beyond what was measured are a guess: larger trees are tried step by step."""
-        verify = self.costs.verify
-        return min(self.max_nodes, max(_EXPLORE * verify.most_rows, verify.hidden_rows, 1))
 
     def _look_again(self) -> bool:
         """Whether to take one step that seems not to pay: its price was measured too rarely or long ago."""
@@ -254,19 +233,6 @@ class ThroughputPolicy:
         # A look costs as much as a token or two, which a short text never earns back.
         long = self._rounds > _LOOK_AGAIN
         return long and self._idle >= self._patience and self._draft_account.balance > 0.0
-
-    def _price(self, rows: int, more: int) -> float:
-        """Tokens that `more` rows in the target pass cost beyond `rows`."""
-        last = min(rows + more, self.max_nodes + 1)
-        return self._pass(last) - self._passes[min(rows, self.max_nodes)]
-
-    def _pass(self, rows: int) -> float:
-        """Tokens that a pass over so many rows costs."""
-        known = self._passes
-        if rows >= len(known):
-            predict = self.costs.verify.predict
-            known.extend(self._rate * predict(more) for more in range(len(known), rows + 1))
-        return known[rows]
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         probability, source = self.calibration.probability, candidates.source
@@ -304,9 +270,9 @@ class ThroughputPolicy:
         if self._branching:
             return tree.select(self._worth(self._ranked(tree)))
         branch = tree.best_branch()
-        return tree.keep_path(branch[: self._worth(self._rank([tree.cumulative[node] for node in branch]))])
+        return tree.keep_path(branch[: self._worth(self._prices.rank([tree.cumulative[node] for node in branch]))])
 
-    def _worth(self, ranking: _Ranking) -> int:
+    def _worth(self, ranking: Ranking) -> int:
         """How many nodes to submit, of those that are ranked."""
         if self.tree_nodes is not None:
             return self.tree_nodes
@@ -316,12 +282,12 @@ class ThroughputPolicy:
         if self._model_used:
             return self._or_look_at_two(wanted, ranking, self._draft_account.balance)
         paid, balance = wanted, self._lookup_account.balance
-        while paid > 1 and self._price(1, paid - 1) > balance:
+        while paid > 1 and self._prices.more_rows(1, paid - 1) > balance:
             paid -= 1
         self._declined = paid == 1 < wanted
         return self._or_look_at_two(paid, ranking, balance)
 
-    def _wanted(self, ranking: _Ranking) -> int:
+    def _wanted(self, ranking: Ranking) -> int:
         best = ranking.rows
         if ranking.net < _LEAST_NET or sum(ranking.probabilities[:best]) - 1.0 < _LEAST_GAIN:
             return 1
@@ -329,27 +295,13 @@ class ThroughputPolicy:
         more = best < len(ranking.probabilities) and self.costs.verify.times_seen(best + 1) < _WELL_KNOWN
         return best + 1 if best > 1 and more else best
 
-    def _ranked(self, tree: TokenTree) -> _Ranking:
+    def _ranked(self, tree: TokenTree) -> Ranking:
         """The tree's nodes: asked for several times between two changes of it."""
         if self._ranking is None:
-            self._ranking = self._rank(sorted(tree.cumulative, reverse=True))
+            self._ranking = self._prices.rank(sorted(tree.cumulative, reverse=True))
         return self._ranking
 
-    def _rank(self, probabilities: list[float]) -> _Ranking:
-        hidden = self.costs.verify.hidden_rows
-        del probabilities[self._most_nodes() :]
-        self._pass(len(probabilities))
-        best, best_net, net, passes = 1, 0.0, 0.0, self._passes
-        for rows in range(2, len(probabilities) + 1):
-            probability = probabilities[rows - 1]
-            if probability < _TINY and rows > hidden:
-                break
-            net += probability - (passes[rows] - passes[rows - 1])
-            if net > best_net + 1e-9:
-                best, best_net = rows, net
-        return _Ranking(probabilities, best, best_net)
-
-    def _or_look_at_two(self, nodes: int, ranking: _Ranking, balance: float) -> int:
+    def _or_look_at_two(self, nodes: int, ranking: Ranking, balance: float) -> int:
         """`nodes`, or 2 for a likely node that seems too dear: its price was measured too rarely or long ago."""
         self._looking = (
             nodes == 1
@@ -390,7 +342,7 @@ class ThroughputPolicy:
             self._lookup_account.book_missed(len(walk.tokens))
         else:
             risked = len(submitted) > 1 and not self._model_used and not self._looking
-            net = walk.num_accepted - self._price(1, len(submitted) - 1) if risked else 0.0
+            net = walk.num_accepted - self._prices.more_rows(1, len(submitted) - 1) if risked else 0.0
             self._lookup_account.book(len(walk.tokens), net)
 
     def finished(self, num_tokens: int, seconds: float) -> None:

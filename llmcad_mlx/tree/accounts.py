@@ -13,9 +13,9 @@ _TRY_AGAIN = 3.0  # start again, for as long as the allowance allows
 _ALLOWANCE = 0.015  # paid in for each token, which bounds what useless drafting may cost
 _WORST_ROUND = -3.0
 
-_LOOKUP_MOST = 8.0
-_LOOKUP_ALLOWANCE = 0.01
-_LOOKUP_CREDIT = 0.4
+_LOOKUP_MOST = 8.0  # enough for the widest pass that copied text is worth
+_LOOKUP_ALLOWANCE = 0.01  # paid in for each token
+_LOOKUP_CREDIT = 0.4  # for having been right without a row
 
 
 class DraftAccount:

@@ -24,7 +24,7 @@ from distillation.forecast import tokens_per_pass
 from distillation.student import Student
 from distillation.student_data import stored_depths
 from distillation.student_export import BITS, export_student
-from distillation.tables import make_table
+from distillation.tables import make_counts
 from distillation.training import digest_of, train
 from distillation.training_plot import MISSING, plot_training
 from distillation.training_progress import Bars
@@ -33,7 +33,7 @@ from distillation.writing import Writer
 from mlx_lm.utils import load_tokenizer
 
 from llmcad_mlx.bench.prompts import load_prompts
-from llmcad_mlx.drafting.ngram_table import vocabulary_hash
+from llmcad_mlx.drafting.ngram_table import NgramTable, vocabulary_hash
 from llmcad_mlx.errors import LlmcadError, UsageError
 from llmcad_mlx.loader import load_tree_model
 from llmcad_mlx.models.loading import load_model_folder
@@ -62,8 +62,9 @@ def table(args: argparse.Namespace) -> None:
         raise SystemExit(f"{folder}: fewer than two shards; run the corpus step first")
     unseen = [(tokens.tolist(), given) for tokens, given in texts_of(shards[0])]
     texts = [tokens for path in shards[1:] for tokens, _ in texts_of(path)]
-    made = make_table(texts, args.order, vocabulary_hash(tokenizer.get_vocab()))
-    made.save(args.dest)
+    counts = make_counts(texts, args.order, vocabulary_hash(tokenizer.get_vocab()))
+    counts.save(args.dest)
+    made = NgramTable(counts)
     print(f"{args.dest}: {sum(map(len, texts)):,} tokens of {len(texts):,} texts, {made.num_bytes / 1e6:.1f} MB")
     for nodes in (4, 16, 64):
         reached = tokens_per_pass(made, unseen, nodes)

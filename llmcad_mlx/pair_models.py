@@ -10,7 +10,7 @@ import mlx.core as mx
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model_drafter import ModelDrafter
 from llmcad_mlx.drafting.ngram_drafter import NgramDrafter
-from llmcad_mlx.drafting.ngram_table import NgramTable, vocabulary_hash
+from llmcad_mlx.drafting.ngram_table import NgramCounts, NgramTable, vocabulary_hash
 from llmcad_mlx.drafting.table_drafter import TableDrafter
 from llmcad_mlx.drafting.vocabulary import check_same_tokens
 from llmcad_mlx.errors import ModelError, VocabularyError
@@ -54,10 +54,10 @@ def load_drafters(path: Path | None, target: LoadedModel, model: TreeModel, voca
 
 
 def _load_table(path: Path, target: LoadedModel) -> TableDrafter:
-    table = NgramTable.load(path)
-    if table.vocabulary != vocabulary_hash(target.tokenizer.get_vocab()):
+    counts = NgramCounts.load(path)
+    if counts.vocabulary != vocabulary_hash(target.tokenizer.get_vocab()):
         raise VocabularyError(f"{path}: the table was made with other tokens than the target's; make one for it")
-    return TableDrafter(table)
+    return TableDrafter(NgramTable(counts))
 
 
 def _load_drafter(path: Path, target: LoadedModel, vocab_size: int) -> ModelDrafter:

@@ -10,9 +10,10 @@ import pytest
 
 from convert.distillation.corpus import ChatForm, CorpusSettings, shard_path, texts_of, write_corpus
 from convert.distillation.forecast import tokens_per_pass
-from convert.distillation.tables import make_table
+from convert.distillation.tables import make_counts
 from convert.distillation.writing import Text, Writer, loops
 from llmcad_mlx import load
+from llmcad_mlx.drafting.ngram_table import NgramTable
 from llmcad_mlx.loader import load_tree_model
 from tests.tiny import VOCAB, tiny_tree_model
 from tests.tiny_folder import EOS, make_folder, tiny_environment
@@ -115,8 +116,8 @@ def test_a_forecast_lies_between_plain_decoding_and_the_size_of_the_tree(tmp_pat
         folder = make_folder(tmp_path / "model")
         with load(folder, None) as engine:
             texts = [[1, 2, n, *engine.generate([1, 2, n], max_tokens=40).tokens] for n in range(3, 9)]
-        table = make_table([np.array(text, np.int32) for text in texts], 3, "")
-        perfect = make_table([np.array(texts[0], np.int32)], 12, "")
+        table = NgramTable(make_counts([np.array(text, np.int32) for text in texts], 3, ""))
+        perfect = NgramTable(make_counts([np.array(texts[0], np.int32)], 12, ""))
         assert tokens_per_pass(perfect, [(texts[0], 3)], 64) > 5
         reached = tokens_per_pass(table, [(text, 3) for text in texts], 8)
         assert 1.0 < reached <= 8

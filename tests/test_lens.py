@@ -133,15 +133,15 @@ def test_a_draft_without_tokenizer_is_for_its_targets_tokens_only(
 
 
 def test_tables_in_a_drafts_folder_draft_beside_its_model(target: LoadedModel, tmp_path: Path) -> None:
-    from convert.distillation.tables import make_table
+    from convert.distillation.tables import make_counts
 
     draft = make_folder(tmp_path / "draft", layers=1)
     with tiny_environment(tmp_path / "home"):
         with load(target.path, None) as engine:
             plain = engine.generate([4, 5, 6], max_tokens=40).tokens
         vocabulary = vocabulary_hash(target.tokenizer.get_vocab())
-        table = make_table([np.array([4, 5, 6, *plain], np.int32)], 5, vocabulary)
-        table.save(draft / "corpus.ngrams.safetensors")
+        counts = make_counts([np.array([4, 5, 6, *plain], np.int32)], 5, vocabulary)
+        counts.save(draft / "corpus.ngrams.safetensors")
         with load(target.path, draft) as engine:
             assert [drafter.source for drafter in engine.pair.drafters] == ["ngram", "table", "model"]
             result = engine.generate([4, 5, 6], max_tokens=40, tree_nodes=8)

@@ -12,9 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.distillation.tables import make_table
+from convert.distillation.tables import make_counts
 from llmcad_mlx import VocabularyError, load
-from llmcad_mlx.drafting.ngram_table import NgramTable, context_hash, context_hashes, vocabulary_hash
+from llmcad_mlx.drafting.ngram_table import (
+    NgramCounts,
+    NgramTable,
+    context_hash,
+    context_hashes,
+    vocabulary_hash,
+)
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.sources.mlx_folder import convert_folder
 from tests.tiny_folder import make_folder, tiny_environment
@@ -24,6 +30,10 @@ texts_of_tokens = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=30),
 
 def arrays(texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     return [np.array(text, np.int32) for text in texts]
+
+
+def _table(texts: Sequence[np.ndarray], order: int, drop_known: bool = True) -> NgramTable:
+    return NgramTable(make_counts(texts, order, "v", drop_known))
 
 
 def by_hand(texts: Sequence[Sequence[int]], order: int, context: Sequence[int]) -> dict[int, float]:
@@ -54,7 +64,7 @@ def test_single_contexts_hash_as_many_do(rows: list[list[int]]) -> None:
 def test_probabilities_are_those_of_the_definition(texts: list[list[int]], order: int, context: list[int]) -> None:
     if all(len(text) < 2 for text in texts):
         return
-    table = make_table(arrays(texts), order, "v", drop_known=False)
+    table = _table(arrays(texts), order, drop_known=False)
     found = dict(table.candidates(context, 100))
     expected = by_hand(texts, order, context)
     assert found.keys() == expected.keys()
@@ -64,7 +74,7 @@ def test_probabilities_are_those_of_the_definition(texts: list[list[int]], order
 
 
 def test_candidates_come_best_first_and_no_more_than_asked() -> None:
-    table = make_table(arrays([[1, 2, 1, 2, 1, 2, 1, 3, 1, 3, 1, 4]]), 3, "v")
+    table = _table(arrays([[1, 2, 1, 2, 1, 2, 1, 3, 1, 3, 1, 4]]), 3)
     found = table.candidates([9, 1], 2)
     assert [token for token, _ in found] == [2, 3]
     assert found[0][1] > found[1][1]
@@ -74,7 +84,7 @@ def test_candidates_come_best_first_and_no_more_than_asked() -> None:
 
 def test_what_a_shorter_context_knows_is_left_out() -> None:
     text = [1, 2, 3, 4, 5, 6, 7, 8]
-    whole, short = (make_table(arrays([text]), 4, "v", drop_known=drop) for drop in (False, True))
+    whole, short = (_table(arrays([text]), 4, drop) for drop in (False, True))
     assert short.num_bytes < whole.num_bytes
     for end in range(1, len(text)):
         assert short.candidates(text[:end], 1)[0][0] == text[end]
@@ -82,10 +92,11 @@ def test_what_a_shorter_context_knows_is_left_out() -> None:
 
 def test_a_table_is_read_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    table = make_table([rng.integers(0, 50, 400).astype(np.int32) for _ in range(5)], 4, "the vocabulary")
+    counts = make_counts([rng.integers(0, 50, 400).astype(np.int32) for _ in range(5)], 4, "the vocabulary")
     path = tmp_path / "x.ngrams.safetensors"
-    table.save(path)
-    again = NgramTable.load(path)
+    counts.save(path)
+    read = NgramCounts.load(path)
+    table, again = NgramTable(counts), NgramTable(read)
     assert (again.order, again.vocabulary) == (4, "the vocabulary")
     for _ in range(100):
         context = rng.integers(0, 50, 5).tolist()
@@ -96,7 +107,7 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "foreign", "missing", "starts", "empty"])
 def test_a_damaged_table_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "x.ngrams.safetensors"
-    make_table(arrays([[1, 2, 3, 1, 2, 4]]), 3, "v").save(path)
+    make_counts(arrays([[1, 2, 3, 1, 2, 4]]), 3, "v").save(path)
     content, (found, metadata) = path.read_bytes(), mx.load(str(path), return_metadata=True)
     if damage == "cut":
         path.write_bytes(content[:-5])
@@ -109,7 +120,7 @@ def test_a_damaged_table_is_refused_by_name(tmp_path: Path, damage: str) -> None
     else:
         mx.save_safetensors(str(path), {**found, "starts": found["starts"] + 1}, metadata)
     with pytest.raises(ModelError, match=r"x\.ngrams\.safetensors: not an n-gram table"):
-        NgramTable.load(path)
+        NgramCounts.load(path)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -121,7 +132,7 @@ def test_a_table_of_the_targets_text_drafts_it(tmp_path: Path, temperature: floa
             plain = engine.generate([1, 2, 3], **options).tokens
             vocabulary = vocabulary_hash(engine.tokenizer.get_vocab())
         path = tmp_path / "draft.ngrams.safetensors"
-        make_table(arrays([[1, 2, 3, *plain]]), 5, vocabulary).save(path)
+        make_counts(arrays([[1, 2, 3, *plain]]), 5, vocabulary).save(path)
         with load(folder, str(path)) as engine:
             result = engine.generate([1, 2, 3], tree_nodes=8, **options)
         assert result.tokens == plain
@@ -136,14 +147,14 @@ def test_a_table_goes_with_a_checked_and_streamed_target(tmp_path: Path) -> None
             plain = engine.generate([1, 2, 3], max_tokens=20).tokens
             vocabulary = vocabulary_hash(engine.tokenizer.get_vocab())
         path = tmp_path / "draft.ngrams.safetensors"
-        make_table(arrays([[1, 2, 3, *plain]]), 5, vocabulary).save(path)
+        make_counts(arrays([[1, 2, 3, *plain]]), 5, vocabulary).save(path)
         with load(folder, str(path), pinned=0, verify=True) as engine:
             assert engine.generate([1, 2, 3], max_tokens=20, tree_nodes=8).tokens == plain
 
 
 def test_a_table_for_other_tokens_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "draft.ngrams.safetensors"
-    make_table(arrays([[1, 2, 3, 1, 2, 4]]), 3, "another vocabulary").save(path)
+    make_counts(arrays([[1, 2, 3, 1, 2, 4]]), 3, "another vocabulary").save(path)
     with tiny_environment(tmp_path / "home"):
         folder = make_folder(tmp_path / "model")
         with pytest.raises(VocabularyError, match="made with other tokens"):

@@ -1,4 +1,4 @@
-"""From token sequences to an n-gram table."""
+"""From token sequences to the counts of an n-gram table."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmcad_mlx.drafting.ngram_table import NgramTable, context_hashes
+from llmcad_mlx.drafting.ngram_table import NgramCounts, context_hashes
 
 _MOST_ENTRIES = 8  # kept of a context
 _MOST_COUNT = 2**16 - 1
 
 
-def make_table(
+def make_counts(
     texts: Sequence[npt.NDArray[np.int32]], order: int, vocabulary: str, drop_known: bool = True
-) -> NgramTable:
+) -> NgramCounts:
     """Count what follows each context of 1 to `order` - 1 tokens inside each text.
 
     vocabulary: `vocabulary_hash` of the tokens. drop_known: leave a context out that was seen once where the one
@@ -72,7 +72,7 @@ def _counted(texts: Sequence[npt.NDArray[np.int32]], length: int) -> _Counts:
     return _Counts(keys[first], shorter[first], np.append(first, len(keys)), tokens, counts)
 
 
-def _table(parts: Sequence[_Counts], order: int, vocabulary: str) -> NgramTable:
+def _table(parts: Sequence[_Counts], order: int, vocabulary: str) -> NgramCounts:
     keys = np.concatenate([part.keys for part in parts])
     kinds = np.concatenate([np.diff(part.starts) for part in parts])
     totals = np.concatenate([part.totals for part in parts])
@@ -99,4 +99,4 @@ def _table(parts: Sequence[_Counts], order: int, vocabulary: str) -> NgramTable:
         "single_keys": keys[one],
         "single_tokens": tokens[starts[one]].astype(np.uint32),
     }
-    return NgramTable(arrays, order, vocabulary)
+    return NgramCounts(arrays, order, vocabulary)

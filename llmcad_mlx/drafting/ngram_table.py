@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from llmcad_mlx.errors import ModelError
 
 FORMAT = "llmcad-ngram-table-1"
 
-_BUCKET_BITS = 20  # of a key, which tell the contexts of a bucket apart
+_MOST_BUCKET_BITS = 24
+_HEAD = 3  # numbers of a block before its entries
+_SIZE_SHIFT, _KINDS_MASK = 16, 0xFFFF
 _MIX, _STEP, _MASK = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xFFFFFFFFFFFFFFFF
 _ARRAYS = ("keys", "starts", "totals", "kinds", "tokens", "counts", "single_keys", "single_tokens")
 
@@ -60,31 +62,30 @@ def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-class NgramTable:
-    """Candidates after a context, with probabilities."""
+@dataclass(frozen=True)
+class NgramCounts:
+    """The arrays of an n-gram table, as in its file. Raises ValueError for some that do not fit together."""
 
-    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], order: int, vocabulary: str) -> None:
-        """arrays: as in the file. Raises ValueError for arrays that do not fit together."""
+    arrays: Mapping[str, npt.NDArray[Any]]
+    order: int
+    vocabulary: str
+
+    def __post_init__(self) -> None:
+        arrays, starts = self.arrays, self.arrays["starts"]
         contexts, singles = len(arrays["keys"]), len(arrays["single_keys"])
-        entries = len(arrays["tokens"])
-        starts = arrays["starts"]
         if not (
             len(starts) == contexts + 1
             and len(arrays["totals"]) == len(arrays["kinds"]) == contexts
-            and len(arrays["counts"]) == entries
+            and len(arrays["counts"]) == len(arrays["tokens"]) == int(starts[-1])
             and len(arrays["single_tokens"]) == singles
-            and int(starts[-1]) == entries
-            and bool((starts[1:] >= starts[:-1]).all())
-            and order >= 2
+            and bool((np.diff(starts.astype(np.int64)) >= 0).all())
+            and bool((np.diff(starts.astype(np.int64)) <= _KINDS_MASK).all())
+            and self.order >= 2
         ):
             raise ValueError("the arrays of the n-gram table do not fit together")
-        self.order = order
-        self.vocabulary = vocabulary
-        self._arrays = arrays
-        self._index = _Index.of(arrays)
 
     @classmethod
-    def load(cls, path: Path) -> NgramTable:
+    def load(cls, path: Path) -> NgramCounts:
         """Raises ModelError naming the file when it is not a whole n-gram table."""
         try:
             loaded: Any = mx.load(str(path), return_metadata=True)
@@ -102,79 +103,77 @@ class NgramTable:
         """Write the file, whole or not at all."""
         temporary = path.with_name(path.name + ".part.safetensors")
         metadata = {"format": FORMAT, "order": str(self.order), "vocabulary": self.vocabulary}
-        mx.save_safetensors(str(temporary), {name: mx.array(a) for name, a in self._arrays.items()}, metadata)
+        mx.save_safetensors(str(temporary), {name: mx.array(a) for name, a in self.arrays.items()}, metadata)
         temporary.replace(path)
+
+
+class NgramTable:
+    """Candidates after a context, with probabilities.
+
+    A lookup costs as much as the memory it touches, all of it cold after a pass over the target's weights. So
+    all that is known of a context lies in one block of `_blocks` uint32: key, C, T with the number of entries
+    in the upper half, then token and count of each entry. Blocks are in the order of their keys; `_buckets`
+    tells where those begin whose keys have the same upper bits, one or two of them.
+    """
+
+    def __init__(self, counts: NgramCounts) -> None:
+        self.order = counts.order
+        self.vocabulary = counts.vocabulary
+        num_contexts = len(counts.arrays["keys"]) + len(counts.arrays["single_keys"])
+        bits = min(num_contexts.bit_length(), _MOST_BUCKET_BITS)
+        self._shift = 32 - bits
+        self._buckets, self._blocks = _blocks(counts.arrays, bits)
 
     @property
     def num_bytes(self) -> int:
         """In memory."""
-        return sum(array.nbytes for array in self._arrays.values()) + self._index.num_bytes
+        return self._buckets.nbytes + self._blocks.nbytes
 
     def candidates(self, tokens: Sequence[int], count: int) -> list[tuple[int, float]]:
         """At most `count` tokens after the end of `tokens`, with their probabilities, best first."""
-        found = [self._entries(tokens[-length:]) for length in range(1, min(self.order, len(tokens) + 1))]
+        # The interpolation from its longest context down: each leaves the shorter ones `rest` of the probability.
         probabilities: dict[int, float] = {}
-        for entries in found:
-            if entries is not None:
-                probabilities.update(dict.fromkeys(entries[0], 0.0))
-        for entries in found:
-            if entries is None:
-                continue
-            counts, total, kinds = entries
-            for token, lower in probabilities.items():
-                probabilities[token] = (counts.get(token, 0) + kinds * lower) / (total + kinds)
-        return sorted(probabilities.items(), key=lambda item: -item[1])[:count]
-
-    def _entries(self, context: Sequence[int]) -> tuple[dict[int, int], int, int] | None:
-        """Counts by token, their total and the number of kinds; None for a context never seen."""
-        key, index = context_hash(context), self._index
-        bucket = key >> _BUCKET_BITS
-        end = index.buckets[bucket + 1]
-        at = bisect_left(index.keys, key, index.buckets[bucket], end)
-        if at == end or index.keys[at] != key:
-            return None
-        first, last = index.starts[at], index.starts[at + 1]
-        counts = dict(zip(index.tokens[first:last], index.counts[first:last], strict=True))
-        return counts, index.totals[at], index.kinds[at]
+        rest = 1.0
+        for length in range(min(self.order - 1, len(tokens)), 0, -1):
+            key = context_hash(tokens[-length:])
+            bucket = key >> self._shift
+            block = self._blocks[self._buckets[bucket] : self._buckets[bucket + 1]].tolist()
+            at = 0
+            while at < len(block):
+                kinds = block[at + 2]
+                end = at + _HEAD + 2 * (kinds >> _SIZE_SHIFT)
+                if block[at] == key:
+                    kinds &= _KINDS_MASK
+                    share = rest / (block[at + 1] + kinds)
+                    for entry in range(at + _HEAD, end, 2):
+                        token = block[entry]
+                        probabilities[token] = probabilities.get(token, 0.0) + share * block[entry + 1]
+                    rest = share * kinds
+                    break
+                at = end
+        return sorted(probabilities.items(), key=itemgetter(1), reverse=True)[:count]
 
 
-@dataclass(frozen=True, slots=True)
-class _Index:
-    """A table's arrays for looking up: those of contexts seen once among the others, in the order of the keys.
-
-    Read as Python integers, which for a few of them is faster than numpy. `buckets` (4097,): where the keys with
-    the same upper 12 bits begin; looking for one in all of them would touch more memory than all else in a lookup.
-    """
-
-    keys: memoryview
-    starts: memoryview
-    totals: memoryview
-    kinds: memoryview
-    tokens: memoryview
-    counts: memoryview
-    buckets: memoryview
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> _Index:
-        keys = np.concatenate([arrays["keys"], arrays["single_keys"]])
-        order = np.argsort(keys, kind="stable")
-        once = np.ones(len(arrays["single_keys"]), np.uint16)
-        sizes = np.concatenate([np.diff(arrays["starts"].astype(np.int64)), once])
-        firsts = np.concatenate([arrays["starts"][:-1], len(arrays["tokens"]) + np.arange(len(once))])
-        starts = np.concatenate([[0], np.cumsum(sizes[order])])
-        # The entries of the contexts, one after the other in their new order.
-        entries = np.repeat(firsts[order] - starts[:-1], sizes[order]) + np.arange(starts[-1])
-        bounds = np.arange((1 << (32 - _BUCKET_BITS)) + 1, dtype=np.uint64) << np.uint64(_BUCKET_BITS)
-        return cls(
-            keys=keys[order].data,
-            starts=starts.astype(np.uint32).data,
-            totals=np.concatenate([arrays["totals"], once])[order].data,
-            kinds=np.concatenate([arrays["kinds"], once])[order].data,
-            tokens=np.concatenate([arrays["tokens"], arrays["single_tokens"]])[entries.astype(np.int64)].data,
-            counts=np.concatenate([arrays["counts"], once])[entries.astype(np.int64)].data,
-            buckets=np.searchsorted(keys[order].astype(np.uint64), bounds).astype(np.uint32).data,
-        )
+def _blocks(arrays: Mapping[str, npt.NDArray[Any]], bits: int) -> tuple[memoryview, memoryview]:
+    """Buckets (2^bits + 1,) uint32 and blocks, see `NgramTable`; as Python integers, for which a memoryview is
+    faster than numpy."""
+    keys = np.concatenate([arrays["keys"], arrays["single_keys"]])
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    once = np.ones(len(arrays["single_keys"]), np.int64)
+    sizes = np.concatenate([np.diff(arrays["starts"].astype(np.int64)), once])[order]
+    firsts = np.concatenate([arrays["starts"][:-1], len(arrays["tokens"]) + np.arange(len(once))])[order]
+    bounds = np.concatenate([[0], np.cumsum(_HEAD + 2 * sizes)])
+    blocks = np.zeros(bounds[-1], np.uint32)
+    blocks[bounds[:-1]] = keys
+    blocks[bounds[:-1] + 1] = np.concatenate([arrays["totals"], once])[order]
+    blocks[bounds[:-1] + 2] = np.concatenate([arrays["kinds"], once])[order] | sizes << _SIZE_SHIFT
+    # The entries of each context, one after the other: where they come from and where they go.
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    source = (np.repeat(firsts, sizes) + within).astype(np.int64)
+    places = np.repeat(bounds[:-1] + _HEAD, sizes) + 2 * within
+    blocks[places] = np.concatenate([arrays["tokens"], arrays["single_tokens"]])[source]
+    blocks[places + 1] = np.concatenate([arrays["counts"], once])[source]
+    prefixes = np.arange((1 << bits) + 1, dtype=np.uint64) << np.uint64(32 - bits)
+    buckets = bounds[np.searchsorted(keys.astype(np.uint64), prefixes)].astype(np.uint32)
+    return buckets.data, blocks.data

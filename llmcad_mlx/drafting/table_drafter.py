@@ -36,8 +36,7 @@ class TableDrafter:
         return [self._after(tree.path_tokens(leaf)) for leaf in leaves]
 
     def _after(self, path: Sequence[int]) -> Candidates:
-        length = self.table.order - 1
-        context = [*self._tokens[-length:], *path][-length:]
+        context = [*self._tokens[-self.table.order :], *path] if path else self._tokens
         found = self.table.candidates(context, self._num_candidates)
         return Candidates([token for token, _ in found], [probability for _, probability in found], TABLE)
 

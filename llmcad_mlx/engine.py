@@ -94,10 +94,10 @@ class SpeculativeEngine:
         survivors = carried.survivors if carried and carried.serves(self.policy, sampler.settings) else None
         tree = survivors.tree if survivors else TokenTree(self.tokens[-1], len(self.tokens) - 1)
         self.policy.begin(tree, survivors)
-        drafters = self._active()
-        for drafter in drafters:
-            drafter.begin(self.tokens, sampler, tree)
-        return Growth(tree, drafters, self.policy, self.costs, stats, self.clock)
+        growth = Growth(tree, self._active(), self.tokens, sampler, self.policy, self.costs, stats, self.clock)
+        if survivors is not None:
+            growth.begin_all()
+        return growth
 
     def _active(self) -> list[Drafter]:
         wanted = self.policy.sources
@@ -143,8 +143,7 @@ class SpeculativeEngine:
         self.target.commit(verification, steps.nodes)
         path = [selection.new_to_old[node] for node in steps.nodes]
         survivors = growth.survivors(path, steps)
-        for drafter in growth.drafters:
-            drafter.commit(growth.tree, path, survivors)
+        growth.commit(path, survivors)
         self.tokens.extend(steps.tokens)
         return survivors
 

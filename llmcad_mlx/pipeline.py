@@ -9,10 +9,10 @@ round.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmcad_mlx.drafting.drafter import Drafter
-from llmcad_mlx.sampling import SamplingSettings
+from llmcad_mlx.sampling import SamplingSettings, TargetSampler
 from llmcad_mlx.stats import GenerationStats
 from llmcad_mlx.tree.cost_model import CostModel
 from llmcad_mlx.tree.policy import GrowthPolicy
@@ -26,19 +26,34 @@ _PREFILL_STEP = 64  # prompt tokens a drafter reads at a time while the target w
 
 @dataclass(slots=True)
 class Growth:
-    """One round's tree and who grows it. Steps are timed, counted and charged to `costs` and `stats` here.
+    """One round's tree below `tokens` and who grows it. Steps are timed, counted and charged to `costs` and `stats`.
+
+    Drafters take part in the round from when they are first asked: most rounds of a text that is hard to guess
+    need none but the cheapest.
 
     `num_provisional`: steps taken by `provisional_step`, `background_s`: seconds spent in them.
     """
 
     tree: TokenTree
     drafters: Sequence[Drafter]
+    tokens: Sequence[int]
+    sampler: TargetSampler
     policy: GrowthPolicy
     costs: CostModel
     stats: GenerationStats
     clock: Callable[[], float]
     num_provisional: int = 0
     background_s: float = 0.0
+    _begun: list[Drafter] = field(default_factory=list)
+
+    def begin_all(self) -> None:
+        """For a tree that survived: whoever drafted its nodes knows more of them than the tree does."""
+        for drafter in self.drafters:
+            self._begin(drafter)
+
+    def _begin(self, drafter: Drafter) -> None:
+        drafter.begin(self.tokens, self.sampler, self.tree)
+        self._begun.append(drafter)
 
     def draft(self, free_seconds: Callable[[], float] = lambda: 0.0) -> None:
         """Ask the drafters in order, cheapest first, for as long as the policy wants more of each.
@@ -78,6 +93,8 @@ class Growth:
         """One draft step; returns its seconds, 0.0 for one without a forward."""
         seconds, size = 0.0, len(self.tree)
         started = self.clock()
+        if drafter not in self._begun:
+            self._begin(drafter)
         proposals = drafter.expand(self.tree, leaves)
         if drafter.rows_fed != 0:
             seconds = self.clock() - started
@@ -88,6 +105,11 @@ class Growth:
             self.policy.add(self.tree, leaf, candidates)
         self.stats.drafted += len(self.tree) - size
         return seconds
+
+    def commit(self, path: Sequence[int], survivors: Selection | None) -> None:
+        """Tell those who took part what was accepted and what goes on, see `Drafter.commit`."""
+        for drafter in self._begun:
+            drafter.commit(self.tree, path, survivors)
 
     def survivors(self, path: Sequence[int], steps: Walk) -> Selection | None:
         """What is drafted below the bonus token, its node the new root; None when it was not drafted.

@@ -13,7 +13,7 @@ from llmcad_mlx.tree.token_tree import Selection, TokenTree
 class Drafter(Protocol):
     """Proposes children for nodes of a token tree. Keeps the state of one session.
 
-    One round:
+    One round, for a drafter that is asked in it:
 
         drafter.begin(tokens, sampler, tree)        # the whole sequence; the tree's root is its last token
         candidates = drafter.expand(tree, leaves)   # any number of times

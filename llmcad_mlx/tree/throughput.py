@@ -139,11 +139,11 @@ class ThroughputPolicy:
 
     def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """The most likely nodes `source` has not expanded, while expanding them pays."""
+        if self._resting and self.tree_nodes is None:
+            return []
         expanded = self._expanded.setdefault(source, set())
         if self.tree_nodes is not None:
             leaves = self._unfilled(tree, expanded)
-        elif self._resting:
-            return []
         elif source == MODEL:
             leaves = self._paying(tree, expanded, free_seconds)
             self._model_used = self._model_used or bool(leaves)

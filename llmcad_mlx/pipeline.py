@@ -26,7 +26,7 @@ _PREFILL_STEP = 64  # prompt tokens a drafter reads at a time while the target w
 
 @dataclass(slots=True)
 class Growth:
-    """One round's tree below `tokens` and who grows it. Steps are timed, counted and charged to `costs` and `stats`.
+    """One round's tree below `tokens` and who grows it. Steps are timed, and charged to `costs` and `stats`.
 
     Drafters take part in the round from when they are first asked: most rounds of a text that is hard to guess
     need none but the cheapest.

@@ -441,7 +441,7 @@ def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: l
     values = [sum(ranked[:n]) - costs.rate * costs.verify.predict(n) for n in range(1, worth_a_row + 1)]
     submitted = policy.submit(tree).tree
     promised = sum(ranked[: values.index(max(values)) + 1]) - 1.0
-    if promised < 0.05 or max(values) - values[0] < 0.05:
+    if promised < 0.05 or max(values) - values[0] < 0.12:
         assert len(submitted) == 1  # too little to gain, with or without the prices
         return
     assert values[len(submitted) - 1] == pytest.approx(max(values), abs=1e-6)
@@ -451,7 +451,7 @@ def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: l
 def test_lookups_not_worth_a_row_are_left_out_but_learned_from() -> None:
     """The target's choice judges them all the same, so a lookup that becomes good is noticed for nothing."""
     calibration = Calibration()
-    policy = ThroughputPolicy(measured({1: 1.0, 2: 1.9, 64: 60.0}), calibration)
+    policy = ThroughputPolicy(measured({1: 1.0, 2: 1.8, 64: 60.0}), calibration)
     before = calibration.probability(0.4, NGRAM)
     for position in range(120):  # a text in which no row was paid for yet is looked at every other round
         tree = TokenTree(0, position)

@@ -14,8 +14,9 @@ _ALLOWANCE = 0.015  # paid in for each token, which bounds what useless drafting
 _WORST_ROUND = -3.0
 
 _LOOKUP_MOST = 8.0  # enough for the widest pass that copied text is worth
-_LOOKUP_ALLOWANCE = 0.01  # paid in for each token
+_LOOKUP_ALLOWANCE = 0.015  # paid in for each token
 _LOOKUP_CREDIT = 0.4  # for having been right without a row
+_LOOKUP_LOSS = 0.5  # of a text, besides the allowance, after which nothing more is risked
 
 
 class DraftAccount:
@@ -44,19 +45,30 @@ class LookupAccount:
 
     Each text starts with nothing, for what one says about the next is little: lookups that were right all the
     time may be wrong from its first token on. Being right without a row, which costs nothing, earns the first.
+    But some texts have lookups right where nobody bets, so one that has lost so much risks nothing more, whatever
+    it has earned, until the allowance has paid for that.
     """
 
     def __init__(self) -> None:
-        self.balance = 0.0
+        self.new_text()
 
     def new_text(self) -> None:
         """What was won or lost before counts no more."""
-        self.balance = 0.0
+        self._earned = 0.0
+        self._left = _LOOKUP_LOSS  # which credit does not add to
+
+    @property
+    def balance(self) -> float:
+        """What may be risked now."""
+        return self._earned if self._left > 0.0 else min(self._earned, 0.0)
 
     def book(self, num_tokens: int, net: float) -> None:
         """A round gave `num_tokens`, of which lookups gained `net` after the price of their rows."""
-        self.balance = min(self.balance + _LOOKUP_ALLOWANCE * num_tokens + net, _LOOKUP_MOST)
+        net += _LOOKUP_ALLOWANCE * num_tokens
+        self._earned = min(self._earned + net, _LOOKUP_MOST)
+        self._left = min(self._left + net, _LOOKUP_MOST)
 
     def book_missed(self, num_tokens: int) -> None:
         """The same for a round whose lookup was right but not paid for: a reason to trust the next."""
-        self.book(num_tokens, _LOOKUP_CREDIT)
+        self.book(num_tokens, 0.0)
+        self._earned = min(self._earned + _LOOKUP_CREDIT, _LOOKUP_MOST)

@@ -23,17 +23,18 @@ _PROVISIONAL = 4  # times the nodes of a pass may be expanded in a tree that gro
 _MIN_PROVISIONAL = 64
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
+_MIN_PAID = 0.02  # the same where each row is paid for, and such a child would never be given one
 _LOOK_AGAIN = 32  # rounds without the draft after which one step is taken to see whether it would pay now
+_CONSIDERED = 4  # from then on, the draft is considered in one round of so many
 _SELDOM = 512  # the same at most: each such look in vain doubles the wait for the next
 _WELL_KNOWN = 3  # observations of a pass's size
 _SURE = 2  # observations that make a step time believable
 _HIT_DECAY = 0.95
 _LIKELY = 0.5  # probability of a node that is worth a look although its price seems too high
 _LEAST_GAIN = 0.05  # tokens a tree must promise beyond plain decoding, or measured costs' noise decides
-_LEAST_NET = 0.05  # the same after the price of its rows: the best of many guesses promises more than it keeps
+_LEAST_NET = 0.12  # the same after the price of its rows: the best of many guesses promises more than it keeps
 _PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
 _YIELD_DECAY = 0.9
-_LEAST_LOOKUP = 0.02  # probability of a node below which looking up is not worth the while
 _UNLIKELY = 0.03  # probability of a node that is not worth a draft step, unless it delays nothing
 _AHEAD = 4  # draft steps that are looked ahead when one is priced
 _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, for expanding it in free time
@@ -177,7 +178,7 @@ class ThroughputPolicy:
             return []
         if size == 1:
             return [ROOT] if self._prices.more_rows(1, 1) < 1.0 else []
-        floor = max(self._prices.more_rows(self._ranked(tree).rows, 1), _LEAST_LOOKUP)
+        floor = max(self._prices.more_rows(self._ranked(tree).rows, 1), _MIN_PAID)
         leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
 
@@ -185,6 +186,8 @@ class ThroughputPolicy:
         """The best so many leaves that a model step on them gains more than it costs; none if no step does."""
         if self._measuring_plain or not self._knows_plain():
             return []  # the very first passes measure plain decoding, too
+        if self._idle > _LOOK_AGAIN and self._idle % _CONSIDERED and not self.costs.verify.hidden_rows:
+            return []
         leaves = self._best_unexpanded(tree, expanded, self.max_width)
         if not expanded and self._look_again():
             self._trying = True
@@ -236,12 +239,13 @@ class ThroughputPolicy:
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         probability, source = self.calibration.probability, candidates.source
-        best = 0.0
+        hidden = self.costs.verify.hidden_rows or self.tree_nodes is not None
+        best, least = 0.0, _MIN_CONFIDENCE if hidden else _MIN_PAID
         pairs = zip(candidates.tokens[: self._kept_children], candidates.confidences, strict=False)
         for token, raw in pairs:
             confidence = probability(raw, source)
             best = max(best, confidence)
-            if confidence >= _MIN_CONFIDENCE:
+            if confidence >= least:
                 tree.add(leaf, token, confidence, source, raw)
                 self._ranking = None
         if source == MODEL:

@@ -27,7 +27,7 @@ def make_counts(
     for length, part in enumerate(parts):
         known = drop_known and length > 0
         kept.append(part.without_singles_known_by(parts[length - 1]) if known else part)
-    return _table(kept, order, vocabulary)
+    return _merged(kept, order, vocabulary)
 
 
 class _Counts:
@@ -72,7 +72,7 @@ def _counted(texts: Sequence[npt.NDArray[np.int32]], length: int) -> _Counts:
     return _Counts(keys[first], shorter[first], np.append(first, len(keys)), tokens, counts)
 
 
-def _table(parts: Sequence[_Counts], order: int, vocabulary: str) -> NgramCounts:
+def _merged(parts: Sequence[_Counts], order: int, vocabulary: str) -> NgramCounts:
     keys = np.concatenate([part.keys for part in parts])
     kinds = np.concatenate([np.diff(part.starts) for part in parts])
     totals = np.concatenate([part.totals for part in parts])

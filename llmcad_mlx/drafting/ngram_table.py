@@ -80,6 +80,8 @@ class NgramCounts:
             and len(arrays["single_tokens"]) == singles
             and bool((np.diff(starts.astype(np.int64)) >= 0).all())
             and bool((np.diff(starts.astype(np.int64)) <= _KINDS_MASK).all())
+            and bool((arrays["kinds"] <= _KINDS_MASK).all())  # it shares a number with the count of entries
+            and bool((arrays["kinds"] > 0).all())
             and self.order >= 2
         ):
             raise ValueError("the arrays of the n-gram table do not fit together")

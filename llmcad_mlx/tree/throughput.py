@@ -136,11 +136,11 @@ class ThroughputPolicy:
         self._measuring_plain = due and self.tree_nodes is None
         # Where lookups cannot pay for a row and the model idles, every other round does without looking.
         in_need = self._prices.more_rows(1, 1) > max(self._lookup_account.balance, 0.0) and self._idle > 0
-        self._resting = in_need and not self._resting
+        self._resting = in_need and not self._resting and self.tree_nodes is None
 
     def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """The most likely nodes `source` has not expanded, while expanding them pays."""
-        if self._resting and self.tree_nodes is None:
+        if self._resting:
             return []
         expanded = self._expanded.setdefault(source, set())
         if self.tree_nodes is not None:
@@ -239,8 +239,8 @@ class ThroughputPolicy:
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         probability, source = self.calibration.probability, candidates.source
-        hidden = self.costs.verify.hidden_rows or self.tree_nodes is not None
-        best, least = 0.0, _MIN_CONFIDENCE if hidden else _MIN_PAID
+        unpaid = self.costs.verify.hidden_rows or self.tree_nodes is not None
+        best, least = 0.0, _MIN_CONFIDENCE if unpaid else _MIN_PAID
         pairs = zip(candidates.tokens[: self._kept_children], candidates.confidences, strict=False)
         for token, raw in pairs:
             confidence = probability(raw, source)

@@ -104,7 +104,7 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("damage", ["cut", "foreign", "missing", "starts", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "foreign", "missing", "starts", "kinds", "empty"])
 def test_a_damaged_table_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "x.ngrams.safetensors"
     make_counts(arrays([[1, 2, 3, 1, 2, 4]]), 3, "v").save(path)
@@ -117,6 +117,9 @@ def test_a_damaged_table_is_refused_by_name(tmp_path: Path, damage: str) -> None
         mx.save_safetensors(str(path), found, {**metadata, "format": "another"})
     elif damage == "missing":
         mx.save_safetensors(str(path), {k: v for k, v in found.items() if k != "counts"}, metadata)
+    elif damage == "kinds":  # would divide by zero in the midst of a text
+        nothing = {name: mx.zeros_like(found[name]) for name in ("kinds", "totals")}
+        mx.save_safetensors(str(path), {**found, **nothing}, metadata)
     else:
         mx.save_safetensors(str(path), {**found, "starts": found["starts"] + 1}, metadata)
     with pytest.raises(ModelError, match=r"x\.ngrams\.safetensors: not an n-gram table"):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from llmcad_mlx.api import Engine
+import pytest
+
+from llmcad_mlx import pair_names
+from llmcad_mlx.api import Engine, load
 
 PASSAGE = (
     "The lighthouse keeper wrote every evening in a thick blue book. He noted the wind, the ships that passed, "
@@ -35,6 +40,16 @@ class Comparison:
     tokens: int
     mismatches: int
     tokens_per_pass: float
+
+
+@contextmanager
+def default_engine() -> Iterator[Engine]:
+    """The target and the draft that come by default, whatever `llmcad-mlx tune` has chosen on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_names, "find_choice", lambda *_: None)
+        engine = load()  # pulls the target where it is missing
+    with engine:
+        yield engine
 
 
 def chat(prompt: str) -> list[dict[str, str]]:

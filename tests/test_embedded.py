@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from llmcad_mlx import Engine, load
+from llmcad_mlx import Engine
 from llmcad_mlx.bench.contenders import EngineContender, Sampling, variant_pair
 from llmcad_mlx.bench.prompts import load_prompts
 from llmcad_mlx.bench.variants import parse_variants
 from llmcad_mlx.sources.presets import PackagedSource, get_preset
 from llmcad_mlx.sources.resolve import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TABLE
-from tests.real_text import PROMPTS, REPEAT, chat, compare
+from tests.real_text import PROMPTS, REPEAT, chat, compare, default_engine
 
 pytestmark = pytest.mark.embedded
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with load() as loaded:  # pulls the target where it is missing
+    with default_engine() as loaded:
         yield loaded
 
 
@@ -56,7 +56,7 @@ def test_the_draft_guesses_what_the_target_says(engine: Engine) -> None:
     bound is well below what was measured: it finds a draft that is broken, not one that is a little worse."""
     (variant,) = parse_variants("draft:16")
     assert variant.settings is not None
-    with load() as own:
+    with default_engine() as own:
         contender = EngineContender(variant.name, variant_pair(own.pair, variant), variant.settings)
         prompts = load_prompts(Path("examples/four_domains.toml"), per_domain=1)
         answers = [contender.generate(own.encode(chat(p.text)), Sampling(48)) for p in prompts]

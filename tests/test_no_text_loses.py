@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from llmcad_mlx import Engine, load
+from llmcad_mlx import Engine
 from llmcad_mlx.bench.prompts import load_prompts
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.engine import SpeculativeEngine
@@ -27,7 +27,7 @@ from llmcad_mlx.settings import SpeculationSettings
 from llmcad_mlx.stats import GenerationStats
 from llmcad_mlx.target.target import Verification
 from llmcad_mlx.tree.token_tree import TokenTree
-from tests.real_text import chat
+from tests.real_text import chat, default_engine
 from tests.simulated_stream import SimulatedClock
 
 pytestmark = pytest.mark.embedded
@@ -122,7 +122,7 @@ class Session:
 
 
 def test_no_text_loses_more_than_a_token_or_so() -> None:
-    with load() as engine:
+    with default_engine() as engine:
         texts = []
         for prompt in load_prompts(Path("examples/four_domains.toml"), per_domain=5):
             tokens = engine.encode(chat(prompt.text))

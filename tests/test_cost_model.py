@@ -101,6 +101,16 @@ def test_more_rows_never_take_less_time() -> None:
     assert times.predict(6) == pytest.approx(2.25)  # midway to 8
 
 
+@given(st.lists(st.tuples(st.integers(1, 6), seconds), min_size=1, max_size=80))
+def test_asking_between_measurements_changes_nothing(pairs: list[tuple[int, float]]) -> None:
+    """What was asked for is brought up to date; what was not is made when all is known."""
+    asked = StepTimes()
+    for rows, took in pairs:
+        asked.observe(rows, took)
+        asked.predict(1)
+    assert asked.to_dict() == times_of(*pairs).to_dict()
+
+
 @given(observations)
 def test_predictions_never_fall_with_rows(pairs: list[tuple[int, float]]) -> None:
     times = times_of(*pairs)

@@ -65,7 +65,7 @@ def test_probabilities_are_those_of_the_definition(texts: list[list[int]], order
     if all(len(text) < 2 for text in texts):
         return
     table = _table(arrays(texts), order, drop_known=False)
-    found = dict(table.candidates(context, 100))
+    found = dict(zip(*table.candidates(context, 100), strict=True))
     expected = by_hand(texts, order, context)
     assert found.keys() == expected.keys()
     for token, probability in expected.items():
@@ -75,11 +75,11 @@ def test_probabilities_are_those_of_the_definition(texts: list[list[int]], order
 
 def test_candidates_come_best_first_and_no_more_than_asked() -> None:
     table = _table(arrays([[1, 2, 1, 2, 1, 2, 1, 3, 1, 3, 1, 4]]), 3)
-    found = table.candidates([9, 1], 2)
-    assert [token for token, _ in found] == [2, 3]
-    assert found[0][1] > found[1][1]
-    assert table.candidates([7], 5) == []
-    assert table.candidates([], 5) == []
+    tokens, probabilities = table.candidates([9, 1], 2)
+    assert tokens == [2, 3]
+    assert probabilities[0] > probabilities[1]
+    assert table.candidates([7], 5) == ([], [])
+    assert table.candidates([], 5) == ([], [])
 
 
 def test_what_a_shorter_context_knows_is_left_out() -> None:
@@ -87,7 +87,7 @@ def test_what_a_shorter_context_knows_is_left_out() -> None:
     whole, short = (_table(arrays([text]), 4, drop) for drop in (False, True))
     assert short.num_bytes < whole.num_bytes
     for end in range(1, len(text)):
-        assert short.candidates(text[:end], 1)[0][0] == text[end]
+        assert short.candidates(text[:end], 1)[0] == [text[end]]
 
 
 def test_a_table_is_read_back(tmp_path: Path) -> None:

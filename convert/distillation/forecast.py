@@ -33,7 +33,7 @@ def _best_paths(table: NgramTable, tokens: Sequence[int], count: int) -> set[tup
     while heap and len(found) <= count:
         negative, path = heapq.heappop(heap)
         found.add(path)
-        for token, probability in table.candidates([*context, *path], _CANDIDATES):
+        for token, probability in zip(*table.candidates([*context, *path], _CANDIDATES), strict=True):
             heapq.heappush(heap, (negative * probability, (*path, token)))
     return found
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +130,8 @@ class NgramTable:
         """In memory."""
         return self._buckets.nbytes + self._blocks.nbytes
 
-    def candidates(self, tokens: Sequence[int], count: int) -> list[tuple[int, float]]:
-        """At most `count` tokens after the end of `tokens`, with their probabilities, best first."""
+    def candidates(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        """At most `count` tokens after the end of `tokens`, best first, and their probabilities."""
         # The interpolation from its longest context down: each leaves the shorter ones `rest` of the probability.
         probabilities: dict[int, float] = {}
         rest = 1.0
@@ -153,7 +152,8 @@ class NgramTable:
                     rest = share * kinds
                     break
                 at = end
-        return sorted(probabilities.items(), key=itemgetter(1), reverse=True)[:count]
+        best = sorted(probabilities, key=probabilities.__getitem__, reverse=True)[:count]
+        return best, [probabilities[token] for token in best]
 
 
 def _blocks(arrays: Mapping[str, npt.NDArray[Any]], bits: int) -> tuple[memoryview, memoryview]:

@@ -37,8 +37,7 @@ class TableDrafter:
 
     def _after(self, path: Sequence[int]) -> Candidates:
         context = [*self._tokens[-self.table.order :], *path] if path else self._tokens
-        found = self.table.candidates(context, self._num_candidates)
-        return Candidates([token for token, _ in found], [probability for _, probability in found], TABLE)
+        return Candidates(*self.table.candidates(context, self._num_candidates), TABLE)
 
     def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
         """Nothing to do: `begin` gets what was accepted."""

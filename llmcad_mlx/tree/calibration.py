@@ -47,13 +47,19 @@ class Calibration:
 
     def probability(self, confidence: float, source: str) -> float:
         """Calibrated acceptance probability in [0, 1] of a candidate with raw `confidence` in [0, 1]."""
-        strength = _prior_strength(source)
+        return self.probabilities([confidence], source)[0]
+
+    def probabilities(self, confidences: Sequence[float], source: str) -> Sequence[float]:
+        """The same for several candidates of one drafter."""
         tested = self._tested.get(source)
         if tested is None:
-            return confidence
-        bucket = bisect_right(BUCKET_EDGES, confidence)
-        probability = (self._accepted[source][bucket] + strength * confidence) / (tested[bucket] + strength)
-        return min(probability, 1.0)  # rounding may leave 1 + 1e-16
+            return confidences
+        accepted, strength = self._accepted[source], _prior_strength(source)
+        buckets = [bisect_right(BUCKET_EDGES, confidence) for confidence in confidences]
+        return [
+            min((accepted[bucket] + strength * confidence) / (tested[bucket] + strength), 1.0)  # or 1 + 1e-16
+            for bucket, confidence in zip(buckets, confidences, strict=True)
+        ]
 
     def observe(self, confidence: float, source: str, accepted: bool) -> None:
         """Count one candidate that the target tested. `confidence` is the drafter's raw figure.

@@ -30,7 +30,7 @@ class StepTimes:
         self._medians: dict[int, float] = {}  # of `_seen`; sorting anew what has not changed would be felt
         self._read: set[int] = set()  # counts known from `from_dict` alone
         self._rows: list[int] = []
-        self._fitted: list[float] | None = []  # None: to be made when somebody asks
+        self._fitted: dict[int, float] | None = {}  # None: to be made when somebody asks
         self._row_seconds = 0.0  # at most, for a row beyond the hidden ones
         self.hidden_rows = 0
 
@@ -58,9 +58,10 @@ class StepTimes:
             insort(self._rows, rows)
         self._seen.setdefault(rows, deque(maxlen=_REMEMBERED)).append(seconds)
         median = median_low(self._seen[rows])
-        if self._medians.get(rows) != median or len(self._seen[rows]) < _REMEMBERED:
-            self._medians[rows] = median
-            self._fitted = None
+        before = self._medians.get(rows)
+        self._medians[rows] = median
+        if before != median or len(self._seen[rows]) < _REMEMBERED:
+            self._refit(rows, median)
 
     def __contains__(self, rows: int) -> bool:
         """Whether a forward of exactly `rows` rows was measured."""
@@ -84,38 +85,52 @@ class StepTimes:
 
     def predict(self, rows: int) -> float:
         """Expected seconds; 0.0 before the first observation."""
-        if not self._rows:
-            return 0.0
+        fitted = self._times()
+        exact = fitted.get(rows)  # most are asked for what was measured, and that dozens of times a round
+        if exact is not None or not fitted:
+            return exact or 0.0
         at = bisect_left(self._rows, rows)
-        if at < len(self._rows) and self._rows[at] == rows:
-            return self._seconds[at]
         if at == 0:
             # Fewer rows than ever measured: take the assumed share off, never below one row's.
-            first, seconds = self._rows[0], self._seconds[0]
-            return seconds * (1 + _ROW_SHARE * (rows - 1)) / (1 + _ROW_SHARE * (first - 1))
-        low, low_s = self._rows[at - 1], self._seconds[at - 1]
+            first = self._rows[0]
+            return fitted[first] * (1 + _ROW_SHARE * (rows - 1)) / (1 + _ROW_SHARE * (first - 1))
+        low = self._rows[at - 1]
+        low_s = fitted[low]
         if at == len(self._rows):
             if self.hidden_rows > low:
                 return low_s + self._row_seconds * max(rows - self.hidden_rows, 0)
             return low_s + self._slope_after_last() * (rows - low)
-        high, high_s = self._rows[at], self._seconds[at]
-        return low_s + (high_s - low_s) * (rows - low) / (high - low)
+        high = self._rows[at]
+        return low_s + (fitted[high] - low_s) * (rows - low) / (high - low)
 
     def _slope_after_last(self) -> float:
-        assumed = self._seconds[0] * _ROW_SHARE / (1 + _ROW_SHARE * (self._rows[0] - 1))
-        if len(self._rows) < 2:
+        fitted, first, last = self._times(), self._rows[0], self._rows[-1]
+        assumed = fitted[first] * _ROW_SHARE / (1 + _ROW_SHARE * (first - 1))
+        if first == last:
             return assumed
-        span = self._rows[-1] - self._rows[0]
-        return max((self._seconds[-1] - self._seconds[0]) / span, assumed * 0.1)
+        return max((fitted[last] - fitted[first]) / (last - first), assumed * 0.1)
 
-    @property
-    def _seconds(self) -> list[float]:
-        """For each of `_rows`."""
+    def _times(self) -> dict[int, float]:
+        """Seconds by row count, for each of `_rows`."""
         if self._fitted is None:
             self._fitted = self._fit()
         return self._fitted
 
-    def _fit(self) -> list[float]:
+    def _refit(self, rows: int, median: float) -> None:
+        """Now that `rows` rows take `median`: most often that changes no other's time."""
+        fitted = self._fitted
+        if fitted is None or rows not in fitted:
+            self._fitted = None
+            return
+        at = bisect_left(self._rows, rows)
+        low = fitted[self._rows[at - 1]] if at else -1.0
+        high = fitted[self._rows[at + 1]] if at + 1 < len(self._rows) else float("inf")
+        if low < fitted[rows] < high and low < median < high:
+            fitted[rows] = median  # it is in no pool, and gets into none
+        else:
+            self._fitted = None
+
+    def _fit(self) -> dict[int, float]:
         # Fewer rows never take more time. Where they seem to, noise says so: neighbours are pooled until the
         # order is right (isotonic regression), each weighing as much as it was observed.
         pooled: list[tuple[float, int, int]] = []  # seconds, observations, row counts in the pool
@@ -126,11 +141,12 @@ class StepTimes:
                 seconds = (seconds * seen + other * weight) / (seen + weight)
                 seen, size = seen + weight, size + others
             pooled.append((seconds, seen, size))
-        return [seconds for seconds, _, size in pooled for _ in range(size)]
+        each = (seconds for seconds, _, size in pooled for _ in range(size))
+        return dict(zip(self._rows, each, strict=True))
 
     def to_dict(self) -> dict[str, float]:
         """JSON-able seconds by row count, as `predict` gives them."""
-        return {str(rows): seconds for rows, seconds in zip(self._rows, self._seconds, strict=True)}
+        return {str(rows): seconds for rows, seconds in self._times().items()}
 
     @classmethod
     def from_dict(cls, data: Any) -> StepTimes:

@@ -178,7 +178,10 @@ class ThroughputPolicy:
             return []
         if size == 1:
             return [ROOT] if self._prices.more_rows(1, 1) < 1.0 else []
-        floor = max(self._prices.more_rows(self._ranked(tree).rows, 1), _MIN_PAID)
+        ranking = self._ranked(tree)
+        floor = max(self._prices.more_rows(ranking.rows, 1), _MIN_PAID)
+        if ROOT in expanded and len(ranking.probabilities) > 1 and ranking.probabilities[1] <= floor:
+            return []
         leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
 
@@ -238,12 +241,11 @@ class ThroughputPolicy:
         return long and self._idle >= self._patience and self._draft_account.balance > 0.0
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
-        probability, source = self.calibration.probability, candidates.source
+        source, raws = candidates.source, candidates.confidences[: self._kept_children]
         unpaid = self.costs.verify.hidden_rows or self.tree_nodes is not None
         best, least = 0.0, _MIN_CONFIDENCE if unpaid else _MIN_PAID
-        pairs = zip(candidates.tokens[: self._kept_children], candidates.confidences, strict=False)
-        for token, raw in pairs:
-            confidence = probability(raw, source)
+        confidences = self.calibration.probabilities(raws, source)
+        for token, confidence, raw in zip(candidates.tokens, confidences, raws, strict=False):
             best = max(best, confidence)
             if confidence >= least:
                 tree.add(leaf, token, confidence, source, raw)
@@ -325,7 +327,7 @@ class ThroughputPolicy:
         self._next_root = tree.root_position + len(walk.tokens)
         drafted = self._tree if self._tree is not None else tree
         self._book_lookups(drafted, tree, walk)
-        self._model_right = any(tree.sources[node] == MODEL for node in walk.nodes)
+        self._model_right = self._model_used and any(tree.sources[node] == MODEL for node in walk.nodes)
         node: int | None = 0
         for token in walk.tokens:
             if node is None:

@@ -167,6 +167,10 @@ class TokenTree:
         if num_nodes < 1:
             raise ValueError(f"cannot select {num_nodes} nodes; the root alone is 1")
         size = len(self.tokens)
+        if num_nodes == 1:
+            return Selection(
+                TokenTree(self.tokens[ROOT], self.root_position), [ROOT] + [DROPPED] * (size - 1), [ROOT]
+            )
         if num_nodes >= size:
             return self._keep(list(range(size)))
         cumulative = self.cumulative

@@ -181,7 +181,7 @@ class ThroughputPolicy:
         ranking = self._ranked(tree)
         floor = max(self._prices.more_rows(ranking.rows, 1), _MIN_PAID)
         if ROOT in expanded and len(ranking.probabilities) > 1 and ranking.probabilities[1] <= floor:
-            return []
+            return []  # most often: no node below the root is likely enough
         leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
 

@@ -32,12 +32,12 @@ from distillation.training_state import Checkpoint, TrainingSettings
 from distillation.writing import Writer
 from mlx_lm.utils import load_tokenizer
 
-from llmcad_mlx.bench.prompts import load_prompts
-from llmcad_mlx.drafting.ngram_table import NgramTable, vocabulary_hash
+from llmcad_mlx.drafting.table import NgramTable, vocabulary_hash
 from llmcad_mlx.errors import LlmcadError, UsageError
 from llmcad_mlx.loader import load_tree_model
-from llmcad_mlx.models.loading import load_model_folder
-from llmcad_mlx.sources.resolve import TABLE_SUFFIX, resolve_target
+from llmcad_mlx.measure.prompts import load_prompts
+from llmcad_mlx.models.folder import load_model_folder
+from llmcad_mlx.store.pull import TABLE_SUFFIX, resolve_target
 
 PROMPTS = Path(__file__).parent.parent / "examples" / "four_domains.toml"
 

@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
-from llmcad_mlx.models.loading import read_config
+from llmcad_mlx.files.atomic import check_destination, new_folder
+from llmcad_mlx.files.bundle_writer import BundleWriter, layer_index, plan_layers
+from llmcad_mlx.files.safetensors_writer import TensorSpec
+from llmcad_mlx.models.folder import read_config
+from llmcad_mlx.progress import Advance, NoProgress, Progress, progress_for
 from llmcad_mlx.sizes import parse_size
-from llmcad_mlx.sources.bundle_writer import BundleWriter, layer_index, plan_layers
-from llmcad_mlx.sources.mlx_folder import copy_extent, copy_side_files
-from llmcad_mlx.sources.new_folder import check_destination, new_folder
-from llmcad_mlx.sources.progress import Advance, NoProgress, Progress, progress_for
-from llmcad_mlx.sources.safetensors_writer import TensorSpec
-from llmcad_mlx.target.storage import FileStorage
-from llmcad_mlx.target.weights import TensorExtent, WeightIndex
+from llmcad_mlx.store.convert import copy_extent, copy_side_files
+from llmcad_mlx.streaming.storage import FileStorage
+from llmcad_mlx.streaming.weights import TensorExtent, WeightIndex
 
 # What a layer of these does depends on its weights and on `layer_types` alone, never on its number.
 FAMILIES = ("llama", "qwen2", "qwen3")

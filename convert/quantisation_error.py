@@ -13,8 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from llmcad_mlx.sources.gguf_groups import group_rows, values
-from llmcad_mlx.sources.gguf_header import read_gguf_header, read_rows
+from llmcad_mlx.gguf.groups import group_rows, values
+from llmcad_mlx.gguf.reader import read_gguf_header, read_rows
 
 BITS, GROUP_SIZE, MAX_ROWS = 4, 32, 2048
 

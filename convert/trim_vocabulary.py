@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 from llmcad_mlx.errors import LlmcadError, UsageError
-from llmcad_mlx.models.loading import load_model_folder
-from llmcad_mlx.sources.new_folder import check_destination
-from llmcad_mlx.sources.progress import progress_for
-from llmcad_mlx.sources.resolve import resolve_draft
-from llmcad_mlx.sources.token_counts import usual_tokens
-from llmcad_mlx.sources.trimmed_draft import write_trimmed_draft
+from llmcad_mlx.files.atomic import check_destination
+from llmcad_mlx.models.folder import load_model_folder
+from llmcad_mlx.progress import progress_for
+from llmcad_mlx.store.copies import write_trimmed_draft
+from llmcad_mlx.store.pull import resolve_draft
+from llmcad_mlx.store.token_counts import usual_tokens
 
 
 def trim(source: str, dest: Path, num_tokens: int, corpus: list[Path], show_progress: bool = True) -> int:

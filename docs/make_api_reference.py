@@ -40,7 +40,7 @@ SECTIONS = (
         "Rounds",
         "What `on_round` gets, for those who want to see how a text came about.",
         (
-            "llmcad_mlx.engine.Round",
+            "llmcad_mlx.engine.session.Round",
             "llmcad_mlx.tree.token_tree.TokenTree",
             "llmcad_mlx.tree.token_tree.Selection",
             "llmcad_mlx.tree.walk.Walk",

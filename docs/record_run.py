@@ -19,8 +19,8 @@ from typing import Any
 
 from llmcad_mlx import Engine, load
 from llmcad_mlx.chat.tree_view import RoundTree
-from llmcad_mlx.engine import Round
-from llmcad_mlx.target.streamed import StreamedTarget
+from llmcad_mlx.engine.session import Round
+from llmcad_mlx.verifying.target import StreamedTarget
 
 FOLDER = Path(__file__).parent / "pictures"
 RATE = "80MB/s"  # of the emulated storage

@@ -8,8 +8,8 @@ import sys
 from mlx_lm import load
 from mlx_lm.sample_utils import make_sampler
 
-from llmcad_mlx.mlx_lm_plugin import stream_generate  # was: from mlx_lm import stream_generate
-from llmcad_mlx.sources.resolve import DEFAULT_PRESET, resolve_target
+from llmcad_mlx.mlx_lm_plugin.generation import stream_generate
+from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from llmcad_mlx.errors import UsageError as UsageError
     from llmcad_mlx.errors import VocabularyError as VocabularyError
     from llmcad_mlx.local_or_remote import load as load
-    from llmcad_mlx.remote import RemoteEngine as RemoteEngine
-    from llmcad_mlx.result import Result as Result
-    from llmcad_mlx.stats import GenerationStats as GenerationStats
+    from llmcad_mlx.remote.engine import RemoteEngine as RemoteEngine
+    from llmcad_mlx.results import GenerationStats as GenerationStats
+    from llmcad_mlx.results import Result as Result
 
 __version__ = "0.1.0"
 
@@ -27,10 +27,10 @@ __version__ = "0.1.0"
 _MODULES = {
     "Engine": "api",
     "Response": "api",
-    "Result": "result",
-    "RemoteEngine": "remote",
+    "Result": "results",
+    "RemoteEngine": "remote.engine",
     "load": "local_or_remote",
-    "GenerationStats": "stats",
+    "GenerationStats": "results",
     "ContextLengthError": "errors",
     "DownloadError": "errors",
     "GenerationError": "errors",

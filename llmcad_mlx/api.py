@@ -15,20 +15,19 @@ from mlx_lm.generate import GenerationResponse
 from llmcad_mlx.conversations.file import SavedConversation, save_conversation
 from llmcad_mlx.conversations.restore import restore_caches
 from llmcad_mlx.conversations.snapshot import Snapshot, put_snapshot, take_snapshot
-from llmcad_mlx.drafting.own_drafter import OwnDrafter, Propose
-from llmcad_mlx.engine import Round, SpeculativeEngine
+from llmcad_mlx.drafting.user import OwnDrafter, Propose
+from llmcad_mlx.engine.policies import make_policy
+from llmcad_mlx.engine.session import Round, SpeculativeEngine
+from llmcad_mlx.engine.text import Piece, TextStream
 from llmcad_mlx.errors import ContextLengthError, UsageError
 from llmcad_mlx.loader import LoadedPair, MemoryOptions, load_pair
-from llmcad_mlx.policies import make_policy
+from llmcad_mlx.policy.fixed import ChainPolicy
+from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.prompt import Prompt, encode_prompt
-from llmcad_mlx.result import Result
+from llmcad_mlx.results import GenerationStats, Result
 from llmcad_mlx.sampling import SamplingSettings, TargetSampler
 from llmcad_mlx.settings import SpeculationSettings, StopSettings, stop_settings
 from llmcad_mlx.sizes import parse_rate, parse_size
-from llmcad_mlx.stats import GenerationStats
-from llmcad_mlx.text_stream import Piece, TextStream
-from llmcad_mlx.tree.fixed import ChainPolicy
-from llmcad_mlx.tree.policy import GrowthPolicy
 from llmcad_mlx.tree.token_tree import COMMITTED, MODEL
 
 Progress = Callable[[int, int], None]

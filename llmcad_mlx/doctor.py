@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.machine import Machine, this_machine
-from llmcad_mlx.sources.cache_folder import home_folder
+from llmcad_mlx.store.cache_folder import home_folder
 
 _DISTRIBUTION = "llmcad-mlx"
 
@@ -139,13 +139,13 @@ def _examine_backend() -> _Backend:
         return _Backend(None, False, (f"mlx: does not work ({_line(error)}); install it again",))
     try:
         device = importlib.import_module("llmcad_mlx.loader").device_name()
-        wanted = importlib.import_module("llmcad_mlx.models.host").host_kernels_wanted()
+        wanted = importlib.import_module("llmcad_mlx.cpu.install").host_kernels_wanted()
     except Exception as error:
         return _Backend(None, False, (f"llmcad-mlx: does not load ({_line(error)}); install it again",))
     if not wanted:
         return _Backend(device, False, ())
     try:
-        importlib.import_module("llmcad_mlx.models.cpu_kernels")
+        importlib.import_module("llmcad_mlx.cpu.kernels")
     except Exception as error:
         problem = f"host kernels: numba does not work ({_line(error)}); install it again"
         return _Backend(device, False, (problem,))
@@ -155,7 +155,7 @@ def _examine_backend() -> _Backend:
 def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
     """The findings, or the problem in one line. Nothing is loaded from a bundle whose bytes were altered."""
     from llmcad_mlx.loader import load_tree_model
-    from llmcad_mlx.sources.resolve import resolve_target
+    from llmcad_mlx.store.pull import resolve_target
 
     try:
         path = resolve_target(name, show_progress)
@@ -185,8 +185,8 @@ def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
 
 def _verify(path: Path, show_progress: bool) -> bool:
     """Whether `path` is a bundle. Raises ModelError naming file and layer when its bytes were altered."""
-    from llmcad_mlx.sources.progress import progress_for
-    from llmcad_mlx.target.bundle import read_bundle, verify_bundle
+    from llmcad_mlx.files.bundle import read_bundle, verify_bundle
+    from llmcad_mlx.progress import progress_for
 
     bundle = read_bundle(path)
     if bundle is None:

@@ -1,4 +1,7 @@
-"""From names to a loaded pair: find the folders, plan memory, load both models, compare their tokens."""
+"""From names to a loaded pair: find the folders, plan memory, load both models, compare their tokens.
+
+The models of a pair: load them, find out what they can do, compare their tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,109 @@ from typing import Any
 
 import mlx.core as mx
 
+from llmcad_mlx.cpu.install import prepare_for_host
 from llmcad_mlx.drafting.drafter import Drafter
-from llmcad_mlx.drafting.model_drafter import ModelDrafter
-from llmcad_mlx.errors import UsageError
+from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.drafting.table import NgramCounts, NgramTable, TableDrafter, vocabulary_hash
+from llmcad_mlx.drafting.vocabulary import check_same_tokens
+from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
+from llmcad_mlx.files.bundle import Bundle, read_bundle, verify_bundle
 from llmcad_mlx.machine import resident_bytes, this_machine
-from llmcad_mlx.models.lazy_cache import LazyKVCache
-from llmcad_mlx.models.loading import LoadedModel, load_model_folder
+from llmcad_mlx.memory.plan import MemoryNeeds, MemoryPlan, default_budget, make_plan
+from llmcad_mlx.models.cache import LazyKVCache
+from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
+from llmcad_mlx.models.draft_folder import check_token_list
+from llmcad_mlx.models.folder import LoadedModel, load_model_folder
+from llmcad_mlx.models.probe import cached_probe, probe
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.pair_models import load_drafters, load_tree_model, probe_folder, real_tokens
-from llmcad_mlx.pair_names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
-from llmcad_mlx.profile import PairProfile
-from llmcad_mlx.sources.draft_choice import Conditions
-from llmcad_mlx.target.assembly import Prepared, kv_bytes_per_token
-from llmcad_mlx.target.bundle import Bundle, read_bundle, verify_bundle
-from llmcad_mlx.target.needs import MemoryNeeds
-from llmcad_mlx.target.plan import MemoryPlan, default_budget, make_plan
-from llmcad_mlx.target.resident import ResidentTarget
-from llmcad_mlx.target.storage import FileStorage, ThrottledStorage
-from llmcad_mlx.tree.throughput import provisional_nodes
+from llmcad_mlx.policy.best_first import provisional_nodes
+from llmcad_mlx.store.cache_folder import home_folder
+from llmcad_mlx.store.choice import Conditions
+from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
+from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.store.pull import TABLE_SUFFIX
+from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
+from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
+from llmcad_mlx.verifying.target import ResidentTarget
+
+
+def load_tree_model(
+    path: Path, like: LoadedModel | None = None, alone: bool = False
+) -> tuple[LoadedModel, TreeModel]:
+    """Load one folder and find out what the model can do. like, alone: see `load_model_folder`."""
+    loaded = load_model_folder(path, like=like, alone=alone)
+    prepare_for_host(loaded.model)
+    report = cached_probe(loaded.model, loaded.config, probe_folder(), probe)
+    return loaded, TreeModel(loaded.model, loaded.config, report)
+
+
+def load_drafters(path: Path | None, target: LoadedModel, model: TreeModel, vocab_size: int) -> list[Drafter]:
+    """Who drafts for `model`, which was loaded as `target`, cheapest first: the n-gram drafter, then what is at
+    `path`, if anything: an n-gram table, or a draft model's folder with tables in it or none; nobody for a model
+    that cannot verify a draft.
+
+    Raises ModelError or VocabularyError for an unfit draft model.
+    """
+    if model.capability == "plain":
+        return []
+    drafters: list[Drafter] = [NgramDrafter()]
+    if path is not None and path.name.endswith(TABLE_SUFFIX):
+        drafters.append(_load_table(path, target))
+    elif path is not None:
+        drafters += [_load_table(table, target) for table in sorted(path.glob(f"*{TABLE_SUFFIX}"))]
+        drafters.append(_load_drafter(path, target, vocab_size))
+    return drafters
+
+
+def _load_table(path: Path, target: LoadedModel) -> TableDrafter:
+    counts = NgramCounts.load(path)
+    if counts.vocabulary != vocabulary_hash(target.tokenizer.get_vocab()):
+        raise VocabularyError(f"{path}: the table was made with other tokens than the target's; make one for it")
+    return TableDrafter(NgramTable(counts))
+
+
+def _load_drafter(path: Path, target: LoadedModel, vocab_size: int) -> ModelDrafter:
+    loaded, model = load_tree_model(path, like=target)
+    made_for = (loaded.config.get("llmcad") or {}).get("vocabulary")
+    if made_for not in (None, vocabulary_hash(target.tokenizer.get_vocab())):
+        raise VocabularyError(
+            f"{path}: the draft was made for other tokens than the target's; choose another draft"
+        )
+    check_same_tokens(target.tokenizer.get_vocab(), loaded.tokenizer.get_vocab())
+    tokens = loaded.draft_tokens
+    if tokens is not None:
+        check_token_list(tokens, vocab_size, str(path / DRAFT_TOKENS))  # padding is not proposed either
+    elif model.vocab_size < vocab_size:
+        raise ModelError(
+            f"{path}: the draft has {model.vocab_size} logits for {vocab_size} tokens; choose another draft"
+        )
+    first = model.forward([0], model.new_cache()).logits
+    if not bool(mx.all(mx.isfinite(first)).item()):  # the probe's report may stem from other weights
+        raise ModelError(
+            f"{path}: cannot be used as a draft: its logits are not finite; choose another draft or 'ngram'"
+        )
+    try:
+        return ModelDrafter(model, vocabulary=tokens)
+    except ValueError as error:
+        raise ModelError(f"{path}: cannot be used as a draft: {error}; choose another draft or 'ngram'") from None
+
+
+def real_tokens(loaded: LoadedModel, model: TreeModel) -> int:
+    """Ids beyond the largest the tokenizer knows are padding. Raises ModelError for what cannot be a target."""
+    if loaded.drafts_only:
+        raise ModelError(f"{loaded.path}: can only draft: {loaded.drafts_only}; give it as --draft")
+    ids: Sequence[int] = list(loaded.tokenizer.get_vocab().values())
+    largest = max(ids, default=-1)
+    if largest < 0:
+        raise ModelError(f"{loaded.path}: the tokenizer has no tokens; download the folder again")
+    return min(largest + 1, model.vocab_size)
+
+
+def probe_folder() -> Path:
+    """Where reports of probes are kept."""
+    return home_folder() / "probes"
+
 
 DEFAULT_CONTEXT = 4096  # tokens a plan makes room for
 MIN_CONTEXT = 1024  # what it makes room for where memory is short and nobody asked for more
@@ -270,9 +358,3 @@ def release_free_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
-
-
-__all__ = [
-    "NO_DRAFT", "LoadedPair", "MemoryOptions", "PairNames", "PlannedPair", "SharedTarget", "device_name",
-    "find_pair", "is_planned", "load_names", "load_pair", "load_tree_model", "plan_pair", "release_free_memory",
-]  # fmt: skip

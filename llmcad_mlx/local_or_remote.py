@@ -9,7 +9,7 @@ from llmcad_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from llmcad_mlx.api import Engine
-    from llmcad_mlx.remote import RemoteEngine
+    from llmcad_mlx.remote.engine import RemoteEngine
 
 
 def load(
@@ -32,7 +32,7 @@ def load(
         given = ["draft"] if draft != "auto" else list(options)
         if given:
             raise UsageError(f"{given[0]}: the server at {target} has decided that; leave it out")
-        from llmcad_mlx.remote import RemoteEngine
+        from llmcad_mlx.remote.engine import RemoteEngine
 
         return RemoteEngine(target, api_key)
     if api_key is not None:

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.api import Engine
-from llmcad_mlx.loader import device_name
 from llmcad_mlx.machine import peak_rss_bytes
-from llmcad_mlx.stats import GenerationStats
+from llmcad_mlx.results import GenerationStats
+from llmcad_mlx.store.names import device_name
 
 
 def generation_report(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from llmcad_mlx.sources.resolve import resolve_draft, resolve_target
+from llmcad_mlx.store.pull import resolve_draft, resolve_target
 
 PRESET, BUDGET, TOKENS = "qwen2.5-coder-1.5b", "1GB", 12
 PROMPT = "Write a Python function that merges two sorted lists."

@@ -12,7 +12,7 @@ import pytest
 
 from llmcad_mlx import Engine, ModelError, UsageError, VocabularyError, load
 from llmcad_mlx.cli.main import run
-from tests.tiny_folder import change_config, copy_folder, make_folder, poison, tiny_environment
+from tests.support.tiny_folder import change_config, copy_folder, make_folder, poison, tiny_environment
 
 FAILED, USAGE = 1, 2
 POISONED_PROMPT = "\"#$%&'()"  # reads the row of the embeddings that `poison` spoils

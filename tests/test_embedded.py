@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from llmcad_mlx import Engine
-from llmcad_mlx.bench.contenders import EngineContender, Sampling, variant_pair
-from llmcad_mlx.bench.prompts import load_prompts
-from llmcad_mlx.bench.variants import parse_variants
-from llmcad_mlx.sources.presets import PackagedSource, get_preset
-from llmcad_mlx.sources.resolve import DEFAULT_PRESET
+from llmcad_mlx.measure.contenders import EngineContender, Sampling, variant_pair
+from llmcad_mlx.measure.prompts import load_prompts
+from llmcad_mlx.measure.variants import parse_variants
+from llmcad_mlx.store.presets import PackagedSource, get_preset
+from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TABLE
-from tests.real_text import PROMPTS, REPEAT, chat, compare, default_engine
+from tests.support.real_text import PROMPTS, REPEAT, chat, compare, default_engine
 
 pytestmark = pytest.mark.embedded
 

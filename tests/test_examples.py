@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llmcad_mlx.bench.prompts import load_prompts
-from llmcad_mlx.sources.resolve import DEFAULT_PRESET, resolve_target
-from tests.serving import loader, serving
+from llmcad_mlx.measure.prompts import load_prompts
+from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
+from tests.support.serving import loader, serving
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

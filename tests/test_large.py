@@ -12,7 +12,7 @@ import pytest
 
 from llmcad_mlx import load
 from llmcad_mlx.errors import BudgetError
-from tests.real_text import PROMPTS, compare
+from tests.support.real_text import PROMPTS, compare
 
 pytestmark = pytest.mark.large
 

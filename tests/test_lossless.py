@@ -13,21 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.drafting.drafter import Drafter
-from llmcad_mlx.drafting.model_drafter import ModelDrafter
-from llmcad_mlx.drafting.ngram_drafter import NgramDrafter
-from llmcad_mlx.engine import SpeculativeEngine
+from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.engine.session import SpeculativeEngine
+from llmcad_mlx.policy.best_first import ThroughputPolicy
+from llmcad_mlx.policy.calibration import Calibration
+from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.fixed import ChainPolicy
+from llmcad_mlx.policy.paper import PaperPolicy
+from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
+from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import SamplingSettings, TargetSampler
-from llmcad_mlx.stats import GenerationStats
-from llmcad_mlx.target.resident import ResidentTarget
-from llmcad_mlx.tree.calibration import Calibration
-from llmcad_mlx.tree.cost_model import CostModel
-from llmcad_mlx.tree.fixed import ChainPolicy
-from llmcad_mlx.tree.paper import PaperPolicy
-from llmcad_mlx.tree.policy import Candidates, GrowthPolicy
-from llmcad_mlx.tree.throughput import ThroughputPolicy
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, Selection, TokenTree
-from tests.tiny import VOCAB, tiny_tree_model
-from tests.waiting_target import WaitingTarget
+from llmcad_mlx.verifying.target import ResidentTarget
+from tests.support.tiny import VOCAB, tiny_tree_model
+from tests.support.waiting_target import WaitingTarget
 
 
 @functools.cache

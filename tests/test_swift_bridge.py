@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_folder import make_folder
+from tests.support.tiny_folder import make_folder
 
 PACKAGE = Path(__file__).parent.parent / "Package.swift-bridge"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmcad_mlx.api import Engine
-from llmcad_mlx.bench.prompts import BenchPrompt
-from llmcad_mlx.drafting.ngram_drafter import NgramDrafter
-from llmcad_mlx.engine import Round
+from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.engine.session import Round
 from llmcad_mlx.loader import LoadedPair, load_pair
-from llmcad_mlx.profile import PairProfile
+from llmcad_mlx.measure.prompts import BenchPrompt
+from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import NGRAM
 
 LOOKUP = "prompt lookup"

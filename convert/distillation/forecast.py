@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
-from llmcad_mlx.drafting.ngram_table import NgramTable
+from llmcad_mlx.drafting.table import NgramTable
 
 _CANDIDATES = 8
 

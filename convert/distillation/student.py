@@ -22,7 +22,7 @@ import numpy.typing as npt
 from mlx_lm.utils import dequantize_model
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.models.loading import LoadedModel, cast_to_fp32
+from llmcad_mlx.models.folder import LoadedModel, cast_to_fp32
 
 from .student_cpu import numpy_exponentials
 

@@ -19,10 +19,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save_config
 
-from llmcad_mlx.drafting.ngram_table import vocabulary_hash
-from llmcad_mlx.models.loading import LoadedModel
-from llmcad_mlx.sources.mlx_folder import copy_side_files
-from llmcad_mlx.sources.new_folder import new_folder
+from llmcad_mlx.drafting.table import vocabulary_hash
+from llmcad_mlx.files.atomic import new_folder
+from llmcad_mlx.models.folder import LoadedModel
+from llmcad_mlx.store.convert import copy_side_files
 
 from .student import Ids, Student, target_head
 from .training_state import TrainingSettings

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmcad_mlx.drafting.ngram_table import NgramCounts, context_hashes
+from llmcad_mlx.drafting.table import NgramCounts, context_hashes
 
 _MOST_ENTRIES = 8  # kept of a context
 _MOST_COUNT = 2**16 - 1

@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.models.loading import LoadedModel
+from llmcad_mlx.models.folder import LoadedModel
 
 from .lens import fit_lens
 from .student import FrozenTarget, Student, check_family, frequent_tokens, head_rows

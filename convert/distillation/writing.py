@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.models.forward import body_of
-from llmcad_mlx.models.lazy_cache import LazyKVCache
 from llmcad_mlx.models.tree_model import TreeModel
 
 Halves = npt.NDArray[np.float16]

@@ -12,15 +12,14 @@ from rich.table import Table
 from llmcad_mlx.api import Engine, Response
 from llmcad_mlx.chat.commands import COMMANDS, KEYS, Call, parse
 from llmcad_mlx.chat.conversation import ASSISTANT, Conversation
-from llmcad_mlx.chat.figures import stats_table
-from llmcad_mlx.chat.screen import Screen
+from llmcad_mlx.chat.screen import Screen, stats_table
 from llmcad_mlx.chat.settings import ChatSettings
 from llmcad_mlx.chat.tree_view import RoundTree, draw
 from llmcad_mlx.conversations.file import SavedConversation, read_conversation
-from llmcad_mlx.engine import Round
+from llmcad_mlx.engine.session import Round
 from llmcad_mlx.errors import ContextLengthError, LlmcadError, UsageError
+from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.stats import GenerationStats
 
 _NO_SYSTEM = "none"
 _MAX_SEED = 2**64

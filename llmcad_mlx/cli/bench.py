@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmcad_mlx.bench.variants import DEFAULT_VARIANTS, MLX_LM, variant_help
 from llmcad_mlx.cli import options
 from llmcad_mlx.cli.tables import print_tables
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.measure.variants import DEFAULT_VARIANTS, MLX_LM, variant_help
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -74,8 +74,8 @@ def bench(
 ) -> None:
     """Compare ways of decoding on the same prompts, interleaved; prints medians, ratios and mismatches."""
     from llmcad_mlx.api import memory_options
-    from llmcad_mlx.bench.benchmark import BenchPlan, run_benchmark
-    from llmcad_mlx.bench.output import make_folder, report_json, report_tables, write_report
+    from llmcad_mlx.measure.benchmark import BenchPlan, run_benchmark
+    from llmcad_mlx.measure.output import make_folder, report_json, report_tables, write_report
 
     if kernels:
         _refuse_others(command, "kernels", _FOR_KERNELS)
@@ -125,9 +125,9 @@ def _refuse_others(command: typer.Context, mode: str, used: Collection[str]) -> 
 
 
 def _growth(target: str | None, memory: MemoryOptions, repeat: int, out: Path | None, json_output: bool) -> None:
-    from llmcad_mlx.bench.growth import NUM_STEPS, GrowthPlan, measure_growth
-    from llmcad_mlx.bench.growth_report import growth_json, growth_notes, growth_tables, write_growth
-    from llmcad_mlx.bench.output import make_folder
+    from llmcad_mlx.measure.growth import NUM_STEPS, GrowthPlan, measure_growth
+    from llmcad_mlx.measure.growth_report import growth_json, growth_notes, growth_tables, write_growth
+    from llmcad_mlx.measure.output import make_folder
 
     plan = GrowthPlan(target, memory, repeat)
     if out is not None:
@@ -147,10 +147,10 @@ def _growth(target: str | None, memory: MemoryOptions, repeat: int, out: Path | 
 
 
 def _kernels(repeat: int, out: Path | None, json_output: bool) -> None:
-    from llmcad_mlx.bench.kernels import kernel_notes, kernel_table, time_kernels
-    from llmcad_mlx.bench.output import to_markdown
-    from llmcad_mlx.loader import device_name
     from llmcad_mlx.machine import this_machine
+    from llmcad_mlx.measure.kernels import kernel_notes, kernel_table, time_kernels
+    from llmcad_mlx.measure.output import to_markdown
+    from llmcad_mlx.store.names import device_name
 
     times = time_kernels(repeat=repeat)
     notes = kernel_notes(device_name())

@@ -107,9 +107,9 @@ def _load(session: ChatSession, saved: SavedConversation | None, context: typer.
 
 def _talk(session: ChatSession, history: str | None) -> None:
     """At a terminal, until /quit or Ctrl-D."""
-    from llmcad_mlx.chat.figures import status_line
-    from llmcad_mlx.chat.prompt_line import PromptLine
-    from llmcad_mlx.sources.cache_folder import home_folder
+    from llmcad_mlx.chat.commands import PromptLine
+    from llmcad_mlx.chat.screen import status_line
+    from llmcad_mlx.store.cache_folder import home_folder
 
     line = PromptLine(
         None if history is None else home_folder() / history, lambda: status_line(session.engine, session.stats)

@@ -34,7 +34,7 @@ def convert(
     ] = None,
 ) -> None:
     """Make a bundle: a folder that this program and mlx-lm open, ordered for streaming, with checksums."""
-    from llmcad_mlx.sources.convert import convert as make_bundle
+    from llmcad_mlx.store.convert import convert as make_bundle
 
     make_bundle(source, dest, bits, group_size, show_progress=True)
     print(dest)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.sources.presets import NGRAM, DraftSource, FileSource, PackagedSource, list_presets
+from llmcad_mlx.store.presets import NGRAM, DraftSource, FileSource, PackagedSource, list_presets
 
 
 def pull(
@@ -25,8 +25,8 @@ def pull(
         return
     if name is None:
         raise UsageError("pull: name a preset or a hub repository; `llmcad-mlx pull --list` prints the presets")
-    from llmcad_mlx.sources.progress import progress_for
-    from llmcad_mlx.sources.pull import pull_preset, pull_repo
+    from llmcad_mlx.progress import progress_for
+    from llmcad_mlx.store.pull import pull_preset, pull_repo
 
     if "/" in name:
         print(pull_repo(name, progress=progress_for(True)))

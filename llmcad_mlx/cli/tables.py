@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmcad_mlx.bench.tables import Table
+    from llmcad_mlx.measure.tables import Table
 
 
 def print_tables(tables: Sequence[Table], notes: Sequence[str]) -> None:
     """A terminal gets drawn tables, a file or pipe Markdown."""
     from rich.console import Console
 
-    from llmcad_mlx.bench.output import to_markdown
+    from llmcad_mlx.measure.output import to_markdown
 
     if not sys.stdout.isatty():
         print(to_markdown(tables, notes))

@@ -3,6 +3,8 @@
 One safetensors file. Metadata: `llmcad_mlx` (FORMAT), `conversation` (JSON: whatever the caller keeps there) and
 `cache` (JSON: what the caches belong to, their tokens and layers). Tensors: `target.0.keys`, … `draft.3.values`,
 each (kv_heads, L, dim), then `sha256`, 32 bytes, the digest of all bytes before it.
+
+What a saved cache belongs to: versions, device and models that must be the same when it is used.
 """
 
 from __future__ import annotations
@@ -20,13 +22,45 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from llmcad_mlx.conversations.identity import belongings
 from llmcad_mlx.conversations.snapshot import TARGET, CachePart, cache_parts
+from llmcad_mlx.cpu.install import host_kernels_wanted
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.files.atomic import full_disk_error, require_free_space
+from llmcad_mlx.files.safetensors_writer import SafetensorsWriter, TensorSpec
 from llmcad_mlx.loader import LoadedPair
-from llmcad_mlx.models.cache_state import LayerState, take_layer
-from llmcad_mlx.sources.disk import full_disk_error, require_free_space
-from llmcad_mlx.sources.safetensors_writer import SafetensorsWriter, TensorSpec
+from llmcad_mlx.machine import package_version
+from llmcad_mlx.models.cache import LayerState, take_layer
+from llmcad_mlx.store.names import device_name
+
+
+def belongings(pair: LoadedPair) -> dict[str, str | None]:
+    """What must be the same for a cache to be used; the names end the sentence "it is from another …"."""
+    versions = [f"{name} {package_version(name)}" for name in ("llmcad-mlx", "mlx", "mlx-lm")]
+    kernels = "host kernels" if host_kernels_wanted() else "MLX"
+    return {
+        "version": ", ".join(versions),
+        "device": f"{device_name()}, {kernels}",
+        "model": _model_digest(pair.target_path),
+        "draft": draft_digest(pair),
+    }
+
+
+def draft_digest(pair: LoadedPair) -> str | None:
+    """The draft model's digest; None where no model drafts."""
+    path = pair.draft_path
+    return _model_digest(path) if path is not None and path.is_dir() else None
+
+
+def _model_digest(folder: Path) -> str:
+    """Digest of a folder's config and of what lies where in its weight files; the weights' own bytes left out."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("model*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            length = file.read(8)
+            digest.update(length + file.read(int.from_bytes(length, "little")))
+    return digest.hexdigest()
+
 
 FORMAT = "conversation 1"
 DIGEST = TensorSpec("sha256", "U8", (32,))

@@ -13,12 +13,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from llmcad_mlx.conversations.file import SavedConversation, has_right_digest, saved_layers
-from llmcad_mlx.conversations.identity import belongings, draft_digest
+from llmcad_mlx.conversations.file import (
+    SavedConversation,
+    belongings,
+    draft_digest,
+    has_right_digest,
+    saved_layers,
+)
 from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of, forget, model_drafters
-from llmcad_mlx.engine import SpeculativeEngine
+from llmcad_mlx.engine.session import SpeculativeEngine
 from llmcad_mlx.loader import LoadedPair
-from llmcad_mlx.models.cache_state import LayerState, put_layers, take_layer
+from llmcad_mlx.models.cache import LayerState, put_layers, take_layer
 
 _COMPARED = 8  # first tokens, computed again
 

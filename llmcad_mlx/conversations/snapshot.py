@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from llmcad_mlx.drafting.model_drafter import ModelDrafter
-from llmcad_mlx.engine import SpeculativeEngine
+from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.engine.session import SpeculativeEngine
 from llmcad_mlx.loader import LoadedPair
-from llmcad_mlx.models.cache_state import LayerState, put_layers, take_layer
-from llmcad_mlx.models.lazy_cache import LazyKVCache
+from llmcad_mlx.models.cache import LayerState, LazyKVCache, put_layers, take_layer
 
 TARGET, DRAFT = "target", "draft"
 

@@ -12,10 +12,10 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
-from llmcad_mlx.models.host import prepare_for_host
-from llmcad_mlx.models.lazy_cache import LazyKVCache
+from llmcad_mlx.cpu.install import prepare_for_host
+from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.profile import PairProfile
+from llmcad_mlx.store.profile import PairProfile
 
 
 @dataclass(frozen=True, slots=True)

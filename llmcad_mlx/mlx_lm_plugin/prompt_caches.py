@@ -10,10 +10,9 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache
 
-from llmcad_mlx.drafting.model_drafter import ModelDrafter
+from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModel
-from llmcad_mlx.models.cache_state import LayerState, put_layers, take_layer
-from llmcad_mlx.models.lazy_cache import LazyKVCache
+from llmcad_mlx.models.cache import LayerState, LazyKVCache, put_layers, take_layer
 from llmcad_mlx.models.tree_model import TreeModel
 
 UNKNOWN = -1  # a token of which only keys and values are there; nobody drafts from it or reads it

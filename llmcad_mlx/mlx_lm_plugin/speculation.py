@@ -9,19 +9,18 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
 from llmcad_mlx.drafting.drafter import Drafter
-from llmcad_mlx.drafting.ngram_drafter import NgramDrafter
-from llmcad_mlx.engine import Round, SpeculativeEngine
+from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.engine.policies import make_policy
+from llmcad_mlx.engine.session import Round, SpeculativeEngine
+from llmcad_mlx.engine.text import Piece, TextStream
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModel
-from llmcad_mlx.mlx_lm_plugin.caller_sampler import CallerSampler
 from llmcad_mlx.mlx_lm_plugin.prompt_caches import ModelRows, RowsDrafter
-from llmcad_mlx.mlx_lm_plugin.request import Request
-from llmcad_mlx.models.lazy_cache import LazyKVCache
-from llmcad_mlx.policies import make_policy
+from llmcad_mlx.mlx_lm_plugin.request import CallerSampler, Request
+from llmcad_mlx.models.cache import LazyKVCache
+from llmcad_mlx.policy.best_first import DEFAULT_MAX_NODES
+from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import SpeculationSettings, StopSettings
-from llmcad_mlx.stats import GenerationStats
-from llmcad_mlx.target.resident import ResidentTarget
-from llmcad_mlx.text_stream import Piece, TextStream
-from llmcad_mlx.tree.throughput import DEFAULT_MAX_NODES
+from llmcad_mlx.verifying.target import ResidentTarget
 
 _LOG = logging.getLogger("llmcad_mlx.mlx_lm_plugin")
 

@@ -9,8 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from llmcad_mlx.models.lazy_cache import LazyKVCache
-from llmcad_mlx.models.plain_cache import PlainCache
+from llmcad_mlx.models.cache import LazyKVCache, PlainCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,8 @@
-"""What a model can do, found out by trying it at load: token trees, chains, or plain decoding.
+"""Keeps what `probe` found: probing a streamed model reads its layers many times.
+
+Which decoder layers of a model are alike, so that one can stand for the others in a load-time check.
+
+What a model can do, found out by trying it at load: token trees, chains, or plain decoding.
 
 A small tree with branches, siblings, two appends, a commit in the middle and dead slots goes through the lazy
 cache and is compared with the same tokens fed one at a time through the model's own mlx-lm cache. Nothing is
@@ -14,23 +18,62 @@ differently, so the largest difference may reach a share of the logits' range: 1
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import json
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from llmcad_mlx.cpu.install import HostLayer, host_kernels_wanted
 from llmcad_mlx.models import positions
+from llmcad_mlx.models.cache import LazyKVCache, UnsupportedCacheError
 from llmcad_mlx.models.forward import body_of, run
-from llmcad_mlx.models.host import HostLayer
-from llmcad_mlx.models.lazy_cache import LazyKVCache, UnsupportedCacheError
+
+_NUMBERING = ("idx", "index", "layer_id", "number")
+
+
+def layer_kind(layer: Module) -> Hashable:
+    """Equal for layers with the same classes, parameter shapes and settings; their numbers do not count."""
+    leaves: Any = tree_flatten(layer.parameters())
+    parameters = tuple(
+        (path, tuple(value.shape), str(value.dtype)) for path, value in leaves if isinstance(value, mx.array)
+    )
+    settings = []
+    modules: Any = layer.named_modules()
+    for path, module in modules:
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        plain = {k: v for k, v in plain.items() if not k.startswith("_") and not any(n in k for n in _NUMBERING)}
+        # By name: a layer that runs on kernels of ours has a class of its own.
+        ancestry = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+        settings.append((path, ancestry, tuple(sorted(plain.items()))))
+    return (parameters, tuple(settings))
+
+
+def representative_layers(layers: list[Module], at_least: int = 2) -> int:
+    """How many leading layers hold one of every kind."""
+    seen: set[Hashable] = set()
+    count = min(at_least, len(layers))
+    for number, layer in enumerate(layers, 1):
+        kind = layer_kind(layer)
+        if kind not in seen:
+            seen.add(kind)
+            count = max(count, number)
+    return count
+
 
 Capability = Literal["tree", "chain", "plain"]
 Call = Callable[..., mx.array]
@@ -303,3 +346,53 @@ def _relative_tolerance(model: Module) -> float:
         return 1 / 16
     exact = mx.default_device() == mx.Device(mx.cpu) and sys.platform == "linux"
     return 0.0 if exact else _ROUNDING
+
+
+_FORMAT = 1
+
+
+def cached_probe(
+    model: Module, config: Mapping[str, Any], folder: Path, run: Callable[[Module], ProbeReport]
+) -> ProbeReport:
+    """What `run(model)` found, kept in `folder` for the same model, versions and device.
+
+    A file that is missing or damaged means probing again.
+    """
+    file = folder / f"{_key(model, config)}.json"
+    report = _read(file)
+    if report is None:
+        report = run(model)
+        _write(file, report)
+    elif report.capability == "tree":
+        positions.install(model)  # as probing does
+    return report
+
+
+def _key(model: Module, config: Mapping[str, Any]) -> str:
+    leaves: Any = tree_flatten(model.parameters())
+    shapes = [(name, list(value.shape), str(value.dtype)) for name, value in leaves]
+    facts = [
+        _FORMAT,
+        {name: version(name) for name in ("llmcad-mlx", "mlx", "mlx-lm")},
+        str(mx.default_device()),
+        host_kernels_wanted(),
+        sorted(config.items(), key=lambda item: item[0]),
+        shapes,
+    ]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:24]
+
+
+def _read(file: Path) -> ProbeReport | None:
+    try:
+        report = ProbeReport(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return report if report.capability in ("tree", "chain", "plain") else None
+
+
+def _write(file: Path, report: ProbeReport) -> None:
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(report)))
+        os.replace(temporary, file)

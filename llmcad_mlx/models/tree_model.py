@@ -10,9 +10,8 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from llmcad_mlx.models.cache import LazyKVCache, PlainCache
 from llmcad_mlx.models.forward import Forward, body_of, run
-from llmcad_mlx.models.lazy_cache import LazyKVCache
-from llmcad_mlx.models.plain_cache import PlainCache
 from llmcad_mlx.models.probe import Capability, ProbeReport, probe
 
 __all__ = ["Forward", "ModelCache", "TreeModel"]

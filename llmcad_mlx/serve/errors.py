@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
+
+from starlette.responses import Response
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -53,3 +56,22 @@ def shutting_down() -> ApiError:
 def internal_error(error_id: str) -> ApiError:
     """Something that should not happen: 500. The server's own log has the rest, under the same id."""
     return ApiError(500, f"internal error {error_id}; the server's log has the details", code="internal_error")
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON; raises ValueError for NaN and infinity."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+class JsonResponse(Response):
+    """An object as the answer."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+def error_response(error: ApiError) -> Response:
+    """An error as the answer."""
+    return JsonResponse(error.body, error.status, error.headers)

@@ -1,14 +1,75 @@
-"""One request on its way through queue and worker, and the line between their thread and the event loop."""
+"""One request on its way through queue and worker, and the line between their thread and the event loop.
+
+What the worker tells about a running generation: plain records, nothing that holds on to a pass's arrays.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from llmcad_mlx.serve.errors import ApiError, bad_request
-from llmcad_mlx.serve.events import Event, FailedEvent
-from llmcad_mlx.serve.requests import GenerationRequest
+from llmcad_mlx.serve.protocol import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its log probability before penalties and temperature."""
+
+    token: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token, the text it added ("" when held back), and the likeliest tokens where asked for."""
+
+    token: int
+    text: str
+    from_draft: bool
+    finish_reason: str | None
+    logprob: TokenLogprob | None = None
+    top_logprobs: Sequence[TokenLogprob] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEvent:
+    """One round's tokens; `tree` is its token tree as the contract has it, where asked for."""
+
+    tokens: Sequence[TokenEvent]
+    tree: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """Prompt tokens done so far; the first one says that the request's turn has come."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """The end: why, and the figures of the whole generation."""
+
+    finish_reason: str
+    usage: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """The end, without an answer."""
+
+    error: ApiError
+
+
+Progress = RoundEvent | PromptEvent | FinishedEvent
+Event = Progress | FailedEvent
+
 
 _MAX_BACKLOG = 1024  # events a client may be behind: each may hold a tree of hundreds of nodes
 

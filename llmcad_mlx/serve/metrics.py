@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from llmcad_mlx.machine import peak_rss_bytes, resident_bytes
-from llmcad_mlx.stats import GenerationStats
+from llmcad_mlx.results import GenerationStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "llmcad_mlx_"

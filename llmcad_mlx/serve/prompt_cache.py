@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from llmcad_mlx.api import Engine
 from llmcad_mlx.conversations.snapshot import Snapshot, model_drafters
-from llmcad_mlx.engine import common_prefix
+from llmcad_mlx.engine.session import common_prefix
 from llmcad_mlx.machine import this_machine
-from llmcad_mlx.models.lazy_cache import LazyKVCache
+from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.sizes import parse_size
 
 _SHARE = 0.05  # of the budget, or of the machine's memory

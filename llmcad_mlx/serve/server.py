@@ -16,9 +16,8 @@ import uvicorn
 from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.serve.app import Api
-from llmcad_mlx.serve.connections import protocol_with
-from llmcad_mlx.serve.fair_queue import FairQueue
 from llmcad_mlx.serve.job import Job
+from llmcad_mlx.serve.limits import FairQueue, protocol_with
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.prompt_cache import PromptCache
 from llmcad_mlx.serve.settings import ServerSettings

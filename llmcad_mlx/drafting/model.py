@@ -1,0 +1,288 @@
+"""The draft model: proposes children by its own probabilities, many leaves in one forward.
+
+From the draft's logits to ranked candidates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from llmcad_mlx.errors import GenerationError
+from llmcad_mlx.models.cache import LazyKVCache
+from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
+
+_CHUNKS = 256  # a row is cut into that many pieces to find its largest entries without sorting it
+
+
+TokenList = npt.NDArray[np.int32]
+
+
+def top_candidates(
+    logits: mx.array,
+    positions: Sequence[int],
+    sampler: TargetSampler,
+    count: int,
+    vocabulary: TokenList | None = None,
+) -> list[Candidates]:
+    """The `count` best candidates of each row of `logits` (N, V), best first.
+
+    vocabulary: (V,) ascending ids below the sampler's `vocab_size`, where the columns are not token 0, 1, 2, …
+
+    Candidates are ranked by `TargetSampler.draft_scores` for the row's position, and their confidence is the
+    softmax of those scores: at T = 0 the draft's own probability, above it a probability given the noise that
+    the target will use too. Raises GenerationError for logits that are not finite where it matters.
+    """
+    if mx.default_device() == mx.cpu:
+        rows = np.asarray(logits.astype(mx.float32))
+        scores = [sampler.draft_scores(row, p, vocabulary) for row, p in zip(rows, positions, strict=True)]
+        return [_named(_best_of(row, count), vocabulary) for row in scores]
+    found = _on_device(logits, positions, sampler, count, vocabulary)
+    return [_named(row, vocabulary) for row in found]
+
+
+def _named(columns: Candidates, vocabulary: TokenList | None) -> Candidates:
+    """Candidates by token for those by column."""
+    if vocabulary is None:
+        return columns
+    return Candidates(vocabulary[list(columns.tokens)].tolist(), columns.confidences)
+
+
+def _best_of(scores: npt.NDArray[np.float32], count: int) -> Candidates:
+    """The largest `count` entries of `scores` (V,) and their softmax."""
+    size = len(scores)
+    count = min(count, size)
+    if size >= _CHUNKS * 16 and count < _CHUNKS:
+        # The best `count` entries lie in the `count` pieces with the largest maxima.
+        width = size // _CHUNKS
+        body = scores[: width * _CHUNKS].reshape(_CHUNKS, width)
+        peaks = body.max(axis=1)
+        pieces = np.argpartition(peaks, _CHUNKS - count)[_CHUNKS - count :]
+        inside = (pieces[:, None] * width + np.arange(width)).ravel()
+        tokens = np.concatenate([inside, np.arange(width * _CHUNKS, size)])
+        some = scores[tokens]
+    else:
+        tokens, some = np.arange(size), scores
+    order = np.argpartition(some, len(some) - count)[len(some) - count :]
+    order = order[np.argsort(-some[order], kind="stable")]
+    top = some[order]
+    with np.errstate(invalid="ignore"):
+        total = float(np.exp(scores - top[0]).sum())
+    if not math.isfinite(total):
+        raise _broken_draft()
+    return Candidates(tokens[order].tolist(), (np.exp(top - top[0]) / total).tolist())
+
+
+def _on_device(
+    logits: mx.array,
+    positions: Sequence[int],
+    sampler: TargetSampler,
+    count: int,
+    vocabulary: TokenList | None = None,
+) -> list[Candidates]:
+    """Candidates by column with MLX operations: only they are read back, in one synchronisation."""
+    scores = logits[:, : sampler.vocab_size].astype(mx.float32)
+    temperature = sampler.settings.temperature
+    if temperature > 0.0:
+        noise = np.stack([sampler.noise_at(p) for p in positions])
+        if vocabulary is not None:
+            noise = noise[:, vocabulary]
+        scores = (scores - mx.logsumexp(scores, axis=-1, keepdims=True)) / temperature
+        scores = scores + mx.array(noise[:, : scores.shape[1]])
+    count = min(count, scores.shape[1])
+    tokens = mx.argpartition(-scores, kth=count - 1, axis=-1)[:, :count]
+    top = mx.take_along_axis(scores, tokens, axis=-1)
+    order = mx.argsort(-top, axis=-1)
+    tokens = mx.take_along_axis(tokens, order, axis=-1)
+    top = mx.take_along_axis(top, order, axis=-1)
+    # Rounding must not make a probability of more than 1; a NaN stays one.
+    confidences = mx.minimum(mx.exp(top - mx.logsumexp(scores, axis=-1, keepdims=True)), 1.0)
+    mx.eval(tokens, confidences)
+    ids: list[list[int]] = tokens.tolist()  # type: ignore[assignment]
+    values: list[list[float]] = confidences.tolist()  # type: ignore[assignment]
+    if not all(map(math.isfinite, itertools.chain.from_iterable(values))):
+        raise _broken_draft()
+    return [Candidates(t, c) for t, c in zip(ids, values, strict=True)]
+
+
+def _broken_draft() -> GenerationError:
+    return GenerationError(
+        "the draft's logits contain NaN or infinity; its file is damaged or its precision too low: "
+        "pull it again, or choose another draft"
+    )
+
+
+_FED_WITH_NODES = 6  # missed tokens; more go through the model's body first, without the head
+_WINDOW = 32  # tokens read again after a long break
+
+
+class ModelDrafter:
+    """A small model with its own lazy KV cache.
+
+    Nodes get a slot in the cache when they are fed, that is when they or a descendant are expanded. Accepted
+    nodes without one are fed with the next round's first forward. Nodes that survive a round keep their slots,
+    uncommitted; then the new root, the bonus token, has one already.
+    """
+
+    source = MODEL
+
+    def __init__(self, model: TreeModel, num_candidates: int = 8, vocabulary: TokenList | None = None) -> None:
+        """vocabulary: the tokens of a trimmed head, see `top_candidates`.
+
+        Raises ValueError for a model whose cache cannot roll back.
+        """
+        cache = model.new_cache()
+        if not isinstance(cache, LazyKVCache):
+            raise ValueError(f"a draft must be able to take tokens back; {model.reason}")
+        self.model = model
+        self.cache = cache
+        self.rows_fed: int | None = 0
+        self._start = 0  # index in the sequence of the cache's first token
+        self._num_candidates = num_candidates
+        self._vocabulary = vocabulary
+        self._tokens: Sequence[int] = ()
+        self._sampler: TargetSampler | None = None
+        self._slots: dict[int, int] = {}  # node -> slot
+        self._ready: dict[int, Candidates] = {}  # proposals not asked for yet
+        self._caught_up: list[int] = []  # slots of committed tokens that are not committed in the cache yet
+        self._carried: TokenTree | None = None  # the tree that slots and proposals were kept for
+
+    @property
+    def num_cached(self) -> int:
+        """Committed tokens in the cache; 0 where they are not the first ones of the sequence."""
+        return 0 if self._start else self.cache.length
+
+    def prefill(
+        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
+    ) -> None:
+        """Feed all but the last token, which is the first root."""
+        missing = self._unread(tokens)
+        self.model.prefill(missing, self.cache, on_progress=on_progress, should_stop=should_stop)
+
+    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
+        missing = self._unread(tokens)
+        self.model.prefill(missing[:limit], self.cache)
+        return len(missing) > limit
+
+    def _unread(self, prompt: Sequence[int]) -> Sequence[int]:
+        if self._start:
+            self._restart(0)
+        return prompt[self.cache.length : len(prompt) - 1]
+
+    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
+        self._tokens, self._sampler = tokens, sampler
+        if tree is None or tree is not self._carried:
+            self._forget_round()
+        self._carried = None
+        self.rows_fed = 0
+
+    def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
+        """One forward over the leaves and whatever above them has no slot yet."""
+        self._feed(tree, leaves)
+        return [self._ready.pop(leaf, Candidates((), ())) for leaf in leaves]
+
+    def _feed(self, tree: TokenTree, leaves: Sequence[int]) -> None:
+        missed, caught_up = self._missed() if ROOT not in self._slots else ([], False)
+        nodes = self._unfed(tree, leaves)
+        if self.model.capability == "chain":
+            nodes = self._as_chain(tree, nodes)
+        num_rows = len(missed) + len(nodes)
+        self.rows_fed = None if caught_up else num_rows
+        if not num_rows:
+            return
+        tokens = [*missed, *(tree.tokens[node] for node in nodes)]
+        first = self.cache.num_slots
+        places = {ROOT: first + len(missed) - 1} if missed else dict(self._slots)
+        parents = [-1, *range(first, first + len(missed) - 1)] if missed else []
+        for offset, node in enumerate(nodes, len(missed)):
+            parents.append(places[tree.parents[node]])
+            places[node] = first + offset
+        result = self.model.forward(tokens, self.cache, parents)
+        self._slots = places | self._slots
+        self._propose(tree, [ROOT, *nodes] if missed else nodes, result.logits[max(len(missed) - 1, 0) :])
+        if missed:
+            self._caught_up = list(range(first, first + len(missed)))
+
+    def _missed(self) -> tuple[list[int], bool]:
+        """The tokens to feed before any node, and whether many others had to be fed first.
+
+        A few are fed with the nodes. More than a few mean that the policy has left this drafter alone: reading
+        all of what was written meanwhile could cost more than drafting ever gains, so it starts again from the
+        last tokens. The next prompt is read in full again.
+        """
+        missed = list(self._tokens[self._start + self.cache.length :])
+        if len(missed) <= _FED_WITH_NODES:
+            return missed, False
+        if len(missed) > _WINDOW:
+            self._restart(max(0, len(self._tokens) - _WINDOW))
+            missed = list(self._tokens[self._start :])
+        self.model.prefill(missed[:-1], self.cache)
+        return missed[-1:], True
+
+    def _restart(self, start: int) -> None:
+        self.cache.truncate(0)
+        self._start = start
+
+    def _unfed(self, tree: TokenTree, leaves: Sequence[int]) -> list[int]:
+        """The nodes to feed, parents first: the leaves and their ancestors, without those that have slots."""
+        needed = set(itertools.chain.from_iterable(tree.path(leaf) for leaf in leaves))
+        return sorted(node for node in needed if node not in self._slots)
+
+    def _as_chain(self, tree: TokenTree, nodes: Sequence[int]) -> list[int]:
+        """For a model that takes no branches: the first nodes that go on with the line fed so far."""
+        tip = max(self._slots, key=lambda node: tree.depths[node], default=ROOT)
+        line = []
+        for node in nodes:
+            if tree.parents[node] == tip:
+                line.append(node)
+                tip = node
+        return line
+
+    def _propose(self, tree: TokenTree, nodes: Sequence[int], logits: mx.array) -> None:
+        """Turn rows of logits (len(nodes), V) into candidates for the children of `nodes`."""
+        assert self._sampler is not None
+        positions = [tree.position(node) + 1 for node in nodes]
+        found = top_candidates(logits, positions, self._sampler, self._num_candidates, self._vocabulary)
+        self._ready.update(zip(nodes, found, strict=True))
+
+    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
+        """Keep the slots of accepted and surviving nodes that were fed; the others come with the next round."""
+        if not self._slots and not self._caught_up:
+            self._ready.clear()
+            self._carried = None if survivors is None else survivors.tree
+            return  # most rounds, where drafting hardly pays
+        fed = list(itertools.takewhile(lambda node: node in self._slots, path))
+        names = {} if survivors is None else _new_names(self._slots, survivors)
+        kept = self.cache.commit(
+            [*self._caught_up, *(self._slots[node] for node in fed)], [self._slots[node] for node in names]
+        )
+        self._slots = dict(zip(names.values(), kept, strict=True))
+        self._ready = {names[node]: self._ready[node] for node in self._ready if node in names}
+        self._caught_up = [self._slots[ROOT]] if ROOT in self._slots else []
+        self._carried = None if survivors is None else survivors.tree
+
+    def _forget_round(self) -> None:
+        self.cache.rollback()
+        self._slots.clear()
+        self._ready.clear()
+        self._caught_up.clear()
+
+    def truncate(self, length: int) -> None:
+        self._forget_round()
+        self._carried = None
+        if length <= self._start:
+            self._restart(0)
+        self.cache.truncate(min(length - self._start, self.cache.length))
+
+
+def _new_names(nodes: Iterable[int], survivors: Selection) -> dict[int, int]:
+    """Of `nodes`, those that survive: old name to new name."""
+    return {node: new for node in nodes if (new := survivors.old_to_new[node]) != DROPPED}

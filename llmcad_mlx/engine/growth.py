@@ -1,0 +1,147 @@
+"""The speculative pipeline (DESIGN 3.6): who grows a round's tree, and when.
+
+Before the target's pass the tree is drafted until the policy falls back. During the pass, whenever the target
+waits for weights, the same tree goes on growing provisionally: also below nodes the target was not given, for
+its own token after the accepted path may be one of them. Afterwards the subtree below that token starts the next
+round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.policy import GrowthPolicy
+from llmcad_mlx.results import GenerationStats
+from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.tree.token_tree import MODEL, ROOT, Selection, TokenTree
+from llmcad_mlx.tree.walk import Walk
+
+_WIDEST = 16  # leaves of a model's step in the background
+_LOOKUPS = 64  # leaves of a lookup's, which takes no time to speak of
+_PREFILL_STEP = 64  # prompt tokens a drafter reads at a time while the target waits
+
+
+@dataclass(slots=True)
+class Growth:
+    """One round's tree below `tokens` and who grows it. Steps are timed, and charged to `costs` and `stats`.
+
+    Drafters take part in the round from when they are first asked: most rounds of a text that is hard to guess
+    need none but the cheapest.
+
+    `num_provisional`: steps taken by `provisional_step`, `background_s`: seconds spent in them.
+    """
+
+    tree: TokenTree
+    drafters: Sequence[Drafter]
+    tokens: Sequence[int]
+    sampler: TargetSampler
+    policy: GrowthPolicy
+    costs: CostModel
+    stats: GenerationStats
+    clock: Callable[[], float]
+    num_provisional: int = 0
+    background_s: float = 0.0
+    _begun: list[Drafter] = field(default_factory=list)
+
+    def begin_all(self) -> None:
+        """For a tree that survived: whoever drafted its nodes knows more of them than the tree does."""
+        for drafter in self.drafters:
+            self._begin(drafter)
+
+    def _begin(self, drafter: Drafter) -> None:
+        drafter.begin(self.tokens, self.sampler, self.tree)
+        self._begun.append(drafter)
+
+    def draft(self, free_seconds: Callable[[], float] = lambda: 0.0) -> None:
+        """Ask the drafters in order, cheapest first, for as long as the policy wants more of each.
+
+        free_seconds: how long that delays nothing.
+        """
+        for drafter in self.drafters:
+            while leaves := self.policy.next_leaves(self.tree, drafter.source, free_seconds()):
+                size = len(self.tree)
+                self._expand(drafter, leaves)
+                if len(self.tree) == size:
+                    break  # it has no idea about the likeliest nodes, and next come those that are less likely
+
+    def provisional_step(self, seconds: float) -> bool:
+        """One step of drafting beyond what was submitted; False when no node is worth one that takes no longer
+        than `seconds`."""
+        started = self.clock()
+        for drafter in self.drafters:
+            width = self._width_within(seconds) if drafter.source == MODEL else _LOOKUPS
+            if leaves := self.policy.provisional_leaves(self.tree, drafter.source, width):
+                size = len(self.tree)
+                self.stats.hidden_draft_s += self._expand(drafter, leaves)
+                self.stats.provisional += len(self.tree) - size
+                self.num_provisional += 1
+                self.background_s += self.clock() - started
+                return True
+        return False
+
+    def _width_within(self, seconds: float) -> int:
+        """Most leaves of a draft step that ends in time; one of a step never measured."""
+        draft = self.costs.draft
+        if not draft:
+            return 1
+        return next((width for width in range(_WIDEST, 0, -1) if draft.predict(width) <= seconds), 0)
+
+    def _expand(self, drafter: Drafter, leaves: Sequence[int]) -> float:
+        """One draft step; returns its seconds, 0.0 for one without a forward."""
+        seconds, size = 0.0, len(self.tree)
+        started = self.clock()
+        if drafter not in self._begun:
+            self._begin(drafter)
+        proposals = drafter.expand(self.tree, leaves)
+        if drafter.rows_fed != 0:
+            seconds = self.clock() - started
+            self.stats.draft_s += seconds
+            if drafter.rows_fed is not None:
+                self.costs.draft.observe(drafter.rows_fed, seconds)
+        for leaf, candidates in zip(leaves, proposals, strict=True):
+            self.policy.add(self.tree, leaf, candidates)
+        self.stats.drafted += len(self.tree) - size
+        return seconds
+
+    def commit(self, path: Sequence[int], survivors: Selection | None) -> None:
+        """Tell those who took part what was accepted and what goes on, see `Drafter.commit`."""
+        for drafter in self._begun:
+            drafter.commit(self.tree, path, survivors)
+
+    def survivors(self, path: Sequence[int], steps: Walk) -> Selection | None:
+        """What is drafted below the bonus token, its node the new root; None when it was not drafted.
+
+        `path`: the accepted nodes of `tree`, top down.
+        """
+        if steps.stopped or not self.policy.pipelined:
+            return None
+        node = self.tree.child(path[-1] if path else ROOT, steps.tokens[-1])
+        return None if node is None else self.tree.reroot(node)
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedTree:
+    """What survived a round, and for whom it was drafted."""
+
+    survivors: Selection
+    policy: GrowthPolicy
+    sampling: SamplingSettings
+
+    def serves(self, policy: GrowthPolicy, sampling: SamplingSettings) -> bool:
+        """Whether the next round may start with it: its ranks and figures would be the same."""
+        return policy is self.policy and sampling == self.sampling
+
+
+def prefill_steps(drafters: Sequence[Drafter], prompt: Sequence[int]) -> Callable[[float], bool]:
+    """A background that lets the drafters read `prompt`, one after the other, a piece with each call."""
+    waiting = list(drafters)
+
+    def step(seconds: float) -> bool:  # what is not read now is read afterwards, and takes as long
+        if waiting and not waiting[0].prefill_some(prompt, _PREFILL_STEP):
+            del waiting[0]
+        return bool(waiting)
+
+    return step

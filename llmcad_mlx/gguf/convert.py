@@ -1,0 +1,77 @@
+"""A GGUF file becomes a bundle: an mlx-lm folder with checksums."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llmcad_mlx.errors import UsageError
+from llmcad_mlx.files.atomic import new_folder
+from llmcad_mlx.gguf.model import FamilyModel, read_family
+from llmcad_mlx.gguf.reader import Metadata, read_gguf_header
+from llmcad_mlx.gguf.tokenizer import TokenIds, read_tokenizer
+from llmcad_mlx.gguf.weights import plan_weights, write_weights
+from llmcad_mlx.progress import NoProgress, Progress
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+def convert_gguf(
+    source: Path,
+    dest: Path,
+    bits: int = 4,
+    group_size: int = 32,
+    *,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
+
+    The folder appears complete or not at all. `bits` is one of 2, 3, 4, 5, 6, 8 and `group_size` of 32, 64,
+    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `gguf_groups`). `replace` an
+    existing folder, else it must be new or empty.
+
+    Raises UsageError for an option or a destination that cannot be used, ModelError for a file that is not a
+    GGUF model of a supported family or is damaged, DiskError when it does not fit the disk.
+    """
+    _check_options(bits, group_size)
+    header = read_gguf_header(source)
+    metadata = Metadata.of(header)
+    model = read_family(header, metadata)
+    tokenizer = read_tokenizer(metadata)
+    plan = plan_weights(header, model, bits, group_size)
+    num_source_bytes = sum(tensor.source.num_bytes for tensor in plan)
+    with new_folder(dest, sum(tensor.num_bytes for tensor in plan), replace=replace) as folder:
+        with (progress or NoProgress()).stage(f"converting to {bits}-bit groups", num_source_bytes) as advance:
+            write_weights(header, plan, folder, bits, group_size, advance)
+        tokenizer.save(folder)
+        _write_configs(folder, model, tokenizer.ids, bits, group_size)
+
+
+def _check_options(bits: int, group_size: int) -> None:
+    if bits not in BITS:
+        raise UsageError(f"bits: {bits} is not one of {', '.join(map(str, BITS))}")
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"group-size: {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+
+
+def _write_configs(folder: Path, model: FamilyModel, ids: TokenIds, bits: int, group_size: int) -> None:
+    quantization = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    tokens: dict[str, object] = {"eos_token_id": list(ids.ends)}
+    if ids.bos is not None:
+        tokens["bos_token_id"] = ids.bos
+    if ids.pad is not None:
+        tokens["pad_token_id"] = ids.pad
+    config = (
+        model.config
+        | tokens
+        | {
+            "torch_dtype": "float16",
+            "quantization": quantization,
+            "quantization_config": quantization,
+        }
+    )
+    for name, content in (("generation_config.json", tokens), ("config.json", config)):
+        text = json.dumps(content, indent=2, sort_keys=True)
+        (folder / name).write_text(text + "\n", encoding="utf-8")

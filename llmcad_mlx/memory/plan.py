@@ -1,0 +1,380 @@
+"""What a memory budget is spent on: pure arithmetic.
+
+Everything the process holds is in the plan: interpreter and libraries, the draft, keys and values, logits and
+activations, stream buffers, and as much of the target as is left room for (`pinning`).
+
+Which parts of a target are kept in memory: pure arithmetic.
+
+A pass reads every streamed byte once, so only the number of bytes kept counts. Pinned layers are spread evenly
+over the depth, so that the disk is busy while they compute (DESIGN 3.5).
+
+What a pair needs memory for whatever the budget is, and what can be given up before a budget is refused.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from llmcad_mlx.errors import BudgetError
+from llmcad_mlx.models.slots import most_capacity
+from llmcad_mlx.policy.best_first import provisional_nodes
+from llmcad_mlx.sizes import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Bytes of a target's parts. `layer_bytes`: what can be streamed of each decoder layer. `resident_bytes`: what
+    always stays (norms, biases). `head_bytes` is 0 where the head is the embedding. `hidden`, `widest`: columns of
+    the residual stream and of the largest activation."""
+
+    layer_bytes: tuple[int, ...]
+    resident_bytes: int
+    embedding_bytes: int
+    head_bytes: int
+    kv_bytes_per_token: int
+    logit_columns: int
+    hidden: int
+    widest: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All weights."""
+        return sum(self.layer_bytes) + self.resident_bytes + self.embedding_bytes + self.head_bytes
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the head."""
+        return self.head_bytes == 0
+
+    @property
+    def matrix_bytes(self) -> int:
+        """What gives the logits."""
+        return self.embedding_bytes if self.tied else self.head_bytes
+
+    @property
+    def pass_bytes(self) -> int:
+        """What a pass reads with nothing pinned."""
+        return sum(self.layer_bytes) + self.matrix_bytes
+
+    @property
+    def largest_layer(self) -> int:
+        return max(self.layer_bytes, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """What of a pass is kept: `num_layers` spread over the depth, and the head or not."""
+
+    num_bytes: int
+    num_layers: int
+    head: bool
+
+    @classmethod
+    def of(cls, sizes: ModelSizes, allowance: int) -> Pins:
+        """The choice that keeps the most bytes, `allowance` at most."""
+        return max(
+            (pins for pins in _choices(sizes) if pins.num_bytes <= allowance),
+            key=lambda pins: pins.num_bytes,
+            default=cls(0, 0, False),
+        )
+
+
+def _choices(sizes: ModelSizes) -> list[Pins]:
+    """All that can be kept. Layers differ in size, so more of them need not be more bytes."""
+    layers = sizes.layer_bytes
+    counts = [(sum(layers[i] for i in spread(n, len(layers))), n) for n in range(len(layers) + 1)]
+    with_head = (False, True) if sizes.matrix_bytes else (False,)
+    return [Pins(size + sizes.matrix_bytes * head, n, head) for head in with_head for size, n in counts]
+
+
+def streamed_choices(sizes: ModelSizes) -> list[int]:
+    """The `streamed_bytes` that plans for this model can have, largest first."""
+    return sorted({sizes.pass_bytes - pins.num_bytes for pins in _choices(sizes)}, reverse=True)
+
+
+def spread(count: int, total: int) -> tuple[int, ...]:
+    """`count` of `total` indices with gaps that differ by one at most."""
+    return tuple((2 * i + 1) * total // (2 * count) for i in range(count))
+
+
+_MIN_NODES = 16
+_MIN_CHUNK = 64
+_MIN_BUFFERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What can be given up before a budget is refused."""
+
+    max_nodes: int
+    prefill_chunk: int
+    num_buffers: int
+    context: int
+    min_context: int
+
+    def less(self) -> Room | None:
+        """A little less of it; None when there is nothing to give up."""
+        if self.context > 2 * self.min_context:
+            return replace(self, context=self.context // 2)
+        if self.max_nodes > 4 * _MIN_NODES:
+            return replace(self, max_nodes=self.max_nodes // 2)
+        if self.prefill_chunk > 4 * _MIN_CHUNK:
+            return replace(self, prefill_chunk=self.prefill_chunk // 2)
+        if self.num_buffers > _MIN_BUFFERS:
+            return replace(self, num_buffers=self.num_buffers - 1)
+        if self.context > self.min_context:
+            return replace(self, context=max(self.context // 2, self.min_context))
+        if self.max_nodes > _MIN_NODES:
+            return replace(self, max_nodes=max(self.max_nodes // 2, _MIN_NODES))
+        if self.prefill_chunk > _MIN_CHUNK:
+            return replace(self, prefill_chunk=max(self.prefill_chunk // 2, _MIN_CHUNK))
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """What a budget is asked for, whatever it is. `runtime_bytes`: interpreter and libraries, as they are.
+    `context`: tokens to make room for, `min_context`: what they may be cut to."""
+
+    sizes: ModelSizes
+    context: int
+    min_context: int
+    runtime_bytes: int
+    draft_bytes: int = 0
+    draft_kv_bytes_per_token: int = 0
+    max_nodes: int = 256
+    prefill_chunk: int = 512
+    num_buffers: int = 3
+
+    @property
+    def without_draft(self) -> MemoryNeeds:
+        """The same for the target alone."""
+        return replace(self, draft_bytes=0, draft_kv_bytes_per_token=0)
+
+    @property
+    def most_room(self) -> Room:
+        """What is made room for where memory allows."""
+        return Room(self.max_nodes, self.prefill_chunk, self.num_buffers, self.context, self.min_context)
+
+    @property
+    def least_room(self) -> Room:
+        """What is made room for where it does not."""
+        return Room(_MIN_NODES, _MIN_CHUNK, _MIN_BUFFERS, self.min_context, self.min_context)
+
+
+_CONTEXT_STEP = 64
+_LOGIT_COPIES = 1.25  # the whole, and a piece of a streamed head
+_RESERVE = 24 << 20  # the allocator's loose ends
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a budget is spent on, in bytes, and what follows from it.
+
+    `streamed_bytes` are read on every pass, through `num_buffers` buffers. The head is cut into `head_pieces` no
+    larger than a layer. An embedding that is not pinned is looked up on the disk row by row. `draft_kv_bytes` are
+    those of `draft_bytes` that the draft's keys and values take.
+    """
+
+    budget_bytes: int | None
+    runtime_bytes: int
+    draft_bytes: int
+    draft_kv_bytes: int
+    resident_bytes: int
+    kv_bytes: int
+    work_bytes: int
+    buffer_bytes: int
+    pinned_layers: tuple[int, ...]
+    pin_head: bool
+    pin_embedding: bool
+    pinned_bytes: int
+    streamed_bytes: int
+    head_pieces: int
+    num_buffers: int
+    max_nodes: int
+    prefill_chunk: int
+    context: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What the plan adds up to."""
+        return (
+            self.runtime_bytes + self.draft_bytes + self.resident_bytes + self.kv_bytes + self.work_bytes
+            + self.buffer_bytes + self.pinned_bytes
+        )  # fmt: skip
+
+    @property
+    def spare_bytes(self) -> int:
+        """What the budget leaves."""
+        return 0 if self.budget_bytes is None else self.budget_bytes - self.total_bytes
+
+    @property
+    def all_resident(self) -> bool:
+        """Nothing is read while decoding."""
+        return self.streamed_bytes == 0 and self.pin_embedding
+
+
+def make_plan(needs: MemoryNeeds, budget: int | None, pinned: int | None = None) -> MemoryPlan:
+    """Spend `budget` bytes (None: no limit).
+
+    pinned: bytes of the target's layers and head to keep, rounded down to whole ones; None: up to the plan. Then
+    all is kept where that leaves the least room to work in. Otherwise half of what goes beyond the least room is
+    given to more of it, until there is all that was asked for, and the rest pins: more memory never streams more.
+
+    Raises BudgetError naming the smallest budget that works.
+    """
+    sizes = needs.sizes
+    for with_embedding in (False,) if sizes.tied else (True, False):
+        plan = _kept(needs, budget, pinned, with_embedding)
+        if plan is not None:
+            return plan
+    least = _streaming(needs, needs.least_room).total_bytes
+    if pinned is not None:
+        allowance = pinned
+    else:
+        assert budget is not None  # without a limit all is kept
+        extra = max(budget - least, 0)
+        wanted = _streaming(needs, needs.most_room).total_bytes - least
+        allowance = extra - min(extra // 2, wanted)
+    pins = Pins.of(sizes, allowance)
+    if budget is not None and budget < least + pins.num_bytes:
+        raise _too_little(needs, budget, pinned)
+    return _streamed(needs, budget, pins)
+
+
+def _too_little(needs: MemoryNeeds, budget: int, pinned: int | None) -> BudgetError:
+    least = [_streaming(needs, needs.least_room).total_bytes + Pins.of(needs.sizes, pinned or 0).num_bytes]
+    if (
+        pinned is None or pinned >= needs.sizes.pass_bytes
+    ):  # a model smaller than its stream buffers is better kept
+        least.append(_common(needs, needs.least_room).total_bytes + needs.sizes.pass_bytes)
+    parts = f"interpreter and libraries {format_size(needs.runtime_bytes)}, draft {format_size(needs.draft_bytes)}"
+    advice = "; a smaller draft, a shorter --context or --draft ngram lowers it" if needs.draft_bytes else ""
+    return BudgetError(
+        f"memory: {format_size(budget)} is too little; the smallest that works is {_rounded_up(min(least))} "
+        f"({parts}){advice}"
+    )
+
+
+def default_budget(weight_bytes: int, physical_bytes: int) -> int | None:
+    """None where the weights fit into 70 % of physical memory, else that share of it."""
+    share = physical_bytes * 7 // 10
+    return None if weight_bytes <= share else share
+
+
+def _kept(needs: MemoryNeeds, budget: int | None, pinned: int | None, with_embedding: bool) -> MemoryPlan | None:
+    """The plan under which a pass reads nothing; None where it is not wanted or does not fit.
+
+    with_embedding: keep one that is no head, too.
+    """
+    sizes = needs.sizes
+    if pinned is not None and pinned < sizes.pass_bytes:
+        return None
+
+    def plan(room: Room) -> MemoryPlan:
+        return replace(
+            _common(needs, room),
+            budget_bytes=budget,
+            pinned_layers=tuple(range(len(sizes.layer_bytes))),
+            pin_head=True,
+            pin_embedding=sizes.tied or with_embedding,
+            pinned_bytes=sizes.pass_bytes + sizes.embedding_bytes * with_embedding,
+        )
+
+    room = _roomiest(needs, budget, plan)
+    return None if room is None else plan(_longer(needs, plan(room), room))
+
+
+def _streamed(needs: MemoryNeeds, budget: int | None, pins: Pins) -> MemoryPlan:
+    """The plan that keeps `pins`, for which there is room."""
+    sizes = needs.sizes
+
+    def plan(room: Room, with_embedding: bool = False) -> MemoryPlan:
+        return replace(
+            _streaming(needs, room),
+            budget_bytes=budget,
+            pinned_layers=spread(pins.num_layers, len(sizes.layer_bytes)),
+            pin_head=pins.head,
+            pin_embedding=pins.head if sizes.tied else with_embedding,
+            pinned_bytes=pins.num_bytes + sizes.embedding_bytes * with_embedding,
+            streamed_bytes=sizes.pass_bytes - pins.num_bytes,
+        )
+
+    room = _roomiest(needs, budget, plan)
+    assert room is not None
+    embedding = not sizes.tied and (budget is None or plan(room, with_embedding=True).total_bytes <= budget)
+    return plan(_longer(needs, plan(room, embedding), room), embedding)
+
+
+def _roomiest(needs: MemoryNeeds, budget: int | None, plan: Callable[[Room], MemoryPlan]) -> Room | None:
+    """The most room with which `plan` fits."""
+    room: Room | None = needs.most_room
+    while room is not None and budget is not None and plan(room).total_bytes > budget:
+        room = room.less()
+    return room
+
+
+def _longer(needs: MemoryNeeds, plan: MemoryPlan, room: Room) -> Room:
+    """`room` with as much more context as what `plan`, made with it, has left."""
+    each = needs.sizes.kv_bytes_per_token + needs.draft_kv_bytes_per_token
+    if plan.budget_bytes is None or not each:
+        return replace(room, context=needs.context)
+
+    def more_bytes(steps: int) -> int:
+        return sum(_kv_bytes(needs, replace(room, context=room.context + steps * _CONTEXT_STEP))) - now
+
+    now = sum(_kv_bytes(needs, room))
+    steps = range(-(-(needs.context - room.context) // _CONTEXT_STEP) + 1)
+    most = bisect_right(steps, plan.spare_bytes, key=more_bytes) - 1
+    return replace(room, context=min(room.context + max(most, 0) * _CONTEXT_STEP, needs.context))
+
+
+def _kv_bytes(needs: MemoryNeeds, room: Room) -> tuple[int, int]:
+    """Keys and values of the target, and of the draft."""
+    target, draft = room.context + room.max_nodes, room.context + provisional_nodes(room.max_nodes)
+    return (
+        needs.sizes.kv_bytes_per_token * most_capacity(target),
+        needs.draft_kv_bytes_per_token * most_capacity(draft),
+    )
+
+
+def _streaming(needs: MemoryNeeds, room: Room) -> MemoryPlan:
+    """The plan with buffers and nothing pinned."""
+    plan, sizes = _common(needs, room), needs.sizes
+    # A piece of the head has a multiple of 64 rows, so it may be a little larger than a layer.
+    piece = -(-sizes.matrix_bytes // plan.head_pieces) + 64 * -(-sizes.matrix_bytes // max(sizes.logit_columns, 1))
+    return replace(plan, buffer_bytes=room.num_buffers * max(sizes.largest_layer, piece))
+
+
+def _common(needs: MemoryNeeds, room: Room) -> MemoryPlan:
+    """What does not depend on what is pinned."""
+    sizes = needs.sizes
+    kv, draft_kv = _kv_bytes(needs, room)
+    logits = round(room.max_nodes * sizes.logit_columns * 4 * _LOGIT_COPIES)
+    activations = room.prefill_chunk * (3 * sizes.widest + 6 * sizes.hidden) * 4
+    return MemoryPlan(
+        budget_bytes=None,
+        runtime_bytes=needs.runtime_bytes + _RESERVE,
+        draft_bytes=needs.draft_bytes + draft_kv,
+        draft_kv_bytes=draft_kv,
+        resident_bytes=sizes.resident_bytes,
+        kv_bytes=kv,
+        work_bytes=logits + activations,
+        buffer_bytes=0,
+        pinned_layers=(),
+        pin_head=False,
+        pin_embedding=False,
+        pinned_bytes=0,
+        streamed_bytes=0,
+        head_pieces=max(-(-sizes.matrix_bytes // max(sizes.largest_layer, 1 << 20)), 1),
+        num_buffers=room.num_buffers,
+        max_nodes=room.max_nodes,
+        prefill_chunk=room.prefill_chunk,
+        context=room.context,
+    )
+
+
+def _rounded_up(num_bytes: int) -> str:
+    return f"{-(-num_bytes // 10**6)} MB"

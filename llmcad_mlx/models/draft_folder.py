@@ -1,0 +1,248 @@
+"""What a draft's folder may leave out of the model that its config.json describes: head rows, the embedding.
+
+Drafts with a trimmed output vocabulary: a head with some rows of the full one's, and which tokens they are for.
+
+`draft_tokens.safetensors` beside the weights holds `tokens` (V',) int32, full ids in ascending order: row i of the
+head is the logit of token tokens[i]. The embedding, the tokenizer and `vocab_size` stay the full ones.
+
+A draft without an embedding of its own: it looks tokens up in the target's, which is in memory anyway.
+
+config.json says so: `"llmcad": {"shares_embedding": true}`. It is the target's object that is called, so that it
+works whatever the target does with it: in memory, or read from the disk row by row. Its bytes count as the
+target's. Such a folder may also leave the tokenizer out, and says by `"vocabulary"` beside it, a
+`vocabulary_hash`, which tokens it was made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from mlx_lm.utils import _get_classes
+
+from llmcad_mlx.errors import ModelError
+
+FILE = "draft_tokens.safetensors"
+
+TokenList = npt.NDArray[np.int32]
+"""(V',) ascending full ids."""
+
+
+def read_draft_tokens(file: Path, vocab_size: int | None) -> TokenList:
+    """The token list in `file`, a whole safetensors file. vocab_size: of the full model, None: not known.
+
+    Raises ModelError naming the file for anything that is not such a list.
+    """
+    try:
+        array: Any = mx.load(str(file)).get("tokens")  # type: ignore[union-attr]
+        if array is None:
+            raise ModelError(f"{file}: holds no tensor 'tokens'; make the draft again")
+        if array.dtype != mx.int32 or array.ndim != 1 or not array.size:
+            shape = f"{str(array.dtype).rpartition('.')[2]} {tuple(array.shape)}"
+            raise ModelError(f"{file}: 'tokens' must be a list of int32, not {shape}; make the draft again")
+        tokens = np.array(array)
+    except RuntimeError as error:
+        raise ModelError(f"{file}: cannot be read ({str(error).partition(chr(10))[0]})") from None
+    check_token_list(tokens, vocab_size, str(file))
+    return tokens
+
+
+def check_token_list(tokens: TokenList, vocab_size: int | None, where: str) -> None:
+    """Raise ModelError, beginning with `where`, unless `tokens` are ascending ids below `vocab_size`."""
+    falls = np.flatnonzero(tokens[1:] <= tokens[:-1])
+    if len(falls):
+        first = int(falls[0])
+        raise ModelError(
+            f"{where}: token {tokens[first + 1]} comes after {tokens[first]}; the list must ascend: "
+            "make the draft again"
+        )
+    beyond = tokens[0] if tokens[0] < 0 else tokens[-1]
+    if beyond < 0 or (vocab_size is not None and beyond >= vocab_size):
+        size = "" if vocab_size is None else f" of {vocab_size}"
+        raise ModelError(f"{where}: token {beyond} is not in the vocabulary{size}; make the draft for this model")
+
+
+def head_path(model: Module) -> str | None:
+    """Where the model keeps its head, a linear layer: "lm_head" in most; None where it has none of its own."""
+    modules: Any = model.named_modules()
+    found = [
+        path
+        for path, module in modules
+        if path.rpartition(".")[2] == "lm_head" and isinstance(module, Linear | QuantizedLinear)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model with a head of its own."""
+    changed = {**config, "tie_word_embeddings": False}
+    if isinstance(config.get("text_config"), Mapping):
+        changed["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    return changed
+
+
+def untied_head_path(config: Mapping[str, Any]) -> str | None:
+    """Where the head would be if it were not the embedding; None where the architecture always ties them."""
+    changed = untied(config)
+    model_class, args_class = _get_classes(config=changed)
+    return head_path(model_class(args_class.from_dict(changed)))  # never evaluated: takes no memory
+
+
+def give_rows(model: Module, num_rows: int, what: str) -> str:
+    """Let a freshly built model's head have `num_rows` rows; returns where it is.
+
+    Raises ModelError, beginning with `what`, where the model has no head of its own.
+    """
+    path = head_path(model)
+    if path is None:
+        raise ModelError(
+            f"{what}: the model has no head of its own, so its vocabulary cannot be trimmed "
+            "(tie_word_embeddings must be false); choose another draft"
+        )
+    parent, name = parent_of(model, path)
+    own = parent[name]
+    parent[name] = Linear(own.weight.shape[1], num_rows, bias="bias" in own)
+    return path
+
+
+def parent_of(model: Module, path: str) -> tuple[Any, str]:
+    """The module that holds the one at `path`, and its name there."""
+    *outer, name = path.split(".")
+    parent: Any = model
+    for part in outer:
+        parent = parent[int(part)] if isinstance(parent, list) else parent[part]
+    return parent, name
+
+
+_STAND_IN_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEmbedding:
+    """Where a model looks tokens up. The sizes are kept because a streamed module does not know them."""
+
+    module: Any
+    path: str
+    num_rows: int
+    width: int
+
+
+def shares_embedding(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that the model uses its target's embedding."""
+    own = config.get("llmcad")
+    return isinstance(own, Mapping) and own.get("shares_embedding") is True
+
+
+def token_embedding(model: Module) -> TokenEmbedding | None:
+    """The model's embedding with the most rows (others are of positions or token types); None: it has none."""
+    modules: Any = model.named_modules()
+    found = [
+        TokenEmbedding(module, path, int(module["weight"].shape[0]), _width(module))
+        for path, module in modules
+        if isinstance(module, Embedding | QuantizedEmbedding)
+    ]
+    return max(found, key=lambda embedding: embedding.num_rows, default=None)
+
+
+def share(model: Module, shared: TokenEmbedding | None, what: str) -> None:
+    """Let a freshly built model use `shared` in place of its own embedding.
+
+    None: a made-up one, enough to examine the model. Raises ModelError, beginning with `what`, for an embedding
+    of another width.
+    """
+    own = token_embedding(model)
+    if own is None:
+        raise ModelError(f"{what}: the model has no embedding that could be shared; choose another draft")
+    if shared is not None and shared.width != own.width:
+        raise ModelError(
+            f"{what}: uses its target's embedding and needs one {own.width} wide, not {shared.width}; "
+            "choose the target that it was made for"
+        )
+    parent, name = parent_of(model, own.path)
+    parent[name] = _StandIn(own.width) if shared is None else _Shared(shared.module)
+
+
+class _Shared(Module):
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        # In a function, so that it is neither a parameter nor a module of this model: nothing prepares, counts or
+        # writes it twice. Its class is looked up at each call, because streaming changes it.
+        self._look_up = lambda ids: embedding(ids)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return self._look_up(ids)
+
+
+class _StandIn(Module):
+    """Random rows, always the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        rows = mx.random.normal((_STAND_IN_ROWS, width), key=mx.random.key(0))
+        self._look_up = lambda ids: rows[ids % _STAND_IN_ROWS]
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return self._look_up(ids)
+
+
+def _width(module: Any) -> int:
+    return int(module.dims) if isinstance(module, QuantizedEmbedding) else int(module["weight"].shape[1])
+
+
+class DraftParts:
+    """Makes a freshly built model fit the weights of a draft's folder."""
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], tokens: TokenList | None, shared: TokenEmbedding | None
+    ) -> None:
+        """tokens: of a trimmed head. shared: the target's embedding, for a draft that uses it; see `share`."""
+        self.tokens = tokens
+        self._folder = folder
+        self._config = config
+        self._shared = shared
+        self._head = ""
+
+    def fit(self, model: Module) -> None:
+        """Change the model before weights are loaded into it. Raises ModelError where it cannot be."""
+        if shares_embedding(self._config):
+            share(model, self._shared, str(self._folder))
+        if self.tokens is not None:
+            self._head = give_rows(model, len(self.tokens), str(self._folder / FILE))
+
+    def check(self, weights: Mapping[str, mx.array]) -> None:
+        """Raise ModelError unless the head has as many rows as there are tokens."""
+        head = weights.get(f"{self._head}.weight")
+        if self.tokens is not None and head is not None and head.shape[0] != len(self.tokens):
+            raise ModelError(
+                f"{self._folder / FILE}: lists {len(self.tokens)} tokens for a head of {head.shape[0]} rows; "
+                "make the draft again"
+            )
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Rows of the full embedding by config.json, None where it does not say."""
+    for place in (config, config.get("text_config") or {}):
+        size = place.get("vocab_size")
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def drafts_only(config: Mapping[str, Any], tokens: TokenList | None) -> str:
+    """Why a model can only draft; "" for one that can also be a target."""
+    reasons = []
+    if tokens is not None:
+        size = vocabulary_size(config)
+        reasons.append(f"its head has {len(tokens):,} of {f'{size:,}' if size else 'all'} tokens")
+    if shares_embedding(config):
+        reasons.append("it uses its target's embedding")
+    return " and ".join(reasons)

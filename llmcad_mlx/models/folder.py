@@ -1,0 +1,291 @@
+"""Loading an mlx-lm model folder, with every way it can be broken told in one line."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, load_model, load_tokenizer
+
+from llmcad_mlx.errors import ModelError
+from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
+from llmcad_mlx.models.draft_folder import (
+    DraftParts,
+    TokenEmbedding,
+    TokenList,
+    drafts_only,
+    read_draft_tokens,
+    shares_embedding,
+    token_embedding,
+    vocabulary_size,
+)
+
+_DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "U16": 16, "I16": 16,
+    "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "*.tiktoken",
+    "tiktoken.model",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model folder in memory."""
+
+    model: Module
+    tokenizer: Any
+    """mlx-lm's TokenizerWrapper."""
+    config: dict[str, Any]
+    path: Path
+    unchanged: frozenset[str] = frozenset()
+    """Names of the tensors that the model uses as the files hold them."""
+    embedding: TokenEmbedding | None = None
+    """Where it looks tokens up; None where that is not a plain embedding, or its target's."""
+    draft_tokens: TokenList | None = None
+    """Row i of the head is the logit of token draft_tokens[i]; None: of token i."""
+
+    @property
+    def drafts_only(self) -> str:
+        """Why this can only be a draft; "" where it can also be a target."""
+        return drafts_only(self.config, self.draft_tokens)
+
+
+def load_model_folder(
+    path: str | Path, lazy: bool = False, like: LoadedModel | None = None, alone: bool = False
+) -> LoadedModel:
+    """Load the model and tokenizer of an mlx-lm folder; code that a folder brings along is never run.
+
+    lazy: a parameter is read when it is first used. like: the target, for a draft. Its tokenizer is taken where
+    the files are the same: a tokenizer takes over 100 MB. Its embedding is taken by a draft that has none, and
+    then the tokenizer too where the draft has none either.
+    alone: such a draft gets a made-up embedding where there is no target: to examine or copy it.
+    Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
+    """
+    folder = Path(path).expanduser()
+    config = read_config(folder)
+    check_weight_files(folder)
+    tokens = _draft_tokens(folder, config)
+    shared = _shared_embedding(folder, config, like, alone)
+    has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    if not has_tokenizer and shared is None and not (alone and shares_embedding(config)):
+        raise ModelError(f"{folder}: no tokenizer.json or tokenizer.model; download the folder again")
+    parts = DraftParts(folder, config, tokens, shared)
+    classes = _RecordingClasses(parts)
+    try:
+        model, config = load_model(folder, lazy=lazy, get_model_classes=classes)
+        classes.restore(model)
+    except SystemExit:
+        raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
+    except ModelError:
+        raise
+    except Exception as error:  # model files raise anything when a config is not what they expect
+        raise ModelError(_why_not_built(folder, config, error)) from error
+    theirs = like is not None and (not has_tokenizer or _same_tokenizer(folder, like.path))
+    tokenizer = like.tokenizer if like is not None and theirs else None
+    try:
+        if has_tokenizer and tokenizer is None:
+            tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
+    except Exception as error:
+        raise ModelError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from error
+    return LoadedModel(model, tokenizer, config, folder, classes.unchanged, token_embedding(model), tokens)
+
+
+def _draft_tokens(folder: Path, config: dict[str, Any]) -> TokenList | None:
+    file = folder / DRAFT_TOKENS
+    if not file.exists():
+        return None
+    check_safetensors(file)
+    return read_draft_tokens(file, vocabulary_size(config))
+
+
+def _shared_embedding(
+    folder: Path, config: dict[str, Any], like: LoadedModel | None, alone: bool
+) -> TokenEmbedding | None:
+    """The target's embedding for a draft that uses it; None where it gets a made-up one, or has its own."""
+    if not shares_embedding(config) or (like is None and alone):
+        return None
+    if like is None:
+        raise ModelError(f"{folder}: uses its target's embedding, so it can only draft; give it as --draft")
+    if like.embedding is None:
+        raise ModelError(f"{folder}: uses its target's embedding, and {like.path} has none; choose another draft")
+    return like.embedding
+
+
+def _same_tokenizer(a: Path, b: Path) -> bool:
+    """Whether two folders have the same tokenizer.json, which holds all tokens."""
+    files = a / "tokenizer.json", b / "tokenizer.json"
+    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
+
+
+class _RecordingClasses:
+    """mlx-lm's way from a config to classes; notes which tensors the model's `sanitize` passes through, and lets
+    the model fit a draft's folder."""
+
+    def __init__(self, parts: DraftParts) -> None:
+        self.unchanged: frozenset[str] = frozenset()
+        self._parts = parts
+        self._model_class: type[Any] | None = None
+
+    def __call__(self, config: dict[str, Any]) -> tuple[type[Any], type[Any]]:
+        model_class, args_class = _get_classes(config=config)
+        self._model_class = model_class
+
+        def build(model: Any, args: Any) -> None:
+            model_class.__init__(model, args)
+            self._parts.fit(model)
+
+        def sanitize(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            before = dict(weights)
+            after: dict[str, mx.array] = weights
+            if hasattr(model_class, "sanitize"):
+                after = model_class.sanitize(model, weights)
+            self.unchanged = frozenset(name for name, array in after.items() if before.get(name) is array)
+            self._parts.check(after)
+            return after
+
+        namespace = {"__init__": build, "sanitize": sanitize, "__module__": model_class.__module__}
+        return type(model_class.__name__, (model_class,), namespace), args_class
+
+    def restore(self, model: Any) -> None:
+        """Give the loaded model its own class."""
+        model.__class__ = self._model_class
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises ModelError when there is none or it is not a model's."""
+    if not folder.exists():
+        raise ModelError(f"{folder}: no such model folder; check the path, or pull the model first")
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: is a file; give the folder that holds config.json and *.safetensors")
+    config = _read_json(folder / "config.json", "download the folder again")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{folder / 'config.json'}: no model_type; this is not a language model's config")
+    if config.get("model_file") is not None:
+        raise ModelError(
+            f"{folder}: the model brings code of its own ({config['model_file']!r}), which is never run; "
+            "use a model that mlx-lm supports"
+        )
+    return config
+
+
+def check_weight_files(folder: Path) -> list[Path]:
+    """The folder's weight files, whole and complete as far as headers and sizes tell.
+
+    MLX trusts a file's header, so a truncated or foreign file must be found before it is opened. Raises
+    ModelError naming the first bad file.
+    """
+    for leftover in [*folder.glob("*.incomplete"), *folder.glob(".cache/**/*.incomplete")]:
+        raise ModelError(f"{leftover}: a download was not finished; start it again, or delete this file")
+    files = sorted(folder.glob("model*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index, "download it again").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index}: no weight_map; download it again")
+        for name in sorted({str(name) for name in weight_map.values()}):
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder / name}: missing, though the index names it; download it again")
+    if not files:
+        raise ModelError(f"{folder}: no model*.safetensors; convert the model first, or download it again")
+    for file in files:
+        check_safetensors(file)
+    return files
+
+
+def check_safetensors(file: Path) -> None:
+    """Raise ModelError unless ``file`` is a whole safetensors file.
+
+    The format: 8 bytes header length, a JSON header with each tensor's dtype, shape and byte range, the data.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+                raise ModelError(f"{file}: not a safetensors file, or cut off; download it again")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror}); download it again") from error
+    except ValueError as error:
+        raise ModelError(f"{file}: its header is corrupt; download it again") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{file}: its header is corrupt; download it again")
+    header.pop("__metadata__", None)
+    end = max((_tensor_end(file, name, entry) for name, entry in header.items()), default=0)
+    if size != 8 + length + end:
+        raise ModelError(f"{file}: {size} bytes, its header promises {8 + length + end}; download it again")
+
+
+def cast_to_fp32(model: Module) -> None:
+    """Turn 16-bit floating parameters, scales and biases of packed weights included, into float32 in place.
+
+    MLX's CPU kernels are slow and inexact in 16 bits. Values do not change: both formats widen exactly.
+    """
+    parameters: Any = tree_flatten(model.parameters())
+    while parameters:  # one at a time, so that only one parameter is in memory twice
+        name, array = parameters.pop()
+        if array.dtype in (mx.bfloat16, mx.float16):
+            array = array.astype(mx.float32)
+            mx.eval(array)
+            model.load_weights([(name, array)], strict=False)
+
+
+def _tensor_end(file: Path, name: str, entry: object) -> int:
+    """Where a tensor's bytes end; raises ModelError when its entry contradicts itself."""
+    try:
+        if not isinstance(entry, dict):
+            raise TypeError
+        start, end = entry["data_offsets"]
+        num_bits = math.prod(_sizes(entry["shape"])) * _DTYPE_BITS[entry["dtype"]]
+        if start < 0 or 8 * (end - start) != num_bits:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{file}: its header is corrupt at tensor {name!r}; download it again") from None
+    return int(end)
+
+
+def _sizes(shape: Iterable[object]) -> list[int]:
+    sizes = [size for size in shape if isinstance(size, int) and size >= 0]
+    if len(sizes) != len(list(shape)):
+        raise ValueError
+    return sizes
+
+
+def _read_json(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file}: missing; {remedy}") from None
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:
+        raise ModelError(f"{file}: not valid JSON ({_first_line(error)}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: not a JSON object; {remedy}")
+    return content
+
+
+def _why_not_built(folder: Path, config: dict[str, Any], error: Exception) -> str:
+    kind, line = config["model_type"], _first_line(error)
+    if "not supported" in line and "Model type" in line:
+        return f"{folder}: unknown architecture {kind!r}; a newer mlx-lm may have it"
+    if "parameters" in line or "shape" in line:
+        return f"{folder}: the weights do not match config.json ({line.rstrip(': ')}); download the folder again"
+    return f"{folder}: config.json does not describe a {kind!r} model ({type(error).__name__}: {line})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,381 @@
+"""The default policy: best-first growth, stopped where one more step earns fewer tokens than it costs.
+
+Everything is priced in tokens: a second is worth `costs.rate`, the tokens that decoding yields per second.
+Maximising tokens minus price times seconds, with the achieved rate as the price, maximises the rate itself
+(Dinkelbach's method for ratios). Best-first order maximises the expected accepted tokens for a number of
+nodes (SpecExec, OPT-Tree and DySpec reach the same rule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from llmcad_mlx.policy.calibration import Calibration
+from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.ledger import EXPLORE, DraftAccount, LookupAccount, Prices, Ranking
+from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TABLE, Selection, TokenTree
+from llmcad_mlx.tree.walk import Walk
+
+DEFAULT_MAX_NODES = 64
+_PROVISIONAL = 4  # times the nodes of a pass may be expanded in a tree that grows while the target waits
+_MIN_PROVISIONAL = 64
+_KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
+_MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
+_MIN_PAID = 0.02  # the same where each row is paid for, and such a child would never be given one
+_LOOK_AGAIN = 32  # rounds without the draft after which one step is taken to see whether it would pay now
+_CONSIDERED = 4  # from then on, the draft is considered in one round of so many
+_SELDOM = 512  # the same at most: each such look in vain doubles the wait for the next
+_WELL_KNOWN = 3  # observations of a pass's size
+_SURE = 2  # observations that make a step time believable
+_HIT_DECAY = 0.95
+_LIKELY = 0.5  # probability of a node that is worth a look although its price seems too high
+_LEAST_GAIN = 0.05  # tokens a tree must promise beyond plain decoding, or measured costs' noise decides
+_LEAST_NET = 0.12  # the same after the price of its rows: the best of many guesses promises more than it keeps
+_PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
+_YIELD_DECAY = 0.9
+_UNLIKELY = 0.03  # probability of a node that is not worth a draft step, unless it delays nothing
+_AHEAD = 4  # draft steps that are looked ahead when one is priced
+_LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, for expanding it in free time
+
+
+def provisional_nodes(max_nodes: int) -> int:
+    """Nodes a drafter may have expanded in a tree that grows while the target, given `max_nodes`, waits."""
+    return max(_PROVISIONAL * max_nodes, _MIN_PROVISIONAL)
+
+
+class ThroughputPolicy:
+    """Best-first growth with a measured stop rule; never slower than plain decoding for long.
+
+    `costs` and `calibration` are the engine's, shared so that they can be saved. With `tree_nodes` the tree is
+    grown to exactly the best that many nodes, whatever the costs say. `max_nodes` bounds a pass otherwise,
+    `max_provisional` (4 times as much, at least 64) the nodes each drafter has expanded in a tree that grows while
+    the target waits for its weights.
+    `lookups`: the sources that cost next to nothing; the model is the one that is priced.
+    Without `branching`, for the ablation, only the best candidate of a leaf is kept and one branch is submitted.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel,
+        calibration: Calibration,
+        tree_nodes: int | None = None,
+        max_nodes: int = DEFAULT_MAX_NODES,
+        max_width: int = 8,
+        *,
+        max_provisional: int | None = None,
+        branching: bool = True,
+        pipelined: bool = True,
+        lookups: Collection[str] = (NGRAM, TABLE),
+    ) -> None:
+        for name, value in (
+            ("tree_nodes", 1 if tree_nodes is None else tree_nodes),
+            ("max_nodes", max_nodes),
+            ("max_width", max_width),
+            ("max_provisional", 1 if max_provisional is None else max_provisional),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.costs = costs
+        self.calibration = calibration
+        self.tree_nodes = tree_nodes
+        self.max_nodes = tree_nodes or max_nodes
+        self.max_width = max_width if branching else 1
+        self.max_provisional = max_provisional or provisional_nodes(self.max_nodes)
+        self.pipelined = pipelined
+        self._lookups = frozenset(lookups)
+        self._all_sources = self._lookups | {MODEL}
+        self._kept_children = _KEPT_CHILDREN if branching else 1
+        self._branching = branching
+        self._expanded: dict[str, set[int]] = {}
+        self._tree: TokenTree | None = None
+        self._gain = 0.7  # acceptance probability that expanding a certain leaf has added, lately
+        self._draft_account = DraftAccount()
+        self._lookup_account = LookupAccount()
+        self._idle = 0  # rounds since the model was last used
+        self._patience = _LOOK_AGAIN  # such rounds until it is tried again
+        self._trying = False
+        self._model_used = False
+        self._model_right = False  # whether the target accepted anything of it in this round
+        self._looking = False  # whether this round's pass is to measure what two rows take
+        self._declined = False  # whether lookups were worth a row that their account did not pay for
+        self._rounds = 0  # of the present text
+        self._resting = False  # whether this round does without drafting
+        self._next_root = -1  # position of the next round's root if the text goes on
+        self._plain_rounds = 0  # rounds since the target's pass had more than one row
+        self._since_plain = 0  # rounds since the target's pass had a single row
+        self._yield = 1.0  # tokens a round has given lately
+        self._measuring_plain = False
+        self._ranking: Ranking | None = None  # of the tree as it is; None: to be made when somebody asks
+        self._prices = Prices(costs, self.max_nodes)
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """All drafters; those that only look up while drafting with the model does not pay."""
+        drafting = self._draft_account.drafting or self.tree_nodes is not None
+        return self._all_sources if drafting else self._lookups
+
+    # -- growth ------------------------------------------------------------------------------------------
+
+    def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
+        self._expanded = {} if survivors is None else _renamed(self._expanded, survivors)
+        self._tree = tree
+        self._prices.begin()
+        self._ranking = None
+        self._model_used = MODEL in tree.sources
+        self._trying = self._looking = self._declined = False
+        if tree.root_position != self._next_root:
+            self._lookup_account.new_text()
+            self._rounds = 0
+        self._rounds += 1
+        # What a plain pass takes decides about every tree, so it is measured again from time to time. That
+        # round gives up `_yield` - 1 tokens: the more, the rarer.
+        # Where the target waits for weights, a plain pass takes what any pass takes.
+        due = self._since_plain >= _PLAIN_AGAIN * self._yield and not self.costs.verify.hidden_rows
+        self._measuring_plain = due and self.tree_nodes is None
+        # Where lookups cannot pay for a row and the model idles, every other round does without looking.
+        in_need = self._prices.more_rows(1, 1) > max(self._lookup_account.balance, 0.0) and self._idle > 0
+        self._resting = in_need and not self._resting and self.tree_nodes is None
+
+    def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
+        """The most likely nodes `source` has not expanded, while expanding them pays."""
+        if self._resting:
+            return []
+        expanded = self._expanded.setdefault(source, set())
+        if self.tree_nodes is not None:
+            leaves = self._unfilled(tree, expanded)
+        elif source == MODEL:
+            leaves = self._paying(tree, expanded, free_seconds)
+            self._model_used = self._model_used or bool(leaves)
+        else:
+            leaves = self._free(tree, expanded)
+        expanded.update(leaves)
+        return leaves
+
+    def _best_unexpanded(self, tree: TokenTree, expanded: set[int], count: int) -> list[int]:
+        fresh = [node for node in range(len(tree)) if node not in expanded]
+        if len(fresh) > 1:
+            fresh.sort(key=tree.cumulative.__getitem__, reverse=True)
+        return fresh[:count]
+
+    def _unfilled(self, tree: TokenTree, expanded: set[int]) -> list[int]:
+        """Nodes whose children could still enter the best `tree_nodes`: those that are in them now."""
+        return self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
+
+    @staticmethod
+    def _with_room(tree: TokenTree, leaves: list[int], num_nodes: int) -> list[int]:
+        """The leaves whose children could still be among the best `num_nodes` of the tree."""
+        if len(tree) < num_nodes:
+            return leaves
+        bar = sorted(tree.cumulative, reverse=True)[num_nodes - 1]
+        return [leaf for leaf in leaves if tree.cumulative[leaf] > bar]
+
+    def _free(self, tree: TokenTree, expanded: set[int]) -> list[int]:
+        """For a drafter that costs nothing: nodes likely enough to be worth a row of the target pass."""
+        size = len(tree)
+        if len(expanded) == size:
+            return []
+        if size == 1:
+            return [ROOT] if self._prices.more_rows(1, 1) < 1.0 else []
+        ranking = self._ranked(tree)
+        floor = max(self._prices.more_rows(ranking.rows, 1), _MIN_PAID)
+        if ROOT in expanded and len(ranking.probabilities) > 1 and ranking.probabilities[1] <= floor:
+            return []  # most often: no node below the root is likely enough
+        leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
+        return [leaf for leaf in leaves if tree.cumulative[leaf] > floor]
+
+    def _paying(self, tree: TokenTree, expanded: set[int], free_seconds: float) -> list[int]:
+        """The best so many leaves that a model step on them gains more than it costs; none if no step does."""
+        if self._measuring_plain or not self._knows_plain():
+            return []  # the very first passes measure plain decoding, too
+        if self._idle > _LOOK_AGAIN and self._idle % _CONSIDERED and not self.costs.verify.hidden_rows:
+            return []
+        leaves = self._best_unexpanded(tree, expanded, self.max_width)
+        if not expanded and self._look_again():
+            self._trying = True
+            return leaves[:1]
+        if not self.costs.draft:
+            return []
+        leaves = self._with_room(tree, leaves[: EXPLORE * self.costs.draft.most_rows], self._prices.most_nodes())
+        rows = self._ranked(tree).rows
+        least = 0.0 if free_seconds or self.costs.verify.hidden_rows else _UNLIKELY
+        best, best_value, gain = 0, 0.0, 0.0
+        later = self._later(tree.cumulative[leaves[0]], rows + 1) if leaves else 0.0
+        for width, leaf in enumerate(leaves, 1):
+            if tree.cumulative[leaf] < least:
+                break
+            covered = sum(tree.confidences[child] for child in tree.children(leaf))  # by another drafter
+            gain += tree.cumulative[leaf] * self._gain * max(1.0 - covered, 0.0)
+            value = gain + later - self._prices.step(width, free_seconds) - self._prices.more_rows(rows, width)
+            if value > best_value:
+                best, best_value = width, value
+        return leaves[:best]
+
+    def _later(self, probability: float, rows: int) -> float:
+        """What the steps after one on a leaf of that `probability` gain at most, each on the likeliest child.
+
+        A step that does not pay by itself may be the way to some that do: a pass of three rows is often hardly
+        dearer than one of two.
+        """
+        step = self._prices.step(1)
+        best = total = 0.0
+        for depth in range(_AHEAD):
+            probability *= self._gain
+            total += probability * self._gain - step - self._prices.more_rows(rows + depth, 1)
+            best = max(best, total)
+        return best
+
+    def _knows_plain(self) -> bool:
+        """Whether what a plain pass takes is believable; waiting for weights varies less than computing."""
+        verify = self.costs.verify
+        return verify.times_seen(1) >= (1 if verify.hidden_rows else _SURE)
+
+    def _look_again(self) -> bool:
+        """Whether to take one step that seems not to pay: its price was measured too rarely or long ago."""
+        draft = self.costs.draft
+        if sum(draft.times_observed(rows) for rows in range(1, 4)) < _SURE:
+            return True
+        # A look costs as much as a token or two, which a short text never earns back.
+        long = self._rounds > _LOOK_AGAIN
+        return long and self._idle >= self._patience and self._draft_account.balance > 0.0
+
+    def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
+        source, raws = candidates.source, candidates.confidences[: self._kept_children]
+        unpaid = self.costs.verify.hidden_rows or self.tree_nodes is not None
+        best, least = 0.0, _MIN_CONFIDENCE if unpaid else _MIN_PAID
+        confidences = self.calibration.probabilities(raws, source)
+        for token, confidence, raw in zip(candidates.tokens, confidences, raws, strict=False):
+            best = max(best, confidence)
+            if confidence >= least:
+                tree.add(leaf, token, confidence, source, raw)
+                self._ranking = None
+        if source == MODEL:
+            self._gain = self._gain * _HIT_DECAY + best * (1 - _HIT_DECAY)
+
+    def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
+        """The nodes the text passes through most likely, of those `source` has not expanded.
+
+        None while plain decoding is measured: a step that makes a layer wait would make it look slow.
+        """
+        unsure = self.tree_nodes is None and not self._knows_plain()
+        if self._measuring_plain or unsure:
+            return []
+        expanded = self._expanded.setdefault(source, set())
+        room = self.max_provisional - len(expanded)
+        leaves = self._best_unexpanded(tree, expanded, max(min(self.max_width, width, room), 0))
+        leaves = [leaf for leaf in leaves if tree.cumulative[leaf] > _LEAST_PROVISIONAL]
+        expanded.update(leaves)
+        self._model_used = self._model_used or (source == MODEL and bool(leaves))
+        return leaves
+
+    # -- verification ------------------------------------------------------------------------------------
+
+    def submit(self, tree: TokenTree) -> Selection:
+        """The best nodes, as many as maximise expected tokens minus the price of the target pass."""
+        if self._branching:
+            return tree.select(self._worth(self._ranked(tree)))
+        branch = tree.best_branch()
+        return tree.keep_path(branch[: self._worth(self._prices.rank([tree.cumulative[node] for node in branch]))])
+
+    def _worth(self, ranking: Ranking) -> int:
+        """How many nodes to submit, of those that are ranked."""
+        if self.tree_nodes is not None:
+            return self.tree_nodes
+        if self._measuring_plain or len(ranking.probabilities) == 1:
+            return 1
+        wanted = self._wanted(ranking)
+        if self._model_used:
+            return self._or_look_at_two(wanted, ranking, self._draft_account.balance)
+        paid, balance = wanted, self._lookup_account.balance
+        while paid > 1 and self._prices.more_rows(1, paid - 1) > balance:
+            paid -= 1
+        self._declined = paid == 1 < wanted
+        return self._or_look_at_two(paid, ranking, balance)
+
+    def _wanted(self, ranking: Ranking) -> int:
+        best = ranking.rows
+        if ranking.net < _LEAST_NET or sum(ranking.probabilities[:best]) - 1.0 < _LEAST_GAIN:
+            return 1
+        # Measure the next size too: a single disturbed observation would rule it out for good.
+        more = best < len(ranking.probabilities) and self.costs.verify.times_seen(best + 1) < _WELL_KNOWN
+        return best + 1 if best > 1 and more else best
+
+    def _ranked(self, tree: TokenTree) -> Ranking:
+        """The tree's nodes: asked for several times between two changes of it."""
+        if self._ranking is None:
+            self._ranking = self._prices.rank(sorted(tree.cumulative, reverse=True))
+        return self._ranking
+
+    def _or_look_at_two(self, nodes: int, ranking: Ranking, balance: float) -> int:
+        """`nodes`, or 2 for a likely node that seems too dear: its price was measured too rarely or long ago."""
+        self._looking = (
+            nodes == 1
+            and len(ranking.probabilities) > 1
+            and ranking.probabilities[1] >= _LIKELY
+            and balance > 0.0
+            and self._knows_plain()
+            and (self.costs.verify.times_observed(2) < _WELL_KNOWN or self._plain_rounds >= _LOOK_AGAIN)
+        )
+        return 2 if self._looking else nodes
+
+    def verified(self, tree: TokenTree, walk: Walk) -> None:
+        """Learn from every candidate the target's choices have judged, also those not submitted."""
+        self._plain_rounds = self._plain_rounds + 1 if len(tree) == 1 else 0
+        self._since_plain = 0 if len(tree) == 1 else self._since_plain + 1
+        self._yield = self._yield * _YIELD_DECAY + len(walk.tokens) * (1 - _YIELD_DECAY)
+        self._next_root = tree.root_position + len(walk.tokens)
+        drafted = self._tree if self._tree is not None else tree
+        self._book_lookups(drafted, tree, walk)
+        self._model_right = self._model_used and any(tree.sources[node] == MODEL for node in walk.nodes)
+        node: int | None = 0
+        for token in walk.tokens:
+            if node is None:
+                break
+            for child in drafted.children(node):
+                right = drafted.tokens[child] == token
+                self.calibration.observe(drafted.raw_confidences[child], drafted.sources[child], right)
+            node = drafted.child(node, token)
+
+    # -- whether it pays ---------------------------------------------------------------------------------
+
+    def _book_lookups(self, drafted: TokenTree, submitted: TokenTree, walk: Walk) -> None:
+        if (
+            self._declined
+            and len(submitted) == 1
+            and any(drafted.tokens[child] == walk.tokens[0] for child in _best_child(drafted))
+        ):
+            self._lookup_account.book_missed(len(walk.tokens))
+        else:
+            risked = len(submitted) > 1 and not self._model_used and not self._looking
+            net = walk.num_accepted - self._prices.more_rows(1, len(submitted) - 1) if risked else 0.0
+            self._lookup_account.book(len(walk.tokens), net)
+
+    def finished(self, num_tokens: int, seconds: float) -> None:
+        """The round is over: `num_tokens` emitted in `seconds`, everything included."""
+        self.costs.observe_round(num_tokens, seconds)
+        account, was_drafting = self._draft_account, self._draft_account.drafting
+        if self._model_used:
+            account.book(num_tokens, num_tokens - seconds * self.costs.plain_rate)
+            if not self._trying:
+                self._patience = _LOOK_AGAIN
+            elif self._idle >= self._patience and not self._model_right:
+                self._patience = min(2 * self._patience, _SELDOM)
+            self._idle = 0
+        else:
+            account.book(num_tokens, None)
+            self._idle += 1
+        if was_drafting and not account.drafting:
+            self.costs.forget_rate()
+
+
+def _best_child(tree: TokenTree) -> list[int]:
+    """The root's likeliest child, if it has any."""
+    children = tree.children(ROOT)
+    return [max(children, key=tree.confidences.__getitem__)] if children else []
+
+
+def _renamed(expanded: Mapping[str, set[int]], survivors: Selection) -> dict[str, set[int]]:
+    """The new names of those nodes that survive."""
+    return {
+        source: {survivors.old_to_new[node] for node in nodes} - {DROPPED} for source, nodes in expanded.items()
+    }

@@ -1,0 +1,269 @@
+"""What a step costs: seconds by number of rows, learned from the steps themselves. No clock in here.
+
+What rounds have yielded and cost lately: what forecasts are made from.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from statistics import median_low
+from typing import Any
+
+_DECAY = 0.99  # weight of the past at each round: the last hundred count
+
+
+@dataclass(slots=True)
+class Rounds:
+    """Fading sums over rounds. `rows`: nodes sent to the target; `rest_s`: seconds of the rounds outside the
+    target's pass, most of them drafting that loading did not hide."""
+
+    rounds: float = 0.0
+    tokens: float = 0.0
+    rows: float = 0.0
+    rest_s: float = 0.0
+
+    def add(self, tokens: int, rows: int, rest_s: float) -> None:
+        """Count one round."""
+        self.rounds = self.rounds * _DECAY + 1.0
+        self.tokens = self.tokens * _DECAY + tokens
+        self.rows = self.rows * _DECAY + rows
+        self.rest_s = self.rest_s * _DECAY + rest_s
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Rounds:
+        """Read what `asdict` gave. Raises ValueError for anything else."""
+        names = [entry.name for entry in fields(cls)]
+        if not isinstance(data, Mapping) or set(data) != set(names):
+            raise ValueError("rounds: not what was saved")
+        if not all(isinstance(data[name], float) and 0.0 <= data[name] < float("inf") for name in names):
+            raise ValueError("rounds: not numbers")
+        return cls(**data)
+
+
+_REMEMBERED = 15  # observations per row count; their lower median shrugs off a disturbed one, even of two
+_FIRST_LIMIT = 2.5  # times the prediction, for the first observation of a row count
+_WAITING = 0.5  # a forward computes for less than this share of its time where it waits for weights
+_MOST_HIDDEN = 1024
+_ROW_SHARE = 0.1  # cost of one more row, relative to a single row, before any was measured
+
+
+class StepTimes:
+    """Seconds of a forward by its number of rows.
+
+    Between measured counts it interpolates; beyond the largest it goes on with the last slope. `hidden_rows`: a
+    forward that has waited for weights would not have taken longer with so many rows, 0 if it has not waited.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}  # of `_seen`; sorting anew what has not changed would be felt
+        self._read: set[int] = set()  # counts known from `from_dict` alone
+        self._rows: list[int] = []
+        self._fitted: dict[int, float] | None = {}  # None: to be made when somebody asks
+        self._row_seconds = 0.0  # at most, for a row beyond the hidden ones
+        self.hidden_rows = 0
+
+    def observe(self, rows: int, seconds: float, busy: float | None = None) -> None:
+        """One forward of `rows` rows took `seconds`, `busy` of them computing (all, if not given). Raises
+        ValueError for rows < 1 or negative seconds.
+
+        Computing grows at most in proportion to the rows, so the last forward's waiting tells how many more
+        would have found room in it.
+
+        A first observation far above what its neighbours suggest is cut to a multiple of that: it may have
+        compiled a kernel, and believing it would keep the policy from ever trying that count again.
+        """
+        if rows < 1 or not 0.0 <= seconds < float("inf"):
+            raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
+        busy = seconds if busy is None else min(max(busy, seconds / _MOST_HIDDEN), seconds)
+        self._row_seconds = busy / rows
+        self.hidden_rows = int(rows * seconds / busy) if busy < _WAITING * seconds else 0
+        if self._rows and rows not in self._seen:
+            seconds = min(seconds, _FIRST_LIMIT * self.predict(rows))
+        if rows in self._read:  # saved on another day, when the machine may have been busy
+            self._read.discard(rows)
+            self._seen[rows].clear()
+        if rows not in self._seen:
+            insort(self._rows, rows)
+        self._seen.setdefault(rows, deque(maxlen=_REMEMBERED)).append(seconds)
+        median = median_low(self._seen[rows])
+        before = self._medians.get(rows)
+        self._medians[rows] = median
+        if before != median or len(self._seen[rows]) < _REMEMBERED:
+            self._refit(rows, median)
+
+    def __contains__(self, rows: int) -> bool:
+        """Whether a forward of exactly `rows` rows was measured."""
+        return rows in self._seen
+
+    def times_seen(self, rows: int) -> int:
+        """How many observations of exactly `rows` rows are remembered."""
+        return len(self._seen.get(rows, ()))
+
+    def times_observed(self, rows: int) -> int:
+        """The same without what `from_dict` has read."""
+        return 0 if rows in self._read else self.times_seen(rows)
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    @property
+    def most_rows(self) -> int:
+        """The largest measured row count, 0 before the first."""
+        return self._rows[-1] if self._rows else 0
+
+    def predict(self, rows: int) -> float:
+        """Expected seconds; 0.0 before the first observation."""
+        fitted = self._times()
+        exact = fitted.get(rows)  # most are asked for what was measured, and that dozens of times a round
+        if exact is not None or not fitted:
+            return exact or 0.0
+        at = bisect_left(self._rows, rows)
+        if at == 0:
+            # Fewer rows than ever measured: take the assumed share off, never below one row's.
+            first = self._rows[0]
+            return fitted[first] * (1 + _ROW_SHARE * (rows - 1)) / (1 + _ROW_SHARE * (first - 1))
+        low = self._rows[at - 1]
+        low_s = fitted[low]
+        if at == len(self._rows):
+            if self.hidden_rows > low:
+                return low_s + self._row_seconds * max(rows - self.hidden_rows, 0)
+            return low_s + self._slope_after_last() * (rows - low)
+        high = self._rows[at]
+        return low_s + (fitted[high] - low_s) * (rows - low) / (high - low)
+
+    def _slope_after_last(self) -> float:
+        fitted, first, last = self._times(), self._rows[0], self._rows[-1]
+        assumed = fitted[first] * _ROW_SHARE / (1 + _ROW_SHARE * (first - 1))
+        if first == last:
+            return assumed
+        return max((fitted[last] - fitted[first]) / (last - first), assumed * 0.1)
+
+    def _times(self) -> dict[int, float]:
+        """Seconds by row count, for each of `_rows`."""
+        if self._fitted is None:
+            self._fitted = self._fit()
+        return self._fitted
+
+    def _refit(self, rows: int, median: float) -> None:
+        """Now that `rows` rows take `median`: most often that changes no other's time."""
+        fitted = self._fitted
+        if fitted is None or rows not in fitted:
+            self._fitted = None
+            return
+        at = bisect_left(self._rows, rows)
+        low = fitted[self._rows[at - 1]] if at else -1.0
+        high = fitted[self._rows[at + 1]] if at + 1 < len(self._rows) else float("inf")
+        if low < fitted[rows] < high and low < median < high:
+            fitted[rows] = median  # it is in no pool, and gets into none
+        else:
+            self._fitted = None
+
+    def _fit(self) -> dict[int, float]:
+        # Fewer rows never take more time. Where they seem to, noise says so: neighbours are pooled until the
+        # order is right (isotonic regression), each weighing as much as it was observed.
+        pooled: list[tuple[float, int, int]] = []  # seconds, observations, row counts in the pool
+        for rows in self._rows:
+            seconds, seen, size = self._medians[rows], len(self._seen[rows]), 1
+            while pooled and pooled[-1][0] > seconds:
+                other, weight, others = pooled.pop()
+                seconds = (seconds * seen + other * weight) / (seen + weight)
+                seen, size = seen + weight, size + others
+            pooled.append((seconds, seen, size))
+        each = (seconds for seconds, _, size in pooled for _ in range(size))
+        return dict(zip(self._rows, each, strict=True))
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON-able seconds by row count, as `predict` gives them."""
+        return {str(rows): seconds for rows, seconds in self._times().items()}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> StepTimes:
+        """Read what `to_dict` wrote. Raises ValueError for anything else."""
+        times = cls()
+        if not isinstance(data, Mapping):
+            raise ValueError("step times are not a mapping")
+        for rows, seconds in data.items():
+            if not isinstance(seconds, float):
+                raise ValueError(f"step time of {rows} rows is {seconds!r}, not a number of seconds")
+            if int(rows) < 1 or not 0.0 <= seconds < float("inf"):
+                raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
+            times._seen[int(rows)] = deque([seconds], maxlen=_REMEMBERED)
+            times._medians[int(rows)] = seconds
+            times._read.add(int(rows))
+        times._rows = sorted(times._seen)
+        times._fitted = None
+        return times
+
+
+class CostModel:
+    """Draft step and target pass times, what rounds are like, and how fast decoding has been lately.
+
+    `verify`: seconds of passes, waiting included; `computing`: the same without waiting for weights. `rounds`
+    counts those whose passes came through `observe_pass`.
+    """
+
+    _DECAY = 0.9  # weight of the past at each round
+
+    def __init__(self, draft: StepTimes | None = None, verify: StepTimes | None = None) -> None:
+        self.draft = StepTimes() if draft is None else draft
+        self.verify = StepTimes() if verify is None else verify
+        self.computing = StepTimes()
+        self.rounds = Rounds()
+        self._last_pass: tuple[int, float] | None = None  # rows and seconds, until its round was counted
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def observe_pass(self, rows: int, seconds: float, busy: float) -> None:
+        """A target pass over `rows` nodes took `seconds`, `busy` of them computing."""
+        self.verify.observe(rows, seconds, busy)
+        self.computing.observe(rows, min(max(busy, 0.0), seconds))
+        self._last_pass = rows, seconds
+
+    def observe_round(self, num_tokens: int, seconds: float) -> None:
+        """A round gave `num_tokens` tokens in `seconds`, everything included."""
+        self._tokens = self._tokens * self._DECAY + num_tokens
+        self._seconds = self._seconds * self._DECAY + seconds
+        if self._last_pass is not None:
+            rows, pass_s = self._last_pass
+            self._last_pass = None
+            self.rounds.add(num_tokens, rows, max(seconds - pass_s, 0.0))
+
+    @property
+    def plain_rate(self) -> float:
+        """Tokens per second of plain decoding; 0.0 while unknown."""
+        seconds = self.verify.predict(1)
+        return 1.0 / seconds if seconds > 0.0 else 0.0
+
+    @property
+    def recent_rate(self) -> float | None:
+        """Tokens per second of recent rounds; None before the first."""
+        return self._tokens / self._seconds if self._seconds > 0.0 else None
+
+    @property
+    def rate(self) -> float:
+        """The price of a second in tokens: what one has yielded lately, at least what plain decoding would."""
+        return max(self.plain_rate, self.recent_rate or 0.0)
+
+    def forget_rate(self) -> None:
+        """Start the recent rate afresh: what comes is not like what was (a new prompt, a probe)."""
+        self._tokens = self._seconds = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` reads it back."""
+        times = {"draft": self.draft, "verify": self.verify, "computing": self.computing}
+        return {name: part.to_dict() for name, part in times.items()} | {"rounds": asdict(self.rounds)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> CostModel:
+        """Read what `to_dict` wrote. Raises ValueError for anything else."""
+        parts = ("draft", "verify", "computing", "rounds")
+        if not isinstance(data, Mapping) or not set(parts) <= set(data):
+            raise ValueError(f"cost model: one of {', '.join(parts)} is missing")
+        model = cls(StepTimes.from_dict(data["draft"]), StepTimes.from_dict(data["verify"]))
+        model.computing = StepTimes.from_dict(data["computing"])
+        model.rounds = Rounds.from_dict(data["rounds"])
+        return model

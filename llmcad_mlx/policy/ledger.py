@@ -1,0 +1,148 @@
+"""What a round's decisions cost, in tokens: seconds times the tokens that one of them yields.
+
+Accounts of what speculation gains and costs, in tokens of plain decoding: they end what does not pay.
+
+A policy that maximises what it expects still loses where expectations are wrong for a text. An account bounds
+the loss: what was risked and lost is gone, gains may be risked again, and each token pays in a small allowance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llmcad_mlx.policy.costs import CostModel
+
+_OPENING = 3.0
+_MOST = 6.0  # gains are not saved up for ever: a draft that turns bad is noticed within so many tokens
+_GIVE_UP = -3.0  # stop drafting with the model
+_TRY_AGAIN = 3.0  # start again, for as long as the allowance allows
+_ALLOWANCE = 0.015  # paid in for each token, which bounds what useless drafting may cost
+_WORST_ROUND = -3.0
+
+_LOOKUP_MOST = 8.0  # enough for the widest pass that copied text is worth
+_LOOKUP_ALLOWANCE = 0.015  # paid in for each token
+_LOOKUP_CREDIT = 0.4  # for having been right without a row
+_LOOKUP_LOSS = 0.5  # of a text, besides the allowance, after which nothing more is risked
+
+
+class DraftAccount:
+    """What drafting with the model has gained or lost. `drafting`: whether to draft with it.
+
+    A draft that keeps losing against plain decoding overdraws its account and is left alone until the
+    allowance has paid for another try. So a useless one costs a few tokens and 1.5 % of the time.
+    """
+
+    def __init__(self) -> None:
+        self.balance = _OPENING
+        self.drafting = True
+
+    def book(self, num_tokens: int, net: float | None) -> None:
+        """A round gave `num_tokens`, `net` more than plain decoding in its time; None: without the model."""
+        self.balance += _ALLOWANCE * num_tokens
+        if net is not None:
+            # One disturbed round says little about the draft.
+            self.balance += max(net, _WORST_ROUND)
+        self.balance = min(self.balance, _MOST)
+        self.drafting = self.balance >= (_GIVE_UP if self.drafting else _TRY_AGAIN)
+
+
+class LookupAccount:
+    """What rows of the target pass for looked-up tokens have gained or lost in the present text.
+
+    Each text starts with nothing, for what one says about the next is little: lookups that were right all the
+    time may be wrong from its first token on. Being right without a row, which costs nothing, earns the first.
+    But some texts have lookups right where nobody bets, so one that has lost so much risks nothing more, whatever
+    it has earned, until the allowance has paid for that.
+    """
+
+    def __init__(self) -> None:
+        self.new_text()
+
+    def new_text(self) -> None:
+        """What was won or lost before counts no more."""
+        self._earned = 0.0
+        self._left = _LOOKUP_LOSS  # which credit does not add to
+
+    @property
+    def balance(self) -> float:
+        """What may be risked now."""
+        return self._earned if self._left > 0.0 else min(self._earned, 0.0)
+
+    def book(self, num_tokens: int, net: float) -> None:
+        """A round gave `num_tokens`, of which lookups gained `net` after the price of their rows."""
+        net += _LOOKUP_ALLOWANCE * num_tokens
+        self._earned = min(self._earned + net, _LOOKUP_MOST)
+        self._left = min(self._left + net, _LOOKUP_MOST)
+
+    def book_missed(self, num_tokens: int) -> None:
+        """The same for a round whose lookup was right but not paid for: a reason to trust the next."""
+        self.book(num_tokens, 0.0)
+        self._earned = min(self._earned + _LOOKUP_CREDIT, _LOOKUP_MOST)
+
+
+EXPLORE = 2  # times the largest measured row count that a step may have
+_TINY = 0.01  # probability of a node that is not worth a row, whatever that costs
+
+
+class Ranking(NamedTuple):
+    """A tree's cumulative confidences, largest first, as many as a pass may have.
+
+    `rows`: how many of them gain most over the price of their rows; `net`: how much more than the root alone.
+    """
+
+    probabilities: Sequence[float]
+    rows: int
+    net: float
+
+
+class Prices:
+    """Prices of rows in the target's pass and of draft steps, looked up once a round: they are asked for dozens
+    of times in each. `rate`: tokens per second when the round began."""
+
+    def __init__(self, costs: CostModel, max_nodes: int) -> None:
+        self.rate = 0.0
+        self._costs = costs
+        self._max_nodes = max_nodes
+        self._passes = [0.0]
+
+    def begin(self) -> None:
+        """A new round: forget what the last one paid."""
+        self.rate = self._costs.rate
+        self._passes = [0.0]
+
+    def more_rows(self, rows: int, more: int) -> float:
+        """Tokens that `more` rows in the target's pass cost beyond `rows`."""
+        last = min(rows + more, self._max_nodes + 1)
+        return self._pass(last) - self._passes[min(rows, self._max_nodes)]
+
+    def step(self, rows: int, free_seconds: float = 0.0) -> float:
+        """Tokens that a draft step of so many rows costs, of which `free_seconds` delay nothing."""
+        return self.rate * max(self._costs.draft.predict(rows) - free_seconds, 0.0)
+
+    def _pass(self, rows: int) -> float:
+        known = self._passes
+        if rows >= len(known):
+            predict = self._costs.verify.predict
+            known.extend(self.rate * predict(more) for more in range(len(known), rows + 1))
+        return known[rows]
+
+    def most_nodes(self) -> int:
+        """Of a pass. Costs beyond what was measured are a guess: larger trees are tried step by step."""
+        verify = self._costs.verify
+        return min(self._max_nodes, max(EXPLORE * verify.most_rows, verify.hidden_rows, 1))
+
+    def rank(self, probabilities: Sequence[float]) -> Ranking:
+        """For a tree's cumulative confidences, largest first."""
+        hidden = self._costs.verify.hidden_rows
+        probabilities = probabilities[: self.most_nodes()]
+        self._pass(len(probabilities))
+        best, best_net, net, passes = 1, 0.0, 0.0, self._passes
+        for rows in range(2, len(probabilities) + 1):
+            probability = probabilities[rows - 1]
+            if probability < _TINY and rows > hidden:
+                break
+            net += probability - (passes[rows] - passes[rows - 1])
+            if net > best_net + 1e-9:
+                best, best_net = rows, net
+        return Ranking(probabilities, best, best_net)

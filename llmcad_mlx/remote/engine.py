@@ -1,0 +1,283 @@
+"""An engine on another machine: `Engine`'s methods over HTTP, in pure Python, for devices without MLX."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from llmcad_mlx.errors import ContextLengthError, RemoteError, UsageError
+from llmcad_mlx.remote.request import Prompt, completion_request
+from llmcad_mlx.results import GenerationStats, Result
+
+_CONNECT_S = 10.0
+_SILENCE_S = 120.0  # a server that works says so every few seconds, while a request waits too
+_ENVIRONMENT_KEY = "LLMCAD_MLX_API_KEY"
+_COUNTS = ("target_passes", "drafted", "tested", "accepted", "streamed_bytes")
+_SECONDS = ("prompt_s", "decode_s", "draft_s", "verify_s", "io_wait_s")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteResponse:
+    """One token of a generation. `stats` are filled when the last token, which has a `finish_reason`, comes."""
+
+    text: str
+    token: int
+    from_draft: bool
+    finish_reason: str | None
+    stats: GenerationStats
+
+
+class RemoteEngine:
+    """What `load("http://…")` returns: generates as `Engine` does, where `llmcad-mlx serve` runs.
+
+    Not thread-safe: one generation at a time. A context manager; `close` ends a running generation.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """url: "http://mac.local:8080". api_key: the server's; None: that of the environment's LLMCAD_MLX_API_KEY.
+
+        Raises UsageError for an address or key that cannot be one, or that the server refuses, RemoteError when
+        no llmcad-mlx server answers there.
+        """
+        self.url = _checked_url(url)
+        key = api_key if api_key is not None else os.environ.get(_ENVIRONMENT_KEY)
+        headers = {} if key is None else {"Authorization": f"Bearer {_checked_key(key)}"}
+        timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
+        # A connection for each request: one that was kept may close just when it is used again.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client: httpx.Client | None = httpx.Client(
+            base_url=self.url, headers=headers, timeout=timeout, limits=limits
+        )
+        self._running: httpx.Response | None = None
+        try:
+            card = self._card()
+        except BaseException:
+            self.close()
+            raise
+        self.model: str = card["id"]
+        """The name of what is served there."""
+        self.context_length: int | None = card.get("context_length")
+
+    def __enter__(self) -> RemoteEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End a running generation and the connection. A closed engine cannot generate; closing it again does
+        nothing."""
+        client, self._client = self._client, None
+        self._end_running()
+        if client is not None:
+            client.close()
+
+    def generate(self, prompt: Prompt, **options: Any) -> Result:
+        """Generate to the end; options as for `stream_generate`."""
+        responses = list(self.stream_generate(prompt, **options))
+        last = responses[-1]
+        text = "".join(response.text for response in responses)
+        return Result(text, [response.token for response in responses], str(last.finish_reason), last.stats)
+
+    def stream_generate(self, prompt: Prompt, **options: Any) -> Iterator[RemoteResponse]:
+        """Generate, one response per token; the last one has a `finish_reason` ("stop" or "length").
+
+        prompt: text, token ids, or chat messages. options: `max_tokens` (256; -1: as many as the server allows),
+        `stop`, `temperature` (0), `top_p`, `top_k`, `min_p`, `seed` (0), the penalties, `logit_bias`, `policy` and
+        `tree_nodes`, which mean what they mean in `Engine.stream_generate`: the same seed gives the same text.
+
+        Closing the iterator ends the generation on the server; a new generation ends one that is still running.
+        Raises UsageError, which is a ValueError, naming an option that is unknown, out of range or not to be had
+        from here, ContextLengthError for a prompt that is too long, RemoteError when the server is busy, goes away
+        or cannot be reached.
+        """
+        self._open_client()
+        path, body = completion_request(prompt, options)
+        return self._run(path, {"model": self.model, **body})
+
+    def _run(self, path: str, body: Mapping[str, Any]) -> Iterator[RemoteResponse]:
+        self._end_running()
+        with self._asked("POST", path, json=body) as response:
+            self._running = response
+            try:
+                yield from self._responses(response, GenerationStats())
+            finally:
+                if self._running is response:
+                    self._running = None
+
+    def _responses(self, response: httpx.Response, stats: GenerationStats) -> Iterator[RemoteResponse]:
+        """One for each token. Each waits for the next, for the end may come without a token of its own."""
+        held: RemoteResponse | None = None
+        reason = None
+        for chunk in self._chunks(response, stats):
+            for choice in chunk["choices"]:
+                reason = choice["finish_reason"] or reason
+            for text, token in _pieces(chunk):
+                if held is not None:
+                    yield held
+                stats.generated_tokens += 1
+                held = RemoteResponse(text, token["id"], token["from_draft"], None, stats)
+            if chunk.get("usage"):
+                _fill(stats, chunk["usage"])
+        if held is None or reason is None:
+            raise self._went_away(stats)
+        yield RemoteResponse(held.text, held.token, held.from_draft, reason, stats)
+
+    def _chunks(self, response: httpx.Response, stats: GenerationStats) -> Iterator[dict[str, Any]]:
+        """The stream's events, to its end. Raises RemoteError when it breaks off."""
+        lines = response.iter_lines()
+        while True:
+            self._check_running(response)
+            try:
+                line = next(lines, None)
+            except httpx.TimeoutException:
+                raise RemoteError(f"{self.url}: the server fell silent; check it and the network") from None
+            except httpx.HTTPError:
+                raise self._went_away(stats) from None
+            if line is None:
+                raise self._went_away(stats)
+            if not line.startswith("data:"):
+                continue
+            data = line.removeprefix("data:").strip()
+            if data == "[DONE]":
+                return
+            chunk = self._object(data)
+            if "error" in chunk:
+                raise self._refusal(500, chunk, {})
+            yield chunk
+
+    def _check_running(self, response: httpx.Response) -> None:
+        self._open_client()
+        if self._running is not response:
+            raise UsageError("this generation ended when a newer one began; run one at a time")
+
+    def _end_running(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()
+
+    def _open_client(self) -> httpx.Client:
+        if self._client is None:
+            raise UsageError("this engine is closed; load it again")
+        return self._client
+
+    def _card(self) -> dict[str, Any]:
+        """What the server says of its model."""
+        with self._asked("GET", "/v1/models") as response:
+            listed = self._object(self._text(response)).get("data")
+        card = listed[0] if isinstance(listed, list) and listed else None
+        if not isinstance(card, dict) or card.get("owned_by") != "llmcad-mlx":
+            raise self._stranger()
+        return card
+
+    @contextmanager
+    def _asked(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:
+        """An answer of 200, its body still to be read."""
+        client = self._open_client()
+        try:
+            response = client.send(client.build_request(method, path, **content), stream=True)
+        except httpx.TimeoutException:
+            raise RemoteError(f"{self.url}: no answer in time; check the address and the network") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise RemoteError(
+                f"{self.url}: no connection ({_first_line(error)}); is `llmcad-mlx serve` running there?"
+            ) from None
+        try:
+            if response.status_code != 200:
+                raise self._refusal(response.status_code, self._object(self._text(response)), response.headers)
+            yield response
+        finally:
+            response.close()
+
+    def _text(self, response: httpx.Response) -> str:
+        try:
+            response.read()
+        except httpx.HTTPError as error:
+            raise RemoteError(f"{self.url}: the answer broke off ({_first_line(error)}); try again") from None
+        return response.text
+
+    def _object(self, text: str) -> dict[str, Any]:
+        try:
+            found = json.loads(text)
+        except ValueError:
+            raise self._stranger() from None
+        if not isinstance(found, dict):
+            raise self._stranger()
+        return found
+
+    def _refusal(self, status: int, answer: Mapping[str, Any], headers: Mapping[str, str]) -> Exception:
+        """The error that says what the server said."""
+        error = answer.get("error")
+        if not isinstance(error, dict):
+            return self._stranger()
+        message = str(error.get("message"))
+        if error.get("code") == "context_length_exceeded":
+            return ContextLengthError(message)
+        if status == 401:
+            return UsageError(f"api_key: {self.url} refuses it ({message}); give the key of that server")
+        if status in (400, 413):
+            return UsageError(message)
+        if status == 429:
+            wait = headers.get("Retry-After", "some")
+            return RemoteError(f"{self.url}: the server is busy; try again in {wait} seconds")
+        return RemoteError(f"{self.url}: {message}")
+
+    def _stranger(self) -> RemoteError:
+        return RemoteError(f"{self.url}: no llmcad-mlx server answers there; check address and port")
+
+    def _went_away(self, stats: GenerationStats) -> RemoteError:
+        return RemoteError(
+            f"{self.url}: the server went away after {stats.generated_tokens} tokens; start it again and repeat"
+        )
+
+
+def _pieces(chunk: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A chunk's tokens, each with the text that it adds to the answer."""
+    tokens: Sequence[Mapping[str, Any]] = chunk.get("speculation", {}).get("tokens", [])
+    for token in tokens:
+        yield token["text"], token
+
+
+def _fill(stats: GenerationStats, usage: Mapping[str, Any]) -> None:
+    """Take over what the server counted."""
+    figures = usage["speculation"]
+    for name in (*_COUNTS, *_SECONDS):
+        setattr(stats, name, figures[name])
+    stats.prompt_tokens = usage["prompt_tokens"]
+    stats.reused_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+    stats.generated_tokens = usage["completion_tokens"]
+    rate = figures["acceptance_rate"]
+    stats.path_tested = round(stats.accepted / rate) if rate else 0
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.query
+        or parts.fragment
+        or parts.username
+    ):
+        raise UsageError(f"target: {url!r} is not a server's address; give one like http://mac.local:8080")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _checked_key(key: str) -> str:
+    if not key or not all("!" <= letter <= "~" for letter in key):
+        raise UsageError("api_key: give printable ASCII characters without spaces")
+    return key
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

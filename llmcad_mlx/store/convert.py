@@ -1,0 +1,270 @@
+"""From whatever holds a model to a bundle.
+
+A model folder, mlx-lm's or Hugging Face's, becomes a bundle; never more than a layer of it is in memory.
+
+Tensors that the model uses as the files hold them are copied as bytes. The others (quantised now, or renamed and
+stacked by mlx-lm) are computed one after the other from lazily loaded arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import quantize_model, save_config
+
+from llmcad_mlx.errors import ModelError, UsageError
+from llmcad_mlx.files.atomic import check_destination, new_folder
+from llmcad_mlx.files.bundle import FILE as MANIFEST
+from llmcad_mlx.files.bundle_writer import BundleWriter, plan_layers
+from llmcad_mlx.files.safetensors_writer import SafetensorsWriter, TensorSpec
+from llmcad_mlx.gguf.convert import convert_gguf
+from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
+from llmcad_mlx.models.draft_folder import TokenList
+from llmcad_mlx.models.folder import LoadedModel, load_model_folder, read_config
+from llmcad_mlx.progress import Advance, NoProgress, Progress, progress_for
+from llmcad_mlx.store.pull import resolve_target
+from llmcad_mlx.streaming.storage import FileStorage
+from llmcad_mlx.streaming.weights import TensorExtent, WeightIndex
+
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+
+_SIDE_FILES = (
+    "*.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl", "*.jinja", "LICENSE*",
+    "NOTICE*",
+)  # fmt: skip
+_OF_THE_OLD_FOLDER = ("config.json", MANIFEST, "llmcad_source.json", "hf_quant_config.json")
+_DTYPE_NAMES = {
+    mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16", mx.uint32: "U32",
+    mx.int32: "I32", mx.uint64: "U64", mx.int64: "I64", mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32",
+}  # fmt: skip
+_BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class NewWeights:
+    """What will be written: `copied` lie in the files as they are; `computed` are lazy, taken out one by one."""
+
+    specs: tuple[TensorSpec, ...]
+    copied: dict[str, TensorExtent]
+    computed: dict[str, mx.array]
+    config: dict[str, Any] | None
+    """None: config.json stays as it is."""
+    draft_tokens: TokenList | None = None
+    """Of a trimmed head; None: the head is whole."""
+
+
+def convert_folder(
+    source: Path,
+    dest: Path,
+    bits: int | None = None,
+    group_size: int | None = None,
+    *,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write the model in the folder `source` to the bundle `dest`, quantised with mlx-lm where it is not yet.
+
+    bits: 4 (default) or 8. group_size: 32, 64 (default) or 128. name: what the bundle says it was made from. Code
+    that the folder brings along is neither run nor copied.
+    Raises UsageError for options or a destination that cannot be used, ModelError for a folder that cannot,
+    DiskError when the bundle does not fit the disk.
+    """
+    check_destination(dest)
+    _check_options(bits, group_size)
+    loaded = load_model_folder(source, lazy=True, alone=True)
+    if not is_quantised(loaded.model):
+        weights = quantised_weights(loaded, 4 if bits is None else bits, 64 if group_size is None else group_size)
+    elif bits is not None or group_size is not None:
+        option = "bits" if bits is not None else "group-size"
+        raise UsageError(f"--{option}: {source} is quantised already; leave the option out")
+    else:
+        weights = _as_it_is(loaded)
+    del loaded  # its arrays must be in `weights` alone
+    write_weights(source, dest, weights, name, progress or NoProgress())
+
+
+def write_bundle(source: Path, dest: Path, *, name: str | None = None, progress: Progress | None = None) -> None:
+    """Write the model in the folder `source` to the bundle `dest` in the precision it has.
+
+    Arguments and errors as for `convert_folder`.
+    """
+    check_destination(dest)
+    weights = _as_it_is(load_model_folder(source, lazy=True, alone=True))
+    write_weights(source, dest, weights, name, progress or NoProgress())
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, templates and licence; neither config.json nor weights, and never code. Raises OSError."""
+    for file in _side_files(source):
+        shutil.copyfile(file, folder / file.name)
+
+
+def copy_extent(
+    storage: FileStorage, extent: TensorExtent, writer: BundleWriter, name: str, advance: Advance
+) -> None:
+    """Copy a tensor's bytes to the tensor `name` of a bundle. Raises StorageError, OSError."""
+    for start in range(0, extent.num_bytes, _BLOCK_BYTES):
+        block = memoryview(bytearray(min(_BLOCK_BYTES, extent.num_bytes - start)))
+        storage.read_into(extent.file, extent.offset + start, block)
+        writer.write_bytes(name, start, block)
+        advance(len(block))
+
+
+def _check_options(bits: int | None, group_size: int | None) -> None:
+    if bits is not None and bits not in BITS:
+        raise UsageError(f"--bits: {bits} is not one of {', '.join(map(str, BITS))}")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise UsageError(f"--group-size: {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether some parameters are packed. Partly quantised models are left as they are, too."""
+    return any(array.dtype in (mx.uint8, mx.uint32) for array in _parameters(model).values())
+
+
+def _parameters(model: Any) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def _as_it_is(loaded: LoadedModel) -> NewWeights:
+    config = copy.deepcopy(loaded.config)
+    if not is_quantised(loaded.model):
+        config.pop("quantization_config", None)  # `sanitize` has undone it
+    unchanged = config == loaded.config and _quantisation_is_mlx(loaded)
+    return weights_of(loaded, loaded.model, None if unchanged else config)
+
+
+def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWeights:
+    """Weights in so many bits; quantised ones stay. Raises ModelError or UsageError where that cannot be."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports there
+            model, config = quantize_model(loaded.model, loaded.config, group_size, bits)
+    except ValueError as error:
+        raise ModelError(f"{loaded.path}: mlx-lm cannot quantise it ({_first_line(error)})") from None
+    if not is_quantised(model):
+        raise UsageError(
+            f"--group-size: no rows of {loaded.path} divide into groups of {group_size}; choose a smaller one"
+        )
+    return weights_of(loaded, model, config)
+
+
+def _quantisation_is_mlx(loaded: LoadedModel) -> bool:
+    """False where mlx-lm has repacked weights of another quantisation after `sanitize`."""
+    return "quantization" in read_config(loaded.path) or "quantization" not in loaded.config
+
+
+def weights_of(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> NewWeights:
+    """What is to be written of `model`, whose arrays are let go; what is as in `loaded`'s files is copied."""
+    index = WeightIndex.of(loaded.path)
+    parameters = _parameters(model)
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # lets go of them
+    unchanged = loaded.unchanged if _quantisation_is_mlx(loaded) else frozenset()
+    specs: list[TensorSpec] = []
+    copied: dict[str, TensorExtent] = {}
+    for name, array in list(parameters.items()):
+        spec = TensorSpec(name, _DTYPE_NAMES[array.dtype], tuple(array.shape))
+        specs.append(spec)
+        extent = index.get(name) if name in unchanged else None
+        if extent is not None and (extent.dtype, extent.shape) == (spec.dtype, spec.shape):
+            copied[name] = extent
+            del parameters[name]
+    return NewWeights(tuple(specs), copied, parameters, config, loaded.draft_tokens)
+
+
+def write_weights(source: Path, dest: Path, weights: NewWeights, name: str | None, progress: Progress) -> None:
+    """Write `weights`, of the model in the folder `source`, to the bundle `dest`."""
+    num_bytes = sum(spec.num_bytes for spec in weights.specs)
+    num_side_bytes = sum(file.stat().st_size for file in _side_files(source))
+    storage = FileStorage()
+    with new_folder(dest, num_bytes + num_side_bytes) as folder, contextlib.closing(storage), _no_cache():
+        with (
+            progress.stage(f"writing {dest.name}", num_bytes) as advance,
+            BundleWriter(folder, weights.specs) as writer,
+        ):
+            for layer in plan_layers(weights.specs):
+                for spec in layer.specs:
+                    if spec.name in weights.copied:
+                        copy_extent(storage, weights.copied[spec.name], writer, spec.name, advance)
+                    else:
+                        _write_array(source, writer, spec, weights.computed.pop(spec.name))
+                        advance(spec.num_bytes)
+                mx.clear_cache()
+            writer.finish(name or source.resolve().name)
+        if weights.config is None:
+            shutil.copyfile(source / "config.json", folder / "config.json")
+        else:
+            save_config(weights.config, folder / "config.json")
+        copy_side_files(source, folder)
+        if weights.draft_tokens is not None:
+            _write_tokens(folder / DRAFT_TOKENS, weights.draft_tokens)
+
+
+def _write_tokens(file: Path, tokens: TokenList) -> None:
+    with SafetensorsWriter(file, [TensorSpec("tokens", "I32", tokens.shape)]) as writer:
+        writer.write_bytes("tokens", 0, tokens.astype("<i4").tobytes())
+        writer.sync()
+
+
+def _write_array(source: Path, writer: BundleWriter, spec: TensorSpec, array: mx.array) -> None:
+    try:
+        finite = not mx.issubdtype(array.dtype, mx.floating) or mx.all(mx.isfinite(array)).item()
+        flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
+        mx.eval(flat)
+    except RuntimeError as error:
+        what = f"{source}: {spec.name} cannot be read ({_first_line(error)})"
+        raise ModelError(f"{what}; download the folder again") from None
+    if not finite:
+        raise ModelError(f"{source}: {spec.name} holds NaN or infinity; download the folder again")
+    writer.write_bytes(spec.name, 0, memoryview(flat))  # type: ignore[arg-type]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """MLX gives freed memory back at once."""
+    before = mx.set_cache_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+
+
+def _side_files(source: Path) -> list[Path]:
+    found = {file for pattern in _SIDE_FILES for file in source.glob(pattern) if file.is_file()}
+    return sorted(
+        file for file in found if file.name not in _OF_THE_OLD_FOLDER and not file.name.endswith(".index.json")
+    )
+
+
+def convert(
+    source: str, dest: Path, bits: int | None = None, group_size: int | None = None, show_progress: bool = False
+) -> None:
+    """Make the bundle `dest` from a GGUF file, a model folder, a preset or a hub repository, fetched where needed.
+
+    Without `bits` and `group_size`: 4 bits, groups of 32 for GGUF files, whose 4-bit blocks have that size, and of
+    64 for folders. Errors as for `convert_gguf`, `convert_folder` and `resolve_target`.
+    """
+    check_destination(dest)  # before anything is fetched
+    path = Path(source).expanduser()
+    progress = progress_for(show_progress)
+    if path.is_file() or path.suffix == ".gguf":
+        convert_gguf(
+            path, dest, 4 if bits is None else bits, 32 if group_size is None else group_size, progress=progress
+        )
+        return
+    folder = resolve_target(source, show_progress)
+    name = folder.resolve().name if path.is_dir() else source
+    convert_folder(folder, dest, bits, group_size, name=name, progress=progress)

@@ -1,0 +1,192 @@
+"""What the doctor finds, and that what is broken is told and never raised."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmcad_mlx import doctor as module
+from llmcad_mlx import loader, machine
+from llmcad_mlx.cli.main import run as run_cli
+from llmcad_mlx.cpu.install import host_kernels_wanted
+from llmcad_mlx.doctor import diagnose, supported_versions
+from llmcad_mlx.files.bundle import read_bundle
+from llmcad_mlx.models.folder import LoadedModel
+from llmcad_mlx.store import pull as resolve
+from llmcad_mlx.store.convert import write_bundle
+from tests.support.tiny import VOCAB, tiny_tree_model
+from tests.support.tiny_folder import make_folder
+
+KEYS = {
+    "platform", "python", "cpu", "num_cores", "memory_bytes", "available_bytes", "versions", "device",
+    "host_kernels", "models_folder", "models_folder_free_bytes", "mlx_lm_tested", "model", "problems",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    monkeypatch.setattr(resolve, "resolve_target", lambda name, progress: Path("/models") / name)
+    model = tiny_tree_model(1)
+    loaded = LoadedModel(model.model, None, model.config, Path("/models/tiny"))
+    monkeypatch.setattr(loader, "load_tree_model", lambda path, alone: (loaded, model))
+
+
+def broken_import(monkeypatch, broken: str) -> None:
+    real = importlib.import_module
+
+    def import_module(name: str):
+        if name == broken:
+            raise ImportError("libsomething.so: cannot open\nshared object file")
+        return real(name)
+
+    monkeypatch.setattr(module.importlib, "import_module", import_module)
+
+
+def test_a_sound_installation_has_no_problems(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "not" / "there" / "yet"))
+    found = diagnose()
+    assert found.problems == ()
+    assert set(found.to_dict()) == KEYS
+    assert found.device
+    assert found.host_kernels == host_kernels_wanted()
+    assert found.machine.versions["mlx"]
+    assert found.machine.memory_bytes > found.machine.available_bytes > 0
+    assert found.models_folder == tmp_path / "not" / "there" / "yet"
+    assert found.models_folder_free_bytes > 0
+    assert found.mlx_lm_tested
+
+
+def test_what_the_probe_says_of_a_model(tiny_model):
+    found = diagnose("tiny").model
+    assert (found.path, found.capability, found.reason) == ("/models/tiny", "tree", "")
+    assert (found.vocab_size, found.context_length, found.num_layers) == (VOCAB, 4096, 2)
+    assert found.num_host_layers == (2 if host_kernels_wanted() else 0)
+    assert found.weight_bytes > 0
+    assert found.max_difference < 1e-3
+    assert found.probe_s > 0
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path, capsys):
+    assert run_cli(["doctor", str(tmp_path / "missing")]) == 1
+    shown = capsys.readouterr()
+    assert "back end" in shown.out
+    (problem,) = shown.err.splitlines()
+    assert problem.startswith("problem: model: ")
+    assert "missing" in problem
+
+
+def test_a_broken_mlx_is_told_with_its_reason_in_one_line(monkeypatch):
+    broken_import(monkeypatch, "mlx.core")
+    found = diagnose("some-model")
+    assert (found.device, found.host_kernels, found.model) == (None, False, None)
+    (problem,) = found.problems
+    assert problem == "mlx: does not work (libsomething.so: cannot open shared object file); install it again"
+
+
+@pytest.mark.skipif(not host_kernels_wanted(), reason="the host kernels are for Linux CPUs")
+def test_broken_host_kernels_are_told(monkeypatch):
+    broken_import(monkeypatch, "llmcad_mlx.cpu.kernels")
+    found = diagnose()
+    assert not found.host_kernels
+    assert "numba" in found.problems[0]
+
+
+@pytest.mark.parametrize(("installed", "words"), [(None, "not installed"), ("0.33.0", "0.33.0 is not tested")])
+def test_another_mlx_lm_is_a_problem(monkeypatch, installed, words):
+    real = machine.package_version
+    monkeypatch.setattr(machine, "package_version", lambda name: installed if name == "mlx-lm" else real(name))
+    (problem,) = diagnose().problems
+    assert words in problem
+    assert "pip install" in problem
+
+
+def test_supported_versions_come_from_the_requirement_that_applies_here():
+    lines = ['mlx-lm<9; sys_platform == "nowhere"', "mlx-lm-extra<1", "mlx-lm<0.33,>=0.32.2"]
+    assert supported_versions("mlx-lm", lines) == "<0.33,>=0.32.2"
+    assert supported_versions("mlx", lines) == ""
+
+
+def test_json_is_the_only_thing_on_standard_output(tiny_model, capsys):
+    assert run_cli(["doctor", "tiny", "--json"]) == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert set(report) == KEYS
+    assert report["model"]["capability"] == "tree"
+    assert shown.err == ""
+
+
+def test_json_tells_problems_and_exits_with_1(tmp_path, capsys):
+    assert run_cli(["doctor", str(tmp_path / "missing"), "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
+
+
+def test_lines_for_people_name_the_model_findings(tiny_model, capsys):
+    assert run_cli(["doctor", "tiny"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["capability"].strip() == "tree"
+    assert lines["vocabulary"].strip() == f"{VOCAB} logits"
+    assert "on host kernels" in lines["layers"]
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
+    write_bundle(make_folder(tmp_path / "stock"), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_the_bytes_of_a_bundle_are_verified(bundle, capsys):
+    assert run_cli(["doctor", str(bundle)]) == 0
+    shown = capsys.readouterr()
+    lines = dict(line.split("  ", 1) for line in shown.out.splitlines())
+    assert lines["checksums"].strip() == "verified: every byte is as it was written"
+    assert shown.err == ""  # the bar is for terminals
+
+
+def test_a_stock_folder_has_no_checksums(bundle, capsys):
+    assert run_cli(["doctor", str(bundle.parent / "stock"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["checksums_verified"] is None
+
+
+def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, capsys):
+    file = bundle / "model.safetensors"
+    (layer,) = (layer for layer in read_bundle(bundle).layers if layer.name == "layer 1")
+    with file.open("r+b") as stream:
+        stream.seek(layer.offset + 5)
+        byte = stream.read(1)[0]
+        stream.seek(layer.offset + 5)
+        stream.write(bytes([byte ^ 1]))
+    monkeypatch.setattr(loader, "load_tree_model", None)  # not loaded either
+    assert run_cli(["doctor", str(bundle)]) == 1
+    (problem,) = capsys.readouterr().err.splitlines()
+    assert problem.startswith(f"problem: model: {file}: layer 1 was altered")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_how_far_verification_is(bundle, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert diagnose(str(bundle), show_progress=True).model.checksums_verified
+    assert "checking bundle" in terminal.getvalue()
+
+
+def test_memory_is_read_from_both_systems_own_words():
+    meminfo = "MemTotal:       16000 kB\nMemFree:          100 kB\nMemAvailable:    9000 kB\n"
+    assert machine.parse_meminfo(meminfo) == 9000 * 1024
+    vm_stat = (
+        "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n"
+        "Pages free:                               10.\nPages active:                            500.\n"
+        "Pages inactive:                           20.\nPages speculative:                         3.\n"
+        "Pages wired down:                        400.\nPages purgeable:                           7.\n"
+    )
+    assert machine.parse_vm_stat(vm_stat) == 40 * 16384
+    assert machine.parse_meminfo("") is machine.parse_vm_stat("") is None

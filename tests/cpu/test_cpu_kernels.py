@@ -1,0 +1,616 @@
+"""The host kernels: right to float32 rounding, and the same bits whatever comes with a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models.rope_utils import initialize_rope
+
+from llmcad_mlx.cpu.install import host_kernels_wanted
+from llmcad_mlx.models import positions
+from llmcad_mlx.models.cache import LazyKVCache
+from llmcad_mlx.models.slots import SlotTable
+
+numba = pytest.importorskip("numba", reason="the host kernels need numba, a dependency on Linux only")
+if not host_kernels_wanted():
+    pytest.skip("the host kernels are for Linux CPUs", allow_module_level=True)
+
+from llmcad_mlx.cpu import attention as cpu_attention  # noqa: E402
+from llmcad_mlx.cpu import block as cpu_block  # noqa: E402
+from llmcad_mlx.cpu import linear as cpu_linear  # noqa: E402
+
+MAX_ROWS = 40
+ERROR = 5e-7
+DTYPES = {"fp32": mx.float32, "fp16": mx.float16, "bf16": mx.bfloat16}
+QUANTIZED = [(bits, group, dtype) for bits in (4, 8) for group in (32, 64, 128) for dtype in DTYPES]
+STORAGES = [*QUANTIZED, *((None, 32, dtype) for dtype in DTYPES)]
+# Output sizes that fill no block, down to the smallest; inputs of one group, and beyond a block of 32 chunks.
+SHAPES = [(1, 4), (2, 13), (9, 30), (36, 11)]
+
+
+def make_linear(
+    bits: int | None, group: int, dtype: str, num_in: int, num_out: int, bias: bool = False
+) -> nn.Module:
+    """A linear layer with the storage asked for, in MLX's own class."""
+    random = np.random.default_rng(num_in * 1000 + num_out)
+    layer: Any = nn.Linear(num_in, num_out, bias=bias)
+    layer.weight = mx.array(random.standard_normal((num_out, num_in)).astype(np.float32))
+    if bias:
+        layer.bias = mx.array(random.standard_normal(num_out).astype(np.float32))
+    layer.set_dtype(DTYPES[dtype])
+    return layer if bits is None else nn.QuantizedLinear.from_linear(layer, group, bits)
+
+
+def on_host(layer: nn.Module) -> nn.Module:
+    assert cpu_linear.install_host_kernels(nn.Sequential(layer)) == 1
+    return layer
+
+
+def exact_weights(layer: Any) -> np.ndarray:
+    """The layer's weights (N, K) in float64, unpacked by hand."""
+    if "scales" not in layer:
+        return np.array(layer.weight.astype(mx.float32), np.float64)
+    scales, biases = (np.array(layer[n].astype(mx.float32), np.float64) for n in ("scales", "biases"))
+    shifts = np.arange(32 // layer.bits, dtype=np.uint32) * layer.bits
+    codes = (np.array(layer.weight)[..., None] >> shifts) & (2**layer.bits - 1)
+    codes = codes.reshape(codes.shape[0], -1)
+    return codes * np.repeat(scales, layer.group_size, 1) + np.repeat(biases, layer.group_size, 1)
+
+
+def rows_of(num_in: int, count: int = MAX_ROWS) -> np.ndarray:
+    return np.random.default_rng(num_in).standard_normal((count, num_in)).astype(np.float32)
+
+
+def apply(layer: Any, x: np.ndarray) -> np.ndarray:
+    return np.array(layer(mx.array(x)))
+
+
+def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Kernels on `count` threads."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(count)
+    cpu_linear._num_threads.cache_clear()
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+        cpu_linear._num_threads.cache_clear()
+
+
+# -- matmul ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group", "dtype"), STORAGES)
+def test_matmul_is_right_and_rows_do_not_depend_on_their_company(bits: int | None, group: int, dtype: str) -> None:
+    for groups, num_out in SHAPES:
+        num_in = groups * group
+        layer = on_host(make_linear(bits, group, dtype, num_in, num_out))
+        x = rows_of(num_in)
+        exact = x.astype(np.float64) @ exact_weights(layer).T
+        alone = np.concatenate([apply(layer, x[i : i + 1]) for i in range(MAX_ROWS)])
+        assert relative_error(alone, exact) <= ERROR
+        for count in range(2, MAX_ROWS + 1):
+            first = (7 * count) % (MAX_ROWS - count + 1)
+            together = apply(layer, x[first : first + count])
+            np.testing.assert_array_equal(together, alone[first : first + count], f"{count} rows of {num_in}")
+
+
+@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("num_out", [4, 5, 6, 7, 8, 9])
+def test_outputs_smaller_than_a_block(num_out: int, bits: int | None) -> None:
+    layer = on_host(make_linear(bits, 32, "fp32", 96, num_out))
+    x = rows_of(96)
+    exact = x.astype(np.float64) @ exact_weights(layer).T
+    for count in (1, 6, 7, 20, 21, 40):
+        assert relative_error(apply(layer, x[:count]), exact[:count]) <= ERROR, f"{count} rows"
+
+
+@pytest.mark.parametrize(("bits", "group", "dtype"), [(4, 64, "fp16"), (8, 32, "bf16"), (None, 32, "fp32")])
+def test_matmul_does_not_depend_on_threads(bits: int | None, group: int, dtype: str) -> None:
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one processor only")
+    for num_out in (4, 37, 200):
+        layer = on_host(make_linear(bits, group, dtype, 5 * group, num_out))
+        x = rows_of(5 * group)
+        for count in (1, 5, 6, 7, 40):
+            results = []
+            for num_threads in (1, 2):
+                with threads(num_threads):
+                    results.append(apply(layer, x[:count]))
+            np.testing.assert_array_equal(*results)
+
+
+def test_a_row_never_leaks_into_another() -> None:
+    layer = on_host(make_linear(4, 64, "fp32", 256, 13))
+    x = rows_of(256)
+    clean = apply(layer, x)
+    for count in (3, 6, 7, 20, 40):
+        dirty = x[:count].copy()
+        dirty[1] = np.nan
+        found = apply(layer, dirty)
+        assert np.isnan(found[1]).all()
+        np.testing.assert_array_equal(np.delete(found, 1, 0), np.delete(clean[:count], 1, 0))
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_bias_and_leading_dimensions(bits: int | None) -> None:
+    layer = on_host(make_linear(bits, 64, "bf16", 128, 9, bias=True))
+    x = rows_of(128, 6)
+    exact = x.astype(np.float64) @ exact_weights(layer).T + np.array(layer.bias, np.float64)
+    flat = apply(layer, x)
+    assert relative_error(flat, exact) <= ERROR
+    np.testing.assert_array_equal(apply(layer, x.reshape(2, 3, 128)), flat.reshape(2, 3, 9))
+    transposed = mx.array(np.ascontiguousarray(x.T)).T  # not row-contiguous in MLX's memory
+    np.testing.assert_array_equal(np.array(layer(transposed)), flat)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_tied_head_uses_the_kernels(quantized: bool) -> None:
+    embedding: Any = nn.Embedding(50, 64)
+    embedding.set_dtype(mx.float16)
+    if quantized:
+        embedding = nn.QuantizedEmbedding.from_embedding(embedding, 64, 4)
+    reference = np.array(embedding(mx.arange(50)).astype(mx.float32), np.float64)
+    on_host(embedding)
+    assert embedding(mx.array([3])).dtype == mx.float32
+    x = rows_of(64)
+    found = np.array(embedding.as_linear(mx.array(x)))
+    exact = x.astype(np.float64) @ (exact_weights(embedding).T if quantized else reference.T)
+    assert relative_error(found, exact) <= ERROR
+    np.testing.assert_array_equal(np.array(embedding.as_linear(mx.array(x[5:6]))), found[5:6])
+
+
+def test_new_weights_are_seen() -> None:
+    """Streaming replaces a layer's arrays; views of the old ones must not live on."""
+    layer: Any = on_host(make_linear(4, 64, "fp32", 128, 8))
+    x = rows_of(128, 3)
+    apply(layer, x)
+    other = make_linear(4, 64, "fp32", 128, 8)
+    other.scales = other.scales * 2  # type: ignore[attr-defined]
+    other.biases = other.biases * 2  # type: ignore[attr-defined]
+    before = apply(layer, x)
+    layer.update({name: mx.array(np.array(other[name])) for name in ("weight", "scales", "biases")})
+    np.testing.assert_allclose(apply(layer, x), 2 * before, rtol=1e-6)
+
+
+def test_layers_the_kernels_cannot_take_keep_mlx_kernels() -> None:
+    odd_input, too_small = nn.Linear(40, 8), nn.Linear(64, 3)
+    three_bits = nn.QuantizedLinear.from_linear(nn.Linear(128, 8), 64, 3)
+    model = nn.Sequential(odd_input, too_small, three_bits)
+    assert cpu_linear.install_host_kernels(model) == 0
+    assert [type(layer) for layer in model.layers] == [nn.Linear, nn.Linear, nn.QuantizedLinear]
+
+
+# -- attention ---------------------------------------------------------------------------------------------
+
+
+class Nodes:
+    """Made-up queries, keys and values, one of each per node of a tree of tokens."""
+
+    def __init__(self, heads: int, kv_heads: int, dim: int, seed: int) -> None:
+        self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
+        self.scale = dim**-0.5
+        self.random = np.random.default_rng(seed)
+        self.parents: list[int] = []
+        self.queries: list[np.ndarray] = []
+        self.keys: list[np.ndarray] = []
+        self.values: list[np.ndarray] = []
+
+    def add(self, parent: int) -> int:
+        self.parents.append(parent)
+        self.queries.append(2 * self.random.standard_normal((self.heads, self.dim)).astype(np.float32))
+        self.keys.append(2 * self.random.standard_normal((self.kv_heads, self.dim)).astype(np.float32))
+        self.values.append(self.random.standard_normal((self.kv_heads, self.dim)).astype(np.float32))
+        return len(self.parents) - 1
+
+    def path(self, node: int) -> list[int]:
+        """From the first token to `node`, both included."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def exact(self, node: int, window: int | None) -> np.ndarray:
+        """Attention of `node` over its path in float64, (heads, dim)."""
+        path = self.path(node)[-window if window else None :]
+        keys, values = (np.array([a[n] for n in path], np.float64) for a in (self.keys, self.values))
+        out = np.empty((self.heads, self.dim))
+        for head in range(self.heads):
+            kv = head * self.kv_heads // self.heads
+            scores = keys[:, kv] @ self.queries[node][head].astype(np.float64) * self.scale
+            weights = np.exp(scores - scores.max())
+            out[head] = weights @ values[:, kv] / weights.sum()
+        return out
+
+
+class HostCache:
+    """A slot table with keys and values on the host. What was never written, or is dead, holds NaN."""
+
+    def __init__(self, nodes: Nodes, window: int | None) -> None:
+        self.nodes, self.window = nodes, window
+        self.table = SlotTable()
+        self.slots: dict[int, int] = {-1: -1}
+        shape = (nodes.kv_heads, 1024, nodes.dim)
+        self.keys, self.values = (np.full(shape, np.nan, np.float32) for _ in range(2))
+
+    def forward(self, rows: Sequence[int]) -> np.ndarray:
+        """Attention (N, heads, dim) of the nodes `rows`, whose parents are in the cache or among them."""
+        start = self.table.num_slots
+        for offset, node in enumerate(rows):
+            self.slots[node] = start + offset
+            self.keys[:, start + offset] = self.nodes.keys[node]
+            self.values[:, start + offset] = self.nodes.values[node]
+        self.table.append([self.slots[self.nodes.parents[node]] for node in rows], len(rows))
+        plan = self.table.attention_plan(self.window)
+        queries = np.stack([self.nodes.queries[node] for node in rows])
+        out = np.empty_like(queries)
+        cpu_attention.attention(
+            queries, self.keys, self.values, plan.runs, plan.own, plan.own_ends, plan.first_visible,
+            plan.positions, np.float32(self.nodes.scale), plan.causal, out,
+        )  # fmt: skip
+        return out
+
+    def commit(self, path: Sequence[int]) -> None:
+        pending = range(self.table.last_slot + 1, self.table.num_slots)
+        kept = [self.slots[node] for node in path]
+        self.table.commit(kept)
+        for slot in set(pending) - set(kept):
+            self.keys[:, slot] = self.values[:, slot] = np.nan
+
+
+def sequential(nodes: Nodes, node: int, window: int | None) -> np.ndarray:
+    """The attention of `node`, its path fed one token at a time: plain decoding."""
+    cache = HostCache(nodes, window)
+    out = np.empty(0)
+    for ancestor in nodes.path(node):
+        out = cache.forward([ancestor])[0]
+        cache.commit([ancestor])
+    return out
+
+
+def close(found: np.ndarray, exact: np.ndarray) -> bool:
+    return bool(np.abs(found - exact).max() <= 2e-6 * np.abs(exact).max())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    window=st.sampled_from([None, None, 1, 5, 16, 23]),
+    shape=st.sampled_from([(1, 1, 32), (4, 2, 32), (3, 1, 64), (2, 2, 96), (4, 1, 128)]),
+)
+def test_attention_over_trees_equals_plain_decoding_bit_for_bit(
+    seed: int, window: int | None, shape: tuple[int, int, int]
+) -> None:
+    random = np.random.default_rng(seed)
+    nodes = Nodes(*shape, seed)
+    cache = HostCache(nodes, window)
+    tip = -1
+    for _ in range(int(random.integers(1, 5))):
+        first = len(nodes.parents)
+        chain = random.random() < 0.3
+        for _ in range(int(random.integers(1, 3))):  # appends of this round
+            rows = []
+            for _ in range(int(random.integers(1, 18))):
+                last = len(nodes.parents) - 1 if len(nodes.parents) > first else tip
+                above = last if chain else int(random.choice([tip, last, *range(first, len(nodes.parents))]))
+                rows.append(nodes.add(above))
+            out = cache.forward(rows)
+            for row, node in enumerate(rows):
+                assert close(out[row], nodes.exact(node, window))
+                np.testing.assert_array_equal(out[row], sequential(nodes, node, window))
+        accepted = [n for n in nodes.path(int(random.integers(first, len(nodes.parents)))) if n >= first]
+        cache.commit(accepted)
+        tip = accepted[-1]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_of_a_prompt_does_not_depend_on_how_it_is_cut(window: int | None) -> None:
+    nodes = Nodes(4, 2, 64, 0)
+    prompt = [nodes.add(i - 1) for i in range(300)]
+    results = []
+    for size in (300, 128, 7):
+        cache, parts = HostCache(nodes, window), []
+        for start in range(0, 300, size):
+            part = prompt[start : start + size]
+            parts.append(cache.forward(part))
+            cache.commit(part)
+        results.append(np.concatenate(parts))
+    assert all(close(results[0][n], nodes.exact(n, window)) for n in prompt)
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_attention_survives_extreme_scores() -> None:
+    """Softmax is shifted by the largest score: no overflow, and far smaller ones vanish."""
+    nodes = Nodes(2, 1, 32, 3)
+    rows = [nodes.add(i - 1) for i in range(20)]
+    for node in rows:
+        nodes.queries[node] *= 60
+    out = HostCache(nodes, None).forward(rows)
+    for node in rows:
+        assert np.abs(out[node] - nodes.exact(node, None)).max() <= 1e-3  # scores near 1e3 have few bits left
+
+
+def test_attention_does_not_depend_on_threads() -> None:
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one processor only")
+    nodes = Nodes(4, 2, 64, 1)
+    rows = [nodes.add(max(i // 2, i - 4) - 1) for i in range(30)]
+    results = []
+    for count in (1, 2):
+        with threads(count):
+            results.append(HostCache(nodes, None).forward(rows))
+    np.testing.assert_array_equal(*results)
+
+
+# -- whole blocks ------------------------------------------------------------------------------------------
+
+_ARGS: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 40,
+    "head_dim": 32,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+def make_model(family: Any, **changes: Any) -> Any:
+    """A random model of `family`, biases and norms included, the same each time."""
+    config = {**_ARGS, "model_type": family.__name__.rsplit(".", 1)[-1], **changes}
+    model = family.Model(family.ModelArgs.from_dict(config))
+    random = np.random.default_rng(0)
+    for module in model.modules():
+        own = {k: v for k, v in module.items() if isinstance(v, mx.array)}
+        for name, value in own.items():
+            around = 1.0 if value.ndim == 1 and name == "weight" else 0.0
+            module[name] = mx.array((around + 0.2 * random.standard_normal(value.shape)).astype(np.float32))
+    return model
+
+
+# A prompt, two trees with dead slots between them, single tokens: each row's parent (-1: the last committed
+# token, else an earlier row) and the rows that are accepted.
+_FORWARDS = (
+    (range(-1, 11), range(12)),
+    ([-1, 0, 0, 1, 2, -1, 3, 5], [0, 2, 4]),
+    ([-1, 0, -1, 2], [2, 3]),
+    ([-1], [0]),
+    ([-1], [0]),
+)
+
+
+def block_outputs(block: Any) -> list[np.ndarray]:
+    cache = LazyKVCache(1)
+    random = np.random.default_rng(1)
+    outputs = []
+    for parents, accepted in _FORWARDS:
+        first, count = cache.num_slots, len(parents)
+        slots = cache.append([first + p if p >= 0 else -1 for p in parents], count)
+        x = mx.array(random.standard_normal((1, count, 64)).astype(np.float32))
+        outputs.append(np.array(block(x, cache.mask(count, None, False), cache.layers[0])))
+        cache.commit([slots[row] for row in accepted])
+    return outputs
+
+
+def assert_same_outputs(host: Any, original: Any) -> None:
+    for ours, theirs in zip(block_outputs(host), block_outputs(original), strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+ROPES = {
+    "own": None,
+    "partial": lambda: nn.RoPE(16),
+    "traditional": lambda: nn.RoPE(32, traditional=True),
+    "partial traditional": lambda: nn.RoPE(16, traditional=True),
+    "one pair": lambda: nn.RoPE(2),
+    "linear": lambda: nn.RoPE(32, scale=0.25),
+    "llama3": lambda: initialize_rope(
+        32, 500000.0, False, {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "yarn": lambda: initialize_rope(
+        32, 10000.0, False, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_llama_blocks_equal_mlx_blocks_whatever_the_rotation(rope: str) -> None:
+    ours, theirs = make_model(llama), make_model(llama)
+    for model in (ours, theirs):
+        for layer in model.layers:
+            if ROPES[rope] is not None:
+                layer.self_attn.rope = ROPES[rope]()
+    cpu_linear.install_host_kernels(ours)
+    assert cpu_block.install_host_blocks(ours) == 2
+    positions.install(theirs)
+    for host, original in zip(ours.layers, theirs.layers, strict=True):
+        assert_same_outputs(host, original)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (qwen2, {}),
+        (qwen3, {}),
+        (llama, {"attention_bias": True, "mlp_bias": True}),
+        (llama, {"num_key_value_heads": 4}),
+        (llama, {"num_key_value_heads": 1, "head_dim": 96}),
+        (qwen3, {"head_dim": 128, "num_attention_heads": 2}),
+    ],
+)
+def test_blocks_of_other_shapes_equal_mlx_blocks(family: Any, changes: dict[str, Any]) -> None:
+    if family is qwen2 and "head_dim" not in changes:
+        changes = {"num_attention_heads": 2, "num_key_value_heads": 1, **changes}  # qwen2: hidden / heads
+    ours, theirs = make_model(family, **changes), make_model(family, **changes)
+    cpu_linear.install_host_kernels(ours)
+    assert cpu_block.install_host_blocks(ours) == 2
+    positions.install(theirs)
+    assert_same_outputs(ours.layers[0], theirs.layers[0])
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, "bf16"), (8, "fp16"), (None, "bf16")])
+def test_blocks_with_packed_or_16_bit_weights(bits: int | None, dtype: str) -> None:
+    models = []
+    for _ in range(2):
+        model = make_model(llama)
+        model.set_dtype(DTYPES[dtype])
+        if bits is not None:
+            nn.quantize(model, 32, bits)
+        models.append(model)
+    ours, theirs = models
+    cpu_linear.install_host_kernels(ours)
+    assert cpu_block.install_host_blocks(ours) == 2
+    theirs.set_dtype(mx.float32)
+    positions.install(theirs)
+    assert_same_outputs(ours.layers[1], theirs.layers[1])
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, "bf16"), (8, "fp16"), (None, "fp32")])
+def test_a_block_gives_a_row_the_same_bits_however_the_prompt_is_cut(bits: int | None, dtype: str) -> None:
+    model = make_model(llama, attention_bias=True)
+    model.set_dtype(DTYPES[dtype])
+    if bits is not None:
+        nn.quantize(model, 32, bits)
+    cpu_linear.install_host_kernels(model)
+    assert cpu_block.install_host_blocks(model) == 2
+    x = rows_of(64, 45)
+    results = []
+    for size in (45, 21, 20, 7, 1):
+        cache, parts = LazyKVCache(1), []
+        for start in range(0, 45, size):
+            part = mx.array(x[None, start : start + size])
+            slots = cache.append(None, part.shape[1])
+            mask = cache.mask(part.shape[1], None, False)
+            parts.append(np.array(model.layers[0](part, mask, cache.layers[0]))[0])
+            cache.commit(list(slots))
+        results.append(np.concatenate(parts))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+class ReluMLP(llama.MLP):
+    """Has everything a SwiGLU has, and computes something else."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.relu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _other_activation(layer: Any) -> None:
+    mlp = ReluMLP(llama.ModelArgs.from_dict({**_ARGS, "model_type": "llama"}))
+    layer.mlp = mlp
+
+
+def _capped_scores(layer: Any) -> None:
+    class Scaled(type(layer)):  # type: ignore[misc]
+        def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+            return 0.5 * super().__call__(x, mask, cache)
+
+    layer.__class__ = Scaled
+
+
+def _extra_norm(layer: Any) -> None:
+    layer.pre_feedforward_layernorm = nn.RMSNorm(64)
+
+
+def _layer_norm(layer: Any) -> None:
+    layer.input_layernorm = nn.LayerNorm(64)
+
+
+@pytest.mark.parametrize("change", [_other_activation, _capped_scores, _extra_norm, _layer_norm])
+def test_a_block_that_does_not_fit_is_left_alone(change: Any) -> None:
+    model, untouched = make_model(llama), make_model(llama)
+    for changed in (model, untouched):
+        change(changed.layers[0])
+    for source, copy in zip(model.layers, untouched.layers, strict=True):
+        copy.update(source.parameters())
+    cpu_linear.install_host_kernels(model)
+    classes = [type(layer) for layer in model.layers]
+    assert cpu_block.install_host_blocks(model) == 1  # the second layer is as usual
+    assert type(model.layers[0]) is classes[0]
+    assert type(model.layers[1]) is not classes[1]
+    positions.install(model)
+    positions.install(untouched)
+    assert_same_outputs(model.layers[0], untouched.layers[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"head_dim": 16}, {"head_dim": 48}, {"intermediate_size": 40}, {"hidden_size": 80, "head_dim": 32}],
+)
+def test_shapes_the_kernels_cannot_take_are_left_alone(changes: dict[str, Any]) -> None:
+    model = make_model(llama, **changes)
+    cpu_linear.install_host_kernels(model)
+    classes = [type(layer) for layer in model.layers]
+    assert cpu_block.install_host_blocks(model) == 0
+    assert [type(layer) for layer in model.layers] == classes
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        nn.RoPE(64),
+        nn.RoPE(64, traditional=True),
+        nn.RoPE(32),
+        nn.RoPE(32, traditional=True),
+        nn.RoPE(2, traditional=True),
+        nn.RoPE(64, base=1e6, scale=0.125),
+        nn.RoPE(64, traditional=True, base=1e6, scale=0.125),
+        nn.RoPE(64, traditional=True, base=5e8),
+    ],
+    ids=str,
+)
+def test_rotation_tables_equal_fast_rope(rope: nn.RoPE) -> None:
+    dim, num_positions = 64, 1300  # across the steps the tables grow by
+    x = np.random.default_rng(0).standard_normal((1, 1, num_positions, dim)).astype(np.float32)
+    tables = cpu_block._Rotation(rope, dim)
+    tables.upto(10)
+    cos, sin, traditional = tables.upto(num_positions - 1)
+    pairs = cos.shape[1]
+    first = np.arange(pairs) * 2 if traditional else np.arange(pairs)
+    second = first + (1 if traditional else pairs)
+    found = x[0, 0].copy()
+    a, b = x[0, 0][:, first], x[0, 0][:, second]
+    found[:, first] = a * cos[:num_positions] - b * sin[:num_positions]
+    found[:, second] = a * sin[:num_positions] + b * cos[:num_positions]
+    expected = mx.fast.rope(
+        mx.array(x), rope.dims, traditional=rope.traditional, base=rope.base, scale=rope.scale, offset=0
+    )
+    np.testing.assert_allclose(found, np.array(expected)[0, 0], atol=2e-6)
+
+
+def test_layers_that_rotate_alike_share_their_tables() -> None:
+    """Tables of its own for each of 900 layers took more memory than the plan had."""
+    model = make_model(llama)
+    cpu_linear.install_host_kernels(model)
+    assert cpu_block.install_host_blocks(model) == 2
+    first, second = (layer._host_block.rotation for layer in model.layers)
+    assert first is second
+    other = make_model(llama)
+    other.layers[1].self_attn.rope = nn.RoPE(other.layers[1].self_attn.rope.dims, base=7.0)
+    cpu_linear.install_host_kernels(other)
+    assert cpu_block.install_host_blocks(other) == 2
+    first, second = (layer._host_block.rotation for layer in other.layers)
+    assert first is not second

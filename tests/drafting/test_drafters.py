@@ -1,0 +1,573 @@
+"""Who proposes: prompt lookup, the draft model and its cache, ranked candidates, token maps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmcad_mlx.drafting import model as candidates
+from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.drafting.vocabulary import check_same_tokens
+from llmcad_mlx.errors import GenerationError, VocabularyError
+from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy.calibration import ngram_confidence
+from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TokenTree
+from tests.support.tiny import VOCAB, tiny_tree_model
+
+
+@functools.cache
+def model(seed: int = 0) -> TreeModel:
+    return tiny_tree_model(seed)
+
+
+def sampler(temperature: float = 0.0, vocab_size: int = VOCAB) -> TargetSampler:
+    return TargetSampler(SamplingSettings(temperature=temperature, seed=11), vocab_size)
+
+
+# -- n-gram ------------------------------------------------------------------------------------------------
+
+
+def lookup(drafter: NgramDrafter, tokens: Sequence[int], branch: Sequence[int] = ()) -> Candidates:
+    """Candidates below `branch` after the sequence `tokens`."""
+    tree = TokenTree(tokens[-1], len(tokens) - 1)
+    leaf = ROOT
+    for token in branch:
+        leaf = tree.add(leaf, token, 0.5, NGRAM)
+    drafter.begin(tokens, sampler())
+    (found,) = drafter.expand(tree, [leaf])
+    return found
+
+
+def fresh_lookup(tokens: Sequence[int], branch: Sequence[int] = ()) -> Candidates:
+    return lookup(NgramDrafter(), tokens, branch)
+
+
+def test_what_followed_the_last_time_is_proposed() -> None:
+    found = fresh_lookup([1, 2, 3, 4, 5, 1, 2, 3])
+    assert list(found.tokens) == [4]
+    assert found.source == NGRAM
+    assert list(found.confidences) == [ngram_confidence(3)]
+
+
+def test_branches_are_looked_up_with_their_own_tokens() -> None:
+    text = [1, 2, 3, 4, 5, 1, 2]
+    assert list(fresh_lookup(text, [3]).tokens) == [4]
+    assert list(fresh_lookup(text, [3, 4, 5]).tokens) == [1]
+    assert list(fresh_lookup(text, [9]).tokens) == []
+
+
+def test_a_single_token_in_common_is_no_match() -> None:
+    assert list(fresh_lookup([1, 2, 3, 4, 2]).tokens) == []
+
+
+@pytest.mark.parametrize("tokens", [[1], [1, 1], [1, 2], [1, 2, 3]])
+def test_short_or_new_text_proposes_nothing(tokens: list[int]) -> None:
+    found = fresh_lookup(tokens)
+    assert (list(found.tokens), list(found.confidences)) == ([], [])
+
+
+def test_longer_matches_rank_first_and_recent_ones_among_equals() -> None:
+    #      long match: 4 tokens     short, older    short, newer
+    text = [6, 7, 1, 2, 20, 0, 8, 1, 2, 21, 0, 9, 1, 2, 22, 0, 6, 7, 1, 2]
+    found = fresh_lookup(text)
+    assert list(found.tokens) == [20, 22, 21]
+    assert list(found.confidences) == sorted(found.confidences, reverse=True)
+    assert found.confidences[0] == ngram_confidence(4)  # 6 7 1 2
+    assert sum(found.confidences) <= 1.0
+
+
+def test_a_token_seen_at_several_places_counts_with_its_longest_match() -> None:
+    text = [5, 6, 1, 2, 3, 0, 1, 2, 3, 0, 5, 6, 1, 2]
+    found = fresh_lookup(text)
+    assert list(found.tokens) == [3]
+    assert found.confidences[0] == ngram_confidence(4)
+
+
+def test_a_repeating_token_matches_itself() -> None:
+    assert list(fresh_lookup([3, 3, 3]).tokens) == [3]
+
+
+def test_forgotten_tokens_are_not_proposed() -> None:
+    drafter = NgramDrafter()
+    lookup(drafter, [1, 2, 3, 4, 1, 2])
+    drafter.truncate(2)
+    assert list(lookup(drafter, [1, 2, 9, 1, 2]).tokens) == [9]
+    drafter.truncate(0)
+    assert list(lookup(drafter, [1, 2]).tokens) == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_an_index_that_grew_and_shrank_equals_a_new_one(data: st.DataObject) -> None:
+    tokens_of = st.lists(st.integers(0, 3), max_size=12)
+    drafter = NgramDrafter()
+    tokens = [*data.draw(tokens_of), 0]
+    drafter.prefill(tokens, lambda done: None, lambda: False)
+    for _ in range(data.draw(st.integers(1, 6))):
+        if data.draw(st.booleans()):
+            tokens = tokens[: data.draw(st.integers(0, len(tokens)))]
+            drafter.truncate(len(tokens))
+        tokens = [*tokens, *data.draw(tokens_of), data.draw(st.integers(0, 3))]
+        for branch in ([], [0], [1, 2], [3, 3, 0]):
+            assert lookup(drafter, tokens, branch) == fresh_lookup(tokens, branch)
+
+
+@settings(max_examples=100, deadline=None)
+@given(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=80), branch=st.lists(st.integers(0, 2), max_size=3))
+def test_proposals_are_what_followed_the_longest_of_the_latest_matches(
+    tokens: list[int], branch: list[int]
+) -> None:
+    """Against looking through the text from end to start."""
+    end = [*tokens, *branch]
+    lengths: dict[int, int] = {}
+    looked_at = 0
+    for place in range(len(tokens) - 1, 1, -1):
+        length = 0
+        while length < min(place, len(end), 32) and tokens[place - 1 - length] == end[-1 - length]:
+            length += 1
+        if length >= 2 and looked_at < 8:
+            looked_at += 1
+            lengths[tokens[place]] = max(length, lengths.get(tokens[place], 0))
+    found = fresh_lookup(tokens, branch)
+    expected = sorted(lengths.items(), key=lambda item: -item[1])
+    assert list(found.tokens) == [token for token, _ in expected]
+    if expected:
+        assert found.confidences[0] == ngram_confidence(min(expected[0][1], 32))
+
+
+# -- model -------------------------------------------------------------------------------------------------
+
+
+def reference(tokens: Sequence[int], temperature: float, seed: int = 0) -> Candidates:
+    """Candidates after `tokens`, from a fresh forward of all of them."""
+    return _reference(tuple(tokens), temperature, seed)
+
+
+@functools.cache
+def _reference(tokens: tuple[int, ...], temperature: float, seed: int) -> Candidates:
+    cache = model(seed).new_cache()
+    logits = model(seed).forward(tokens, cache).logits[-1:]
+    (found,) = candidates.top_candidates(logits, [len(tokens)], sampler(temperature), 8)
+    return found
+
+
+def random_tree(random: np.random.Generator, root: int, position: int, size: int) -> TokenTree:
+    return grown(TokenTree(root, position), random, size)
+
+
+def grown(tree: TokenTree, random: np.random.Generator, size: int) -> TokenTree:
+    while len(tree) < size:
+        tree.add(int(random.integers(0, len(tree))), int(random.integers(0, VOCAB)), 0.5)
+    return tree
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), temperature=st.sampled_from([0.0, 1.0]))
+def test_any_order_and_batching_gives_the_candidates_of_fresh_forwards(seed: int, temperature: float) -> None:
+    """Over several rounds, some without drafting at all, with accepted nodes that were never fed."""
+    random = np.random.default_rng(seed)
+    drafter = ModelDrafter(model())
+    tokens = random.integers(0, VOCAB, int(random.integers(1, 12))).tolist()
+    for _ in range(4):
+        tree = random_tree(random, tokens[-1], len(tokens) - 1, int(random.integers(1, 14)))
+        drafter.begin(tokens, sampler(temperature))
+        nodes = random.permutation(len(tree)).tolist()
+        nodes = nodes[: int(random.integers(0, len(nodes) + 1))]
+        while nodes:
+            width = int(random.integers(1, 5))
+            batch, nodes = nodes[:width], nodes[width:]
+            found = drafter.expand(tree, batch)
+            for leaf, proposal in zip(batch, found, strict=True):
+                assert proposal == reference([*tokens, *tree.path_tokens(leaf)], temperature)
+        path = tree.path(int(random.integers(0, len(tree))))
+        drafter.commit(tree, path)
+        tokens = [*tokens, *(tree.tokens[node] for node in path), int(random.integers(0, VOCAB))]
+        assert drafter.cache.length < len(tokens)
+        assert drafter.cache.num_appended == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), temperature=st.sampled_from([0.0, 1.0]), min_dead=st.sampled_from([1, 5, 99]))
+def test_rounds_that_go_on_with_what_survived_see_what_fresh_forwards_see(
+    seed: int, temperature: float, min_dead: int
+) -> None:
+    """Bit for bit, with compactions, rounds that were broken off, and survivors that nobody had fed."""
+    random = np.random.default_rng(seed)
+    drafter = ModelDrafter(model())
+    drafter.cache.max_dead_share, drafter.cache.min_dead = 0.1, min_dead
+    tokens = random.integers(0, VOCAB, int(random.integers(1, 12))).tolist()
+    tree, expanded = TokenTree(tokens[-1], len(tokens) - 1), set[int]()
+    for _ in range(8):
+        if random.random() < 0.15:  # broken off: the round starts again with a new tree
+            drafter.begin(tokens, sampler(temperature), tree)
+            drafter.expand(tree, [node for node in range(len(tree)) if node not in expanded][:3])
+            tree, expanded = TokenTree(tokens[-1], len(tokens) - 1), set[int]()
+        drafter.begin(tokens, sampler(temperature), tree)
+        grown(tree, random, len(tree) + int(random.integers(1, 14)))
+        nodes = [node for node in random.permutation(len(tree)).tolist() if node not in expanded]
+        nodes = nodes[: int(random.integers(0, len(nodes) + 1))]
+        expanded.update(nodes)
+        while nodes:
+            width = int(random.integers(1, 5))
+            batch, nodes = nodes[:width], nodes[width:]
+            for leaf, proposal in zip(batch, drafter.expand(tree, batch), strict=True):
+                assert proposal == reference([*tokens, *tree.path_tokens(leaf)], temperature)
+        last = int(random.integers(0, len(tree)))
+        bonus = tree.children(last)[0] if tree.has_children(last) and random.random() < 0.8 else None
+        survivors = None if bonus is None else tree.reroot(bonus)
+        drafter.commit(tree, tree.path(last), survivors)
+        tokens += [
+            *tree.path_tokens(last),
+            int(random.integers(0, VOCAB)) if bonus is None else tree.tokens[bonus],
+        ]
+        assert drafter.cache.length < len(tokens)
+        if survivors is None:
+            tree, expanded = TokenTree(tokens[-1], len(tokens) - 1), set[int]()
+        else:
+            tree = survivors.tree
+            expanded = {survivors.old_to_new[node] for node in expanded} - {DROPPED}
+            fed = (
+                {ROOT, *expanded} | {above for node in expanded for above in tree.path(node)}
+                if expanded
+                else set()
+            )
+            pending = drafter.cache.num_slots - drafter.cache.num_dead - drafter.cache.length
+            assert pending >= len(fed)
+
+
+def test_what_survives_is_not_fed_again() -> None:
+    drafter = ModelDrafter(model())
+    tree = TokenTree(3, 2)
+    drafter.begin([1, 2, 3], sampler(), tree)
+    a = tree.add(ROOT, 4, 0.9)
+    b, c = tree.add(a, 5, 0.5), tree.add(a, 6, 0.5)
+    d = tree.add(b, 7, 0.5)
+    drafter.expand(tree, [d, c])  # all were fed; the proposals of the root, a and b were not asked for
+    survivors = tree.reroot(b)
+    drafter.commit(tree, [a], survivors)
+    assert (drafter.cache.length, drafter.cache.num_slots - drafter.cache.num_dead) == (4, 6)
+    drafter.begin([1, 2, 3, 4, 5], sampler(), survivors.tree)
+    assert drafter.expand(survivors.tree, [ROOT]) == [reference([1, 2, 3, 4, 5], 0.0)]
+    assert drafter.rows_fed == 0
+    node = survivors.tree.add(ROOT, 8, 0.5)
+    assert drafter.expand(survivors.tree, [node]) == [reference([1, 2, 3, 4, 5, 8], 0.0)]
+    assert drafter.rows_fed == 1
+    drafter.commit(survivors.tree, [node], None)
+    assert drafter.cache.length == 6  # the root, which had its slot, and the node
+
+
+@pytest.mark.parametrize("ended_by", ["another tree", "no tree", "truncate", "prefill"])
+def test_survivors_that_are_not_taken_up_are_forgotten(ended_by: str) -> None:
+    drafter, tokens = ModelDrafter(model()), [1, 2, 3]
+    tree = TokenTree(3, 2)
+    drafter.begin(tokens, sampler(), tree)
+    a = tree.add(ROOT, 4, 0.9)
+    drafter.expand(tree, [tree.add(a, 5, 0.5)])
+    survivors = tree.reroot(a)
+    drafter.commit(tree, [], survivors)
+    assert drafter.cache.num_slots == 5
+    new = survivors.tree
+    if ended_by == "another tree":
+        new = TokenTree(4, 3)
+    elif ended_by != "no tree":
+        drafter.truncate(3)
+        if ended_by == "prefill":
+            drafter.prefill([1, 2, 3, 4], lambda done: None, lambda: False)
+    drafter.begin([*tokens, 4], sampler(), None if ended_by == "no tree" else new)
+    assert drafter.cache.num_slots == drafter.cache.length == 3
+    assert drafter.expand(new, [ROOT]) == [reference([1, 2, 3, 4], 0.0)]
+    assert drafter.rows_fed == 1
+
+
+def test_a_prompt_can_be_read_in_pieces() -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 150).tolist()
+    drafter = ModelDrafter(model())
+    lengths = []
+    while drafter.prefill_some(tokens, 64):
+        lengths.append(drafter.cache.length)
+    assert [*lengths, drafter.cache.length] == [64, 128, 149]
+    drafter.begin(tokens, sampler())
+    assert drafter.expand(TokenTree(tokens[-1], 149), [ROOT]) == [reference(tokens, 0.0)]
+    lookups = NgramDrafter()
+    assert not lookups.prefill_some([1, 2, 3, 1, 2], 1)
+    assert list(lookup(lookups, [1, 2, 3, 1, 2]).tokens) == [3]
+
+
+def test_the_cache_holds_what_was_fed_of_the_accepted_path() -> None:
+    drafter = ModelDrafter(model())
+    tokens = [1, 2, 3]
+    drafter.prefill(tokens, lambda done: None, lambda: False)
+    assert drafter.cache.length == 2
+    drafter.begin(tokens, sampler())
+    tree = TokenTree(3, 2)
+    drafter.expand(tree, [ROOT])
+    a, b = tree.add(ROOT, 4, 0.9), tree.add(ROOT, 5, 0.1)
+    drafter.expand(tree, [a, b])
+    c = tree.add(a, 6, 0.9)
+    drafter.commit(tree, [a, c])  # c was proposed and accepted, but never fed
+    assert drafter.cache.length == 4
+    drafter.begin([1, 2, 3, 4, 6, 7], sampler())
+    drafter.expand(TokenTree(7, 5), [ROOT])
+    assert drafter.rows_fed == 2  # c and the bonus token
+
+
+def test_rows_fed_counts_the_rows_of_the_last_forward_only() -> None:
+    drafter = ModelDrafter(model())
+    drafter.begin([1, 2, 3], sampler())
+    assert drafter.rows_fed == 0
+    tree = TokenTree(3, 2)
+    a = tree.add(ROOT, 4, 0.9)
+    b = tree.add(a, 5, 0.9)
+    drafter.expand(tree, [b])  # with everything above it
+    assert drafter.rows_fed == 5
+    (proposal,) = drafter.expand(tree, [a])  # was computed on the way
+    assert drafter.rows_fed == 0
+    assert proposal == reference([1, 2, 3, 4], 0.0)
+
+
+@pytest.mark.parametrize("missed", [1, 5, 6, 20, 31, 32, 33, 600])
+def test_rounds_without_drafting_are_caught_up_with(missed: int) -> None:
+    """In full after a short break, from the last tokens alone after a long one."""
+    tokens = np.random.default_rng(missed).integers(0, VOCAB, 10 + missed).tolist()
+    drafter = ModelDrafter(model())
+    drafter.prefill(tokens[:10], lambda done: None, lambda: False)
+    for end in range(10, len(tokens), 7):  # rounds that draft nothing
+        drafter.begin(tokens[:end], sampler())
+        drafter.commit(TokenTree(tokens[end - 1], end - 1), [])
+    read = tokens if missed < 32 else tokens[-32:]
+    for token in (3, 17):  # the round of the catch-up, and one after it
+        drafter.begin(tokens, sampler())
+        tree = TokenTree(tokens[-1], len(tokens) - 1)
+        assert drafter.expand(tree, [ROOT]) == [reference(read, 0.0)]
+        node = tree.add(ROOT, token, 0.5)
+        assert drafter.expand(tree, [node]) == [reference([*read, token], 0.0)]
+        drafter.commit(tree, [node])
+        tokens, read = [*tokens, token, 5], [*read, token, 5]
+        assert drafter.cache.length == len(read) - 1
+
+
+def test_the_time_of_a_catch_up_is_not_filed_as_that_of_a_step() -> None:
+    drafter = ModelDrafter(model())
+    drafter.begin(list(range(30)), sampler())
+    tree = TokenTree(29, 29)
+    drafter.expand(tree, [ROOT])
+    assert drafter.rows_fed is None
+    drafter.expand(tree, [tree.add(ROOT, 3, 0.5)])
+    assert drafter.rows_fed == 1
+
+
+def long_break(tokens: Sequence[int]) -> ModelDrafter:
+    """A drafter that has read the last 32 of `tokens` only."""
+    drafter = ModelDrafter(model())
+    drafter.begin(tokens, sampler())
+    drafter.expand(TokenTree(tokens[-1], len(tokens) - 1), [ROOT])
+    drafter.commit(TokenTree(tokens[-1], len(tokens) - 1), [])
+    return drafter
+
+
+@pytest.mark.parametrize("kept", [0, 50, 68, 69, 80, 99, 100])
+def test_after_a_long_break_a_new_prompt_is_read_in_full(kept: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
+    drafter = long_break(tokens)
+    assert drafter.cache.length == 32
+    prompt = [*tokens[:kept], 1, 2, 3, 4]
+    drafter.truncate(kept)
+    drafter.prefill(prompt, lambda done: None, lambda: False)
+    assert drafter.cache.length == len(prompt) - 1
+    drafter.begin(prompt, sampler())
+    tree = TokenTree(4, len(prompt) - 1)
+    assert drafter.expand(tree, [ROOT]) == [reference(prompt, 0.0)]
+
+
+@pytest.mark.parametrize("kept", [0, 50, 68, 69, 80, 99])
+def test_after_a_long_break_an_edit_is_drafted_for_without_a_prefill(kept: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
+    drafter = long_break(tokens)
+    drafter.truncate(kept)
+    edited = [*tokens[:kept], 7, 8]
+    drafter.begin(edited, sampler())
+    start = 0 if kept <= 68 and len(edited) <= 32 else len(edited) - 32 if kept <= 68 else 68
+    tree = TokenTree(8, len(edited) - 1)
+    assert drafter.expand(tree, [ROOT]) == [reference(edited[start:], 0.0)]
+
+
+def test_an_interrupted_round_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = ModelDrafter(model())
+    tokens = [1, 2, 3]
+    tree = TokenTree(3, 2)
+    drafter.begin(tokens, sampler())
+    drafter.expand(tree, [ROOT])
+    nodes = [tree.add(ROOT, token, 0.3) for token in (4, 5)]
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(candidates, "top_candidates", interrupted)
+        patch.setattr("llmcad_mlx.drafting.model.top_candidates", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            drafter.expand(tree, nodes)
+    drafter.begin(tokens, sampler())
+    assert drafter.cache.length == 0
+    again = TokenTree(3, 2)
+    assert drafter.expand(again, [ROOT]) == [reference(tokens, 0.0)]
+    node = again.add(ROOT, 9, 0.5)
+    assert drafter.expand(again, [node]) == [reference([*tokens, 9], 0.0)]
+
+
+def test_truncate_keeps_what_is_still_true() -> None:
+    drafter = ModelDrafter(model())
+    drafter.prefill([1, 2, 3, 4, 5, 6], lambda done: None, lambda: False)
+    drafter.begin([1, 2, 3, 4, 5, 6], sampler())
+    drafter.expand(TokenTree(6, 5), [ROOT])
+    drafter.truncate(3)
+    assert drafter.cache.length == 3
+    drafter.truncate(100)  # nothing to forget
+    assert drafter.cache.length == 3
+    edited = [1, 2, 3, 9, 8]
+    drafter.prefill(edited, lambda done: None, lambda: False)
+    assert drafter.cache.length == 4
+    drafter.begin(edited, sampler())
+    assert drafter.expand(TokenTree(8, 4), [ROOT]) == [reference(edited, 0.0)]
+
+
+def test_an_interrupted_prefill_is_taken_up_again() -> None:
+    drafter = ModelDrafter(model())
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 1200).tolist()
+    chunks = iter([False, True])
+    drafter.prefill(tokens, lambda done: None, lambda: next(chunks))
+    assert 0 < drafter.cache.length < 1199
+    done: list[int] = []
+    drafter.prefill(tokens, done.append, lambda: False)
+    assert drafter.cache.length == 1199
+    drafter.begin(tokens, sampler())
+    assert drafter.expand(TokenTree(tokens[-1], 1199), [ROOT]) == [reference(tokens, 0.0)]
+
+
+# -- candidates --------------------------------------------------------------------------------------------
+
+
+def by_full_sort(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest scores and their softmax, in float64."""
+    top = np.sort(scores.astype(np.float64))[::-1][:count]
+    return top, np.exp(top - top[0]) / np.exp(scores.astype(np.float64) - top[0]).sum()
+
+
+@pytest.mark.parametrize("size", [1, 5, 40, 4095, 4096, 5000, 50_000, 151_936])
+@pytest.mark.parametrize("levels", [None, 400, 3, 1])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_candidates_equal_a_full_sort(size: int, levels: int | None, temperature: float) -> None:
+    """`levels`: how many different values there are, so that ties run across every border."""
+    random = np.random.default_rng(size)
+    if levels is None:
+        logits = random.standard_normal((3, size)) * 5
+    else:
+        logits = random.integers(0, levels, (3, size)) * 0.5
+    logits = logits.astype(np.float32)
+    sampler_ = sampler(temperature, size)
+    found = candidates.top_candidates(mx.array(logits), [7, 8, 7], sampler_, 8)
+    for row, position, proposal in zip(logits, [7, 8, 7], found, strict=True):
+        scores = sampler_.draft_scores(row, position)
+        top, shares = by_full_sort(scores, 8)
+        assert len(set(proposal.tokens)) == len(proposal.tokens) == min(8, size)
+        np.testing.assert_array_equal(scores[list(proposal.tokens)], top.astype(np.float32))
+        np.testing.assert_allclose(proposal.confidences, shares, rtol=1e-4, atol=1e-30)
+        assert proposal.source == MODEL
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 32), peak=st.integers(0, 4999))
+def test_the_best_are_found_wherever_they_lie(seed: int, count: int, peak: int) -> None:
+    """Neighbouring peaks, which share a piece of the row, and peaks in the last, incomplete piece."""
+    random = np.random.default_rng(seed)
+    row = random.standard_normal(5000).astype(np.float32)
+    row[peak : peak + count] += 20
+    (found,) = candidates.top_candidates(mx.array(row[None]), [0], sampler(0.0, 5000), count)
+    assert sorted(row[list(found.tokens)].tolist()) == np.sort(row)[-count:].tolist()
+
+
+def test_padding_is_never_proposed() -> None:
+    logits = np.zeros((1, 64), np.float32)
+    logits[0, 50:] = 100.0
+    (found,) = candidates.top_candidates(mx.array(logits), [0], sampler(0.0, 50), 8)
+    assert max(found.tokens) < 50
+    assert found.confidences[0] == pytest.approx(1 / 50)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("size", [5, 40, 5000])
+def test_the_device_way_gives_the_same(temperature: float, size: int) -> None:
+    """What a GPU runs, on the CPU."""
+    logits = mx.array(np.random.default_rng(size).standard_normal((4, size)).astype(np.float32) * 4)
+    sampler_ = sampler(temperature, max(size - 2, 1))
+    here = candidates.top_candidates(logits, [3, 4, 5, 6], sampler_, 8)
+    there = candidates._on_device(logits, [3, 4, 5, 6], sampler_, 8)
+    for ours, theirs in zip(here, there, strict=True):
+        assert list(ours.tokens) == list(theirs.tokens)
+        np.testing.assert_allclose(ours.confidences, theirs.confidences, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", [candidates.top_candidates, candidates._on_device])
+@pytest.mark.parametrize("gap", [5.0, 17.0, 40.0, 1e5])
+def test_confidences_stay_probabilities_when_one_token_is_certain(way: object, gap: float) -> None:
+    logits = np.zeros((1, 5000), np.float32)
+    logits[0, 77] = gap
+    (found,) = way(mx.array(logits), [0], sampler(0.0, 5000), 8)  # type: ignore[operator]
+    assert found.tokens[0] == 77
+    assert all(0.0 <= confidence <= 1.0 for confidence in found.confidences)
+
+
+@pytest.mark.parametrize("way", [candidates.top_candidates, candidates._on_device])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("size", [40, 5000])
+def test_a_broken_draft_is_named(way: object, bad: float, size: int) -> None:
+    logits = np.zeros((2, size), np.float32)
+    logits[1, 3] = bad
+    with pytest.raises(GenerationError, match="draft"):
+        way(mx.array(logits), [0, 1], sampler(0.0, size), 8)  # type: ignore[operator]
+
+
+# -- token maps --------------------------------------------------------------------------------------------
+
+TOKENS = {"<s>": 0, "a": 1, "b": 2, "ab": 3}
+
+
+def test_equal_token_maps_pass_in_any_order() -> None:
+    check_same_tokens(TOKENS, dict(reversed(TOKENS.items())))
+
+
+def test_a_token_with_two_names_passes_when_both_maps_have_them() -> None:
+    check_same_tokens({**TOKENS, "alias": 1}, {**TOKENS, "alias": 1})
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ({**TOKENS, "b": 3, "ab": 2}, "token 2 is 'b' in the target and 'ab' in the draft"),
+        ({"<s>": 0, "a": 1, "b": 2}, "token 3 is 'ab' in the target and missing in the draft"),
+        ({**TOKENS, "c": 4}, "token 4 is missing in the target and 'c' in the draft"),
+        ({**TOKENS, "b": 9, "c": 2}, "token 2 is 'b' in the target and 'c' in the draft"),
+        ({}, "token 0 is '<s>' in the target and missing in the draft"),
+    ],
+)
+def test_the_first_differing_token_is_named(draft: dict[str, int], message: str) -> None:
+    with pytest.raises(VocabularyError, match=message) as error:
+        check_same_tokens(TOKENS, draft)
+    assert "\n" not in str(error.value)
+
+
+def test_padded_logits_do_not_matter_only_tokens_do() -> None:
+    """A draft whose logits have more columns than there are tokens proposes real tokens only."""
+    drafter = ModelDrafter(tiny_tree_model(3, vocab=VOCAB + 24))
+    drafter.begin([1, 2], sampler())
+    (proposal,) = drafter.expand(TokenTree(2, 1), [ROOT])
+    assert max(proposal.tokens) < VOCAB

@@ -1,0 +1,479 @@
+"""The round: what is counted, what an interruption leaves behind, and what models without trees are given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+
+from llmcad_mlx.cpu.install import prepare_for_host
+from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.engine.session import SpeculativeEngine
+from llmcad_mlx.errors import GenerationError
+from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy.best_first import ThroughputPolicy
+from llmcad_mlx.policy.calibration import Calibration
+from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.fixed import ChainPolicy
+from llmcad_mlx.policy.paper import PaperPolicy
+from llmcad_mlx.policy.policy import GrowthPolicy
+from llmcad_mlx.results import GenerationStats
+from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.tree.token_tree import TokenTree
+from llmcad_mlx.verifying.target import ResidentTarget, Verification
+from tests.support.architecture_configs import VOCAB as FAMILY_VOCAB
+from tests.support.architecture_configs import build, config_of
+from tests.support.tiny import VOCAB, tiny_tree_model
+from tests.support.waiting_target import WaitingTarget
+
+Background = Callable[[float], bool] | None
+
+PROMPT = [1, 2, 3, 4, 5, 1, 2, 3]
+
+
+@functools.cache
+def model(seed: int = 0, noise: float = 0.0) -> TreeModel:
+    return tiny_tree_model(seed, noise=noise)
+
+
+@functools.cache
+def family(name: str) -> TreeModel:
+    """A tiny model of one of mlx-lm's families."""
+    built = build(name)
+    prepare_for_host(built)
+    return TreeModel(built, config_of(name))
+
+
+class Clock:
+    """Stands still but for the steps that are charged to it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def engine_of(
+    drafters: Sequence[Drafter],
+    policy: GrowthPolicy,
+    target: ResidentTarget | None = None,
+    clock: Callable[[], float] | None = None,
+) -> SpeculativeEngine:
+    target = target or ResidentTarget(model(), VOCAB)
+    return SpeculativeEngine(target, drafters, policy, CostModel(), clock or Clock())
+
+
+def forced(num_nodes: int) -> ThroughputPolicy:
+    return ThroughputPolicy(CostModel(), Calibration(), tree_nodes=num_nodes)
+
+
+def greedy(vocab_size: int = VOCAB) -> TargetSampler:
+    return TargetSampler(SamplingSettings(), vocab_size)
+
+
+def decode(engine: SpeculativeEngine, count: int, sampler: TargetSampler | None = None) -> list[int]:
+    """At least `count` more tokens."""
+    stats, start = GenerationStats(), len(engine.tokens)
+    while len(engine.tokens) < start + count:
+        engine.round(sampler or greedy(), stats)
+    return engine.tokens[start:]
+
+
+def plain_text(prompt: Sequence[int], count: int) -> list[int]:
+    return _plain_text(tuple(prompt), count)
+
+
+@functools.cache
+def _plain_text(prompt: tuple[int, ...], count: int) -> list[int]:
+    engine = engine_of([], ChainPolicy(0))
+    engine.start(prompt, GenerationStats())
+    return decode(engine, count)
+
+
+# -- interruptions -----------------------------------------------------------------------------------------
+
+
+class Interrupting:
+    """Wraps a method so that its n-th call raises, before or after it has done its work."""
+
+    def __init__(self, owner: Any, name: str, call: int, after: bool) -> None:
+        self.inner, self.left, self.after = getattr(owner, name), call, after
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise KeyboardInterrupt
+        result = self.inner(*args, **kwargs)
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return result
+
+
+def run_rounds(engine: SpeculativeEngine, count: int, stop: Callable[[int], bool]) -> None:
+    for _ in range(count):
+        engine.round(greedy(), GenerationStats(), stop)
+
+
+PLACES = ["verify", "expand", "model expand", "target commit", "drafter commit", "policy", "stop"]
+TARGETS: dict[str, Callable[[], ResidentTarget]] = {
+    "resident": lambda: ResidentTarget(model(), VOCAB),
+    "waiting": lambda: WaitingTarget(model(), VOCAB, most=4),  # most expansions happen inside of verify
+}
+
+
+def interrupt(engine: SpeculativeEngine, place: str, call: int, after: bool) -> Callable[[int], bool]:
+    """Let the `call`-th visit to `place` raise KeyboardInterrupt; returns the `stop` to run rounds with."""
+    if place == "stop":
+        calls = [0]
+
+        def stop(token: int) -> bool:
+            calls[0] += 1
+            if calls[0] == call:
+                raise KeyboardInterrupt
+            return False
+    else:
+        owner, name = {
+            "verify": (engine.target, "verify"),
+            "expand": (engine.drafters[0], "expand"),
+            "model expand": (engine.drafters[-1], "expand"),
+            "target commit": (engine.target, "commit"),
+            "drafter commit": (engine.drafters[-1], "commit"),
+            "policy": (engine.policy, "verified"),
+        }[place]
+        Interrupting(owner, name, call, after)
+
+        def stop(token: int) -> bool:
+            return False
+
+    return stop
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("call", [1, 3])
+def test_an_interrupted_round_leaves_a_state_to_start_from(
+    place: str, call: int, after: bool, target: str
+) -> None:
+    drafters = [NgramDrafter(), ModelDrafter(model(noise=0.2))]
+    engine = engine_of(drafters, forced(8), TARGETS[target]())
+    stop = interrupt(engine, place, call, after)
+    engine.start(PROMPT, GenerationStats())
+    expected = plain_text(PROMPT, 40)
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(engine, 4, stop)
+    kept = list(engine.tokens)
+    assert kept == [*PROMPT, *expected][: len(kept)]
+    # The same prompt again, the conversation going on, and another one that shares a beginning.
+    for prompt in (PROMPT, [*kept, 7, 8], [*PROMPT[:4], 9, 9]):
+        engine.start(prompt, GenerationStats())
+        assert decode(engine, 10)[:10] == plain_text(prompt, 10)[:10]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_interrupted_round_can_simply_be_run_again(place: str, after: bool, target: str) -> None:
+    engine = engine_of([NgramDrafter(), ModelDrafter(model(noise=0.2))], forced(8), TARGETS[target]())
+    engine.start(PROMPT, GenerationStats())
+    decode(engine, 5)
+    stop = interrupt(engine, place, 4, after)
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(engine, 60, stop)
+    decode(engine, 30)
+    text = engine.tokens[len(PROMPT) :]
+    assert text == plain_text(PROMPT, len(text))[: len(text)]
+
+
+@pytest.mark.parametrize("place", ["prefill", "verify"])
+def test_a_read_error_of_the_target_leaves_a_state_to_go_on_from(place: str) -> None:
+    """What a streamed target raises when a file is gone, in the prompt or in the middle of a pass."""
+
+    def fail(*args: object) -> bool:
+        raise OSError("the file is gone")
+
+    target = WaitingTarget(model(), VOCAB)
+    engine = engine_of([ModelDrafter(model(noise=0.2))], forced(8), target)
+    engine.start(PROMPT[:3], GenerationStats())
+    decode(engine, 3)
+    sound, target._wait = target._wait, fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(OSError, match="gone"):
+        engine.start(PROMPT, GenerationStats()) if place == "prefill" else engine.round(
+            greedy(), GenerationStats()
+        )
+    target._wait = sound  # type: ignore[method-assign]
+    said = list(engine.tokens)
+    assert decode(engine, 20)[:20] == plain_text(said, 20)[:20]
+
+
+def test_an_interrupted_prefill_is_taken_up_again() -> None:
+    engine = engine_of([ModelDrafter(model())], forced(8))
+    prompt = [(7 * i) % VOCAB for i in range(1400)]
+    chunks = iter([False, True, True, True])
+    engine.start(prompt, GenerationStats(), should_stop=lambda: next(chunks))
+    assert 0 < engine.target.num_cached < len(prompt) - 1
+    stats = GenerationStats()
+    engine.start(prompt, stats)
+    assert stats.reused_tokens == 512
+    assert decode(engine, 20)[:20] == plain_text(prompt, 20)[:20]
+
+
+def test_logits_that_are_not_numbers_end_in_one_clear_error() -> None:
+    class Broken(ResidentTarget):
+        def verify(self, tree: TokenTree, background: Background = None) -> Verification:
+            sound = super().verify(tree)
+            return Verification(sound.logits * float("nan"), sound.slots, VOCAB)
+
+    for temperature in (0.0, 1.0):
+        engine = engine_of([], ChainPolicy(0), Broken(model(), VOCAB))
+        engine.start(PROMPT, GenerationStats())
+        sampler = TargetSampler(SamplingSettings(temperature=temperature), VOCAB)
+        with pytest.raises(GenerationError, match="NaN"):
+            engine.round(sampler, GenerationStats())
+
+
+# -- accounting --------------------------------------------------------------------------------------------
+
+
+class Charged:
+    """Wraps a method so that each call takes `seconds` on the clock."""
+
+    def __init__(self, owner: Any, name: str, clock: Clock, seconds: float) -> None:
+        self.inner, self.clock, self.seconds = getattr(owner, name), clock, seconds
+        self.calls = 0
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.clock.now += self.seconds
+        self.calls += 1
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("policy", [forced(6), PaperPolicy(12), ChainPolicy(3)], ids=["forced", "paper", "chain"])
+def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
+    clock, drafter = Clock(), ModelDrafter(model(noise=0.2))
+    engine = engine_of([drafter], policy, clock=clock)
+    verify = Charged(engine.target, "verify", clock, 4.0)
+    expand = Charged(drafter, "expand", clock, 1.0)
+    prefill = Charged(engine.target, "prefill", clock, 64.0)
+    commit = Charged(engine.target, "commit", clock, 0.25)
+    stats, seen = GenerationStats(), GenerationStats()
+    engine.start(PROMPT, stats)
+    assert (stats.prompt_s, stats.prompt_tokens, stats.reused_tokens) == (64.0, len(PROMPT), 0)
+    fed, carried = 0.0, 0
+    for _ in range(12):
+        before = expand.calls
+        done = engine.round(greedy(), stats)
+        fed += expand.calls - before
+        submitted = done.selection.tree
+        seen.drafted += len(done.drafted) - 1 - carried
+        carried = len(done.survivors.tree) - 1 if done.survivors is not None else 0
+        seen.survived += carried > 0
+        seen.tested += len(submitted) - 1
+        seen.accepted += done.walk.num_accepted
+        seen.path_tested += done.walk.path_tested
+        seen.generated_tokens += len(done.walk.tokens)
+        assert len(done.walk.tokens) == done.walk.num_accepted + 1
+        assert done.walk.num_accepted <= done.walk.path_tested <= done.walk.num_accepted + 1
+        assert len(submitted) <= len(done.drafted)
+    assert (stats.drafted, stats.tested, stats.accepted) == (seen.drafted, seen.tested, seen.accepted)
+    assert (stats.path_tested, stats.generated_tokens) == (seen.path_tested, seen.generated_tokens)
+    assert stats.generated_tokens == len(engine.tokens) - len(PROMPT)
+    assert (stats.survived, stats.provisional, stats.provisional_passes) == (seen.survived, 0, 0)
+    assert stats.target_passes == verify.calls == 12
+    assert stats.tokens_per_pass == stats.generated_tokens / 12
+    assert stats.acceptance_rate == stats.accepted / stats.path_tested
+    assert (stats.verify_s, stats.draft_s) == (48.0, fed)
+    assert prefill.calls == 1
+    assert commit.calls == 12
+    assert stats.other_s == 3.0
+    assert stats.decode_s == stats.draft_s + stats.verify_s + stats.other_s
+    assert stats.tokens_per_s == stats.generated_tokens / stats.decode_s
+    # What the policy prices with is what the clock said.
+    assert engine.costs.verify.predict(len(submitted)) == 4.0
+    assert engine.costs.draft.predict(1) == 1.0
+
+
+def test_expansions_without_a_forward_cost_nothing() -> None:
+    """A lookup must not teach the cost model that a draft step takes no time."""
+    engine = engine_of([NgramDrafter()], forced(8))
+    stats = GenerationStats()
+    engine.start(PROMPT, stats)
+    for _ in range(5):
+        engine.round(greedy(), stats)
+    assert stats.draft_s == 0.0
+    assert stats.drafted > 0
+    assert not engine.costs.draft
+
+
+def test_prompt_progress_counts_up_to_the_prompt() -> None:
+    engine = engine_of([], ChainPolicy(0))
+    seen: list[tuple[int, int]] = []
+    prompt = [(3 * i) % VOCAB for i in range(1200)]
+    engine.start(prompt, GenerationStats(), lambda done, total: seen.append((done, total)))
+    assert [total for _, total in seen] == [1200] * len(seen)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert (seen[0][0], seen[-1][0]) == (0, 1200)
+    assert len(seen) > 3
+
+
+def test_a_prompt_that_goes_on_is_not_computed_again() -> None:
+    engine = engine_of([ModelDrafter(model())], forced(8))
+    engine.start(PROMPT, GenerationStats())
+    decode(engine, 10)
+    said = list(engine.tokens)
+    stats = GenerationStats()
+    engine.start([*said, 6, 7], stats)
+    assert stats.reused_tokens == len(said) - 1
+    stats = GenerationStats()
+    engine.start([*said[:6], 9], stats)
+    assert stats.reused_tokens == 6
+    stats = GenerationStats()
+    engine.start([30, 31], stats)
+    assert stats.reused_tokens == 0
+    assert decode(engine, 10)[:10] == plain_text([30, 31], 10)[:10]
+
+
+def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
+    engine = engine_of([ModelDrafter(model())], ChainPolicy(6))
+    engine.start(PROMPT, GenerationStats())
+    expected = plain_text(PROMPT, 3)[:3]
+    stats, emitted = GenerationStats(), []
+
+    def stop(token: int) -> bool:
+        emitted.append(token)
+        return len(emitted) == 3
+
+    done = engine.round(greedy(), stats, stop)
+    assert emitted == list(done.walk.tokens) == engine.tokens[len(PROMPT) :] == expected
+    assert done.walk.stopped
+    assert engine.target.num_cached <= len(engine.tokens)
+    engine.start([*PROMPT, *expected], GenerationStats())  # go on from there
+    assert [*expected, *decode(engine, 10)][:12] == plain_text(PROMPT, 12)[:12]
+
+
+# -- models that take no trees -----------------------------------------------------------------------------
+
+
+class Watching(ResidentTarget):
+    """Keeps what it was given."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen: list[list[int]] = []
+
+    def verify(self, tree: TokenTree, background: Background = None) -> Verification:
+        self.seen.append(list(tree.parents))
+        return super().verify(tree)
+
+
+def bushy(kind: str) -> GrowthPolicy:
+    """A policy that wants branches."""
+    costs = CostModel()
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        costs.draft.observe(rows, 0.01)
+        costs.verify.observe(rows, 1.0)
+    policies: dict[str, GrowthPolicy] = {
+        "forced": forced(16),
+        "throughput": ThroughputPolicy(costs, Calibration()),
+        "paper": PaperPolicy(16),
+        "chain": ChainPolicy(4),
+    }
+    return policies[kind]
+
+
+@pytest.mark.parametrize("kind", ["forced", "throughput", "paper", "chain"])
+def test_a_target_that_takes_chains_only_ever_gets_chains(kind: str) -> None:
+    policy = bushy(kind)
+    chain_model = family("gpt2")
+    assert chain_model.capability == "chain"
+    target = Watching(chain_model, FAMILY_VOCAB)
+    drafters = [NgramDrafter(), ModelDrafter(family("llama"))]
+    engine = engine_of(drafters, policy, target)
+    engine.start(PROMPT, GenerationStats())
+    stats = GenerationStats()
+    while stats.generated_tokens < 40:
+        engine.round(greedy(FAMILY_VOCAB), stats)
+    assert all(parents == list(range(-1, len(parents) - 1)) for parents in target.seen)
+    assert max(map(len, target.seen)) > 1
+    plain = engine_of([], ChainPolicy(0), ResidentTarget(chain_model, FAMILY_VOCAB))
+    plain.start(PROMPT, GenerationStats())
+    text = engine.tokens[len(PROMPT) :]
+    assert text == decode(plain, len(text), greedy(FAMILY_VOCAB))
+
+
+def test_a_draft_that_takes_chains_only_proposes_below_its_own_line() -> None:
+    target, draft = family("gpt2"), family("gpt2")
+    engine = engine_of([ModelDrafter(draft)], ChainPolicy(4), ResidentTarget(target, FAMILY_VOCAB))
+    engine.start(PROMPT, GenerationStats())
+    stats = GenerationStats()
+    for _ in range(10):
+        engine.round(greedy(FAMILY_VOCAB), stats)
+    assert stats.acceptance_rate == 1.0
+    assert stats.tokens_per_pass == 5.0
+
+
+def test_a_chain_draft_is_safe_under_a_policy_that_wants_a_tree() -> None:
+    draft = family("gpt2")
+    target = ResidentTarget(family("llama"), FAMILY_VOCAB)
+    engine = engine_of([ModelDrafter(draft)], forced(12), target)
+    engine.start(PROMPT, GenerationStats())
+    text = decode(engine, 30, greedy(FAMILY_VOCAB))
+    plain = engine_of([], ChainPolicy(0), ResidentTarget(family("llama"), FAMILY_VOCAB))
+    plain.start(PROMPT, GenerationStats())
+    assert text == decode(plain, len(text), greedy(FAMILY_VOCAB))
+
+
+def mlx_lm_text(name: str, prompt: Sequence[int], count: int) -> list[int]:
+    """What mlx-lm itself generates, greedily."""
+    steps = generate_step(mx.array(prompt), family(name).model, max_tokens=count)
+    return [int(token) for token, _ in steps]
+
+
+def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -> None:
+    plain_model = family("mamba")
+    assert plain_model.capability == "plain"
+    engine = engine_of([], forced(8), ResidentTarget(plain_model, FAMILY_VOCAB))
+    engine.start(PROMPT, GenerationStats())
+    text = decode(engine, 24, greedy(FAMILY_VOCAB))
+    assert text == mlx_lm_text("mamba", PROMPT, 24)
+    # Going on keeps the state; an edit starts again.
+    stats = GenerationStats()
+    longer = [*PROMPT, *text, 3, 4]
+    engine.start(longer, stats)
+    assert stats.reused_tokens == len(PROMPT) + 23
+    assert decode(engine, 8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", longer, 8)
+    edited = [*PROMPT[:5], 8, 9]
+    engine.start(edited, stats)
+    assert stats.reused_tokens == 0
+    assert decode(engine, 8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", edited, 8)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_such_a_model_survives_an_interruption(edited: bool) -> None:
+    engine = engine_of([], ChainPolicy(0), ResidentTarget(family("mamba"), FAMILY_VOCAB))
+    engine.start(PROMPT, GenerationStats())
+    decode(engine, 4, greedy(FAMILY_VOCAB))
+    Interrupting(engine.target, "verify", 1, True)
+    with pytest.raises(KeyboardInterrupt):
+        engine.round(greedy(FAMILY_VOCAB), GenerationStats())
+    prompt = [*PROMPT[:5], 8] if edited else [*engine.tokens, 3, 4]
+    engine.start(prompt, GenerationStats())
+    assert decode(engine, 8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", prompt, 8)
+
+
+def test_such_a_model_is_never_given_a_tree() -> None:
+    """Drafters or not, a plain target gets one token at a time."""
+    target = Watching(family("mamba"), FAMILY_VOCAB)
+    engine = engine_of([NgramDrafter()], forced(8), target)
+    engine.start(PROMPT, GenerationStats())
+    assert decode(engine, 12, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", PROMPT, 12)
+    assert target.seen == [[-1]] * 12

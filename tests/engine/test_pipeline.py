@@ -1,0 +1,432 @@
+"""Drafting while the target waits: what is drafted, what survives, and whom the seconds are charged to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.engine.session import Round, SpeculativeEngine
+from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy.best_first import ThroughputPolicy
+from llmcad_mlx.policy.calibration import Calibration
+from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.fixed import ChainPolicy
+from llmcad_mlx.policy.paper import PaperPolicy
+from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
+from llmcad_mlx.results import GenerationStats
+from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.tree.token_tree import MODEL, NGRAM, ROOT, Selection, TokenTree
+from llmcad_mlx.tree.walk import walk
+from llmcad_mlx.verifying.target import ResidentTarget, Verification
+from tests.support.tiny import VOCAB, tiny_tree_model
+from tests.support.waiting_target import WaitingTarget
+
+PROMPT = [1, 2, 3, 4, 5, 1, 2, 3]
+
+
+@functools.cache
+def model(noise: float = 0.0) -> TreeModel:
+    return tiny_tree_model(0, noise=noise)
+
+
+class Clock:
+    """Stands still but for what is charged to it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def forced(num_nodes: int, **options: Any) -> ThroughputPolicy:
+    return ThroughputPolicy(CostModel(), Calibration(), tree_nodes=num_nodes, **options)
+
+
+def engine_of(
+    policy: GrowthPolicy,
+    drafters: Sequence[Drafter] | None = None,
+    target: ResidentTarget | None = None,
+    clock: Callable[[], float] | None = None,
+) -> SpeculativeEngine:
+    """An engine whose draft is the target's own model, unless told otherwise."""
+    drafters = [ModelDrafter(model())] if drafters is None else drafters
+    target = target or WaitingTarget(model(), VOCAB)
+    return SpeculativeEngine(target, drafters, policy, CostModel(), clock or Clock())
+
+
+def sampler(temperature: float = 0.0, seed: int = 0) -> TargetSampler:
+    return TargetSampler(SamplingSettings(temperature=temperature, seed=seed), VOCAB)
+
+
+def run(engine: SpeculativeEngine, rounds: int, stats: GenerationStats | None = None) -> list[Round]:
+    return [engine.round(sampler(), stats or GenerationStats()) for _ in range(rounds)]
+
+
+# -- what survives -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("make", [lambda: forced(6), lambda: PaperPolicy(6)], ids=["forced", "paper"])
+def test_with_a_perfect_draft_rounds_start_from_the_last_ones_tree(
+    make: Callable[[], GrowthPolicy], temperature: float
+) -> None:
+    engine, stats = engine_of(make()), GenerationStats()
+    engine.start(PROMPT, stats)
+    survived = 0
+    for _ in range(15):
+        done = engine.round(sampler(temperature), stats)
+        if done.survivors is not None:
+            survived += len(done.survivors.tree) > 1
+            assert done.survivors.tree.tokens[ROOT] == engine.tokens[-1]
+            assert done.survivors.tree.root_position == len(engine.tokens) - 1
+    assert 8 <= stats.survived == survived
+    assert 0 < stats.provisional <= stats.drafted
+    assert stats.accepted == stats.path_tested > 0
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_the_pipeline_moves_drafting_out_of_the_way(pipelined: bool) -> None:
+    """With long waits and a good draft, hardly any step is left to take before the pass."""
+    clock = Clock()
+    drafter = ModelDrafter(model())
+    engine = engine_of(forced(6, pipelined=pipelined), [drafter], clock=clock)
+    Charged(drafter, "expand", clock, 1.0)
+    stats = GenerationStats()
+    engine.start(PROMPT, stats)
+    for _ in range(10):
+        engine.round(sampler(), stats)
+    in_front = stats.draft_s - stats.hidden_draft_s
+    assert stats.generated_tokens >= 30
+    if pipelined:
+        assert in_front <= 5  # the first round's
+        assert stats.hidden_draft_s > 50
+    else:
+        assert in_front >= 20
+        assert (stats.hidden_draft_s, stats.provisional, stats.survived) == (0.0, 0, 0)
+
+
+def test_the_draft_reads_every_token_once() -> None:
+    """Rows fed are those of drafted nodes and of tokens nobody had drafted: nothing that survived comes again."""
+    drafter = ModelDrafter(model(0.2))
+    engine = engine_of(forced(6, max_provisional=8), [drafter])
+    fed: list[tuple[int, int]] = []
+    forward = drafter.model.forward
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model(0.2), name)
+
+        def forward(self, tokens: Sequence[int], cache: Any, parents: Sequence[int]) -> Any:
+            result = forward(tokens, cache, parents)
+            fed.extend((cache.position(slot), token) for slot, token in zip(result.slots, tokens, strict=True))
+            return result
+
+    drafter.model = Counting()  # type: ignore[assignment]
+    engine.start(PROMPT, GenerationStats())
+    for _ in range(20):
+        position = len(engine.tokens) - 1
+        kept = {(p, t) for p, t in fed if p >= position}
+        before = len(fed)
+        (done,) = run(engine, 1)
+        path = [(position, done.drafted.tokens[ROOT])]
+        path += [(done.drafted.position(n), done.drafted.tokens[n]) for n in done.drafted.path(done.walk.last)]
+        new = fed[before:]
+        if done.survivors is None or (position, engine.tokens[position]) not in kept:
+            continue
+        # The root had been fed before this round, so it must not be fed again.
+        carried_root = (position, engine.tokens[position])
+        assert carried_root not in new or carried_root not in kept
+
+
+def begun_with(policy: GrowthPolicy) -> list[Selection | None]:
+    """Will list what each round of `policy` is begun with."""
+    seen: list[Selection | None] = []
+    begin = policy.begin
+
+    def noting(tree: TokenTree, survivors: Selection | None = None) -> None:
+        seen.append(survivors)
+        begin(tree, survivors)
+
+    policy.begin = noting  # type: ignore[method-assign]
+    return seen
+
+
+def test_a_tree_is_carried_over_to_the_next_round_only() -> None:
+    policy = forced(6)
+    engine, seen = engine_of(policy), begun_with(policy)
+    engine.start(PROMPT, GenerationStats())
+    rounds = run(engine, 4)
+    assert seen == [None, *(done.survivors for done in rounds[:-1])]
+    assert None not in seen[1:]
+
+
+@pytest.mark.parametrize("change", ["prompt", "same prompt", "sampling", "policy", "error", "stop"])
+def test_a_carried_tree_is_dropped_when_anything_changes(change: str) -> None:
+    policy = forced(6)
+    engine = engine_of(policy)
+    engine.start(PROMPT, GenerationStats())
+    (done,) = run(engine, 1)
+    assert done.survivors is not None
+    chosen = sampler()
+    if change == "prompt":
+        engine.start([*engine.tokens, 5], GenerationStats())
+    elif change == "same prompt":
+        engine.start(list(engine.tokens), GenerationStats())
+    elif change == "sampling":
+        chosen = sampler(0.5)
+    elif change == "policy":
+        policy = engine.policy = forced(6)
+    elif change == "error":
+        engine.target._wait = lambda background: 1 / 0  # type: ignore[attr-defined]
+        with pytest.raises(ZeroDivisionError):
+            run(engine, 1)
+        del engine.target._wait  # type: ignore[attr-defined]
+    elif change == "stop":
+        done = engine.round(sampler(), GenerationStats(), lambda token: True)
+        assert done.survivors is None
+    seen = begun_with(policy)
+    engine.round(chosen, GenerationStats())
+    assert seen == [None]
+
+
+def test_what_was_drafted_but_not_submitted_serves_a_resident_target_too() -> None:
+    """The target's token after the accepted path is often one the policy left out."""
+    drafter = ModelDrafter(model(0.3))
+    engine = engine_of(forced(3), [drafter], ResidentTarget(model(), VOCAB))
+    stats = GenerationStats()
+    engine.start(PROMPT, stats)
+    sizes = [0 if done.survivors is None else 1 for done in run(engine, 60, stats)]
+    assert sum(sizes) > 5
+    assert (stats.provisional, stats.provisional_passes, stats.hidden_draft_s) == (0, 0, 0.0)
+
+
+# -- whose seconds -----------------------------------------------------------------------------------------
+
+
+class Charged:
+    """Wraps a method so that each call takes `seconds` on the clock."""
+
+    def __init__(self, owner: Any, name: str, clock: Clock, seconds: float) -> None:
+        self.inner, self.clock, self.seconds = getattr(owner, name), clock, seconds
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.clock.now += self.seconds
+        return self.inner(*args, **kwargs)
+
+
+class ChargedTarget(WaitingTarget):
+    """After its background it blocks for 8 s, then computes for 2 s and 0.5 s a row."""
+
+    def __init__(self, clock: Clock, most: int) -> None:
+        super().__init__(model(), VOCAB, most=most)
+        self.clock = clock
+        self.blocked_s = 0.0
+        self.read = 0
+
+    @property
+    def io_wait_s(self) -> float:
+        return self.blocked_s
+
+    @property
+    def streamed_bytes(self) -> int:
+        return self.read
+
+    def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
+        done = super().verify(tree, background)
+        self.blocked_s += 8.0
+        self.read += 1000
+        self.clock.now += 8.0 + 2.0 + 0.5 * len(tree)
+        return done
+
+
+def test_seconds_are_charged_to_who_spent_them() -> None:
+    clock = Clock()
+    drafter, target = ModelDrafter(model()), ChargedTarget(clock, most=5)
+    engine = engine_of(forced(4), [drafter], target, clock)
+    Charged(drafter, "expand", clock, 1.0)
+    stats = GenerationStats()
+    target.read = 777  # the prompt's
+    engine.start(PROMPT, stats)
+    passes: list[float] = []
+    engine.costs.observe_pass = lambda rows, seconds, busy: passes.append(seconds)  # type: ignore[method-assign]
+    for _ in range(6):
+        before = clock.now
+        in_front = stats.draft_s - stats.hidden_draft_s
+        engine.round(sampler(), stats)
+        in_front = stats.draft_s - stats.hidden_draft_s - in_front
+        # The pass took what it took, hidden drafting included: that stands where waiting stood.
+        assert passes[-1] == clock.now - before - in_front
+    assert stats.hidden_draft_s == target.steps > 6
+    assert stats.io_wait_s == 6 * 8.0
+    assert stats.verify_s == 6 * 4.0
+    assert stats.streamed_bytes == 6 * 1000
+    assert stats.decode_s == stats.draft_s + stats.verify_s + stats.io_wait_s
+    assert stats.other_s == 0.0
+
+
+def test_lookups_in_the_background_take_no_drafting_time() -> None:
+    engine = engine_of(forced(8), [NgramDrafter()])
+    stats = GenerationStats()
+    engine.start(PROMPT, stats)
+    for _ in range(20):
+        engine.round(sampler(), stats)
+    assert stats.provisional > 0
+    assert stats.draft_s == stats.hidden_draft_s == 0.0
+    assert not engine.costs.draft
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_the_draft_reads_the_prompt_while_the_target_does(pipelined: bool) -> None:
+    prompt = [(7 * i) % VOCAB for i in range(400)]
+    drafter = ModelDrafter(model())
+    target = WaitingTarget(model(), VOCAB, most=4)
+    engine = engine_of(forced(4, pipelined=pipelined), [NgramDrafter(), drafter], target)
+    lengths: list[int] = []
+    prefill = drafter.prefill
+
+    def noting(*args: Any) -> None:
+        lengths.append(drafter.cache.length)
+        prefill(*args)
+
+    drafter.prefill = noting  # type: ignore[method-assign]
+    engine.start(prompt, GenerationStats())
+    assert lengths == [3 * 64 if pipelined else 0]  # the first step was the lookup's
+    assert drafter.cache.length == 399
+
+
+def test_a_given_up_draft_is_left_alone_in_the_background() -> None:
+    policy = ThroughputPolicy(CostModel(), Calibration())
+    drafter = ModelDrafter(model())
+    engine = SpeculativeEngine(WaitingTarget(model(), VOCAB), [drafter], policy, policy.costs, Clock())
+    policy._draft_account.drafting, policy._draft_account.balance = False, 0.0
+    engine.start(PROMPT, GenerationStats())
+    stats = GenerationStats()
+    run(engine, 5, stats)
+    assert (stats.drafted, drafter.cache.num_slots) == (0, 0)
+
+
+# -- which nodes -------------------------------------------------------------------------------------------
+
+
+def submitted_tree(policy: GrowthPolicy) -> TokenTree:
+    """Drafted: 1 (0.6) with 3 (0.5) below it, and 2 (0.3)."""
+    tree = TokenTree(0)
+    policy.begin(tree)
+    for path, candidates in (
+        ([], Candidates([1, 2], [0.6, 0.3])),
+        ([1], Candidates([3], [0.5])),
+    ):
+        (leaf,) = policy.next_leaves(tree, MODEL)[:1]
+        assert tree.path_tokens(leaf) == path
+        policy.add(tree, leaf, candidates)
+    return tree
+
+
+def test_free_time_goes_to_the_nodes_the_text_passes_through_most_likely() -> None:
+    """Whether they were submitted or not, and never twice to the same."""
+    policy = forced(4, max_width=1)
+    tree = submitted_tree(policy)
+    while policy.next_leaves(tree, MODEL):
+        pass
+    order = []
+    policy._expanded[MODEL] = {ROOT, 1}
+    for confidences in ([0.9, 0.1], [0.9], [0.5], []):
+        (leaf,) = policy.provisional_leaves(tree, MODEL, 8)
+        order.append(tree.path_tokens(leaf))
+        policy.add(tree, leaf, Candidates([7, 8][: len(confidences)], confidences))
+    # 0.3 at [1, 3] and at [2]; then 0.27 below the one, and below the other
+    assert order == [[2], [1, 3], [2, 7], [1, 3, 7]]
+
+
+def test_unlikely_nodes_and_full_trees_are_left_alone() -> None:
+    policy = forced(4, max_provisional=3, max_width=8)
+    tree = TokenTree(0)
+    policy.begin(tree)
+    assert policy.next_leaves(tree, MODEL) == [ROOT]
+    policy.add(tree, ROOT, Candidates([1, 2, 3, 4], [0.9, 0.05, 0.004, 0.003]))
+    assert [tree.tokens[leaf] for leaf in policy.provisional_leaves(tree, MODEL, 8)] == [1, 2]
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == []
+    policy.add(tree, 1, Candidates([5], [0.9]))
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == []  # three are expanded
+
+
+def test_a_pass_that_measures_plain_decoding_is_not_disturbed() -> None:
+    costs = CostModel()
+    policy = ThroughputPolicy(costs, Calibration())
+    tree = TokenTree(0)
+    policy.begin(tree)
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == []  # the price of a plain pass is not known yet
+    for _ in range(2):
+        costs.verify.observe(1, 1.0)
+    policy.begin(tree)
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == [ROOT]
+    policy._since_plain = 1000
+    policy.begin(tree)
+    assert list(policy.provisional_leaves(tree, MODEL, 8)) == []
+
+
+def test_expanded_nodes_are_remembered_under_their_new_names() -> None:
+    policy = forced(4, max_width=1)
+    tree = submitted_tree(policy)
+    policy.max_width = 8
+    leaves = policy.provisional_leaves(tree, MODEL, 8)
+    assert [tree.tokens[leaf] for leaf in leaves] == [2, 3]
+    policy.add(tree, 2, Candidates([5, 6], [0.5, 0.4]))
+    survivors = tree.reroot(2)
+    policy.begin(survivors.tree, survivors)
+    assert [survivors.tree.tokens[leaf] for leaf in policy.next_leaves(survivors.tree, MODEL)] == [5, 6]
+    assert 0 in policy.next_leaves(survivors.tree, NGRAM)  # the lookup has not been asked about anything
+    policy.begin(TokenTree(9))
+    assert list(policy.next_leaves(TokenTree(9), MODEL)) == [ROOT]
+
+
+def test_the_papers_pipeline_keeps_one_continuation_of_the_best_branch() -> None:
+    policy = PaperPolicy(4)
+    tree = TokenTree(0)
+    policy.begin(tree)
+    policy.next_leaves(tree, MODEL)
+    policy.add(tree, ROOT, Candidates([1, 2], [0.4, 0.35]))
+    policy.next_leaves(tree, MODEL)
+    policy.add(tree, 1, Candidates([3], [0.5]))
+    assert list(policy.next_leaves(tree, MODEL)) == []  # four nodes
+    assert policy.submit(tree).tree.tokens == [0, 1, 2, 3]
+    order = []
+    assert list(policy.provisional_leaves(tree, NGRAM, 8)) == []
+    policy.begin(tree)
+    while leaves := policy.provisional_leaves(tree, MODEL, 8):
+        (leaf,) = leaves
+        order.append(tree.path_tokens(leaf))
+        policy.add(tree, leaf, Candidates([7, 8], [0.6, 0.35]))
+    assert order == [[2], [2, 7], [2, 7, 7], [2, 7, 7, 7]]  # 2 is likelier than 3 below 1
+    assert len(tree) == 8  # no branch for 8, and no more candidates than a pass has nodes
+    survivors = tree.reroot(2)
+    policy.begin(survivors.tree, survivors)
+    assert policy.next_leaves(survivors.tree, MODEL) == []  # full already
+    assert len(policy.submit(survivors.tree).tree) == 4
+
+
+def test_a_chain_drafts_nothing_provisionally() -> None:
+    engine, stats = engine_of(ChainPolicy(3)), GenerationStats()
+    engine.start(PROMPT, stats)
+    run(engine, 5, stats)
+    assert (stats.provisional, stats.survived) == (0, 0)
+
+
+def test_calibration_learns_from_provisional_nodes_too() -> None:
+    policy = forced(4, max_width=8)
+    tree = submitted_tree(policy)
+    selection = policy.submit(tree)
+    policy.provisional_leaves(tree, MODEL, 8)
+    policy.add(tree, 3, Candidates([9], [0.8]))
+    before = policy.calibration.probability(0.8, MODEL)
+    text = iter([1, 3, 9])
+    policy.verified(selection.tree, walk(selection.tree, lambda node, path: next(text)))
+    assert policy.calibration.probability(0.8, MODEL) > before

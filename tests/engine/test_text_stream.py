@@ -1,0 +1,123 @@
+"""Tokens in, text out, and why it ended."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from transformers import PreTrainedTokenizerFast
+
+from llmcad_mlx.engine.text import Piece, TextStream
+from llmcad_mlx.errors import UsageError
+from llmcad_mlx.settings import StopSettings, stop_settings
+from tests.support.tiny_folder import EOS, make_tokenizer, token_ids
+
+TOKENIZER = TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=make_tokenizer()), BPEStreamingDetokenizer)
+IDS = token_ids()
+
+
+def encode(text: str) -> list[int]:
+    return list(TOKENIZER.encode(text, add_special_tokens=False))
+
+
+def feed(tokens: list[int], limit: int | None = None, **stopping: object) -> list[Piece]:
+    """Pieces up to the token that ends the text."""
+    stream = TextStream(TOKENIZER, stop_settings(**stopping), {EOS}, limit)
+    for token in tokens:
+        ended = stream.push(token)
+        assert ended == (stream.finish_reason is not None)
+        if ended:
+            break
+    return stream.take()
+
+
+def text_of(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def test_each_token_gives_one_piece_with_its_text() -> None:
+    pieces = feed(encode("the cat"))
+    assert [piece.text for piece in pieces] == ["the", "", " c", "a", "t"]  # a lone space waits for the next token
+    assert [piece.token for piece in pieces] == encode("the cat")
+    assert {piece.finish_reason for piece in pieces} == {None}
+
+
+def test_take_hands_out_each_piece_once() -> None:
+    stream = TextStream(TOKENIZER, StopSettings(), {EOS}, None)
+    stream.push(IDS["a"])
+    assert [piece.token for piece in stream.take()] == [IDS["a"]]
+    assert stream.take() == []
+
+
+def test_a_character_of_several_tokens_comes_with_its_last() -> None:
+    tokens = encode("é😀")
+    assert len(tokens) == 6
+    assert [piece.text for piece in feed(tokens)] == ["", "é", "", "", "", "😀"]
+
+
+def test_half_a_character_is_shown_as_such_at_the_end() -> None:
+    pieces = feed(encode("a😀")[:-1], limit=4)
+    assert text_of(pieces) == "a\N{REPLACEMENT CHARACTER}"
+    assert pieces[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stopping", [{}, {"stop_tokens": [IDS["b"]]}])
+def test_end_and_stop_tokens_are_kept_but_not_shown(stopping: dict[str, object]) -> None:
+    end = IDS["b"] if stopping else EOS
+    pieces = feed([IDS["a"], end, IDS["c"]], **stopping)
+    assert pieces == [Piece(IDS["a"], "a", None), Piece(end, "", "stop")]
+
+
+def test_the_limit_ends_with_length_unless_the_last_token_ends_the_text_anyway() -> None:
+    assert feed(encode("xyz"), limit=2)[-1] == Piece(IDS["y"], "y", "length")
+    assert feed([IDS["x"], EOS], limit=2)[-1].finish_reason == "stop"
+    assert feed(encode("xyz"), limit=2, stop="y")[-1] == Piece(IDS["y"], "", "stop")
+
+
+def test_a_stop_string_across_token_borders() -> None:
+    pieces = feed(encode("ab</end>cd"), stop="</end>")
+    assert text_of(pieces) == "ab"
+    assert pieces[-1] == Piece(IDS[">"], "", "stop")
+    assert [piece.token for piece in pieces] == encode("ab</end>")
+
+
+def test_what_only_began_like_a_stop_string_is_shown() -> None:
+    assert text_of(feed(encode("ab</en"), limit=6, stop="</end>")) == "ab</en"
+    assert text_of(feed([*encode("ab</e"), EOS], stop="</end>")) == "ab</e"
+    assert text_of(feed(encode("ab</x</end>"), stop="</end>")) == "ab</x"
+
+
+def test_text_before_a_stop_string_inside_one_token() -> None:
+    pieces = feed([IDS["a"], IDS["the"]], stop="he")
+    assert pieces == [Piece(IDS["a"], "a", None), Piece(IDS["the"], "t", "stop")]
+
+
+@given(
+    text=st.text("ab <", max_size=30),
+    stops=st.lists(st.text("ab <", min_size=1, max_size=4), max_size=3),
+)
+def test_stopping_does_not_depend_on_how_text_is_cut_into_tokens(text: str, stops: list[str]) -> None:
+    pieces = feed([*encode("x" + text), EOS], stop=stops)
+    ends = [(end, stop) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
+    if ends:
+        end, _ = min(ends, key=lambda found: found[0])
+        longest = max((stop for at, stop in ends if at == end), key=len)
+        assert text_of(pieces) == "x" + text[: end - len(longest)]
+    else:
+        assert text_of(pieces) == "x" + text
+    assert pieces[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_tokens", 0), ("max_tokens", -2), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", None),
+        ("stop", ""), ("stop", ["a", ""]), ("stop", 5), ("stop", [5]), ("stop", {"a": 1}),
+        ("stop_tokens", 5), ("stop_tokens", [-1]), ("stop_tokens", ["a"]), ("stop_tokens", "ab"),
+        ("stop_tokens", [True]), ("stop_tokens", 0), ("stop_tokens", [2**31]),
+    ],
+)  # fmt: skip
+def test_settings_refuse_what_makes_no_sense(option: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"^{option}: "):
+        stop_settings(**{option: value})

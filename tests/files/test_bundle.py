@@ -1,0 +1,324 @@
+"""Bundles: what is in them, and that nothing altered, cut off or foreign is taken for one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from llmcad_mlx import __version__
+from llmcad_mlx.errors import ModelError
+from llmcad_mlx.files import bundle_writer
+from llmcad_mlx.files.bundle import FILE, Bundle, read_bundle, verify_bundle
+from llmcad_mlx.files.bundle_writer import BundleWriter, layer_index, plan_layers
+from llmcad_mlx.files.safetensors_writer import TensorSpec
+from llmcad_mlx.store.convert import convert_folder, write_bundle
+from llmcad_mlx.streaming.weights import WeightIndex
+from tests.support.tiny_folder import copy_folder, make_folder
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "stock", layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def bundle_folder(stock: Path) -> Path:
+    convert_folder(stock, stock.parent / "bundle")
+    return stock.parent / "bundle"
+
+
+@pytest.fixture
+def damaged(bundle_folder: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return copy_folder(bundle_folder, tmp_path / "bundle")
+
+
+def known(folder: Path) -> Bundle:
+    bundle = read_bundle(folder)
+    assert bundle is not None
+    return bundle
+
+
+def weights(folder: Path) -> dict[str, mx.array]:
+    model, _ = mlx_lm.load(str(folder))
+    return dict(tree_flatten(model.parameters()))
+
+
+def test_mlx_lm_opens_a_bundle_with_equal_weights(stock: Path, tmp_path: Path) -> None:
+    write_bundle(stock, tmp_path / "out")
+    before, after = weights(stock), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+def test_every_layer_is_one_aligned_run_of_bytes_in_order(bundle_folder: Path) -> None:
+    bundle = known(bundle_folder)
+    assert [layer.name for layer in bundle.layers] == [
+        "embedding",
+        *(f"layer {number}" for number in range(LAYERS)),
+        "rest",
+        "head",
+    ]
+    position = bundle.layers[0].offset
+    assert position % 4096 == 0
+    for layer in bundle.layers:
+        assert layer.offset == position
+        for tensor in layer.tensors:
+            assert tensor.extent.offset == position
+            assert position % {"U32": 4, "F32": 4}[tensor.extent.dtype] == 0
+            position += tensor.extent.num_bytes
+    assert position == (bundle_folder / "model.safetensors").stat().st_size
+
+
+def test_layers_begin_where_the_file_says_and_have_their_checksums(bundle_folder: Path) -> None:
+    content = (bundle_folder / "model.safetensors").read_bytes()
+    for layer in known(bundle_folder).layers:
+        run = content[layer.offset : layer.offset + layer.num_bytes]
+        assert hashlib.sha256(run).hexdigest() == layer.sha256
+        for tensor in layer.tensors:
+            extent = tensor.extent
+            own = content[extent.offset : extent.offset + extent.num_bytes]
+            assert hashlib.sha256(own).hexdigest() == tensor.sha256
+    hashes = known(bundle_folder).tensor_sha256
+    assert hashes.keys() == WeightIndex.of(bundle_folder).keys()
+
+
+def test_what_else_the_file_says(bundle_folder: Path) -> None:
+    content = json.loads((bundle_folder / FILE).read_text())
+    assert set(content) == {"format", "layers", "draft", "profile", "source", "created_by"}
+    assert (content["format"], content["draft"], content["profile"]) == (1, None, {})
+    assert (content["source"], content["created_by"]) == ("stock", f"llmcad-mlx {__version__}")
+    layer = content["layers"][1]
+    assert set(layer) == {"name", "tensors", "bytes", "sha256"}
+    assert set(layer["tensors"][0]) == {"name", "file", "offset", "bytes", "dtype", "shape", "sha256"}
+    bundle = known(bundle_folder)
+    assert bundle.num_bytes == sum(layer["bytes"] for layer in content["layers"])
+    assert (bundle.draft, bundle.profile, bundle.source) == (None, {}, "stock")
+
+
+def test_a_draft_and_a_profile_are_read(damaged: Path) -> None:
+    change(damaged, lambda content: content.update(draft={"name": "small"}, profile={"read": 1e9}))
+    bundle = known(damaged)
+    assert (bundle.draft, bundle.profile) == ({"name": "small"}, {"read": 1e9})
+
+
+def test_a_stock_folder_is_no_bundle(stock: Path) -> None:
+    assert read_bundle(stock) is None
+    assert verify_bundle(stock) is None
+
+
+def test_verification_reports_every_byte(bundle_folder: Path) -> None:
+    reports: list[tuple[int, int]] = []
+    bundle = verify_bundle(bundle_folder, lambda done, total: reports.append((done, total)))
+    assert bundle == read_bundle(bundle_folder)
+    assert bundle is not None
+    assert reports[-1] == (bundle.num_bytes, bundle.num_bytes)
+    assert [done for done, _ in reports] == sorted({done for done, _ in reports})
+
+
+@settings(deadline=None, max_examples=30)
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_altered_bit_is_found_and_its_layer_named(
+    tmp_path_factory: pytest.TempPathFactory, bundle_folder: Path, share: float, bit: int
+) -> None:
+    folder = copy_folder(bundle_folder, tmp_path_factory.mktemp("altered") / "bundle")
+    bundle = known(folder)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    at = bundle.layers[0].offset + int(share * bundle.num_bytes)
+    content[at] ^= 1 << bit
+    file.write_bytes(content)
+    (altered,) = (layer for layer in bundle.layers if layer.offset <= at < layer.offset + layer.num_bytes)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: {altered.name} was altered") as caught:
+        verify_bundle(folder)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def change(folder: Path, edit: Callable[[Any], object]) -> None:
+    content = json.loads((folder / FILE).read_text())
+    edit(content)
+    (folder / FILE).write_text(json.dumps(content))
+
+
+def tensor(content: Any, number: int = 0) -> Any:
+    return content["layers"][1]["tensors"][number]
+
+
+FOREIGN: dict[str, tuple[Callable[[Any], object], str]] = {
+    "newer format": (lambda c: c.update(format=2), "bundle format 2 is not 1"),
+    "no format": (lambda c: c.pop("format"), "'format' of the file"),
+    "format true": (lambda c: c.update(format=True), "'format' of the file"),
+    "no layers": (lambda c: c.update(layers=None), "'layers' of the file"),
+    "layer of text": (lambda c: c["layers"].append("x"), "a layer is not a JSON object"),
+    "empty layer": (lambda c: c["layers"][1].update(tensors=[]), "'bytes' of layer 0"),
+    "wrong bytes": (lambda c: c["layers"][1].update(bytes=7), "'bytes' of layer 0"),
+    "short checksum": (lambda c: c["layers"][1].update(sha256="ab"), "'sha256' of layer 0"),
+    "tensor of nothing": (lambda c: c["layers"][1].update(tensors=[None]), "a tensor of layer 0 is not a JSON"),
+    "tensor without shape": (lambda c: tensor(c).pop("shape"), "'shape' of a tensor of layer 0"),
+    "other name": (lambda c: tensor(c).update(name="x"), "x of layer 0 does not lie in model.safetensors"),
+    "other dtype": (lambda c: tensor(c).update(dtype="F16"), "does not lie in"),
+    "other shape": (lambda c: tensor(c).update(shape=[1]), "does not lie in"),
+    "moved": (lambda c: tensor(c, 1).update(offset=1), "layer 0 is not one run of bytes"),
+    "other file": (lambda c: [t.update(file="../x") for t in c["layers"][1]["tensors"]], "does not lie in ../x|x"),
+    "twice": (lambda c: c["layers"].append(c["layers"][1]), "of layer 0 does not lie in"),
+    "not listed": (lambda c: c["layers"].pop(), "is not listed in llmcad.json"),
+    "draft of text": (lambda c: c.update(draft="small"), "'draft' of the file"),
+    "no source": (lambda c: c.pop("source"), "'source' of the file"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_is_refused_by_name(damaged: Path, kind: str) -> None:
+    edit, message = FOREIGN[kind]
+    change(damaged, edit)
+    with pytest.raises(ModelError, match=message) as caught:
+        read_bundle(damaged)
+    assert str(damaged) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"GIF89a", b"[" * 100_000])
+def test_what_is_not_json_is_refused_by_name(damaged: Path, content: bytes) -> None:
+    (damaged / FILE).write_bytes(content)
+    with pytest.raises(ModelError, match=r"llmcad\.json: .*make the bundle again"):
+        read_bundle(damaged)
+
+
+@settings(deadline=None, max_examples=30)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_anywhere_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, bundle_folder: Path, share: float
+) -> None:
+    for name in (FILE, "model.safetensors"):
+        folder = copy_folder(bundle_folder, tmp_path_factory.mktemp("cut") / "bundle")
+        content = (folder / name).read_bytes().rstrip()
+        (folder / name).write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ModelError, match=name):
+            read_bundle(folder)
+
+
+def test_weights_of_another_model_are_refused(damaged: Path, stock: Path) -> None:
+    (damaged / "model.safetensors").write_bytes((stock / "model.safetensors").read_bytes())
+    with pytest.raises(ModelError, match=r"llmcad\.json: .* does not lie in model\.safetensors"):
+        read_bundle(damaged)
+
+
+def test_a_file_that_shrinks_while_it_is_verified(damaged: Path) -> None:
+    def cut(done: int, total: int) -> None:
+        with (damaged / "model.safetensors").open("r+b") as file:
+            file.truncate(known_offset + 10)
+
+    known_offset = known(damaged).layers[2].offset
+    with pytest.raises(ModelError, match=r"model\.safetensors: layer 1 is cut off"):
+        verify_bundle(damaged, cut)
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("model.layers.12.self_attn.q_proj.weight", "layer 12"),
+        ("language_model.model.layers.3.mlp.up_proj.scales", "layer 3"),
+        ("transformer.h.7.attn.c_attn.weight", "layer 7"),
+        ("transformer.blocks.0.ffn.weight", "layer 0"),
+        ("model.embed_tokens.weight", "embedding"),
+        ("model.embed_tokens.scales", "embedding"),
+        ("transformer.wte.weight", "embedding"),
+        ("model.tok_embeddings.weight", "embedding"),
+        ("lm_head.biases", "head"),
+        ("output.weight", "head"),
+        ("embed_out.weight", "head"),
+        ("model.norm.weight", "rest"),
+        ("blocks.weight", "rest"),
+        ("scale", "rest"),
+    ],
+)
+def test_layers_are_found_by_name(name: str, group: str) -> None:
+    (plan,) = plan_layers([TensorSpec(name, "F16", (2,))])
+    assert plan.name == group
+    assert layer_index(name) == (int(group[6:]) if group.startswith("layer ") else None)
+
+
+DTYPES = {"U8": 1, "F16": 2, "BF16": 2, "U32": 4, "F32": 4, "I64": 8}
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    tensors=st.lists(
+        st.tuples(st.integers(-2, 12), st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3)),
+        min_size=1,
+        max_size=12,
+    ),
+    max_bytes=st.sampled_from([1, 200, 1 << 30]),
+    order=st.randoms(use_true_random=False),
+)
+def test_any_tensors_in_any_order_come_back(
+    tmp_path_factory: pytest.TempPathFactory, tensors: list[Any], max_bytes: int, order: Any
+) -> None:
+    """Written in pieces, in any order, into one file or several; the whole is a bundle that verifies."""
+    folder = tmp_path_factory.mktemp("written")
+    specs, contents = [], {}
+    for number, (layer, dtype, shape) in enumerate(tensors):
+        name = f"model.layers.{layer}.t{number}.weight" if layer >= 0 else f"t{number}.weight"
+        specs.append(TensorSpec(name, dtype, tuple(shape)))
+        contents[name] = order.randbytes(specs[-1].num_bytes)
+    pieces = [
+        (name, start, data[start : start + 50])
+        for name, data in contents.items()
+        for start in range(0, len(data), 50)
+    ]
+    order.shuffle(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle_writer, "MAX_FILE_BYTES", max_bytes)
+        with BundleWriter(folder, specs) as writer:
+            for name, start, data in pieces:
+                writer.write_bytes(name, start, data)
+            writer.finish("a test")
+    bundle = verify_bundle(folder)
+    assert bundle is not None
+    for layer in bundle.layers:
+        sizes = [DTYPES[tensor.extent.dtype] for tensor in layer.tensors]
+        assert sizes == sorted(sizes, reverse=True)
+    index = WeightIndex.of(folder)
+    assert index.keys() == contents.keys()
+    for name, extent in index.items():
+        assert extent.file.read_bytes()[extent.offset : extent.offset + extent.num_bytes] == contents[name]
+    for file in folder.glob("*.safetensors"):
+        assert (8 + struct.unpack("<Q", file.read_bytes()[:8])[0]) % 4096 == 0
+        mx.load(str(file))
+
+
+def test_a_layer_is_never_split_between_files(
+    tmp_path: Path, stock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_writer, "MAX_FILE_BYTES", 1)
+    write_bundle(stock, tmp_path / "out")
+    bundle = known(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == len(bundle.layers) == LAYERS + 3
+    assert weights(tmp_path / "out").keys() == weights(stock).keys()
+
+
+def test_missing_bytes_and_bytes_too_many_are_refused(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path, [TensorSpec("a", "U8", (4,))]) as writer:
+        with pytest.raises(ValueError, match="past"):
+            writer.write_bytes("a", 2, b"123")
+        writer.write_bytes("a", 0, b"123")
+        with pytest.raises(ValueError, match="1 bytes were not written"):
+            writer.finish("a test")
+    assert not (tmp_path / FILE).exists()

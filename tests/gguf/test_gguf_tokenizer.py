@@ -1,0 +1,210 @@
+"""Tokenizers out of GGUF files: the same ids as the original, and text that survives the way there and back."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx_lm.tokenizer_utils
+import pytest
+import sentencepiece
+from gguf import GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from llmcad_mlx.errors import ModelError
+from llmcad_mlx.gguf.convert import convert_gguf
+from llmcad_mlx.gguf.reader import Metadata, read_gguf_header
+from llmcad_mlx.gguf.tokenizer import read_tokenizer
+from llmcad_mlx.store.pull import pull_part
+from tests.support.tiny_gguf import END, TEMPLATE, write_tiny_gguf
+
+CORPUS = (
+    "Hello world",
+    "def f(x):\n    return x**2  # comment\n\n\tfoo",
+    "Der Wetterbericht: 12345 Grüße, naïve café!",
+    "今天天气很好，我们去公园吧。",
+    "Привет, мир! 123",
+    "こんにちは世界 🙂👩‍👩‍👧",
+    "مرحبا بالعالم",
+    "   leading  spaces\t\ttabs\r\n\r\nend   ",
+    "I'll we've DON'T isn't",
+    "SELECT * FROM t WHERE a>=10 AND b!='x';",
+    "",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    convert_gguf(write_tiny_gguf(folder / "tiny.gguf").path, folder / "out")
+    return folder / "out"
+
+
+def tokenizer_of(tmp_path: Path, edit: Callable[[GGUFWriter], None]) -> Tokenizer:
+    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=edit).path)
+    return read_tokenizer(Metadata.of(header)).tokenizer
+
+
+# --- byte-level -------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text())
+def test_any_text_survives(tiny_folder: Path, text: str) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_merges_and_special_tokens(tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    assert tokenizer.tokenize("hello world") == ["hello", "Ġw", "o", "r", "l", "d"]
+    ids = tokenizer.encode(f"he{END}")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["he", END]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "he"
+    assert tokenizer.eos_token == END
+    assert not any(token.startswith("[PAD") for token in tokenizer.get_vocab())
+
+
+def test_mlx_lm_finds_template_end_and_fast_detokenizer(tiny_folder: Path) -> None:
+    tokenizer = mlx_lm.tokenizer_utils.load(tiny_folder)
+    assert isinstance(tokenizer.detokenizer, mlx_lm.tokenizer_utils.BPEStreamingDetokenizer)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert text == f"hello{END}"
+    end = tokenizer.get_vocab()[END]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tiny_folder / name).read_text())["eos_token_id"] == [end]
+    assert (tiny_folder / "chat_template.jinja").read_text() == TEMPLATE
+    assert json.loads((tiny_folder / "tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
+
+
+def bos(writer: GGUFWriter) -> None:
+    writer.add_bos_token_id(5)
+
+
+def test_bos_only_where_the_file_asks_for_it(tmp_path: Path) -> None:
+    def asks(writer: GGUFWriter) -> None:
+        bos(writer)
+        writer.add_add_bos_token(True)
+
+    assert tokenizer_of(tmp_path, bos).encode("he").tokens == ["he"]
+    with_bos = tokenizer_of(tmp_path, asks)
+    assert with_bos.encode("he").ids[0] == 5
+    assert with_bos.encode("he", add_special_tokens=False).tokens == ["he"]
+
+
+@pytest.mark.parametrize(
+    ("name", "digits"),
+    [("smollm", "1 2 3 4"), ("qwen2", "1 2 3 4"), ("llama-bpe", "123 4"), ("gpt-2", "1234")],
+)
+def test_digits_are_split_as_each_family_does(tmp_path: Path, name: str, digits: str) -> None:
+    def edit(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_pre(name)
+
+    pieces = replaced(tmp_path, edit).pre_tokenizer.pre_tokenize_str("1234")
+    assert [piece for piece, _ in pieces] == digits.split()
+
+
+def replaced(tmp_path: Path, edit: Callable[[GGUFWriter], None]) -> Tokenizer:
+    """As `tokenizer_of`, for fields that the tiny file sets too."""
+    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf").path)
+    other = GGUFWriter(tmp_path / "other.gguf", "llama")
+    edit(other)
+    for fields in other.kv_data:
+        header.metadata.update({key: field.value for key, field in fields.items()})
+    return read_tokenizer(Metadata.of(header)).tokenizer
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.add_tokenizer_pre("tekken"), "pre-tokenizer 'tekken' is not supported (supported: gpt-2, "),
+        (lambda w: w.add_tokenizer_model("t5"), "tokenizer kind 't5' is not supported (gpt2 and llama are)"),
+        (lambda w: w.add_token_merges(["h q"]), "tokenizer.ggml.merges is missing or unusable ('h q')"),
+        (lambda w: w.add_token_types([1, 1]), "2 types for"),
+        (lambda w: w.add_token_list(["a", "a"]), "types for 2 tokens"),
+        (lambda w: w.add_eos_token_id(10**6), "eos_token_id is missing or unusable (1000000)"),
+    ],
+)
+def test_unusable_fields_are_named(tmp_path: Path, edit: Callable[[GGUFWriter], None], message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        replaced(tmp_path, edit)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- SentencePiece ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spm(tmp_path_factory: pytest.TempPathFactory) -> sentencepiece.SentencePieceProcessor:
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "corpus.txt").write_text("\n".join(CORPUS * 30), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "spm"),
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=9,
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+
+
+def test_scored_pieces_give_sentencepiece_ids(tmp_path: Path, spm: sentencepiece.SentencePieceProcessor) -> None:
+    ids = range(spm.vocab_size())
+    types = [2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1 for i in ids]
+
+    def edit(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([spm.id_to_piece(i) for i in ids])
+        writer.add_token_scores([spm.get_score(i) for i in ids])
+        writer.add_token_types(types)
+        writer.add_bos_token_id(spm.bos_id())
+        writer.add_eos_token_id(spm.eos_id())
+
+    tokenizer = replaced(tmp_path, edit)
+    for text in (*CORPUS, "unseen: ŋ ☃ words", "hello hello"):
+        assert tokenizer.encode(text).ids == [spm.bos_id(), *spm.encode(text)], text
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+# --- real models ------------------------------------------------------------------------------------------
+
+
+def round_trip(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in CORPUS:
+        assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.embedded
+def test_embedded_tokenizer() -> None:
+    folder = pull_part("smollm2-135m", "target")
+    round_trip(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode("Hello world 12") == EMBEDDED_IDS
+    assert tokenizer.encode("<|im_start|>user\n<|im_end|>") == [1, 4093, 198, 2]
+
+
+EMBEDDED_IDS = [19556, 905, 216, 33, 34]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("part", ["target", "draft"])
+def test_qwen_tokenizer(part: str) -> None:
+    folder = pull_part("qwen2.5-coder-1.5b", part)
+    round_trip(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode("Hello world") == [9707, 1879]
+    assert tokenizer.encode("<|im_start|>user\n") == [151644, 872, 198]
+    assert len(tokenizer) == 151665  # as in the publisher's tokenizer.json: no padding entries
+    assert tokenizer.eos_token_id == 151645

@@ -1,0 +1,127 @@
+"""Every GGUF quantisation type that people's files hold, against the `gguf` package's own dequantisers."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
+from mlx.utils import tree_flatten
+
+from llmcad_mlx.errors import ModelError
+from llmcad_mlx.gguf import weights as gguf_weights
+from llmcad_mlx.gguf.convert import convert_gguf
+from llmcad_mlx.gguf.groups import group_rows, has_values
+from llmcad_mlx.gguf.reader import read_gguf_header
+from tests.gguf.test_gguf_families import dense
+from tests.support.family_gguf import Family, random_blocks, write_family_gguf
+from tests.support.tiny_gguf import HIDDEN, write_tiny_gguf
+
+FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
+BLOCKS = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
+SUPERBLOCKS = (Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS)
+KINDS = (*FLOATS, *BLOCKS, *SUPERBLOCKS)
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}  # rows of whole superblocks
+
+
+def steps(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
+    """What one code is worth in each group of 32: (rows, groups, 1)."""
+    groups = values.reshape(values.shape[0], -1, 32)
+    spans: npt.NDArray[np.float32] = np.ptp(groups, axis=-1, keepdims=True) / np.float32(2**bits - 1)
+    return spans
+
+
+def errors(found: npt.NDArray[np.float32], exact: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    difference: npt.NDArray[np.float32] = np.abs(found - exact).reshape(exact.shape[0], -1, 32)
+    return difference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_type_is_quantised_anew_within_a_step(kind: Kind, bits: int) -> None:
+    raw = random_blocks(kind, (8, 512), np.random.default_rng(int(kind)))
+    exact = dequantize(raw, kind)
+    assert np.ptp(exact) > 0.01
+    groups = group_rows(raw, kind, bits, 32)
+    scales, biases = (mx.array(part).astype(mx.float32) for part in (groups.scales, groups.biases))
+    found = np.array(mx.dequantize(mx.array(groups.codes), scales, biases, 32, bits))
+    rounding = 2.0**-10 * np.abs(exact).max()  # of scale and bias to float16
+    assert (errors(found, exact) <= 1.01 * steps(exact, bits) + rounding).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_one_type_becomes_a_model(tmp_path: Path, kind: Kind) -> None:
+    """Through rows put back in order, files and mlx-lm's loader; 8 bits are near enough to tell rows apart."""
+    family = Family("llama", "llama", WIDE, kind=kind)
+    original = dict(tree_flatten(write_family_gguf(tmp_path / "tiny.gguf", family).parameters()))
+    assert read_gguf_header(tmp_path / "tiny.gguf").tensors["blk.0.attn_q.weight"].kind == kind
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", bits=8)
+    for name, array in tree_flatten(dense(tmp_path / "out").parameters()):
+        found, exact = np.array(array), np.array(original[name])
+        if exact.ndim == 1:
+            assert np.array_equal(found, exact), name
+        else:
+            rounding = 2.0**-10 * np.abs(exact).max()
+            assert (errors(found, exact) <= 1.01 * steps(exact, 8) + rounding).all(), name
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
+def test_blocks_of_4_bits_are_not_rounded_twice(tmp_path: Path, kind: Kind) -> None:
+    original = write_family_gguf(tmp_path / "tiny.gguf", Family("qwen3", "qwen3", {"head_dim": 32}, kind=kind))
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    text = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    assert mx.array_equal(dense(tmp_path / "out")(text), original(text))
+
+
+def test_memory_is_that_of_a_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of 8 MB as float32 in steps of 256 KB: no part of the way holds a whole one."""
+    wide = WIDE | {"intermediate_size": 1 << 13}
+    write_family_gguf(tmp_path / "tiny.gguf", Family("llama", "llama", wide, kind=Kind.Q6_K))
+    monkeypatch.setattr(gguf_weights, "CHUNK_VALUES", 1 << 16)
+    tracemalloc.start()
+    try:
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_types_said_to_be_readable_are_those_the_package_reads() -> None:
+    # NVFP4 is left out: its scales for whole tensors stand beside it in the file.
+    for kind in Kind:
+        row = np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8)
+        try:
+            dequantize(row, kind)
+        except NotImplementedError:
+            assert not has_values(kind) or kind == Kind.F64, kind
+        else:
+            assert has_values(kind) == (kind != Kind.NVFP4), kind
+
+
+def test_an_unreadable_type_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(writer: GGUFWriter) -> None:
+        writer.add_tensor("blk.1.ffn_up.weight", np.ones((96, HIDDEN), np.int16))
+
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", skip=("blk.1.ffn_up.weight",), edit=add)
+    monkeypatch.setattr("llmcad_mlx.gguf.convert.new_folder", pytest.fail)
+    with pytest.raises(ModelError, match=r"'blk.1.ffn_up.weight' has type I16, which is not supported"):
+        convert_gguf(tiny.path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("number", "name"), [(31, "Q4_0_4_4"), (4, "Q4_2"), (999, "number 999")])
+def test_types_that_are_gone_or_unknown_are_named(tmp_path: Path, number: int, name: str) -> None:
+    data = write_tiny_gguf(tmp_path / "tiny.gguf").path.read_bytes()
+    entry = data.index(b"blk.0.attn_v.weight") + len("blk.0.attn_v.weight")
+    at = entry + 4 + 2 * 8  # the number of dimensions and both of them
+    (tmp_path / "tiny.gguf").write_bytes(data[:at] + number.to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(ModelError, match=rf"tensor 'blk.0.attn_v.weight' has type {name}, which is not"):
+        read_gguf_header(tmp_path / "tiny.gguf")

@@ -1,0 +1,216 @@
+"""What a memory budget is spent on: for any model and any budget."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from llmcad_mlx.errors import BudgetError
+from llmcad_mlx.memory.plan import (
+    MemoryNeeds,
+    MemoryPlan,
+    ModelSizes,
+    Pins,
+    default_budget,
+    make_plan,
+    spread,
+    streamed_choices,
+)
+
+MB = 10**6
+LARGE = 10**12
+
+
+def sizes_of(layers: tuple[int, ...], embedding: int = 20 * MB, head: int = 0) -> ModelSizes:
+    return ModelSizes(
+        layer_bytes=layers,
+        resident_bytes=MB // 10,
+        embedding_bytes=embedding,
+        head_bytes=head,
+        kv_bytes_per_token=3000,
+        logit_columns=32000,
+        hidden=512,
+        widest=1536,
+    )
+
+
+def needs_of(sizes: ModelSizes, draft: int = 10 * MB, context: int = 4096, least: int = 1024) -> MemoryNeeds:
+    return MemoryNeeds(
+        sizes,
+        context=context,
+        min_context=least,
+        runtime_bytes=200 * MB,
+        draft_bytes=draft,
+        draft_kv_bytes_per_token=500 if draft else 0,
+    )
+
+
+@st.composite
+def needs(draw: st.DrawFn) -> MemoryNeeds:
+    """Models of a few layers, alike or not, tied or not; with a draft or without."""
+    size = st.integers(1, 60 * MB)
+    layers = draw(st.one_of(st.lists(size, max_size=9), st.builds(lambda n, s: [s] * n, st.integers(1, 9), size)))
+    head = draw(st.one_of(st.just(0), size))
+    context = draw(st.integers(1, 8192))
+    sizes = replace(sizes_of(tuple(layers), draw(size), head), kv_bytes_per_token=draw(st.integers(0, 100_000)))
+    return needs_of(sizes, draw(st.sampled_from([0, 90 * MB])), context, draw(st.integers(1, context)))
+
+
+budgets = st.integers(200 * MB, 2500 * MB)
+pinned_or_auto = st.one_of(st.none(), st.integers(0, 400 * MB))
+
+
+def planned(needs: MemoryNeeds, budget: int | None, pinned: int | None = None) -> MemoryPlan:
+    """A plan; the example is dropped where there is none."""
+    try:
+        return make_plan(needs, budget, pinned)
+    except BudgetError:
+        assume(False)
+        raise
+
+
+def pass_bytes_kept(plan: MemoryPlan, sizes: ModelSizes) -> int:
+    """Pinned bytes that a pass would read otherwise."""
+    head = sizes.embedding_bytes if sizes.tied else sizes.head_bytes
+    return sum(sizes.layer_bytes[i] for i in plan.pinned_layers) + head * plan.pin_head
+
+
+@settings(deadline=None)
+@given(needs(), budgets, pinned_or_auto)
+def test_a_plan_keeps_to_its_budget_and_adds_up(needs: MemoryNeeds, budget: int, pinned: int | None) -> None:
+    plan, sizes = planned(needs, budget, pinned), needs.sizes
+    assert 0 <= plan.total_bytes <= budget == plan.budget_bytes
+    assert plan.spare_bytes == budget - plan.total_bytes
+    kept = pass_bytes_kept(plan, sizes)
+    embedding = 0 if sizes.tied or not plan.pin_embedding else sizes.embedding_bytes
+    assert plan.pinned_bytes == kept + embedding
+    assert plan.streamed_bytes == sizes.pass_bytes - kept
+    assert needs.min_context <= plan.context <= needs.context
+    assert 0 <= plan.draft_kv_bytes <= plan.draft_bytes
+    largest_unit = max(
+        (size for i, size in enumerate(sizes.layer_bytes) if i not in plan.pinned_layers), default=0
+    )
+    if plan.streamed_bytes:
+        assert plan.buffer_bytes >= plan.num_buffers * largest_unit
+    else:
+        assert not plan.buffer_bytes or not sizes.pass_bytes
+
+
+@settings(deadline=None)
+@given(needs(), budgets, budgets)
+def test_more_memory_never_streams_more(needs: MemoryNeeds, one: int, other: int) -> None:
+    low, high = sorted((one, other))
+    assert planned(needs, high).streamed_bytes <= planned(needs, low).streamed_bytes
+
+
+@settings(deadline=None)
+@given(needs(), budgets, st.integers(0, 400 * MB))
+def test_no_more_is_pinned_than_was_asked_for(needs: MemoryNeeds, budget: int, pinned: int) -> None:
+    plan = planned(needs, budget, pinned)
+    kept = pass_bytes_kept(plan, needs.sizes)
+    assert kept <= pinned
+    assert not [
+        choice for choice in streamed_choices(needs.sizes) if kept < needs.sizes.pass_bytes - choice <= pinned
+    ]
+
+
+@settings(deadline=None)
+@given(needs(), pinned_or_auto)
+def test_the_smallest_budget_named_is_the_smallest(needs: MemoryNeeds, pinned: int | None) -> None:
+    with pytest.raises(BudgetError, match="memory: 1 MB is too little; the smallest that works is ") as caught:
+        make_plan(needs, MB, pinned)
+    found = re.search(r"works is (\d+) MB", str(caught.value))
+    assert found is not None
+    smallest = int(found[1]) * MB
+    assert make_plan(needs, smallest, pinned).total_bytes <= smallest
+    with pytest.raises(BudgetError, match=f"works is {found[1]} MB"):
+        make_plan(needs, smallest - MB, pinned)
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_pinned_layers_are_spread_evenly(a: int, b: int) -> None:
+    count, total = sorted((a, b))
+    chosen = spread(count, total)
+    assert len(set(chosen)) == count
+    assert all(0 <= index < total for index in chosen)
+    gaps = {after - before for before, after in pairwise(chosen)}
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+    if count:  # the ends count as half a gap each
+        assert chosen[0] + total - chosen[-1] <= -(-total // count) + 1
+
+
+def test_layers_of_different_sizes_keep_as_much_as_fits() -> None:
+    """Two small layers are less than a large one, so more layers must not count as more."""
+    sizes = sizes_of((MB, 9 * MB, MB), embedding=40 * MB)
+    assert Pins.of(sizes, 9 * MB) == Pins(9 * MB, 1, False)
+    assert Pins.of(sizes, 10 * MB).num_bytes == 9 * MB
+    assert Pins.of(sizes, 11 * MB) == Pins(11 * MB, 3, False)
+    assert Pins.of(sizes, 8 * MB) == Pins(2 * MB, 2, False)
+    assert streamed_choices(sizes) == sorted({51 * MB - kept * MB for kept in (0, 2, 9, 11, 40, 42, 49, 51)})[::-1]
+
+
+def test_without_a_limit_all_is_kept_with_all_the_room() -> None:
+    plan = make_plan(needs_of(sizes_of((MB,) * 4)), None)
+    assert plan.all_resident
+    assert (plan.budget_bytes, plan.spare_bytes, plan.context, plan.max_nodes) == (None, 0, 4096, 256)
+    assert plan.pinned_layers == (0, 1, 2, 3)
+
+
+def test_what_was_asked_to_be_pinned_is_pinned_without_a_limit() -> None:
+    plan = make_plan(needs_of(sizes_of((10 * MB,) * 6, embedding=50 * MB)), None, 25 * MB)
+    assert plan.pinned_layers == (1, 4)
+    assert (plan.pinned_bytes, plan.streamed_bytes) == (20 * MB, 90 * MB)
+    assert (plan.pin_head, plan.pin_embedding) == (False, False)
+
+
+def test_an_embedding_that_is_no_head_stays_on_the_disk_rather_than_a_layer() -> None:
+    needs = needs_of(sizes_of((10 * MB,) * 8, embedding=300 * MB, head=10 * MB), draft=0)
+    whole = make_plan(needs, None)
+    plan = make_plan(needs, whole.total_bytes - 200 * MB)
+    assert plan.streamed_bytes == 0
+    assert not plan.pin_embedding
+    assert not plan.all_resident
+
+
+def test_all_is_kept_where_shorter_contexts_and_smaller_trees_make_it_fit() -> None:
+    needs = needs_of(sizes_of((10 * MB,) * 8))
+    whole = make_plan(needs, None)
+    less = make_plan(needs, whole.total_bytes - 30 * MB)
+    assert less.all_resident
+    assert (less.max_nodes, less.prefill_chunk) < (whole.max_nodes, whole.prefill_chunk)
+
+
+def test_a_given_context_is_never_cut() -> None:
+    needs = needs_of(sizes_of((10 * MB,) * 8), context=4096, least=4096)
+    for budget in range(200 * MB, 500 * MB, 10 * MB):
+        try:
+            assert make_plan(needs, budget).context == 4096
+        except BudgetError:
+            continue
+    assert make_plan(needs, 500 * MB).context == 4096
+
+
+def test_memory_that_is_left_becomes_context() -> None:
+    """What is too little for a layer is not wasted."""
+    needs = needs_of(sizes_of((100 * MB,) * 20), draft=0)
+    for budget in range(500 * MB, 1000 * MB, 7 * MB):
+        plan = make_plan(needs, budget)
+        assert plan.context == needs.context or plan.spare_bytes < 3000 * (64 * 1.25 + 32)
+
+
+def test_the_default_budget_is_a_share_of_the_machine() -> None:
+    assert default_budget(70, 100) is None
+    assert default_budget(71, 100) == 70
+    assert default_budget(LARGE, 16 * LARGE) is None
+
+
+def test_without_a_draft_its_memory_pins() -> None:
+    needs = needs_of(sizes_of((20 * MB,) * 20), draft=90 * MB)
+    with_draft, without = make_plan(needs, 600 * MB), make_plan(needs.without_draft, 600 * MB)
+    assert without.draft_bytes == 0
+    assert without.pinned_bytes >= with_draft.pinned_bytes + 40 * MB

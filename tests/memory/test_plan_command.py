@@ -1,0 +1,354 @@
+"""`llmcad-mlx plan`: the plan that loading makes, a forecast from what was measured, and nothing made up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcad_mlx import load
+from llmcad_mlx.cli.main import run
+from llmcad_mlx.loader import MemoryOptions, plan_pair
+from llmcad_mlx.measure.forecast import Measured, ReadRate, Speeds, find_measured, measure_read_rate, timed_read
+from llmcad_mlx.memory.plan import make_plan
+from llmcad_mlx.policy.costs import Rounds
+from llmcad_mlx.store.names import find_pair
+from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.streaming import weights as parts
+from llmcad_mlx.streaming.stream import Read
+from tests.support.tiny_folder import make_folder, tiny_environment
+
+PROMPT = "then the other one ran in and then the other one"
+LAYERS = 6
+MB = 10**6
+KEYS = {
+    "target", "draft", "device", "emulated", "budget_bytes", "total_bytes", "pinned_bytes", "streamed_bytes",
+    "context", "max_nodes", "prefill_chunk", "num_buffers", "parts", "num_layers", "pinned_layers", "pin_head",
+    "pin_embedding", "read_rate", "measured", "tokens_per_s", "larger", "drafts",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _environment(tmp_path: Path) -> Iterator[None]:
+    with tiny_environment(tmp_path / "home"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "SMALL_BYTES", 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "target", layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def draft(folder: Path) -> Path:
+    return make_folder(folder.parent / "draft", layers=LAYERS, noise=0.02)
+
+
+@pytest.fixture
+def output(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Run `plan`, which succeeds; its stdout and stderr."""
+
+    def call(*argv: object) -> tuple[str, str]:
+        capfd.readouterr()
+        assert run(["plan", *map(str, argv)]) == 0
+        return capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def report(output: Callable[..., tuple[str, str]]) -> Callable[..., dict[str, Any]]:
+    def call(*argv: object) -> dict[str, Any]:
+        out, err = output(*argv, "--json")
+        assert err == ""
+        assert out.count("\n") == 1
+        found: dict[str, Any] = json.loads(out)
+        assert set(found) == KEYS
+        return found
+
+    return call
+
+
+def cells(text: str, name: str) -> list[str]:
+    """The row of a Markdown table that begins with `name`."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    (found,) = [row for row in rows if row[0] == name]
+    return found[1:]
+
+
+def test_it_is_the_plan_that_loading_makes(folder: Path, draft: Path, report: Callable[..., Any]) -> None:
+    where = {"pinned": "300kB", "context": 100}
+    found = report("--target", folder, "--draft", draft, "--pinned", "300kB", "--context", 100)
+    with load(folder, draft, **where) as engine:
+        plan = engine.pair.plan
+    assert plan is not None
+    assert plan.pinned_layers
+    assert plan.streamed_bytes > 0
+    assert found["pinned_layers"] == list(plan.pinned_layers)
+    for name in ("pinned_bytes", "streamed_bytes", "context", "max_nodes", "prefill_chunk", "num_buffers"):
+        assert found[name] == getattr(plan, name), name
+    assert sum(found["parts"].values()) == found["total_bytes"]
+    assert found["parts"]["draft weights"] + found["parts"]["draft KV"] == plan.draft_bytes
+    assert found["parts"]["target KV"] == plan.kv_bytes
+
+
+def test_the_table_has_a_row_for_each_part(folder: Path, draft: Path, output: Callable[..., Any]) -> None:
+    out, err = output("--target", folder, "--draft", draft, "--memory", "2GB", "--pinned", 0, "--context", 64)
+    assert err == ""
+    parts_of_memory = (
+        "interpreter and libraries", "draft weights", "draft KV", "target KV", "logits and activations",
+        "stream buffers", "small weights", "pinned layers", "pinned head", "pinned embedding", "spare",
+    )  # fmt: skip
+    sizes = [float(cells(out, name)[1].removesuffix(" MB")) for name in parts_of_memory]
+    assert cells(out, "total") == ["", "2000.0 MB"]
+    assert sum(sizes) == pytest.approx(2000, abs=0.05 * len(sizes))
+    assert cells(out, "pinned layers") == ["0 of 6", "0.0 MB"]
+    assert cells(out, "target KV")[0] == "64 tokens"
+    assert "not measured yet for this pair: run generate" in out
+    assert cells(out, "speculative, A / (max(W/B, C) + D)") == ["–"]
+
+
+def test_a_given_rate_is_used_and_marked(folder: Path, report: Callable[..., Any], output: Any) -> None:
+    where = ("--target", folder, "--pinned", 0, "--read-bandwidth", "1MB/s")
+    found = report(*where)
+    assert found["emulated"] is True
+    assert found["read_rate"] == {"bytes_per_s": 1e6, "emulated": True, "sampled_bytes": 0, "from_disk": True}
+    assert found["tokens_per_s"]["plain_bound"] == pytest.approx(1e6 / found["streamed_bytes"])
+    assert found["tokens_per_s"]["speculative"] is None
+    out = output(*where)[0]
+    assert "predicted speed (emulated)" in out
+    assert "B = 1 MB/s, emulated" in out
+
+
+def test_without_a_rate_streamed_weights_are_read(folder: Path, report: Callable[..., Any]) -> None:
+    found = report("--target", folder, "--pinned", 0)
+    assert found["emulated"] is False
+    rate = found["read_rate"]
+    assert rate["sampled_bytes"] == found["streamed_bytes"]  # a tiny model is read whole
+    assert rate["bytes_per_s"] > 0
+    assert found["tokens_per_s"]["plain_bound"] == pytest.approx(rate["bytes_per_s"] / found["streamed_bytes"])
+
+
+def test_without_a_budget_all_is_resident_and_nothing_is_read(folder: Path, report: Any, output: Any) -> None:
+    found = report("--target", folder)
+    assert (found["budget_bytes"], found["streamed_bytes"], found["read_rate"]) == (None, 0, None)
+    assert found["pinned_layers"] == list(range(LAYERS))
+    assert found["larger"] == []
+    assert "Nothing is read while decoding." in output("--target", folder)[0]
+
+
+def test_what_was_measured_makes_the_forecast(folder: Path, draft: Path, report: Any, output: Any) -> None:
+    where = {"pinned": 0, "read_bandwidth": "20MB/s"}
+    with load(folder, draft, **where) as engine:
+        result = engine.generate(PROMPT, max_tokens=60)
+        assert result.stats.tokens_per_pass > 1
+    words = ("--target", folder, "--draft", draft, "--pinned", 0, "--read-bandwidth", "20MB/s")
+    found = report(*words)
+    measured, speeds = found["measured"], found["tokens_per_s"]
+    assert measured["streamed_bytes"] == found["streamed_bytes"]
+    assert 1 < measured["tokens_per_pass"] < 60
+    assert measured["nodes"] >= measured["tokens_per_pass"] - 1
+    assert measured["draft_step_s"] > 0
+    read_s = found["streamed_bytes"] / 20e6
+    a = measured["tokens_per_pass"]
+    assert speeds["speculative"] == pytest.approx(a / (max(read_s, measured["pass_s"]) + measured["rest_s"]))
+    assert speeds["speculative_bound"] == pytest.approx(a / read_s)
+    assert speeds["plain"] == pytest.approx(1 / max(read_s, measured["plain_pass_s"]))
+    assert speeds["plain"] <= speeds["plain_bound"] == pytest.approx(1 / read_s)
+    assert "measured with this plan" in output(*words)[0]
+
+    other = report(*words[:4], "--pinned", "300kB", "--read-bandwidth", "40MB/s")["measured"]
+    assert other is None  # another rate, under which nothing ran
+    near = report(*words[:4], "--pinned", "300kB", "--read-bandwidth", "20MB/s")
+    assert near["measured"] == measured
+    assert near["streamed_bytes"] < measured["streamed_bytes"]
+
+
+def test_a_run_in_memory_tells_something_about_streaming(folder: Path, draft: Path, report: Any) -> None:
+    with load(folder, draft) as engine:
+        engine.generate(PROMPT, max_tokens=40)
+    found = report("--target", folder, "--draft", draft, "--pinned", 0, "--read-bandwidth", "20MB/s")
+    assert found["measured"]["streamed_bytes"] is None
+    assert found["measured"]["tokens_per_pass"] > 1
+
+
+def test_more_memory_and_smaller_drafts(folder: Path, draft: Path, report: Any, output: Any) -> None:
+    """Around the budget at which the target just streams, whatever the interpreter takes."""
+    options = MemoryOptions(pinned=0, context=32, read_bandwidth=1e6)
+    pair = plan_pair(find_pair(str(folder), str(draft), False), options)
+    budget = pair.plan.total_bytes + 200 * MB
+    words = ("--target", folder, "--draft", draft, "--memory", budget, "--pinned", 0, "--context", 32)
+    found = report(*words, "--read-bandwidth", "1MB/s")
+    assert found["larger"][-1]["streamed_bytes"] == 0
+    assert [row["name"] for row in found["larger"]] == ["+25 %"]
+    assert found["larger"][0]["budget_bytes"] == budget * 125 // 100
+    assert [row["name"] for row in found["drafts"]] == ["draft half as large", "no draft model"]
+    assert found["drafts"][1]["tokens_per_s"]["speculative"] is None
+    assert found["drafts"][1]["total_bytes"] < found["total_bytes"]
+    out = output(*words, "--read-bandwidth", "1MB/s")[0]
+    assert "Larger budgets are spent as --pinned auto would." in out
+    assert cells(out, "now")[0] == f"{budget / 1e6:.1f} MB"
+    assert cells(out, "no draft model")[2] == f"{found['streamed_bytes'] / 1e6:.1f} MB"
+
+
+def test_larger_budgets_are_planned_as_loading_would(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model large enough that the steps differ."""
+    from llmcad_mlx.measure import forecast
+
+    pair = plan_pair(find_pair(str(folder), "none", False), MemoryOptions(pinned=0, read_bandwidth=1e6))
+    sizes = pair.needs.sizes
+    layers = (300 * MB,) * 20
+    pair.needs = type(pair.needs)(
+        type(sizes)(layers, 0, 100 * MB, 100 * MB, 1000, 1000, 64, 64), 4096, 1024, runtime_bytes=200 * MB
+    )
+    pair.plan = make_plan(pair.needs, 3000 * MB)
+    rows = list(forecast._larger(pair))
+    assert [name for name, _ in rows] == ["+25 %", "+50 %", "+100 %", "all resident"]
+    for (_, plan), budget in zip(rows, (3750, 4500, 6000), strict=False):
+        assert plan == make_plan(pair.needs, budget * MB)
+    streamed = [pair.plan.streamed_bytes, *(plan.streamed_bytes for _, plan in rows)]
+    assert streamed == sorted(set(streamed), reverse=True)
+    assert streamed[-1] == 0
+    last = rows[-1][1]
+    assert make_plan(pair.needs, last.budget_bytes) == last
+
+
+def test_an_impossible_budget_is_refused_as_generate_refuses_it(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--target", str(folder), "--memory", "1MB"]
+    assert run(["plan", *where]) == run(["generate", PROMPT, *where]) == 2
+    first, second = capfd.readouterr().err.splitlines()
+    for line in (first, second):
+        assert line.startswith("error: memory: 1 MB is too little; the smallest that works is ")
+    assert run(["plan", *where, "--json"]) == 2
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "words", [["--memory", "much"], ["--pinned", "all"], ["--context", "0"], ["--read-bandwidth", "fast"]]
+)
+def test_wrong_options_are_refused(folder: Path, words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--target", str(folder), *words]) == 2
+    assert words[0].removeprefix("--") in capfd.readouterr().err
+
+
+# --- the parts ------------------------------------------------------------------------------------------------
+
+
+def test_speeds_by_the_formulas() -> None:
+    measured = Measured(4.0, 16.0, 0.5, 0.2, 0.1, None, 10)
+    speeds = Speeds.of(100, ReadRate(100.0), measured)  # a second of reading
+    assert speeds == Speeds(pytest.approx(4 / 1.1), 4.0, 1.0, 1.0)
+    speeds = Speeds.of(10, ReadRate(100.0), measured)  # computing takes longer
+    assert speeds == Speeds(pytest.approx(4 / 0.6), pytest.approx(40.0), pytest.approx(5.0), pytest.approx(10.0))
+    assert Speeds.of(0, None, measured) == Speeds(pytest.approx(4 / 0.6), None, pytest.approx(5.0), None)
+    assert Speeds.of(50, ReadRate(100.0), None) == Speeds(None, None, None, 2.0)
+
+
+class SlowStorage:
+    """10 bytes per second of a simulated clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.read: list[tuple[int, int]] = []
+
+    def read_into(self, file: Path, offset: int, out: memoryview) -> None:
+        self.now += len(out) / 10
+        self.read.append((offset, len(out)))
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_the_rate_is_bytes_over_seconds_and_sampling_ends() -> None:
+    storage = SlowStorage()
+    reads = [Read(Path("x"), 100 * number, 7, 0) for number in range(50)]
+    sample, rate = timed_read(reads, storage, lambda: storage.now)
+    assert rate == pytest.approx(10.0)
+    assert storage.read == [(0, 7), (100, 7), (200, 7)]  # two seconds are over
+    assert [(read.offset, read.num_bytes) for read in sample] == storage.read
+
+
+def test_large_reads_are_sampled_in_pieces(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(9 << 20))
+    rate = measure_read_rate([Read(file, 0, 9 << 20, 0)])
+    assert rate.sampled_bytes == 9 << 20
+    assert rate.bytes_per_s > 0
+    assert not rate.emulated
+
+
+def test_rounds_are_kept_with_the_profile(tmp_path: Path) -> None:
+    profile = PairProfile(tmp_path / "pair.json")
+    for _ in range(50):
+        profile.costs.draft.observe(1, 0.01)
+        profile.costs.observe_pass(8, 0.5, 0.2)
+        profile.costs.observe_round(3, 0.6)
+    assert profile.costs.rounds.tokens / profile.costs.rounds.rounds == pytest.approx(3)
+    assert profile.costs.rounds.rows / profile.costs.rounds.rounds == pytest.approx(8)
+    assert profile.costs.rounds.rest_s / profile.costs.rounds.rounds == pytest.approx(0.1)
+    assert profile.costs.computing.predict(8) == pytest.approx(0.2)
+    assert profile.costs.verify.predict(8) == pytest.approx(0.5)
+    profile.save()
+    again = PairProfile(tmp_path / "pair.json")
+    assert again.costs.rounds == profile.costs.rounds
+    assert again.costs.computing.predict(8) == pytest.approx(0.2)
+    assert again.costs.draft.predict(1) == 0.01
+    again.costs.observe_pass(4, 0.3, 0.1)
+    again.costs.observe_round(1, 0.3)
+    again.save()
+    assert PairProfile(tmp_path / "pair.json").costs.rounds.tokens < again.costs.rounds.rounds * 3
+
+
+def test_recent_rounds_count_most(tmp_path: Path) -> None:
+    rounds = Rounds()
+    for tokens in [1] * 500 + [5] * 500:
+        rounds.add(tokens, 4, 0.0)
+    assert rounds.tokens / rounds.rounds == pytest.approx(5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda costs: costs.pop("rounds"),
+        lambda costs: costs.pop("computing"),
+        lambda costs: costs.update(rounds=[1]),
+        lambda costs: costs["rounds"].update(tokens=-1.0),
+        lambda costs: costs["rounds"].update(tokens="many"),
+        lambda costs: costs["rounds"].update(more=1.0),
+        lambda costs: costs.update(computing={"8": -1.0}),
+    ],
+)
+def test_a_profile_without_good_rounds_is_one_without_rounds(tmp_path: Path, damage: Any) -> None:
+    file = tmp_path / "pair.json"
+    profile = PairProfile(file)
+    profile.costs.observe_pass(8, 0.5, 0.2)
+    profile.costs.observe_round(3, 0.6)
+    profile.save()
+    content = json.loads(file.read_text())
+    damage(content["costs"])
+    file.write_text(json.dumps(content))
+    again = PairProfile(file)
+    assert again.costs.rounds == Rounds()
+    assert not again.costs.computing
+
+
+def test_nothing_measured_is_nothing(folder: Path) -> None:
+    pair = plan_pair(find_pair(str(folder), "none", False), MemoryOptions(pinned=0))
+    assert find_measured(pair) is None
+
+
+def test_a_terminal_gets_drawn_tables(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert run(["plan", "--target", str(folder), "--pinned", "0", "--read-bandwidth", "1MB/s"]) == 0
+    out = capsys.readouterr().out
+    assert "streamed per pass" in out
+    assert "| " not in out

@@ -1,0 +1,160 @@
+"""mlx-lm's own commands with the plugin, and the plugin on the embedded model beside mlx-lm."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from llmcad_mlx.mlx_lm_plugin.__main__ import main
+from llmcad_mlx.mlx_lm_plugin.generation import stream_generate
+from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SPECULATED = re.compile(r"llmcad-mlx: (\d+) tokens in (\d+) passes of the target, (\d+) drafted tokens accepted")
+COUNT = "Say the numbers: 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3."
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return resolve_target(DEFAULT_PRESET)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """In fp32, which changes no weight's value: mlx-lm itself is slow and inexact in fp16 on a CPU."""
+    model, tokenizer = mlx_lm.load(str(folder))
+    model.set_dtype(mx.float32)
+    return model, tokenizer
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "llmcad_mlx.mlx_lm_plugin", *words]
+
+
+def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*words), input=stdin, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def answer(loaded: tuple[Any, Any], question: str, max_tokens: int) -> str:
+    """The plugin's greedy text, which the test below compares with mlx-lm's."""
+    model, tokenizer = loaded
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens))
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_embedded_model_beside_mlx_lm(loaded: tuple[Any, Any], temperature: float) -> None:
+    found = []
+    for function in (stream_generate, mlx_lm.stream_generate):
+        mx.random.seed(1)
+        options = {
+            "sampler": make_sampler(temperature, top_p=0.95),
+            "logits_processors": make_logits_processors(repetition_penalty=1.2) if temperature else None,
+        }
+        found.append(list(function(*loaded, "The sea is", max_tokens=12, **options)))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.text == theirs.text
+        assert ours.token == theirs.token
+        assert ours.finish_reason == theirs.finish_reason
+        assert (ours.prompt_tokens, ours.generation_tokens) == (theirs.prompt_tokens, theirs.generation_tokens)
+        assert ours.logprobs.shape == theirs.logprobs.shape
+        assert np.allclose(np.array(ours.logprobs), np.array(theirs.logprobs), atol=1e-2)
+
+
+@pytest.mark.embedded
+def test_generate_command(loaded: tuple[Any, Any], folder: Path) -> None:
+    done = run("generate", "--model", str(folder), "--prompt", COUNT, "-m", "24", "--verbose", "False")
+    assert done.stdout == answer(loaded, COUNT, 24) + "\n"
+    tokens, passes, accepted = map(int, SPECULATED.findall(done.stderr)[0])
+    assert tokens <= 24
+    assert passes + accepted in (tokens, tokens + 1)  # the last pass may end on a drafted token
+
+
+@pytest.mark.embedded
+def test_chat_command(loaded: tuple[Any, Any], folder: Path) -> None:
+    """Two turns: the second one builds on the cache that the first one left."""
+    done = run("chat", "--model", str(folder), "-m", "16", stdin=f"My name is Ada.\n{COUNT}\nq\n")
+    assert answer(loaded, "My name is Ada.", 16) in done.stdout
+    told = [int(number) for number in re.findall(r"(\d+) tokens · ", done.stdout)]
+    assert told == [int(tokens) for tokens, _, _ in SPECULATED.findall(done.stderr)]
+    assert len(told) == 2
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = command("server", "--model", str(folder), "--port", str(port))
+    server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, server.stderr.read() if server.stderr else ""
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
+@pytest.mark.embedded
+def test_server_command(loaded: tuple[Any, Any], folder: Path) -> None:
+    """A request that names no seed too: mlx-lm would put it into a batch, without drafting."""
+    body = {"messages": [{"role": "user", "content": COUNT}], "max_tokens": 24, "temperature": 0.0}
+    with serving(folder) as (url, server):
+        texts = []
+        for more in ({}, {"seed": 4}):
+            given = httpx.post(f"{url}/v1/chat/completions", json=body | more, timeout=60)
+            assert given.status_code == 200, given.text
+            texts.append(given.json()["choices"][0]["message"]["content"])
+        streamed = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60).text
+        server.terminate()
+        log = server.stderr.read()
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    texts.append("".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"]))
+    assert texts == [answer(loaded, COUNT, 24)] * 3
+    assert len(SPECULATED.findall(log)) == 3
+
+
+@pytest.mark.embedded
+def test_the_drop_in_example() -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "mlx_lm_drop_in.py"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\n\d+ tokens at [\d.]+ tokens/s, \d+ of them drafted\n$", done.stdout)
+
+
+def test_commands_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lora"]) == 2
+    assert main([]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "llmcad_mlx.mlx_lm_plugin: 'lora' is none of the commands generate, chat, server",
+        "llmcad_mlx.mlx_lm_plugin: give one of the commands generate, chat, server",
+    ]
+    assert main(["--help"]) == 0
+    assert "{generate,chat,server}" in capsys.readouterr().out

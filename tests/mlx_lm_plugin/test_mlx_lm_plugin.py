@@ -1,0 +1,493 @@
+"""The plugin beside mlx-lm's own functions, field by field, on a tiny model."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module, metadata
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from llmcad_mlx import UsageError, VocabularyError
+from llmcad_mlx.engine.policies import make_policy
+from llmcad_mlx.mlx_lm_plugin import speculation
+from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModels
+from llmcad_mlx.mlx_lm_plugin.generation import generate, stream_generate
+from llmcad_mlx.mlx_lm_plugin.install import installed
+from llmcad_mlx.mlx_lm_plugin.versions import check_mlx_lm
+from llmcad_mlx.settings import SpeculationSettings
+from tests.support.architecture_configs import build
+from tests.support.tiny import tiny_llama
+from tests.support.tiny_folder import EOS, VOCAB, make_folder, tiny_environment
+
+PROMPT = "then the other one ran in and then the other one"
+SECOND = "and the one in the other"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_environment(tmp_path_factory.mktemp("home")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    model, tokenizer = mlx_lm.load(str(make_folder(tmp_path_factory.mktemp("models") / "target")))
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def draft(loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return mlx_lm.load(str(make_folder(tmp_path_factory.mktemp("drafts") / "draft", noise=0.02)))[0]
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees of eight nodes whatever they cost: on a tiny model plain decoding is faster."""
+
+    def forced_policy(settings: SpeculationSettings, drafters: Any, profile: Any, max_nodes: int) -> Any:
+        return make_policy(SpeculationSettings(tree_nodes=min(8, max_nodes)), drafters, profile)
+
+    monkeypatch.setattr(speculation, "make_policy", forced_policy)
+
+
+def same_responses(ours: Sequence[GenerationResponse], theirs: Sequence[GenerationResponse]) -> None:
+    """Every field but times, memory and `from_draft`, which tells what was drafted here."""
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert type(mine) is GenerationResponse
+        for name in ("text", "token", "prompt_tokens", "generation_tokens", "finish_reason"):
+            assert getattr(mine, name) == getattr(other, name), name
+        assert mine.logprobs.shape == other.logprobs.shape
+        assert mine.logprobs.dtype == other.logprobs.dtype
+        finite = np.isfinite(np.array(other.logprobs))
+        assert np.array_equal(np.isfinite(np.array(mine.logprobs)), finite)
+        assert np.allclose(np.array(mine.logprobs)[finite], np.array(other.logprobs)[finite], atol=2e-3)
+        for name in ("prompt_tps", "generation_tps", "peak_memory"):
+            assert getattr(mine, name) > 0
+    assert any(np.isfinite(np.array(r.logprobs)).any() for r in ours)
+
+
+def both(
+    loaded: tuple[Any, Any], prompt: Any, options: Callable[[], dict[str, Any]], seed: int = 0, draft: Any = None
+) -> tuple[list[GenerationResponse], list[GenerationResponse]]:
+    """Our responses, with a draft model if given, and mlx-lm's plain ones.
+
+    `options` makes fresh ones, for samplers and caches have state.
+    """
+    mx.random.seed(seed)
+    ours = list(stream_generate(*loaded, prompt, draft_model=draft, **options()))
+    mx.random.seed(seed)
+    return ours, list(mlx_lm.stream_generate(*loaded, prompt, **options()))
+
+
+def num_drafted(responses: Sequence[GenerationResponse]) -> int:
+    return sum(response.from_draft for response in responses)
+
+
+def text_of(responses: Sequence[GenerationResponse]) -> str:
+    return "".join(response.text for response in responses)
+
+
+class LetEndAfter:
+    """A logits processor that allows only the end of the sequence after `count` tokens, and keeps what it sees."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.seen = count, []
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        self.seen.append(tokens.tolist())
+        is_end = mx.arange(logits.shape[-1]) == EOS
+        return mx.where(is_end if len(self.seen) <= self.count else ~is_end, -mx.inf, logits)
+
+
+@pytest.mark.parametrize("as_given", [str, list, mx.array], ids=lambda kind: kind.__name__)
+def test_greedy_responses_are_mlx_lms(loaded: tuple[Any, Any], draft: Any, as_given: type, forced: None) -> None:
+    prompt = PROMPT if as_given is str else as_given(loaded[1].encode(PROMPT))
+    ours, theirs = both(loaded, prompt, lambda: {"max_tokens": 40}, draft=draft)
+    same_responses(ours, theirs)
+    assert num_drafted(ours) > 10
+
+
+def test_repeated_text_is_drafted_without_a_draft_model(loaded: tuple[Any, Any], forced: None) -> None:
+    """A bias makes the model repeat itself."""
+    options = {"max_tokens": 30, "logits_processors": make_logits_processors({20: 60.0})}
+    ours, theirs = both(loaded, PROMPT, lambda: dict(options))
+    same_responses(ours, theirs)
+    assert num_drafted(ours) > 10
+
+
+def test_the_usual_policy_gives_the_same_text(loaded: tuple[Any, Any]) -> None:
+    same_responses(*both(loaded, PROMPT, lambda: {"max_tokens": 20}))
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temp": 0.8}, {"temp": 1.0, "top_p": 0.9, "min_p": 0.02}, {"temp": 1.5, "top_k": 5}]
+)
+def test_same_seed_same_text_at_any_temperature(
+    loaded: tuple[Any, Any], draft: Any, sampling: dict[str, Any], forced: None
+) -> None:
+    options: Callable[[], dict[str, Any]] = lambda: {"max_tokens": 40, "sampler": make_sampler(**sampling)}  # noqa: E731
+    ours, theirs = both(loaded, PROMPT, options, seed=5, draft=draft)
+    same_responses(ours, theirs)
+    assert num_drafted(ours) > 0
+
+
+def test_a_program_that_seeds_once_gets_the_same_second_text(loaded: tuple[Any, Any], forced: None) -> None:
+    texts = []
+    for function in (stream_generate, mlx_lm.stream_generate):
+        mx.random.seed(3)
+        sampler = make_sampler(1.0)
+        pair = [text_of(list(function(*loaded, PROMPT, max_tokens=n, sampler=sampler))) for n in (7, 20)]
+        texts.append(pair)
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1][: len(texts[0][0])]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_processors_see_and_do_what_they_do_in_mlx_lm(
+    loaded: tuple[Any, Any], draft: Any, temperature: float, forced: None
+) -> None:
+    spies: list[LetEndAfter] = []
+
+    def options() -> dict[str, Any]:
+        spies.append(LetEndAfter(11))
+        usual = make_logits_processors({5: -1.0, 9: 2.0}, repetition_penalty=1.3)
+        return {"max_tokens": -1, "sampler": make_sampler(temperature), "logits_processors": [*usual, spies[-1]]}
+
+    ours, theirs = both(loaded, PROMPT, options, seed=2, draft=draft)
+    same_responses(ours, theirs)
+    assert ours[-1].finish_reason == "stop"
+    assert ours[-1].token == EOS
+    assert spies[0].seen == spies[1].seen[:12]
+
+
+def test_a_caller_s_own_sampler_is_called_once_for_each_token(loaded: tuple[Any, Any], forced: None) -> None:
+    shapes = []
+
+    def second_best(logprobs: mx.array) -> mx.array:
+        shapes.append(logprobs.shape)
+        return mx.argsort(-logprobs, axis=-1)[:, 1]
+
+    ours = list(stream_generate(*loaded, PROMPT, max_tokens=16, sampler=second_best))
+    # One more than it gives out: mlx-lm draws ahead.
+    assert shapes == [(1, VOCAB)] * 17
+    same_responses(ours, list(mlx_lm.stream_generate(*loaded, PROMPT, max_tokens=16, sampler=second_best)))
+
+
+@pytest.mark.parametrize("who", list(itertools.product((stream_generate, mlx_lm.stream_generate), repeat=2)))
+def test_prompt_cache_over_two_turns(loaded: tuple[Any, Any], who: tuple[Any, Any], forced: None) -> None:
+    """Any of the two may take the first turn, any the second."""
+    found = []
+    for turns in (who, (mlx_lm.stream_generate,) * 2):
+        cache, responses, lengths = make_prompt_cache(loaded[0]), [], []
+        for function, prompt in zip(turns, (PROMPT, SECOND), strict=True):
+            responses += function(*loaded, prompt, max_tokens=15, prompt_cache=cache)
+            lengths.append([entry.offset for entry in cache])
+        rows = [np.array(entry.keys[:, :, : entry.offset]) for entry in cache]
+        found.append((responses, lengths, rows))
+    (ours, our_lengths, our_rows), (theirs, their_lengths, their_rows) = found
+    same_responses(ours, theirs)
+    assert our_lengths == their_lengths
+    for mine, other in zip(our_rows, their_rows, strict=True):
+        assert np.allclose(mine, other, atol=2e-3)
+
+
+@pytest.mark.parametrize("num_taken", [1, 3, 6])
+def test_prompt_cache_after_a_generation_that_was_left(
+    loaded: tuple[Any, Any], num_taken: int, forced: None
+) -> None:
+    found = []
+    for function in (stream_generate, mlx_lm.stream_generate):
+        cache = make_prompt_cache(loaded[0])
+        running = function(*loaded, PROMPT, max_tokens=30, prompt_cache=cache)
+        first = list(itertools.islice(running, num_taken))
+        running.close()
+        length = cache[0].offset
+        found.append(
+            (
+                text_of(first),
+                length,
+                text_of(list(mlx_lm.stream_generate(*loaded, SECOND, prompt_cache=cache, max_tokens=9))),
+            )
+        )
+    assert found[0] == found[1]
+
+
+def test_prompt_cache_is_whole_with_the_last_response(loaded: tuple[Any, Any]) -> None:
+    """Who stops there without closing the generator has it too."""
+    cache = make_prompt_cache(loaded[0])
+    running = stream_generate(*loaded, PROMPT, max_tokens=5, prompt_cache=cache)
+    for response in running:
+        if response.finish_reason is not None:
+            break
+    assert cache[0].offset == response.prompt_tokens + 5
+
+
+def test_prompt_cache_that_was_trimmed(loaded: tuple[Any, Any], forced: None) -> None:
+    found = []
+    for function in (stream_generate, mlx_lm.stream_generate):
+        cache = make_prompt_cache(loaded[0])
+        text = text_of(list(function(*loaded, PROMPT, max_tokens=12, prompt_cache=cache)))
+        trim_prompt_cache(cache, 9)
+        found.append((text, text_of(list(function(*loaded, SECOND, max_tokens=12, prompt_cache=cache)))))
+    assert found[0] == found[1]
+
+
+def test_draft_model(loaded: tuple[Any, Any], draft: Any, forced: None) -> None:
+    ours, theirs = both(loaded, SECOND, lambda: {"max_tokens": 40})
+    drafted = list(stream_generate(*loaded, SECOND, max_tokens=40, draft_model=draft))
+    same_responses(drafted, theirs)
+    same_responses(ours, theirs)
+    assert num_drafted(drafted) > num_drafted(ours)
+
+
+def test_num_draft_tokens_bounds_a_pass(loaded: tuple[Any, Any], forced: None) -> None:
+    """The target drafts for itself, so that all is accepted."""
+    responses = list(stream_generate(*loaded, SECOND, max_tokens=30, draft_model=loaded[0], num_draft_tokens=2))
+    runs = [len(list(run)) for is_draft, run in itertools.groupby(r.from_draft for r in responses) if is_draft]
+    assert max(runs) == 2
+    assert text_of(responses) == text_of(list(stream_generate(*loaded, SECOND, max_tokens=30)))
+
+
+def test_prompt_cache_with_a_draft_model(loaded: tuple[Any, Any], draft: Any, forced: None) -> None:
+    cache = make_prompt_cache(loaded[0]) + make_prompt_cache(draft)
+    own = make_prompt_cache(loaded[0])
+    for prompt in (PROMPT, SECOND, PROMPT):
+        ours = list(stream_generate(*loaded, prompt, max_tokens=20, draft_model=draft, prompt_cache=cache))
+        theirs = list(mlx_lm.stream_generate(*loaded, prompt, max_tokens=20, prompt_cache=own))
+        same_responses(ours, theirs)
+        assert {entry.offset for entry in cache} == {own[0].offset}
+    # The draft's part is right too: what it says next is what it says after the whole text.
+    words = loaded[1].encode
+    text = []
+    fresh = make_prompt_cache(loaded[0])
+    for prompt in (PROMPT, SECOND, PROMPT):
+        text += words(prompt)
+        text += [r.token for r in mlx_lm.stream_generate(*loaded, prompt, max_tokens=20, prompt_cache=fresh)]
+    part = cache[len(loaded[0].layers) :]
+    continued = draft(mx.array([[7]]), cache=part)[0, -1]
+    assert np.allclose(np.array(continued), np.array(draft(mx.array([[*text, 7]]))[0, -1]), atol=5e-3)
+
+
+def test_prompt_cache_without_a_part_for_the_draft(loaded: tuple[Any, Any], draft: Any) -> None:
+    with pytest.raises(UsageError, match="prompt_cache: it has no part for the draft model"):
+        list(stream_generate(*loaded, PROMPT, draft_model=draft, prompt_cache=make_prompt_cache(loaded[0])))
+
+
+def test_a_draft_with_too_few_tokens(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(VocabularyError, match="draft_model: it has 40 logits"):
+        list(stream_generate(*loaded, PROMPT, draft_model=tiny_llama(1)))
+
+
+@pytest.mark.parametrize("step", [None, 1, 4, 1000])
+def test_prompt_progress(loaded: tuple[Any, Any], step: int | None) -> None:
+    told: list[list[tuple[int, int]]] = []
+
+    def options() -> dict[str, Any]:
+        told.append([])
+        cache = make_prompt_cache(loaded[0])
+        list(mlx_lm.stream_generate(*loaded, SECOND, max_tokens=2, prompt_cache=cache))
+        report = told[-1]
+        given: dict[str, Any] = {} if step is None else {"prefill_step_size": step}
+        given["prompt_progress_callback"] = lambda *done: report.append(done)
+        return {"max_tokens": 2, "prompt_cache": cache, **given}
+
+    both(loaded, PROMPT, options)
+    assert told[0] == told[1]
+    assert len(told[0]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}, "kv_bits is given"),
+        (
+            {"prompt_cache": lambda: [QuantizedKVCache(32, 8) for _ in range(2)]},
+            "prompt_cache holds QuantizedKVCache",
+        ),
+        ({"prompt_cache": lambda: [RotatingKVCache(16) for _ in range(2)]}, "prompt_cache holds RotatingKVCache"),
+    ],
+    ids=["kv_bits", "quantised", "rotating"],
+)
+def test_what_is_left_to_mlx_lm(
+    loaded: tuple[Any, Any], options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fresh() -> dict[str, Any]:
+        return {"max_tokens": 12} | {
+            name: value() if callable(value) else value for name, value in options.items()
+        }
+
+    with caplog.at_level(logging.INFO, "llmcad_mlx.mlx_lm_plugin"):
+        same_responses(*both(loaded, PROMPT, fresh))
+    assert caplog.messages == [f"left to mlx-lm: {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "is_left"), [("qwen2", 17, True), ("qwen2", 18, False), ("llama", 9, False)]
+)
+def test_max_kv_size(
+    loaded: tuple[Any, Any], family: str, size: int, is_left: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Left to mlx-lm where it would forget tokens. It never does for models that make their own caches."""
+    model = (build(family), loaded[1])
+    with caplog.at_level(logging.INFO, "llmcad_mlx.mlx_lm_plugin"):
+        same_responses(*both(model, [3, 4, 5, 6, 7, 8], lambda: {"max_tokens": 12, "max_kv_size": size}))
+    assert caplog.messages[0].startswith("left to mlx-lm: the text may outgrow max_kv_size") is is_left
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe", "gpt2", "deepseek_v3", "phi3", "cohere2"])
+def test_other_families(loaded: tuple[Any, Any], family: str, forced: None) -> None:
+    """Sliding windows, experts, chains only, latent attention: with a prompt cache where it is a plain one."""
+    model = build(family)
+    prompt = [3, 4, 5, 6, 3, 4, 5]
+    same_responses(*both((model, loaded[1]), prompt, lambda: {"max_tokens": 12}))
+    caches: list[Any] = []
+
+    def options() -> dict[str, Any]:
+        caches.append(make_prompt_cache(model))
+        return {"max_tokens": 6, "prompt_cache": caches[-1]}
+
+    same_responses(*both((model, loaded[1]), prompt, options))
+    ours, theirs = (
+        list(mlx_lm.stream_generate(model, loaded[1], [6, 3], max_tokens=6, prompt_cache=cache))
+        for cache in caches
+    )
+    same_responses(ours, theirs)
+
+
+def test_a_model_that_cannot_take_tokens_back(loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model = build("mamba2")
+    with caplog.at_level(logging.INFO, "llmcad_mlx.mlx_lm_plugin"):
+        same_responses(*both((model, loaded[1]), [3, 4, 5], lambda: {"max_tokens": 6}))
+    assert caplog.messages[0].startswith("left to mlx-lm: rollback")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_tokens": 0}, ValueError, "non-zero"),
+        ({"no_such_option": 1}, TypeError, "no_such_option"),
+        ({"prefill_step_size": 0}, UsageError, "prefill_step_size: 0 is out of range"),
+        ({"num_draft_tokens": -1}, UsageError, "num_draft_tokens: -1 is out of range"),
+    ],
+)
+def test_bad_options(loaded: tuple[Any, Any], options: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        list(stream_generate(*loaded, PROMPT, **options))
+
+
+def test_the_user_s_model_is_left_as_it_was(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    before = [(name, id(value)) for name, value in tree_flatten(model.parameters())]
+    classes = [type(module) for module in model.modules()]
+    text = mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=12)
+    assert generate(model, tokenizer, PROMPT, max_tokens=12) == text
+    assert [(name, id(value)) for name, value in tree_flatten(model.parameters())] == before
+    assert [type(module) for module in model.modules()] == classes
+    assert mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=12) == text
+
+
+def test_changed_weights_are_noticed(loaded: tuple[Any, Any]) -> None:
+    model = tiny_llama(3, vocab=VOCAB)
+    first = generate(model, loaded[1], PROMPT, max_tokens=12)
+    model.update(tree_map(lambda p: p * 1.5, model.parameters()))
+    second = generate(model, loaded[1], PROMPT, max_tokens=12)
+    assert second != first
+    assert second == mlx_lm.generate(model, loaded[1], PROMPT, max_tokens=12)
+
+
+def test_what_was_made_for_a_model_goes_with_it() -> None:
+    models, model = AdaptedModels(), tiny_llama(4)
+    adapted = models.of(model)
+    assert models.of(model) is adapted
+    seen, weight = weakref.ref(adapted), weakref.ref(adapted.tree.model)
+    del adapted, model
+    gc.collect()
+    assert seen() is None
+    assert weight() is None
+
+
+def test_a_failing_sampler_leaves_the_prompt_cache_usable(loaded: tuple[Any, Any], forced: None) -> None:
+    calls = []
+
+    def failing(logprobs: mx.array) -> mx.array:
+        calls.append(None)
+        if len(calls) == 6:
+            raise RuntimeError("no more")
+        return mx.argmax(logprobs, axis=-1)
+
+    cache = make_prompt_cache(loaded[0])
+    given = []
+    with pytest.raises(RuntimeError, match="no more"):
+        given.extend(
+            response.token for response in stream_generate(*loaded, PROMPT, sampler=failing, prompt_cache=cache)
+        )
+    prompt = loaded[1].encode(PROMPT)
+    # `given` is lost with the error; the cache tells how much was given out.
+    whole = [r.token for r in mlx_lm.stream_generate(*loaded, PROMPT, max_tokens=10)]
+    kept = cache[0].offset - len(prompt)
+    assert 0 <= kept <= 5
+    continued = loaded[0](mx.array([[7]]), cache=cache)[0, -1]
+    expected = loaded[0](mx.array([[*prompt, *whole[:kept], 7]]))[0, -1]
+    assert np.allclose(np.array(continued), np.array(expected), atol=5e-3)
+
+
+def test_installed_reaches_mlx_lms_own_functions(
+    loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = mlx_lm.stream_generate
+    plain = mlx_lm.generate(*loaded, PROMPT, max_tokens=12)
+    with caplog.at_level(logging.INFO, "llmcad_mlx.mlx_lm_plugin"), installed():
+        assert mlx_lm.stream_generate is stream_generate
+        assert import_module("mlx_lm.chat").stream_generate is stream_generate
+        assert import_module("mlx_lm.server").stream_generate is stream_generate
+        assert mlx_lm.generate(*loaded, PROMPT, max_tokens=12) == plain
+    assert "12 tokens in" in caplog.text
+    assert mlx_lm.stream_generate is before
+    assert import_module("mlx_lm.chat").stream_generate is before
+
+
+def test_verbose_prints_the_text_and_mlx_lms_figures(
+    loaded: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = generate(*loaded, PROMPT, verbose=True, max_tokens=12)
+    ours = capsys.readouterr().out
+    mlx_lm.generate(*loaded, PROMPT, verbose=True, max_tokens=12)
+    theirs = capsys.readouterr().out
+    assert text in ours
+
+    def shape(out: str) -> list[str]:
+        return ["".join(c for c in line if not c.isdigit()) for line in out.splitlines()]
+
+    assert shape(ours) == shape(theirs)
+
+
+def test_versions() -> None:
+    check_mlx_lm()
+    check_mlx_lm("0.32.9")
+    for version in ("0.31.3", "0.32.1", "0.33.0", "1.0"):
+        with pytest.raises(
+            ImportError, match=rf"tested with mlx-lm >=0.32.2,<0.33, not {version}; run: pip install"
+        ):
+            check_mlx_lm(version)
+
+
+def test_import_fails_with_another_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("llmcad_mlx.mlx_lm_plugin")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(metadata, "version", lambda name: "0.40.0")
+    with pytest.raises(ImportError, match=r"not 0\.40\.0"):
+        import_module("llmcad_mlx.mlx_lm_plugin")

@@ -1,0 +1,324 @@
+"""Every model file of mlx-lm, tiny and random: what it runs with, and that this equals sequential decoding.
+
+``python -m tests.models.test_architectures --write-docs`` writes docs/architectures.md from the same measurements.
+"""
+
+from __future__ import annotations
+
+import copy
+import pkgutil
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.models
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from llmcad_mlx.models.cache import LazyKVCache, PlainCache
+from llmcad_mlx.models.tree_model import TreeModel
+from tests.support.architecture_configs import (
+    EXPECTED,
+    FAMILIES,
+    METAL_ONLY,
+    MLX_LM_VERSION,
+    NOT_MODELS,
+    VOCAB,
+    WINDOW,
+    build,
+    config_of,
+)
+
+DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
+EXACT = sys.platform == "linux"  # other CPUs' matrix libraries round one row and several rows differently
+RUNNABLE = [name for name in FAMILIES if name not in METAL_ONLY]
+SHORT, LONG = 3, 3 * WINDOW + 2  # prompt lengths: below and well past every sliding window
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one family did."""
+
+    capability: str
+    reason: str
+    pad_single: bool
+    single_rows: bool
+    windows: bool
+    """Some layer sees a sliding window, and the test went past it."""
+    difference: float
+    """Largest difference to the logits of plain decoding, over all nodes."""
+    rounding: float
+    """The same to logits of mlx-lm's own cache."""
+    spread: float
+    """Smallest difference between the logits of two siblings: 0 would mean that the test sees nothing."""
+
+
+class Sequential:
+    """Logits of token sequences fed one at a time.
+
+    own: through the model's own cache. Otherwise through ours, each sequence in a cache of its own: plain
+    decoding as this package does it.
+    """
+
+    def __init__(self, tree_model: TreeModel, own: bool) -> None:
+        self.tree_model = tree_model
+        self.own = own
+        self.caches: dict[tuple[int, ...], Any] = {}
+        self.rows: dict[tuple[int, ...], np.ndarray] = {}
+
+    def __call__(self, path: tuple[int, ...]) -> np.ndarray:
+        """(V,) logits after the last token of ``path``."""
+        if path not in self.rows:
+            if len(path) > 1:
+                self(path[:-1])
+            cache = copy.deepcopy(self.caches[path[:-1]]) if len(path) > 1 else self._new_cache()
+            self.rows[path] = self._step(path[-1], cache)
+            self.caches[path] = cache
+        return self.rows[path]
+
+    def _new_cache(self) -> Any:
+        return make_prompt_cache(self.tree_model.model) if self.own else self.tree_model.new_cache()
+
+    def _step(self, token: int, cache: Any) -> np.ndarray:
+        if self.own:
+            return np.array(self.tree_model.model(mx.array([[token]]), cache=cache)[0, -1])
+        forward = self.tree_model.forward([token], cache)
+        cache.commit(forward.slots)
+        return np.array(forward.logits[0])
+
+
+def grow_and_check(tree_model: TreeModel, sequential: Sequential, length: int, seed: int) -> tuple[float, float]:
+    """Three rounds of random trees below a prompt of ``length`` tokens; returns difference and spread."""
+    rng = np.random.default_rng(seed)
+    cache = tree_model.new_cache()
+    committed = tuple(rng.integers(1, VOCAB - 1, length).tolist())
+    tree_model.prefill(committed, cache, chunk=7)
+    difference, spread = 0.0, np.inf
+    for _ in range(3):
+        paths: dict[int, tuple[int, ...]] = {-1: ()}
+        for size in (1, 6, 4):  # one node, then its subtree in two appends
+            options = [slot for slot in paths if slot >= 0] or [-1]
+            parents = []
+            for row in range(size):
+                fresh = range(cache.num_slots, cache.num_slots + row) if options != [-1] else []
+                parents.append(int(rng.choice([*options, *fresh])))
+            tokens = rng.integers(1, VOCAB - 1, size).tolist()
+            forward = tree_model.forward(tokens, cache, parents)
+            for slot, token, parent, row in zip(
+                forward.slots, tokens, parents, np.array(forward.logits), strict=True
+            ):
+                paths[slot] = (*paths[parent], token)
+                difference = max(difference, gap(row, sequential((*committed, *paths[slot]))))
+                others = [p for s, p in paths.items() if s not in (-1, slot) and len(p) == len(paths[slot])]
+                spread = min(
+                    [spread, *(gap(row, sequential((*committed, *p))) for p in others if p != paths[slot])]
+                )
+        leaf = int(rng.choice([slot for slot in paths if slot >= 0]))
+        by_path = {path: slot for slot, path in reversed(paths.items())}
+        chosen = [by_path[paths[leaf][:depth]] for depth in range(1, len(paths[leaf]) + 1)]
+        cache.commit(chosen)
+        committed = (*committed, *paths[leaf])
+    return difference, spread
+
+
+def chain_and_check(tree_model: TreeModel, sequential: Sequential, length: int, seed: int) -> tuple[float, float]:
+    """Five rounds of drafted chains, accepted in part, as speculative decoding without trees does."""
+    rng = np.random.default_rng(seed)
+    cache = tree_model.new_cache()
+    committed = tuple(rng.integers(1, VOCAB - 1, length).tolist())
+    tree_model.prefill(committed, cache, chunk=7)
+    difference, spread = 0.0, np.inf
+    for accepted in (4, 0, 1, 3, 2):
+        tokens = rng.integers(1, VOCAB - 1, 4).tolist()
+        forward = tree_model.forward(tokens, cache)
+        rows = np.array(forward.logits)
+        for i, row in enumerate(rows):
+            difference = max(difference, gap(row, sequential((*committed, *tokens[: i + 1]))))
+        spread = min(spread, gap(rows[0], rows[1]))
+        if accepted:
+            cache.commit(forward.slots[:accepted])
+        else:
+            cache.rollback()
+        committed = (*committed, *tokens[:accepted])
+    return difference, spread
+
+
+def plain_and_check(tree_model: TreeModel, sequential: Sequential, length: int, seed: int) -> tuple[float, float]:
+    """A prompt and four steps, as plain decoding does. The prompt's rows may round differently."""
+    rng = np.random.default_rng(seed)
+    cache = tree_model.new_cache()
+    assert isinstance(cache, PlainCache)
+    tokens = tuple(rng.integers(1, VOCAB - 1, length + 4).tolist())
+    tree_model.prefill(tokens[:length], cache, chunk=7)
+    difference, spread = 0.0, np.inf
+    previous = None
+    for end in range(length + 1, length + 5):
+        forward = tree_model.forward([tokens[end - 1]], cache)
+        cache.commit(forward.slots)
+        row = np.array(forward.logits[0])
+        difference = max(difference, gap(row, sequential(tokens[:end])))
+        spread = spread if previous is None else min(spread, gap(row, previous))
+        previous = row
+    assert cache.length == length + 4
+    return difference, spread
+
+
+def gap(row: np.ndarray, other: np.ndarray) -> float:
+    """Largest difference; equal infinities do not count, NaN counts as infinite."""
+    with np.errstate(invalid="ignore"):
+        return float(np.nan_to_num(np.where(row == other, 0, np.abs(row - other)), nan=np.inf).max())
+
+
+@cache
+def measure(name: str) -> Measured:
+    """Build, probe and check one family; once for all tests."""
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        tree_model = TreeModel(build(name), config_of(name), max_dead_share=0.3, min_dead=4)
+        check = {"tree": grow_and_check, "chain": chain_and_check, "plain": plain_and_check}[tree_model.capability]
+        cache = tree_model.new_cache()
+        windows = isinstance(cache, LazyKVCache) and any(store.window for store in cache.stores)
+        # A rotating cache sums in another order once it is full, and a padded row in another way: there the
+        # model's own cache gives the same logits but for rounding, and ours the same bits.
+        same_bits = Sequential(tree_model, own=not windows and not tree_model.report.pad_single)
+        found, rounded = [], []
+        for seed, length in enumerate((SHORT, LONG)):
+            found.append(check(tree_model, same_bits, length, seed))
+            rounded.append(check(tree_model, Sequential(tree_model, own=True), length, seed))
+    finally:
+        mx.set_default_device(device)
+    return Measured(
+        capability=tree_model.capability,
+        reason=tree_model.reason,
+        pad_single=tree_model.report.pad_single,
+        single_rows=tree_model.report.single_rows,
+        windows=windows,
+        difference=max(difference for difference, _ in found),
+        rounding=max(difference for difference, _ in rounded),
+        spread=min(spread for _, spread in found),
+    )
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_family(name: str) -> None:
+    found = measure(name)
+    assert found.capability == EXPECTED.get(name, "tree"), found.reason
+    assert found.spread > 1e-3
+    assert found.rounding < 1e-4
+    if found.capability != "plain" and EXACT:
+        assert found.difference == 0.0
+    assert (found.reason == "") == (found.capability == "tree")
+
+
+@pytest.mark.parametrize("name", sorted(METAL_ONLY))
+@pytest.mark.skipif(mx.metal.is_available(), reason="runs with Metal")
+def test_metal_only_families_fail_in_mlx_lm_itself(name: str) -> None:
+    with pytest.raises(RuntimeError, match="No Metal back-end"):
+        mx.eval(build(name)(mx.array([[1, 2]])))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama4", "nanochat"])
+def test_chain_families_refuse_trees_by_name(name: str) -> None:
+    tree_model = TreeModel(build(name), config_of(name))
+    cache = tree_model.new_cache()
+    with pytest.raises(ValueError, match="chains only"):
+        tree_model.forward([1, 2, 3], cache, [-1, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["mamba", "qwen3_next"])
+def test_plain_families_refuse_what_they_cannot_take_back(name: str) -> None:
+    tree_model = TreeModel(build(name), config_of(name))
+    cache = tree_model.new_cache()
+    with pytest.raises(ValueError, match="no trees"):
+        tree_model.forward([1, 2, 3], cache, [-1, 0, 0])
+    slots = tree_model.forward([1, 2, 3], cache).slots
+    with pytest.raises(ValueError, match="cannot forget"):
+        cache.commit(slots[:2])
+    with pytest.raises(ValueError, match="cannot forget"):
+        cache.rollback()
+    cache.commit(slots)
+    with pytest.raises(ValueError, match="all of its tokens or none"):
+        cache.truncate(1)
+    cache.truncate(0)
+    assert cache.length == 0
+
+
+def test_at_least_45_families_take_trees_bit_for_bit() -> None:
+    if not EXACT:
+        pytest.skip("bit-exactness is claimed for Linux CPUs")
+    exact = [name for name in RUNNABLE if (m := measure(name)).capability == "tree" and m.difference == 0]
+    assert len(exact) >= 45
+    windowed = [name for name in exact if measure(name).windows]
+    assert len(windowed) >= 15
+
+
+def test_every_model_file_is_listed() -> None:
+    if version("mlx-lm") != MLX_LM_VERSION:
+        pytest.skip(f"the list is of mlx-lm {MLX_LM_VERSION}")
+    files = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
+    assert files == set(FAMILIES) | set(NOT_MODELS)
+
+
+def test_docs_are_up_to_date() -> None:
+    if version("mlx-lm") != MLX_LM_VERSION or not EXACT:
+        pytest.skip(f"the page is of mlx-lm {MLX_LM_VERSION} on a Linux CPU")
+    assert DOCS.read_text() == docs_page(), "run: python -m tests.models.test_architectures --write-docs"
+
+
+def docs_page() -> str:
+    """The text of docs/architectures.md."""
+    measured = {name: measure(name) for name in RUNNABLE}
+    by = {c: [n for n, m in measured.items() if m.capability == c] for c in ("tree", "chain", "plain")}
+    exact = [name for name in by["tree"] if measured[name].difference == 0]
+    windows = sum(measured[name].windows for name in exact)
+    lines = [
+        "# Model architectures",
+        "",
+        f"Every model file of mlx-lm {MLX_LM_VERSION}, built tiny with random fp32 weights and checked on a",
+        "Linux CPU against the same tokens fed one at a time. Written by",
+        "`python -m tests.models.test_architectures --write-docs`; a test fails when this page is out of date.",
+        "What a real model does is probed when it is loaded, never concluded from its name.",
+        "",
+        f"- **Token trees: {len(by['tree'])} families**, {len(exact)} of them bit for bit (difference 0):",
+        f"  random trees over several rounds, dead slots, compactions; {windows} of them with sliding",
+        "  windows, on sequences shorter and longer than the window.",
+        f"- **Chains: {len(by['chain'])} families.** A drafted chain is verified in one pass, its",
+        "  rejected end dropped; also bit for bit.",
+        f"- **Plain: {len(by['plain'])} families.** Most keep a state that cannot be taken back.",
+        "",
+        "## Token trees",
+        "",
+        "| family | sliding window | note |",
+        "|---|---|---|",
+    ]
+    for name in sorted(by["tree"], key=str.lower):
+        row = measured[name]
+        window = "yes" if row.windows else ""
+        note = "a single token goes with a second row: alone it is computed in another way" * row.pad_single
+        lines.append(f"| {name} | {window} | {note} |")
+    for capability, title in (("chain", "Chains"), ("plain", "Plain decoding")):
+        lines += ["", f"## {title}", "", "| family | what is missing |", "|---|---|"]
+        for name in sorted(by[capability], key=str.lower):
+            row = measured[name]
+            note = "; fed one token at a time, prompt included" if row.single_rows else ""
+            # By how much depends on the machine.
+            reason = re.sub(r" by \d[\d.e+-]*", "", row.reason)
+            lines.append(f"| {name} | {reason}{note} |".replace("\n", " "))
+    lines += ["", "## Not run here", "", "| file | why |", "|---|---|"]
+    lines += [f"| {name} | {why} |" for name, why in sorted(METAL_ONLY.items())]
+    lines += [f"| {name} | holds parts of models |" for name in NOT_MODELS]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write-docs"]:
+        sys.exit("usage: python -m tests.models.test_architectures --write-docs")
+    DOCS.parent.mkdir(exist_ok=True)
+    DOCS.write_text(docs_page())

@@ -1,0 +1,386 @@
+"""The lazy cache against fresh forwards of the same tokens, in any order of appends, commits and cuts."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Container, Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import make_prompt_cache
+
+from llmcad_mlx.models import positions
+from llmcad_mlx.models.cache import LazyKVCache, UnsupportedCacheError
+from llmcad_mlx.models.positions import NodePositions
+from llmcad_mlx.models.tree_model import TreeModel
+from tests.support.architecture_configs import VOCAB, WINDOW, build, config_of
+
+exact_cpu = pytest.mark.skipif(sys.platform != "linux", reason="bit-exactness is claimed for Linux CPUs")
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Iterator[None]:
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
+def llama(**cache_options: float) -> TreeModel:
+    """Two layers, the first with a sliding window of 8."""
+    return TreeModel(build("llama"), config_of("llama"), **cache_options)
+
+
+class Reference:
+    """Logits of a token sequence from one forward without any cache, remembered."""
+
+    def __init__(self, tree_model: TreeModel) -> None:
+        self.model = tree_model.model
+        self.rows: dict[tuple[int, ...], np.ndarray] = {}
+
+    def __call__(self, tokens: tuple[int, ...]) -> np.ndarray:
+        if tokens not in self.rows:
+            self.rows[tokens] = np.array(self.model(mx.array([tokens]))[0, -1])
+        return self.rows[tokens]
+
+
+class RandomUse:
+    """Random use of one cache; every forward's logits must be those of a plain forward of the path."""
+
+    def __init__(self, tree_model: TreeModel, reference: Reference, rng: np.random.Generator) -> None:
+        self.tree_model, self.reference, self.rng = tree_model, reference, rng
+        self.cache = tree_model.new_cache()
+        self.committed: tuple[int, ...] = tuple(rng.integers(1, VOCAB - 1, rng.integers(0, 12)).tolist())
+        self.paths: dict[int, tuple[int, ...]] = {}  # uncommitted slot -> tokens below the committed ones
+        self.tree_model.prefill(self.committed, self.cache, chunk=5)
+
+    def step(self) -> None:
+        kinds = [self.append, self.commit, self.rollback, self.truncate, self.compact]
+        self.rng.choice(kinds, p=[0.5, 0.35, 0.05, 0.05, 0.05])()
+        live = self.cache.live_slots()
+        assert np.all(np.diff(live) > 0)
+        assert [self.cache.position(int(slot)) for slot in live] == list(range(len(self.committed)))
+
+    def append(self) -> None:
+        size, start = int(self.rng.integers(1, 6)), self.cache.num_slots
+        tokens = self.rng.integers(1, VOCAB - 1, size).tolist()
+        parents = [int(self.rng.choice([-1, *self.paths, *range(start, start + row)])) for row in range(size)]
+        if self.rng.random() < 0.2:
+            forward, parents = (
+                self.tree_model.forward(tokens, self.cache),
+                [-1, *range(start, start + size - 1)],
+            )
+        else:
+            forward = self.tree_model.forward(tokens, self.cache, parents)
+        for slot, token, parent, row in zip(forward.slots, tokens, parents, np.array(forward.logits), strict=True):
+            self.paths[slot] = (*self.paths.get(parent, ()), token)
+            assert np.array_equal(row, self.reference((*self.committed, *self.paths[slot])))
+            assert self.cache.position(slot) == len(self.committed) + len(self.paths[slot]) - 1
+
+    def commit(self) -> None:
+        """Accept a path; keep some of the tree below its end."""
+        if not self.paths:
+            return
+        slot = int(self.rng.choice([*self.paths, -1]))
+        path = path_to(self.cache, slot, self.paths) if slot >= 0 else []
+        accepted = self.paths[slot] if path else ()
+        keep: list[int] = []
+        for below in sorted(self.paths):
+            parent = int(self.cache._parents[below])
+            if (parent in keep or parent == (path or [self.cache.last_slot])[-1]) and self.rng.random() < 0.6:
+                keep.append(below)
+        self.committed += accepted
+        self.rng.shuffle(keep)
+        kept = self.cache.commit(path, keep)
+        self.paths = {new: self.paths[old][len(accepted) :] for old, new in zip(keep, kept, strict=True)}
+        assert self.cache.num_slots == len(self.committed) + len(kept) + self.cache.num_dead
+        for new, tokens in self.paths.items():
+            assert self.cache.position(new) == len(self.committed) + len(tokens) - 1
+
+    def rollback(self) -> None:
+        self.cache.rollback()
+        self.paths = {}
+
+    def compact(self) -> None:
+        self.cache.compact()
+        self.paths = {}
+        assert (self.cache.num_dead, self.cache.num_slots) == (0, len(self.committed))
+
+    def truncate(self) -> None:
+        length = len(self.committed) - int(self.rng.integers(0, 1 + min(4, len(self.committed))))
+        self.cache.truncate(length)
+        self.committed = self.committed[:length]
+        self.paths = {}
+
+
+def path_to(cache: LazyKVCache, slot: int, uncommitted: Container[int]) -> list[int]:
+    """Uncommitted slots from the top of the tree to ``slot``."""
+    path = [slot]
+    while (parent := int(cache._parents[path[0]])) in uncommitted:
+        path.insert(0, parent)
+    return path
+
+
+@exact_cpu
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    max_dead_share=st.sampled_from([0.0, 0.3, 1.0]),
+    min_dead=st.sampled_from([1, 6]),
+)
+def test_random_use_equals_plain_forwards(seed: int, max_dead_share: float, min_dead: int) -> None:
+    tree_model = llama(max_dead_share=max_dead_share, min_dead=min_dead)
+    use = RandomUse(tree_model, Reference(tree_model), np.random.default_rng(seed))
+    for _ in range(20):
+        use.step()
+
+
+def test_contiguous_acceptance_changes_only_lengths() -> None:
+    cache = LazyKVCache(1)
+    cache.commit(cache.append(None, 3))
+    slots = cache.append([-1, 3, 4, 3], 4)  # a chain of three and a sibling behind it
+    cache.commit(slots[:2])
+    assert (cache.length, cache.num_slots, cache.num_dead) == (5, 5, 0)
+    cache.append(None, 1)
+    assert cache.mask(1, None, False) is None
+
+
+def test_dead_slots_stay_until_the_share_is_reached() -> None:
+    cache = LazyKVCache(1, max_dead_share=0.5, min_dead=3)
+    slots = cache.append([-1, -1, -1], 3)
+    cache.commit(slots[2:])  # two dead of three: below min_dead
+    assert (cache.num_dead, cache.num_slots) == (2, 3)
+    slots = cache.append([-1, -1], 2)
+    cache.commit(slots[1:])  # three dead of five
+    assert (cache.num_dead, cache.num_slots, cache.live_slots().tolist()) == (0, 2, [0, 1])
+
+
+def test_masks_of_chains_keep_the_fast_kernels() -> None:
+    cache = LazyKVCache(2, [None, 4])
+    cache.append(None, 4)
+    assert cache.layers[0].make_mask(4) == "causal"
+    assert cache.layers[1].make_mask(4, window_size=4) == "causal"  # the window reaches everything
+    array = cache.layers[0].make_mask(4, return_array=True)
+    assert isinstance(array, mx.array)
+    assert array.tolist() == [[np.tri(4, dtype=bool).tolist()]]
+    cache.commit(range(4))
+    cache.append(None, 1)
+    assert cache.layers[0].make_mask(1, return_array=True) is None
+    windowed = cache.layers[1].make_mask(1)
+    assert isinstance(windowed, mx.array)
+    assert windowed.tolist() == [[[[False, True, True, True, True]]]]
+    assert cache.layers[1].make_mask(1) is windowed  # built once for all layers
+
+
+def test_mask_of_a_tree_on_paper() -> None:
+    cache = LazyKVCache(1)
+    cache.commit(cache.append(None, 2))
+    dead = cache.append([-1, -1], 2)
+    cache.commit(dead[1:])  # slot 2 is dead, slot 3 live
+    cache.append([-1, 4, 4], 3)
+    mask = cache.layers[0].make_mask(3)
+    assert isinstance(mask, mx.array)
+    expected = [[1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0, 1]]
+    assert np.array(mask)[0, 0].astype(int).tolist() == expected
+    assert isinstance(cache.offset, NodePositions)
+    assert cache.offset.positions.tolist() == [3, 4, 4]
+    assert mx.array(cache.offset).tolist() == [3, 3, 2]
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), window=st.sampled_from([None, 1, 3, 6]))
+def test_attention_plan_says_what_the_mask_says(data: st.DataObject, window: int | None) -> None:
+    cache = LazyKVCache(1, min_dead=99)
+    slots: list[int] = []
+    for commits in range(data.draw(st.integers(0, 3)) + 1):
+        for _ in range(data.draw(st.integers(1, 2))):
+            size, start = data.draw(st.integers(1, 4)), cache.num_slots
+            choices = [[-1, *slots, *range(start, start + row)] for row in range(size)]
+            slots += cache.append([data.draw(st.sampled_from(options)) for options in choices], size)
+        if commits:
+            break
+        path = path_to(cache, data.draw(st.sampled_from(slots)), slots)
+        keep: list[int] = []
+        for slot in slots:
+            if int(cache._parents[slot]) in [path[-1], *keep] and data.draw(st.booleans()):
+                keep.append(slot)
+        slots = cache.commit(path, keep)
+    if not cache.num_appended:
+        cache.append([slots[-1] if slots else -1, -1], 2)
+    plan, visible = cache.attention_plan(window), cache.visible(window)
+    prefix = np.concatenate([np.arange(first, first + length) for first, length in plan.runs])
+    ends = [0, *plan.own_ends.tolist()]
+    for row in range(cache.num_appended):
+        seen = prefix[plan.first_visible[row] :].tolist() + plan.own[ends[row] : ends[row + 1]].tolist()
+        if plan.causal:
+            seen = list(range(int(plan.first_visible[row]), int(plan.slots[row]) + 1))
+        assert seen == np.flatnonzero(visible[row]).tolist()
+
+
+def test_kept_slots_on_paper() -> None:
+    cache = LazyKVCache(1, min_dead=99)
+    cache.commit(cache.append(None, 2))
+    #            2   3  4  5  6  7  8: 3 and 4 below 2, 5 below 3, 6 and 7 below 4, 8 below 7
+    cache.append([-1, 2, 2, 3, 4, 4, 7], 7)
+    assert cache.commit([2, 4], keep=[8, 7]) == [8, 7]  # 3, 5 and 6 die
+    assert (cache.length, cache.num_slots, cache.num_dead, cache.last_slot) == (4, 9, 3, 4)
+    with pytest.raises(ValueError, match="neither the last committed"):
+        cache.append([6], 1)  # dead
+    cache.append([8, -1], 2)
+    mask = cache.layers[0].make_mask(2)
+    assert isinstance(mask, mx.array)
+    expected = [[1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 1, 0, 0, 0, 0, 0, 1]]
+    assert np.array(mask)[0, 0].astype(int).tolist() == expected
+    with pytest.raises(ValueError, match="not a path"):
+        cache.commit([6])
+    assert cache.commit([7, 8], keep=[9]) == [9]
+    assert (cache.length, cache.num_slots, cache.num_dead) == (6, 10, 3)
+    cache.rollback()
+    assert (cache.length, cache.num_slots, cache.num_dead) == (6, 9, 3)
+
+
+def test_a_compaction_moves_what_is_kept() -> None:
+    cache = LazyKVCache(1, max_dead_share=0.0, min_dead=1)
+    cache.commit(cache.append(None, 2))
+    cache.append([-1, -1, 3, 4, 4], 5)
+    assert cache.commit([3], keep=[5, 4]) == [4, 3]
+    assert (cache.length, cache.num_slots, cache.num_dead) == (3, 5, 0)
+    cache.append([3, 4], 2)
+    mask = cache.layers[0].make_mask(2)
+    assert isinstance(mask, mx.array)
+    assert np.array(mask)[0, 0].astype(int).tolist() == [[1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 0, 1]]
+
+
+def test_a_kept_line_keeps_the_fast_kernels() -> None:
+    cache = LazyKVCache(1, linear=True)
+    cache.commit(cache.append(None, 3))
+    cache.append(None, 4)
+    assert cache.commit([3], keep=[4, 5]) == [4, 5]
+    cache.append([5], 1)
+    assert cache.layers[0].make_mask(1) is None
+    with pytest.raises(ValueError, match="chains only"):
+        cache.append([4], 1)
+
+
+def test_wrong_use_is_refused() -> None:
+    cache = LazyKVCache(1)
+    cache.commit(cache.append(None, 3))
+    with pytest.raises(ValueError, match="2 tokens with 1 parents"):
+        cache.append([-1], 2)
+    with pytest.raises(ValueError, match="neither the last committed"):
+        cache.append([0], 1)
+    with pytest.raises(ValueError, match="neither the last committed"):
+        cache.append([3], 1)  # itself
+    slots = cache.append([-1, -1], 2)
+    with pytest.raises(ValueError, match="not a path"):
+        cache.commit(slots)
+    with pytest.raises(ValueError, match="not a path"):
+        cache.commit([7])
+    with pytest.raises(ValueError, match="not a tree below"):
+        cache.commit([3], keep=[4])  # its sibling
+    with pytest.raises(ValueError, match="not a tree below"):
+        cache.commit([3], keep=[3])
+    with pytest.raises(ValueError, match="not a tree below"):
+        cache.commit([], keep=[5])
+    assert (cache.length, cache.num_slots) == (3, 5)
+    with pytest.raises(ValueError, match="cannot keep 9 of 3"):
+        cache.truncate(9)
+    with pytest.raises(RuntimeError, match="announced with append"):
+        cache.layers[0].make_mask(5)
+    with pytest.raises(RuntimeError, match="announced with append"):
+        cache.layers[0].update_and_fetch(mx.zeros((1, 1, 5, 2)), mx.zeros((1, 1, 5, 2)))
+    with pytest.raises(RuntimeError, match="before the first forward"):
+        cache.layers[0].keys_and_values()
+    with pytest.raises(UnsupportedCacheError, match="ArraysCache cannot be rolled back"):
+        LazyKVCache.like(make_prompt_cache(build("mamba")))
+
+
+def test_capacity_grows_past_a_step_without_changing_a_bit() -> None:
+    tree_model = llama()
+    tokens = (np.arange(700) * 7 % (VOCAB - 2) + 1).tolist()
+    cache = tree_model.new_cache()
+    done: list[int] = []
+    tree_model.prefill(tokens[:-1], cache, chunk=100, on_progress=done.append)
+    assert done == [*range(100, 700, 100), 699]
+    row = np.array(tree_model.forward(tokens[-1:], cache).logits[0])
+    assert cache.nbytes == sum(array.nbytes for array in cache.arrays())
+    expected = np.array(tree_model.model(mx.array([tokens]))[0, -1])
+    assert np.abs(row - expected).max() < 1e-5
+    if sys.platform == "linux":
+        assert np.array_equal(row, expected)
+
+
+def test_prefill_stops_when_asked_and_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree_model = llama()
+    cache = tree_model.new_cache()
+    asked = iter([False, False, True])
+    tree_model.prefill(range(1, 31), cache, chunk=8, should_stop=lambda: next(asked))
+    assert cache.length == 16
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmcad_mlx.models.tree_model.mx.eval", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tree_model.prefill(range(1, 31), cache, chunk=8)
+    assert (cache.length, cache.num_slots) == (16, 16)
+
+
+def test_mlx_lm_goes_on_using_an_adapted_model() -> None:
+    untouched, adapted = build("llama"), llama().model
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
+    first, second = make_prompt_cache(untouched), make_prompt_cache(adapted)
+    for part in (tokens[:, :6], tokens[:, 6:7], tokens[:, 7:8]):
+        assert mx.array_equal(untouched(part, cache=first), adapted(part, cache=second))
+    assert copy.deepcopy(adapted)(tokens).shape == (1, 10, VOCAB)
+    ropes = [module for module in adapted.modules() if isinstance(module, type(adapted.layers[0].self_attn.rope))]
+    assert len(ropes) == positions.install(adapted) == 2
+    positions.uninstall(adapted)
+    assert [type(layer.self_attn.rope) for layer in adapted.layers] == [
+        type(layer.self_attn.rope) for layer in untouched.layers
+    ]
+
+
+def test_the_probe_sees_wrong_positions_and_wrong_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without these two the probe's trees must fail; a probe that accepts everything proves nothing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(LazyKVCache, "offset", property(lambda cache: int(cache.appended_positions()[0])))
+        report = llama().report
+    assert (report.capability, report.reason.split(":")[0]) == ("chain", "positions")
+
+    def all_see_all(cache: LazyKVCache, window: int | None = None) -> np.ndarray:
+        return np.tri(cache.num_appended, cache.num_slots, cache.first_appended, dtype=bool)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LazyKVCache, "visible", all_see_all)
+        report = llama().report
+    assert (report.capability, report.reason.split(":")[0]) == ("chain", "masks")
+
+
+def test_reports_of_the_probe() -> None:
+    report = llama().report
+    assert (report.capability, report.reason, report.max_difference) == ("tree", "", 0.0)
+    assert (report.vocab_size, report.pad_single, report.body_prefills) == (VOCAB, False, True)
+    assert llama().context_length == 512
+    assert len(llama().layers) == 2
+    assert WINDOW == 8
+
+
+@pytest.mark.parametrize("expected", [0, 100])
+def test_a_cache_makes_room_for_what_it_expects_at_once(expected: int) -> None:
+    model = llama()
+    cache = model.new_cache()
+    assert isinstance(cache, LazyKVCache)
+    cache.expected_slots = expected
+    model.prefill([1, 2, 3], cache)
+    first = cache.nbytes
+    logits = model.forward([4], cache).logits
+    assert np.array_equal(np.array(logits[0]), Reference(model)((1, 2, 3, 4)))
+    cache.rollback()
+    model.prefill([5] * 90, cache)
+    assert (cache.nbytes == first) == (expected == 100)

@@ -1,0 +1,193 @@
+"""Step times: what is predicted between, below and beyond what was measured, and what survives a file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmcad_mlx.policy.costs import CostModel, StepTimes
+
+seconds = st.floats(1e-6, 10.0)
+observations = st.lists(st.tuples(st.integers(1, 64), seconds), min_size=1, max_size=40)
+
+
+def times_of(*pairs: tuple[int, float]) -> StepTimes:
+    times = StepTimes()
+    for rows, took in pairs:
+        times.observe(rows, took)
+    return times
+
+
+def test_nothing_measured_predicts_nothing() -> None:
+    times = StepTimes()
+    assert not times
+    assert times.predict(5) == 0.0
+    assert 1 not in times
+
+
+def test_measured_counts_are_predicted_as_measured_and_others_on_the_line_between() -> None:
+    times = times_of((1, 1.0), (5, 3.0), (9, 3.0))
+    assert times
+    assert 5 in times
+    assert 4 not in times
+    assert [times.predict(rows) for rows in (1, 2, 3, 5, 7, 9)] == [1.0, 1.5, 2.0, 3.0, 3.0, 3.0]
+
+
+def test_beyond_the_largest_the_average_slope_goes_on() -> None:
+    times = times_of((1, 1.0), (5, 3.0))
+    assert times.predict(9) == pytest.approx(5.0)
+
+
+def test_beyond_the_largest_a_row_always_costs_something() -> None:
+    """Two equal times must not promise that rows are free for ever."""
+    times = times_of((1, 1.0), (4, 1.0))
+    assert 1.0 < times.predict(40) < times.predict(80)
+
+
+def test_a_single_measurement_tells_about_all_counts() -> None:
+    times = times_of((8, 1.7))
+    assert 0.0 < times.predict(1) < times.predict(4) < 1.7 < times.predict(16)
+
+
+def test_waiting_tells_how_many_rows_cost_nothing() -> None:
+    times = StepTimes()
+    times.observe(2, 10.0, busy=1.0)
+    assert times.hidden_rows == 20
+    assert times.predict(20) == 10.0
+    assert times.predict(24) == pytest.approx(10.0 + 4 * 0.5)  # a row computes for half a second at most
+    times.observe(2, 10.0, busy=9.0)
+    assert times.hidden_rows == 0
+    assert times.predict(4) > 10.0
+
+
+def test_what_was_read_gives_way_to_what_is_measured() -> None:
+    times = StepTimes.from_dict({"1": 9.0, "4": 10.0})
+    assert (times.times_seen(1), times.times_observed(1), times.predict(1)) == (1, 0, 9.0)
+    times.observe(1, 1.0)
+    assert (times.times_seen(1), times.times_observed(1), times.predict(1)) == (1, 1, 1.0)
+    assert times.predict(4) == 10.0
+
+
+def test_one_disturbed_measurement_changes_little() -> None:
+    times = times_of(*[(1, 1.0)] * 4, (1, 50.0), (1, 1.0))
+    assert times.predict(1) == 1.0
+
+
+def test_a_first_measurement_far_off_is_not_believed() -> None:
+    """It may have compiled a kernel; what comes after is believed."""
+    times = times_of((1, 1.0), (2, 90.0))
+    assert 1.0 < times.predict(2) < 5.0
+    for _ in range(8):
+        times.observe(2, 4.0)
+    assert times.predict(2) == 4.0
+
+
+def test_old_measurements_are_forgotten() -> None:
+    times = times_of(*[(1, 1.0)] * 50, *[(1, 3.0)] * 8)
+    assert times.predict(1) == 3.0
+
+
+def test_more_rows_never_take_less_time() -> None:
+    times = times_of((1, 2.0), (4, 1.0), (8, 3.0))
+    # A single row cannot take longer than four: one of the two was disturbed, and who knows which.
+    assert times.predict(1) == times.predict(4) == 1.5
+    # What was seen more often weighs more.
+    assert times_of((1, 2.0), (4, 1.0), (4, 1.0), (4, 1.0), (8, 3.0)).predict(1) == 1.25
+    assert times.predict(6) == pytest.approx(2.25)  # midway to 8
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), seconds), min_size=1, max_size=80))
+def test_asking_between_measurements_changes_nothing(pairs: list[tuple[int, float]]) -> None:
+    """What was asked for is brought up to date; what was not is made when all is known."""
+    asked = StepTimes()
+    for rows, took in pairs:
+        asked.observe(rows, took)
+        asked.predict(1)
+    assert asked.to_dict() == times_of(*pairs).to_dict()
+
+
+@given(observations)
+def test_predictions_never_fall_with_rows(pairs: list[tuple[int, float]]) -> None:
+    times = times_of(*pairs)
+    predicted = [times.predict(rows) for rows in range(1, 100)]
+    assert all(a <= b * (1 + 1e-12) for a, b in itertools.pairwise(predicted))
+    assert predicted[0] > 0.0
+    assert all(map(math.isfinite, predicted))
+
+
+@pytest.mark.parametrize(("rows", "took"), [(0, 1.0), (-3, 1.0), (1, -0.1), (1, math.nan), (1, math.inf)])
+def test_impossible_measurements_are_refused(rows: int, took: float) -> None:
+    times = StepTimes()
+    with pytest.raises(ValueError, match="cannot take"):
+        times.observe(rows, took)
+    assert not times
+
+
+@given(observations, observations)
+def test_what_was_saved_predicts_the_same(draft: list[tuple[int, float]], verify: list[tuple[int, float]]) -> None:
+    model = CostModel(times_of(*draft), times_of(*verify))
+    again = CostModel.from_dict(json.loads(json.dumps(model.to_dict())))
+    for rows in range(1, 70):
+        assert again.draft.predict(rows) == model.draft.predict(rows)
+        assert again.verify.predict(rows) == model.verify.predict(rows)
+
+
+GOOD = CostModel().to_dict()
+
+
+def test_what_the_damages_are_made_from_is_good() -> None:
+    assert CostModel.from_dict(GOOD).to_dict() == GOOD
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        "costs",
+        {},
+        {name: value for name, value in GOOD.items() if name != "rounds"},
+        {name: value for name, value in GOOD.items() if name != "computing"},
+        {**GOOD, "verify": []},
+        {**GOOD, "verify": None},
+        {**GOOD, "verify": {"one": 1.0}},
+        {**GOOD, "verify": {"0": 1.0}},
+        {**GOOD, "verify": {"1": "fast"}},
+        {**GOOD, "verify": {"1": True}},
+        {**GOOD, "verify": {"1": None}},
+        {**GOOD, "verify": {"1": -1.0}},
+        {**GOOD, "verify": {"1": math.nan}},
+        {**GOOD, "verify": {"1": math.inf}},
+        {**GOOD, "verify": {"1": 10**400}},
+        {**GOOD, "rounds": [1]},
+        {**GOOD, "rounds": {**GOOD["rounds"], "tokens": -1.0}},
+    ],
+    ids=lambda data: repr(data)[:60],
+)
+def test_bad_data_is_refused(data: object) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - the message is for the log; the kind is what callers rely on
+        CostModel.from_dict(data)
+
+
+def test_rates() -> None:
+    costs = CostModel()
+    assert costs.plain_rate == 0.0
+    assert costs.recent_rate is None
+    assert costs.rate == 0.0
+    costs.verify.observe(1, 0.5)
+    assert costs.plain_rate == costs.rate == 2.0
+    costs.observe_round(3, 1.0)
+    assert costs.recent_rate == costs.rate == 3.0
+    costs.observe_round(1, 1.0)
+    assert 1.0 < (costs.recent_rate or 0.0) < 3.0
+    for _ in range(100):
+        costs.observe_round(1, 1.0)
+    assert costs.recent_rate == pytest.approx(1.0, rel=1e-3)
+    assert costs.rate == 2.0  # plain decoding is the better way to spend a second
+    costs.forget_rate()
+    assert costs.recent_rate is None

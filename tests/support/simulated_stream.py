@@ -1,0 +1,127 @@
+"""A stream whose reads take made-up seconds: the order of reading is the real one, only the clock is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmcad_mlx.streaming.stream import Outlook, ReadAhead, Reading
+
+
+class SimulatedClock:
+    """Stands still but for what is charged to it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(frozen=True, slots=True)
+class BusyInterval:
+    """The reader read `unit` from `start` to `end`; not to its end if it was `dropped`."""
+
+    unit: int
+    start: float
+    end: float
+    dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """`unit` was waited for from `asked` on and had at `had`; it had been read at `arrived`."""
+
+    unit: int
+    asked: float
+    arrived: float
+    had: float
+
+
+class SimulatedStream:
+    """A `WeightStream`. A unit takes `bytes / bytes_per_s` seconds, while the clock goes on for other reasons."""
+
+    def __init__(
+        self, unit_bytes: Sequence[int], num_buffers: int, bytes_per_s: float, clock: SimulatedClock
+    ) -> None:
+        self.unit_bytes, self.bytes_per_s, self.clock = unit_bytes, bytes_per_s, clock
+        self.bytes_read = 0
+        self.wait_s = 0.0
+        self.busy: list[BusyInterval] = []
+        self.taken: list[Taken] = []
+        self.released: list[float] = []
+        """When each buffer was given back."""
+        self.contents: dict[int, int] = {}
+        """The unit in each buffer that is there or held."""
+        self._arrivals: list[float] = []  # of what is there
+        self._ahead = ReadAhead(unit_bytes, num_buffers)
+        self._started = 0.0
+        self._begin(0.0)
+
+    def _begin(self, at: float) -> None:
+        self._started = at
+        self._ahead.begin()
+
+    def _seconds(self, reading: Reading) -> float:
+        return self.unit_bytes[reading.unit] / self.bytes_per_s
+
+    def _arrive(self, reading: Reading) -> None:
+        end = self._started + self._seconds(reading)
+        self.busy.append(BusyInterval(reading.unit, self._started, end))
+        self.bytes_read += self.unit_bytes[reading.unit]
+        self._arrivals.append(end)
+        self.contents[reading.buffer] = reading.unit
+        self._ahead.arrived()
+        self._begin(end)
+
+    def _catch_up(self) -> None:
+        """Do what the reader has done by now."""
+        while (reading := self._ahead.reading) and self._started + self._seconds(reading) <= self.clock.now:
+            self._arrive(reading)
+
+    @property
+    def next_unit(self) -> int:
+        return self._ahead.next_unit
+
+    def ready(self) -> bool:
+        self._catch_up()
+        return self._ahead.num_there > 0
+
+    def outlook(self) -> Outlook:
+        self._catch_up()
+        arrived = (self.clock.now - self._started) * self.bytes_per_s if self._ahead.reading else 0.0
+        return self._ahead.outlook(self.bytes_per_s, arrived)  # type: ignore[arg-type]  # not whole bytes
+
+    def wait(self) -> int:
+        self._catch_up()
+        asked = self.clock.now
+        if not self._ahead.num_there:
+            reading = self._ahead.reading
+            assert reading is not None, "all buffers are held: this would wait for ever"
+            self.clock.now = max(self._started + self._seconds(reading), asked)
+            self._catch_up()
+            self.wait_s += self.clock.now - asked
+        buffer = self._ahead.take()
+        self.taken.append(Taken(self.contents[buffer], asked, self._arrivals.pop(0), self.clock.now))
+        return buffer
+
+    def release(self) -> None:
+        self._catch_up()
+        self._ahead.release()
+        self.released.append(self.clock.now)
+        if self._ahead.reading is None:
+            self._begin(self.clock.now)
+
+    def restart(self) -> None:
+        self._catch_up()
+        reading = self._ahead.reading
+        self._ahead.restart()
+        self._arrivals = self._arrivals[len(self._arrivals) - self._ahead.num_there :]
+        if reading is not None and self._ahead.reading is None:
+            self.busy.append(BusyInterval(reading.unit, self._started, self.clock.now, dropped=True))
+            self.bytes_read += int((self.clock.now - self._started) * self.bytes_per_s)
+        if self._ahead.reading is None:
+            self._begin(self.clock.now)
+
+    def close(self) -> None:
+        """Nothing reads."""

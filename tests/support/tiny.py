@@ -1,0 +1,53 @@
+"""Tiny random models for tests: fp32, built in milliseconds, nothing downloaded."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.models import llama
+
+from llmcad_mlx.cpu.install import prepare_for_host
+from llmcad_mlx.models.tree_model import TreeModel
+
+VOCAB = 40
+
+
+def tiny_llama(
+    seed: int = 0,
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 2,
+    vocab: int = VOCAB,
+    scale: float = 6.0,
+) -> nn.Module:
+    """A random llama. `scale` sharpens the logits, so that greedy text is not one token for ever."""
+    mx.random.seed(seed)
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=2 * hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-5,
+        vocab_size=vocab,
+        tie_word_embeddings=False,
+    )
+    model = llama.Model(args)
+    model.update(tree_map(lambda p: p * scale if p.ndim == 2 else p, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def tiny_tree_model(seed: int = 0, *, host: bool = True, noise: float = 0.0, **shape: object) -> TreeModel:
+    """A tiny model ready for trees; `noise` moves its weights, which makes an imperfect draft of it."""
+    model = tiny_llama(seed, **shape)  # type: ignore[arg-type]
+    if noise:
+        mx.random.seed(seed + 1000)
+        model.update(tree_map(lambda p: p + noise * mx.random.normal(p.shape), model.parameters()))
+        mx.eval(model.parameters())
+    if host:
+        prepare_for_host(model)
+    return TreeModel(model, {"model_type": "llama", "max_position_embeddings": 4096})

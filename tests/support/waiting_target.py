@@ -1,0 +1,86 @@
+"""Stand-ins for a streamed target: one that does its background work at made-up times, and a real one on a
+simulated clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from mlx.nn.layers.base import Module
+
+from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.streaming.feed import SequentialFeed
+from llmcad_mlx.streaming.modules import StreamedUnit, stream_layer
+from llmcad_mlx.tree.token_tree import TokenTree
+from llmcad_mlx.verifying.target import ResidentTarget, StreamedTarget, Verification
+from tests.support.simulated_stream import SimulatedClock, SimulatedStream
+from tests.support.tiny import VOCAB, tiny_tree_model
+
+
+class WaitingTarget(ResidentTarget):
+    """Before each pass it calls `background` up to `most` times; how often is drawn from `seed`."""
+
+    def __init__(self, model: TreeModel, vocab_size: int, most: int = 12, seed: int | None = None) -> None:
+        """seed: None for `most` calls every time."""
+        super().__init__(model, vocab_size)
+        self.most = most
+        self.random = None if seed is None else np.random.default_rng(seed)
+        self.steps = 0
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        on_progress: Callable[[int], None],
+        should_stop: Callable[[], bool],
+        background: Callable[[float], bool] | None = None,
+    ) -> None:
+        self._wait(background)
+        super().prefill(tokens, on_progress, should_stop)
+
+    def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
+        size = len(tree)
+        self._wait(background)
+        assert len(tree) == size, "the submitted tree grew"
+        return super().verify(tree)
+
+    def _wait(self, background: Callable[[float], bool] | None) -> None:
+        calls = self.most if self.random is None else int(self.random.integers(0, self.most + 1))
+        for _ in range(calls):
+            if background is None or not background(float("inf")):
+                return
+            self.steps += 1
+
+
+def simulated_target(
+    clock: SimulatedClock,
+    *,
+    layers: int = 4,
+    num_buffers: int = 3,
+    read_s: float = 10.0,
+    row_s: float = 0.1,
+    prefill_chunk: int = 16,
+) -> StreamedTarget:
+    """A tiny model in memory whose layers and head wait for a simulated stream as streamed ones do.
+
+    A unit takes `read_s` to read, and `row_s` for each row to compute with.
+    """
+    model = tiny_tree_model(0, host=False, layers=layers)
+    stream = SimulatedStream([1000] * (layers + 1), num_buffers, 1000 / read_s, clock)
+    feed = SequentialFeed(stream, layers + 1, clock)
+    inner: Any = model.model
+    for number, module in enumerate([*inner.layers, inner.lm_head]):
+        _charge(module, clock, row_s)
+        stream_layer(module, StreamedUnit(number, (), (), feed))
+    return StreamedTarget(model, VOCAB, feed, prefill_chunk)
+
+
+def _charge(module: Module, clock: SimulatedClock, row_s: float) -> None:
+    """Let each call of `module` take time."""
+    kind: Any = type(module)
+
+    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        clock.now += row_s * x.shape[-2]
+        return kind.__call__(self, x, *args, **kwargs)
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})

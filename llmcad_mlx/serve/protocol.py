@@ -24,12 +24,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmcad_mlx import __version__
-from llmcad_mlx.api import GenerationOptions
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt
 from llmcad_mlx.serve.errors import ApiError, bad_request
 from llmcad_mlx.serve.settings import ServerSettings
-from llmcad_mlx.settings import POLICIES
+from llmcad_mlx.settings import POLICIES, GenerationOptions
 
 Schema = Mapping[str, Any]
 
@@ -533,7 +532,7 @@ class RequestReader:
         if "logit_bias" in given:
             options["logit_bias"] = {int(token): value for token, value in given["logit_bias"].items()}
         try:
-            GenerationOptions.of(options)
+            GenerationOptions.of(**options)
         except UsageError as error:
             raise refused(error) from None
         return options

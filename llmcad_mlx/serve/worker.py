@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llmcad_mlx.api import Engine, Response
-from llmcad_mlx.engine.session import Round
+from llmcad_mlx.engine.round import Round
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.machine import peak_rss_bytes
 from llmcad_mlx.report import generation_report

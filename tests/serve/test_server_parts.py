@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmcad_mlx import Engine, UsageError, load
 from llmcad_mlx.errors import BudgetError
-from llmcad_mlx.loader import MemoryOptions, load_pair
+from llmcad_mlx.loader import load_pair
 from llmcad_mlx.serve.answers import PartMaker, ToolListener
 from llmcad_mlx.serve.errors import ApiError
 from llmcad_mlx.serve.job import Job, RoundEvent, TokenEvent
@@ -24,6 +24,7 @@ from llmcad_mlx.serve.limits import FairQueue, QueueClosedError, QueueFullError
 from llmcad_mlx.serve.prompt_cache import PromptCache, cache_limit
 from llmcad_mlx.serve.protocol import CHAT, COMPLETION, GenerationRequest, check
 from llmcad_mlx.serve.settings import public_name
+from llmcad_mlx.settings import MemoryOptions
 from tests.support.tiny_folder import make_folder, tiny_environment
 
 

@@ -503,7 +503,7 @@ def test_tools_are_shown_to_the_model(tool_client: openai.OpenAI, monkeypatch: p
     bare = prompt_tokens()
     assert prompt_tokens(tools=[TOOL]) > bare + 40
     assert prompt_tokens(tools=[TOOL], tool_choice="none") == bare
-    with pytest.raises(openai.BadRequestError, match='tool_choice: must be "auto" or "none"'):
+    with pytest.raises(openai.BadRequestError, match="tool_choice: must be 'auto' or 'none'"):
         prompt_tokens(tools=[TOOL], tool_choice="required")
     with pytest.raises(openai.BadRequestError, match="tool_choice"):
         prompt_tokens(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "weather"}})

@@ -31,16 +31,17 @@ SECTIONS = (
         "Each field is a keyword of `stream_generate` and `generate`; the fields of `StopSettings` are called "
         "`max_tokens`, `stop` and `stop_tokens` there.",
         (
-            "llmcad_mlx.sampling.SamplingSettings",
+            "llmcad_mlx.settings.SamplingSettings",
             "llmcad_mlx.settings.SpeculationSettings",
             "llmcad_mlx.settings.StopSettings",
+            "llmcad_mlx.settings.GenerationOptions",
         ),
     ),
     (
         "Rounds",
         "What `on_round` gets, for those who want to see how a text came about.",
         (
-            "llmcad_mlx.engine.session.Round",
+            "llmcad_mlx.engine.round.Round",
             "llmcad_mlx.tree.token_tree.TokenTree",
             "llmcad_mlx.tree.token_tree.Selection",
             "llmcad_mlx.tree.walk.Walk",

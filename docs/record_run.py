@@ -19,7 +19,7 @@ from typing import Any
 
 from llmcad_mlx import Engine, load
 from llmcad_mlx.chat.tree_view import RoundTree
-from llmcad_mlx.engine.session import Round
+from llmcad_mlx.engine.round import Round
 from llmcad_mlx.verifying.target import StreamedTarget
 
 FOLDER = Path(__file__).parent / "pictures"

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llmcad_mlx.errors import (
+    ContextLengthError,
+    DownloadError,
+    GenerationError,
+    LlmcadError,
+    ModelError,
+    RemoteError,
+    UsageError,
+    VocabularyError,
+)
+
 if TYPE_CHECKING:
-    from llmcad_mlx.api import Engine as Engine
-    from llmcad_mlx.api import Response as Response
-    from llmcad_mlx.errors import ContextLengthError as ContextLengthError
-    from llmcad_mlx.errors import DownloadError as DownloadError
-    from llmcad_mlx.errors import GenerationError as GenerationError
-    from llmcad_mlx.errors import LlmcadError as LlmcadError
-    from llmcad_mlx.errors import ModelError as ModelError
-    from llmcad_mlx.errors import RemoteError as RemoteError
-    from llmcad_mlx.errors import UsageError as UsageError
-    from llmcad_mlx.errors import VocabularyError as VocabularyError
-    from llmcad_mlx.local_or_remote import load as load
-    from llmcad_mlx.remote.engine import RemoteEngine as RemoteEngine
-    from llmcad_mlx.results import GenerationStats as GenerationStats
-    from llmcad_mlx.results import Result as Result
+    from llmcad_mlx.api import Engine, Response
+    from llmcad_mlx.remote.engine import RemoteEngine
+    from llmcad_mlx.results import GenerationStats, Result
 
 __version__ = "0.1.0"
-
-# Imported on first use: `llmcad-mlx --help`, `doctor` and engines on another machine must work without MLX.
-_MODULES = {
-    "Engine": "api",
-    "Response": "api",
-    "Result": "results",
-    "RemoteEngine": "remote.engine",
-    "load": "local_or_remote",
-    "GenerationStats": "results",
-    "ContextLengthError": "errors",
-    "DownloadError": "errors",
-    "GenerationError": "errors",
-    "LlmcadError": "errors",
-    "ModelError": "errors",
-    "RemoteError": "errors",
-    "UsageError": "errors",
-    "VocabularyError": "errors",
-}
 
 __all__ = [
     "ContextLengthError",
@@ -59,8 +42,73 @@ __all__ = [
     "load",
 ]
 
+# Imported on first use: `llmcad-mlx --help`, `doctor` and engines on another machine must work without MLX.
+_MODULES = {
+    "Engine": "api",
+    "Response": "api",
+    "RemoteEngine": "remote.engine",
+    "GenerationStats": "results",
+    "Result": "results",
+}
+
+
+def load(
+    target: str | os.PathLike[str] | None = None,
+    draft: str | os.PathLike[str] | None = "auto",
+    *,
+    memory: int | str | None = None,
+    pinned: int | str = "auto",
+    context: int | None = None,
+    read_bandwidth: float | str | None = None,
+    verify: bool = False,
+    progress: bool = False,
+    api_key: str | None = None,
+) -> Engine | RemoteEngine:
+    """Load a target and its draft, or connect to a server that has: target is then "http://mac.local:8080".
+
+    For a model, draft and options are those of `llmcad_mlx.api.load`. For a server there is only api_key (None:
+    that of the environment's LLMCAD_MLX_API_KEY); what it serves, it was told when it was started.
+
+    Raises UsageError for an option that is out of range or does not belong to the target, and what
+    `llmcad_mlx.api.load` and `RemoteEngine` raise.
+    """
+    if isinstance(target, str) and target.lower().startswith(("http://", "https://")):
+        given = {
+            "draft": draft != "auto", "memory": memory is not None, "pinned": pinned != "auto",
+            "context": context is not None, "read_bandwidth": read_bandwidth is not None, "verify": verify,
+            "progress": progress,
+        }  # fmt: skip
+        for option in (name for name, is_given in given.items() if is_given):
+            raise UsageError(f"{option}: the server at {target} has decided that; leave it out")
+        from llmcad_mlx.remote.engine import RemoteEngine
+
+        return RemoteEngine(target, api_key)
+    if api_key is not None:
+        raise UsageError('api_key: only a server asks for one; give its address as target, "http://…"')
+    try:
+        from llmcad_mlx.api import load as load_here
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"target: models cannot run on this device ({error}); "
+            'give the address of one that runs `llmcad-mlx serve`: load("http://mac.local:8080")'
+        ) from error
+    return load_here(
+        target,
+        draft,
+        memory=memory,
+        pinned=pinned,
+        context=context,
+        read_bandwidth=read_bandwidth,
+        verify=verify,
+        progress=progress,
+    )
+
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(import_module(f"llmcad_mlx.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'llmcad_mlx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 from mlx_lm.generate import GenerationResponse
 
 from llmcad_mlx.conversations.file import SavedConversation, save_conversation
@@ -17,58 +19,42 @@ from llmcad_mlx.conversations.restore import restore_caches
 from llmcad_mlx.conversations.snapshot import Snapshot, put_snapshot, take_snapshot
 from llmcad_mlx.drafting.user import OwnDrafter, Propose
 from llmcad_mlx.engine.policies import make_policy
-from llmcad_mlx.engine.session import Round, SpeculativeEngine
+from llmcad_mlx.engine.round import Round, run_round
+from llmcad_mlx.engine.session import Session
 from llmcad_mlx.engine.text import Piece, TextStream
+from llmcad_mlx.engine.turns import Turn, Turns
 from llmcad_mlx.errors import ContextLengthError, UsageError
-from llmcad_mlx.loader import LoadedPair, MemoryOptions, load_pair
-from llmcad_mlx.policy.fixed import ChainPolicy
+from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.prompt import Prompt, encode_prompt
 from llmcad_mlx.results import GenerationStats, Result
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
-from llmcad_mlx.settings import SpeculationSettings, StopSettings, stop_settings
-from llmcad_mlx.sizes import parse_rate, parse_size
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import GenerationOptions, MemoryOptions, SpeculationSettings
 from llmcad_mlx.tree.token_tree import COMMITTED, MODEL
 
 Progress = Callable[[int, int], None]
-
-_SAMPLING = {f.name for f in fields(SamplingSettings)}
-_SPECULATION = {f.name for f in fields(SpeculationSettings)}
-_STOPPING = {"max_tokens", "stop", "stop_tokens"}
 
 
 @dataclass
 class Response(GenerationResponse):
     """One token of a generation; extends mlx-lm's `GenerationResponse`.
 
-    `logprobs` (V,) float32 are the target's log probabilities before penalties and temperature; they hold on to
-    the pass's logits, so keep the token instead of the response where many are kept. `stats` is the live record of
-    the whole generation.
+    `logprobs` (V,) float32 are the target's log probabilities before penalties and temperature, made when somebody
+    looks, in any thread; they hold on to the pass's logits, so keep the token instead of the response where many
+    are kept. `stats` is the live record of the whole generation.
     """
 
     stats: GenerationStats | None = None
 
+    @property
+    def logprobs(self) -> mx.array:
+        """(V,) float32."""
+        # From numbers on the host: an array that MLX has yet to compute belongs to the thread that made it.
+        return mx.array(TargetSampler.logprobs(self._logits))
 
-@dataclass(frozen=True, slots=True)
-class GenerationOptions:
-    """The options of one generation, checked."""
-
-    sampling: SamplingSettings
-    speculation: SpeculationSettings
-    stopping: StopSettings
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> GenerationOptions:
-        """Sort keyword options into their records. Raises UsageError for an unknown one."""
-        for name in options:
-            if name not in _SAMPLING | _SPECULATION | _STOPPING:
-                known = ", ".join(sorted(_SAMPLING | _SPECULATION | _STOPPING))
-                raise UsageError(f"{name}: unknown option; the options are {known}")
-        return cls(
-            SamplingSettings(**{k: v for k, v in options.items() if k in _SAMPLING}),
-            SpeculationSettings(**{k: v for k, v in options.items() if k in _SPECULATION}),
-            stop_settings(**{k: v for k, v in options.items() if k in _STOPPING}),
-        )
+    @logprobs.setter
+    def logprobs(self, logits: npt.NDArray[np.float32]) -> None:
+        self._logits = logits
 
 
 def load(
@@ -100,58 +86,24 @@ def load(
     Raises UsageError for an option that is out of range, BudgetError (one) for a budget that cannot work,
     ModelError, VocabularyError or DownloadError, each with one line that says what to do.
     """
-    options = memory_options(memory, pinned, context, read_bandwidth, verify)
+    options = MemoryOptions.of(memory, pinned, context, read_bandwidth, verify)
     return Engine(load_pair(_name("target", target), _name("draft", draft), progress, options))
-
-
-def memory_options(
-    memory: int | str | None = None,
-    pinned: int | str = "auto",
-    context: int | None = None,
-    read_bandwidth: float | str | None = None,
-    verify: bool = False,
-) -> MemoryOptions:
-    """The memory options of `load`, checked. Raises UsageError naming the one that is wrong."""
-    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
-        raise UsageError(f"context: {context!r} is not a number of tokens above 0")
-    rate = read_bandwidth
-    if isinstance(rate, str):
-        rate = parse_rate(rate, "read-bandwidth")
-    elif rate is not None and (isinstance(rate, bool) or not 0 < rate < float("inf")):
-        raise UsageError(f"read-bandwidth: {rate!r} is not a number of bytes per second above 0")
-    return MemoryOptions(
-        memory=None if memory is None else _size("memory", memory, 1),
-        pinned=None if pinned == "auto" else _size("pinned", pinned, 0),
-        context=context,
-        read_bandwidth=rate,
-        verify=verify,
-    )
-
-
-def _size(option: str, value: int | str, least: int) -> int:
-    if isinstance(value, str):
-        value = parse_size(value, option)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{option}: {value!r} is not a number of bytes; give one, or text like 6GB")
-    return value
 
 
 class Engine:
     """A loaded target with its draft. Keeps one conversation's caches, so a next turn only pays for new tokens.
 
-    Not thread-safe: one generation at a time. A context manager; `close` frees memory and saves what was
-    learned about the pair.
+    One generation at a time. A call from another thread waits until the generation that is running has ended; in
+    the same thread a new one ends it. After `os.fork` it works only in the process that has loaded it. A context
+    manager; `close` frees memory and saves what was learned about the pair.
     """
 
     def __init__(self, pair: LoadedPair) -> None:
         self.pair = pair
         self.tokenizer = pair.tokenizer
         self._policies: dict[SpeculationSettings, GrowthPolicy] = {}
-        self._engine: SpeculativeEngine | None = SpeculativeEngine(
-            pair.target, pair.drafters, ChainPolicy(0), pair.profile.costs, clock=pair.clock
-        )
-        self._running: TextStream | None = None
-        """The latest generation's stream: who may run rounds."""
+        self._session: Session | None = Session(pair.target, pair.drafters, pair.profile.costs, pair.clock)
+        self._turns = Turns()
         self._owner = object()
         """Whose snapshots are taken back."""
 
@@ -165,18 +117,26 @@ class Engine:
 
     def close(self) -> None:
         """Save the pair's profile and free models and caches. A closed engine cannot generate; closing it again
-        does nothing."""
-        if self._engine is None:
+        does nothing. A generation that is running in another thread is told at its next token."""
+        if self._session is None:
             return
-        self.pair.profile.save()
-        self._engine = self._running = None
-        self.pair.release()
-        mx.clear_cache()
+        with self._turns.closing():
+            self.pair.profile.save()
+            self._session = None
+            self.pair.release()
+            mx.clear_cache()
 
-    def generate(self, prompt: Prompt, on_progress: Progress | None = None, **options: Any) -> Result:
-        """Generate to the end; options as for `stream_generate`."""
+    def generate(
+        self,
+        prompt: Prompt,
+        on_progress: Progress | None = None,
+        *,
+        options: GenerationOptions | None = None,
+        **keywords: Any,
+    ) -> Result:
+        """Generate to the end; arguments as for `stream_generate`."""
         pieces, tokens = [], []
-        for response in self.stream_generate(prompt, on_progress, **options):
+        for response in self.stream_generate(prompt, on_progress, options=options, **keywords):
             pieces.append(response.text)
             tokens.append(response.token)
         assert response.stats is not None  # at least one token was asked for
@@ -187,26 +147,29 @@ class Engine:
         prompt: Prompt,
         on_progress: Progress | None = None,
         on_round: Callable[[Round], None] | None = None,
-        **options: Any,
+        *,
+        options: GenerationOptions | None = None,
+        **keywords: Any,
     ) -> Iterator[Response]:
         """Generate, one `Response` per token; the last one has a `finish_reason` ("stop" or "length").
 
         prompt: text, token ids, or chat messages ({"role", "content"}). on_progress(done, total) counts prompt
         tokens; on_round gets every round's tree.
 
-        options: `max_tokens` (256; -1: no limit), `stop` (strings), `stop_tokens` (ids), those of
+        keywords: `max_tokens` (256; -1: no limit), `stop` (strings), `stop_tokens` (ids), those of
         `SamplingSettings` (temperature, top_p, top_k, min_p, seed, penalties, logit_bias, logits_processors) and
-        of `SpeculationSettings` (policy, tree_nodes, pipeline, tree, fallback). The same seed gives the same text
-        under every policy.
+        of `SpeculationSettings` (policy, tree_nodes, pipeline, tree, fallback). options: the same as a record.
+        The same seed gives the same text under every policy.
 
-        A new generation ends one that is still running. Whatever ends a generation early, closing the iterator and
-        exceptions included, the next one works, and reuses what both prompts begin with.
+        It begins with the first response that is asked for. In the same thread a new generation ends one that is
+        still running; in another thread it waits until that is over. Whatever ends a generation early, closing the
+        iterator and exceptions included, the next one works, and reuses what both prompts begin with.
 
         Raises UsageError, which is a ValueError, naming the option; ContextLengthError for a prompt longer than
         the model's context. A generation that reaches the end of the context ends with "length".
         """
-        self._open_engine()
-        checked = self.check_options(**options)
+        self._open_session()
+        checked = self.check_options(options, **keywords)
         sampler = TargetSampler(checked.sampling, self.pair.vocab_size)
         tokens = self.encode(prompt)
         limit = self._token_limit(len(tokens), checked.stopping.max_tokens)
@@ -223,33 +186,33 @@ class Engine:
         on_progress: Progress,
         on_round: Callable[[Round], None] | None,
     ) -> Iterator[Response]:
-        # No local name for the engine: a generation that is left standing must not keep a closed one in memory.
-        stats, clock = GenerationStats(), self.pair.clock
-        self._open_engine().policy = policy
-        self._running = stream
-        self._open_engine(stream).start(prompt, stats, on_progress)
-        while stream.finish_reason is None:
-            before, started = stats.decode_s, clock()
-            try:
-                done = self._open_engine(stream).round(sampler, stats, stream.push)
+        # No local name for the session: a generation that is left standing must not keep a closed one in memory.
+        stats, turn = GenerationStats(), Turn()
+        try:
+            with self._turns.first_step(turn):
+                self._open_session().start(prompt, policy, stats, on_progress)
+            while stream.finish_reason is None:
+                self._open_session()  # a closed engine says so, and not that the turn is lost
+                with self._turns.step(turn):
+                    done = run_round(self._open_session(), policy, sampler, stats, stream.push)
                 responses = _responses(stream.take(), done, stats)
-            finally:
-                stats.decode_s = before + clock() - started
-            if on_round is not None:
-                on_round(done)
-            yield from responses
+                if on_round is not None:
+                    on_round(done)
+                yield from responses
+        finally:
+            self._turns.end(turn)
 
-    def _open_engine(self, stream: TextStream | None = None) -> SpeculativeEngine:
-        """The engine, for anyone or for the generation of `stream`. Raises UsageError when it is not to be had."""
-        if self._engine is None:
+    def _open_session(self) -> Session:
+        """Raises UsageError where the engine is closed."""
+        if self._session is None:
             raise UsageError("this engine is closed; load the model again")
-        if stream is not None and stream is not self._running:
-            raise UsageError("this generation ended when a newer one began; run one at a time")
-        return self._engine
+        return self._session
 
-    def check_options(self, **options: Any) -> GenerationOptions:
+    def check_options(self, options: GenerationOptions | None = None, **keywords: Any) -> GenerationOptions:
         """The options of `stream_generate`, checked as there. Raises UsageError naming the one that is wrong."""
-        checked = GenerationOptions.of(options)
+        if options is not None and keywords:
+            raise UsageError(f"{next(iter(keywords))}: give it in `options`, or leave `options` out")
+        checked = GenerationOptions.of(**keywords) if options is None else options
         for token in checked.stopping.stop_tokens:
             if token >= self.pair.vocab_size:
                 raise UsageError(f"stop_tokens: {token} is not in the vocabulary of {self.pair.vocab_size}")
@@ -273,7 +236,7 @@ class Engine:
         model nor a table. Raises UsageError for a name that is taken and a target that verifies no drafts; a
         generation raises it for what is no proposal.
         """
-        self._open_engine()
+        self._open_session()
         drafters = self.pair.drafters
         if not isinstance(name, str) or not name:
             raise UsageError(f"name: {name!r} is no name for a drafter; give one like 'phrases'")
@@ -283,14 +246,16 @@ class Engine:
             raise UsageError(f"propose: {propose!r} cannot be called; give a function of a list of tokens")
         if self.pair.target.capability == "plain":
             raise UsageError("propose: this target verifies no drafts; `llmcad-mlx doctor` says why")
-        first_model = next((i for i, d in enumerate(drafters) if d.source == MODEL), len(drafters))
-        drafters.insert(first_model, OwnDrafter(name, propose, self.pair.vocab_size))
-        self._policies.clear()  # they were made for the drafters of before
+        with self._turns.between():
+            first_model = next((i for i, d in enumerate(drafters) if d.source == MODEL), len(drafters))
+            drafters.insert(first_model, OwnDrafter(name, propose, self.pair.vocab_size))
+            self._policies.clear()  # they were made for the drafters of before
 
     def snapshot(self) -> Snapshot | None:
         """A copy of the conversation's caches, to go on from there later; None where nothing was read yet, or the
         model keeps a state that cannot be copied. `nbytes` of it says what keeping it costs."""
-        return take_snapshot(self.pair, self._open_engine().tokens, self._owner)
+        with self._turns.between():
+            return take_snapshot(self.pair, self._open_session().tokens, self._owner)
 
     def restore(self, snapshot: Snapshot | None) -> None:
         """Go on from a snapshot; None forgets what was read. A generation that is still running ends.
@@ -298,11 +263,12 @@ class Engine:
         No text changes by it: the next prompt is read from where it differs from what the snapshot holds.
         Raises UsageError for another engine's snapshot.
         """
-        engine = self._open_engine()
+        session = self._open_session()
         if snapshot is not None and snapshot.owner is not self._owner:
             raise UsageError("snapshot: it is another engine's; restore it there")
-        self._running = None
-        put_snapshot(self.pair, engine, snapshot)
+        with self._turns.between():
+            self._turns.end()
+            put_snapshot(self.pair, session, snapshot)
 
     def save_conversation(self, path: str | os.PathLike[str], data: Mapping[str, Any]) -> int:
         """Write `data`, which must be JSON, and the conversation's caches to a file; returns its bytes.
@@ -310,14 +276,16 @@ class Engine:
         Whole or not at all. `llmcad_mlx.conversations.file.read_conversation` reads it. Raises UsageError for a
         path that cannot be used, DiskError when the disk has no room.
         """
-        return save_conversation(Path(path), data, self.pair, self._open_engine().tokens)
+        with self._turns.between():
+            return save_conversation(Path(path), data, self.pair, self._open_session().tokens)
 
     def restore_conversation(self, saved: SavedConversation) -> list[str]:
         """Put a saved conversation's caches back where they fit this engine's models; returns one line for each
         that does not, and why. Then the next prompt is read again: no text changes by it."""
-        engine = self._open_engine()
-        self._running = None
-        return restore_caches(saved, self.pair, engine)
+        session = self._open_session()
+        with self._turns.between():
+            self._turns.end()
+            return restore_caches(saved, self.pair, session)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises UsageError for an empty or malformed one."""
@@ -346,12 +314,11 @@ def _responses(pieces: Sequence[Piece], done: Round, stats: GenerationStats) -> 
     before = stats.generated_tokens - len(done.walk.tokens)
     responses = []
     for index, piece in enumerate(pieces):
-        logits = done.verification.logits[done.walk.visited[index]]
         responses.append(
             Response(
                 text=piece.text,
                 token=piece.token,
-                logprobs=logits - mx.logsumexp(logits),  # computed when somebody looks
+                logprobs=done.verification.row(done.walk.visited[index]),
                 from_draft=index < done.walk.num_accepted,
                 prompt_tokens=stats.prompt_tokens,
                 prompt_tps=stats.prompt_tokens_per_s,

@@ -34,6 +34,7 @@ from llmcad_mlx.models.folder import LoadedModel, load_model_folder
 from llmcad_mlx.models.probe import cached_probe, probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import provisional_nodes
+from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.cache_folder import home_folder
 from llmcad_mlx.store.choice import Conditions
 from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
@@ -128,33 +129,9 @@ STREAMED_MAX_NODES = 256
 _MLX_CACHE_BYTES = 16 << 20  # freed memory that MLX may keep under a budget
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryOptions:
-    """How much memory a pair may use, and how its target is read.
-
-    memory: bytes for the whole process; None: no limit as long as the models fit into 70 % of physical memory.
-    pinned: bytes of the target's weights that stay in memory; None: as much as fits. context: tokens to make room
-    for. read_bandwidth: bytes per second, to emulate slower storage. verify: check a bundle's weights against
-    their checksums: all of them once at load, streamed ones on every read. reserved: bytes of `memory` that the
-    program wants for itself.
-    """
-
-    memory: int | None = None
-    pinned: int | None = None
-    context: int | None = None
-    read_bandwidth: float | None = None
-    verify: bool = False
-    reserved: int = 0
-
-    @property
-    def asks_for_streaming(self) -> bool:
-        """Whether anything was given that only a memory plan can heed."""
-        return self != MemoryOptions(reserved=self.reserved)
-
-    @property
-    def conditions(self) -> Conditions:
-        """What a tuned draft is chosen for."""
-        return Conditions(device_name(), self.memory, self.pinned, self.read_bandwidth)
+def conditions(options: MemoryOptions) -> Conditions:
+    """What a tuned draft is chosen for."""
+    return Conditions(device_name(), options.memory, options.pinned, options.read_bandwidth)
 
 
 @dataclass(slots=True)
@@ -173,7 +150,7 @@ class LoadedPair:
     draft_name: str
     draft_path: Path | None = None
     """None: no draft model and no table."""
-    options: MemoryOptions = MemoryOptions()
+    options: MemoryOptions = field(default_factory=MemoryOptions)
     plan: MemoryPlan | None = None
     """None: all weights are in memory and no budget was set."""
     clock: Callable[[], float] = field(default=time.perf_counter)
@@ -231,7 +208,7 @@ def load_pair(
 ) -> LoadedPair:
     """Resolve, load and check. See `api.load` for the arguments and errors."""
     options = options or MemoryOptions()
-    names = find_pair(target, draft, show_progress, options.conditions)
+    names = find_pair(target, draft, show_progress, conditions(options))
     return load_names(names, options)
 
 
@@ -330,7 +307,8 @@ def _budget(pairs: Sequence[PairNames], options: MemoryOptions) -> int | None:
     drafts = dict.fromkeys(names.draft_path for names in pairs if names.draft_path is not None)
     files = [file for folder in (pairs[0].target_path, *drafts) for file in folder.glob("model*.safetensors")]
     physical = this_machine().memory_bytes
-    return None if physical is None else default_budget(sum(file.stat().st_size for file in files), physical)
+    weights = sum(file.stat().st_size for file in files)
+    return None if physical is None else default_budget(weights, physical)
 
 
 def _needs(prepared: Prepared, drafters: Sequence[Drafter], options: MemoryOptions) -> MemoryNeeds:

@@ -18,6 +18,7 @@ class GenerationStats:
     the passes; after `survived` of the passes a drafted subtree was left to start the next round with.
 
     `draft_s` is all drafting, `hidden_draft_s` the part of it done while the target waited for weights.
+    `decode_s` is all of the rounds, from growing a tree to the text of its tokens.
     `streamed_bytes` were read for the target's passes, prompt left out.
     """
 

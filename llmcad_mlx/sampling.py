@@ -9,9 +9,8 @@ top-k. Chosen in numpy on the host, where a row of logits is needed anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -19,67 +18,12 @@ import numpy.typing as npt
 from mlx_lm.sample_utils import make_logits_processors
 
 from llmcad_mlx.errors import GenerationError, UsageError
+from llmcad_mlx.settings import LogitsProcessor, SamplingSettings
 from llmcad_mlx.tree.noise import PositionNoise
 
-LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
 Row: TypeAlias = npt.NDArray[np.float32]
 
-_MIN_TEMPERATURE = 1e-6  # below, logprob/T leaves no bits for the noise and overflows float32 soon after
-_MAX_FLOAT32 = 3.4e38
 _HEAD = 1024  # top-p looks at this many tokens before it sorts them all
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """Sampling options, checked when built; the defaults are greedy decoding with everything off.
-
-    `temperature`: 0 is greedy. `top_p` in (0, 1], 1 is off. `top_k` >= 0, 0 is off. `min_p` in [0, 1],
-    0 is off. `seed` in [0, 2^64). Penalties as in mlx-lm, 0 is off; each looks at the last
-    `*_context_size` tokens of prompt and output. `logit_bias`: token id → finite number added to its logit.
-    `logits_processors`: callables with mlx-lm's signature, (tokens (L,), logits (1, V)) → logits (1, V),
-    run after the penalties, in order.
-
-    Raises UsageError naming the option.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
-    repetition_penalty: float = 0.0
-    repetition_context_size: int = 20
-    presence_penalty: float = 0.0
-    presence_context_size: int = 20
-    frequency_penalty: float = 0.0
-    frequency_context_size: int = 20
-    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
-    logits_processors: tuple[LogitsProcessor, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, low=0.0)
-        if 0.0 < self.temperature < _MIN_TEMPERATURE:
-            raise UsageError(f"temperature: {self.temperature} is too small; use 0 for greedy decoding")
-        _check_number("top_p", self.top_p, low=0.0, high=1.0)
-        if self.top_p == 0.0:
-            raise UsageError("top_p: must be above 0; use 1 to switch it off")
-        _check_integer("top_k", self.top_k, low=0)
-        _check_number("min_p", self.min_p, low=0.0, high=1.0)
-        _check_integer("seed", self.seed, low=0, high=2**64 - 1)
-        _check_number("repetition_penalty", self.repetition_penalty, low=0.0)
-        _check_number("presence_penalty", self.presence_penalty)
-        _check_number("frequency_penalty", self.frequency_penalty)
-        for name in ("repetition_context_size", "presence_context_size", "frequency_context_size"):
-            _check_integer(name, getattr(self, name), low=1)
-        _check_bias(self.logit_bias)
-        if not isinstance(self.logits_processors, tuple | list):
-            raise UsageError("logits_processors: give a list of callables")
-        if not all(callable(processor) for processor in self.logits_processors):
-            raise UsageError("logits_processors: every entry must be callable (tokens, logits) -> logits")
-        # Copies, so that what was checked cannot change afterwards.
-        object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
-        if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
 
 class TargetSampler:
@@ -110,23 +54,22 @@ class TargetSampler:
         )
         self._noise = PositionNoise(settings.seed, vocab_size)
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the choice is a plain argmax, so that `greedy_tokens` may take all rows at once."""
-        return self.settings.temperature == 0.0 and not self._processors
+    def choose(
+        self, logits: Row | mx.array, tokens: Sequence[int], position: int, path: Sequence[int] = ()
+    ) -> int:
+        """The token that follows `tokens` and `path`.
 
-    def choose(self, logits: Row | mx.array, tokens: Sequence[int], position: int) -> int:
-        """The token that follows `tokens`.
-
-        `logits` (V,) is the target's row, V >= vocab_size; `tokens` is all of the prompt and output so far;
-        `position` is the index that the chosen token will have in the sequence. `logits` is not changed.
+        logits: (V,) float32, the target's row, V >= vocab_size; it is not changed. tokens: prompt and output so
+        far; path: what this round has added to them. position: the chosen token's index in the sequence.
 
         Raises GenerationError when no token can be chosen (NaN, +inf, or every token ruled out).
         """
-        return self.pick(self.processed(logits, tokens), position)
+        # Joined for those who look at it alone: the sequence may be long, and this runs for every token.
+        history = [*tokens, *path] if self._processors else ()
+        return self.pick(self.processed(logits, history), position)
 
     def processed(self, logits: Row | mx.array, tokens: Sequence[int]) -> Row:
-        """The row (vocab_size,) after penalties, bias and custom processors, checked for NaN."""
+        """The row (vocab_size,) after penalties, bias and custom processors."""
         row = _as_row(logits)
         if self._processors:
             recent = tokens if self._history is None else tokens[-self._history :]
@@ -136,14 +79,14 @@ class TargetSampler:
                 f"the target gave {len(row)} logits for a vocabulary of {self.vocab_size}; "
                 "model and tokenizer do not belong together"
             )
-        row = row[: self.vocab_size]
-        check_peak(float(row.max()))
-        return row
+        return row[: self.vocab_size]
 
     def pick(self, row: Row, position: int) -> int:
-        """The choice at `position` from a `processed` row."""
+        """The choice at `position` from a `processed` row. Raises GenerationError for a row that allows none."""
+        best = int(row.argmax())  # of a NaN if there is one
+        _check_peak(float(row[best]))
         if self.settings.temperature == 0.0:
-            return int(row.argmax())
+            return best
         return int(self._perturbed(self._filter(self.logprobs(row)), position).argmax())
 
     def noise_at(self, position: int) -> Row:
@@ -190,19 +133,7 @@ class TargetSampler:
         return logprobs
 
 
-def greedy_tokens(logits: npt.NDArray[np.float32], vocab_size: int) -> list[int]:
-    """The greedy choice of every row of `logits` (N, V), padding beyond `vocab_size` left out.
-
-    The same as `TargetSampler.choose` on each row when `greedy`. Raises GenerationError as it does.
-    """
-    tokens = logits[:, :vocab_size].argmax(axis=1)
-    for peak in logits[np.arange(len(tokens)), tokens].tolist():  # argmax stops at a NaN if there is one
-        check_peak(peak)
-    chosen: list[int] = tokens.tolist()
-    return chosen
-
-
-def check_peak(peak: float) -> None:
+def _check_peak(peak: float) -> None:
     """Refuse a row by its largest logit, which is NaN if any is."""
     if math.isfinite(peak):
         return
@@ -270,31 +201,3 @@ def _keep_top_k(logprobs: Row, top_k: int) -> None:
     num_above = int((logprobs > border).sum())
     logprobs[logprobs < border] = -np.inf
     logprobs[at_border[top_k - num_above :]] = -np.inf
-
-
-def _check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_FLOAT32:
-        raise UsageError(f"{name}: must be a finite number, not {value!r}")
-    if not low <= value <= high:
-        raise UsageError(f"{name}: {value} is out of range; it must be {_range(low, high)}")
-
-
-def _check_integer(name: str, value: Any, low: int, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{name}: must be an integer, not {value!r}")
-    if not low <= value <= high:
-        raise UsageError(f"{name}: {value} is out of range; it must be {_range(low, high)}")
-
-
-def _range(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-
-
-def _check_bias(bias: Any) -> None:
-    if bias is None:
-        return
-    if not isinstance(bias, Mapping):
-        raise UsageError("logit_bias: give a mapping of token id to number")
-    for token, value in bias.items():
-        _check_integer("logit_bias token", token, low=0)
-        _check_number(f"logit_bias of token {token}", value)

@@ -1,6 +1,75 @@
-"""Settings that must be there before the first test module is imported."""
+"""What many folders of tests share: a home of their own, and a tiny target and draft as model folders.
+
+A module that wants other ones defines fixtures of the same names.
+"""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-# As `models.host.prepare_for_host` does; kernel tests call the kernels without it.
+import pytest
+
+if TYPE_CHECKING:
+    from llmcad_mlx import Engine
+
+# Loading a model sets it; kernel tests call the kernels without. It must be there before numba's threads start.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+@pytest.fixture(scope="module")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """LLMCAD_MLX_HOME of the module's own, and one kernel thread: ``pytestmark = usefixtures("tiny_home")``."""
+    from tests.support.tiny_folder import tiny_environment
+
+    home = tmp_path_factory.mktemp("home")
+    with tiny_environment(home):
+        yield home
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """As `tiny_home`, for each test its own; files are written however full the disk is."""
+    from llmcad_mlx.files import atomic
+    from tests.support.tiny_folder import tiny_environment
+
+    monkeypatch.setattr(atomic, "RESERVE_BYTES", 0)
+    with tiny_environment(tmp_path / "home"):
+        yield tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def streams_small_matrices() -> Iterator[None]:
+    """All matrices of a tiny model are small, and small ones stay in memory: here they are streamed as well."""
+    from llmcad_mlx.streaming import weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "SMALL_BYTES", 0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny target. Shared: copy it (`copy_folder`) before you change a file."""
+    from tests.support.tiny_folder import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("models") / "target")
+
+
+@pytest.fixture(scope="session")
+def draft(folder: Path) -> Path:
+    """The folder of a draft that is right now and then, beside the target's. Shared as well."""
+    from tests.support.tiny_folder import make_folder
+
+    return make_folder(folder.parent / "draft", noise=0.02)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_home: Path, folder: Path, draft: Path) -> Iterator[Engine]:
+    """The two loaded. Shared on purpose: every test meets the caches that another one left."""
+    from llmcad_mlx import load
+
+    with load(folder, draft) as loaded:
+        yield loaded

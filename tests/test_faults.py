@@ -224,8 +224,9 @@ def lower_limit(group: Path, num_bytes: int) -> None:
 KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
-from llmcad_mlx.sources import disk, mlx_folder
-disk.RESERVE_BYTES = 0
+from llmcad_mlx.files import atomic
+from llmcad_mlx.store import convert as mlx_folder
+atomic.RESERVE_BYTES = 0
 name, count = sys.argv[3], int(sys.argv[4])
 real = getattr(os, name)
 calls = iter(range(1, 1000))

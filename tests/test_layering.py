@@ -28,7 +28,7 @@ LAYERS = [
     {"loader"},
     {"conversations"},
     {"api", "mlx_lm_plugin", "remote"},
-    {"report", "doctor", "local_or_remote"},
+    {"report", "doctor"},
     {"measure", "chat"},
     {"serve"},
     {"cli"},

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
-from llmcad_mlx.engine.session import SpeculativeEngine
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
@@ -23,9 +22,11 @@ from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, Selection, TokenTree
 from llmcad_mlx.verifying.target import ResidentTarget
+from tests.support.rounds import Rounds
 from tests.support.tiny import VOCAB, tiny_tree_model
 from tests.support.waiting_target import WaitingTarget
 
@@ -84,17 +85,17 @@ def make_engine(
     costs: CostModel,
     clock: Callable[[], float],
     waits: int | None = None,
-) -> SpeculativeEngine:
+) -> Rounds:
     """waits: the seed of a target that waits for its weights; None: a resident one."""
     tree_model = model(0, target_host)
     target = ResidentTarget(tree_model, VOCAB) if waits is None else WaitingTarget(tree_model, VOCAB, seed=waits)
     target.cache.max_dead_share, target.cache.min_dead = 0.1, 2  # compact often
-    return SpeculativeEngine(target, drafters, policy, costs, clock)
+    return Rounds(target, drafters, policy, costs, clock)
 
 
-def run(engine: SpeculativeEngine, prompt: Sequence[int], count: int, sampling: SamplingSettings) -> list[int]:
+def run(engine: Rounds, prompt: Sequence[int], count: int, sampling: SamplingSettings) -> list[int]:
     stats, sampler = GenerationStats(), TargetSampler(sampling, VOCAB)
-    engine.start(prompt, stats)
+    engine.begin(prompt, stats)
     left = itertools.count(count - 1, -1)
     while stats.generated_tokens < count:
         engine.round(sampler, stats, lambda _: next(left) == 0)
@@ -189,7 +190,7 @@ def test_a_perfect_draft_is_always_accepted(temperature: float, policy: str) -> 
     )
     stats = GenerationStats()
     sampler = TargetSampler(SamplingSettings(temperature=temperature, seed=5), VOCAB)
-    engine.start([1, 2, 3], stats)
+    engine.begin([1, 2, 3], stats)
     for _ in range(20):
         done = engine.round(sampler, stats)
         # The path ends at a node that has no drafted children at all.
@@ -205,7 +206,7 @@ def test_the_draft_cache_is_never_starved(policy: str) -> None:
     drafter = ModelDrafter(model(0, True))
     engine = make_engine(True, [drafter], make_policy(policy, costs, 6), costs, FakeClock(2))
     stats, sampler = GenerationStats(), TargetSampler(SamplingSettings(), VOCAB)
-    engine.start([1, 2, 3], stats)
+    engine.begin([1, 2, 3], stats)
     for _ in range(25):
         done = engine.round(sampler, stats)
         fed = drafter.cache.length

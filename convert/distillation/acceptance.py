@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmcad_mlx.api import Engine
 from llmcad_mlx.drafting.ngram import NgramDrafter
-from llmcad_mlx.engine.session import Round
+from llmcad_mlx.engine.round import Round
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.prompts import BenchPrompt
 from llmcad_mlx.store.profile import PairProfile

@@ -16,7 +16,7 @@ from llmcad_mlx.chat.screen import Screen, stats_table
 from llmcad_mlx.chat.settings import ChatSettings
 from llmcad_mlx.chat.tree_view import RoundTree, draw
 from llmcad_mlx.conversations.file import SavedConversation, read_conversation
-from llmcad_mlx.engine.session import Round
+from llmcad_mlx.engine.round import Round
 from llmcad_mlx.errors import ContextLengthError, LlmcadError, UsageError
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sizes import format_size

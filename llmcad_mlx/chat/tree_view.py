@@ -10,7 +10,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from llmcad_mlx.chat.screen import visible
-from llmcad_mlx.engine.session import Round
+from llmcad_mlx.engine.round import Round
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 

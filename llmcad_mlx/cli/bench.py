@@ -20,7 +20,7 @@ from llmcad_mlx.measure.variants import DEFAULT_VARIANTS, MLX_LM, variant_help
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from llmcad_mlx.loader import MemoryOptions
+    from llmcad_mlx.settings import MemoryOptions
 
 _FOR_KERNELS = ("repeat", "out", "json_output")
 _FOR_GROWTH = (*_FOR_KERNELS, "target", "memory", "pinned", "context", "read_bandwidth")
@@ -73,15 +73,15 @@ def bench(
     json_output: options.Json = False,
 ) -> None:
     """Compare ways of decoding on the same prompts, interleaved; prints medians, ratios and mismatches."""
-    from llmcad_mlx.api import memory_options
     from llmcad_mlx.measure.benchmark import BenchPlan, run_benchmark
     from llmcad_mlx.measure.output import make_folder, report_json, report_tables, write_report
+    from llmcad_mlx.settings import MemoryOptions
 
     if kernels:
         _refuse_others(command, "kernels", _FOR_KERNELS)
     elif growth:
         _refuse_others(command, "growth", _FOR_GROWTH)
-    where = memory_options(memory, pinned, context, read_bandwidth)
+    where = MemoryOptions.of(memory, pinned, context, read_bandwidth)
     if growth:
         _growth(target, where, repeat, out, json_output)
         return

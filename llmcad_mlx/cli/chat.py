@@ -56,12 +56,13 @@ def chat(
 
     With --json each answer is one JSON object on a line of its own.
     """
-    from llmcad_mlx.api import GenerationOptions, load, memory_options
+    from llmcad_mlx.api import load
     from llmcad_mlx.chat.conversation import Conversation
     from llmcad_mlx.chat.screen import JsonScreen, PlainScreen, TerminalScreen
     from llmcad_mlx.chat.session import ChatSession
     from llmcad_mlx.chat.settings import ChatSettings
     from llmcad_mlx.conversations.file import read_conversation
+    from llmcad_mlx.settings import GenerationOptions, MemoryOptions
 
     settings: dict[str, Any] = {
         "policy": policy, "tree_nodes": tree_nodes, "pipeline": pipeline, "tree": tree, "fallback": fallback,
@@ -69,9 +70,9 @@ def chat(
         "seed": seed,
     }  # fmt: skip
     # Checked before anything is downloaded or loaded.
-    GenerationOptions.of(settings)
+    GenerationOptions.of(**settings)
     where: dict[str, Any] = {"pinned": pinned, "context": context, "read_bandwidth": read_bandwidth}
-    memory_options(memory, **where)
+    MemoryOptions.of(memory, **where)
     saved = None if load_file is None else read_conversation(load_file)
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not json_output
     with load(target, draft, memory=memory, progress=not json_output, **where) as engine:

@@ -15,8 +15,8 @@ from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sizes import format_size
 
 if TYPE_CHECKING:
-    from llmcad_mlx.loader import MemoryOptions
     from llmcad_mlx.memory.plan import MemoryPlan
+    from llmcad_mlx.settings import MemoryOptions
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +144,8 @@ def generate(
     json_output: options.Json = False,
 ) -> None:
     """Answer one prompt; text goes to standard output, figures to standard error."""
-    from llmcad_mlx.api import GenerationOptions, load, memory_options
+    from llmcad_mlx.api import load
+    from llmcad_mlx.settings import GenerationOptions, MemoryOptions
 
     if raw and system is not None:
         raise UsageError("system: a raw prompt takes no system message; leave one of the two out")
@@ -156,14 +157,14 @@ def generate(
         "frequency_penalty": frequency_penalty, "stop": stop or None,
     }  # fmt: skip
     # Checked before anything is downloaded or loaded.
-    GenerationOptions.of(settings)
+    GenerationOptions.of(**settings)
     where: dict[str, Any] = {
         "pinned": pinned,
         "context": context,
         "read_bandwidth": read_bandwidth,
         "verify": verify,
     }
-    memory_options(memory, **where)
+    MemoryOptions.of(memory, **where)
     text = _read_prompt(prompt, prompt_file)
     with load(target, draft, memory=memory, progress=not json_output, **where) as engine:
         _answer(engine, text if raw else _as_chat(engine, text, system), settings, json_output)

@@ -17,15 +17,15 @@ def plan(
     json_output: options.Json = False,
 ) -> None:
     """Show what a memory budget is spent on, predict the speed, and say what more memory would buy."""
-    from llmcad_mlx.api import memory_options
     from llmcad_mlx.cli.tables import print_tables
-    from llmcad_mlx.loader import plan_pair
+    from llmcad_mlx.loader import conditions, plan_pair
     from llmcad_mlx.measure.forecast import make_forecast
     from llmcad_mlx.measure.plan_report import plan_json, plan_notes, plan_tables
+    from llmcad_mlx.settings import MemoryOptions
     from llmcad_mlx.store.names import find_pair
 
-    where = memory_options(memory, pinned, context, read_bandwidth)
-    names = find_pair(target, draft, not json_output, where.conditions)
+    where = MemoryOptions.of(memory, pinned, context, read_bandwidth)
+    names = find_pair(target, draft, not json_output, conditions(where))
     pair = plan_pair(names, where)
     forecast = make_forecast(pair)
     if json_output:

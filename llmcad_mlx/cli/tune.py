@@ -69,12 +69,12 @@ def tune(
     json_output: options.Json = False,
 ) -> None:
     """Measure drafts for a target, choose the best and remember it: --draft auto means it from then on."""
-    from llmcad_mlx.api import memory_options
     from llmcad_mlx.measure.output import make_folder
     from llmcad_mlx.measure.tune import TunePlan, run_tune
     from llmcad_mlx.measure.tune_report import tune_json, tune_notes, tune_tables, write_tune
+    from llmcad_mlx.settings import MemoryOptions
 
-    where = memory_options(memory, pinned, context, read_bandwidth)
+    where = MemoryOptions.of(memory, pinned, context, read_bandwidth)
     plan = TunePlan.of(drafts, bits, trim, prompts, per_domain, max_tokens, repeat, warmup, temp, seed)
     if out is not None:
         make_folder(out)

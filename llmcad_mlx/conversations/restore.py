@@ -20,8 +20,8 @@ from llmcad_mlx.conversations.file import (
     has_right_digest,
     saved_layers,
 )
-from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of, forget, model_drafters
-from llmcad_mlx.engine.session import SpeculativeEngine
+from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of, model_drafters
+from llmcad_mlx.engine.session import Session
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.models.cache import LayerState, put_layers, take_layer
 
@@ -32,21 +32,21 @@ class CacheMismatchError(ValueError):
     """Saved caches that are not those of this conversation with these models."""
 
 
-def restore_caches(saved: SavedConversation, pair: LoadedPair, engine: SpeculativeEngine) -> list[str]:
-    """Put a file's caches into the engine where they fit; returns one line for each that is left out, and why.
+def restore_caches(saved: SavedConversation, pair: LoadedPair, session: Session) -> list[str]:
+    """Put a file's caches into the session where they fit; returns one line for each that is left out, and why.
 
     Whatever the file holds, the engine works afterwards, and its text is that of a conversation read afresh.
     """
-    forget(pair, engine)
+    session.forget()
     if saved.cache is None:
         return []
     try:
         tokens = _checked_tokens(saved, pair)
         _restore(saved, TARGET, pair, tokens)
     except Exception as error:  # whatever a damaged or made-up file leads to
-        forget(pair, engine)
+        session.forget()
         return [f"the saved cache is not used: {_reason(error)}; the conversation is read again"]
-    engine.tokens = tokens
+    session.resume(tokens)
     if DRAFT not in saved.cache["lengths"]:
         return []
     try:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.engine.session import SpeculativeEngine
+from llmcad_mlx.engine.session import Session
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.models.cache import LayerState, LazyKVCache, put_layers, take_layer
 
@@ -89,22 +89,14 @@ def take_snapshot(pair: LoadedPair, tokens: Sequence[int], owner: object) -> Sna
     return Snapshot(tuple(tokens[: parts[0].length]), taken, owner)
 
 
-def put_snapshot(pair: LoadedPair, engine: SpeculativeEngine, snapshot: Snapshot | None) -> None:
-    """Make `snapshot` all that the engine's caches hold; None empties them."""
-    forget(pair, engine)
+def put_snapshot(pair: LoadedPair, session: Session, snapshot: Snapshot | None) -> None:
+    """Make `snapshot` all that the session's caches hold; None empties them."""
+    session.forget()
     if snapshot is None:
         return
     for part in snapshot.parts:
         put_layers(cache_of(pair, part.model), part.layers, part.length)
-    engine.tokens = list(snapshot.tokens)
-
-
-def forget(pair: LoadedPair, engine: SpeculativeEngine) -> None:
-    """Empty all caches."""
-    engine.tokens = []
-    pair.target.truncate(0)
-    for drafter in pair.drafters:
-        drafter.truncate(0)
+    session.resume(snapshot.tokens)
 
 
 def cache_of(pair: LoadedPair, model: str) -> LazyKVCache:

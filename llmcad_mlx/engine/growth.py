@@ -15,7 +15,8 @@ from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import MODEL, ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from llmcad_mlx.api import Engine, GenerationOptions
+from llmcad_mlx.api import Engine
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.loader import LoadedPair, MemoryOptions, load_pair
+from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.machine import Machine, this_machine
 from llmcad_mlx.measure.contenders import Sampling, check_variants, has_draft, make_contenders
 from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts
@@ -20,7 +20,7 @@ from llmcad_mlx.measure.records import Run
 from llmcad_mlx.measure.runner import EncodedPrompt, mixed_by_domain, run_interleaved
 from llmcad_mlx.measure.variants import PLAIN, Variant, needs_mlx_lm, parse_variants
 from llmcad_mlx.memory.plan import MemoryPlan
-from llmcad_mlx.settings import check_integer
+from llmcad_mlx.settings import GenerationOptions, MemoryOptions, check_integer
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name
 from llmcad_mlx.store.pull import DEFAULT_PRESET
@@ -50,7 +50,7 @@ class BenchPlan:
         per_domain: int | None = None,
     ) -> BenchPlan:
         """Check what the command line was given. Raises UsageError naming the option."""
-        GenerationOptions.of({"max_tokens": max_tokens, "temperature": temperature, "seed": seed})
+        GenerationOptions.of(max_tokens=max_tokens, temperature=temperature, seed=seed)
         if max_tokens < 1:
             raise UsageError("max_tokens: a benchmark needs a limit; give 1 or more")
         check_integer("repeat", repeat, 1, 10_000)

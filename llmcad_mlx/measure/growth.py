@@ -14,12 +14,12 @@ from typing import Literal, get_args
 import numpy as np
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.loader import LoadedPair, MemoryOptions, load_pair, release_free_memory
+from llmcad_mlx.loader import LoadedPair, load_pair, release_free_memory
 from llmcad_mlx.machine import Machine, this_machine
 from llmcad_mlx.measure.runner import schedule
 from llmcad_mlx.memory.plan import MemoryPlan
 from llmcad_mlx.prompt import encode_prompt
-from llmcad_mlx.settings import check_integer
+from llmcad_mlx.settings import MemoryOptions, check_integer
 from llmcad_mlx.store.names import NO_DRAFT, device_name
 from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import TokenTree

@@ -32,11 +32,10 @@ from statistics import median
 
 import mlx.core as mx
 
-from llmcad_mlx.api import GenerationOptions
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.table import TableDrafter
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
-from llmcad_mlx.loader import LoadedPair, MemoryOptions, SharedTarget, is_planned, load_names, release_free_memory
+from llmcad_mlx.loader import LoadedPair, SharedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.machine import Machine, this_machine
 from llmcad_mlx.measure.benchmark import encode_prompts
 from llmcad_mlx.measure.contenders import EngineContender, Sampling
@@ -51,7 +50,7 @@ from llmcad_mlx.models.draft_folder import vocabulary_size
 from llmcad_mlx.models.folder import load_model_folder, read_config
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.settings import SpeculationSettings, check_integer
+from llmcad_mlx.settings import GenerationOptions, MemoryOptions, SpeculationSettings, check_integer
 from llmcad_mlx.store.choice import DraftChoice, find_choice, save_choice
 from llmcad_mlx.store.copies import BITS, PREFIX, SELF_BITS, CopyName, self_draft_bits, stored_bits
 from llmcad_mlx.store.names import (
@@ -649,7 +648,7 @@ def run_tune(
     """
     name = target or DEFAULT_PRESET
     target_path = resolve_target(name, show_progress)
-    choice = find_choice(target_path, options.conditions)
+    choice = find_choice(target_path, conditions(options))
     incumbent = None if choice is None else choice.draft
     candidates = find_candidates(name, target_path, plan.drafts, plan.bits, plan.tokens, incumbent, show_progress)
     report = tune(plan, Lineup(name, target_path, candidates, options, incumbent), on_turn=on_turn)
@@ -701,7 +700,7 @@ def save(report: TuneReport) -> None:
         kept = PairProfile(pair_profile_path(seat.candidate.names, streamed, options.read_bandwidth))
         kept.costs, kept.calibration = seat.profile.costs, seat.profile.calibration
         kept.save()
-    choice = DraftChoice(decision.winner, options.conditions, speeds[decision.winner] or 0.0)
+    choice = DraftChoice(decision.winner, conditions(options), speeds[decision.winner] or 0.0)
     try:
         report.saved = save_choice(report.lineup.target_path, choice)
     except LlmcadError as error:
@@ -786,7 +785,7 @@ class TunePlan:
         seed: int,
     ) -> TunePlan:
         """Check what the command line was given. Raises UsageError naming the option."""
-        GenerationOptions.of({"max_tokens": max_tokens, "temperature": temperature, "seed": seed})
+        GenerationOptions.of(max_tokens=max_tokens, temperature=temperature, seed=seed)
         if max_tokens < 2:
             raise UsageError("max_tokens: to be measured a draft needs a limit of 2 or more")
         check_integer("repeat", repeat, 1, 10_000)

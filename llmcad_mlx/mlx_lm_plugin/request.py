@@ -15,7 +15,8 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.sampling import LogitsProcessor, Row, SamplingSettings, TargetSampler
+from llmcad_mlx.sampling import Row, TargetSampler
+from llmcad_mlx.settings import LogitsProcessor, SamplingSettings
 
 
 class CallerSampler(TargetSampler):
@@ -47,10 +48,14 @@ class CallerSampler(TargetSampler):
         """Whether tokens are the largest logits, which needs none of the caller's functions."""
         return self._draw is greedy_sampler and not self._calls
 
-    def choose(self, logits: Row | mx.array, tokens: Sequence[int], position: int) -> int:
+    def choose(
+        self, logits: Row | mx.array, tokens: Sequence[int], position: int, path: Sequence[int] = ()
+    ) -> int:
+        if self.greedy:
+            return super().choose(logits, tokens, position, path)
         row = mx.array(logits)[None].astype(self.dtype)
         if self._calls:
-            seen = mx.array(list(tokens[self._num_before :]))
+            seen = mx.array([*tokens, *path][self._num_before :])
             for process in self._calls:
                 row = process(seen, row)
         self._last = row - mx.logsumexp(row, keepdims=True)

@@ -11,7 +11,8 @@ from mlx_lm.generate import GenerationResponse
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.engine.policies import make_policy
-from llmcad_mlx.engine.session import Round, SpeculativeEngine
+from llmcad_mlx.engine.round import Round, run_round
+from llmcad_mlx.engine.session import Session
 from llmcad_mlx.engine.text import Piece, TextStream
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModel
 from llmcad_mlx.mlx_lm_plugin.prompt_caches import ModelRows, RowsDrafter
@@ -54,8 +55,8 @@ class Speculation:
         if self._drafter is not None:
             drafters.append(self._drafter)
         max_nodes = DEFAULT_MAX_NODES if request.max_drafted is None else request.max_drafted + 1
-        policy = make_policy(SpeculationSettings(), drafters, profile, max_nodes)
-        self._engine = SpeculativeEngine(self._target, drafters, policy, profile.costs, tokens=list(self._before))
+        self._policy = make_policy(SpeculationSettings(), drafters, profile, max_nodes)
+        self._session = Session(self._target, drafters, profile.costs, tokens=list(self._before))
         self._sampler = CallerSampler(
             request.sampler, request.processors, tree.vocab_size, target.logits_dtype, len(self._before)
         )
@@ -68,11 +69,11 @@ class Speculation:
         started = False
         try:
             with mx.stream(request.stream):
-                self._engine.start([*self._before, *request.prompt], self._stats, self._progress)
+                self._session.start([*self._before, *request.prompt], self._policy, self._stats, self._progress)
             started = True
             while text.finish_reason is None:
                 with mx.stream(request.stream):
-                    done = self._engine.round(self._sampler, self._stats, text.push)
+                    done = run_round(self._session, self._policy, self._sampler, self._stats, text.push)
                     responses = self._responses(text.take(), done)
                 for response in responses:
                     self._given_out += 1
@@ -130,7 +131,7 @@ class Speculation:
         """The caller's cache holds what was given out, the last token included, as after mlx-lm's function."""
         if self._rows is None:
             return
-        tokens = self._engine.tokens[: len(self._before) + len(self._request.prompt) + self._given_out]
+        tokens = self._session.tokens[: len(self._before) + len(self._request.prompt) + self._given_out]
         cache = self._target.cache
         assert isinstance(cache, LazyKVCache)
         with mx.stream(self._request.stream):

@@ -1,6 +1,6 @@
 """The default policy: best-first growth, stopped where one more step earns fewer tokens than it costs.
 
-Everything is priced in tokens: a second is worth `costs.rate`, the tokens that decoding yields per second.
+Everything is priced in tokens: a second is worth the tokens that decoding yields per second.
 Maximising tokens minus price times seconds, with the achieved rate as the price, maximises the rate itself
 (Dinkelbach's method for ratios). Best-first order maximises the expected accepted tokens for a number of
 nodes (SpecExec, OPT-Tree and DySpec reach the same rule).
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from llmcad_mlx.policy.calibration import Calibration
-from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.costs import CostModel, RecentRate
 from llmcad_mlx.policy.ledger import EXPLORE, DraftAccount, LookupAccount, Prices, Ranking
 from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TABLE, Selection, TokenTree
@@ -107,7 +107,8 @@ class ThroughputPolicy:
         self._yield = 1.0  # tokens a round has given lately
         self._measuring_plain = False
         self._ranking: Ranking | None = None  # of the tree as it is; None: to be made when somebody asks
-        self._prices = Prices(costs, self.max_nodes)
+        self._recent = RecentRate()
+        self._prices = Prices(costs, self._recent, self.max_nodes)
 
     @property
     def sources(self) -> frozenset[str]:
@@ -352,7 +353,7 @@ class ThroughputPolicy:
 
     def finished(self, num_tokens: int, seconds: float) -> None:
         """The round is over: `num_tokens` emitted in `seconds`, everything included."""
-        self.costs.observe_round(num_tokens, seconds)
+        self._recent.observe(num_tokens, seconds)
         account, was_drafting = self._draft_account, self._draft_account.drafting
         if self._model_used:
             account.book(num_tokens, num_tokens - seconds * self.costs.plain_rate)
@@ -365,7 +366,7 @@ class ThroughputPolicy:
             account.book(num_tokens, None)
             self._idle += 1
         if was_drafting and not account.drafting:
-            self.costs.forget_rate()
+            self._recent.forget()
 
 
 def _best_child(tree: TokenTree) -> list[int]:

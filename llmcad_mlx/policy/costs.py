@@ -199,14 +199,37 @@ class StepTimes:
         return times
 
 
+class RecentRate:
+    """Tokens per second of recent rounds: what one policy has earned lately, so each policy keeps its own."""
+
+    _DECAY = 0.9  # weight of the past at each round
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A round gave `num_tokens` tokens in `seconds`, everything included."""
+        self._tokens = self._tokens * self._DECAY + num_tokens
+        self._seconds = self._seconds * self._DECAY + seconds
+
+    def forget(self) -> None:
+        """Start afresh: what comes is not like what was."""
+        self._tokens = self._seconds = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """0.0 before the first round."""
+        return self._tokens / self._seconds if self._seconds > 0.0 else 0.0
+
+
 class CostModel:
-    """Draft step and target pass times, what rounds are like, and how fast decoding has been lately.
+    """Draft step and target pass times, and what rounds are like. The round books them, whatever its policy;
+    policies only read.
 
     `verify`: seconds of passes, waiting included; `computing`: the same without waiting for weights. `rounds`
     counts those whose passes came through `observe_pass`.
     """
-
-    _DECAY = 0.9  # weight of the past at each round
 
     def __init__(self, draft: StepTimes | None = None, verify: StepTimes | None = None) -> None:
         self.draft = StepTimes() if draft is None else draft
@@ -214,8 +237,6 @@ class CostModel:
         self.computing = StepTimes()
         self.rounds = Rounds()
         self._last_pass: tuple[int, float] | None = None  # rows and seconds, until its round was counted
-        self._tokens = 0.0
-        self._seconds = 0.0
 
     def observe_pass(self, rows: int, seconds: float, busy: float) -> None:
         """A target pass over `rows` nodes took `seconds`, `busy` of them computing."""
@@ -225,8 +246,6 @@ class CostModel:
 
     def observe_round(self, num_tokens: int, seconds: float) -> None:
         """A round gave `num_tokens` tokens in `seconds`, everything included."""
-        self._tokens = self._tokens * self._DECAY + num_tokens
-        self._seconds = self._seconds * self._DECAY + seconds
         if self._last_pass is not None:
             rows, pass_s = self._last_pass
             self._last_pass = None
@@ -237,20 +256,6 @@ class CostModel:
         """Tokens per second of plain decoding; 0.0 while unknown."""
         seconds = self.verify.predict(1)
         return 1.0 / seconds if seconds > 0.0 else 0.0
-
-    @property
-    def recent_rate(self) -> float | None:
-        """Tokens per second of recent rounds; None before the first."""
-        return self._tokens / self._seconds if self._seconds > 0.0 else None
-
-    @property
-    def rate(self) -> float:
-        """The price of a second in tokens: what one has yielded lately, at least what plain decoding would."""
-        return max(self.plain_rate, self.recent_rate or 0.0)
-
-    def forget_rate(self) -> None:
-        """Start the recent rate afresh: what comes is not like what was (a new prompt, a probe)."""
-        self._tokens = self._seconds = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""

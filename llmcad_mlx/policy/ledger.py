@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.costs import CostModel, RecentRate
 
 _OPENING = 3.0
 _MOST = 6.0  # gains are not saved up for ever: a draft that turns bad is noticed within so many tokens
@@ -100,15 +100,17 @@ class Prices:
     """Prices of rows in the target's pass and of draft steps, looked up once a round: they are asked for dozens
     of times in each. `rate`: tokens per second when the round began."""
 
-    def __init__(self, costs: CostModel, max_nodes: int) -> None:
+    def __init__(self, costs: CostModel, recent: RecentRate, max_nodes: int) -> None:
         self.rate = 0.0
         self._costs = costs
+        self._recent = recent
         self._max_nodes = max_nodes
         self._passes = [0.0]
 
     def begin(self) -> None:
         """A new round: forget what the last one paid."""
-        self.rate = self._costs.rate
+        # A second is worth what one has yielded lately, at least what plain decoding would.
+        self.rate = max(self._costs.plain_rate, self._recent.tokens_per_s)
         self._passes = [0.0]
 
     def more_rows(self, rows: int, more: int) -> float:

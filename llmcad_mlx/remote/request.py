@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.settings import SpeculationSettings, stop_settings
+from llmcad_mlx.settings import DEFAULT_MAX_TOKENS, SpeculationSettings, StopSettings
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -32,7 +32,7 @@ def completion_request(prompt: Prompt, options: Mapping[str, Any]) -> tuple[str,
             known = ", ".join(sorted((*_PASSED_ON, *_HERE)))
             raise UsageError(f"{name}: unknown option; the options are {known}")
     SpeculationSettings(**{name: options[name] for name in ("policy", "tree_nodes") if name in options})
-    stopping = stop_settings(options.get("max_tokens", 256), options.get("stop"))
+    stopping = StopSettings.of(options.get("max_tokens", DEFAULT_MAX_TOKENS), options.get("stop"))
     path, body = _prompt(prompt)
     body |= {"stream": True, "stream_options": {"include_usage": True}, "speculation": {"tokens": True}}
     body |= _DEFAULTS

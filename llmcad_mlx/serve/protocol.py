@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,12 +29,11 @@ from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails, PydanticKnownError, from_json
 
 from llmcad_mlx import __version__
-from llmcad_mlx.api import GenerationOptions
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt
 from llmcad_mlx.serve.errors import ApiError, bad_request
 from llmcad_mlx.serve.settings import ServerSettings
-from llmcad_mlx.settings import PolicyName
+from llmcad_mlx.settings import GenerationOptions, PolicyName
 
 Kind = Literal["chat", "completion"]
 Record = TypeVar("Record", bound=BaseModel)
@@ -193,13 +192,13 @@ class CompletionRequest(_Request):
 class GenerationRequest:
     """What a client asked for.
 
-    `options` are `Engine.stream_generate`'s, checked, with a seed. `top_logprobs`: None for none, else how many
+    `options` have a seed, drawn when none was asked for. `top_logprobs`: None for none, else how many
     beside the chosen token's. `show_tokens`, `show_trees`: which of the speculation to send.
     """
 
     kind: Kind
     prompt: Prompt
-    options: Mapping[str, Any]
+    options: GenerationOptions
     tools: list[dict[str, Any]] | None = None
     stream: bool = False
     include_usage: bool = False
@@ -269,7 +268,7 @@ class RequestReader:
             user=asked.user or "",
         )
 
-    def _options(self, asked: _Request, max_tokens: int | None) -> dict[str, Any]:
+    def _options(self, asked: _Request, max_tokens: int | None) -> GenerationOptions:
         options = {name: value for name in _ENGINE_OPTIONS if (value := getattr(asked, name)) is not None}
         options.setdefault("temperature", self._settings.temperature)
         # Drawn, not fixed: who asks twice at a temperature expects two answers. 53 bits stay exact everywhere.
@@ -278,10 +277,9 @@ class RequestReader:
         if asked.logit_bias is not None:
             options["logit_bias"] = {int(token): value for token, value in asked.logit_bias.items()}
         try:
-            GenerationOptions.of(options)
+            return GenerationOptions.of(**options)
         except UsageError as error:
             raise refused(error) from None
-        return options
 
     def openapi_document(self) -> dict[str, Any]:
         """An OpenAPI 3.1 document of the whole server."""

@@ -22,36 +22,18 @@ from llmcad_mlx.tree.token_tree import TokenTree
 class Verification:
     """The target's logits for every node of a tree, from one pass.
 
-    `logits` (N, V) float32 are evaluated; `slots[i]` is where node i lies in the target's cache. On a CPU rows
-    are views of MLX's memory; elsewhere only what is asked for is copied.
+    `logits` (N, V) float32 are evaluated; `slots[i]` is where node i lies in the target's cache.
     """
 
-    def __init__(self, logits: mx.array, slots: Sequence[int], vocab_size: int) -> None:
-        """`vocab_size`: number of real tokens; columns beyond are padding and never chosen."""
+    def __init__(self, logits: mx.array, slots: Sequence[int]) -> None:
         self.logits = logits
         self.slots = slots
-        self._vocab_size = vocab_size
-        self._greedy: tuple[list[int], list[float]] | None = None
-        on_cpu = mx.default_device() == mx.cpu
-        self._rows: npt.NDArray[np.float32] | None = np.asarray(logits) if on_cpu else None
+        self._rows: npt.NDArray[np.float32] = np.asarray(logits)  # a view wherever host and device share memory
 
     def row(self, node: int) -> npt.NDArray[np.float32]:
         """Logits (V,) after `node`. Read only."""
-        return self._rows[node] if self._rows is not None else np.asarray(self.logits[node])
-
-    def greedy_row(self, node: int) -> tuple[int, float]:
-        """The largest real logit after `node`: its token and its value (NaN if the row has one)."""
-        if self._rows is not None:
-            row = self._rows[node][: self._vocab_size]
-            token = int(row.argmax())
-            return token, float(row[token])
-        if self._greedy is None:
-            # All rows at once: one read-back a pass instead of one a token.
-            real = self.logits[:, : self._vocab_size]
-            tokens, peaks = mx.argmax(real, axis=1), mx.max(real, axis=1)
-            mx.eval(tokens, peaks)
-            self._greedy = np.asarray(tokens).tolist(), np.asarray(peaks).tolist()
-        return self._greedy[0][node], self._greedy[1][node]
+        row: npt.NDArray[np.float32] = self._rows[node]
+        return row
 
 
 class Target(Protocol):
@@ -154,7 +136,7 @@ class ResidentTarget:
         result = self.model.forward(tree.tokens, self.cache, parents)
         logits = result.logits.astype(mx.float32)
         mx.eval(logits, self.cache.arrays())
-        return Verification(logits, result.slots, self.vocab_size)
+        return Verification(logits, result.slots)
 
     def commit(self, verification: Verification, nodes: Sequence[int]) -> None:
         """The root and `nodes`, the accepted path below it, join the sequence; other nodes are dropped."""

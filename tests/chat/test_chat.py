@@ -28,26 +28,11 @@ from llmcad_mlx.chat.tree_view import RoundTree, draw
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.tree.walk import walk
-from tests.support.tiny_folder import EOS, make_folder, tiny_environment
+from tests.support.tiny_folder import EOS, make_folder
 
 OPTIONS_USED: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "seed": 0, "policy": "throughput"}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
-    with load(folder, make_folder(folder.parent / "draft", noise=0.02)) as loaded:
-        yield loaded
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 def rendered(what: RenderableType) -> str:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 from llmcad_mlx import Engine, load
 from llmcad_mlx.cli.generate import prompt_progress
 from llmcad_mlx.cli.main import run
-from tests.support.tiny_folder import EOS, make_folder, tiny_environment
+from tests.support.tiny_folder import EOS, make_folder
 
 CONTRACT = {
     "text", "tokens", "finish_reason", "prompt_tokens", "generated_tokens", "seed", "policy", "device", "emulated",
@@ -34,21 +34,7 @@ CHILD = (
     "from llmcad_mlx.cli.main import main; main()"
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
-
-
-@pytest.fixture(scope="module")
-def draft(folder: Path) -> Path:
-    return make_folder(folder.parent / "draft", noise=0.02)
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 @pytest.fixture(scope="module")

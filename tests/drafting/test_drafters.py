@@ -19,7 +19,8 @@ from llmcad_mlx.errors import GenerationError, VocabularyError
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.calibration import ngram_confidence
 from llmcad_mlx.policy.policy import Candidates
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TokenTree
 from tests.support.tiny import VOCAB, tiny_tree_model
 

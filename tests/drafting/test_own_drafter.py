@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmcad_mlx import Engine, UsageError, load
-from llmcad_mlx.engine.session import Round
+from llmcad_mlx.engine.round import Round
 from tests.support.architecture_configs import build, config_of
 from tests.support.tiny_folder import make_folder, tiny_environment, write_folder
 

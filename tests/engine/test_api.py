@@ -16,7 +16,7 @@ from mlx_lm.generate import GenerationResponse
 from llmcad_mlx import ContextLengthError, Engine, GenerationError, UsageError, load
 from llmcad_mlx.drafting.model import ModelDrafter
 from tests.support.architecture_configs import build, config_of
-from tests.support.tiny_folder import EOS, make_folder, tiny_environment, write_folder
+from tests.support.tiny_folder import EOS, write_folder
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "plain"},
@@ -29,28 +29,7 @@ SPECULATIVE = {"policy": "throughput", "tree_nodes": 8}
 CHAT = [{"role": "user", "content": "tell me of the cat"}]
 TEXT = "then the other one ran in and then the other one"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
-
-
-@pytest.fixture(scope="module")
-def draft_folder(folder: Path) -> Path:
-    return make_folder(folder.parent / "draft", noise=0.02)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path, draft_folder: Path) -> Iterator[Engine]:
-    """Shared on purpose: every test meets the caches that another one left."""
-    with load(folder, draft_folder) as loaded:
-        yield loaded
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +187,9 @@ def test_text_messages_and_ids_are_the_same_prompt(engine: Engine) -> None:
 
 @pytest.mark.parametrize("options", POLICIES, ids=str)
 def test_a_next_turn_reuses_the_conversation(
-    folder: Path, draft_folder: Path, plain: Callable[..., list[int]], options: dict[str, Any]
+    folder: Path, draft: Path, plain: Callable[..., list[int]], options: dict[str, Any]
 ) -> None:
-    with load(folder, draft_folder) as session:
+    with load(folder, draft) as session:
         first = session.encode(TEXT)
         answer = session.generate(first, max_tokens=20, **options)
         assert answer.stats.reused_tokens == 0
@@ -241,9 +220,9 @@ def test_a_next_turn_reuses_the_conversation(
 
 
 def test_a_conversation_in_messages_reuses_the_earlier_turns(
-    folder: Path, draft_folder: Path, plain: Callable[..., list[int]]
+    folder: Path, draft: Path, plain: Callable[..., list[int]]
 ) -> None:
-    with load(folder, draft_folder) as session:
+    with load(folder, draft) as session:
         messages, earlier = list(CHAT), 0
         for turn, policy in enumerate(itertools.islice(itertools.cycle(POLICIES), 6)):
             prompt = session.encode(messages)
@@ -254,8 +233,8 @@ def test_a_conversation_in_messages_reuses_the_earlier_turns(
             messages += [{"role": "assistant", "content": result.text}, {"role": "user", "content": f"and {turn}"}]
 
 
-def test_the_draft_keeps_its_cache_too(folder: Path, draft_folder: Path) -> None:
-    with load(folder, draft_folder) as session:
+def test_the_draft_keeps_its_cache_too(folder: Path, draft: Path) -> None:
+    with load(folder, draft) as session:
         drafter = next(d for d in session.pair.drafters if isinstance(d, ModelDrafter))
         first = session.encode(TEXT)
         answer = session.generate(first, max_tokens=10, **SPECULATIVE)

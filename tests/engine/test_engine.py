@@ -14,7 +14,6 @@ from llmcad_mlx.cpu.install import prepare_for_host
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
-from llmcad_mlx.engine.session import SpeculativeEngine
 from llmcad_mlx.errors import GenerationError
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import ThroughputPolicy
@@ -24,11 +23,13 @@ from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying.target import ResidentTarget, Verification
 from tests.support.architecture_configs import VOCAB as FAMILY_VOCAB
 from tests.support.architecture_configs import build, config_of
+from tests.support.rounds import Rounds
 from tests.support.tiny import VOCAB, tiny_tree_model
 from tests.support.waiting_target import WaitingTarget
 
@@ -65,9 +66,9 @@ def engine_of(
     policy: GrowthPolicy,
     target: ResidentTarget | None = None,
     clock: Callable[[], float] | None = None,
-) -> SpeculativeEngine:
+) -> Rounds:
     target = target or ResidentTarget(model(), VOCAB)
-    return SpeculativeEngine(target, drafters, policy, CostModel(), clock or Clock())
+    return Rounds(target, drafters, policy, CostModel(), clock or Clock())
 
 
 def forced(num_nodes: int) -> ThroughputPolicy:
@@ -78,7 +79,7 @@ def greedy(vocab_size: int = VOCAB) -> TargetSampler:
     return TargetSampler(SamplingSettings(), vocab_size)
 
 
-def decode(engine: SpeculativeEngine, count: int, sampler: TargetSampler | None = None) -> list[int]:
+def decode(engine: Rounds, count: int, sampler: TargetSampler | None = None) -> list[int]:
     """At least `count` more tokens."""
     stats, start = GenerationStats(), len(engine.tokens)
     while len(engine.tokens) < start + count:
@@ -93,7 +94,7 @@ def plain_text(prompt: Sequence[int], count: int) -> list[int]:
 @functools.cache
 def _plain_text(prompt: tuple[int, ...], count: int) -> list[int]:
     engine = engine_of([], ChainPolicy(0))
-    engine.start(prompt, GenerationStats())
+    engine.begin(prompt)
     return decode(engine, count)
 
 
@@ -117,7 +118,7 @@ class Interrupting:
         return result
 
 
-def run_rounds(engine: SpeculativeEngine, count: int, stop: Callable[[int], bool]) -> None:
+def run_rounds(engine: Rounds, count: int, stop: Callable[[int], bool]) -> None:
     for _ in range(count):
         engine.round(greedy(), GenerationStats(), stop)
 
@@ -129,7 +130,7 @@ TARGETS: dict[str, Callable[[], ResidentTarget]] = {
 }
 
 
-def interrupt(engine: SpeculativeEngine, place: str, call: int, after: bool) -> Callable[[int], bool]:
+def interrupt(engine: Rounds, place: str, call: int, after: bool) -> Callable[[int], bool]:
     """Let the `call`-th visit to `place` raise KeyboardInterrupt; returns the `stop` to run rounds with."""
     if place == "stop":
         calls = [0]
@@ -166,7 +167,7 @@ def test_an_interrupted_round_leaves_a_state_to_start_from(
     drafters = [NgramDrafter(), ModelDrafter(model(noise=0.2))]
     engine = engine_of(drafters, forced(8), TARGETS[target]())
     stop = interrupt(engine, place, call, after)
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     expected = plain_text(PROMPT, 40)
     with pytest.raises(KeyboardInterrupt):
         run_rounds(engine, 4, stop)
@@ -174,7 +175,7 @@ def test_an_interrupted_round_leaves_a_state_to_start_from(
     assert kept == [*PROMPT, *expected][: len(kept)]
     # The same prompt again, the conversation going on, and another one that shares a beginning.
     for prompt in (PROMPT, [*kept, 7, 8], [*PROMPT[:4], 9, 9]):
-        engine.start(prompt, GenerationStats())
+        engine.begin(prompt)
         assert decode(engine, 10)[:10] == plain_text(prompt, 10)[:10]
 
 
@@ -183,7 +184,7 @@ def test_an_interrupted_round_leaves_a_state_to_start_from(
 @pytest.mark.parametrize("place", PLACES)
 def test_an_interrupted_round_can_simply_be_run_again(place: str, after: bool, target: str) -> None:
     engine = engine_of([NgramDrafter(), ModelDrafter(model(noise=0.2))], forced(8), TARGETS[target]())
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     decode(engine, 5)
     stop = interrupt(engine, place, 4, after)
     with pytest.raises(KeyboardInterrupt):
@@ -202,13 +203,11 @@ def test_a_read_error_of_the_target_leaves_a_state_to_go_on_from(place: str) -> 
 
     target = WaitingTarget(model(), VOCAB)
     engine = engine_of([ModelDrafter(model(noise=0.2))], forced(8), target)
-    engine.start(PROMPT[:3], GenerationStats())
+    engine.begin(PROMPT[:3])
     decode(engine, 3)
     sound, target._wait = target._wait, fail  # type: ignore[method-assign, assignment]
     with pytest.raises(OSError, match="gone"):
-        engine.start(PROMPT, GenerationStats()) if place == "prefill" else engine.round(
-            greedy(), GenerationStats()
-        )
+        engine.begin(PROMPT) if place == "prefill" else engine.round(greedy(), GenerationStats())
     target._wait = sound  # type: ignore[method-assign]
     said = list(engine.tokens)
     assert decode(engine, 20)[:20] == plain_text(said, 20)[:20]
@@ -218,10 +217,10 @@ def test_an_interrupted_prefill_is_taken_up_again() -> None:
     engine = engine_of([ModelDrafter(model())], forced(8))
     prompt = [(7 * i) % VOCAB for i in range(1400)]
     chunks = iter([False, True, True, True])
-    engine.start(prompt, GenerationStats(), should_stop=lambda: next(chunks))
+    engine.begin(prompt, should_stop=lambda: next(chunks))
     assert 0 < engine.target.num_cached < len(prompt) - 1
     stats = GenerationStats()
-    engine.start(prompt, stats)
+    engine.begin(prompt, stats)
     assert stats.reused_tokens == 512
     assert decode(engine, 20)[:20] == plain_text(prompt, 20)[:20]
 
@@ -230,11 +229,11 @@ def test_logits_that_are_not_numbers_end_in_one_clear_error() -> None:
     class Broken(ResidentTarget):
         def verify(self, tree: TokenTree, background: Background = None) -> Verification:
             sound = super().verify(tree)
-            return Verification(sound.logits * float("nan"), sound.slots, VOCAB)
+            return Verification(sound.logits * float("nan"), sound.slots)
 
     for temperature in (0.0, 1.0):
         engine = engine_of([], ChainPolicy(0), Broken(model(), VOCAB))
-        engine.start(PROMPT, GenerationStats())
+        engine.begin(PROMPT)
         sampler = TargetSampler(SamplingSettings(temperature=temperature), VOCAB)
         with pytest.raises(GenerationError, match="NaN"):
             engine.round(sampler, GenerationStats())
@@ -266,7 +265,7 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     prefill = Charged(engine.target, "prefill", clock, 64.0)
     commit = Charged(engine.target, "commit", clock, 0.25)
     stats, seen = GenerationStats(), GenerationStats()
-    engine.start(PROMPT, stats)
+    engine.begin(PROMPT, stats)
     assert (stats.prompt_s, stats.prompt_tokens, stats.reused_tokens) == (64.0, len(PROMPT), 0)
     fed, carried = 0.0, 0
     for _ in range(12):
@@ -306,7 +305,7 @@ def test_expansions_without_a_forward_cost_nothing() -> None:
     """A lookup must not teach the cost model that a draft step takes no time."""
     engine = engine_of([NgramDrafter()], forced(8))
     stats = GenerationStats()
-    engine.start(PROMPT, stats)
+    engine.begin(PROMPT, stats)
     for _ in range(5):
         engine.round(greedy(), stats)
     assert stats.draft_s == 0.0
@@ -318,7 +317,7 @@ def test_prompt_progress_counts_up_to_the_prompt() -> None:
     engine = engine_of([], ChainPolicy(0))
     seen: list[tuple[int, int]] = []
     prompt = [(3 * i) % VOCAB for i in range(1200)]
-    engine.start(prompt, GenerationStats(), lambda done, total: seen.append((done, total)))
+    engine.begin(prompt, on_progress=lambda done, total: seen.append((done, total)))
     assert [total for _, total in seen] == [1200] * len(seen)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert (seen[0][0], seen[-1][0]) == (0, 1200)
@@ -327,24 +326,24 @@ def test_prompt_progress_counts_up_to_the_prompt() -> None:
 
 def test_a_prompt_that_goes_on_is_not_computed_again() -> None:
     engine = engine_of([ModelDrafter(model())], forced(8))
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     decode(engine, 10)
     said = list(engine.tokens)
     stats = GenerationStats()
-    engine.start([*said, 6, 7], stats)
+    engine.begin([*said, 6, 7], stats)
     assert stats.reused_tokens == len(said) - 1
     stats = GenerationStats()
-    engine.start([*said[:6], 9], stats)
+    engine.begin([*said[:6], 9], stats)
     assert stats.reused_tokens == 6
     stats = GenerationStats()
-    engine.start([30, 31], stats)
+    engine.begin([30, 31], stats)
     assert stats.reused_tokens == 0
     assert decode(engine, 10)[:10] == plain_text([30, 31], 10)[:10]
 
 
 def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
     engine = engine_of([ModelDrafter(model())], ChainPolicy(6))
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     expected = plain_text(PROMPT, 3)[:3]
     stats, emitted = GenerationStats(), []
 
@@ -356,7 +355,7 @@ def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
     assert emitted == list(done.walk.tokens) == engine.tokens[len(PROMPT) :] == expected
     assert done.walk.stopped
     assert engine.target.num_cached <= len(engine.tokens)
-    engine.start([*PROMPT, *expected], GenerationStats())  # go on from there
+    engine.begin([*PROMPT, *expected])  # go on from there
     assert [*expected, *decode(engine, 10)][:12] == plain_text(PROMPT, 12)[:12]
 
 
@@ -398,14 +397,14 @@ def test_a_target_that_takes_chains_only_ever_gets_chains(kind: str) -> None:
     target = Watching(chain_model, FAMILY_VOCAB)
     drafters = [NgramDrafter(), ModelDrafter(family("llama"))]
     engine = engine_of(drafters, policy, target)
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     stats = GenerationStats()
     while stats.generated_tokens < 40:
         engine.round(greedy(FAMILY_VOCAB), stats)
     assert all(parents == list(range(-1, len(parents) - 1)) for parents in target.seen)
     assert max(map(len, target.seen)) > 1
     plain = engine_of([], ChainPolicy(0), ResidentTarget(chain_model, FAMILY_VOCAB))
-    plain.start(PROMPT, GenerationStats())
+    plain.begin(PROMPT)
     text = engine.tokens[len(PROMPT) :]
     assert text == decode(plain, len(text), greedy(FAMILY_VOCAB))
 
@@ -413,7 +412,7 @@ def test_a_target_that_takes_chains_only_ever_gets_chains(kind: str) -> None:
 def test_a_draft_that_takes_chains_only_proposes_below_its_own_line() -> None:
     target, draft = family("gpt2"), family("gpt2")
     engine = engine_of([ModelDrafter(draft)], ChainPolicy(4), ResidentTarget(target, FAMILY_VOCAB))
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     stats = GenerationStats()
     for _ in range(10):
         engine.round(greedy(FAMILY_VOCAB), stats)
@@ -425,10 +424,10 @@ def test_a_chain_draft_is_safe_under_a_policy_that_wants_a_tree() -> None:
     draft = family("gpt2")
     target = ResidentTarget(family("llama"), FAMILY_VOCAB)
     engine = engine_of([ModelDrafter(draft)], forced(12), target)
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     text = decode(engine, 30, greedy(FAMILY_VOCAB))
     plain = engine_of([], ChainPolicy(0), ResidentTarget(family("llama"), FAMILY_VOCAB))
-    plain.start(PROMPT, GenerationStats())
+    plain.begin(PROMPT)
     assert text == decode(plain, len(text), greedy(FAMILY_VOCAB))
 
 
@@ -442,17 +441,17 @@ def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -
     plain_model = family("mamba")
     assert plain_model.capability == "plain"
     engine = engine_of([], forced(8), ResidentTarget(plain_model, FAMILY_VOCAB))
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     text = decode(engine, 24, greedy(FAMILY_VOCAB))
     assert text == mlx_lm_text("mamba", PROMPT, 24)
     # Going on keeps the state; an edit starts again.
     stats = GenerationStats()
     longer = [*PROMPT, *text, 3, 4]
-    engine.start(longer, stats)
+    engine.begin(longer, stats)
     assert stats.reused_tokens == len(PROMPT) + 23
     assert decode(engine, 8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", longer, 8)
     edited = [*PROMPT[:5], 8, 9]
-    engine.start(edited, stats)
+    engine.begin(edited, stats)
     assert stats.reused_tokens == 0
     assert decode(engine, 8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", edited, 8)
 
@@ -460,13 +459,13 @@ def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -
 @pytest.mark.parametrize("edited", [False, True])
 def test_such_a_model_survives_an_interruption(edited: bool) -> None:
     engine = engine_of([], ChainPolicy(0), ResidentTarget(family("mamba"), FAMILY_VOCAB))
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     decode(engine, 4, greedy(FAMILY_VOCAB))
     Interrupting(engine.target, "verify", 1, True)
     with pytest.raises(KeyboardInterrupt):
         engine.round(greedy(FAMILY_VOCAB), GenerationStats())
     prompt = [*PROMPT[:5], 8] if edited else [*engine.tokens, 3, 4]
-    engine.start(prompt, GenerationStats())
+    engine.begin(prompt)
     assert decode(engine, 8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", prompt, 8)
 
 
@@ -474,6 +473,6 @@ def test_such_a_model_is_never_given_a_tree() -> None:
     """Drafters or not, a plain target gets one token at a time."""
     target = Watching(family("mamba"), FAMILY_VOCAB)
     engine = engine_of([NgramDrafter()], forced(8), target)
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     assert decode(engine, 12, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", PROMPT, 12)
     assert target.seen == [[-1]] * 12

@@ -16,17 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.engine.session import Round, SpeculativeEngine
+from llmcad_mlx.engine.round import Round
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.streaming.feed import SequentialFeed
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying.target import ResidentTarget, StreamedTarget
+from tests.support.rounds import Rounds
 from tests.support.simulated_stream import SimulatedClock, SimulatedStream
 from tests.support.tiny import VOCAB, tiny_tree_model
 from tests.support.waiting_target import simulated_target
@@ -228,10 +230,10 @@ class TimedDrafter(ModelDrafter):
 
 def engine_of(
     target: ResidentTarget, clock: SimulatedClock, step_s: float | None, make: Callable[[CostModel], GrowthPolicy]
-) -> SpeculativeEngine:
+) -> Rounds:
     costs = CostModel()
     drafters = [] if step_s is None else [TimedDrafter(clock, step_s)]
-    return SpeculativeEngine(target, drafters, make(costs), costs, clock)
+    return Rounds(target, drafters, make(costs), costs, clock)
 
 
 def adaptive(costs: CostModel) -> GrowthPolicy:
@@ -250,7 +252,7 @@ def plain(costs: CostModel) -> GrowthPolicy:
     return ChainPolicy(0)
 
 
-def rounds(engine: SpeculativeEngine, stats: GenerationStats, count: int, seed: int = 3) -> list[Round]:
+def rounds(engine: Rounds, stats: GenerationStats, count: int, seed: int = 3) -> list[Round]:
     sampler = TargetSampler(SamplingSettings(temperature=0.7, seed=seed), VOCAB)
     return [engine.round(sampler, stats) for _ in range(count)]
 
@@ -272,7 +274,7 @@ def test_rounds_follow_the_cost_model(
     target = simulated_target(clock, num_buffers=num_buffers, read_s=read_s, row_s=row_s)
     engine = engine_of(target, clock, None if make is plain else 1.5, make)
     stats, units = GenerationStats(), len(stream_of(target).unit_bytes)
-    engine.start(PROMPT, stats)
+    engine.begin(PROMPT, stats)
     begun = clock.now
     for _ in range(20):
         before, started = replace(stats), clock.now
@@ -306,7 +308,7 @@ def test_the_pipeline_makes_rounds_shorter_by_what_it_hides() -> None:
         clock = SimulatedClock()
         engine = engine_of(simulated_target(clock), clock, None if make is plain else 8.0, make)
         stats = GenerationStats()
-        engine.start(PROMPT, stats)
+        engine.begin(PROMPT, stats)
         rounds(engine, stats, 20)
         taken[make], tokens[make] = stats.decode_s, stats.generated_tokens
         in_front[make] = stats.draft_s - stats.hidden_draft_s
@@ -328,7 +330,7 @@ def test_the_text_does_not_depend_on_the_timing(
         clock = SimulatedClock()
         target = simulated_target(clock, num_buffers=num_buffers, read_s=read_s, row_s=row_s)
         engine, stats = engine_of(target, clock, step_s, make), GenerationStats()
-        engine.start(PROMPT, stats)
+        engine.begin(PROMPT, stats)
         done = rounds(engine, stats, 10)
         generated = engine.tokens[len(PROMPT) :][:30]
         assert generated == expected[: len(generated)]
@@ -344,7 +346,7 @@ def reference(count: int) -> list[int]:
     """Plain tokens of the target in memory."""
     target = ResidentTarget(tiny_tree_model(0, host=False, layers=4), VOCAB)
     engine = engine_of(target, SimulatedClock(), None, plain)
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     rounds(engine, GenerationStats(), count)
     return engine.tokens[len(PROMPT) :]
 
@@ -355,7 +357,7 @@ def submitted() -> list[list[int]]:
     clock = SimulatedClock()
     target = ResidentTarget(tiny_tree_model(0, host=False, layers=4), VOCAB)
     engine = engine_of(target, clock, 1.0, without_pipeline)
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     return [done.selection.tree.tokens for done in rounds(engine, GenerationStats(), 10)]
 
 
@@ -372,7 +374,7 @@ def test_a_prompt_reads_the_weights_once_a_chunk(
     target = simulated_target(clock, read_s=read_s, row_s=row_s)
     stream, step_s = stream_of(target), 3.0
     engine = engine_of(target, clock, None if make is plain else step_s, make)
-    engine.start(prompt, GenerationStats())
+    engine.begin(prompt)
     layers = len(stream.unit_bytes) - 1
     assert [taken.unit for taken in stream.taken] == [*range(layers)] * 7
     reads = [interval for interval in stream.busy if not interval.dropped and interval.end <= clock.now]
@@ -408,7 +410,7 @@ def test_a_draft_reads_the_prompt_in_the_time_of_loading() -> None:
     for make in (plain, without_pipeline, forced):
         clock = SimulatedClock()
         engine = engine_of(simulated_target(clock), clock, None if make is plain else 50.0, make)
-        engine.start(prompt, GenerationStats())
+        engine.begin(prompt)
         seconds[make] = clock.now
     whole = 50.0 * 0.01 * 100
     assert seconds[without_pipeline] == pytest.approx(seconds[plain] + whole)

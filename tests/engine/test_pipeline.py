@@ -11,7 +11,7 @@ import pytest
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
-from llmcad_mlx.engine.session import Round, SpeculativeEngine
+from llmcad_mlx.engine.round import Round
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
@@ -20,10 +20,12 @@ from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import walk
 from llmcad_mlx.verifying.target import ResidentTarget, Verification
+from tests.support.rounds import Rounds
 from tests.support.tiny import VOCAB, tiny_tree_model
 from tests.support.waiting_target import WaitingTarget
 
@@ -54,18 +56,18 @@ def engine_of(
     drafters: Sequence[Drafter] | None = None,
     target: ResidentTarget | None = None,
     clock: Callable[[], float] | None = None,
-) -> SpeculativeEngine:
+) -> Rounds:
     """An engine whose draft is the target's own model, unless told otherwise."""
     drafters = [ModelDrafter(model())] if drafters is None else drafters
     target = target or WaitingTarget(model(), VOCAB)
-    return SpeculativeEngine(target, drafters, policy, CostModel(), clock or Clock())
+    return Rounds(target, drafters, policy, CostModel(), clock or Clock())
 
 
 def sampler(temperature: float = 0.0, seed: int = 0) -> TargetSampler:
     return TargetSampler(SamplingSettings(temperature=temperature, seed=seed), VOCAB)
 
 
-def run(engine: SpeculativeEngine, rounds: int, stats: GenerationStats | None = None) -> list[Round]:
+def run(engine: Rounds, rounds: int, stats: GenerationStats | None = None) -> list[Round]:
     return [engine.round(sampler(), stats or GenerationStats()) for _ in range(rounds)]
 
 
@@ -78,7 +80,7 @@ def test_with_a_perfect_draft_rounds_start_from_the_last_ones_tree(
     make: Callable[[], GrowthPolicy], temperature: float
 ) -> None:
     engine, stats = engine_of(make()), GenerationStats()
-    engine.start(PROMPT, stats)
+    engine.begin(PROMPT, stats)
     survived = 0
     for _ in range(15):
         done = engine.round(sampler(temperature), stats)
@@ -99,7 +101,7 @@ def test_the_pipeline_moves_drafting_out_of_the_way(pipelined: bool) -> None:
     engine = engine_of(forced(6, pipelined=pipelined), [drafter], clock=clock)
     Charged(drafter, "expand", clock, 1.0)
     stats = GenerationStats()
-    engine.start(PROMPT, stats)
+    engine.begin(PROMPT, stats)
     for _ in range(10):
         engine.round(sampler(), stats)
     in_front = stats.draft_s - stats.hidden_draft_s
@@ -129,7 +131,7 @@ def test_the_draft_reads_every_token_once() -> None:
             return result
 
     drafter.model = Counting()  # type: ignore[assignment]
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     for _ in range(20):
         position = len(engine.tokens) - 1
         kept = {(p, t) for p, t in fed if p >= position}
@@ -161,7 +163,7 @@ def begun_with(policy: GrowthPolicy) -> list[Selection | None]:
 def test_a_tree_is_carried_over_to_the_next_round_only() -> None:
     policy = forced(6)
     engine, seen = engine_of(policy), begun_with(policy)
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     rounds = run(engine, 4)
     assert seen == [None, *(done.survivors for done in rounds[:-1])]
     assert None not in seen[1:]
@@ -171,14 +173,14 @@ def test_a_tree_is_carried_over_to_the_next_round_only() -> None:
 def test_a_carried_tree_is_dropped_when_anything_changes(change: str) -> None:
     policy = forced(6)
     engine = engine_of(policy)
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     (done,) = run(engine, 1)
     assert done.survivors is not None
     chosen = sampler()
     if change == "prompt":
-        engine.start([*engine.tokens, 5], GenerationStats())
+        engine.begin([*engine.tokens, 5])
     elif change == "same prompt":
-        engine.start(list(engine.tokens), GenerationStats())
+        engine.begin(list(engine.tokens))
     elif change == "sampling":
         chosen = sampler(0.5)
     elif change == "policy":
@@ -201,7 +203,7 @@ def test_what_was_drafted_but_not_submitted_serves_a_resident_target_too() -> No
     drafter = ModelDrafter(model(0.3))
     engine = engine_of(forced(3), [drafter], ResidentTarget(model(), VOCAB))
     stats = GenerationStats()
-    engine.start(PROMPT, stats)
+    engine.begin(PROMPT, stats)
     sizes = [0 if done.survivors is None else 1 for done in run(engine, 60, stats)]
     assert sum(sizes) > 5
     assert (stats.provisional, stats.provisional_passes, stats.hidden_draft_s) == (0, 0, 0.0)
@@ -254,7 +256,7 @@ def test_seconds_are_charged_to_who_spent_them() -> None:
     Charged(drafter, "expand", clock, 1.0)
     stats = GenerationStats()
     target.read = 777  # the prompt's
-    engine.start(PROMPT, stats)
+    engine.begin(PROMPT, stats)
     passes: list[float] = []
     engine.costs.observe_pass = lambda rows, seconds, busy: passes.append(seconds)  # type: ignore[method-assign]
     for _ in range(6):
@@ -275,7 +277,7 @@ def test_seconds_are_charged_to_who_spent_them() -> None:
 def test_lookups_in_the_background_take_no_drafting_time() -> None:
     engine = engine_of(forced(8), [NgramDrafter()])
     stats = GenerationStats()
-    engine.start(PROMPT, stats)
+    engine.begin(PROMPT, stats)
     for _ in range(20):
         engine.round(sampler(), stats)
     assert stats.provisional > 0
@@ -297,7 +299,7 @@ def test_the_draft_reads_the_prompt_while_the_target_does(pipelined: bool) -> No
         prefill(*args)
 
     drafter.prefill = noting  # type: ignore[method-assign]
-    engine.start(prompt, GenerationStats())
+    engine.begin(prompt)
     assert lengths == [3 * 64 if pipelined else 0]  # the first step was the lookup's
     assert drafter.cache.length == 399
 
@@ -305,9 +307,9 @@ def test_the_draft_reads_the_prompt_while_the_target_does(pipelined: bool) -> No
 def test_a_given_up_draft_is_left_alone_in_the_background() -> None:
     policy = ThroughputPolicy(CostModel(), Calibration())
     drafter = ModelDrafter(model())
-    engine = SpeculativeEngine(WaitingTarget(model(), VOCAB), [drafter], policy, policy.costs, Clock())
+    engine = Rounds(WaitingTarget(model(), VOCAB), [drafter], policy, policy.costs, Clock())
     policy._draft_account.drafting, policy._draft_account.balance = False, 0.0
-    engine.start(PROMPT, GenerationStats())
+    engine.begin(PROMPT)
     stats = GenerationStats()
     run(engine, 5, stats)
     assert (stats.drafted, drafter.cache.num_slots) == (0, 0)
@@ -415,7 +417,7 @@ def test_the_papers_pipeline_keeps_one_continuation_of_the_best_branch() -> None
 
 def test_a_chain_drafts_nothing_provisionally() -> None:
     engine, stats = engine_of(ChainPolicy(3)), GenerationStats()
-    engine.start(PROMPT, stats)
+    engine.begin(PROMPT, stats)
     run(engine, 5, stats)
     assert (stats.provisional, stats.survived) == (0, 0)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mlx_lm import sample_utils
 
 from llmcad_mlx.errors import GenerationError, UsageError
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler, greedy_tokens
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.noise import gumbel
 
 VOCAB = 40
@@ -28,13 +29,9 @@ def sampler(vocab_size: int = VOCAB, **options: Any) -> TargetSampler:
 
 
 def test_defaults_are_greedy_and_off() -> None:
-    chooser = sampler()
-    assert chooser.greedy
-    assert chooser.choose(np.array([0.0] * 37 + [3.0, 3.0, 1.0], np.float32), [1], 5) == 37
-    assert not sampler(temperature=0.5).greedy
-    assert not sampler(frequency_penalty=0.5).greedy
-    assert not sampler(logits_processors=[lambda tokens, logits: logits]).greedy
-    assert sampler(top_k=5, top_p=0.5, min_p=0.5, repetition_penalty=1.0).greedy
+    row = np.array([0.0] * 37 + [3.0, 3.0, 1.0], np.float32)
+    for chooser in (sampler(), sampler(top_k=5, top_p=0.5, min_p=0.5, repetition_penalty=1.0)):
+        assert chooser.choose(row, [1], 5) == 37
 
 
 def test_the_rule_is_argmax_of_logprobs_over_temperature_plus_noise() -> None:
@@ -200,15 +197,6 @@ def test_logprobs_are_normalised() -> None:
     assert np.exp(logprobs.astype(np.float64)).sum() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_greedy_tokens_equal_choose() -> None:
-    rows = np.stack([random_row(seed) for seed in range(6)])
-    rows[2, 5] = rows[2, 9] = 60.0
-    rows[3, VOCAB - 1] = 90.0  # padding here
-    chooser = sampler(VOCAB - 1)
-    assert greedy_tokens(rows, VOCAB - 1) == [chooser.choose(row, [], 0) for row in rows]
-    assert greedy_tokens(rows, VOCAB - 1)[2] == 5
-
-
 def test_masked_logits_do_not_warn() -> None:
     row = random_row(0)
     row[5:] = np.finfo(np.float32).min
@@ -226,8 +214,6 @@ def test_logits_no_token_can_be_chosen_from(value: float, message: str, temperat
     with pytest.raises(GenerationError, match=message) as error:
         sampler(temperature=temperature).choose(row, [1], 3)
     assert "\n" not in str(error.value)
-    with pytest.raises(GenerationError, match=message):
-        greedy_tokens(np.stack([random_row(1), row]), VOCAB)
 
 
 def test_too_few_logits_are_refused() -> None:

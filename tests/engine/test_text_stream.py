@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmcad_mlx.engine.text import Piece, TextStream
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.settings import StopSettings, stop_settings
+from llmcad_mlx.settings import StopSettings
 from tests.support.tiny_folder import EOS, make_tokenizer, token_ids
 
 TOKENIZER = TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=make_tokenizer()), BPEStreamingDetokenizer)
@@ -23,7 +23,7 @@ def encode(text: str) -> list[int]:
 
 def feed(tokens: list[int], limit: int | None = None, **stopping: object) -> list[Piece]:
     """Pieces up to the token that ends the text."""
-    stream = TextStream(TOKENIZER, stop_settings(**stopping), {EOS}, limit)
+    stream = TextStream(TOKENIZER, StopSettings.of(**stopping), {EOS}, limit)
     for token in tokens:
         ended = stream.push(token)
         assert ended == (stream.finish_reason is not None)
@@ -120,4 +120,4 @@ def test_stopping_does_not_depend_on_how_text_is_cut_into_tokens(text: str, stop
 )  # fmt: skip
 def test_settings_refuse_what_makes_no_sense(option: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"^{option}: "):
-        stop_settings(**{option: value})
+        StopSettings.of(**{option: value})

@@ -31,8 +31,8 @@ from llmcad_mlx.measure.records import Generation, Place, Run
 from llmcad_mlx.measure.variants import Variant, parse_variants
 from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
-from llmcad_mlx.settings import SpeculationSettings
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings, SpeculationSettings
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
 from llmcad_mlx.verifying.target import ResidentTarget

@@ -12,7 +12,7 @@ import pytest
 
 from llmcad_mlx.cli.main import run as run_cli
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.loader import MemoryOptions, load_pair
+from llmcad_mlx.loader import load_pair
 from llmcad_mlx.machine import this_machine
 from llmcad_mlx.measure import growth
 from llmcad_mlx.measure.growth import (
@@ -34,6 +34,7 @@ from llmcad_mlx.measure.growth_report import (
     write_growth,
 )
 from llmcad_mlx.measure.plots import MISSING
+from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import NO_DRAFT
 from llmcad_mlx.streaming import weights as parts
 from llmcad_mlx.verifying.target import StreamedTarget

@@ -21,7 +21,7 @@ from llmcad_mlx.errors import GenerationError, ModelError, UsageError
 from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files import bundle as bundle_profile
 from llmcad_mlx.files.bundle import FILE, verify_bundle
-from llmcad_mlx.loader import LoadedPair, MemoryOptions, load_names
+from llmcad_mlx.loader import LoadedPair, conditions, load_names
 from llmcad_mlx.measure import tune as tuning
 from llmcad_mlx.measure.contenders import EngineContender, Sampling
 from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts
@@ -48,6 +48,7 @@ from llmcad_mlx.measure.tune_report import tune_json, tune_notes, tune_tables, w
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.results import GenerationStats
+from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.choice import Conditions, DraftChoice, find_choice, save_choice
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
@@ -543,11 +544,11 @@ def test_other_targets_and_bundles_that_cannot_be_written_have_a_file_in_the_cac
 
 def test_a_choice_serves_the_same_conditions_and_more_memory(target: Path) -> None:
     gigabyte = 10**9
-    for draft, conditions in (
+    for draft, where in (
         ("one", {"memory": gigabyte}), ("two", {"memory": 2 * gigabyte}), ("slow", {"read_bandwidth": 1e8}),
         ("pinned", {"pinned": 0}), ("elsewhere", {"device": "Apple M3 (gpu)"}),
     ):  # fmt: skip
-        save_choice(target, choice_of(draft, **conditions))
+        save_choice(target, choice_of(draft, **where))
 
     def chosen(**conditions: Any) -> str | None:
         found = find_choice(target, replace(HERE, **conditions))
@@ -580,7 +581,7 @@ def test_auto_means_the_chosen_draft(models: Path, target: Path) -> None:
     save_choice(target, choice_of(near))
     assert find_pair(str(target), "auto", False) == PairNames(target, near, models / NEAR)
     assert find_pair(str(target), "ngram", False).draft_name == "ngram"
-    streaming = MemoryOptions(pinned=0).conditions
+    streaming = conditions(MemoryOptions(pinned=0))
     assert find_pair(str(target), "auto", False, streaming).draft_path is None
     save_choice(target, choice_of(f"4bit:{near}"))
     found = find_pair(str(target), "auto", False)
@@ -736,8 +737,8 @@ def test_under_a_budget_candidates_come_one_after_the_other(
         assert 0 <= candidate["pinned_bytes"] < candidate["streamed_bytes"]  # an embedding may have found room
         assert candidate["prediction"]["read_rate"]["emulated"] is True
         assert candidate["predicted_tokens_per_s"] > 0
-    conditions = MemoryOptions(pinned=0, read_bandwidth=50e6).conditions
-    assert find_pair(str(target), "auto", False, conditions).draft_name == found["winner"]
+    here = conditions(MemoryOptions(pinned=0, read_bandwidth=50e6))
+    assert find_pair(str(target), "auto", False, here).draft_name == found["winner"]
     assert find_choice(target, HERE) is None
     assert run_cli(words("--memory", "1MB")) == 2
     assert "the smallest that works is" in capsys.readouterr().err

@@ -11,10 +11,11 @@ import pytest
 
 from llmcad_mlx import load
 from llmcad_mlx.cli.main import run
-from llmcad_mlx.loader import MemoryOptions, plan_pair
+from llmcad_mlx.loader import plan_pair
 from llmcad_mlx.measure.forecast import Measured, ReadRate, Speeds, find_measured, measure_read_rate, timed_read
 from llmcad_mlx.memory.plan import make_plan
 from llmcad_mlx.policy.costs import Rounds
+from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.streaming import weights as parts

@@ -28,12 +28,13 @@ from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import verify_bundle
-from llmcad_mlx.loader import MemoryOptions, load_tree_model, plan_pair
+from llmcad_mlx.loader import load_tree_model, plan_pair
 from llmcad_mlx.models.draft_folder import FILE
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import MemoryOptions, SamplingSettings
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.copies import trimmed_draft, write_trimmed_draft
 from llmcad_mlx.store.names import find_pair

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcad_mlx.policy.costs import CostModel, StepTimes
+from llmcad_mlx.policy.costs import CostModel, RecentRate, StepTimes
 
 seconds = st.floats(1e-6, 10.0)
 observations = st.lists(st.tuples(st.integers(1, 64), seconds), min_size=1, max_size=40)
@@ -174,20 +174,22 @@ def test_bad_data_is_refused(data: object) -> None:
         CostModel.from_dict(data)
 
 
-def test_rates() -> None:
+def test_the_plain_rate_is_that_of_passes_with_one_row() -> None:
     costs = CostModel()
     assert costs.plain_rate == 0.0
-    assert costs.recent_rate is None
-    assert costs.rate == 0.0
     costs.verify.observe(1, 0.5)
-    assert costs.plain_rate == costs.rate == 2.0
-    costs.observe_round(3, 1.0)
-    assert costs.recent_rate == costs.rate == 3.0
-    costs.observe_round(1, 1.0)
-    assert 1.0 < (costs.recent_rate or 0.0) < 3.0
+    assert costs.plain_rate == 2.0
+
+
+def test_the_recent_rate_fades() -> None:
+    recent = RecentRate()
+    assert recent.tokens_per_s == 0.0
+    recent.observe(3, 1.0)
+    assert recent.tokens_per_s == 3.0
+    recent.observe(1, 1.0)
+    assert 1.0 < recent.tokens_per_s < 3.0
     for _ in range(100):
-        costs.observe_round(1, 1.0)
-    assert costs.recent_rate == pytest.approx(1.0, rel=1e-3)
-    assert costs.rate == 2.0  # plain decoding is the better way to spend a second
-    costs.forget_rate()
-    assert costs.recent_rate is None
+        recent.observe(1, 1.0)
+    assert recent.tokens_per_s == pytest.approx(1.0, rel=1e-3)
+    recent.forget()
+    assert recent.tokens_per_s == 0.0

@@ -19,15 +19,15 @@ import pytest
 from llmcad_mlx import Engine
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.engine.policies import make_policy
-from llmcad_mlx.engine.session import SpeculativeEngine
 from llmcad_mlx.measure.prompts import load_prompts
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import SamplingSettings, TargetSampler
-from llmcad_mlx.settings import SpeculationSettings
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings, SpeculationSettings
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying.target import Verification
 from tests.support.real_text import chat, default_engine
+from tests.support.rounds import Rounds
 from tests.support.simulated_stream import SimulatedClock
 
 pytestmark = pytest.mark.embedded
@@ -42,6 +42,7 @@ class RecordedTarget:
     """Says again what the target has said, in the time that `PASS_S` gives it."""
 
     clock: SimulatedClock
+    vocab_size: int
     text: Sequence[int] = ()
     num_cached: int = 0
     capability: str = "tree"
@@ -59,12 +60,12 @@ class RecordedTarget:
 
     def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
         self.clock.now += float(np.interp(len(tree), *zip(*PASS_S, strict=True)))
-        logits = np.zeros((len(tree), max(self.text) + 1), np.float32)
+        logits = np.zeros((len(tree), self.vocab_size), np.float32)
         for node in range(len(tree)):
             first, path = self.num_cached + 1, tree.path_tokens(node)
             if list(self.text[first : first + len(path)]) == path and first + len(path) < len(self.text):
                 logits[node, self.text[first + len(path)]] = 1.0  # elsewhere nobody asks
-        return Verification(mx.array(logits), range(len(tree)), logits.shape[1])
+        return Verification(mx.array(logits), range(len(tree)))
 
     def commit(self, verification: Verification, nodes: Sequence[int]) -> None:
         self.num_cached += 1 + len(nodes)
@@ -93,11 +94,11 @@ class Session:
     clock: SimulatedClock = field(default_factory=SimulatedClock)
 
     def __post_init__(self) -> None:
-        self.target = RecordedTarget(self.clock)
+        self.target = RecordedTarget(self.clock, self.engine.pair.vocab_size)
         self.drafters = [timed(drafter, self.clock) for drafter in self.engine.pair.drafters]
         profile = PairProfile(None)
         policy = make_policy(SpeculationSettings(), self.drafters, profile, self.engine.pair.max_nodes)
-        self.rounds = SpeculativeEngine(self.target, self.drafters, policy, profile.costs, self.clock)  # type: ignore[arg-type]
+        self.rounds = Rounds(self.target, self.drafters, policy, profile.costs, self.clock)  # type: ignore[arg-type]
         self.sampler = TargetSampler(SamplingSettings(), self.engine.pair.vocab_size)
 
     def seconds(self, prompt: list[int], answer: list[int]) -> float:
@@ -107,7 +108,7 @@ class Session:
             drafter.truncate(0)
         self.rounds.tokens.clear()
         stats = GenerationStats()
-        self.rounds.start(prompt, stats)
+        self.rounds.begin(prompt, stats)
         started, left = self.clock.now, len(answer)
 
         def stop(token: int) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.costs import CostModel, RecentRate
 from llmcad_mlx.policy.ledger import Prices
 
 
@@ -16,7 +16,7 @@ def measured(passes: dict[int, float], steps: dict[int, float] | None = None, ma
         costs.verify.observe(rows, seconds)
     for rows, seconds in (steps or {}).items():
         costs.draft.observe(rows, seconds)
-    prices = Prices(costs, max_nodes)
+    prices = Prices(costs, RecentRate(), max_nodes)
     prices.begin()
     return prices
 

@@ -253,11 +253,11 @@ def test_after_an_easy_stretch_a_second_is_not_overpriced() -> None:
     policy._model_used = True
     for _ in range(20):
         policy.finished(10, 1.0)
-    assert policy.costs.rate == pytest.approx(10.0)
+    assert policy._recent.tokens_per_s == pytest.approx(10.0)
     policy._model_used = False
     for _ in range(60):
         policy.finished(1, 1.0)
-    assert policy.costs.rate < 1.1
+    assert policy._recent.tokens_per_s < 1.1
 
 
 @pytest.mark.parametrize("times", [1, 5])
@@ -428,8 +428,8 @@ def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: l
     for _ in range(8):  # so often that no size needs another look
         for rows, seconds in enumerate(every, 1):
             costs.verify.observe(rows, seconds)
-    costs.observe_round(1, 1 / rate)
     policy = ThroughputPolicy(costs, Calibration())
+    policy._recent.observe(1, 1 / rate)
     policy._draft_account.balance = 0.0  # nothing to spend on another look at a price
     random = np.random.default_rng(seed)
     tree = TokenTree(0)
@@ -438,7 +438,7 @@ def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: l
     policy.begin(tree)
     ranked = sorted(tree.cumulative, reverse=True)
     worth_a_row = sum(probability >= 0.01 for probability in ranked)
-    values = [sum(ranked[:n]) - costs.rate * costs.verify.predict(n) for n in range(1, worth_a_row + 1)]
+    values = [sum(ranked[:n]) - policy._prices.rate * costs.verify.predict(n) for n in range(1, worth_a_row + 1)]
     submitted = policy.submit(tree).tree
     promised = sum(ranked[: values.index(max(values)) + 1]) - 1.0
     if promised < 0.05 or max(values) - values[0] < 0.12:

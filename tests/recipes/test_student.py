@@ -236,7 +236,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_curve(
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from convert.distillation.training import train\n"
-        "from llmcad_mlx.models.loading import load_model_folder\n"
+        "from llmcad_mlx.models.folder import load_model_folder\n"
         "from tests.recipes.test_student import SETTINGS\n"
         "def report(progress):\n"
         "    if progress.step == 8:\n"

@@ -16,7 +16,7 @@ import pytest
 from llmcad_mlx import Engine, UsageError
 from llmcad_mlx.serve.settings import ServerSettings
 from tests.support.serving import CHAT, NAME, Live, Scripted, events, loader, serving, streaming, without
-from tests.support.tiny_folder import CHAT_TEMPLATE, make_folder, tiny_environment
+from tests.support.tiny_folder import CHAT_TEMPLATE, make_folder
 
 SPECULATION = {
     "seed", "policy", "device", "emulated", "target_passes", "drafted", "tested", "accepted", "tokens_per_pass",
@@ -40,21 +40,12 @@ TOOL_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
-
-
-@pytest.fixture(scope="module")
-def live(folder: Path) -> Iterator[Live]:
-    with serving(loader(folder, make_folder(folder.parent / "draft", noise=0.02))) as server:
+def live(folder: Path, draft: Path) -> Iterator[Live]:
+    with serving(loader(folder, draft)) as server:
         yield server
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmcad_mlx import Engine, UsageError, load
 from llmcad_mlx.errors import BudgetError
-from llmcad_mlx.loader import MemoryOptions, load_pair
+from llmcad_mlx.loader import load_pair
 from llmcad_mlx.serve.answers import PartMaker, ToolListener
 from llmcad_mlx.serve.errors import ApiError
 from llmcad_mlx.serve.job import Job, RoundEvent, TokenEvent
@@ -24,6 +24,7 @@ from llmcad_mlx.serve.limits import FairQueue, QueueClosedError, QueueFullError
 from llmcad_mlx.serve.prompt_cache import PromptCache, cache_limit
 from llmcad_mlx.serve.protocol import GenerationRequest, RequestReader
 from llmcad_mlx.serve.settings import ServerSettings, public_name
+from llmcad_mlx.settings import GenerationOptions, MemoryOptions
 from tests.support.tiny_folder import make_folder, tiny_environment
 
 
@@ -165,7 +166,7 @@ def test_who_reads_too_slowly_is_cut_off() -> None:
     """What a client has not read yet is kept for it, but not without end."""
 
     async def fill() -> tuple[int, Job]:
-        job = Job(GenerationRequest("chat", "", {}), [], "me", asyncio.get_running_loop())
+        job = Job(GenerationRequest("chat", "", GenerationOptions()), [], "me", asyncio.get_running_loop())
         for _ in range(3000):
             job.send(RoundEvent([token("a")], None))
             await asyncio.sleep(0)
@@ -235,13 +236,14 @@ def test_what_a_request_asks_for() -> None:
     }).encode())  # fmt: skip
     assert asked == GenerationRequest(
         "chat", [*MESSAGES, {"role": "system", "content": "aa"}],
-        {"temperature": 1, "top_p": 0.5, "stop": ["a", "b"], "seed": 2**64 - 1, "logit_bias": {5: -1},
-         "max_tokens": 7},
+        GenerationOptions.of(
+            temperature=1.0, top_p=0.5, stop=["a", "b"], seed=2**64 - 1, logit_bias={5: -1.0}, max_tokens=7
+        ),
         show_tokens=True, user="me",
     )  # fmt: skip
     asked = READER.completion(b'{"prompt": [1, 2], "echo": false, "logprobs": 3, "speculation": true}')
     assert (asked.prompt, asked.top_logprobs, asked.show_tokens, asked.show_trees) == ([1, 2], 3, True, True)
-    assert (asked.options["temperature"], asked.options["max_tokens"]) == (0.25, 100)
+    assert (asked.options.sampling.temperature, asked.options.stopping.max_tokens) == (0.25, 100)
 
 
 def test_names_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

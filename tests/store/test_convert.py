@@ -354,7 +354,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path, monkeypatc
 KILLED_HALF_WAY = """
 import sys, time
 from pathlib import Path
-from llmcad_mlx.sources import mlx_folder
+from llmcad_mlx.store import convert as mlx_folder
 real, calls = mlx_folder._write_array, iter(range(1000))
 def write(*arguments):
     if next(calls) == 10:

@@ -1,0 +1,133 @@
+"""One speculative round: grow, verify, commit.
+
+    growth.draft()                     drafters propose, the policy decides what is worth it
+    verification = target.verify(…)    one pass of the target over the nodes the policy submits; while it waits
+                                       for weights, the drafters go on (`growth`)
+    walk(…)                            the target chooses every token; the tree says how far it reaches
+    commit(…)                          the accepted path joins the sequence in all caches; what was drafted
+                                       below its last token starts the next round
+
+The text depends on the target, the sampling settings and the seed alone: every emitted token is chosen by
+`TargetSampler.choose`, and plain decoding is a round whose tree is a lone root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llmcad_mlx.engine.growth import CarriedTree, Growth
+from llmcad_mlx.engine.session import Session
+from llmcad_mlx.policy.policy import GrowthPolicy
+from llmcad_mlx.results import GenerationStats
+from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.tree.token_tree import Selection, TokenTree
+from llmcad_mlx.tree.walk import Walk, walk
+from llmcad_mlx.verifying.target import Verification
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round did: the tree as drafted, the part that was verified, and the target's walk over it.
+
+    `survivors`: the part of `drafted` that the next round starts with.
+    """
+
+    drafted: TokenTree
+    selection: Selection
+    verification: Verification
+    walk: Walk
+    survivors: Selection | None
+
+
+def run_round(
+    session: Session,
+    policy: GrowthPolicy,
+    sampler: TargetSampler,
+    stats: GenerationStats,
+    stop: Callable[[int], bool] | None = None,
+) -> Round:
+    """Grow, verify, commit: the emitted tokens join the session's. `stop(token)` ends the walk.
+
+    Books the round's steps, its pass and its outcome in the session's costs, whatever the policy, and in `stats`.
+    """
+    session.begin_round(policy)
+    started = session.clock()
+    growth = _begin(session, policy, sampler, stats)
+    growth.draft(session.target.free_seconds)
+    selection = _submit(session, policy, growth.tree)
+    verification = _verify(session, policy, selection.tree, growth, stats)
+    steps = walk(selection.tree, _chooser(session.tokens, verification, selection.tree, sampler), stop)
+    policy.verified(selection.tree, steps)
+    session.target.commit(verification, steps.nodes)
+    path = [selection.new_to_old[node] for node in steps.nodes]
+    survivors = growth.survivors(path, steps)
+    growth.commit(path, survivors)
+    carried = None if survivors is None else CarriedTree(survivors, policy, sampler.settings)
+    session.end_round(steps.tokens, carried)
+    done = Round(growth.tree, selection, verification, steps, survivors)
+    _count(done, growth, stats)
+    stats.streamed_bytes += session.target.streamed_bytes - session.streamed_bytes
+    session.streamed_bytes = session.target.streamed_bytes
+    seconds = session.clock() - started
+    stats.decode_s += seconds
+    session.costs.observe_round(len(steps.tokens), seconds)
+    policy.finished(len(steps.tokens), seconds)
+    return done
+
+
+def _begin(session: Session, policy: GrowthPolicy, sampler: TargetSampler, stats: GenerationStats) -> Growth:
+    carried, session.carried = session.carried, None
+    survivors = carried.survivors if carried and carried.serves(policy, sampler.settings) else None
+    tree = survivors.tree if survivors else TokenTree(session.tokens[-1], len(session.tokens) - 1)
+    policy.begin(tree, survivors)
+    drafters = session.drafters_of(policy)
+    growth = Growth(tree, drafters, session.tokens, sampler, policy, session.costs, stats, session.clock)
+    if survivors is not None:
+        growth.begin_all()
+    return growth
+
+
+def _submit(session: Session, policy: GrowthPolicy, tree: TokenTree) -> Selection:
+    """What the policy wants verified, cut to what the target can verify."""
+    selection = policy.submit(tree)
+    if session.target.capability == "plain":
+        return tree.select(1)
+    if session.target.capability == "chain":
+        return tree.keep_path([selection.new_to_old[node] for node in selection.tree.best_branch()])
+    return selection
+
+
+def _verify(
+    session: Session, policy: GrowthPolicy, tree: TokenTree, growth: Growth, stats: GenerationStats
+) -> Verification:
+    target, clock = session.target, session.clock
+    waited, started = target.io_wait_s, clock()
+    verification = target.verify(tree, growth.provisional_step if policy.pipelined else None)
+    seconds = clock() - started
+    waited = target.io_wait_s - waited
+    busy = seconds - growth.background_s - waited
+    # Drafting in the background takes the place of waiting, so it is not taken off what a pass takes.
+    session.costs.observe_pass(len(tree), seconds, busy)
+    stats.verify_s += busy
+    stats.io_wait_s += waited
+    return verification
+
+
+def _chooser(
+    tokens: Sequence[int], verification: Verification, tree: TokenTree, sampler: TargetSampler
+) -> Callable[[int, Sequence[int]], int]:
+    def choose(node: int, path_tokens: Sequence[int]) -> int:
+        return sampler.choose(verification.row(node), tokens, tree.position(node) + 1, path_tokens)
+
+    return choose
+
+
+def _count(done: Round, growth: Growth, stats: GenerationStats) -> None:
+    stats.target_passes += 1
+    stats.tested += len(done.selection.tree) - 1
+    stats.accepted += done.walk.num_accepted
+    stats.path_tested += done.walk.path_tested
+    stats.generated_tokens += len(done.walk.tokens)
+    stats.provisional_passes += growth.num_provisional > 0
+    stats.survived += done.survivors is not None and len(done.survivors.tree) > 1

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from llmcad_mlx.errors import UsageError
@@ -238,7 +238,7 @@ class Api:
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
         text = self._metrics.text(len(self._queue), self._worker.num_running)
-        return PlainTextResponse(text, headers={"Content-Type": CONTENT_TYPE})
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json."""

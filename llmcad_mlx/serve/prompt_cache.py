@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
-
 from llmcad_mlx.api import Engine
 from llmcad_mlx.conversations.snapshot import Snapshot, model_drafters
 from llmcad_mlx.engine.session import common_prefix
+from llmcad_mlx.machine import physical_memory_bytes
 from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.sizes import parse_size
 
@@ -27,7 +26,7 @@ def cache_limit(size: str, budget_bytes: int | None) -> int:
     """
     if size != "auto":
         return parse_size(size, "prompt-cache")
-    memory = psutil.virtual_memory().total if budget_bytes is None else budget_bytes
+    memory = physical_memory_bytes() if budget_bytes is None else budget_bytes
     return min(round(memory * _SHARE), _MOST)
 
 

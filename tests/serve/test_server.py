@@ -344,6 +344,7 @@ def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
             assert refused.status_code == 401
             assert refused.headers["www-authenticate"] == "Bearer"
             assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert live.post("/markdown", text="a").status_code == 401
         for wrong in ("wrong-key", key + "x", key[:-1], "é"):
             sent = httpx.get(f"{live.url}/v1/models", headers={"Authorization": f"Bearer {wrong}".encode()})
             assert sent.status_code == 401

@@ -151,7 +151,7 @@ def test_a_generation_left_standing_by_a_thread_that_ended_blocks_nobody(engine:
     thread.join()
     assert engine.generate(TEXTS[1], max_tokens=2).tokens
     with pytest.raises(UsageError, match="ended when a newer one began"):
-        next(left[0])
+        list(left[0])
 
 
 def test_without_kernels_of_our_own_threads_work_as_well(
@@ -166,6 +166,10 @@ def test_without_kernels_of_our_own_threads_work_as_well(
         for _ in range(3):
             calls = [lambda text=text: own.generate(text, max_tokens=40, tree_nodes=12).tokens for text in TEXTS]
             assert run_together(calls) == expected  # type: ignore[arg-type]
+        stream, stepped = own.stream_generate(TEXTS[0], max_tokens=200, tree_nodes=12), []
+        while (response := run_together([lambda: next(stream, None)])[0]) is not None:  # a new thread each time
+            stepped.append(response.token)
+        assert stepped == own.generate(TEXTS[0], max_tokens=200, policy="plain").tokens
 
 
 # -- the rule alone ------------------------------------------------------------------------------------------

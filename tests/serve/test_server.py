@@ -305,7 +305,7 @@ def test_metrics_count(live: Live) -> None:
     passes = usage["speculation"]["target_passes"]
     assert counted == [1, usage["completion_tokens"], passes, usage["prompt_tokens"]]
     assert live.metric("resident_memory_bytes") > 1e6
-    assert live.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert live.get("/metrics").headers["content-type"].startswith("text/plain; version=")
     refused = live.metric("requests_total", path="/v1/chat/completions", status="400")
     assert live.chat(n=3).status_code == 400
     assert live.metric("requests_total", path="/v1/chat/completions", status="400") == refused + 1
@@ -494,7 +494,7 @@ def test_tools_are_shown_to_the_model(tool_client: openai.OpenAI, monkeypatch: p
     bare = prompt_tokens()
     assert prompt_tokens(tools=[TOOL]) > bare + 40
     assert prompt_tokens(tools=[TOOL], tool_choice="none") == bare
-    with pytest.raises(openai.BadRequestError, match='tool_choice: must be "auto" or "none"'):
+    with pytest.raises(openai.BadRequestError, match="tool_choice: must be 'auto' or 'none'"):
         prompt_tokens(tools=[TOOL], tool_choice="required")
     with pytest.raises(openai.BadRequestError, match="tool_choice"):
         prompt_tokens(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "weather"}})

@@ -80,7 +80,7 @@ class _Renderer(RendererHTML):
     def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
         info = tokens[idx].info.strip()
         label = f' data-language="{escapeHtml(info)}"' if info else ""
-        code = _coloured(tokens[idx].content.removesuffix("\n"), info.partition(" ")[0])
+        code = _coloured(tokens[idx].content, info.partition(" ")[0]).removesuffix("\n")
         return f'<pre tabindex="0"{label}><code>{code}</code></pre>'  # a tab stop, for it scrolls sideways
 
     code_block = fence
@@ -144,7 +144,7 @@ def _adapt(token: Token) -> None:
 
 
 def _coloured(code: str, language: str) -> str:
-    """Code as HTML, with Pygments' classes where it knows the language."""
+    """Code of whole lines as HTML, with Pygments' classes where it knows the language."""
     try:
         if not language or len(code) > _MOST_COLOURED:
             raise ClassNotFound
@@ -155,7 +155,7 @@ def _coloured(code: str, language: str) -> str:
         return escapeHtml(code)
     html = StringIO()
     HtmlFormatter(nowrap=True).format(tokens, html)
-    return html.getvalue().removesuffix("\n")
+    return html.getvalue()
 
 
 @dataclass(frozen=True, slots=True)

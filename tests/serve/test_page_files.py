@@ -8,7 +8,7 @@ from importlib import resources
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pygments.lexers import get_all_lexers
 from starlette.applications import Starlette
@@ -131,6 +131,7 @@ def test_nothing_that_was_written_is_lost(text: str) -> None:
             assert parts.count(letter) + parts.count(quote(letter)) >= block.source.count(letter)
 
 
+@settings(deadline=None)  # a lexer's module is imported at its first use
 @given(
     st.text(st.sampled_from("ab'\"#=(){}<>/*\n\t \\%$@:;-"), max_size=60), st.sampled_from(list(get_all_lexers()))
 )

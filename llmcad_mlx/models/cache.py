@@ -243,6 +243,7 @@ class LazyKVCache(SlotTable):
             moved = mx.array(order[start:])
             for store in self.stores:
                 store.gather_tail(start, moved)
+            mx.eval(self.arrays())  # else the next forward would, perhaps in a thread that may not
             self._renumber(len(kept))
 
     @property

@@ -1,15 +1,11 @@
-"""The HTTP API: routes, and what becomes of a request.
-
-A request's body: read with limits on size and time, parsed with limits on shape.
-"""
+"""The HTTP API: routes, and what becomes of a request."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,8 +13,8 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from llmcad_mlx.errors import UsageError
@@ -38,66 +34,12 @@ from llmcad_mlx.serve.errors import (
     shutting_down,
 )
 from llmcad_mlx.serve.job import Job
-from llmcad_mlx.serve.limits import FairQueue, Gate, QueueClosedError, QueueFullError
+from llmcad_mlx.serve.limits import FairQueue, Gate, QueueClosedError, QueueFullError, read_body
 from llmcad_mlx.serve.metrics import CONTENT_TYPE, Metrics
-from llmcad_mlx.serve.page_files import page_routes
+from llmcad_mlx.serve.page import page_routes
 from llmcad_mlx.serve.protocol import GenerationRequest, RequestReader, refused
 from llmcad_mlx.serve.settings import ServerSettings
 from llmcad_mlx.serve.worker import ServedModel, Worker
-
-_MOST_DISCARDED = 64 << 20
-_DISCARDING_S = 1.0
-_CLOSE = {"Connection": "close"}  # the rest of such a body is not worth reading
-
-
-async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """The body of a request that says it is JSON.
-
-    Raises ApiError: 408 for a body that comes too slowly, 413 for one that is too large, 415 for another content
-    type (which also keeps web pages of other origins out: their plain forms cannot send JSON).
-    """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise ApiError(415, "send the request with Content-Type: application/json", code="content_type")
-    limit = settings.max_body_bytes
-    body = bytearray()
-    pieces = request.stream()
-    if int(request.headers.get("content-length", "0")) > limit:  # a number: h11 lets nothing else through
-        await _discard(pieces)
-        raise _too_large(limit)
-    try:
-        async with asyncio.timeout(settings.body_s):
-            async for piece in pieces:
-                body += piece
-                if len(body) > limit:
-                    await _discard(pieces)
-                    raise _too_large(limit)
-    except TimeoutError:
-        raise ApiError(
-            408,
-            f"the request's body did not arrive within {settings.body_s:g} s",
-            code="slow_body",
-            headers=_CLOSE,
-        ) from None
-    except ClientDisconnect:
-        raise bad_request("the request's body ended early") from None
-    return bytes(body)
-
-
-async def _discard(pieces: AsyncIterator[bytes]) -> None:
-    """Read on a little: an answer to a client that still sends would be lost when the connection closes."""
-    left = _MOST_DISCARDED
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DISCARDING_S):
-            async for piece in pieces:
-                left -= len(piece)
-                if left < 0:
-                    return
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
-
 
 _MOST_RETRY_S = 60
 
@@ -128,7 +70,7 @@ class Api:
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/openapi.json", self.openapi),
-            *page_routes(),
+            *page_routes(self._settings),
         ]
         gate = Middleware(
             Gate,
@@ -238,7 +180,7 @@ class Api:
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
         text = self._metrics.text(len(self._queue), self._worker.num_running)
-        return PlainTextResponse(text, headers={"Content-Type": CONTENT_TYPE})
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json."""

@@ -92,6 +92,13 @@ def test_what_is_no_json(live: Live, body: bytes, message: str) -> None:
     assert refused(send(live, body)).startswith(message)
 
 
+def test_the_pages_markdown_is_read_as_strictly(live: Live) -> None:
+    assert live.post("/markdown", text="*a*").json() == {"blocks": [{"length": 3, "html": "<p><em>a</em></p>"}]}
+    assert refused(live.post("/markdown", text=5)) == "text: must be a valid string, not 5"
+    assert refused(live.post("/markdown", text="x" * BODY_LIMIT), 413).startswith("the body may have ")
+    assert refused(httpx.post(f"{live.url}/markdown", content=b"text=a"), 415).startswith("send the request with ")
+
+
 def test_whole_surrogate_pairs_are_characters(live: Live) -> None:
     body = b'{"messages": [{"role": "user", "content": "\\ud83d\\ude00"}], "max_tokens": 2}'
     assert send(live, body).status_code == 200

@@ -25,7 +25,7 @@ from llmcad_mlx.drafting.table import NgramCounts, NgramTable, TableDrafter, voc
 from llmcad_mlx.drafting.vocabulary import check_same_tokens
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.files.bundle import Bundle, read_bundle, verify_bundle
-from llmcad_mlx.machine import resident_bytes, this_machine
+from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
 from llmcad_mlx.memory.plan import MemoryNeeds, MemoryPlan, default_budget, make_plan
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
 from llmcad_mlx.models.draft_folder import check_token_list
@@ -304,9 +304,8 @@ def _budget(pairs: Sequence[PairNames], options: MemoryOptions) -> int | None:
         return options.memory
     drafts = dict.fromkeys(names.draft_path for names in pairs if names.draft_path is not None)
     files = [file for folder in (pairs[0].target_path, *drafts) for file in folder.glob("model*.safetensors")]
-    physical = this_machine().memory_bytes
     weights = sum(file.stat().st_size for file in files)
-    return None if physical is None else default_budget(weights, physical)
+    return default_budget(weights, physical_memory_bytes())
 
 
 def _needs(prepared: Prepared, drafters: Sequence[Drafter], options: MemoryOptions) -> MemoryNeeds:

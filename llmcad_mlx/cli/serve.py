@@ -15,15 +15,9 @@ from llmcad_mlx.cli import options
 
 
 def serve(
-    target: options.Target = None,
-    draft: options.Draft = "auto",
-    memory: options.Memory = None,
-    pinned: options.Pinned = "auto",
-    context: options.Context = None,
-    read_bandwidth: options.ReadBandwidth = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check a bundle's bytes at load and on every read.")
-    ] = False,
+    *,
+    pair: options.Pair,
+    memory: options.VerifiedMemory,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen at; any but this machine's own needs a key.")
     ] = "127.0.0.1",
@@ -70,10 +64,8 @@ def serve(
     from llmcad_mlx.serve.prompt_cache import cache_limit
     from llmcad_mlx.serve.server import LlmServer
     from llmcad_mlx.serve.settings import ServerSettings, public_name
-    from llmcad_mlx.settings import MemoryOptions
     from llmcad_mlx.sizes import parse_size
 
-    where = MemoryOptions.of(memory, pinned, context, read_bandwidth, verify)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -84,16 +76,16 @@ def serve(
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_tokens,
         temperature=temp,
-        prompt_cache_bytes=cache_limit(prompt_cache, where.memory),
+        prompt_cache_bytes=cache_limit(prompt_cache, memory.memory),
     )
 
     def load_engine() -> Engine:
-        reserving = replace(where, reserved=settings.prompt_cache_bytes)
-        return Engine(load_pair(target, draft, True, reserving))
+        reserving = replace(memory, reserved=settings.prompt_cache_bytes)
+        return Engine(load_pair(pair.target, pair.draft, True, reserving))
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("llmcad_mlx.serve").setLevel(logging.INFO)  # a line for each answer; never what was said
-    server = LlmServer(settings, load_engine, name or public_name(target))
+    server = LlmServer(settings, load_engine, name or public_name(pair.target))
     try:
         model = server.start()
         print(f"serving {model.name} at {server.url} (Ctrl-C ends it)", flush=True)

@@ -371,6 +371,7 @@ class LazyKVCache(SlotTable, ModelCache):
             start = int(gaps[0])
             for store in self.stores:
                 store.gather_tail(start, order[start:])
+            mx.eval(self.arrays())  # else the next forward would, perhaps in a thread that may not
             self._renumber(len(kept))
 
     @property

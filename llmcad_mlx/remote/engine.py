@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from httpx_sse import EventSource, SSEError
 
 from llmcad_mlx.errors import ContextLengthError, RemoteError, UsageError
 from llmcad_mlx.remote.request import Prompt, completion_request
@@ -135,23 +136,22 @@ class RemoteEngine:
 
     def _chunks(self, response: httpx.Response, stats: GenerationStats) -> Iterator[dict[str, Any]]:
         """The stream's events, to its end. Raises RemoteError when it breaks off."""
-        lines = response.iter_lines()
+        events = EventSource(response).iter_sse()
         while True:
             self._check_running(response)
             try:
-                line = next(lines, None)
+                event = next(events, None)
+            except SSEError:
+                raise self._stranger() from None
             except httpx.TimeoutException:
                 raise RemoteError(f"{self.url}: the server fell silent; check it and the network") from None
             except httpx.HTTPError:
                 raise self._went_away(stats) from None
-            if line is None:
+            if event is None:
                 raise self._went_away(stats)
-            if not line.startswith("data:"):
-                continue
-            data = line.removeprefix("data:").strip()
-            if data == "[DONE]":
+            if event.data == "[DONE]":
                 return
-            chunk = self._object(data)
+            chunk = self._object(event.data)
             if "error" in chunk:
                 raise self._refusal(500, chunk, {})
             yield chunk

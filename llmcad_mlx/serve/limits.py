@@ -10,6 +10,7 @@ What every request passes: host, key, counting, and a last net that lets no trac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -17,16 +18,17 @@ import logging
 import secrets
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 import h11
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llmcad_mlx.serve.errors import ApiError, error_response, internal_error
+from llmcad_mlx.serve.errors import ApiError, bad_request, error_response, internal_error
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.settings import ServerSettings
 
@@ -175,6 +177,60 @@ def _is_local(host: str | None) -> bool:
         return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+_MOST_DISCARDED = 64 << 20
+_DISCARDING_S = 1.0
+_CLOSE = {"Connection": "close"}  # the rest of such a body is not worth reading
+
+
+async def read_body(request: Request, settings: ServerSettings) -> bytes:
+    """The body of a request that says it is JSON.
+
+    Raises ApiError: 408 for a body that comes too slowly, 413 for one that is too large, 415 for another content
+    type (which also keeps web pages of other origins out: their plain forms cannot send JSON).
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise ApiError(415, "send the request with Content-Type: application/json", code="content_type")
+    limit = settings.max_body_bytes
+    body = bytearray()
+    pieces = request.stream()
+    if int(request.headers.get("content-length", "0")) > limit:  # a number: h11 lets nothing else through
+        await _discard(pieces)
+        raise _too_large(limit)
+    try:
+        async with asyncio.timeout(settings.body_s):
+            async for piece in pieces:
+                body += piece
+                if len(body) > limit:
+                    await _discard(pieces)
+                    raise _too_large(limit)
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the request's body did not arrive within {settings.body_s:g} s",
+            code="slow_body",
+            headers=_CLOSE,
+        ) from None
+    except ClientDisconnect:
+        raise bad_request("the request's body ended early") from None
+    return bytes(body)
+
+
+async def _discard(pieces: AsyncIterator[bytes]) -> None:
+    """Read on a little: an answer to a client that still sends would be lost when the connection closes."""
+    left = _MOST_DISCARDED
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARDING_S):
+            async for piece in pieces:
+                left -= len(piece)
+                if left < 0:
+                    return
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
 
 
 def _refusal(status: bytes, message: str, code: str) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from llmcad_mlx.api import Engine
 from llmcad_mlx.conversations.snapshot import Snapshot, model_drafters
 from llmcad_mlx.engine.session import common_prefix
-from llmcad_mlx.machine import this_machine
+from llmcad_mlx.machine import physical_memory_bytes
 from llmcad_mlx.sizes import parse_size
 
 _SHARE = 0.05  # of the budget, or of the machine's memory
@@ -25,8 +25,8 @@ def cache_limit(size: str, budget_bytes: int | None) -> int:
     """
     if size != "auto":
         return parse_size(size, "prompt-cache")
-    memory = this_machine().memory_bytes if budget_bytes is None else budget_bytes
-    return min(round((memory or 0) * _SHARE), _MOST)
+    memory = physical_memory_bytes() if budget_bytes is None else budget_bytes
+    return min(round(memory * _SHARE), _MOST)
 
 
 class PromptCache:

@@ -1,17 +1,8 @@
-"""The server's OpenAPI document, made of the schemas that it checks requests with.
+"""What clients send, as checked records, and the OpenAPI document that describes it.
 
-Checks a request against JSON Schema: the very schema that `/openapi.json` shows.
-
-Only the keywords the server's own schemas use; another is an error, so that nothing is shown that is not checked.
-
-The fields of a request, as JSON FieldSchema: what `/openapi.json` shows and `schema.check` enforces.
-
-A field that OpenAI knows and this server cannot heed is not here, so it is refused by name; the few that change
-no output (labels, for the most part) are accepted and ignored.
-
-OpenAI's chat messages and tools as the model's chat template wants them.
-
-A request's JSON as a checked record.
+The pydantic models below are both: requests are checked with them, and `/openapi.json` shows their JSON schemas.
+A field that OpenAI knows and this server cannot heed is not among them, so it is refused by name; the few that
+change no output (labels, for the most part) are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -19,529 +10,280 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Json,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+)
+from pydantic.json_schema import models_json_schema
+from pydantic_core import ErrorDetails, PydanticKnownError, from_json
 
 from llmcad_mlx import __version__
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt
 from llmcad_mlx.serve.errors import ApiError, bad_request
 from llmcad_mlx.serve.settings import ServerSettings
-from llmcad_mlx.settings import POLICIES, GenerationOptions
-
-Schema = Mapping[str, Any]
-
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "boolean": (bool,),
-    "integer": (int,),
-    "number": (int, float),
-    "null": (type(None),),
-}
-_NAMES = {
-    "object": "an object",
-    "array": "a list",
-    "string": "a string",
-    "boolean": "true or false",
-    "integer": "an integer",
-    "number": "a number",
-    "null": "null",
-}
-
-
-def check(value: Any, schema: Schema, where: str = "") -> None:
-    """Raise an ApiError (400) that names the field, `where` included, when `value` is not what `schema` allows."""
-    if "anyOf" in schema:
-        _check_any(value, schema["anyOf"], where)
-    if "type" in schema and not _is_one_of(value, schema["type"]):
-        raise _refused(where, f"must be {_named(schema['type'])}, not {_shown(value)}")
-    for keyword, argument in schema.items():
-        rule = _RULES.get(keyword)
-        if rule is None:
-            if keyword not in _NOT_RULES:
-                raise NotImplementedError(f"schema keyword {keyword} is not checked")
-        elif complaint := rule(value, argument):
-            raise _refused(where, complaint)
-    if isinstance(value, dict):
-        _check_object(value, schema, where)
-    if isinstance(value, list) and "items" in schema:
-        for index, item in enumerate(value):
-            check(item, schema["items"], f"{where}[{index}]")
-
-
-def _check_any(value: Any, choices: list[Schema], where: str) -> None:
-    complaints = []
-    for choice in choices:
-        try:
-            return check(value, choice, where)
-        except ApiError as error:
-            complaints.append((_is_one_of(value, choice.get("type", list(_TYPES))), error))
-    fitting = [error for fits, error in complaints if fits]
-    if len(fitting) == 1:  # the type says which one was meant
-        raise fitting[0]
-    kinds = [kind for choice in choices for kind in _as_list(choice.get("type", []))]
-    raise _refused(where, f"must be {_named(kinds)} as described in /openapi.json, not {_shown(value)}")
-
-
-def _check_object(value: dict[str, Any], schema: Schema, where: str) -> None:
-    properties: Mapping[str, Schema] = schema.get("properties", {})
-    for name in schema.get("required", []):
-        if name not in value:
-            raise _refused(f"{where}.{name}".lstrip("."), "is missing")
-    others = schema.get("additionalProperties", True)
-    for name, item in value.items():
-        inner = f"{where}.{_cut(name)}".lstrip(".")
-        if "propertyNames" in schema:
-            check(name, schema["propertyNames"], f"{where}: key {_shown(name)}".lstrip(": "))
-        if name in properties:
-            check(item, properties[name], inner)
-        elif others is False:
-            raise _refused(inner, "is not a field this server knows; see /openapi.json")
-        elif isinstance(others, Mapping):
-            check(item, others, inner)
-
-
-def _is_one_of(value: Any, kinds: str | list[str]) -> bool:
-    names = [kind for kind in _as_list(kinds) if kind == "boolean" or not isinstance(value, bool)]
-    return any(isinstance(value, _TYPES[kind]) for kind in names)
-
-
-def _as_list(kinds: str | list[str]) -> list[str]:
-    return [kinds] if isinstance(kinds, str) else kinds
-
-
-def _at_least(value: Any, low: float) -> str | None:
-    return f"must be at least {low}, not {_shown(value)}" if _is_number(value) and value < low else None
-
-
-def _at_most(value: Any, high: float) -> str | None:
-    return f"must be at most {high}, not {_shown(value)}" if _is_number(value) and value > high else None
-
-
-def _above(value: Any, low: float) -> str | None:
-    return f"must be above {low}, not {_shown(value)}" if _is_number(value) and value <= low else None
-
-
-def _no_shorter(value: Any, length: int) -> str | None:
-    return f"must have at least {length} characters" if isinstance(value, str) and len(value) < length else None
-
-
-def _no_longer(value: Any, length: int) -> str | None:
-    return f"must have at most {length} characters" if isinstance(value, str) and len(value) > length else None
-
-
-def _no_fewer(value: Any, count: int) -> str | None:
-    return f"must have at least {count} entries" if isinstance(value, list) and len(value) < count else None
-
-
-def _no_more(value: Any, count: int) -> str | None:
-    return f"must have at most {count} entries" if isinstance(value, list) and len(value) > count else None
-
-
-def _no_more_keys(value: Any, count: int) -> str | None:
-    return f"must have at most {count} keys" if isinstance(value, dict) and len(value) > count else None
-
-
-def _one_of(value: Any, values: list[Any]) -> str | None:
-    if any(type(value) is type(known) and value == known for known in values):
-        return None
-    return f"must be {' or '.join(map(_shown, values))}, not {_shown(value)}"
-
-
-def _matches(value: Any, pattern: str) -> str | None:
-    fits = not isinstance(value, str) or re.fullmatch(pattern.removeprefix("^").removesuffix("$"), value)
-    return None if fits else f"must match {pattern}"
-
-
-_RULES: Mapping[str, Callable[[Any, Any], str | None]] = {
-    "minimum": _at_least,
-    "maximum": _at_most,
-    "exclusiveMinimum": _above,
-    "minLength": _no_shorter,
-    "maxLength": _no_longer,
-    "minItems": _no_fewer,
-    "maxItems": _no_more,
-    "maxProperties": _no_more_keys,
-    "enum": _one_of,
-    "pattern": _matches,
-}
-_NOT_RULES = {
-    "type", "anyOf", "properties", "required", "additionalProperties", "propertyNames", "items", "description",
-    "default", "title", "examples",
-}  # fmt: skip
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _named(kinds: str | list[str]) -> str:
-    return " or ".join(dict.fromkeys(_NAMES[kind] for kind in _as_list(kinds) if kind != "null"))
-
-
-def _shown(value: Any) -> str:
-    """A value as it may stand in a message: short, whatever it is."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    if isinstance(value, str):
-        return f'"{_cut(value)}"'
-    if _is_number(value):
-        return str(value) if abs(value) < 10**20 else "a very large number"
-    return {None: "null", True: "true", False: "false"}[value]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:40]}…"
-
-
-def _refused(where: str, complaint: str) -> ApiError:
-    param = where or None
-    return bad_request(f"{where or 'the request'}: {complaint}", param)
-
-
-FieldSchema = dict[str, Any]
-
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 1000
-MAX_TOP_LOGPROBS = 20
-_MAX_TOKEN = 2**31 - 1
-
-
-def _field(kind: str, description: str, **rules: Any) -> FieldSchema:
-    """A field that may be left out or null."""
-    if "enum" in rules:
-        rules["enum"] = [*rules["enum"], None]
-    return {"type": [kind, "null"], "description": description, **rules}
-
-
-def _only(value: Any, kind: str, why: str) -> FieldSchema:
-    return _field(kind, why, enum=[value])
-
-
-_TEXT_PART: FieldSchema = {
-    "type": "object",
-    "properties": {"type": {"type": "string", "enum": ["text"]}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-
-_TOOL_CALL: FieldSchema = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string"},
-        "type": {"type": "string", "enum": ["function"]},
-        "function": {
-            "type": "object",
-            "properties": {
-                "name": {"type": "string", "minLength": 1},
-                "arguments": {"type": "string", "description": "A JSON object, as text."},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        },
-    },
-    "required": ["function"],
-}
-
-MESSAGE: FieldSchema = {
-    "type": "object",
-    "properties": {
-        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
-        "content": {
-            "anyOf": [
-                {"type": ["string", "null"]},
-                {"type": "array", "items": _TEXT_PART},
-            ],
-            "description": "Text, or a list of text parts.",
-        },
-        "name": {"type": ["string", "null"]},
-        "tool_calls": {"type": ["array", "null"], "items": _TOOL_CALL},
-        "tool_call_id": {"type": ["string", "null"]},
-        "refusal": {"type": ["string", "null"], "description": "Ignored."},
-    },
-    "required": ["role"],
-    "additionalProperties": False,
-}
-
-TOOL: FieldSchema = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "string", "enum": ["function"]},
-        "function": {
-            "type": "object",
-            "properties": {
-                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_.-]{1,64}$"},
-                "description": {"type": ["string", "null"]},
-                "parameters": {"type": ["object", "null"], "description": "JSON FieldSchema of the arguments."},
-                "strict": {"type": ["boolean", "null"], "enum": [False, None]},
-            },
-            "required": ["name"],
-            "additionalProperties": False,
-        },
-    },
-    "required": ["type", "function"],
-    "additionalProperties": False,
-}
-
-_IGNORED = "Accepted and ignored: it changes no output."
-
-_SHARED: dict[str, FieldSchema] = {
-    "model": _field("string", "The name in /v1/models, or left out."),
-    "max_tokens": _field("integer", "Tokens to generate at most.", minimum=1),
-    "temperature": _field("number", "0 is greedy.", minimum=0, maximum=100),
-    "top_p": _field("number", "Nucleus sampling; 1 is off.", exclusiveMinimum=0, maximum=1),
-    "top_k": _field("integer", "Sample from the k most likely tokens; 0 is off.", minimum=0, maximum=_MAX_TOKEN),
-    "min_p": _field("number", "Least probability, relative to the best; 0 is off.", minimum=0, maximum=1),
-    "repetition_penalty": _field(
-        "number", "Divides logits of the last 20 tokens; 0 is off.", minimum=0, maximum=100
-    ),
-    "presence_penalty": _field("number", "Taken off logits of the last 20 tokens.", minimum=-100, maximum=100),
-    "frequency_penalty": _field("number", "The same, for each time a token occurred.", minimum=-100, maximum=100),
-    "logit_bias": _field(
-        "object",
-        "Token id to a number added to its logit.",
-        propertyNames={"type": "string", "pattern": "^[0-9]{1,9}$"},
-        additionalProperties={"type": "number", "minimum": -1000, "maximum": 1000},
-        maxProperties=1024,
-    ),
-    "stop": {
-        "anyOf": [
-            {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_STOP_LENGTH},
-            {
-                "type": "array",
-                "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH},
-                "maxItems": MAX_STOPS,
-            },
-        ],
-        "description": "Ends the text before one of these.",
-    },
-    "seed": _field(
-        "integer", "Same seed, same text; drawn at random when left out.", minimum=0, maximum=2**64 - 1
-    ),
-    "policy": _field("string", "How the draft is used; changes speed, not text.", enum=list(POLICIES)),
-    "tree_nodes": _field("integer", "Nodes per target pass, root included.", minimum=1, maximum=4096),
-    "speculation": {
-        "anyOf": [
-            {"type": ["boolean", "null"]},
-            {
-                "type": "object",
-                "properties": {"tokens": {"type": "boolean"}, "trees": {"type": "boolean"}},
-                "additionalProperties": False,
-            },
-        ],
-        "description": "Also send which tokens came from the draft, and each round's token tree.",
-    },
-    "stream": _field("boolean", "Send the answer in pieces, as server-sent events."),
-    "stream_options": _field(
-        "object",
-        "Only with stream.",
-        properties={"include_usage": {"type": ["boolean", "null"]}},
-        additionalProperties=False,
-    ),
-    "n": _only(1, "integer", "One answer per request."),
-    "user": _field("string", "Whose turn it is in the queue.", maxLength=512),
-    "metadata": _field("object", _IGNORED),
-}
-
-CHAT: FieldSchema = {
-    "type": "object",
-    "properties": {
-        "messages": {"type": "array", "items": MESSAGE, "minItems": 1},
-        **_SHARED,
-        "max_completion_tokens": _field("integer", "The same as max_tokens.", minimum=1),
-        "logprobs": _field("boolean", "Also give the target's log probability of each token."),
-        "top_logprobs": _field("integer", "And of so many likeliest tokens.", minimum=0, maximum=MAX_TOP_LOGPROBS),
-        "tools": {
-            "type": ["array", "null"],
-            "items": TOOL,
-            "maxItems": 128,
-            "description": "Functions it may call.",
-        },
-        "tool_choice": _field("string", "The others cannot be enforced.", enum=["auto", "none"]),
-        "parallel_tool_calls": _only(True, "boolean", "The model decides how many functions it calls."),
-        "response_format": _field(
-            "object",
-            "Text only.",
-            properties={"type": {"type": "string", "enum": ["text"]}},
-            required=["type"],
-            additionalProperties=False,
-        ),
-        "modalities": _field("array", "Text only.", items={"type": "string", "enum": ["text"]}),
-        "store": _only(False, "boolean", "Nothing is stored."),
-        "service_tier": _field("string", _IGNORED),
-        "safety_identifier": _field("string", _IGNORED),
-        "prompt_cache_key": _field("string", _IGNORED),
-    },
-    "required": ["messages"],
-    "additionalProperties": False,
-}
-
-COMPLETION: FieldSchema = {
-    "type": "object",
-    "properties": {
-        "prompt": {
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {
-                    "type": "array",
-                    "items": {"type": "integer", "minimum": 0, "maximum": _MAX_TOKEN},
-                    "minItems": 1,
-                },
-            ],
-            "description": "Text, or token ids.",
-        },
-        **_SHARED,
-        "logprobs": _field(
-            "integer", "Log probabilities of so many likeliest tokens.", minimum=0, maximum=MAX_TOP_LOGPROBS
-        ),
-        "echo": _only(False, "boolean", "The prompt is not repeated."),
-        "best_of": _only(1, "integer", "One answer per request."),
-    },
-    "required": ["prompt"],
-    "additionalProperties": False,
-}
-
-
-def with_limits(schema: Mapping[str, Any], max_tokens: int) -> FieldSchema:
-    """The schema with the server's own limit on the length of an answer."""
-    properties = dict(schema["properties"])
-    for name in ("max_tokens", "max_completion_tokens"):
-        if name in properties:
-            properties[name] = {**properties[name], "maximum": max_tokens}
-    return {**schema, "properties": properties}
-
-
-def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose content is text and whose tool arguments are objects, as templates expect them.
-
-    Raises ApiError (400) for an empty conversation of parts and for arguments that are no JSON object.
-    """
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    role = "system" if message["role"] == "developer" else message["role"]
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    calls = message.get("tool_calls")
-    if content is None and not (role == "assistant" and calls):
-        raise bad_request(f"{where}.content: is missing", f"{where}.content")
-    out: dict[str, Any] = {"role": role, "content": content or ""}
-    for name in ("name", "tool_call_id"):
-        if message.get(name) is not None:
-            out[name] = message[name]
-    if calls:
-        if role != "assistant":
-            raise bad_request(f"{where}.tool_calls: only the assistant calls tools", f"{where}.tool_calls")
-        out["tool_calls"] = [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
-    return out
-
-
-def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
-    function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise bad_request(f"{where}.function.arguments: is not a JSON object", f"{where}.function.arguments")
-    out: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if "id" in call:
-        out["id"] = call["id"]
-    return out
-
+from llmcad_mlx.settings import GenerationOptions, PolicyName
 
 Kind = Literal["chat", "completion"]
+Record = TypeVar("Record", bound=BaseModel)
 
-_ENGINE_OPTIONS = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "stop", "policy", "tree_nodes",
-)  # fmt: skip
+_MAX_TOKEN = 2**31 - 1
+_MAX_TOP_LOGPROBS = 20
+_IGNORED = "Accepted and ignored: it changes no output."
+
+
+def _same_type(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Literal[1] alone would take True and 1.0 too, which equal 1 in Python."""
+    found = handler(value)
+    if type(found) is not type(value):
+        raise PydanticKnownError("literal_error", {"expected": json.dumps(found)})
+    return found
+
+
+_Exactly = WrapValidator(_same_type)
+_Text = Annotated[str, Field(min_length=1, max_length=1000)]
+_Token = Annotated[int, Field(ge=0, le=_MAX_TOKEN)]
+_TokenText = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+_Bias = Annotated[float, Field(ge=-1000, le=1000)]
+_Penalty = Annotated[float, Field(ge=-100, le=100)]
+_Limit = Annotated[int, Field(ge=1)]
+
+
+class _Record(BaseModel):
+    """JSON as it is: no field beyond the known ones, no text taken for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TextPart(_Record):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(_Record):
+    name: str = Field(min_length=1)
+    arguments: Annotated[Json[dict[str, Any]], BeforeValidator(lambda text: "{}" if text == "" else text)]
+
+
+class ToolCall(_Record):
+    model_config = ConfigDict(extra="ignore")
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
+class Message(_Record):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = Field(None, description="Ignored.")
+
+
+class Function(_Record):
+    name: str = Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
+    strict: Annotated[Literal[False], _Exactly] | None = None
+
+
+class Tool(_Record):
+    type: Literal["function"]
+    function: Function
+
+
+class TextFormat(_Record):
+    type: Literal["text"]
+
+
+class StreamOptions(_Record):
+    include_usage: bool | None = None
+
+
+class Speculation(_Record):
+    tokens: bool = False
+    trees: bool = False
+
+
+class _Request(_Record):
+    """The fields of both kinds. None: left out, or null."""
+
+    model: str | None = Field(None, description="The name in /v1/models, or left out.")
+    max_tokens: _Limit | None = Field(None, description="Tokens to generate at most.")
+    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus sampling; 1 is off.")
+    top_k: _Token | None = Field(None, description="Sample from the k most likely tokens; 0 is off.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Least probability beside the best's; 0 is off.")
+    repetition_penalty: float | None = Field(
+        None, ge=0, le=100, description="Divides logits of the last 20 tokens; 0 is off."
+    )
+    presence_penalty: _Penalty | None = Field(None, description="Taken off logits of the last 20 tokens.")
+    frequency_penalty: _Penalty | None = Field(None, description="The same, for each time a token occurred.")
+    logit_bias: dict[_TokenText, _Bias] | None = Field(
+        None, max_length=1024, description="Token id to a number added to its logit."
+    )
+    stop: _Text | Annotated[list[_Text], Field(fail_fast=True, max_length=16)] | None = Field(
+        None, description="Ends the text before one of these."
+    )
+    seed: int | None = Field(
+        None, ge=0, le=2**64 - 1, description="Same seed, same text; drawn at random when left out."
+    )
+    policy: PolicyName | None = Field(None, description="How the draft is used; changes speed, not text.")
+    tree_nodes: int | None = Field(None, ge=1, le=4096, description="Nodes per target pass, root included.")
+    speculation: bool | Speculation | None = Field(
+        None, description="Also send which tokens came from the draft, and each round's token tree."
+    )
+    stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    n: Annotated[Literal[1], _Exactly] | None = Field(None, description="One answer per request.")
+    user: str | None = Field(None, max_length=512, description="Whose turn it is in the queue.")
+    metadata: dict[str, Any] | None = Field(None, description=_IGNORED)
+
+
+class ChatRequest(_Request):
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    max_completion_tokens: _Limit | None = Field(None, description="The same as max_tokens.")
+    logprobs: bool | None = Field(None, description="Also give the target's log probability of each token.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=_MAX_TOP_LOGPROBS, description="And of so many likeliest tokens."
+    )
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
+        None, max_length=128, description="Functions it may call."
+    )
+    tool_choice: Literal["auto", "none"] | None = Field(None, description="The others cannot be enforced.")
+    parallel_tool_calls: Annotated[Literal[True], _Exactly] | None = Field(
+        None, description="The model decides how many functions it calls."
+    )
+    response_format: TextFormat | None = Field(None, description="Text only.")
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = Field(
+        None, description="Text only."
+    )
+    store: Annotated[Literal[False], _Exactly] | None = Field(None, description="Nothing is stored.")
+    service_tier: str | None = Field(None, description=_IGNORED)
+    safety_identifier: str | None = Field(None, description=_IGNORED)
+    prompt_cache_key: str | None = Field(None, description=_IGNORED)
+
+
+class CompletionRequest(_Request):
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[_Token], Field(fail_fast=True, min_length=1)] = (
+        Field(description="Text, or token ids.")
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=_MAX_TOP_LOGPROBS, description="Log probabilities of so many likeliest tokens."
+    )
+    echo: Annotated[Literal[False], _Exactly] | None = Field(None, description="The prompt is not repeated.")
+    best_of: Annotated[Literal[1], _Exactly] | None = Field(None, description="One answer per request.")
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What a client asked for.
 
-    `options` are `Engine.stream_generate`'s, checked, with a seed. `top_logprobs`: None for none, else how many
+    `options` have a seed, drawn when none was asked for. `top_logprobs`: None for none, else how many
     beside the chosen token's. `show_tokens`, `show_trees`: which of the speculation to send.
     """
 
     kind: Kind
     prompt: Prompt
-    options: Mapping[str, Any]
+    options: GenerationOptions
     tools: list[dict[str, Any]] | None = None
     stream: bool = False
     include_usage: bool = False
     top_logprobs: int | None = None
     show_tokens: bool = False
     show_trees: bool = False
-    user: str = field(default="")
+    user: str = ""
+
+
+_ENGINE_OPTIONS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "stop", "seed", "policy", "tree_nodes",
+)  # fmt: skip
 
 
 class RequestReader:
-    """Checks requests against the schema and this server's limits."""
+    """Reads the bodies of requests: checks them with the models above and with this server's limits."""
 
     def __init__(self, settings: ServerSettings, model: str) -> None:
         """`model`: the name of what is served."""
         self._settings = settings
         self._model = model
-        self.schemas: Mapping[Kind, Schema] = {
-            "chat": with_limits(CHAT, settings.max_tokens),
-            "completion": with_limits(COMPLETION, settings.max_tokens),
-        }
+        self._chat = _with_limit(ChatRequest, settings.max_tokens)
+        self._completion = _with_limit(CompletionRequest, settings.max_tokens)
 
-    def read(self, kind: Kind, body: Any) -> GenerationRequest:
-        """The request in `body`. Raises ApiError: 400 naming the field, 404 for another model."""
-        check(body, self.schemas[kind])
-        given = {name: value for name, value in body.items() if value is not None}
-        if given.get("model", self._model) != self._model:
-            raise ApiError(
-                404,
-                f'model: "{given["model"][:80]}" is not served here; ask for "{self._model}" or leave it out',
-                param="model",
-                code="model_not_found",
-            )
-        stream = given.get("stream", False)
-        if "stream_options" in given and not stream:
-            raise bad_request("stream_options: goes with stream only", "stream_options")
-        show_tokens, show_trees = _speculation(given.get("speculation", False))
-        return GenerationRequest(
-            kind=kind,
-            prompt=template_messages(given["messages"]) if kind == "chat" else given["prompt"],
-            options=self._options(given),
-            tools=_tools(given),
-            stream=stream,
-            include_usage=bool(given.get("stream_options", {}).get("include_usage")),
-            top_logprobs=_top_logprobs(kind, given),
-            show_tokens=show_tokens,
-            show_trees=show_trees,
-            user=given.get("user", ""),
+    def chat(self, body: bytes) -> GenerationRequest:
+        """A conversation to answer. Raises ApiError: 400 naming the field, 404 for another model."""
+        asked = read_record(self._chat, body)
+        if asked.max_tokens and asked.max_completion_tokens not in (None, asked.max_tokens):
+            raise bad_request("max_completion_tokens: differs from max_tokens; give one", "max_completion_tokens")
+        if asked.top_logprobs and not asked.logprobs:
+            raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
+        if asked.tool_choice == "auto" and not asked.tools:
+            raise bad_request("tool_choice: there are no tools", "tool_choice")
+        tools = asked.tools if asked.tool_choice != "none" else None
+        return self._request(
+            asked,
+            asked.max_tokens or asked.max_completion_tokens,
+            kind="chat",
+            prompt=[_template_message(message, f"messages[{i}]") for i, message in enumerate(asked.messages)],
+            tools=[tool.model_dump(exclude_unset=True) for tool in tools] if tools else None,
+            top_logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
         )
 
-    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        options: dict[str, Any] = {"temperature": self._settings.temperature}
-        options.update({name: given[name] for name in _ENGINE_OPTIONS if name in given})
-        options["max_tokens"] = self._max_tokens(given)
+    def completion(self, body: bytes) -> GenerationRequest:
+        """A text to continue. Raises as `chat` does."""
+        asked = read_record(self._completion, body)
+        return self._request(
+            asked, asked.max_tokens, kind="completion", prompt=asked.prompt, top_logprobs=asked.logprobs
+        )
+
+    def _request(self, asked: _Request, max_tokens: int | None, **own: Any) -> GenerationRequest:
+        """The request with what both kinds have, and what its kind has of its `own`."""
+        if asked.model not in (None, self._model):
+            message = f'model: "{asked.model[:80]}" is not served here; ask for "{self._model}" or leave it out'
+            raise ApiError(404, message, param="model", code="model_not_found")
+        if asked.stream_options is not None and not asked.stream:
+            raise bad_request("stream_options: goes with stream only", "stream_options")
+        shown = asked.speculation
+        return GenerationRequest(
+            **own,
+            options=self._options(asked, max_tokens),
+            stream=bool(asked.stream),
+            include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+            show_tokens=shown.tokens if isinstance(shown, Speculation) else bool(shown),
+            show_trees=shown.trees if isinstance(shown, Speculation) else bool(shown),
+            user=asked.user or "",
+        )
+
+    def _options(self, asked: _Request, max_tokens: int | None) -> GenerationOptions:
+        options = {name: value for name in _ENGINE_OPTIONS if (value := getattr(asked, name)) is not None}
+        options.setdefault("temperature", self._settings.temperature)
         # Drawn, not fixed: who asks twice at a temperature expects two answers. 53 bits stay exact everywhere.
-        options["seed"] = given["seed"] if "seed" in given else secrets.randbits(53)
-        if "logit_bias" in given:
-            options["logit_bias"] = {int(token): value for token, value in given["logit_bias"].items()}
+        options.setdefault("seed", secrets.randbits(53))
+        options["max_tokens"] = max_tokens or self._settings.max_tokens
+        if asked.logit_bias is not None:
+            options["logit_bias"] = {int(token): value for token, value in asked.logit_bias.items()}
         try:
-            GenerationOptions.of(**options)
+            return GenerationOptions.of(**options)
         except UsageError as error:
             raise refused(error) from None
-        return options
 
-    def _max_tokens(self, given: Mapping[str, Any]) -> int:
-        limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
-        if len(limits) == 2:
-            raise bad_request("max_completion_tokens: differs from max_tokens; give one", "max_completion_tokens")
-        return int(limits.pop()) if limits else self._settings.max_tokens
+    def openapi_document(self) -> dict[str, Any]:
+        """An OpenAPI 3.1 document of the whole server."""
+        return _openapi_document(self._chat, self._completion, needs_key=self._settings.api_key is not None)
 
 
 def refused(error: UsageError) -> ApiError:
@@ -550,28 +292,121 @@ def refused(error: UsageError) -> ApiError:
     return bad_request(str(error), option if colon and option.isidentifier() else None)
 
 
-def _speculation(value: Any) -> tuple[bool, bool]:
-    if isinstance(value, bool):
-        return value, value
-    return value.get("tokens", False), value.get("trees", False)
+def _with_limit(kind: type[Record], max_tokens: int) -> type[Record]:
+    """The model with the server's own limit on the length of an answer."""
+    limits: dict[str, Any] = {
+        name: (int | None, Field(None, ge=1, le=max_tokens, description=field.description))
+        for name, field in kind.model_fields.items()
+        if name in ("max_tokens", "max_completion_tokens")
+    }
+    return create_model(kind.__name__, __base__=kind, **limits)
 
 
-def _top_logprobs(kind: Kind, given: Mapping[str, Any]) -> int | None:
-    if kind == "completion":
-        return given.get("logprobs")
-    if not given.get("logprobs", False):
-        if given.get("top_logprobs", 0):
-            raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
-        return None
-    return int(given.get("top_logprobs", 0))
+def _template_message(message: Message, where: str) -> dict[str, Any]:
+    """A message as chat templates expect it: content is text, the arguments of calls are objects.
+
+    Raises ApiError (400) for a message without content that calls nothing, and for calls that are not the
+    assistant's.
+    """
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part.text for part in content)
+    if message.tool_calls and message.role != "assistant":
+        raise bad_request(f"{where}.tool_calls: only the assistant calls tools", f"{where}.tool_calls")
+    if content is None and not message.tool_calls:
+        raise bad_request(f"{where}.content: is missing", f"{where}.content")
+    made = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content or "",
+        **message.model_dump(include={"name", "tool_call_id"}, exclude_none=True),
+    }
+    if message.tool_calls:
+        calls = [call.model_dump(include={"id", "function"}, exclude_unset=True) for call in message.tool_calls]
+        made["tool_calls"] = [{"type": "function", **call} for call in calls]
+    return made
 
 
-def _tools(given: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    if not given.get("tools"):
-        if given.get("tool_choice") == "auto":
-            raise bad_request("tool_choice: there are no tools", "tool_choice")
-        return None
-    return None if given.get("tool_choice") == "none" else given["tools"]
+def read_record(kind: type[Record], body: bytes) -> Record:
+    """A request's body as a record. Raises ApiError (400): one line that names the field."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"the body is not valid JSON: {error}") from None
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _refusal(error, value) from None
+
+
+def _refusal(error: ValidationError, body: Any) -> ApiError:
+    """What is wrong with the first wrong field."""
+    problems = [(_path(problem, body), problem) for problem in error.errors(include_url=False)]
+    path, _ = problems[0]
+    # Each form that a field may have complains: one that was meant, about more than the type of the whole.
+    of_field = [(inner, problem) for inner, problem in problems if inner[: len(path)] == path]
+    meant = [found for found in of_field if found[0] != path or not found[1]["type"].endswith("_type")]
+    chosen = [max(meant, key=lambda found: len(found[0]))] if meant else of_field
+    path, _ = chosen[0]
+    where = "".join(f"[{step}]" if isinstance(step, int) else f".{_cut(step)}" for step in path).lstrip(".")
+    return bad_request(f"{where or 'the body'}: {_wording([problem for _, problem in chosen])}", where or None)
+
+
+def _path(problem: ErrorDetails, body: Any) -> list[int | str]:
+    """Keys and indices that lead to a problem; pydantic's steps also name the forms that a field may have."""
+    path: list[int | str] = []
+    for step in problem["loc"]:
+        if step in body if isinstance(body, dict) else isinstance(body, list) and isinstance(step, int):
+            path.append(step)
+            body = body[step]
+    return [*path, problem["loc"][-1]] if problem["type"] == "missing" else path
+
+
+_PLAIN = {
+    "missing": "is missing",
+    "extra_forbidden": "is not a field this server knows; see /openapi.json",
+    "json_invalid": "is not valid JSON",
+}
+
+
+def _wording(problems: Sequence[ErrorDetails]) -> str:
+    """Pydantic's words, as a sentence about the field."""
+    if plain := _PLAIN.get(problems[0]["type"]):
+        return plain
+    said = " or ".join(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in problems))
+    said = re.sub("dictionary( or instance of [A-Za-z]+)?", "object", said).replace(" after validation", "")
+    if not problems[0]["msg"].startswith("Input should be "):
+        return re.sub("^[A-Za-z]+ should", "must", said)
+    value = problems[0]["input"]
+    if isinstance(value, list | dict):
+        return f"must be {said}, not {'a list' if isinstance(value, list) else 'an object'}"
+    return f"must be {said}, not {_cut(json.dumps(value, ensure_ascii=False))}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+class ErrorObject(BaseModel):
+    """Why a request is refused; `param` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorObject
+
+
+class Answer(BaseModel):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
+    speculation: dict[str, Any] | None = None
 
 
 _REFUSALS = {
@@ -584,51 +419,26 @@ _REFUSALS = {
     "429": "Too many requests wait; Retry-After says for how long.",
     "503": "The server is shutting down.",
 }
-_ERROR: FieldSchema = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            "required": ["message", "type", "param", "code"],
-        }
-    },
-    "required": ["error"],
-}
-_ANSWER: FieldSchema = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string"},
-        "object": {"type": "string"},
-        "created": {"type": "integer"},
-        "model": {"type": "string"},
-        "choices": {"type": "array", "items": {"type": "object"}},
-        "usage": {"type": "object"},
-        "speculation": {"type": "object"},
-    },
-    "required": ["id", "object", "created", "model", "choices", "usage"],
-}
+_JSON = "application/json"
 
 
-def openapi_document(schemas: Mapping[Kind, Mapping[str, Any]], needs_key: bool) -> dict[str, Any]:
-    """An OpenAPI 3.1 document. `schemas`: of both kinds of request. `needs_key`: whether the server has one."""
+def _openapi_document(chat: type[BaseModel], completion: type[BaseModel], needs_key: bool) -> dict[str, Any]:
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in (chat, completion, Answer, Error)],
+        ref_template="#/components/schemas/{model}",
+    )
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "llmcad-mlx", "version": __version__},
         "paths": {
-            "/v1/chat/completions": {"post": _generation("Answer a conversation.", schemas["chat"])},
-            "/v1/completions": {"post": _generation("Continue a text.", schemas["completion"])},
+            "/v1/chat/completions": {"post": _generation("Answer a conversation.", chat)},
+            "/v1/completions": {"post": _generation("Continue a text.", completion)},
             "/v1/models": {"get": _get("The model that is served.")},
             "/health": {"get": {**_get("Whether the server works."), "security": []}},
-            "/metrics": {"get": _get("Counters, as Prometheus reads them.", "text/plain")},
+            "/metrics": {"get": _get("Counters, as Prometheus reads them.", "text/plain", "string")},
             "/openapi.json": {"get": _get("This document.")},
         },
-        "components": {"schemas": {"Error": _ERROR, "Answer": _ANSWER}},
+        "components": {"schemas": schemas["$defs"]},
     }
     if needs_key:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -636,32 +446,26 @@ def openapi_document(schemas: Mapping[Kind, Mapping[str, Any]], needs_key: bool)
     return document
 
 
-def _generation(summary: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    answer = {
-        "description": "The answer, whole or as server-sent events.",
-        "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/Answer"}},
-            "text/event-stream": {"schema": {"type": "string"}},
-        },
-    }
+def _generation(summary: str, request: type[BaseModel]) -> dict[str, Any]:
+    answer = {_JSON: _reference(Answer), "text/event-stream": {"schema": {"type": "string"}}}
     return {
         "summary": summary,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-        "responses": {"200": answer, **{status: _error(text) for status, text in _REFUSALS.items()}},
-    }
-
-
-def _error(text: str) -> dict[str, Any]:
-    schema = {"$ref": "#/components/schemas/Error"}
-    return {"description": text, "content": {"application/json": {"schema": schema}}}
-
-
-def _get(summary: str, media_type: str = "application/json") -> dict[str, Any]:
-    content = {media_type: {"schema": {"type": "string" if media_type == "text/plain" else "object"}}}
-    return {
-        "summary": summary,
+        "requestBody": {"required": True, "content": {_JSON: _reference(request)}},
         "responses": {
-            "200": {"description": "It is.", "content": content},
-            "401": _error(_REFUSALS["401"]),
+            "200": {"description": "The answer, whole or as server-sent events.", "content": answer},
+            **{status: _error(status) for status in _REFUSALS},
         },
     }
+
+
+def _get(summary: str, media_type: str = _JSON, kind: str = "object") -> dict[str, Any]:
+    answer = {"description": "It is.", "content": {media_type: {"schema": {"type": kind}}}}
+    return {"summary": summary, "responses": {"200": answer, "401": _error("401")}}
+
+
+def _error(status: str) -> dict[str, Any]:
+    return {"description": _REFUSALS[status], "content": {_JSON: _reference(Error)}}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, Any]:
+    return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}

@@ -56,7 +56,7 @@ class Generation:
     def run(self) -> FinishedEvent:
         """Generate to the end. Raises CancelledError, and what the engine raises."""
         responses = self._engine.stream_generate(
-            self._job.prompt, self._on_progress, self._on_round, **self._job.request.options
+            self._job.prompt, self._on_progress, self._on_round, options=self._job.request.options
         )
         batch: list[TokenEvent] = []
         reason = "stop"
@@ -139,7 +139,8 @@ class Generation:
         }
 
     def _usage(self, reason: str) -> dict[str, Any]:
-        report = generation_report(self._engine, "", self.tokens, reason, self.stats, self._job.request.options)
+        options = self._job.request.options
+        report = generation_report(self._engine, "", self.tokens, reason, self.stats, options)
         names = list(report)
         speculation = {name: report[name] for name in names[names.index(_REPORT_FROM) :]}
         prompt, completion = self.stats.prompt_tokens, len(self.tokens)

@@ -23,12 +23,10 @@ from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import TargetSampler
-from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.streaming.feed import SequentialFeed
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying.target import ResidentTarget, StreamedTarget
-from tests.support.rounds import Rounds
+from tests.support.rounds import PROMPT, Rounds, sampler_of
 from tests.support.simulated_stream import SimulatedClock, SimulatedStream
 from tests.support.tiny import VOCAB, tiny_tree_model
 from tests.support.waiting_target import simulated_target
@@ -203,8 +201,6 @@ def test_no_layer_that_is_there_waits_for_more_than_one_step(
 
 # -- whole rounds ------------------------------------------------------------------------------------------
 
-PROMPT = [1, 2, 3, 4, 5, 1, 2, 3]
-
 
 class TimedDrafter(ModelDrafter):
     """Its steps take `step_s` each, its reading of a prompt a hundredth of that a token."""
@@ -253,8 +249,7 @@ def plain(costs: CostModel) -> GrowthPolicy:
 
 
 def rounds(engine: Rounds, stats: GenerationStats, count: int, seed: int = 3) -> list[Round]:
-    sampler = TargetSampler(SamplingSettings(temperature=0.7, seed=seed), VOCAB)
-    return [engine.round(sampler, stats) for _ in range(count)]
+    return [engine.round(sampler_of(0.7, seed), stats) for _ in range(count)]
 
 
 def stream_of(target: StreamedTarget) -> SimulatedStream:

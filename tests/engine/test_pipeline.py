@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.engine.round import Round
-from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
@@ -20,35 +18,13 @@ from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import TargetSampler
-from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import walk
 from llmcad_mlx.verifying.target import ResidentTarget, Verification
-from tests.support.rounds import Rounds
-from tests.support.tiny import VOCAB, tiny_tree_model
+from tests.support.rounds import PROMPT, Charged, Rounds, forced, model, sampler_of
+from tests.support.simulated_stream import SimulatedClock
+from tests.support.tiny import VOCAB
 from tests.support.waiting_target import WaitingTarget
-
-PROMPT = [1, 2, 3, 4, 5, 1, 2, 3]
-
-
-@functools.cache
-def model(noise: float = 0.0) -> TreeModel:
-    return tiny_tree_model(0, noise=noise)
-
-
-class Clock:
-    """Stands still but for what is charged to it."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def forced(num_nodes: int, **options: Any) -> ThroughputPolicy:
-    return ThroughputPolicy(CostModel(), Calibration(), tree_nodes=num_nodes, **options)
 
 
 def engine_of(
@@ -59,16 +35,11 @@ def engine_of(
 ) -> Rounds:
     """An engine whose draft is the target's own model, unless told otherwise."""
     drafters = [ModelDrafter(model())] if drafters is None else drafters
-    target = target or WaitingTarget(model(), VOCAB)
-    return Rounds(target, drafters, policy, CostModel(), clock or Clock())
-
-
-def sampler(temperature: float = 0.0, seed: int = 0) -> TargetSampler:
-    return TargetSampler(SamplingSettings(temperature=temperature, seed=seed), VOCAB)
+    return Rounds(target or WaitingTarget(model(), VOCAB), drafters, policy, clock=clock)
 
 
 def run(engine: Rounds, rounds: int, stats: GenerationStats | None = None) -> list[Round]:
-    return [engine.round(sampler(), stats or GenerationStats()) for _ in range(rounds)]
+    return [engine.round(stats=stats) for _ in range(rounds)]
 
 
 # -- what survives -----------------------------------------------------------------------------------------
@@ -83,7 +54,7 @@ def test_with_a_perfect_draft_rounds_start_from_the_last_ones_tree(
     engine.begin(PROMPT, stats)
     survived = 0
     for _ in range(15):
-        done = engine.round(sampler(temperature), stats)
+        done = engine.round(sampler_of(temperature), stats)
         if done.survivors is not None:
             survived += len(done.survivors.tree) > 1
             assert done.survivors.tree.tokens[ROOT] == engine.tokens[-1]
@@ -96,14 +67,14 @@ def test_with_a_perfect_draft_rounds_start_from_the_last_ones_tree(
 @pytest.mark.parametrize("pipelined", [True, False])
 def test_the_pipeline_moves_drafting_out_of_the_way(pipelined: bool) -> None:
     """With long waits and a good draft, hardly any step is left to take before the pass."""
-    clock = Clock()
+    clock = SimulatedClock()
     drafter = ModelDrafter(model())
     engine = engine_of(forced(6, pipelined=pipelined), [drafter], clock=clock)
     Charged(drafter, "expand", clock, 1.0)
     stats = GenerationStats()
     engine.begin(PROMPT, stats)
     for _ in range(10):
-        engine.round(sampler(), stats)
+        engine.round(stats=stats)
     in_front = stats.draft_s - stats.hidden_draft_s
     assert stats.generated_tokens >= 30
     if pipelined:
@@ -176,13 +147,13 @@ def test_a_carried_tree_is_dropped_when_anything_changes(change: str) -> None:
     engine.begin(PROMPT)
     (done,) = run(engine, 1)
     assert done.survivors is not None
-    chosen = sampler()
+    chosen = None
     if change == "prompt":
         engine.begin([*engine.tokens, 5])
     elif change == "same prompt":
         engine.begin(list(engine.tokens))
     elif change == "sampling":
-        chosen = sampler(0.5)
+        chosen = sampler_of(0.5)
     elif change == "policy":
         policy = engine.policy = forced(6)
     elif change == "error":
@@ -191,10 +162,10 @@ def test_a_carried_tree_is_dropped_when_anything_changes(change: str) -> None:
             run(engine, 1)
         del engine.target._wait  # type: ignore[attr-defined]
     elif change == "stop":
-        done = engine.round(sampler(), GenerationStats(), lambda token: True)
+        done = engine.round(stop=lambda token: True)
         assert done.survivors is None
     seen = begun_with(policy)
-    engine.round(chosen, GenerationStats())
+    engine.round(chosen)
     assert seen == [None]
 
 
@@ -212,22 +183,10 @@ def test_what_was_drafted_but_not_submitted_serves_a_resident_target_too() -> No
 # -- whose seconds -----------------------------------------------------------------------------------------
 
 
-class Charged:
-    """Wraps a method so that each call takes `seconds` on the clock."""
-
-    def __init__(self, owner: Any, name: str, clock: Clock, seconds: float) -> None:
-        self.inner, self.clock, self.seconds = getattr(owner, name), clock, seconds
-        setattr(owner, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.clock.now += self.seconds
-        return self.inner(*args, **kwargs)
-
-
 class ChargedTarget(WaitingTarget):
     """After its background it blocks for 8 s, then computes for 2 s and 0.5 s a row."""
 
-    def __init__(self, clock: Clock, most: int) -> None:
+    def __init__(self, clock: SimulatedClock, most: int) -> None:
         super().__init__(model(), VOCAB, most=most)
         self.clock = clock
         self.blocked_s = 0.0
@@ -250,7 +209,7 @@ class ChargedTarget(WaitingTarget):
 
 
 def test_seconds_are_charged_to_who_spent_them() -> None:
-    clock = Clock()
+    clock = SimulatedClock()
     drafter, target = ModelDrafter(model()), ChargedTarget(clock, most=5)
     engine = engine_of(forced(4), [drafter], target, clock)
     Charged(drafter, "expand", clock, 1.0)
@@ -262,7 +221,7 @@ def test_seconds_are_charged_to_who_spent_them() -> None:
     for _ in range(6):
         before = clock.now
         in_front = stats.draft_s - stats.hidden_draft_s
-        engine.round(sampler(), stats)
+        engine.round(stats=stats)
         in_front = stats.draft_s - stats.hidden_draft_s - in_front
         # The pass took what it took, hidden drafting included: that stands where waiting stood.
         assert passes[-1] == clock.now - before - in_front
@@ -274,13 +233,14 @@ def test_seconds_are_charged_to_who_spent_them() -> None:
     assert stats.other_s == 0.0
 
 
-def test_lookups_in_the_background_take_no_drafting_time() -> None:
-    engine = engine_of(forced(8), [NgramDrafter()])
-    stats = GenerationStats()
+@pytest.mark.parametrize("target", [ResidentTarget, WaitingTarget])
+def test_lookups_take_no_drafting_time(target: type[ResidentTarget]) -> None:
+    """Nor must they teach the cost model that a draft step takes none."""
+    engine, stats = engine_of(forced(8), [NgramDrafter()], target(model(), VOCAB)), GenerationStats()
     engine.begin(PROMPT, stats)
-    for _ in range(20):
-        engine.round(sampler(), stats)
-    assert stats.provisional > 0
+    run(engine, 20, stats)
+    assert stats.drafted > 0
+    assert (stats.provisional > 0) is (target is WaitingTarget)
     assert stats.draft_s == stats.hidden_draft_s == 0.0
     assert not engine.costs.draft
 
@@ -307,7 +267,7 @@ def test_the_draft_reads_the_prompt_while_the_target_does(pipelined: bool) -> No
 def test_a_given_up_draft_is_left_alone_in_the_background() -> None:
     policy = ThroughputPolicy(CostModel(), Calibration())
     drafter = ModelDrafter(model())
-    engine = Rounds(WaitingTarget(model(), VOCAB), [drafter], policy, policy.costs, Clock())
+    engine = Rounds(WaitingTarget(model(), VOCAB), [drafter], policy, policy.costs, SimulatedClock())
     policy._draft_account.drafting, policy._draft_account.balance = False, 0.0
     engine.begin(PROMPT)
     stats = GenerationStats()
@@ -370,7 +330,7 @@ def test_a_pass_that_measures_plain_decoding_is_not_disturbed() -> None:
         costs.verify.observe(1, 1.0)
     policy.begin(tree)
     assert list(policy.provisional_leaves(tree, MODEL, 8)) == [ROOT]
-    policy._since_plain = 1000
+    policy._schedule._since_plain = 1000
     policy.begin(tree)
     assert list(policy.provisional_leaves(tree, MODEL, 8)) == []
 

@@ -93,7 +93,7 @@ class Crowd:
         self.url = url
         self.answers: dict[int, str] = {}
         self.given_up = 0
-        self.resident: dict[int, int] = {}
+        self.resident: dict[int, float] = {}
         self._asked = 0
 
     async def run(self) -> None:
@@ -138,9 +138,9 @@ class Crowd:
         return "".join(json.loads(text)["choices"][0]["text"] for text in texts)
 
 
-async def _resident(client: httpx.AsyncClient) -> int:
+async def _resident(client: httpx.AsyncClient) -> float:
     lines = (await client.get("/metrics")).text.splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("llmcad_mlx_resident_memory_bytes")))
+    return float(next(line.split()[1] for line in lines if line.startswith("llmcad_mlx_resident_memory_bytes")))
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from llmcad_mlx.serve.errors import ApiError
 from llmcad_mlx.serve.job import Job, RoundEvent, TokenEvent
 from llmcad_mlx.serve.limits import FairQueue, QueueClosedError, QueueFullError
 from llmcad_mlx.serve.prompt_cache import PromptCache, cache_limit
-from llmcad_mlx.serve.protocol import CHAT, COMPLETION, GenerationRequest, check
-from llmcad_mlx.serve.settings import public_name
-from llmcad_mlx.settings import MemoryOptions
+from llmcad_mlx.serve.protocol import GenerationRequest, RequestReader
+from llmcad_mlx.serve.settings import ServerSettings, public_name
+from llmcad_mlx.settings import GenerationOptions, MemoryOptions
 from tests.support.tiny_folder import make_folder, tiny_environment
 
 
@@ -166,7 +166,7 @@ def test_who_reads_too_slowly_is_cut_off() -> None:
     """What a client has not read yet is kept for it, but not without end."""
 
     async def fill() -> tuple[int, Job]:
-        job = Job(GenerationRequest("chat", "", {}), [], "me", asyncio.get_running_loop())
+        job = Job(GenerationRequest("chat", "", GenerationOptions()), [], "me", asyncio.get_running_loop())
         for _ in range(3000):
             job.send(RoundEvent([token("a")], None))
             await asyncio.sleep(0)
@@ -180,61 +180,70 @@ def test_who_reads_too_slowly_is_cut_off() -> None:
 
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+READER = RequestReader(ServerSettings(max_tokens=100, temperature=0.25), "tiny")
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ({}, "messages: is missing"),
-        ({"messages": []}, "messages: must have at least 1 entries"),
-        ({"messages": "hello"}, 'messages: must be a list, not "hello"'),
+        ({"messages": []}, "messages: must have at least 1 item, not 0"),
+        ({"messages": "hello"}, 'messages: must be a valid list, not "hello"'),
         ({"messages": [{"content": "x"}]}, "messages[0].role: is missing"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: must be "),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: must be a string or a list"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
-            'messages[0].content[0].type: must be "text", not "image_url"',
-        ),
-        ({"messages": MESSAGES, "temperature": "hot"}, 'temperature: must be a number, not "hot"'),
-        ({"messages": MESSAGES, "temperature": True}, "temperature: must be a number, not true"),
-        ({"messages": MESSAGES, "temperature": -1}, "temperature: must be at least 0, not -1"),
-        ({"messages": MESSAGES, "top_p": 0}, "top_p: must be above 0, not 0"),
-        ({"messages": MESSAGES, "max_tokens": 1.5}, "max_tokens: must be an integer, not 1.5"),
-        ({"messages": MESSAGES, "seed": 10**30}, "seed: must be at most 18446744073709551615, not a very large"),
-        ({"messages": MESSAGES, "n": 2}, "n: must be 1 or null, not 2"),
-        ({"messages": MESSAGES, "n": True}, "n: must be an integer, not true"),
-        ({"messages": MESSAGES, "stop": ["a", 5]}, "stop[1]: must be a string, not 5"),
-        ({"messages": MESSAGES, "stop": ""}, "stop: must have at least 1 characters"),
-        ({"messages": MESSAGES, "stop": {}}, "stop: must be a string or a list"),
-        ({"messages": MESSAGES, "logit_bias": {"x": 1}}, 'logit_bias: key "x": must match '),
-        ({"messages": MESSAGES, "logit_bias": {"5": "1"}}, 'logit_bias.5: must be a number, not "1"'),
-        ({"messages": MESSAGES, "policy": "magic"}, 'policy: must be "throughput" or '),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: must be 'system', "),
+        ({"messages": [{"role": "user", "content": 5}]},
+         "messages[0].content: must be a valid string or a valid list, not 5"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
+         "messages[0].content[0].type: must be 'text', not \"image_url\""),
+        ({"messages": MESSAGES, "temperature": "hot"}, 'temperature: must be a valid number, not "hot"'),
+        ({"messages": MESSAGES, "temperature": True}, "temperature: must be a valid number, not true"),
+        ({"messages": MESSAGES, "temperature": -1}, "temperature: must be greater than or equal to 0, not -1"),
+        ({"messages": MESSAGES, "top_p": 0}, "top_p: must be greater than 0, not 0"),
+        ({"messages": MESSAGES, "max_tokens": 1.5}, "max_tokens: must be a valid integer, not 1.5"),
+        ({"messages": MESSAGES, "max_tokens": 1.0}, "max_tokens: must be a valid integer, not 1.0"),
+        ({"messages": MESSAGES, "max_tokens": 101}, "max_tokens: must be less than or equal to 100, not 101"),
+        ({"messages": MESSAGES, "seed": 10**50}, "seed: must be less than or equal to 18446744073709551615"),
+        ({"messages": MESSAGES, "n": 2}, "n: must be 1, not 2"),
+        ({"messages": MESSAGES, "n": True}, "n: must be 1, not true"),
+        ({"messages": MESSAGES, "store": 0}, "store: must be false, not 0"),
+        ({"messages": MESSAGES, "stop": ["a", 5]}, "stop[1]: must be a valid string, not 5"),
+        ({"messages": MESSAGES, "stop": ""}, "stop: must have at least 1 character"),
+        ({"messages": MESSAGES, "stop": {}}, "stop: must be a valid string or a valid list, not an object"),
+        ({"messages": MESSAGES, "logit_bias": {"x": 1}}, "logit_bias.x: must match pattern '^[0-9]{1,9}$'"),
+        ({"messages": MESSAGES, "logit_bias": {"5": "1"}}, 'logit_bias.5: must be a valid number, not "1"'),
+        ({"messages": MESSAGES, "policy": "magic"}, "policy: must be 'throughput', "),
         ({"messages": MESSAGES, "stream_options": {"x": 1}}, "stream_options.x: is not a field"),
+        ({"messages": MESSAGES, "speculation": {"x": 1}}, "speculation.x: is not a field"),
+        ({"messages": MESSAGES, "speculation": 1}, "speculation: must be a valid boolean or a valid object"),
         ({"messages": MESSAGES, "best_of_luck": 1}, "best_of_luck: is not a field this server knows"),
         ({"messages": MESSAGES, "x" * 500: 1}, f"{'x' * 40}…: is not a field"),
     ],
-)
-def test_what_the_schema_refuses(body: Any, message: str) -> None:
+)  # fmt: skip
+def test_what_a_request_is_refused_for(body: Any, message: str) -> None:
     with pytest.raises(ApiError) as refused:
-        check(body, CHAT)
+        READER.chat(json.dumps(body).encode())
     assert refused.value.status == 400
     assert refused.value.message.startswith(message)
+    assert refused.value.param in (message.partition(":")[0], "x" * 40 + "…")
 
 
-def test_what_the_schema_takes() -> None:
-    options = {
+def test_what_a_request_asks_for() -> None:
+    asked = READER.chat(json.dumps({
+        "messages": [*MESSAGES, {"role": "developer", "content": [{"type": "text", "text": "a"}] * 2}],
         "temperature": 1, "top_p": 0.5, "stop": ["a", "b"], "seed": 2**64 - 1, "n": 1, "logit_bias": {"5": -1},
-        "speculation": {"tokens": True}, "max_tokens": None, "user": "me", "tools": None, "stop_sequences": None,
-    }  # fmt: skip
-    known = {name: value for name, value in options.items() if name in CHAT["properties"]}
-    assert len(known) == len(options) - 1
-    check({"messages": MESSAGES, **known}, CHAT)
-    check({"prompt": [1, 2], "echo": False, "logprobs": 3}, COMPLETION)
-
-
-def test_a_keyword_that_is_not_checked_is_an_error() -> None:
-    with pytest.raises(NotImplementedError, match="multipleOf"):
-        check(5, {"type": "integer", "multipleOf": 2})
+        "speculation": {"tokens": True}, "max_tokens": None, "max_completion_tokens": 7, "user": "me",
+        "tools": None,
+    }).encode())  # fmt: skip
+    assert asked == GenerationRequest(
+        "chat", [*MESSAGES, {"role": "system", "content": "aa"}],
+        GenerationOptions.of(
+            temperature=1.0, top_p=0.5, stop=["a", "b"], seed=2**64 - 1, logit_bias={5: -1.0}, max_tokens=7
+        ),
+        show_tokens=True, user="me",
+    )  # fmt: skip
+    asked = READER.completion(b'{"prompt": [1, 2], "echo": false, "logprobs": 3, "speculation": true}')
+    assert (asked.prompt, asked.top_logprobs, asked.show_tokens, asked.show_trees) == ([1, 2], 3, True, True)
+    assert (asked.options.sampling.temperature, asked.options.stopping.max_tokens) == (0.25, 100)
 
 
 def test_names_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

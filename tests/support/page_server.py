@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from llmcad_mlx.serve.page_files import page_routes
+from llmcad_mlx.serve.page import page_routes
+from llmcad_mlx.serve.settings import ServerSettings
 
 Step = bytes | threading.Event
 """Bytes to send, or something to wait for."""
@@ -75,7 +76,7 @@ class ScriptedServer:
 
     def app(self) -> Starlette:
         chat = Route("/v1/chat/completions", self._chat, methods=["POST"])
-        return Starlette(routes=[*page_routes(), Route("/v1/models", self._models), chat])
+        return Starlette(routes=[*page_routes(ServerSettings()), Route("/v1/models", self._models), chat])
 
     def _refused(self, request: Request) -> Response | None:
         if self.key is None or request.headers.get("authorization") == f"Bearer {self.key}":

@@ -1,38 +1,79 @@
-"""A session whose rounds are all grown by one policy."""
+"""Rounds of tiny models: a session whose rounds are grown by one policy, on a clock that is charged by hand."""
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.engine.round import Round, run_round
 from llmcad_mlx.engine.session import Session
+from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy.best_first import ThroughputPolicy
+from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.settings import SamplingSettings
+from tests.support.simulated_stream import SimulatedClock
+from tests.support.tiny import VOCAB, tiny_tree_model
+
+PROMPT = [1, 2, 3, 4, 5, 1, 2, 3]
+
+
+@functools.cache
+def model(noise: float = 0.0) -> TreeModel:
+    """The target, or with noise a draft that is right now and then."""
+    return tiny_tree_model(0, noise=noise)
 
 
 class Rounds(Session):
-    """`round` and `start` with the policy it was made with."""
+    """`begin` and `round` with the policy it was made with."""
 
     def __init__(
         self,
         target: Any,
         drafters: Sequence[Drafter],
         policy: GrowthPolicy,
-        costs: CostModel,
-        clock: Callable[[], float] = time.perf_counter,
+        costs: CostModel | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        super().__init__(target, drafters, costs, clock)
+        super().__init__(target, drafters, CostModel() if costs is None else costs, clock or SimulatedClock())
         self.policy = policy
 
     def begin(self, prompt: Sequence[int], stats: GenerationStats | None = None, **options: Any) -> None:
         self.start(prompt, self.policy, GenerationStats() if stats is None else stats, **options)
 
     def round(
-        self, sampler: TargetSampler, stats: GenerationStats, stop: Callable[[int], bool] | None = None
+        self,
+        sampler: TargetSampler | None = None,
+        stats: GenerationStats | None = None,
+        stop: Callable[[int], bool] | None = None,
     ) -> Round:
-        return run_round(self, self.policy, sampler, stats, stop)
+        """Greedy unless told otherwise."""
+        return run_round(self, self.policy, sampler or sampler_of(), stats or GenerationStats(), stop)
+
+
+def forced(num_nodes: int, **options: Any) -> ThroughputPolicy:
+    """The default policy, told how many nodes to submit."""
+    return ThroughputPolicy(CostModel(), Calibration(), tree_nodes=num_nodes, **options)
+
+
+def sampler_of(temperature: float = 0.0, seed: int = 0, vocab_size: int = VOCAB) -> TargetSampler:
+    return TargetSampler(SamplingSettings(temperature=temperature, seed=seed), vocab_size)
+
+
+class Charged:
+    """Wraps a method so that each call takes `seconds` on the clock."""
+
+    def __init__(self, owner: Any, name: str, clock: SimulatedClock, seconds: float) -> None:
+        self.inner, self.clock, self.seconds = getattr(owner, name), clock, seconds
+        self.calls = 0
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.clock.now += self.seconds
+        self.calls += 1
+        return self.inner(*args, **kwargs)

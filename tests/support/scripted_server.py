@@ -76,7 +76,10 @@ def scripted_server(script: Script) -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             script.requests.append((self.path, dict(self.headers), body))
-            self._head(script.status, {"Transfer-Encoding": "chunked", **script.headers})
+            self._head(
+                script.status,
+                {"Transfer-Encoding": "chunked", "Content-Type": "text/event-stream", **script.headers},
+            )
             try:
                 for step in script.steps:
                     if step is None:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,12 @@ class Scripted(Engine):
 
     script: str = ""
 
-    def stream_generate(self, prompt: Any, *callbacks: Any, **options: Any) -> Iterator[Response]:
+    def stream_generate(self, prompt: Any, *callbacks: Any, options: Any) -> Iterator[Response]:
         tokens = self.tokenizer.encode(self.script, add_special_tokens=False)
         (eos, *_) = self.tokenizer.eos_token_ids
         said: Sequence[int] = [*tokens, eos]
-        return super().stream_generate(prompt, *callbacks, **options, logits_processors=[_Says(said)])
+        sampling = replace(options.sampling, logits_processors=(_Says(said),))
+        return super().stream_generate(prompt, *callbacks, options=replace(options, sampling=sampling))
 
 
 class _Says:

@@ -38,7 +38,7 @@ async function send(question) {
   const messages = conversation(question);
   const answer = new Answer();
   const element = addQuestion(question);
-  const view = new AnswerView(answer, {
+  const view = new AnswerView(answer, key, {
     onToken: (round) => showRounds(answer, round),
     onRounds: () => showRounds(answer),
     onAgain: () => again(),
@@ -108,7 +108,7 @@ async function end(turn, problem) {
       return send(turn.question);
     }
   } else {
-    turn.view.finish(stopped ? "stopped" : problem ? "cut off" : ending(turn.answer));
+    await turn.view.finish(stopped ? "stopped" : problem ? "cut off" : ending(turn.answer));
   }
   if (problem && !stopped) showError(problem instanceof ServerError ? problem.message : `The page failed: ${problem.message}`);
 }

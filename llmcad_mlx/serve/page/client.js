@@ -51,6 +51,21 @@ export async function* streamChat(request, key, signal) {
   throw new ServerError("The server closed the connection; the answer is cut off.");
 }
 
+/**
+ * Markdown as HTML. Throws ServerError.
+ * @param {string} text
+ * @param {string} key
+ * @returns {Promise<{length: number, html: string}[]>}  blocks; `length`: of the text that one is made from
+ */
+export async function renderMarkdown(text, key) {
+  const response = await send("markdown", {
+    method: "POST",
+    headers: { "Content-Type": "application/json", ...headers(key) },
+    body: JSON.stringify({ text }),
+  });
+  return (await response.json()).blocks;
+}
+
 async function send(address, options) {
   let response;
   try {

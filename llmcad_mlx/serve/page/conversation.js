@@ -1,7 +1,7 @@
 // The conversation as it is shown: questions, answers, what an answer says about itself.
 
 import { summary } from "./figures.js";
-import { renderAnswer } from "./render.js";
+import { Rendering } from "./markdown.js";
 
 const NEAR = 60; // px from the end within which the view goes along with new text
 const byId = (id) => document.getElementById(id);
@@ -26,14 +26,16 @@ export function clearConversation() {
 /** One answer on the page. */
 export class AnswerView {
   #answer;
+  #rendering;
   #spoken = 0; // sections that the screen reader has been given
   #shownRound = null;
 
   /**
    * @param {import("./answer.js").Answer} answer
+   * @param {{value: string}} key  the API key
    * @param {{onToken: (round: number) => void, onRounds: () => void, onAgain: () => void}} actions
    */
-  constructor(answer, actions) {
+  constructor(answer, key, actions) {
     this.#answer = answer;
     this.element = make("article", "answer");
     this.element.setAttribute("aria-label", "Answer");
@@ -43,6 +45,7 @@ export class AnswerView {
     this.state.textContent = "Reading the prompt";
     this.element.append(this.text, this.state);
     this.actions = actions;
+    this.#rendering = new Rendering(this.text, answer, key, (change) => this.#grow(change));
     this.text.addEventListener("click", (event) => {
       const round = event.target.closest(".token")?.dataset.round;
       if (round !== undefined && getSelection().isCollapsed) actions.onToken(Number(round));
@@ -53,8 +56,12 @@ export class AnswerView {
 
   /** Show the text so far. */
   update() {
+    this.#rendering.update();
+  }
+
+  #grow(change) {
     const follows = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR;
-    renderAnswer(this.text, this.#answer);
+    change();
     this.#markRound();
     this.state.hidden = this.#answer.text !== "";
     this.#speak(this.text.children.length - 1); // the last one may still grow
@@ -62,8 +69,8 @@ export class AnswerView {
   }
 
   /** Nothing more comes. `note` says why, when it is not simply the end. */
-  finish(note) {
-    this.update();
+  async finish(note) {
+    await this.#rendering.flush();
     this.element.setAttribute("aria-busy", "false");
     this.#speak(this.text.children.length);
     this.state.className = "state";

@@ -67,9 +67,10 @@ def serve(
     """Serve OpenAI's HTTP API, and a page to chat on, until Ctrl-C."""
     from llmcad_mlx.api import Engine
     from llmcad_mlx.loader import load_pair
+    from llmcad_mlx.serve.limits import ServerSettings
     from llmcad_mlx.serve.prompt_cache import cache_limit
     from llmcad_mlx.serve.server import LlmServer
-    from llmcad_mlx.serve.settings import ServerSettings, public_name
+    from llmcad_mlx.serve.worker import public_name
     from llmcad_mlx.settings import MemoryOptions
     from llmcad_mlx.sizes import parse_size
 

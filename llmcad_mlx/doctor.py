@@ -139,7 +139,7 @@ def _examine_backend() -> _Backend:
         return _Backend(None, False, (f"mlx: does not work ({_line(error)}); install it again",))
     try:
         device = importlib.import_module("llmcad_mlx.loader").device_name()
-        wanted = importlib.import_module("llmcad_mlx.cpu.install").host_kernels_wanted()
+        wanted = importlib.import_module("llmcad_mlx.cpu").cpu_kernels_wanted()
     except Exception as error:
         return _Backend(None, False, (f"llmcad-mlx: does not load ({_line(error)}); install it again",))
     if not wanted:
@@ -155,6 +155,7 @@ def _examine_backend() -> _Backend:
 def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
     """The findings, or the problem in one line. Nothing is loaded from a bundle whose bytes were altered."""
     from llmcad_mlx.loader import load_tree_model
+    from llmcad_mlx.models.adapt import computes_in_float32
     from llmcad_mlx.store.pull import resolve_target
 
     try:
@@ -176,7 +177,7 @@ def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
         vocab_size=model.vocab_size,
         context_length=model.context_length,
         num_layers=len(model.layers),
-        num_host_layers=sum(hasattr(layer, "_host_block") for layer in model.layers),
+        num_host_layers=sum(map(computes_in_float32, model.layers)),
         weight_bytes=model.weight_bytes,
         load_s=time.perf_counter() - started - model.report.seconds,
         probe_s=model.report.seconds,

@@ -19,6 +19,7 @@ from llmcad_mlx.cli.completion import InstallCompletion, ShowCompletion, with_sh
 from llmcad_mlx.cli.convert import convert
 from llmcad_mlx.cli.doctor import doctor
 from llmcad_mlx.cli.generate import generate
+from llmcad_mlx.cli.options import with_options
 from llmcad_mlx.cli.plan import plan
 from llmcad_mlx.cli.pull import pull
 from llmcad_mlx.cli.serve import serve
@@ -47,7 +48,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     doctor: "Check this machine or a model.",
 }
 for command, in_short in COMMANDS.items():
-    app.command(short_help=in_short)(command)
+    app.command(short_help=in_short)(with_options(command))
 
 
 def _print_version(wanted: bool) -> None:

@@ -31,7 +31,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llmcad_mlx.serve.errors import JsonResponse
-from llmcad_mlx.serve.limits import ServerSettings, read_body
+from llmcad_mlx.serve.limits import read_body
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.protocol import read_record
 
 _INDEX = "index.html"

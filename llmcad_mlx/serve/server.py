@@ -18,8 +18,9 @@ from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.serve.app import Api
 from llmcad_mlx.serve.jobs import FairQueue, Job
-from llmcad_mlx.serve.limits import ServerSettings, protocol_with
+from llmcad_mlx.serve.limits import protocol_with
 from llmcad_mlx.serve.metrics import Metrics
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.prompt_cache import PromptCache
 from llmcad_mlx.serve.worker import Ending, ServedModel, Worker
 

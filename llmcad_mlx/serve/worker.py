@@ -149,8 +149,7 @@ class Generation:
 
     def _usage(self, reason: str) -> dict[str, Any]:
         options = self._job.request.options
-        told = {"seed": options.sampling.seed, "policy": options.speculation.policy}
-        report = generation_report(self._engine, "", self.tokens, reason, self.stats, told)
+        report = generation_report(self._engine, "", self.tokens, reason, self.stats, options)
         names = list(report)
         speculation = {name: report[name] for name in names[names.index(_REPORT_FROM) :]}
         prompt, completion = self.stats.prompt_tokens, len(self.tokens)

@@ -20,7 +20,7 @@ from llmcad_mlx.loader import load_pair
 from llmcad_mlx.serve.answers import PartMaker, ToolListener
 from llmcad_mlx.serve.errors import ApiError
 from llmcad_mlx.serve.jobs import FairQueue, Job, QueueClosedError, QueueFullError, RoundEvent, TokenEvent
-from llmcad_mlx.serve.limits import ServerSettings
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.prompt_cache import PromptCache, cache_limit
 from llmcad_mlx.serve.protocol import GenerationRequest, RequestReader
 from llmcad_mlx.serve.worker import public_name

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from llmcad_mlx import Engine, load
 from llmcad_mlx.api import Response
-from llmcad_mlx.serve.limits import ServerSettings
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.server import LlmServer
 
 NAME = "tiny"

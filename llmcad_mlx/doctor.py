@@ -121,7 +121,7 @@ def _examine_backend() -> tuple[str | None, bool, str | None]:
     try:
         importlib.import_module("llmcad_mlx.loader")  # and with it all that a model needs
         device = importlib.import_module("llmcad_mlx.store.names").device_name()
-        wanted = importlib.import_module("llmcad_mlx.cpu.install").host_kernels_wanted()
+        wanted = importlib.import_module("llmcad_mlx.cpu").cpu_kernels_wanted()
     except Exception as error:
         return None, False, f"llmcad-mlx: does not load ({_line(error)}); install it again"
     try:
@@ -135,6 +135,7 @@ def _examine_backend() -> tuple[str | None, bool, str | None]:
 def _examine_model(name: str, show_progress: bool) -> ModelFindings:
     """Raises what loading raises. Nothing is loaded from a bundle whose bytes were altered."""
     from llmcad_mlx.loader import load_tree_model
+    from llmcad_mlx.models.adapt import computes_in_float32
     from llmcad_mlx.store.pull import resolve_target
 
     path = resolve_target(name, show_progress)
@@ -151,7 +152,7 @@ def _examine_model(name: str, show_progress: bool) -> ModelFindings:
         vocab_size=model.vocab_size,
         context_length=model.context_length,
         num_layers=len(model.layers),
-        num_host_layers=sum(hasattr(layer, "_host_block") for layer in model.layers),
+        num_host_layers=sum(map(computes_in_float32, model.layers)),
         weight_bytes=model.weight_bytes,
         load_s=time.perf_counter() - started - model.report.seconds,
         probe_s=model.report.seconds,

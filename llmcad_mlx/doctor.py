@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,8 +18,6 @@ from packaging.specifiers import SpecifierSet
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.machine import Machine, this_machine
 from llmcad_mlx.store.cache_folder import home_folder
-
-_DISTRIBUTION = "llmcad-mlx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis
 def supported_versions(package: str) -> str:
     """The versions of `package` that this one was tested with, from its own metadata; "" if it says nothing."""
     with suppress(PackageNotFoundError):
-        for requirement in map(Requirement, requires(_DISTRIBUTION) or ()):
+        for requirement in map(Requirement, requires("llmcad-mlx") or ()):
             if requirement.name == package and (requirement.marker is None or requirement.marker.evaluate()):
                 return str(requirement.specifier)
     return ""
@@ -167,9 +166,7 @@ def _verify(path: Path, show_progress: bool) -> bool:
     bundle = read_bundle(path)
     if bundle is None:
         return False
-    progress = progress_for(show_progress)
-    if not progress.bars:
-        progress = progress_for(False)  # a problem stays one line
+    progress = progress_for(show_progress and sys.stderr.isatty())  # elsewhere a problem stays one line
     done = 0
     with progress.stage(f"checking {path.name}", bundle.num_bytes) as advance:
 

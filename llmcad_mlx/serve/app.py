@@ -33,12 +33,12 @@ from llmcad_mlx.serve.errors import (
     queue_full,
     shutting_down,
 )
-from llmcad_mlx.serve.job import Job
-from llmcad_mlx.serve.limits import FairQueue, Gate, QueueClosedError, QueueFullError, read_body
+from llmcad_mlx.serve.jobs import FairQueue, Job, QueueClosedError, QueueFullError
+from llmcad_mlx.serve.limits import Gate, read_body
 from llmcad_mlx.serve.metrics import CONTENT_TYPE, Metrics
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.page import page_routes
 from llmcad_mlx.serve.protocol import GenerationRequest, RequestReader, refused
-from llmcad_mlx.serve.settings import ServerSettings
 from llmcad_mlx.serve.worker import ServedModel, Worker
 
 _MOST_RETRY_S = 60

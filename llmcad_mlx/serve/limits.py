@@ -1,10 +1,7 @@
-"""uvicorn's HTTP protocol, with a limit on how long a request's head may take.
+"""What every request has to pass.
 
-Its own limits: the size of a head, and how long a connection may idle between two requests.
-
-A bounded queue that takes turns between clients.
-
-What every request passes: host, key, counting, and a last net that lets no traceback out.
+A gate that checks Host and key, counts, and lets no traceback out; a body limited in size and time; and uvicorn's
+HTTP protocol, with a limit on how long a request's head may take.
 """
 
 from __future__ import annotations
@@ -13,13 +10,9 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
-import json
 import logging
 import secrets
-import threading
-from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Collection
-from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 import h11
@@ -28,83 +21,62 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llmcad_mlx.serve.errors import ApiError, bad_request, error_response, internal_error
+from llmcad_mlx.serve.errors import ApiError, bad_request, error_response, internal_error, to_json
 from llmcad_mlx.serve.metrics import Metrics
-from llmcad_mlx.serve.settings import ServerSettings
+from llmcad_mlx.serve.options import ServerSettings
 
-Item = TypeVar("Item")
-
-
-class QueueFullError(Exception):
-    """No place is free for this client."""
+_MOST_DISCARDED = 64 << 20
+_DISCARDING_S = 1.0
+_CLOSE = {"Connection": "close"}  # the rest of such a body is not worth reading
 
 
-class QueueClosedError(Exception):
-    """Nothing is taken any more."""
+async def read_body(request: Request, settings: ServerSettings) -> bytes:
+    """The body of a request that says it is JSON.
 
-
-class FairQueue(Generic[Item]):
-    """Items of several clients, handed out round robin: one from each client that has any, then the next.
-
-    Safe to use from several threads. `limit`: most items that wait. One client may hold half of the places (but
-    always one), so that a client with many requests leaves room for the others.
+    Raises ApiError: 408 for a body that comes too slowly, 413 for one that is too large, 415 for another content
+    type (which also keeps web pages of other origins out: their plain forms cannot send JSON).
     """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise ApiError(415, "send the request with Content-Type: application/json", code="content_type")
+    limit = settings.max_body_bytes
+    body = bytearray()
+    pieces = request.stream()
+    if int(request.headers.get("content-length", "0")) > limit:  # a number: h11 lets nothing else through
+        await _discard(pieces)
+        raise _too_large(limit)
+    try:
+        async with asyncio.timeout(settings.body_s):
+            async for piece in pieces:
+                body += piece
+                if len(body) > limit:
+                    await _discard(pieces)
+                    raise _too_large(limit)
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the request's body did not arrive within {settings.body_s:g} s",
+            code="slow_body",
+            headers=_CLOSE,
+        ) from None
+    except ClientDisconnect:
+        raise bad_request("the request's body ended early") from None
+    return bytes(body)
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._per_client = max(1, limit // 2)
-        self._waiting: OrderedDict[str, deque[Item]] = OrderedDict()
-        self._changed = threading.Condition()
-        self._closed = False
 
-    def __len__(self) -> int:
-        with self._changed:
-            return self._size()
+async def _discard(pieces: AsyncIterator[bytes]) -> None:
+    """Read on a little: an answer to a client that still sends would be lost when the connection closes."""
+    left = _MOST_DISCARDED
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARDING_S):
+            async for piece in pieces:
+                left -= len(piece)
+                if left < 0:
+                    return
 
-    def _size(self) -> int:
-        return sum(map(len, self._waiting.values()))
 
-    def put(self, client: str, item: Item) -> None:
-        """Add at the end of the client's line. Raises QueueFullError or QueueClosedError."""
-        with self._changed:
-            if self._closed:
-                raise QueueClosedError
-            if self._size() >= self._limit or len(self._waiting.get(client, ())) >= self._per_client:
-                raise QueueFullError
-            self._waiting.setdefault(client, deque()).append(item)
-            self._changed.notify()
-
-    def take(self) -> Item | None:
-        """Wait for the next item; None once the queue is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting)
-            if self._closed:
-                return None
-            client, line = self._waiting.popitem(last=False)
-            item = line.popleft()
-            if line:
-                self._waiting[client] = line  # at the end: the others come first
-            return item
-
-    def remove(self, client: str, item: Item) -> bool:
-        """Take an item out before its turn; False when its turn has come already."""
-        with self._changed:
-            line = self._waiting.get(client)
-            if line is None or item not in line:
-                return False
-            line.remove(item)
-            if not line:
-                del self._waiting[client]
-            return True
-
-    def close(self) -> list[Item]:
-        """End: `take` returns None from now on. Returns what was still waiting."""
-        with self._changed:
-            self._closed = True
-            left = [item for line in self._waiting.values() for item in line]
-            self._waiting.clear()
-            self._changed.notify_all()
-            return left
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
 
 
 _log = logging.getLogger(__name__)
@@ -179,64 +151,9 @@ def _is_local(host: str | None) -> bool:
         return False
 
 
-_MOST_DISCARDED = 64 << 20
-_DISCARDING_S = 1.0
-_CLOSE = {"Connection": "close"}  # the rest of such a body is not worth reading
-
-
-async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """The body of a request that says it is JSON.
-
-    Raises ApiError: 408 for a body that comes too slowly, 413 for one that is too large, 415 for another content
-    type (which also keeps web pages of other origins out: their plain forms cannot send JSON).
-    """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise ApiError(415, "send the request with Content-Type: application/json", code="content_type")
-    limit = settings.max_body_bytes
-    body = bytearray()
-    pieces = request.stream()
-    if int(request.headers.get("content-length", "0")) > limit:  # a number: h11 lets nothing else through
-        await _discard(pieces)
-        raise _too_large(limit)
-    try:
-        async with asyncio.timeout(settings.body_s):
-            async for piece in pieces:
-                body += piece
-                if len(body) > limit:
-                    await _discard(pieces)
-                    raise _too_large(limit)
-    except TimeoutError:
-        raise ApiError(
-            408,
-            f"the request's body did not arrive within {settings.body_s:g} s",
-            code="slow_body",
-            headers=_CLOSE,
-        ) from None
-    except ClientDisconnect:
-        raise bad_request("the request's body ended early") from None
-    return bytes(body)
-
-
-async def _discard(pieces: AsyncIterator[bytes]) -> None:
-    """Read on a little: an answer to a client that still sends would be lost when the connection closes."""
-    left = _MOST_DISCARDED
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DISCARDING_S):
-            async for piece in pieces:
-                left -= len(piece)
-                if left < 0:
-                    return
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
-
-
 def _refusal(status: bytes, message: str, code: str) -> bytes:
     """A whole answer, for what never becomes a request."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
+    body = to_json(bad_request(message, code=code).body)
     head = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     return head % (status, len(body)) + body
 

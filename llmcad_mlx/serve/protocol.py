@@ -32,7 +32,7 @@ from llmcad_mlx import __version__
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt
 from llmcad_mlx.serve.errors import ApiError, bad_request
-from llmcad_mlx.serve.settings import ServerSettings
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.settings import GenerationOptions, PolicyName
 
 Kind = Literal["chat", "completion"]

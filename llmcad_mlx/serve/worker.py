@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,20 @@ from llmcad_mlx.machine import peak_rss_bytes
 from llmcad_mlx.report import generation_report
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.serve.errors import ApiError, internal_error, shutting_down
-from llmcad_mlx.serve.job import FailedEvent, FinishedEvent, Job, PromptEvent, RoundEvent, TokenEvent, TokenLogprob
-from llmcad_mlx.serve.limits import FairQueue
+from llmcad_mlx.serve.jobs import (
+    FailedEvent,
+    FairQueue,
+    FinishedEvent,
+    Job,
+    PromptEvent,
+    RoundEvent,
+    TokenEvent,
+    TokenLogprob,
+)
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.prompt_cache import PromptCache
 from llmcad_mlx.serve.protocol import refused
-from llmcad_mlx.serve.settings import public_name
+from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import COMMITTED, DROPPED, ROOT
 
 _REPORT_FROM = "seed"  # the report's keys before it are said elsewhere in OpenAI's answer
@@ -296,3 +305,16 @@ def _told(error: Exception) -> ApiError:
     error_id = secrets.token_hex(4)
     _log.error("internal error %s", error_id, exc_info=error)
     return internal_error(error_id)
+
+
+def public_name(name: str | None) -> str:
+    """A preset's or repository's name as it is, a local file or folder by its last part; None: the default target.
+
+    A prefix like "4bit:" stays.
+    """
+    if name is None:
+        return DEFAULT_PRESET
+    head, colon, rest = name.rpartition(":")
+    path = Path(rest).expanduser()
+    is_local = path.is_absolute() or rest.startswith(("~", ".")) or path.exists()
+    return f"{head}{colon}{path.resolve().name or 'model'}" if is_local else name

@@ -34,10 +34,9 @@ from llmcad_mlx.models.probe import cached_probe, probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import provisional_nodes
 from llmcad_mlx.settings import MemoryOptions
-from llmcad_mlx.store.cache_folder import home_folder
-from llmcad_mlx.store.choice import Conditions
-from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
-from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.store import home_folder
+from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, pair_profile_path
+from llmcad_mlx.store.profile import Conditions, PairProfile
 from llmcad_mlx.store.pull import TABLE_SUFFIX
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
 from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
@@ -170,7 +169,7 @@ class LoadedPair:
 class PlannedPair:
     """A pair with its memory plan; of the target's large weights nothing is in memory yet."""
 
-    names: PairNames
+    names: PairPaths
     options: MemoryOptions
     prepared: Prepared
     drafters: list[Drafter]
@@ -210,14 +209,14 @@ def load_pair(
     return load_names(names, options)
 
 
-def load_names(names: PairNames, options: MemoryOptions) -> LoadedPair:
+def load_names(names: PairPaths, options: MemoryOptions) -> LoadedPair:
     """Load and check what `find_pair` has found."""
     if is_planned([names], options):
         return plan_pair(names, options).build()
     return SharedTarget(names.target_path).pair(names)
 
 
-def is_planned(pairs: Sequence[PairNames], options: MemoryOptions) -> bool:
+def is_planned(pairs: Sequence[PairPaths], options: MemoryOptions) -> bool:
     """Whether a memory plan is needed to load the target that `pairs` have in common with all their drafts."""
     return options.asks_for_streaming or _budget(pairs, options) is not None
 
@@ -230,14 +229,14 @@ class SharedTarget:
         self._loaded, self._model = load_tree_model(folder)
         self._target = ResidentTarget(self._model, real_tokens(self._loaded, self._model))
 
-    def pair(self, names: PairNames) -> LoadedPair:
+    def pair(self, names: PairPaths) -> LoadedPair:
         """The target with the draft of `names`. Raises ModelError or VocabularyError for an unfit draft."""
         options, loaded, model = MemoryOptions(), self._loaded, self._model
         drafters = _drafters(names, options, loaded, model, self._target.vocab_size)
         return _pair(names, options, self._target, drafters, loaded, model.context_length, None)
 
 
-def plan_pair(names: PairNames, options: MemoryOptions) -> PlannedPair:
+def plan_pair(names: PairPaths, options: MemoryOptions) -> PlannedPair:
     """Load all but the target's large weights, measure what is taken, and plan the rest.
 
     Raises BudgetError naming the smallest budget that works, UsageError when weights without checksums are to be
@@ -255,7 +254,7 @@ def plan_pair(names: PairNames, options: MemoryOptions) -> PlannedPair:
 
 
 def _pair(
-    names: PairNames,
+    names: PairPaths,
     options: MemoryOptions,
     target: ResidentTarget,
     drafters: list[Drafter],
@@ -280,7 +279,7 @@ def _pair(
 
 
 def _drafters(
-    names: PairNames, options: MemoryOptions, target: LoadedModel, model: TreeModel, vocab_size: int
+    names: PairPaths, options: MemoryOptions, target: LoadedModel, model: TreeModel, vocab_size: int
 ) -> list[Drafter]:
     if names.draft_name == NO_DRAFT:
         return []
@@ -298,7 +297,7 @@ def _bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def _budget(pairs: Sequence[PairNames], options: MemoryOptions) -> int | None:
+def _budget(pairs: Sequence[PairPaths], options: MemoryOptions) -> int | None:
     """What was asked for; else None where all models fit into memory, else what they may use of it."""
     if options.memory is not None:
         return options.memory

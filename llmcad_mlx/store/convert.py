@@ -1,14 +1,13 @@
 """From whatever holds a model to a bundle: GGUF files, mlx-lm's and Hugging Face's folders, presets, repositories.
 
-Of a folder, tensors that the model uses as the files hold them are copied as bytes. The others (quantised now, or
-renamed and stacked by mlx-lm) are computed one after the other from lazily loaded arrays, so never more than a layer
-of the model is in memory.
+Of a folder, tensors that the model uses as the files hold them are copied as bytes. The others (quantised now,
+or renamed and stacked by mlx-lm) are computed one after the other from lazily loaded arrays, so never more than
+a layer of the model is in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import shutil
 from collections.abc import Iterator

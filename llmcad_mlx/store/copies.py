@@ -1,4 +1,4 @@
-"""Drafts derived from a model: in fewer bits, or with a smaller output vocabulary. Made once, kept in the cache folder.
+"""Drafts derived from a model, in fewer bits or with a smaller output vocabulary, made once and kept.
 
 "self:4" is the target in 4 bits (SubSpec, arXiv 2509.18344), "4bit:DRAFT" is DRAFT in 4 bits, and
 "trimmed:8192:DRAFT" proposes only the 8192 most usual tokens. DRAFT is whatever else names a draft model, a
@@ -146,7 +146,7 @@ def _state(source: Path) -> str:
     return _digest("\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats))
 
 
-# --- fewer bits ---------------------------------------------------------------------------------------------------
+# --- fewer bits ---------------------------------------------------------------------------------------------
 
 
 def stored_bits(loaded: LoadedModel) -> int:
@@ -187,15 +187,16 @@ def _write_quantised(source: Path, folder: Path, bits: int, name: str, progress:
     write_weights(source, folder, weights, f"{source.name} in {bits} bits", progress)
 
 
-# --- fewer tokens -------------------------------------------------------------------------------------------------
+# --- fewer tokens -------------------------------------------------------------------------------------------
 
 
 def usual_tokens(tokenizer: Any, num_tokens: int, counts: npt.NDArray[np.int64] | None = None) -> TokenList:
     """The `num_tokens` tokens of mlx-lm's `tokenizer` that are worth a row, ascending; special ones among them.
 
-    counts: (V,) occurrences in a corpus, of the target's own text at best. Of tokens that are equally frequent, and
-    without counts of all, the lowest ids are taken: tokenizers number tokens by how frequent they were in what they
-    were trained on. Raises UsageError where `num_tokens` is more than there are or leaves special ones no room.
+    counts: (V,) occurrences in a corpus, of the target's own text at best. Of tokens that are equally frequent,
+    and without counts of all, the lowest ids are taken: tokenizers number tokens by how frequent they were in
+    what they were trained on. Raises UsageError where `num_tokens` is more than there are or leaves special ones
+    no room.
     """
     counts = np.zeros(num_ids(tokenizer), np.int64) if counts is None else counts.copy()
     special = {int(token) for token in (*tokenizer.eos_token_ids, *tokenizer.all_special_ids)}

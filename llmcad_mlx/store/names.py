@@ -10,10 +10,11 @@ import mlx.core as mx
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.progress import progress_for
 from llmcad_mlx.store.copies import DerivedDraft
-from llmcad_mlx.store.presets import NGRAM as NGRAM_DRAFT
+from llmcad_mlx.store.presets import NGRAM
 from llmcad_mlx.store.profile import Conditions, find_choice, profile_path
 from llmcad_mlx.store.pull import DEFAULT_PRESET, preset_draft, resolve_draft, resolve_target
 
+NGRAM_DRAFT = NGRAM
 NO_DRAFT = "none"
 AUTO_DRAFT = "auto"
 
@@ -62,11 +63,12 @@ def pair_with_draft(target_path: Path, draft: str | None, show_progress: bool) -
     derived = DerivedDraft.parse(draft)
     if derived is None:
         return PairPaths(target_path, draft, resolve_draft(draft, show_progress))
-    source: Path | None = target_path
+    source = target_path
     if derived.source is not None:
-        source = pair_with_draft(target_path, derived.source, show_progress).draft_path
-        if source is None or not source.is_dir():
+        path = pair_with_draft(target_path, derived.source, show_progress).draft_path
+        if path is None or not path.is_dir():
             raise UsageError(f"draft: {derived.source} is no draft model; leave {derived.prefix!r} out")
+        source = path
     return PairPaths(target_path, draft, derived.make(source, progress_for(show_progress)))
 
 

@@ -159,7 +159,7 @@ def _mirror(where: str, table: object) -> Mirror:
 def _entries(
     where: str, table: object, *keys: str, optional: Sequence[str] = (), nested: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The entries of a TOML table: all of `keys`, perhaps some of the others, and no more. `nested` are not checked."""
+    """All of `keys`, perhaps some of the others, and no more. `nested` ones are checked by the caller."""
     if not isinstance(table, Mapping):
         raise PresetError(f"presets.toml: {where} is not a table")
     for key in (*keys, *(key for key in optional if key in table)):

@@ -1,9 +1,9 @@
 """What was learned about models on this machine, kept between runs; none of it affects the text.
 
-Of a pair: step times and calibration, in `profiles/<models and device>.json` of the cache folder. Of a target: the
-draft that `llmcad-mlx tune` chose, which is what `--draft auto` means from then on. It stands in the profile of the
-target's bundle under "drafts"; for a target that is none, or that cannot be written, in `profiles/drafts-<target>.json`.
-A list, the newest last:
+Of a pair: step times and calibration, in `profiles/<models and device>.json` of the cache folder. Of a target:
+the draft that `llmcad-mlx tune` chose, which is what `--draft auto` means from then on. It stands in the profile
+of the target's bundle under "drafts"; for a target that is none, or that cannot be written, in
+`profiles/drafts-<target>.json`. A list, the newest last:
 ```
 {"draft": "ngram", "device": "cpu", "memory": null, "pinned": null, "read_bandwidth": null, "tokens_per_s": 70.1}
 ```

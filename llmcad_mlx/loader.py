@@ -41,7 +41,7 @@ from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.store.pull import TABLE_SUFFIX
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
 from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 
 
 def load_tree_model(
@@ -137,7 +137,7 @@ def conditions(options: MemoryOptions) -> Conditions:
 class LoadedPair:
     """A target, its drafters and what belongs to them."""
 
-    target: ResidentTarget
+    target: Target
     drafters: list[Drafter]
     tokenizer: Any
     """mlx-lm's TokenizerWrapper."""
@@ -181,17 +181,16 @@ class PlannedPair:
     def build(self) -> LoadedPair:
         """Bring in the weights that the plan pins, and begin to read the others."""
         rate = self.options.read_bandwidth
-        target = self.prepared.build(
-            self.plan,
-            self.vocab_size,
-            lambda storage: storage if rate is None else ThrottledStorage(storage, rate),
+        feed = self.prepared.build(
+            self.plan, lambda storage: storage if rate is None else ThrottledStorage(storage, rate)
         )
+        target = Target(self.prepared.model, self.vocab_size, feed, self.plan.prefill_chunk)
         if self.plan.budget_bytes is not None:
             self._make_room(target)
         context = min(self.plan.context, self.prepared.model.context_length or self.plan.context)
         return _pair(self.names, self.options, target, self.drafters, self.prepared.loaded, context, self.plan)
 
-    def _make_room(self, target: ResidentTarget) -> None:
+    def _make_room(self, target: Target) -> None:
         """Let caches take at once what the plan has put aside for them."""
         room = self.plan.context + self.plan.max_nodes
         drafted = self.plan.context + provisional_nodes(self.plan.max_nodes)
@@ -228,7 +227,7 @@ class SharedTarget:
     def __init__(self, folder: Path) -> None:
         """Raises ModelError for a folder that cannot be loaded."""
         self._loaded, self._model = load_tree_model(folder)
-        self._target = ResidentTarget(self._model, real_tokens(self._loaded, self._model))
+        self._target = Target(self._model, real_tokens(self._loaded, self._model))
 
     def pair(self, names: PairNames) -> LoadedPair:
         """The target with the draft of `names`. Raises ModelError or VocabularyError for an unfit draft."""
@@ -257,7 +256,7 @@ def plan_pair(names: PairNames, options: MemoryOptions) -> PlannedPair:
 def _pair(
     names: PairNames,
     options: MemoryOptions,
-    target: ResidentTarget,
+    target: Target,
     drafters: list[Drafter],
     loaded: LoadedModel,
     context: int | None,

@@ -366,7 +366,7 @@ def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
     assert len(turns) == turns[0]
     assert {run.place.repetition for run in outcome.runs} == {0, 1}
     assert stage.opened.count(NEAR) == 2
-    assert outcome.seats[NEAR].profile.calibration.probability(0.9, MODEL) != 0.9
+    assert outcome.seats[NEAR].profile.calibration.probabilities([0.9], MODEL)[0] != 0.9
 
 
 # -- candidates that fail --------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from llmcad_mlx.cpu.install import prepare_for_host
+from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
@@ -32,7 +32,6 @@ from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.files.bundle import Bundle, read_bundle, verify_bundle
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
 from llmcad_mlx.memory.plan import MemoryNeeds, MemoryPlan, default_budget, make_plan
-from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
 from llmcad_mlx.models.draft_folder import check_token_list
 from llmcad_mlx.models.folder import LoadedModel, load_model_folder
@@ -55,7 +54,7 @@ def load_tree_model(
 ) -> tuple[LoadedModel, TreeModel]:
     """Load one folder and find out what the model can do. like, alone: see `load_model_folder`."""
     loaded = load_model_folder(path, like=like, alone=alone)
-    prepare_for_host(loaded.model)
+    prepare_for_device(loaded.model)
     report = cached_probe(loaded.model, loaded.config, probe_folder(), probe)
     return loaded, TreeModel(loaded.model, loaded.config, report)
 
@@ -248,11 +247,10 @@ class PlannedPair:
         """Let caches take at once what the plan has put aside for them."""
         room = self.plan.context + self.plan.max_nodes
         drafted = self.plan.context + provisional_nodes(self.plan.max_nodes)
-        caches = [(target.cache, room)]
-        caches += [(drafter.cache, drafted) for drafter in self.drafters if isinstance(drafter, ModelDrafter)]
-        for cache, num_slots in caches:
-            if isinstance(cache, LazyKVCache):
-                cache.expected_slots = num_slots
+        target.cache.reserve(room)
+        for drafter in self.drafters:
+            if isinstance(drafter, ModelDrafter):
+                drafter.cache.reserve(drafted)
 
 
 def load_pair(

@@ -1,16 +1,42 @@
-"""A generation as the JSON object of the command line's contract."""
+"""The figures of a generation: as the JSON object of the command line's contract, as lines, and as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+from rich.table import Table
 
-from llmcad_mlx.api import Engine
+from llmcad_mlx.api import Engine, Response
 from llmcad_mlx.machine import peak_rss_bytes
 from llmcad_mlx.results import GenerationStats
+from llmcad_mlx.settings import GenerationOptions
+from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name
+
+
+@dataclass(slots=True)
+class Answer:
+    """What was generated so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    finish_reason: str = "interrupted"
+    stats: GenerationStats = field(default_factory=GenerationStats)
+
+    def add(self, response: Response) -> None:
+        """Take the next token."""
+        self.tokens.append(response.token)
+        self.pieces.append(response.text)
+        self.finish_reason = response.finish_reason or self.finish_reason
+        self.stats = response.stats or self.stats
+
+    def report(self, engine: Engine, options: GenerationOptions) -> dict[str, Any]:
+        """As `generation_report`."""
+        text = "".join(self.pieces)
+        return generation_report(engine, text, self.tokens, self.finish_reason, self.stats, options)
 
 
 def generation_report(
@@ -19,7 +45,7 @@ def generation_report(
     tokens: Sequence[int],
     finish_reason: str | None,
     stats: GenerationStats,
-    options: Mapping[str, Any],
+    options: GenerationOptions,
 ) -> dict[str, Any]:
     """All keys of the contract. Bytes in bytes, times in seconds; a budget of null means no limit was set."""
     plan = engine.pair.plan
@@ -29,8 +55,8 @@ def generation_report(
         "finish_reason": finish_reason,
         "prompt_tokens": stats.prompt_tokens,
         "generated_tokens": len(tokens),
-        "seed": options.get("seed", 0),
-        "policy": options.get("policy", "throughput"),
+        "seed": options.sampling.seed,
+        "policy": options.speculation.policy,
         "device": device_name(),
         "emulated": engine.pair.options.read_bandwidth is not None,
         "target_passes": stats.target_passes,
@@ -52,3 +78,68 @@ def generation_report(
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_mlx_bytes": mx.get_peak_memory(),
     }
+
+
+def closing_lines(engine: Engine, stats: GenerationStats) -> list[str]:
+    """Tokens/s, tokens per pass, acceptance and passes; under a plan also what was pinned, streamed and hidden."""
+    plan = engine.pair.plan
+    lines = [
+        f"[prompt {stats.prompt_tokens} tokens, {stats.prompt_tokens_per_s:.0f} tokens/s; "
+        f"generated {stats.generated_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s; "
+        f"{stats.tokens_per_pass:.2f} tokens per pass, {stats.target_passes} target passes, "
+        f"acceptance {stats.acceptance_rate:.0%}]"
+    ]
+    if plan is not None:
+        lines += [
+            f"[memory {_memory(engine)}; target: {format_size(plan.pinned_bytes)} pinned, "
+            f"{format_size(plan.streamed_bytes)} streamed per pass, "
+            f"{format_size(stats.streamed_bytes)} in all{_emulated(engine, ';')}]",
+            f"[drafted {stats.drafted}, of them {stats.provisional} while weights loaded; tested {stats.tested}; "
+            f"accepted {stats.accepted}; drafting survived {stats.survived} of {stats.target_passes} passes; "
+            f"waited {stats.io_wait_s:.1f} of {stats.decode_s:.1f} s]",
+        ]
+    return lines
+
+
+def status_line(engine: Engine, stats: GenerationStats | None) -> str:
+    """Tokens/s, tokens per pass, and peak memory against the budget."""
+    speed = (
+        ""
+        if stats is None
+        else f"{stats.tokens_per_s:.1f} tokens/s · {stats.tokens_per_pass:.2f} tokens per pass · "
+    )
+    return f"{speed}memory {_memory(engine)}"
+
+
+def stats_table(engine: Engine, stats: GenerationStats) -> Table:
+    """What an answer took, a row for each subject."""
+    rows = {
+        "prompt": f"{stats.prompt_tokens} tokens, {stats.reused_tokens} of them read before; "
+        f"{stats.prompt_s:.2f} s",
+        "answer": f"{stats.generated_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s",
+        "target passes": f"{stats.target_passes}, {stats.tokens_per_pass:.2f} tokens per pass",
+        "draft": f"{stats.drafted} drafted, {stats.tested} tested, {stats.accepted} accepted; "
+        f"acceptance rate {stats.acceptance_rate:.0%}",
+        "time": f"{stats.decode_s:.2f} s: drafting {stats.draft_s - stats.hidden_draft_s:.2f}, verifying "
+        f"{stats.verify_s:.2f}, waiting for weights {stats.io_wait_s:.2f}",
+        "memory": f"{_memory(engine)} at most",
+    }
+    if stats.streamed_bytes:
+        rows["streamed"] = f"{format_size(stats.streamed_bytes)}{_emulated(engine, ',')}"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _memory(engine: Engine) -> str:
+    """The process's peak, and what it may use where that is limited."""
+    plan = engine.pair.plan
+    budget = "" if plan is None or plan.budget_bytes is None else f" of {format_size(plan.budget_bytes)}"
+    return format_size(peak_rss_bytes()) + budget
+
+
+def _emulated(engine: Engine, mark: str) -> str:
+    """That slower storage was emulated, after a `mark`; "" where it was not."""
+    rate = engine.pair.options.read_bandwidth
+    return "" if rate is None else f"{mark} reads emulated at {format_size(round(rate))}/s"

@@ -169,6 +169,14 @@ class GenerationOptions:
             StopSettings.of(**{name: value for name, value in options.items() if name in _STOPPING}),
         )
 
+    def keywords(self) -> dict[str, Any]:
+        """The keywords from which `of` makes these options, all of them."""
+        sampling = {name: getattr(self.sampling, name) for name in _SAMPLING}
+        speculation = {name: getattr(self.speculation, name) for name in _SPECULATION}
+        stop, stop_tokens = self.stopping.stop_strings, self.stopping.stop_tokens
+        stopping = {"max_tokens": self.stopping.max_tokens, "stop": stop, "stop_tokens": stop_tokens}
+        return sampling | speculation | stopping
+
 
 _SAMPLING = frozenset(field.name for field in fields(SamplingSettings))
 _SPECULATION = frozenset(field.name for field in fields(SpeculationSettings))

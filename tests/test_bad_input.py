@@ -12,6 +12,7 @@ import pytest
 
 from llmcad_mlx import Engine, ModelError, UsageError, VocabularyError, load
 from llmcad_mlx.cli.main import run
+from llmcad_mlx.settings import GenerationOptions
 from tests.support.tiny_folder import change_config, copy_folder, make_folder, poison, tiny_environment
 
 FAILED, USAGE = 1, 2
@@ -253,9 +254,7 @@ def test_options_out_of_range_in_python(engine: Engine, option: str, value: Any)
 
 
 def test_every_option_is_tested_for_its_range() -> None:
-    from llmcad_mlx.api import _SAMPLING, _SPECULATION, _STOPPING
-
-    assert set(OUT_OF_RANGE) == _SAMPLING | _SPECULATION | _STOPPING
+    assert set(OUT_OF_RANGE) == set(GenerationOptions().keywords())
 
 
 def test_unknown_options_in_python(engine: Engine) -> None:

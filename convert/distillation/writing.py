@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from llmcad_mlx.models.cache import LazyKVCache
+from llmcad_mlx.models.cache import ModelCache
 from llmcad_mlx.models.forward import body_of
 from llmcad_mlx.models.tree_model import TreeModel
 
@@ -100,7 +100,6 @@ class Writer:
         """Append up to `max_tokens` tokens to each text, until a stop token or a loop. on_tokens counts them."""
         rng = np.random.default_rng(seed)
         cache = self.model.new_cache()
-        assert isinstance(cache, LazyKVCache)
         with tapped(self._points) as taps:
             tips = self._begin(cache, texts, taps)
             logits = np.stack([row for _, row in tips])
@@ -122,7 +121,7 @@ class Writer:
                 self._keep(taps, live)
 
     def _begin(
-        self, cache: LazyKVCache, texts: Sequence[Text], taps: dict[str, list[mx.array]]
+        self, cache: ModelCache, texts: Sequence[Text], taps: dict[str, list[mx.array]]
     ) -> list[tuple[int, npt.NDArray[np.float32]]]:
         """Feed what is given; returns each text's last slot and the logits after it."""
         common = _common_prefix([text.tokens for text in texts])
@@ -145,7 +144,7 @@ class Writer:
         return tips
 
     def _feed(
-        self, cache: LazyKVCache, texts: Sequence[Text], common: int, taps: dict[str, list[mx.array]]
+        self, cache: ModelCache, texts: Sequence[Text], common: int, taps: dict[str, list[mx.array]]
     ) -> list[tuple[int, npt.NDArray[np.float32]]]:
         tokens, parents, ends = [], [], []
         first = cache.num_slots

@@ -1,26 +1,14 @@
-"""The line that people type into, by prompt-toolkit: history, many lines, completion, a status line below.
-
-The commands of a chat: their names, what they take, and what a line means.
-"""
+"""What a typed line means: the commands of a chat, and the settings that `/set` changes."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from pathlib import Path
+from typing import Any
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
-from prompt_toolkit.document import Document
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.styles import Style
-
-from llmcad_mlx.chat.settings import COLOUR, OPTIONS
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.settings import GenerationOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +34,13 @@ COMMANDS: tuple[Command, ...] = (
     Command("tree", "", "the token tree of the last round"),
     Command("quit", "", "end the chat (also Ctrl-D)"),
 )
-
-_OTHER_NAMES: Mapping[str, str] = {"exit": "quit", "bye": "quit", "?": "help"}
-"""What other chats call them."""
-
 KEYS = (
     "Enter sends; Esc Enter or Alt-Enter begins a new line, pasted lines stay together.",
     "Tab completes commands, Up and Down go through what was typed before.",
     "Ctrl-C stops an answer, which stays in the conversation as far as it got.",
     "A message that begins with / is sent with a blank before it.",
 )
+_OTHER_COMMAND_NAMES = {"exit": "quit", "bye": "quit", "?": "help"}  # as in other chats
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +56,7 @@ def parse(line: str) -> Call | None:
     if not line.startswith("/"):
         return None
     name, _, argument = line[1:].strip().partition(" ")
-    name, argument = _OTHER_NAMES.get(name, name), argument.strip()
+    name, argument = _OTHER_COMMAND_NAMES.get(name, name), argument.strip()
     command = next((command for command in COMMANDS if command.name == name), None)
     if command is None:
         near = get_close_matches(name, [command.name for command in COMMANDS], 1, 0.5)
@@ -84,85 +69,74 @@ def parse(line: str) -> Call | None:
     return Call(name, argument)
 
 
-_STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"})
+COLOUR = "colour"
+SETTINGS: Mapping[str, type] = {
+    "temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float, "presence_penalty": float,
+    "frequency_penalty": float, "top_k": int, "seed": int, "max_tokens": int, "tree_nodes": int, "pipeline": bool,
+    "tree": bool, "fallback": bool, "policy": str, "stop": str, COLOUR: bool,
+}  # fmt: skip
+"""What `/set` changes, and the kind of its values: options of `GenerationOptions.of`, and the colour."""
+_SHOWN_WHEN_SET = ("repetition_penalty", "presence_penalty", "frequency_penalty", "stop")
+_OTHER_SETTING_NAMES = {"temp": "temperature", "color": COLOUR}
+_UNSET = {"tree_nodes": "auto", "stop": "none"}
+_SWITCH = {"on": True, "true": True, "off": False, "false": False}
+_NOT_A = {float: "not a number", int: "not an integer", bool: "neither on nor off"}
 
 
-class PromptLine:
-    """Asks for a message or a command.
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """`options`: those of the answers to come. `colour`: show which tokens the draft wrote."""
 
-    history: the file that keeps what was typed, None to keep nothing. status: the line below.
-    """
+    options: GenerationOptions
+    colour: bool = False
 
-    def __init__(self, history: Path | None, status: Callable[[], str]) -> None:
-        self._session: PromptSession[str] = PromptSession(
-            history=_history(history),
-            multiline=True,
-            key_bindings=_keys(),
-            completer=CommandCompleter(),
-            complete_while_typing=False,
-            bottom_toolbar=status,
-            prompt_continuation="... ",
-            style=_STYLE,
-            enable_suspend=True,
-        )
+    def values(self) -> dict[str, Any]:
+        """The options by name, as JSON takes them; without those that are off unless somebody sets them."""
+        values, defaults = self.options.keywords(), GenerationOptions().keywords()
+        hidden = {name for name in _SHOWN_WHEN_SET if values[name] == defaults[name]}
+        return {name: values[name] for name in SETTINGS if name in values.keys() - hidden}
 
-    def ask(self) -> str:
-        """What was typed. Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C."""
-        return self._session.prompt([("class:prompt", ">>> ")])
+    def with_values(self, values: Mapping[str, Any]) -> ChatSettings:
+        """The settings with some options changed. Raises UsageError for one that cannot be."""
+        return replace(self, options=GenerationOptions.of(**{**self.options.keywords(), **values}))
+
+    def typed(self, name: str, text: str) -> ChatSettings:
+        """The settings with the one of that full name as it was typed. Raises UsageError for what is no value."""
+        value = _value(name, text)
+        return replace(self, colour=value) if name == COLOUR else self.with_values({name: value})
+
+    def shown(self) -> dict[str, str]:
+        """Names and values, as `/set` takes them."""
+        return {name: self.text(name) for name in (*self.values(), COLOUR)}
+
+    def text(self, name: str) -> str:
+        """The value of the setting of that full name, as `/set` takes it."""
+        value = self.colour if name == COLOUR else self.options.keywords()[name]
+        if value is None or value == ():
+            return _UNSET[name]
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if isinstance(value, tuple) and len(value) > 1:  # of stop strings
+            return ", ".join(map(repr, value))
+        return str(value[0] if isinstance(value, tuple) else value)
 
 
-class _CarefulHistory(FileHistory):
-    """A disk that is full or read only is no reason to end a chat."""
+def setting_name(name: str) -> str:
+    """The full name of a setting. Raises UsageError naming the nearest."""
+    name = _OTHER_SETTING_NAMES.get(name, name).replace("-", "_")
+    if name in SETTINGS:
+        return name
+    near = get_close_matches(name, SETTINGS, 1)
+    raise UsageError(f"{name}: unknown option; " + (f"did you mean {near[0]}?" if near else "/set lists them"))
 
-    def store_string(self, string: str) -> None:
-        with suppress(OSError):
-            super().store_string(string)
 
-
-def _history(path: Path | None) -> History:
-    """The history of `path`, which only its owner may read; one in memory where it cannot be opened."""
-    if path is None:
-        return InMemoryHistory()
+def _value(name: str, text: str) -> Any:
+    kind = SETTINGS[name]
+    if _UNSET.get(name) == text:
+        return None
+    if kind is str:
+        return text.replace("\\n", "\n")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError:
-        return InMemoryHistory()
-    return _CarefulHistory(str(path))
-
-
-def _keys() -> KeyBindings:
-    """Enter sends; Escape Enter, which is also what Alt-Enter sends, begins a new line."""
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return keys
-
-
-class CommandCompleter(Completer):
-    """Names of commands, then what may follow: files, or names of settings. Nothing in messages."""
-
-    def __init__(self) -> None:
-        files = PathCompleter(expanduser=True)
-        names = WordCompleter([*OPTIONS, COLOUR])
-        self._after: dict[str, Completer] = {"save": files, "load": files, "set": names}
-
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """What the text before the cursor may go on with."""
-        text = document.text_before_cursor
-        name, blank, argument = text[1:].partition(" ")
-        if not text.startswith("/"):
-            return
-        if blank and name in self._after:
-            yield from self._after[name].get_completions(Document(argument), complete_event)
-        elif not blank:
-            for command in COMMANDS:
-                if command.name.startswith(name):
-                    yield Completion(f"/{command.name}", -len(text), display_meta=command.help)
+        return _SWITCH[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise UsageError(f"{name}: {text!r} is {_NOT_A[kind]}") from None

@@ -1,28 +1,65 @@
-"""A chat: takes lines, answers messages, obeys commands. Knows no terminal and no file format."""
+"""A chat: what was said, and what each further line does. Knows no terminal and no file format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from llmcad_mlx.api import Engine, Response
-from llmcad_mlx.chat.commands import COMMANDS, KEYS, Call, parse
-from llmcad_mlx.chat.conversation import ASSISTANT, Conversation
-from llmcad_mlx.chat.screen import Screen, stats_table
-from llmcad_mlx.chat.settings import ChatSettings
+from llmcad_mlx.api import Engine
+from llmcad_mlx.chat.commands import COMMANDS, KEYS, ChatSettings, parse, setting_name
+from llmcad_mlx.chat.screen import Screen
 from llmcad_mlx.chat.tree_view import RoundTree, draw
 from llmcad_mlx.conversations.file import SavedConversation, read_conversation
 from llmcad_mlx.engine.round import Round
 from llmcad_mlx.errors import ContextLengthError, LlmcadError, UsageError
+from llmcad_mlx.report import Answer, stats_table
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sizes import format_size
 
+USER, ASSISTANT = "user", "assistant"
 _NO_SYSTEM = "none"
 _MAX_SEED = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """`complete`: False for an answer that was stopped."""
+
+    role: str
+    content: str
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages alternate, a user's first: many chat templates accept nothing else. Between commands every message
+    has its answer."""
+
+    system: str | None = None
+    messages: tuple[Message, ...] = ()
+
+    def prompt(self) -> list[dict[str, str]]:
+        """What the model reads."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *({"role": m.role, "content": m.content} for m in self.messages)]
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Conversation:
+        """Read what `asdict` gave. Raises ValueError, TypeError or AttributeError for anything else."""
+        system, entries = data.get("system"), data.get("messages")
+        if not isinstance(system, str | None) or not isinstance(entries, list) or len(entries) % 2:
+            raise ValueError("not a conversation")
+        messages = tuple(Message(**entry) for entry in entries)
+        for number, message in enumerate(messages):
+            if not isinstance(message.content, str) or not isinstance(message.complete, bool):
+                raise ValueError("not a message")
+            if message.role != (USER, ASSISTANT)[number % 2]:
+                raise ValueError("not messages that alternate")
+        return cls(system, messages)
 
 
 class ChatSession:
@@ -34,9 +71,10 @@ class ChatSession:
     def __init__(
         self, engine: Engine, settings: ChatSettings, screen: Screen, conversation: Conversation | None = None
     ) -> None:
-        """Raises UsageError for a model that cannot chat."""
+        """Raises UsageError for a model that cannot chat, and for options that this engine cannot heed."""
         if not engine.tokenizer.has_chat_template:
             raise UsageError("target: this model has no chat template; use `llmcad-mlx generate` with it")
+        engine.check_options(settings.options)
         self.engine, self.settings, self.screen = engine, settings, screen
         self.conversation = conversation or Conversation()
         self.stats: GenerationStats | None = None
@@ -57,105 +95,86 @@ class ChatSession:
             call = parse(line)
             if call is None:
                 if line.strip():
-                    self._ask(line.strip())
+                    self._answer((*self.conversation.messages, Message(USER, line.strip())))
                 return True
             if call.name == "quit":
                 return False
-            self._obey(call)
+            self._commands[call.name](call.argument)
         except LlmcadError as error:
             self.screen.error(str(error))
         return True
 
-    def _obey(self, call: Call) -> None:
-        self._commands[call.name](call.argument)
-
     # --- Answers --------------------------------------------------------------------------------------------
 
-    def _ask(self, text: str) -> None:
-        self.conversation.ask(text)
+    def _answer(self, messages: tuple[Message, ...]) -> None:
+        """Answer the last one of `messages`, which become the conversation. Whatever ends the answer, what came of
+        it joins them; where nothing came, the conversation stays as it was."""
+        asked, answer, complete = replace(self.conversation, messages=messages), Answer(), False
         try:
-            self._answer()
-        finally:
-            if self.conversation.messages[-1].role != ASSISTANT:  # nothing came: the message is to be sent again
-                self.conversation.take_back_turn()
-
-    def _answer(self) -> None:
-        """Answer the last message."""
-        options = dict(self.settings.options)
-        last: Response | None = None
-        with (
-            self._kept_text() as pieces,
-            self.screen.answer(self.engine, options, self.settings.colour) as view,
-        ):
-            prompt = self.conversation.prompt()
-            for response in self.engine.stream_generate(prompt, view.progress, self._keep_round, **options):
-                pieces.append(response.text)
-                last, self.stats = response, response.stats
-                view.add(response)
-        if last is not None and last.finish_reason == "length":
-            self.screen.note(self._why_cut(options))
-        elif not self.conversation.messages[-1].content:
-            self.screen.note("[the answer is empty]")
-
-    @contextmanager
-    def _kept_text(self) -> Iterator[list[str]]:
-        """A list for the pieces of an answer; whatever ends it, what came of it joins the conversation."""
-        pieces: list[str] = []
-        try:
-            yield pieces
+            with self.screen.answer(self.engine, self.settings) as view:
+                for response in self.engine.stream_generate(
+                    asked.prompt(), view.progress, self._keep_round, options=self.settings.options
+                ):
+                    answer.add(response)
+                    self.stats = response.stats
+                    view.add(response)
+            complete = True
         except ContextLengthError:
-            context = self.engine.pair.context_length
             raise UsageError(
-                f"the conversation no longer fits the model's context of {context} tokens; /undo or /clear"
+                "the conversation no longer fits the model's context of "
+                f"{self.engine.pair.context_length} tokens; /undo or /clear"
             ) from None
-        except BaseException:
-            text = "".join(pieces)
-            if text:
-                self.conversation.answer(text, complete=False)
-            raise
-        self.conversation.answer("".join(pieces))
+        finally:
+            text = "".join(answer.pieces)
+            if complete or text:
+                said = Message(ASSISTANT, text, complete)
+                self.conversation = replace(asked, messages=(*messages, said))
+        if answer.finish_reason == "length":
+            self.screen.note(self._why_cut(answer.stats.generated_tokens))
+        elif not text:
+            self.screen.note("[the answer is empty]")
 
     def _keep_round(self, done: Round) -> None:
         self.round = RoundTree.of(done)
 
-    def _why_cut(self, options: dict[str, Any]) -> str:
-        limit = options.get("max_tokens", 256)
-        if self.stats is not None and self.stats.generated_tokens == limit:
+    def _why_cut(self, num_tokens: int) -> str:
+        limit = self.settings.options.stopping.max_tokens
+        if num_tokens == limit:
             return f"[cut at max_tokens {limit}; /set max_tokens -1 takes the limit away]"
         return f"[the model's context of {self.engine.pair.context_length} tokens is full; /undo or /clear]"
 
     def _regen(self, _: str) -> None:
-        messages = list(self.conversation.messages)
-        self.conversation.take_back_answer()
-        seed = (self.settings.options.get("seed", 0) + 1) % _MAX_SEED
-        if self.settings.options.get("temperature", 0.0):
-            self.settings.take_over({"seed": seed})
-            self.screen.note(f"[seed {seed}]")
+        if not self.conversation.messages:
+            raise UsageError("there is no message to answer yet; write one")
+        sampling = self.settings.options.sampling
+        if sampling.temperature:
+            self.settings = self.settings.with_values({"seed": (sampling.seed + 1) % _MAX_SEED})
+            self.screen.note(f"[seed {self.settings.options.sampling.seed}]")
         else:
             self.screen.note("[temperature is 0, so the answer will be the same; /set temperature 0.7]")
-        try:
-            self._answer()
-        finally:
-            if self.conversation.messages[-1].role != ASSISTANT:  # nothing came: the old answer stays
-                self.conversation.messages = messages
+        self._answer(self.conversation.messages[:-1])
 
     # --- The conversation -----------------------------------------------------------------------------------
 
     def _system(self, text: str) -> None:
         if text:
-            self.conversation.system = None if text == _NO_SYSTEM else text
+            self.conversation = replace(self.conversation, system=None if text == _NO_SYSTEM else text)
         self.screen.note(f"[system message: {self.conversation.system or _NO_SYSTEM}]")
 
     def _clear(self, _: str) -> None:
-        self.conversation.messages = []
+        self.conversation = replace(self.conversation, messages=())
         self.engine.restore(None)
         self.screen.note("[all messages are forgotten]")
 
     def _undo(self, _: str) -> None:
-        self.screen.note(f"[taken back: {_short(self.conversation.take_back_turn())}]")
+        if not self.conversation.messages:
+            raise UsageError("there is nothing to take back")
+        *kept, question, _answer = self.conversation.messages
+        self.conversation = replace(self.conversation, messages=tuple(kept))
+        self.screen.note(f"[taken back: {_short(question.content)}]")
 
     def _save(self, name: str) -> None:
-        data = {"conversation": self.conversation.to_dict(), "settings": self.settings.options}
+        data = {"conversation": asdict(self.conversation), "settings": self.settings.values()}
         size = self.engine.save_conversation(Path(name), data)
         self.screen.note(f"[saved {name}: {self._size()}, {format_size(size)} with the caches]")
 
@@ -169,49 +188,51 @@ class ChatSession:
         """
         try:
             conversation = Conversation.from_dict(saved.data["conversation"])
-            settings = {str(k): v for k, v in saved.data["settings"].items() if k not in keep}
+            values = {str(k): v for k, v in saved.data["settings"].items() if k not in keep}
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UsageError(f"{saved.path}: holds no conversation of a chat; choose another file") from None
-        self.settings.take_over(settings)
+        self._change(self.settings.with_values({setting_name(name): value for name, value in values.items()}))
         if "system" in keep:
-            conversation.system = self.conversation.system
+            conversation = replace(conversation, system=self.conversation.system)
         self.conversation = conversation
         self.stats = self.round = None
         for line in self.engine.restore_conversation(saved):
             self.screen.note(f"[{line}]")
-        last = f"; the last one was: {_short(self._last_message())}" if conversation.messages else ""
+        last = f"; the last one was: {_short(conversation.messages[-2].content)}" if conversation.messages else ""
         self.screen.note(f"[loaded {saved.path.name}: {self._size()}{last}]")
 
-    def _last_message(self) -> str:
-        users = [message for message in self.conversation.messages if message.role != ASSISTANT]
-        return users[-1].content
+    def _change(self, settings: ChatSettings) -> None:
+        """Take over settings that this engine can heed. Raises UsageError for others."""
+        self.engine.check_options(settings.options)
+        self.settings = settings
 
     def _size(self) -> str:
-        count = self.conversation.num_turns
+        count = len(self.conversation.messages) // 2
         return f"{count} message{'' if count == 1 else 's'}"
 
     # --- What is shown --------------------------------------------------------------------------------------
 
     def _help(self, _: str) -> None:
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for command in COMMANDS:
-            table.add_row(f"/{command.name} {command.argument}".rstrip(), command.help)
-        self.screen.show(table)
+        self._show_rows({f"/{c.name} {c.argument}".rstrip(): c.help for c in COMMANDS})
         for line in KEYS:
             self.screen.show(line)
 
     def _set(self, argument: str) -> None:
         if not argument:
-            table = Table(box=None, show_header=False, pad_edge=False)
-            for name, value in self.settings.shown():
-                table.add_row(name, value)
-            self.screen.show(table)
+            self._show_rows(self.settings.shown())
             return
-        name, _, value = argument.partition(" ")
-        if not value.strip():
-            raise UsageError(f"/set: give a name and a value, like /set {self.settings.name_of(name)} VALUE")
-        name = self.settings.set(name, value.strip())
-        self.screen.note(f"[{name} {dict(self.settings.shown())[name]}]")
+        name, _, text = argument.partition(" ")
+        name, text = setting_name(name), text.strip()
+        if not text:
+            raise UsageError(f"/set: give a name and a value, like /set {name} VALUE")
+        self._change(self.settings.typed(name, text))
+        self.screen.note(f"[{name} {self.settings.text(name)}]")
+
+    def _show_rows(self, rows: dict[str, str]) -> None:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self.screen.show(table)
 
     def _stats(self, _: str) -> None:
         if self.stats is None:

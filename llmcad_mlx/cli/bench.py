@@ -27,13 +27,10 @@ _FOR_GROWTH = (*_FOR_KERNELS, "target", "memory", "pinned", "context", "read_ban
 
 
 def bench(
+    *,
     command: typer.Context,
-    target: options.Target = None,
-    draft: options.Draft = "auto",
-    memory: options.Memory = None,
-    pinned: options.Pinned = "auto",
-    context: options.Context = None,
-    read_bandwidth: options.ReadBandwidth = None,
+    pair: options.Pair,
+    memory: options.Memory,
     variants: Annotated[
         str, typer.Option("--variants", help=f"Comma-separated: {variant_help()}.")
     ] = DEFAULT_VARIANTS,
@@ -75,15 +72,13 @@ def bench(
     """Compare ways of decoding on the same prompts, interleaved; prints medians, ratios and mismatches."""
     from llmcad_mlx.measure.benchmark import BenchPlan, run_benchmark
     from llmcad_mlx.measure.output import make_folder, report_json, report_tables, write_report
-    from llmcad_mlx.settings import MemoryOptions
 
     if kernels:
         _refuse_others(command, "kernels", _FOR_KERNELS)
     elif growth:
         _refuse_others(command, "growth", _FOR_GROWTH)
-    where = MemoryOptions.of(memory, pinned, context, read_bandwidth)
     if growth:
-        _growth(target, where, repeat, out, json_output)
+        _growth(pair.target, memory, repeat, out, json_output)
         return
     plan = BenchPlan.of(
         _with_others(variants, compare), domains, prompts, max_tokens, repeat, warmup, temp, seed, per_domain
@@ -95,7 +90,7 @@ def bench(
         return
     argv = ["llmcad-mlx", *sys.argv[1:]]
     with _progress(plan.num_generations) as on_turn:
-        report = run_benchmark(plan, target, draft, not json_output, on_turn, where)
+        report = run_benchmark(plan, pair.target, pair.draft, not json_output, on_turn, memory)
     if json_output:
         print(json.dumps(report_json(report, argv)))
     else:

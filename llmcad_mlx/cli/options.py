@@ -1,67 +1,151 @@
-"""Options that several commands share; names and defaults as in mlx-lm where it has them."""
+"""Options that several commands share; names as in mlx-lm where it has them.
+
+A group of options makes one record and shows its defaults. A command takes the record as a keyword parameter;
+`with_options` puts the group's options in its place.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any
 
-import typer
+from typer import Option
 
-Target = Annotated[
-    str | None,
-    typer.Option("--target", help="Model folder, hub repository or preset. Default: the embedded smollm2-135m."),
-]
-Draft = Annotated[
-    str,
-    typer.Option(
-        "--draft",
-        help="Draft model (like --target), n-gram table, 'ngram', 'none', 'auto' for what tune has chosen or the "
-        "preset's own; 'self:4' (3, 2): the target in so many bits; '4bit:DRAFT' (2, 3, 8): a draft in so many; "
-        "'trimmed:8192:DRAFT': a draft with so many output tokens.",
-    ),
-]
-Policy = Annotated[str, typer.Option("--policy", help="throughput, paper, chain or plain.")]
-TreeNodes = Annotated[
-    int | None,
-    typer.Option("--tree-nodes", help="Nodes per target pass, root included. Default: the policy chooses."),
-]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")]
-Temperature = Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Nucleus sampling: 0.9 takes the likeliest 90%; 1 is off.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")]
-MinP = Annotated[float, typer.Option("--min-p", help="Least probability, relative to the best; 0 is off.")]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text, under every policy.")]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        metavar="SIZE",
-        help="What the whole process may use, like 6GB; the target streams from the disk.",
-    ),
-]
-Pinned = Annotated[
-    str,
-    typer.Option("--pinned", metavar="SIZE|auto", help="How much of a streamed target stays in memory."),
-]
-Context = Annotated[
-    int | None,
-    typer.Option("--context", help="Tokens to make room for under a budget. Default: up to 4096."),
-]
-ReadBandwidth = Annotated[
-    str | None,
-    typer.Option(
-        "--read-bandwidth",
-        metavar="RATE",
-        help="Emulate slower storage, like 250MB/s; figures are marked emulated.",
-    ),
-]
-Pipeline = Annotated[
-    bool, typer.Option("--pipeline/--no-pipeline", help="Draft on while the target's weights load.")
-]
-Tree = Annotated[bool, typer.Option("--tree/--no-tree", help="Grow branches, or one line only.")]
-Fallback = Annotated[
-    bool,
-    typer.Option(
-        "--fallback/--no-fallback", help="Let the policy stop drafting, or always draft the same number."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+from llmcad_mlx.settings import MemoryOptions, SamplingSettings, SpeculationSettings
+
+Json = Annotated[bool, Option("--json", help="Print one JSON object and nothing else.")]
+MaxTokens = Annotated[int, Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")]
+Temperature = Annotated[float, Option("--temp", help="Sampling temperature; 0 is greedy.")]
+Seed = Annotated[int, Option("--seed", help="Same seed, same text, under every policy.")]
+
+
+@dataclass(frozen=True, slots=True)
+class PairOptions:
+    """The target and the draft, as `llmcad_mlx.load` takes them."""
+
+    target: str | None = None
+    draft: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """make: builds the record, or raises UsageError; its parameters have the defaults. options: a parameter's name
+    → what Typer shows for it."""
+
+    make: Callable[..., Any]
+    options: Mapping[str, Any]
+
+    def parameters(self) -> list[Parameter]:
+        """The options as parameters of a command."""
+        known = signature(self.make).parameters
+        return [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=known[name].default, annotation=option)
+            for name, option in self.options.items()
+        ]
+
+
+_PAIR = {
+    "target": Annotated[
+        str | None,
+        Option("--target", help="Model folder, hub repository or preset. Default: the embedded smollm2-135m."),
+    ],
+    "draft": Annotated[
+        str,
+        Option(
+            "--draft",
+            help="Draft model (like --target), n-gram table, 'ngram', 'none', 'auto' for what tune has chosen or "
+            "the preset's own; 'self:4' (3, 2): the target in so many bits; '4bit:DRAFT' (2, 3, 8): a draft in "
+            "so many; 'trimmed:8192:DRAFT': a draft with so many output tokens.",
+        ),
+    ],
+}
+_MEMORY = {
+    "memory": Annotated[
+        str | None,
+        Option(
+            "--memory",
+            metavar="SIZE",
+            help="What the whole process may use, like 6GB; the target streams from the disk.",
+        ),
+    ],
+    "pinned": Annotated[
+        str, Option("--pinned", metavar="SIZE|auto", help="How much of a streamed target stays in memory.")
+    ],
+    "context": Annotated[
+        int | None, Option("--context", help="Tokens to make room for under a budget. Default: up to 4096.")
+    ],
+    "read_bandwidth": Annotated[
+        str | None,
+        Option(
+            "--read-bandwidth",
+            metavar="RATE",
+            help="Emulate slower storage, like 250MB/s; figures are marked emulated.",
+        ),
+    ],
+}
+_VERIFY = {"verify": Annotated[bool, Option("--verify", help="Check a bundle's bytes at load and on every read.")]}
+_SPECULATION = {
+    "policy": Annotated[str, Option("--policy", help="throughput, paper, chain or plain.")],
+    "tree_nodes": Annotated[
+        int | None,
+        Option("--tree-nodes", help="Nodes per target pass, root included. Default: the policy chooses."),
+    ],
+    "pipeline": Annotated[
+        bool, Option("--pipeline/--no-pipeline", help="Draft on while the target's weights load.")
+    ],
+    "tree": Annotated[bool, Option("--tree/--no-tree", help="Grow branches, or one line only.")],
+    "fallback": Annotated[
+        bool,
+        Option("--fallback/--no-fallback", help="Let the policy stop drafting, or always draft the same number."),
+    ],
+}
+_SAMPLING = {
+    "temperature": Temperature,
+    "top_p": Annotated[float, Option("--top-p", help="Nucleus sampling: 0.9 takes the likeliest 90%; 1 is off.")],
+    "top_k": Annotated[int, Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")],
+    "min_p": Annotated[float, Option("--min-p", help="Least probability, relative to the best; 0 is off.")],
+    "seed": Seed,
+}
+_PENALTIES = {
+    "repetition_penalty": Annotated[
+        float, Option("--repetition-penalty", help="Divides logits of recent tokens; 0 is off.")
+    ],
+    "presence_penalty": Annotated[float, Option("--presence-penalty", help="Taken off logits of recent tokens.")],
+    "frequency_penalty": Annotated[
+        float, Option("--frequency-penalty", help="The same, for each time a token occurred.")
+    ],
+}
+
+Pair = Annotated[PairOptions, _Group(PairOptions, _PAIR)]
+Memory = Annotated[MemoryOptions, _Group(MemoryOptions.of, _MEMORY)]
+VerifiedMemory = Annotated[MemoryOptions, _Group(MemoryOptions.of, {**_MEMORY, **_VERIFY})]
+Speculation = Annotated[SpeculationSettings, _Group(SpeculationSettings, _SPECULATION)]
+Sampling = Annotated[SamplingSettings, _Group(SamplingSettings, _SAMPLING)]
+PenalisedSampling = Annotated[SamplingSettings, _Group(SamplingSettings, {**_SAMPLING, **_PENALTIES})]
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer takes it: a parameter that a group makes is replaced by the group's options."""
+    groups: dict[str, _Group] = {}
+    shown: list[Parameter] = []
+    for name, parameter in signature(command, eval_str=True).parameters.items():
+        marks = getattr(parameter.annotation, "__metadata__", ())
+        if marks and isinstance(marks[0], _Group):
+            groups[name] = marks[0]
+            shown += marks[0].parameters()
+        else:
+            shown.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        given = {
+            name: group.make(**{option: values.pop(option) for option in group.options})
+            for name, group in groups.items()
+        }
+        command(**values, **given)
+
+    call.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    return call

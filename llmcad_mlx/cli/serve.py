@@ -12,22 +12,19 @@ from typing import Annotated
 import typer
 
 from llmcad_mlx.cli import options
+from llmcad_mlx.serve.options import ServerSettings
+
+_DEFAULT = ServerSettings()
 
 
 def serve(
-    target: options.Target = None,
-    draft: options.Draft = "auto",
-    memory: options.Memory = None,
-    pinned: options.Pinned = "auto",
-    context: options.Context = None,
-    read_bandwidth: options.ReadBandwidth = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check a bundle's bytes at load and on every read.")
-    ] = False,
+    *,
+    pair: options.Pair,
+    memory: options.VerifiedMemory,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen at; any but this machine's own needs a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0 takes a free one.")] = 8080,
+    ] = _DEFAULT.host,
+    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0 takes a free one.")] = _DEFAULT.port,
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="LLMCAD_MLX_API_KEY", help="What clients must show.", show_default=False),
@@ -41,13 +38,13 @@ def serve(
     ] = None,
     temp: Annotated[
         float, typer.Option("--temp", help="Sampling temperature of requests that give none; 0 is greedy.")
-    ] = 0.0,
+    ] = _DEFAULT.temperature,
     max_tokens: Annotated[
         int,
         typer.Option(
             "--max-tokens", "-m", help="Most tokens of one answer, and what a request gets that asks for no limit."
         ),
-    ] = 4096,
+    ] = _DEFAULT.max_tokens,
     max_prompt_tokens: Annotated[
         int | None, typer.Option("--max-prompt-tokens", help="Most tokens of one prompt. Default: the context.")
     ] = None,
@@ -62,18 +59,16 @@ def serve(
     ] = "auto",
     max_queue: Annotated[
         int, typer.Option("--max-queue", help="Requests that may wait; one client may hold half of the places.")
-    ] = 64,
+    ] = _DEFAULT.max_queue,
 ) -> None:
     """Serve OpenAI's HTTP API, and a page to chat on, until Ctrl-C."""
     from llmcad_mlx.api import Engine
     from llmcad_mlx.loader import load_pair
     from llmcad_mlx.serve.prompt_cache import cache_limit
     from llmcad_mlx.serve.server import LlmServer
-    from llmcad_mlx.serve.settings import ServerSettings, public_name
-    from llmcad_mlx.settings import MemoryOptions
+    from llmcad_mlx.serve.worker import public_name
     from llmcad_mlx.sizes import parse_size
 
-    where = MemoryOptions.of(memory, pinned, context, read_bandwidth, verify)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -84,16 +79,16 @@ def serve(
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_tokens,
         temperature=temp,
-        prompt_cache_bytes=cache_limit(prompt_cache, where.memory),
+        prompt_cache_bytes=cache_limit(prompt_cache, memory.memory),
     )
 
     def load_engine() -> Engine:
-        reserving = replace(where, reserved=settings.prompt_cache_bytes)
-        return Engine(load_pair(target, draft, True, reserving))
+        reserving = replace(memory, reserved=settings.prompt_cache_bytes)
+        return Engine(load_pair(pair.target, pair.draft, True, reserving))
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("llmcad_mlx.serve").setLevel(logging.INFO)  # a line for each answer; never what was said
-    server = LlmServer(settings, load_engine, name or public_name(target))
+    server = LlmServer(settings, load_engine, name or public_name(pair.target))
     try:
         model = server.start()
         print(f"serving {model.name} at {server.url} (Ctrl-C ends it)", flush=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def tune(
+    *,
     target: Annotated[
         str | None,
         typer.Argument(
@@ -47,10 +48,7 @@ def tune(
             "tokens; or 'none'.",
         ),
     ] = "8192",
-    memory: options.Memory = None,
-    pinned: options.Pinned = "auto",
-    context: options.Context = None,
-    read_bandwidth: options.ReadBandwidth = None,
+    memory: options.Memory,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -72,15 +70,13 @@ def tune(
     from llmcad_mlx.measure.output import make_folder
     from llmcad_mlx.measure.tune import TunePlan, run_tune
     from llmcad_mlx.measure.tune_report import tune_json, tune_notes, tune_tables, write_tune
-    from llmcad_mlx.settings import MemoryOptions
 
-    where = MemoryOptions.of(memory, pinned, context, read_bandwidth)
     plan = TunePlan.of(drafts, bits, trim, prompts, per_domain, max_tokens, repeat, warmup, temp, seed)
     if out is not None:
         make_folder(out)
     argv = ["llmcad-mlx", *sys.argv[1:]]
     with _progress() as on_turn:
-        report = run_tune(plan, target, where, not json_output, on_turn)
+        report = run_tune(plan, target, memory, not json_output, on_turn)
     if json_output:
         print(json.dumps(tune_json(report, argv)))
     else:

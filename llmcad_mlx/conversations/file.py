@@ -23,20 +23,20 @@ import mlx.core as mx
 import numpy as np
 
 from llmcad_mlx.conversations.snapshot import TARGET, CachePart, cache_parts
-from llmcad_mlx.cpu.install import host_kernels_wanted
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.files.atomic import full_disk_error, require_free_space
 from llmcad_mlx.files.safetensors_writer import SafetensorsWriter, TensorSpec
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.machine import package_version
-from llmcad_mlx.models.cache import LayerState, take_layer
+from llmcad_mlx.models.cache import LayerState
 from llmcad_mlx.store.names import device_name
 
 
 def belongings(pair: LoadedPair) -> dict[str, str | None]:
     """What must be the same for a cache to be used; the names end the sentence "it is from another …"."""
     versions = [f"{name} {package_version(name)}" for name in ("llmcad-mlx", "mlx", "mlx-lm")]
-    kernels = "host kernels" if host_kernels_wanted() else "MLX"
+    kernels = "host kernels" if cpu_kernels_wanted() else "MLX"
     return {
         "version": ", ".join(versions),
         "device": f"{device_name()}, {kernels}",
@@ -122,8 +122,7 @@ def _check_destination(path: Path) -> None:
 
 
 def _specs(part: CachePart) -> Iterator[TensorSpec]:
-    for number, store in enumerate(part.cache.stores):
-        first = take_layer(part.cache, store, 1)
+    for number, first in enumerate(part.cache.states(1)):
         if first is not None:
             for kind, array in (("keys", first.keys), ("values", first.values)):
                 shape = (array.shape[0], part.length, array.shape[2])
@@ -142,12 +141,15 @@ def _write_layers(writer: SafetensorsWriter, parts: Sequence[CachePart]) -> None
 
 def _cache_facts(pair: LoadedPair, parts: Sequence[CachePart], tokens: Sequence[int]) -> dict[str, Any]:
     lengths = {part.model: part.length for part in parts}
-    hosts = {part.model: [store.host is not None for store in part.cache.stores] for part in parts}
+    on_kernels = {
+        part.model: [first is not None and first.on_cpu_kernels for first in part.cache.states(1)]
+        for part in parts
+    }
     return {
         "belongs_to": belongings(pair),
         "tokens": list(tokens[: lengths[TARGET]]),
         "lengths": lengths,
-        "on_host": hosts,
+        "on_host": on_kernels,
     }
 
 
@@ -173,12 +175,12 @@ def read_conversation(path: Path) -> SavedConversation:
     return SavedConversation(path, data, cache)
 
 
-def saved_layers(path: Path, model: str, on_host: Sequence[bool]) -> Iterator[LayerState | None]:
+def saved_layers(path: Path, model: str, on_cpu_kernels: Sequence[bool]) -> Iterator[LayerState | None]:
     """The layers of one model, one after the other, each read from the file when it is used and then let go."""
     arrays: Any = mx.load(str(path), format="safetensors")
-    for number, host in enumerate(on_host):
+    for number, on_kernels in enumerate(on_cpu_kernels):
         keys, values = (arrays.pop(f"{model}.{number}.{kind}", None) for kind in ("keys", "values"))
-        yield None if keys is None or values is None else LayerState(keys, values, host)
+        yield None if keys is None or values is None else LayerState(keys, values, on_kernels)
 
 
 def has_right_digest(path: Path) -> bool:

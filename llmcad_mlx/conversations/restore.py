@@ -23,7 +23,7 @@ from llmcad_mlx.conversations.file import (
 from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of, model_drafters
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.loader import LoadedPair
-from llmcad_mlx.models.cache import LayerState, put_layers, take_layer
+from llmcad_mlx.models.cache import LayerState
 
 _COMPARED = 8  # first tokens, computed again
 
@@ -78,17 +78,18 @@ def _checked_tokens(saved: SavedConversation, pair: LoadedPair) -> list[int]:
 
 def _restore(saved: SavedConversation, model: str, pair: LoadedPair, tokens: Sequence[int]) -> None:
     facts: dict[str, Any] = saved.cache or {}
-    length, hosts = facts["lengths"][model], facts["on_host"][model]
+    length, on_kernels = facts["lengths"][model], facts["on_host"][model]
     if type(length) is not int or not 0 < length <= len(tokens):
         raise CacheMismatchError(f"{length!r} is not a number of tokens")
     cache = cache_of(pair, model)
-    if len(hosts) != len(cache.stores):
-        raise CacheMismatchError("it has another number of layers")
     count = min(_COMPARED, length)
     _read_again(pair, model, tokens[:count])
-    for store, layer in zip(cache.stores, saved_layers(saved.path, model, hosts), strict=True):
-        _compare(take_layer(cache, store, count), layer, count)
-    put_layers(cache, saved_layers(saved.path, model, hosts), length)
+    computed = list(cache.states(count))
+    if len(on_kernels) != len(computed):
+        raise CacheMismatchError("it has another number of layers")
+    for ours, stored in zip(computed, saved_layers(saved.path, model, on_kernels), strict=True):
+        _compare(ours, stored, count)
+    cache.restore(saved_layers(saved.path, model, on_kernels), length)
 
 
 def _read_again(pair: LoadedPair, model: str, tokens: Sequence[int]) -> None:

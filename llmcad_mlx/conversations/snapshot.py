@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.loader import LoadedPair
-from llmcad_mlx.models.cache import LayerState, LazyKVCache, put_layers, take_layer
+from llmcad_mlx.models.cache import LayerState, ModelCache
 
 TARGET, DRAFT = "target", "draft"
 
@@ -25,12 +25,12 @@ class CachePart:
 
     model: str
     """TARGET or DRAFT."""
-    cache: LazyKVCache
+    cache: ModelCache
     length: int
 
     def layers(self) -> Iterator[LayerState | None]:
         """Copies of the layers, one after the other."""
-        return (take_layer(self.cache, store, self.length) for store in self.cache.stores)
+        return self.cache.states(self.length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def cache_parts(pair: LoadedPair, tokens: Sequence[int]) -> list[CachePart]:
     state that cannot be copied layer by layer (capability "plain")."""
     cache = pair.target.cache
     length = min(cache.length, len(tokens))
-    if not isinstance(cache, LazyKVCache) or not length:
+    if not cache.can_rollback or not length:
         return []
     parts = [CachePart(TARGET, cache, length)]
     for drafter in model_drafters(pair):
@@ -95,15 +95,15 @@ def put_snapshot(pair: LoadedPair, session: Session, snapshot: Snapshot | None) 
     if snapshot is None:
         return
     for part in snapshot.parts:
-        put_layers(cache_of(pair, part.model), part.layers, part.length)
+        cache_of(pair, part.model).restore(part.layers, part.length)
     session.resume(snapshot.tokens)
 
 
-def cache_of(pair: LoadedPair, model: str) -> LazyKVCache:
+def cache_of(pair: LoadedPair, model: str) -> ModelCache:
     """The cache of TARGET or DRAFT. Raises ValueError where there is none that can be written."""
     drafts = [drafter.cache for drafter in model_drafters(pair)]
     for cache in [pair.target.cache] if model == TARGET else drafts:
-        if isinstance(cache, LazyKVCache):
+        if cache.can_rollback:
             return cache
     raise ValueError(f"there is no {model} whose cache could be restored")
 

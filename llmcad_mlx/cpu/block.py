@@ -1,16 +1,16 @@
-"""A whole decoder block on the host kernels: no crossing between MLX and numpy inside a forward.
+"""A whole decoder block on the CPU kernels: no crossing between MLX and numpy inside a forward.
 
 MLX's CPU back end runs normalisation, rotation, softmax and activation one scalar at a time and hands each
 evaluation to another thread; on a 135M model that was 80 % of the time. A block of the usual build (RMS norm,
 grouped attention with rotary positions, SwiGLU) is therefore computed here as one call. Which blocks are of
-that build is found out by structure *and* by numbers: `install_host_blocks` runs each candidate against
+that build is found out by structure *and* by numbers: `install_cpu_blocks` runs each candidate against
 MLX's own code and keeps it only when they agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from mlx.nn.layers.normalization import RMSNorm
 
 from llmcad_mlx.cpu import attention as cpu_attention
 from llmcad_mlx.cpu import kernels as cpu_kernels
-from llmcad_mlx.cpu.install import LoadedLayer
-from llmcad_mlx.cpu.linear import HostLinear, HostQuantizedLinear, _num_threads
+from llmcad_mlx.cpu.linear import CpuLinear, num_threads
+from llmcad_mlx.models.adapt import Adaptation, adapt, restore
 from llmcad_mlx.models.cache import LayerCache, LazyKVCache
 from llmcad_mlx.models.probe import layer_kind
 
@@ -104,7 +104,7 @@ def _norm_heads(x, heads, dim, weight, eps):  # type: ignore[no-untyped-def]
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _block(h, attention_weights, mlp_weights, norms, rotation, cache, rows, heads, dim, scale, threads):  # type: ignore[no-untyped-def]
-    """One decoder block over h (M, hidden), in place. See `HostBlock` for what the tuples hold."""
+    """One decoder block over h (M, hidden), in place. See `CpuBlock` for what the tuples hold."""
     wq, wk, wv, wo = attention_weights
     gate, up, down = mlp_weights
     norm1, eps1, norm2, eps2, q_norm, k_norm, head_eps = norms
@@ -200,10 +200,11 @@ class _Shape:
     scale: float
 
 
-def _host_layer(layer: Any) -> tuple[Any, ...]:
+def _weights_of(layer: Any) -> tuple[Any, ...]:
+    """A linear layer as `_linear` takes it."""
     bias = layer.get("bias")
     vector = np.zeros(0, np.float32) if bias is None else np.array(bias, np.float32)
-    return (*layer._host.of(layer), vector)
+    return (*layer._cpu_weights.of(layer), vector)
 
 
 def _norm_of(module: Any) -> tuple[Floats, float]:
@@ -229,11 +230,10 @@ class _Rotations(dict[Hashable, _Rotation]):
         return _Rotation(rope, dim) if key is None else self.setdefault(key, _Rotation(rope, dim))
 
 
-class _HostBlockState:
-    """What a block needs besides its parameters; views are rebuilt when parameters change."""
+class _BlockState:
+    """What a block needs besides its parameters; views are made again when parameters change."""
 
     def __init__(self, block: Any, rotations: _Rotations) -> None:
-        self.block = block
         attention = block.self_attn
         dim = attention.q_proj["weight"].shape[0] // attention.n_heads
         self.shape = _Shape(attention.n_heads, attention.n_kv_heads, dim, float(attention.scale))
@@ -245,19 +245,20 @@ class _HostBlockState:
         """Drop the views."""
         self._weights = self._source = None
 
-    def weights(self) -> tuple[Any, Any, Any]:
-        source = self.block.mlp.down_proj["weight"]
+    def weights(self, block: Any) -> tuple[Any, Any, Any]:
+        """Attention's and MLP's matrices and the norms of `block`, always the same one."""
+        source = block.mlp.down_proj["weight"]
         if self._weights is None or self._source is not source:
-            attention, mlp = self.block.self_attn, self.block.mlp
+            attention, mlp = block.self_attn, block.mlp
             none = np.zeros(0, np.float32)
             q_norm, head_eps = _norm_of(attention.q_norm) if "q_norm" in attention else (none, 0.0)
             k_norm = _norm_of(attention.k_norm)[0] if "k_norm" in attention else none
             self._weights = (
-                tuple(_host_layer(attention[n]) for n in ("q_proj", "k_proj", "v_proj", "o_proj")),
-                tuple(_host_layer(mlp[n]) for n in ("gate_proj", "up_proj", "down_proj")),
+                tuple(_weights_of(attention[n]) for n in ("q_proj", "k_proj", "v_proj", "o_proj")),
+                tuple(_weights_of(mlp[n]) for n in ("gate_proj", "up_proj", "down_proj")),
                 (
-                    *_norm_of(self.block.input_layernorm),
-                    *_norm_of(self.block.post_attention_layernorm),
+                    *_norm_of(block.input_layernorm),
+                    *_norm_of(block.post_attention_layernorm),
                     q_norm,
                     k_norm,
                     head_eps,
@@ -267,25 +268,33 @@ class _HostBlockState:
         return self._weights
 
 
-class _HostBlock(Module):
-    """Mixed into a decoder block's class: the block on host kernels for our cache, MLX's code for others."""
+class CpuBlock(Adaptation):
+    """A decoder block on the CPU kernels for our cache, on MLX's code for others."""
+
+    in_float32 = True
+
+    _cpu_block: _BlockState
+
+    def forget_weights(self) -> None:
+        self._cpu_block.forget()
+        super().forget_weights()
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, **kwargs: Any) -> Any:
         if not isinstance(cache, LayerCache) or kwargs:
             return super().__call__(x, mask, cache, **kwargs)
-        state: _HostBlockState = self._host_block
+        state = self._cpu_block
         shape = state.shape
         h = np.array(np.asarray(x)[0], np.float32)  # a copy: the block works in place
-        buffers = cache.host_buffers(shape.kv_heads, shape.dim)
+        keys_and_values = cache.kernel_buffers(shape.kv_heads, shape.dim)
         plan = cache.attention_plan()
-        attention_weights, mlp_weights, norms = state.weights()
+        attention_weights, mlp_weights, norms = state.weights(self)
         rotation = state.rotation.upto(int(plan.positions.max()))
         rows = (
             plan.positions, plan.slots, plan.runs, plan.own, plan.own_ends, plan.first_visible, plan.causal,
         )  # fmt: skip
         _block(
-            h, attention_weights, mlp_weights, norms, rotation, (buffers.keys, buffers.values), rows,
-            shape.heads, shape.dim, shape.scale, _num_threads(),
+            h, attention_weights, mlp_weights, norms, rotation, keys_and_values, rows,
+            shape.heads, shape.dim, shape.scale, num_threads(),
         )  # fmt: skip
         return mx.array(h[None])
 
@@ -299,7 +308,7 @@ def _is_candidate(block: Any) -> bool:
     linears += [mlp.get(n) for n in ("gate_proj", "up_proj", "down_proj")]
     norms = [block.input_layernorm, block.post_attention_layernorm]
     norms += [attention[n] for n in ("q_norm", "k_norm") if n in attention]
-    if not all(isinstance(m, HostLinear | HostQuantizedLinear) for m in linears):
+    if not all(isinstance(m, CpuLinear) for m in linears):
         return False
     if not all(isinstance(m, RMSNorm) for m in norms):
         return False
@@ -312,57 +321,51 @@ def _is_candidate(block: Any) -> bool:
     return dim % 32 == 0 and hidden % 32 == 0 and mlp.gate_proj["weight"].shape[0] % 16 == 0
 
 
-def _agrees(block: Any, original: type) -> bool:
-    """Run the block both ways over two forwards (a prompt, then single tokens) on random input."""
+def _agrees(block: Any, original: Any) -> bool:
+    """Run the block both ways over two forwards (a prompt, then single tokens) on random input.
+
+    original: MLX's ``__call__``.
+    """
     hidden = block.input_layernorm["weight"].shape[0]
     rng = np.random.default_rng(0)
     outputs: list[list[Floats]] = []
     inputs = [mx.array(rng.standard_normal((1, n, hidden)).astype(np.float32)) for n in (9, 1)]
-    for call in (type(block).__call__, original.__call__):
-        cache = LazyKVCache(1)
-        parts = []
-        for x in inputs:
-            slots = cache.append(None, x.shape[1])
-            parts.append(np.array(call(block, x, cache.mask(x.shape[1], None, False), cache.layers[0])))
-            cache.commit(list(slots))
-        outputs.append(parts)
-    for ours, reference in zip(*outputs, strict=True):
-        if not np.allclose(ours, reference, rtol=0, atol=_TOLERANCE * float(np.abs(reference).max())):
-            return False
-    return True
+    try:
+        for call in (type(block).__call__, original):
+            cache = LazyKVCache(1)
+            parts = []
+            for x in inputs:
+                slots = cache.append(None, x.shape[1])
+                parts.append(np.array(call(block, x, cache.mask(x.shape[1], None, False), cache.layers[0])))
+                cache.commit(list(slots))
+            outputs.append(parts)
+    except (TypeError, ValueError, AttributeError, IndexError):
+        return False
+    return all(
+        np.allclose(ours, reference, rtol=0, atol=_TOLERANCE * float(np.abs(reference).max()))
+        for ours, reference in zip(*outputs, strict=True)
+    )
 
 
-def install_host_blocks(model: Module, loaded: LoadedLayer | None = None) -> int:
-    """Turn the model's decoder blocks into host blocks where both ways agree; returns how many.
+def install_cpu_blocks(model: Module, loaded: Callable[[int], AbstractContextManager[None]] | None = None) -> int:
+    """Let the model's decoder blocks compute on the CPU kernels where both ways agree; returns how many.
 
-    loaded: see `host.use_host_blocks`.
+    loaded: see `cpu.use_cpu_blocks`.
     """
-    classes: dict[type, type] = {}
     agreed: dict[Hashable, bool] = {}
     rotations = _Rotations()
     count = 0
     for number, block in enumerate(getattr(model, "layers", [])):
         if not _is_candidate(block):
             continue
-        original = type(block)
+        original = type(block).__call__
         kind = layer_kind(block) if loaded is not None else number
-        if original not in classes:
-            classes[original] = type(original.__name__, (_HostBlock, original), {})
-        block._host_block = _HostBlockState(block, rotations)
-        block.__class__ = classes[original]
+        adapt(block, CpuBlock, _cpu_block=_BlockState(block, rotations))
         if kind not in agreed:
             with nullcontext() if loaded is None else loaded(number):
-                agreed[kind] = _agrees_safely(block, original)
+                agreed[kind] = _agrees(block, original)
         if agreed[kind]:
             count += 1
         else:
-            block.__class__ = original
-            del block._host_block
+            restore(block, CpuBlock)
     return count
-
-
-def _agrees_safely(block: Any, original: type) -> bool:
-    try:
-        return _agrees(block, original)
-    except (TypeError, ValueError, AttributeError, IndexError):
-        return False

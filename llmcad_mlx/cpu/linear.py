@@ -1,9 +1,8 @@
-"""Linear layers of an mlx-lm model on the kernels of `cpu_kernels`, in place of MLX's CPU ones.
+"""Linear layers of an mlx-lm model on the kernels of `cpu.kernels`, in place of MLX's CPU ones.
 
-Only used where the default device is a CPU without Accelerate (Linux). A layer keeps its parameters
-and their names; only its class changes, so loading, quantisation and streaming work as before.
-Each call crosses from MLX to numpy: the input is evaluated (about 50 µs of thread hand-over), then
-read and written through views.
+Only used where the default device is a CPU without Accelerate (Linux). A layer keeps its parameters and their
+names, so loading, quantisation and streaming work as before. Each call crosses from MLX to numpy: the input is
+evaluated (about 50 µs of thread hand-over), then read and written through views.
 """
 
 from __future__ import annotations
@@ -12,20 +11,21 @@ import functools
 from typing import Any
 
 import mlx.core as mx
+import numba
 import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
-from llmcad_mlx.cpu import kernels as kernels
-from llmcad_mlx.cpu.install import HostLayer
+from llmcad_mlx.cpu import kernels
+from llmcad_mlx.models.adapt import Adaptation, adapt, own_class
 
 _CHUNK = 32  # weights the kernels unpack at a time; the input dimension must be a multiple
 _SHIFTS = {32: 0, 64: 1, 128: 2}  # group size -> log2(chunks per group)
 
 
-def host_view(array: mx.array) -> np.ndarray:
+def numpy_view(array: mx.array) -> np.ndarray:
     """A read-only C-contiguous numpy view of an MLX array, evaluated if need be.
 
     float16 comes back as its bits in int16, bfloat16 as its bits in uint16 (what the kernels read).
@@ -40,13 +40,12 @@ def host_view(array: mx.array) -> np.ndarray:
 
 
 @functools.cache
-def _num_threads() -> int:
-    import numba
-
+def num_threads() -> int:
+    """Threads that the kernels use."""
     return int(numba.get_num_threads())
 
 
-def host_matmul(
+def matmul(
     x: mx.array, weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, shift: int, split: bool
 ) -> mx.array:
     """x (..., K) float32 times the transpose of a packed or dense (N, K) weight: (..., N) float32."""
@@ -56,81 +55,87 @@ def host_matmul(
     if rows.shape[0] <= kernels.FEW_ROWS or weight.shape[0] < kernels.N_BLOCK:
         kernels.matmul_few(rows, weight, scales, biases, shift, split, out)
     else:
-        kernels.matmul_many(rows, weight, scales, biases, shift, split, _num_threads(), out)
+        kernels.matmul_many(rows, weight, scales, biases, shift, split, num_threads(), out)
     return mx.array(out).reshape(*x.shape[:-1], out.shape[1])
 
 
-HostWeights = tuple[np.ndarray, np.ndarray, np.ndarray, int, bool]
+Weights = tuple[np.ndarray, np.ndarray, np.ndarray, int, bool]
 """weight, scales, biases, log2(chunks per group), even and odd elements split."""
 
 
-class _HostWeights:
-    """Numpy views of a layer's parameters, rebuilt when the layer gets new ones (streaming)."""
+class WeightViews:
+    """Numpy views of a layer's parameters, made again when the layer gets new ones (streaming)."""
 
-    __slots__ = ("arrays", "source")
+    __slots__ = ("_source", "_views")
 
     def __init__(self) -> None:
-        self.source: Any = None
-        self.arrays: HostWeights | None = None
+        self.forget()
 
-    def of(self, layer: Any) -> HostWeights:
+    def forget(self) -> None:
+        """Drop the views."""
+        self._source: Any = None
+        self._views: Weights | None = None
+
+    def of(self, layer: Any) -> Weights:
+        """The views of `layer`, always the same one."""
         weight = layer["weight"]
-        if self.arrays is None or self.source is not weight:
-            self.source = weight
+        if self._views is None or self._source is not weight:
+            self._source = weight
             if "scales" in layer:
-                packed = host_view(weight)
-                if layer.bits == 8:
-                    packed = packed.view(np.uint8)
-                self.arrays = (
-                    packed,
-                    host_view(layer["scales"]),
-                    host_view(layer["biases"]),
+                packed = numpy_view(weight)
+                self._views = (
+                    packed.view(np.uint8) if layer.bits == 8 else packed,
+                    numpy_view(layer["scales"]),
+                    numpy_view(layer["biases"]),
                     _SHIFTS[layer.group_size],
                     layer.bits == 4,
                 )
             else:
                 none = np.zeros((1, 1), np.float32)
                 none.flags.writeable = False
-                self.arrays = (host_view(weight), none, none, 0, False)
-        return self.arrays
+                self._views = (numpy_view(weight), none, none, 0, False)
+        return self._views
 
 
-def _linear(layer: Any, x: mx.array) -> mx.array:
-    out = host_matmul(x.astype(mx.float32), *layer._host.of(layer))
-    return out + layer["bias"] if "bias" in layer else out
+class _OnKernels(Adaptation):
+    """A layer with a matrix that the kernels multiply with."""
+
+    in_float32 = True
+
+    _cpu_weights: WeightViews
+
+    def _multiply(self, x: mx.array) -> mx.array:
+        out = matmul(x.astype(mx.float32), *self._cpu_weights.of(self))
+        return out + self["bias"] if "bias" in self else out
+
+    def forget_weights(self) -> None:
+        self._cpu_weights.forget()
+        super().forget_weights()
 
 
-class HostLinear(HostLayer, Linear):
+class CpuLinear(_OnKernels):
+    """A linear layer."""
+
     def __call__(self, x: mx.array) -> mx.array:
-        return _linear(self, x)
+        return self._multiply(x)
 
 
-class HostQuantizedLinear(HostLayer, QuantizedLinear):
-    def __call__(self, x: mx.array) -> mx.array:
-        return _linear(self, x)
+class CpuEmbedding(_OnKernels):
+    """An embedding, whose matrix may also be the model's head."""
 
-
-class HostEmbedding(HostLayer, Embedding):
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x).astype(mx.float32)
+    def __call__(self, ids: mx.array) -> mx.array:
+        return super().__call__(ids).astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return _linear(self, x)
+        """The head's outputs."""
+        return self._multiply(x)
 
 
-class HostQuantizedEmbedding(HostLayer, QuantizedEmbedding):
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x).astype(mx.float32)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return _linear(self, x)
-
-
-_HOST_CLASSES: dict[type, type] = {
-    Linear: HostLinear,
-    QuantizedLinear: HostQuantizedLinear,
-    Embedding: HostEmbedding,
-    QuantizedEmbedding: HostQuantizedEmbedding,
+_KINDS: dict[type, type[_OnKernels]] = {
+    Linear: CpuLinear,
+    QuantizedLinear: CpuLinear,
+    Embedding: CpuEmbedding,
+    QuantizedEmbedding: CpuEmbedding,
 }
 
 
@@ -150,24 +155,23 @@ def _supported(layer: Any) -> bool:
     )
 
 
-def install_host_kernels(model: Module) -> int:
-    """Give the model's linear and embedding layers the host kernels; float32 for everything else.
+def install_cpu_linears(model: Module) -> int:
+    """Give the model's linear and embedding layers the CPU kernels; float32 for everything else.
 
     Returns how many layers were changed. Layers of other shapes, bits or kinds keep MLX's kernels. Nothing is
     evaluated.
     """
     changed = 0
-    for module in [m for _, m in model.named_modules()]:
-        host_class = _HOST_CLASSES.get(type(module))
-        if host_class is not None and _supported(module):
-            module.__class__ = host_class
-            module._host = _HostWeights()
+    modules: Any = model.modules()
+    for module in modules:
+        kind = _KINDS.get(own_class(module))
+        if kind is not None and _supported(module):
+            adapt(module, kind, _cpu_weights=WeightViews())
             if "bias" in module:
                 module["bias"] = module["bias"].astype(mx.float32)
             changed += 1
-        else:
-            own = {k: v for k, v in module.items() if isinstance(v, mx.array)}
-            for name, value in own.items():
-                if mx.issubdtype(value.dtype, mx.floating):
-                    module[name] = value.astype(mx.float32)
+            continue
+        for name, value in list(module.items()):
+            if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+                module[name] = value.astype(mx.float32)
     return changed

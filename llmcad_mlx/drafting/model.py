@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from llmcad_mlx.errors import GenerationError
-from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
@@ -140,7 +139,7 @@ class ModelDrafter:
         Raises ValueError for a model whose cache cannot roll back.
         """
         cache = model.new_cache()
-        if not isinstance(cache, LazyKVCache):
+        if not cache.can_rollback:
             raise ValueError(f"a draft must be able to take tokens back; {model.reason}")
         self.model = model
         self.cache = cache

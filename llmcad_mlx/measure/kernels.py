@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.quantized import QuantizedLinear
 
-from llmcad_mlx.cpu.install import host_kernels_wanted, prepare_for_host
+from llmcad_mlx.cpu import cpu_kernels_wanted, prepare_for_device
 from llmcad_mlx.measure.tables import NOTHING, Table, number
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128)
@@ -93,11 +93,11 @@ def _kernels(matrix: _Matrix) -> dict[str, Matmul]:
     dense = mx.dequantize(matrix.weight, matrix.scales, matrix.biases, GROUP_SIZE, BITS).T
     mx.eval(dense)
     kernels: dict[str, Matmul] = {MLX_QUANTIZED: quantized, MLX_DENSE: lambda x: x @ dense}
-    if host_kernels_wanted():
+    if cpu_kernels_wanted():
         num_in, num_out = dense.shape
         layer = QuantizedLinear(num_in, num_out, False, GROUP_SIZE, BITS)
         layer.weight, layer.scales, layer.biases = matrix.weight, matrix.scales, matrix.biases
-        prepare_for_host(layer)
+        prepare_for_device(layer)
         kernels[OURS] = layer
     return kernels
 
@@ -140,6 +140,6 @@ def kernel_notes(device: str) -> list[str]:
         f"A {OUT_FEATURES}×{IN_FEATURES} matrix, 4 bits in groups of {GROUP_SIZE}, float32 activations, on "
         f"{device}. Errors are relative to the largest value of the product in float64."
     ]
-    if not host_kernels_wanted():
+    if not cpu_kernels_wanted():
         notes.append("Our kernels are for Linux CPUs only; on this device models run on MLX's own.")
     return notes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,18 +11,10 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
-from llmcad_mlx.cpu.install import prepare_for_host
-from llmcad_mlx.models.cache import LazyKVCache
+from llmcad_mlx.cpu import prepare_for_device
+from llmcad_mlx.models.cache import LayerState
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.store.profile import PairProfile
-
-
-@dataclass(frozen=True, slots=True)
-class StoreKind:
-    """How the twin keeps one layer's keys and values."""
-
-    on_host: bool
-    dtype: mx.Dtype
 
 
 class AdaptedModel:
@@ -43,7 +34,7 @@ class AdaptedModel:
         except Exception as error:  # a module may hold anything, and say anything when it is copied
             self.reason = f"its modules cannot be copied ({type(error).__name__}: {error})".splitlines()[0]
             return
-        prepare_for_host(twin)
+        prepare_for_device(twin)
         self.tree = TreeModel(twin, {})
         if self.tree.capability == "plain":
             self.reason = self.tree.reason
@@ -72,14 +63,11 @@ class AdaptedModel:
         return self._rows_dtype
 
     @cached_property
-    def stores(self) -> list[StoreKind]:
-        """How each of the cache's stores keeps its rows, found out by a forward."""
+    def states(self) -> list[LayerState | None]:
+        """How the twin keeps each layer's rows, found out by a forward; for models that are not "plain"."""
         cache = self.tree.new_cache()
-        assert isinstance(cache, LazyKVCache)  # not "plain", or nobody asks
-        mx.eval(self.tree.forward([0], cache).logits, cache.arrays())
-        return [
-            StoreKind(s.host is not None, mx.float32 if s.keys is None else s.keys.dtype) for s in cache.stores
-        ]
+        self.tree.prefill([0], cache)
+        return list(cache.states(1))
 
     @cached_property
     def logits_dtype(self) -> mx.Dtype:

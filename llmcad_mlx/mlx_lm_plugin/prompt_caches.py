@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache
 
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModel
-from llmcad_mlx.models.cache import LayerState, LazyKVCache, put_layers, take_layer
+from llmcad_mlx.models.cache import LayerState, ModelCache
 from llmcad_mlx.models.tree_model import TreeModel
 
 UNKNOWN = -1  # a token of which only keys and values are there; nobody drafts from it or reads it
@@ -38,31 +38,33 @@ class ModelRows:
         kinds = {type(entry).__name__ for entry in self.entries if type(entry) is not KVCache}
         if kinds:
             return f"prompt_cache holds {', '.join(sorted(kinds))}"
-        if len(self.entries) != len(self.adapted.stores):
-            return f"prompt_cache has {len(self.entries)} entries for {len(self.adapted.stores)} layers"
+        if len(self.entries) != len(self.adapted.states):
+            return f"prompt_cache has {len(self.entries)} entries for {len(self.adapted.states)} layers"
         if len({entry.offset for entry in self.entries}) != 1:
             return "prompt_cache has layers of different lengths"
         if any(entry.keys is not None and entry.keys.shape[0] != 1 for entry in self.entries):
             return "prompt_cache holds a batch"
         return ""
 
-    def put_into(self, cache: LazyKVCache) -> None:
+    def put_into(self, cache: ModelCache) -> None:
         """Fill an empty cache of the adapted model."""
         length = self.length
         if not length:
             return
-        layers = []
-        for entry, kind in zip(self.entries, self.adapted.stores, strict=True):
-            keys, values = (rows[0, :, :length].astype(kind.dtype) for rows in (entry.keys, entry.values))
-            layers.append(LayerState(keys, values, kind.on_host))
-        put_layers(cache, layers, length)
+        layers: list[LayerState | None] = []
+        for entry, kind in zip(self.entries, self.adapted.states, strict=True):
+            if kind is None:
+                layers.append(None)
+                continue
+            keys, values = (rows[0, :, :length].astype(kind.keys.dtype) for rows in (entry.keys, entry.values))
+            layers.append(LayerState(keys, values, kind.on_cpu_kernels))
+        cache.restore(layers, length)
 
-    def take_from(self, cache: LazyKVCache, tokens: Sequence[int]) -> None:
+    def take_from(self, cache: ModelCache, tokens: Sequence[int]) -> None:
         """Make the caller's entries hold what `cache` does: `tokens`."""
         first = self.entries[0]
         dtype = self.adapted.rows_dtype(self.model) if first.keys is None else first.keys.dtype
-        for entry, store in zip(self.entries, cache.stores, strict=True):
-            layer = take_layer(cache, store, len(tokens))
+        for entry, layer in zip(self.entries, cache.states(len(tokens)), strict=True):
             if layer is not None:
                 entry.keys, entry.values = layer.keys[None].astype(dtype), layer.values[None].astype(dtype)
                 mx.eval(entry.keys, entry.values)
@@ -93,7 +95,6 @@ class RowsDrafter(ModelDrafter):
         cache = self.cache
         if self._start:  # the start of the text was given up; the caller still has the rows of it
             fresh = self.model.new_cache()
-            assert isinstance(fresh, LazyKVCache)
             self._rows.put_into(fresh)
             cache = fresh
         self.model.prefill(tokens[cache.length :], cache)

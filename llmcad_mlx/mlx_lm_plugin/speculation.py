@@ -17,7 +17,6 @@ from llmcad_mlx.engine.text import Piece, TextStream
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModel
 from llmcad_mlx.mlx_lm_plugin.prompt_caches import ModelRows, RowsDrafter
 from llmcad_mlx.mlx_lm_plugin.request import CallerSampler, Request
-from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.policy.best_first import DEFAULT_MAX_NODES
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import SpeculationSettings, StopSettings
@@ -47,7 +46,7 @@ class Speculation:
             self._drafter = RowsDrafter(draft.with_prefill_chunk(request.prefill_chunk), draft_rows)
         self._before: list[int] = []
         cache = self._target.cache
-        if rows is not None and isinstance(cache, LazyKVCache):
+        if rows is not None and cache.can_rollback:
             rows.put_into(cache)
             self._before = rows.tokens()
         profile = target.profile(draft)
@@ -133,7 +132,6 @@ class Speculation:
             return
         tokens = self._session.tokens[: len(self._before) + len(self._request.prompt) + self._given_out]
         cache = self._target.cache
-        assert isinstance(cache, LazyKVCache)
         with mx.stream(self._request.stream):
             self._target.truncate(len(tokens))
             self._target.prefill(tokens[cache.length :], lambda done: None, lambda: False)

@@ -1,42 +1,149 @@
-"""Keys and values of a cache's committed tokens, taken out of it and put back.
+"""What a model remembers of one sequence, and of the token tree below its end.
 
-What comes out is tight: the tokens in position order, without dead slots and spare capacity. Nothing that is
-uncommitted is taken, and taking changes nothing.
-
-The lazy KV cache (DESIGN 3.3): one class for draft and target.
-
-Slots are appended in creation order and stay where they are. Which of them a row may see is the mask's
-business, so accepting a path of a token tree, or dropping a branch, moves no bytes:
+`ModelCache` is what draft and target work with, whatever the model can do:
 
     slots = cache.append(parents, n)      # announce the n tokens of the next forward
     logits = model(tokens, cache=cache.layers)
     cache.commit(path)                    # these slots join the sequence, every other new one dies
     cache.rollback()                      # or: forget everything since the last commit
 
-`LazyKVCache` owns the bookkeeping that all layers share (`SlotTable`); each `LayerCache` holds one layer's
-keys and values and answers what mlx-lm's models ask of a cache.
+`LazyKVCache` (DESIGN 3.3) is for models that keep keys and values only. Slots are appended in creation order and
+stay where they are. Which of them a row may see is the mask's business, so accepting a path of a token tree, or
+dropping a branch, moves no bytes. The bookkeeping that all layers share is a `SlotTable`; each `LayerCache` holds
+one layer's keys and values and answers what mlx-lm's models ask of a cache.
 
-A model's own mlx-lm cache with the protocol of `LazyKVCache`, for models that cannot take a token back.
+`PlainCache` is the model's own mlx-lm cache, for models whose state cannot be taken back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
-from llmcad_mlx.cpu.buffers import HostBuffers
 from llmcad_mlx.models.positions import NodePositions
-from llmcad_mlx.models.slots import AttentionPlan, SlotTable, grown_capacity
+from llmcad_mlx.models.slots import SPARE_SLOTS, AttentionPlan, Ints, SlotTable, grown_capacity
+
+Capability = Literal["tree", "chain", "plain"]
+"""What may be appended: any tree; a line whose rejected end can be dropped; only what is then committed."""
+
+Floats = npt.NDArray[np.float32]
 
 
 class UnsupportedCacheError(ValueError):
     """The model keeps a state that cannot be rolled back (recurrent, convolution, or of an unknown kind)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """A copy of one layer's state: keys (kv_heads, L, key_dim), values (kv_heads, L, value_dim).
+
+    The tokens are in position order, without dead slots and spare capacity.
+    """
+
+    keys: mx.array
+    values: mx.array
+    on_cpu_kernels: bool
+    """Whether the layer runs on the CPU kernels, whose rows are not MLX's bit for bit."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both arrays."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def fits(self, other: LayerState) -> bool:
+        """Whether both could be parts of one sequence: all but the number of tokens is the same."""
+        pairs = ((self.keys, other.keys), (self.values, other.values))
+        return self.on_cpu_kernels == other.on_cpu_kernels and all(
+            a.ndim == b.ndim == 3 and a.dtype == b.dtype and (a.shape[0], a.shape[2]) == (b.shape[0], b.shape[2])
+            for a, b in pairs
+        )
+
+
+class ModelCache(ABC):
+    """The state of one sequence in one model; see the module's text for how it is used."""
+
+    layers: list[Any]
+    """What the model gets as ``cache=``."""
+    length: int
+    """Number of committed tokens."""
+    num_slots: int
+    """Slots in use; the next append's come after them."""
+
+    @property
+    @abstractmethod
+    def capability(self) -> Capability:
+        """What `append` takes."""
+
+    @property
+    def can_rollback(self) -> bool:
+        """Whether tokens can be taken back, and the state copied; False for "plain"."""
+        return self.capability != "plain"
+
+    @abstractmethod
+    def append(self, parents: Sequence[int] | None, n: int) -> range:
+        """Announce ``n`` tokens below ``parents`` (slots, -1: the last committed; None: a chain) and return their
+        slots. Raises ValueError for a shape that the capability excludes."""
+
+    @abstractmethod
+    def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
+        """Let a path of new slots join the sequence; ``keep`` live on uncommitted, all others are dropped.
+
+        Returns where ``keep`` lie from now on. Raises ValueError, and changes nothing, for what is no path or
+        cannot be dropped.
+        """
+
+    @abstractmethod
+    def rollback(self) -> None:
+        """Back to the last commit. Raises ValueError where something would have to be taken back and cannot."""
+
+    @abstractmethod
+    def truncate(self, length: int) -> None:
+        """Keep the first ``length`` committed tokens only; 0 always can be, else ValueError where it cannot."""
+
+    @abstractmethod
+    def drop_appended(self, n: int) -> None:
+        """Drop the last ``n`` slots of the present append, which were forwarded only to fill a block."""
+
+    @abstractmethod
+    def reserve(self, num_slots: int) -> None:
+        """Make room for ``num_slots`` at the first forward: growing again and again leaves holes in memory."""
+
+    @abstractmethod
+    def arrays(self) -> list[mx.array]:
+        """All state in MLX's hands, for ``mx.eval``."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all state, spare capacity included."""
+
+    @property
+    @abstractmethod
+    def slot_nbytes(self) -> int:
+        """Bytes that one token takes in all layers; 0 before the first forward."""
+
+    @abstractmethod
+    def states(self, length: int) -> Iterator[LayerState | None]:
+        """Copies of the state after the first ``length`` committed tokens, layer by layer; None: never written.
+
+        Raises ValueError for a cache that cannot roll back.
+        """
+
+    @abstractmethod
+    def restore(self, states: Iterable[LayerState | None], length: int) -> None:
+        """Make the ``length`` tokens of ``states`` all that the cache holds.
+
+        Layers are taken one by one, so they may be read from a file meanwhile. Raises ValueError, and leaves the
+        cache empty, for another number of layers or tokens, or for shapes that the cache cannot take.
+        """
 
 
 class LayerCache:
@@ -50,10 +157,10 @@ class LayerCache:
     def __init__(self, owner: LazyKVCache, window: int | None = None) -> None:
         self.owner = owner
         self.window = window
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.host: HostBuffers | None = None
-        """Set instead of keys and values in a layer that runs on the host kernels."""
+        self.keys: Any = None
+        """(1, kv_heads, capacity, head_dim) MLX, or (kv_heads, capacity, head_dim) numpy float32 in a layer that
+        runs on the CPU kernels; None before the first forward."""
+        self.values: Any = None
         self._written = -1
 
     @property
@@ -72,34 +179,53 @@ class LayerCache:
         start, end = self.owner.first_appended, self.owner.num_slots
         if keys.shape[2] != end - start:
             raise RuntimeError(f"{keys.shape[2]} tokens forwarded, {end - start} announced with append")
-        if self.keys is None or self.values is None:
-            capacity = grown_capacity(max(end, self.owner.expected_slots), 0)
-            self.keys, self.values = self._room(keys, capacity), self._room(values, capacity)
-        elif end > self.keys.shape[2]:
-            more = grown_capacity(end, self.keys.shape[2]) - start
-            self.keys = self._grown(self.keys, start, more)
-            self.values = self._grown(self.values, start, more)
+        capacity = self._needed_capacity(0)
+        if capacity:
+            self.keys = self._moved(self.keys, mx.zeros((*keys.shape[:2], capacity, keys.shape[3]), keys.dtype))
+            room = (*values.shape[:2], capacity, values.shape[3])
+            self.values = self._moved(self.values, mx.zeros(room, values.dtype))
         self.keys[..., start:end, :] = keys
         self.values[..., start:end, :] = values
         self._written = self.owner.generation
         return self.keys_and_values()
 
-    def host_buffers(self, kv_heads: int, dim: int) -> HostBuffers:
-        """Numpy buffers with room for the announced rows, which the host kernels write themselves."""
-        if self.host is None:
-            self.host = HostBuffers(kv_heads, dim, self.owner.expected_slots)
-        self.host.reserve(self.owner.first_appended, self.owner.num_slots)
-        self._written = self.owner.generation
-        return self.host
-
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Keys and values of all slots, (1, kv_heads, num_slots, head_dim) each."""
-        if self.keys is None or self.values is None:
+        """Keys and values of all slots, (1, kv_heads, num_slots, head_dim) each; afm7 asks a second time."""
+        if self.keys is None:
             raise RuntimeError("no keys and values before the first forward")
         end = self.owner.num_slots
         if end == self.keys.shape[2]:
             return self.keys, self.values
         return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def kernel_buffers(self, kv_heads: int, dim: int) -> tuple[Floats, Floats]:
+        """Numpy keys and values with room for the announced rows, which the CPU kernels write themselves.
+
+        Pages that are never written take no memory.
+        """
+        capacity = self._needed_capacity(SPARE_SLOTS)
+        if capacity:
+            room = (kv_heads, capacity, dim)
+            self.keys, self.values = (
+                self._moved(old, np.zeros(room, np.float32)) for old in (self.keys, self.values)
+            )
+        self._written = self.owner.generation
+        return self.keys, self.values
+
+    def _needed_capacity(self, spare: int) -> int:
+        """What to grow to for the announced rows and `spare` more slots; 0 where there is room."""
+        capacity = 0 if self.keys is None else self.keys.shape[-2]
+        needed = self.owner.num_slots + spare
+        return (
+            0 if needed <= capacity else grown_capacity(max(needed, self.owner.expected_slots + spare), capacity)
+        )
+
+    def _moved(self, old: Any, new: Any) -> Any:
+        """`new`, with what `old` holds before the announced rows."""
+        used = self.owner.first_appended
+        if old is not None and used:
+            new[..., :used, :] = old[..., :used, :]
+        return new
 
     def make_mask(
         self, num_rows: int, window_size: int | None = None, return_array: bool = False
@@ -112,58 +238,59 @@ class LayerCache:
         """What `make_mask` says, as slot lists, under this layer's own window."""
         return self.owner.attention_plan(self.window)
 
-    def gather_tail(self, start: int, slots: mx.array) -> None:
-        """Move ``slots``, (M,) int32, to [start, start + M)."""
-        if self.host is not None:
-            self.host.gather_tail(start, np.asarray(slots))
-        if self.keys is None or self.values is None:
+    def gather_tail(self, start: int, slots: Ints) -> None:
+        """Move ``slots``, (M,), to [start, start + M)."""
+        for buffer in () if self.keys is None else (self.keys, self.values):
+            buffer[..., start : start + len(slots), :] = _rows(buffer, slots)
+
+    def take(self, slots: Ints) -> LayerState | None:
+        """A copy of the rows at ``slots``; None before the first forward."""
+        if self.keys is None:
+            return None
+        if isinstance(self.keys, np.ndarray):
+            return LayerState(mx.array(_rows(self.keys, slots)), mx.array(_rows(self.values, slots)), True)
+        keys, values = _rows(self.keys, slots)[0], _rows(self.values, slots)[0]
+        mx.eval(keys, values)
+        return LayerState(keys, values, False)
+
+    def put(self, layer: LayerState) -> None:
+        """Store ``layer`` as the announced rows. Raises ValueError for another number of tokens."""
+        length = self.owner.num_appended
+        if layer.keys.shape[1] != length or layer.values.shape[1] != length:
+            raise ValueError(f"{layer.keys.shape[1]} keys and {layer.values.shape[1]} values for {length} tokens")
+        if not layer.on_cpu_kernels:
+            self.update_and_fetch(layer.keys[None], layer.values[None])
+            mx.eval(self.state)
             return
-        end = start + slots.shape[0]
-        self.keys[..., start:end, :] = mx.take(self.keys, slots, axis=2)
-        self.values[..., start:end, :] = mx.take(self.values, slots, axis=2)
+        keys, values = self.kernel_buffers(layer.keys.shape[0], layer.keys.shape[2])
+        keys[:, :length] = np.asarray(layer.keys)
+        values[:, :length] = np.asarray(layer.values)
 
     @property
     def state(self) -> tuple[mx.array, ...]:
-        """The arrays to evaluate; empty before the first forward."""
-        return () if self.keys is None or self.values is None else (self.keys, self.values)
+        """The arrays to evaluate; empty before the first forward, and for the CPU kernels."""
+        return (self.keys, self.values) if isinstance(self.keys, mx.array) else ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, spare capacity included."""
-        return sum(array.nbytes for array in self.state) + (self.host.nbytes if self.host else 0)
+        return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)
 
     @property
     def slot_nbytes(self) -> int:
         """Bytes of one slot's key and value; 0 before the first forward."""
-        if self.host is not None:
-            return self.host.nbytes // max(self.host.keys.shape[1], 1)
-        return sum(array.nbytes // array.shape[2] for array in self.state)
-
-    def size(self) -> int:
-        """Number of slots in use."""
-        return self.owner.num_slots
-
-    def empty(self) -> bool:
-        """True before the first forward."""
-        return self.keys is None and self.host is None
-
-    def is_trimmable(self) -> bool:
-        """False: only the owner may drop slots."""
-        return False
+        return 0 if self.keys is None else self.nbytes // int(self.keys.shape[-2])
 
     def maybe_trim_front(self) -> None:
         """What llama4 asks of its chunked cache; every slot is kept, the mask hides what is out of reach."""
 
-    @staticmethod
-    def _room(rows: mx.array, num_slots: int) -> mx.array:
-        batch, heads, _, dim = rows.shape
-        return mx.zeros((batch, heads, num_slots, dim), rows.dtype)
 
-    def _grown(self, buffer: mx.array, used: int, more: int) -> mx.array:
-        return mx.concatenate([buffer[..., :used, :], self._room(buffer, more)], axis=2)
+def _rows(buffer: Any, slots: Ints) -> Any:
+    """A copy of a buffer's rows at ``slots``."""
+    return buffer[:, slots] if isinstance(buffer, np.ndarray) else mx.take(buffer, mx.array(slots), axis=2)
 
 
-class LazyKVCache(SlotTable):
+class LazyKVCache(SlotTable, ModelCache):
     """Keys and values of a sequence and of the token tree below it, for all layers of one model.
 
     num_layers, windows: one `LayerCache` each, with its sliding window or None.
@@ -171,8 +298,6 @@ class LazyKVCache(SlotTable):
     many, are dead. Below ``min_dead`` masked slots cost less than moving the others.
     linear: only chains may be appended (for models without per-node positions or masks).
     """
-
-    can_rollback = True
 
     def __init__(
         self,
@@ -191,7 +316,7 @@ class LazyKVCache(SlotTable):
         self.layers: list[Any] = list(self.stores)
         """What a model gets as ``cache=``; an entry may be an mlx-lm CacheList of several stores."""
         self.expected_slots = 0
-        """Room that is made at the first forward: growing again and again leaves holes in a process's memory."""
+        """See `reserve`."""
         self._offset: int | NodePositions | None = None
         self._masks: dict[int | None, mx.array] = {}
 
@@ -220,6 +345,15 @@ class LazyKVCache(SlotTable):
         self.stores.append(store)
         return store
 
+    @property
+    def capability(self) -> Capability:
+        """ "chain" where it is linear, else "tree"."""
+        return "chain" if self.linear else "tree"
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for ``num_slots`` at the first forward."""
+        self.expected_slots = num_slots
+
     def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
         """`SlotTable.commit`, and a compaction when too many slots are dead, which moves ``keep``."""
         kept = super().commit(slots, keep)
@@ -229,20 +363,14 @@ class LazyKVCache(SlotTable):
             kept = [moved[slot] for slot in kept]
         return kept
 
-    def compact(self) -> None:
-        """Close the gaps that dead slots left, and drop what is uncommitted."""
-        self._settle()
-        self._close_gaps([])
-
     def _close_gaps(self, kept: Sequence[int]) -> None:
         """One gather per layer, from the first gap on. ``kept``: all uncommitted slots, ascending."""
         order = np.concatenate([self.live_slots(), np.asarray(kept, np.int32)])
         gaps = np.flatnonzero(order != np.arange(len(order)))
         if len(gaps):
             start = int(gaps[0])
-            moved = mx.array(order[start:])
             for store in self.stores:
-                store.gather_tail(start, moved)
+                store.gather_tail(start, order[start:])
             mx.eval(self.arrays())  # else the next forward would, perhaps in a thread that may not
             self._renumber(len(kept))
 
@@ -272,7 +400,7 @@ class LazyKVCache(SlotTable):
         return self._masks[window]
 
     def arrays(self) -> list[mx.array]:
-        """All key and value buffers, for ``mx.eval``."""
+        """All key and value buffers but the CPU kernels'."""
         return [array for store in self.stores for array in store.state]
 
     @property
@@ -285,6 +413,24 @@ class LazyKVCache(SlotTable):
         """Bytes of one slot in all layers; 0 before the first forward."""
         return sum(store.slot_nbytes for store in self.stores)
 
+    def states(self, length: int) -> Iterator[LayerState | None]:
+        """Copies of the first ``length`` committed tokens' keys and values, one for each of `stores`."""
+        slots = self.live_slots()[:length]
+        return (store.take(slots) for store in self.stores)
+
+    def restore(self, states: Iterable[LayerState | None], length: int) -> None:
+        """Make the ``length`` tokens of ``states`` all that the cache holds; see `ModelCache`."""
+        self.truncate(0)
+        slots = self.append(None, length)
+        try:
+            for store, layer in zip(self.stores, states, strict=True):
+                if layer is not None:
+                    store.put(layer)
+            self.commit(slots)
+        except BaseException:
+            self.truncate(0)
+            raise
+
     def _accept_shape(self, chain: bool) -> None:
         if self.linear and not chain:
             raise ValueError("this model takes chains only, not trees")
@@ -295,26 +441,24 @@ class LazyKVCache(SlotTable):
         self._masks = {}
 
 
-class PlainCache:
+class PlainCache(ModelCache):
     """Append-only: every forwarded token must be committed, in order.
 
     make_layers: returns a fresh list of mlx-lm caches, one per layer.
     """
 
-    can_rollback = False
-
     def __init__(self, make_layers: Callable[[], list[Any]]) -> None:
         self._make_layers = make_layers
         self.layers = make_layers()
-        self.length = 0
-        """Number of committed tokens."""
-        self.num_slots = 0
+        self.length = self.num_slots = 0
+
+    @property
+    def capability(self) -> Capability:
+        """ "plain"."""
+        return "plain"
 
     def append(self, parents: Sequence[int] | None, n: int) -> range:
-        """Announce ``n`` tokens that continue the sequence; returns their slots.
-
-        Raises ValueError when ``parents`` are not that chain.
-        """
+        """Announce ``n`` tokens that continue the sequence; returns their slots."""
         start = self.num_slots
         if parents is not None:
             expected = list(range(start - 1, start + n - 1))
@@ -323,16 +467,16 @@ class PlainCache:
         self.num_slots = start + n
         return range(start, start + n)
 
-    def commit(self, slots: Sequence[int]) -> None:
-        """Commit all uncommitted slots. Raises ValueError for fewer: their state cannot be taken back."""
-        if list(slots) != list(range(self.length, self.num_slots)):
+    def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
+        """Commit all uncommitted slots; fewer are refused, their state cannot be taken back."""
+        if keep or list(slots) != list(range(self.length, self.num_slots)):
             raise ValueError("this model cannot forget a token it has seen; commit all appended slots")
         self.length = self.num_slots
+        return []
 
     def rollback(self) -> None:
         """Does nothing when nothing is uncommitted, else raises ValueError."""
-        if self.num_slots != self.length:
-            raise ValueError("this model cannot forget a token it has seen")
+        self.drop_appended(self.num_slots - self.length)
 
     def truncate(self, length: int) -> None:
         """Keep everything (``length`` tokens) or start again (0); raises ValueError for a part."""
@@ -341,6 +485,14 @@ class PlainCache:
             self.length = self.num_slots = 0
         elif length != self.length or self.num_slots != self.length:
             raise ValueError("this model can only keep all of its tokens or none")
+
+    def drop_appended(self, n: int) -> None:
+        """Raises ValueError unless ``n`` is 0."""
+        if n:
+            raise ValueError("this model cannot forget a token it has seen")
+
+    def reserve(self, num_slots: int) -> None:
+        """Nothing: mlx-lm's caches grow as they like."""
 
     def arrays(self) -> list[mx.array]:
         """All state, for ``mx.eval``."""
@@ -352,69 +504,15 @@ class PlainCache:
         """Bytes of the state."""
         return sum(array.nbytes for array in self.arrays())
 
-
-@dataclass(frozen=True, slots=True)
-class LayerState:
-    """One layer: keys (kv_heads, L, key_dim), values (kv_heads, L, value_dim)."""
-
-    keys: mx.array
-    values: mx.array
-    on_host: bool
-    """Whether the layer runs on the host kernels."""
-
     @property
-    def nbytes(self) -> int:
-        """Bytes of both arrays."""
-        return self.keys.nbytes + self.values.nbytes
+    def slot_nbytes(self) -> int:
+        """Bytes of the state for each token so far, a part that does not grow with them included."""
+        return self.nbytes // self.num_slots if self.num_slots else 0
 
-    def fits(self, other: LayerState) -> bool:
-        """Whether both could be parts of one sequence: all but the number of tokens is the same."""
-        pairs = ((self.keys, other.keys), (self.values, other.values))
-        return self.on_host == other.on_host and all(
-            a.ndim == b.ndim == 3 and a.dtype == b.dtype and (a.shape[0], a.shape[2]) == (b.shape[0], b.shape[2])
-            for a, b in pairs
-        )
+    def states(self, length: int) -> Iterator[LayerState | None]:
+        """Raises ValueError: the layers' states are of unknown kinds."""
+        raise ValueError("this model's state cannot be copied layer by layer")
 
-
-def take_layer(cache: LazyKVCache, store: LayerCache, length: int) -> LayerState | None:
-    """A copy of the first `length` committed tokens' keys and values; None for a layer never written."""
-    slots = cache.live_slots()[:length]
-    if store.host is not None:
-        return LayerState(mx.array(store.host.keys[:, slots]), mx.array(store.host.values[:, slots]), True)
-    if store.keys is None or store.values is None:
-        return None
-    rows = mx.array(slots)
-    state = LayerState(mx.take(store.keys[0], rows, axis=1), mx.take(store.values[0], rows, axis=1), False)
-    mx.eval(state.keys, state.values)
-    return state
-
-
-def put_layers(cache: LazyKVCache, layers: Iterable[LayerState | None], length: int) -> None:
-    """Make the `length` tokens of `layers`, one entry for each of the cache's stores, all that the cache holds.
-
-    Layers are taken one by one, so they may be read from a file meanwhile. Raises ValueError, and leaves the
-    cache empty, for another number of layers or tokens, or for shapes that the cache cannot take.
-    """
-    cache.truncate(0)
-    slots = cache.append(None, length)
-    try:
-        for store, layer in zip(cache.stores, layers, strict=True):
-            if layer is not None:
-                _put(store, layer, length)
-        cache.commit(slots)
-    except BaseException:
-        cache.truncate(0)
-        raise
-
-
-def _put(store: LayerCache, layer: LayerState, length: int) -> None:
-    if layer.keys.shape[1] != length or layer.values.shape[1] != length:
-        raise ValueError(f"{layer.keys.shape[1]} keys and {layer.values.shape[1]} values for {length} tokens")
-    if not layer.on_host:
-        store.update_and_fetch(layer.keys[None], layer.values[None])
-        mx.eval(store.state)
-        return
-    heads, _, dim = layer.keys.shape
-    buffers = store.host_buffers(heads, dim)
-    buffers.keys[:, :length] = np.asarray(layer.keys)
-    buffers.values[:, :length] = np.asarray(layer.values)
+    def restore(self, states: Iterable[LayerState | None], length: int) -> None:
+        """Raises ValueError, too."""
+        self.states(length)

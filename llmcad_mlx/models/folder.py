@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
 from llmcad_mlx.models.draft_folder import (
     DraftParts,
@@ -82,10 +83,12 @@ def load_model_folder(
     if not has_tokenizer and shared is None and not (alone and shares_embedding(config)):
         raise ModelError(f"{folder}: no tokenizer.json or tokenizer.model; download the folder again")
     parts = DraftParts(folder, config, tokens, shared)
-    classes = _RecordingClasses(parts)
+    unchanged: set[str] = set()
     try:
-        model, config = load_model(folder, lazy=lazy, get_model_classes=classes)
-        classes.restore(model)
+        model, config = load_model(
+            folder, lazy=lazy, get_model_classes=lambda config: _classes(config, parts, unchanged)
+        )
+        restore(model, Adaptation)
     except SystemExit:
         raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
     except ModelError:
@@ -99,7 +102,7 @@ def load_model_folder(
             tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from error
-    return LoadedModel(model, tokenizer, config, folder, classes.unchanged, token_embedding(model), tokens)
+    return LoadedModel(model, tokenizer, config, folder, frozenset(unchanged), token_embedding(model), tokens)
 
 
 def _draft_tokens(folder: Path, config: dict[str, Any]) -> TokenList | None:
@@ -129,38 +132,27 @@ def _same_tokenizer(a: Path, b: Path) -> bool:
     return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
 
 
-class _RecordingClasses:
-    """mlx-lm's way from a config to classes; notes which tensors the model's `sanitize` passes through, and lets
-    the model fit a draft's folder."""
+def _classes(config: dict[str, Any], parts: DraftParts, unchanged: set[str]) -> tuple[type[Any], type[Any]]:
+    """The classes of a config's model and of its arguments, the model's made to fit a draft's folder.
 
-    def __init__(self, parts: DraftParts) -> None:
-        self.unchanged: frozenset[str] = frozenset()
-        self._parts = parts
-        self._model_class: type[Any] | None = None
+    `unchanged` gets the names of the tensors that the model's own `sanitize` passes through.
+    """
+    model_class, args_class = _get_classes(config=config)
 
-    def __call__(self, config: dict[str, Any]) -> tuple[type[Any], type[Any]]:
-        model_class, args_class = _get_classes(config=config)
-        self._model_class = model_class
+    class Fitted(Adaptation):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            parts.fit(self)
 
-        def build(model: Any, args: Any) -> None:
-            model_class.__init__(model, args)
-            self._parts.fit(model)
-
-        def sanitize(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             before = dict(weights)
-            after: dict[str, mx.array] = weights
             if hasattr(model_class, "sanitize"):
-                after = model_class.sanitize(model, weights)
-            self.unchanged = frozenset(name for name, array in after.items() if before.get(name) is array)
-            self._parts.check(after)
-            return after
+                weights = model_class.sanitize(self, weights)
+            unchanged.update(name for name, array in weights.items() if before.get(name) is array)
+            parts.check(weights)
+            return weights
 
-        namespace = {"__init__": build, "sanitize": sanitize, "__module__": model_class.__module__}
-        return type(model_class.__name__, (model_class,), namespace), args_class
-
-    def restore(self, model: Any) -> None:
-        """Give the loaded model its own class."""
-        model.__class__ = self._model_class
+    return adapted_class(Fitted, model_class), args_class
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from llmcad_mlx.models.cache import LazyKVCache, PlainCache
+from llmcad_mlx.models.cache import ModelCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Forward:
 def run(
     call: Callable[..., mx.array],
     tokens: Sequence[int],
-    cache: LazyKVCache | PlainCache,
+    cache: ModelCache,
     parents: Sequence[int] | None = None,
     pad_single: bool = False,
 ) -> Forward:
@@ -42,7 +42,7 @@ def run(
     out = call(mx.array([rows]), cache=cache.layers)
     if out.ndim != 3 or out.shape[:2] != (1, len(rows)):
         raise ValueError(f"{len(rows)} tokens gave an output of shape {out.shape}")
-    if len(rows) > len(tokens) and isinstance(cache, LazyKVCache):
+    if len(rows) > len(tokens):
         cache.drop_appended(1)
     return Forward(slots[: len(tokens)], out[0, : len(tokens)])
 

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.base import Module
 
+from llmcad_mlx.models.adapt import Adaptation, adapt, own_class, restore
+
 
 class NodePositions:
     """What ``cache.offset`` is while a real tree is forwarded: one position per row.
@@ -53,29 +55,20 @@ class NodePositions:
         return f"NodePositions({self.positions.tolist()})"
 
 
-def install(model: Module) -> int:
-    """Teach the rope modules of ``model`` to take a `NodePositions`; returns how many it found.
+def install(model: Module) -> None:
+    """Teach the rope modules of ``model`` to take a `NodePositions`.
 
     An int offset, and an array with one offset per batch row, take the module's own code unchanged, so mlx-lm
     can go on using the same model object. Installing twice is harmless; `uninstall` undoes it.
     """
-    adapted: dict[type, type] = {}
-    count = 0
     for module in _rope_modules(model):
-        kind = type(module)
-        if not issubclass(kind, _PerNodeRope):
-            if kind not in adapted:
-                adapted[kind] = type(kind.__name__, (_PerNodeRope, kind), {"__module__": kind.__module__})
-            module.__class__ = adapted[kind]
-        count += 1
-    return count
+        adapt(module, PerNodeRope)
 
 
 def uninstall(model: Module) -> None:
-    """Give every rope module of ``model`` its own class back."""
+    """Let the rope modules of ``model`` take numbers only, as they did before `install`."""
     for module in _rope_modules(model):
-        if isinstance(module, _PerNodeRope):
-            module.__class__ = type(module).__bases__[1]
+        restore(module, PerNodeRope)
 
 
 def _rope_modules(model: Module) -> list[Module]:
@@ -83,19 +76,13 @@ def _rope_modules(model: Module) -> list[Module]:
 
     Attention and decoder layers may take an offset too, but never as the argument right after ``x``.
     """
-    found: list[Module] = []
-    for module in model.modules():
-        if isinstance(module, _PerNodeRope):
-            found.append(module)
-            continue
-        parameters = list(inspect.signature(type(module).__call__).parameters)
-        if parameters[2:3] == ["offset"]:
-            found.append(module)
-    return found
+    modules: list[Module] = model.modules()
+    signatures = ((module, inspect.signature(own_class(module).__call__)) for module in modules)
+    return [module for module, signature in signatures if list(signature.parameters)[2:3] == ["offset"]]
 
 
-class _PerNodeRope(Module):
-    """Mixed into a rope module's class: gives each row of a tree its own offset."""
+class PerNodeRope(Adaptation):
+    """A rope module that gives each row of a tree its own offset."""
 
     def __call__(self, x: mx.array, offset: Any = 0, *args: Any, **kwargs: Any) -> mx.array:
         if isinstance(offset, int):

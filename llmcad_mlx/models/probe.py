@@ -29,7 +29,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -38,9 +38,9 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from llmcad_mlx.cpu.install import HostLayer, host_kernels_wanted
 from llmcad_mlx.models import positions
-from llmcad_mlx.models.cache import LazyKVCache, UnsupportedCacheError
+from llmcad_mlx.models.adapt import computes_in_float32
+from llmcad_mlx.models.cache import Capability, LazyKVCache, UnsupportedCacheError
 from llmcad_mlx.models.forward import body_of, run
 
 _NUMBERING = ("idx", "index", "layer_id", "number")
@@ -75,7 +75,6 @@ def representative_layers(layers: list[Module], at_least: int = 2) -> int:
     return count
 
 
-Capability = Literal["tree", "chain", "plain"]
 Call = Callable[..., mx.array]
 Logits = dict[int, npt.NDArray[np.float32]]  # node -> (V,)
 
@@ -338,9 +337,9 @@ def _largest_difference(found: Logits, reference: Logits) -> float:
 
 def _relative_tolerance(model: Module) -> float:
     """Share of the logits' range that tree and sequential logits may differ by."""
-    # Layers on the host kernels widen their 16-bit weights exactly and compute in fp32.
-    own: list[Any] = [dict(m.items()) for m in model.modules() if not isinstance(m, HostLayer)]
-    arrays = [value for items in own for value in items.values() if isinstance(value, mx.array)]
+    # Layers on the CPU kernels widen their 16-bit weights exactly and compute in fp32.
+    modules: list[Any] = [module for module in model.modules() if not computes_in_float32(module)]
+    arrays = [value for module in modules for value in module.values() if isinstance(value, mx.array)]
     single = all(p.dtype == mx.float32 for p in arrays if mx.issubdtype(p.dtype, mx.floating))
     if not single:
         return 1 / 16
@@ -375,7 +374,7 @@ def _key(model: Module, config: Mapping[str, Any]) -> str:
         _FORMAT,
         {name: version(name) for name in ("llmcad-mlx", "mlx", "mlx-lm")},
         str(mx.default_device()),
-        host_kernels_wanted(),
+        any(map(computes_in_float32, model.modules())),
         sorted(config.items(), key=lambda item: item[0]),
         shapes,
     ]

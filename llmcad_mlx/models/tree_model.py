@@ -10,13 +10,11 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from llmcad_mlx.models.cache import LazyKVCache, PlainCache
+from llmcad_mlx.models.cache import Capability, LazyKVCache, ModelCache, PlainCache
 from llmcad_mlx.models.forward import Forward, body_of, run
-from llmcad_mlx.models.probe import Capability, ProbeReport, probe
+from llmcad_mlx.models.probe import ProbeReport, probe
 
 __all__ = ["Forward", "ModelCache", "TreeModel"]
-
-ModelCache = LazyKVCache | PlainCache
 
 
 class TreeModel:
@@ -120,7 +118,7 @@ class TreeModel:
                 slots = run(self._prefill_call, part, cache, None, self.report.pad_single).slots
                 mx.eval(cache.arrays())
             except BaseException:
-                cache.rollback() if isinstance(cache, LazyKVCache) else cache.truncate(0)
+                cache.rollback() if cache.can_rollback else cache.truncate(0)
                 raise
             cache.commit(slots)
             if on_progress is not None:

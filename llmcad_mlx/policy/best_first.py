@@ -14,6 +14,7 @@ from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel, RecentRate
 from llmcad_mlx.policy.ledger import EXPLORE, DraftAccount, LookupAccount, Prices, Ranking
 from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy.schedule import Mode, Schedule
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TABLE, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
@@ -23,17 +24,9 @@ _MIN_PROVISIONAL = 64
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
 _MIN_PAID = 0.02  # the same where each row is paid for, and such a child would never be given one
-_LOOK_AGAIN = 32  # rounds without the draft after which one step is taken to see whether it would pay now
-_CONSIDERED = 4  # from then on, the draft is considered in one round of so many
-_SELDOM = 512  # the same at most: each such look in vain doubles the wait for the next
-_WELL_KNOWN = 3  # observations of a pass's size
-_SURE = 2  # observations that make a step time believable
 _HIT_DECAY = 0.95
-_LIKELY = 0.5  # probability of a node that is worth a look although its price seems too high
 _LEAST_GAIN = 0.05  # tokens a tree must promise beyond plain decoding, or measured costs' noise decides
 _LEAST_NET = 0.12  # the same after the price of its rows: the best of many guesses promises more than it keeps
-_PLAIN_AGAIN = 24  # rounds without a plain pass after which one is due, times the tokens a round gives
-_YIELD_DECAY = 0.9
 _UNLIKELY = 0.03  # probability of a node that is not worth a draft step, unless it delays nothing
 _AHEAD = 4  # draft steps that are looked ahead when one is priced
 _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, for expanding it in free time
@@ -90,23 +83,12 @@ class ThroughputPolicy:
         self._expanded: dict[str, set[int]] = {}
         self._tree: TokenTree | None = None
         self._gain = 0.7  # acceptance probability that expanding a certain leaf has added, lately
+        self._model_used = False  # for any node of this round's tree
+        self._next_root = -1  # position of the next round's root if the text goes on
+        self._ranking: Ranking | None = None  # of the tree as it is; None: to be made when somebody asks
         self._draft_account = DraftAccount()
         self._lookup_account = LookupAccount()
-        self._idle = 0  # rounds since the model was last used
-        self._patience = _LOOK_AGAIN  # such rounds until it is tried again
-        self._trying = False
-        self._model_used = False
-        self._model_right = False  # whether the target accepted anything of it in this round
-        self._looking = False  # whether this round's pass is to measure what two rows take
-        self._declined = False  # whether lookups were worth a row that their account did not pay for
-        self._rounds = 0  # of the present text
-        self._resting = False  # whether this round does without drafting
-        self._next_root = -1  # position of the next round's root if the text goes on
-        self._plain_rounds = 0  # rounds since the target's pass had more than one row
-        self._since_plain = 0  # rounds since the target's pass had a single row
-        self._yield = 1.0  # tokens a round has given lately
-        self._measuring_plain = False
-        self._ranking: Ranking | None = None  # of the tree as it is; None: to be made when somebody asks
+        self._schedule = Schedule(costs, forced=tree_nodes is not None)
         self._recent = RecentRate()
         self._prices = Prices(costs, self._recent, self.max_nodes)
 
@@ -124,23 +106,13 @@ class ThroughputPolicy:
         self._prices.begin()
         self._ranking = None
         self._model_used = MODEL in tree.sources
-        self._trying = self._looking = self._declined = False
-        if tree.root_position != self._next_root:
-            self._lookup_account.new_text()
-            self._rounds = 0
-        self._rounds += 1
-        # What a plain pass takes decides about every tree, so it is measured again from time to time. That
-        # round gives up `_yield` - 1 tokens: the more, the rarer.
-        # Where the target waits for weights, a plain pass takes what any pass takes.
-        due = self._since_plain >= _PLAIN_AGAIN * self._yield and not self.costs.verify.hidden_rows
-        self._measuring_plain = due and self.tree_nodes is None
-        # Where lookups cannot pay for a row and the model idles, every other round does without looking.
-        in_need = self._prices.more_rows(1, 1) > max(self._lookup_account.balance, 0.0) and self._idle > 0
-        self._resting = in_need and not self._resting and self.tree_nodes is None
+        new_text = tree.root_position != self._next_root
+        self._lookup_account.begin(new_text)
+        self._schedule.begin(new_text, self._prices.more_rows(1, 1) > max(self._lookup_account.balance, 0.0))
 
     def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """The most likely nodes `source` has not expanded, while expanding them pays."""
-        if self._resting:
+        if not self._schedule.mode.asks:
             return []
         expanded = self._expanded.setdefault(source, set())
         if self.tree_nodes is not None:
@@ -187,13 +159,10 @@ class ThroughputPolicy:
 
     def _paying(self, tree: TokenTree, expanded: set[int], free_seconds: float) -> list[int]:
         """The best so many leaves that a model step on them gains more than it costs; none if no step does."""
-        if self._measuring_plain or not self._knows_plain():
-            return []  # the very first passes measure plain decoding, too
-        if self._idle > _LOOK_AGAIN and self._idle % _CONSIDERED and not self.costs.verify.hidden_rows:
+        if not self._schedule.considers_model():
             return []
         leaves = self._best_unexpanded(tree, expanded, self.max_width)
-        if not expanded and self._look_again():
-            self._trying = True
+        if not expanded and self._schedule.tries_model(self._draft_account.balance):
             return leaves[:1]
         if not self.costs.draft:
             return []
@@ -226,20 +195,6 @@ class ThroughputPolicy:
             best = max(best, total)
         return best
 
-    def _knows_plain(self) -> bool:
-        """Whether what a plain pass takes is believable; waiting for weights varies less than computing."""
-        verify = self.costs.verify
-        return verify.times_seen(1) >= (1 if verify.hidden_rows else _SURE)
-
-    def _look_again(self) -> bool:
-        """Whether to take one step that seems not to pay: its price was measured too rarely or long ago."""
-        draft = self.costs.draft
-        if sum(draft.times_observed(rows) for rows in range(1, 4)) < _SURE:
-            return True
-        # A look costs as much as a token or two, which a short text never earns back.
-        long = self._rounds > _LOOK_AGAIN
-        return long and self._idle >= self._patience and self._draft_account.balance > 0.0
-
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         source, raws = candidates.source, candidates.confidences[: self._kept_children]
         unpaid = self.costs.verify.hidden_rows or self.tree_nodes is not None
@@ -258,8 +213,7 @@ class ThroughputPolicy:
 
         None while plain decoding is measured: a step that makes a layer wait would make it look slow.
         """
-        unsure = self.tree_nodes is None and not self._knows_plain()
-        if self._measuring_plain or unsure:
+        if self.tree_nodes is None and (self._schedule.mode.one_row or not self._schedule.knows_plain()):
             return []
         expanded = self._expanded.setdefault(source, set())
         room = self.max_provisional - len(expanded)
@@ -282,24 +236,22 @@ class ThroughputPolicy:
         """How many nodes to submit, of those that are ranked."""
         if self.tree_nodes is not None:
             return self.tree_nodes
-        if self._measuring_plain or len(ranking.probabilities) == 1:
+        if len(ranking.probabilities) == 1 or self._schedule.mode.one_row:
             return 1
-        wanted = self._wanted(ranking)
-        if self._model_used:
-            return self._or_look_at_two(wanted, ranking, self._draft_account.balance)
-        paid, balance = wanted, self._lookup_account.balance
-        while paid > 1 and self._prices.more_rows(1, paid - 1) > balance:
-            paid -= 1
-        self._declined = paid == 1 < wanted
-        return self._or_look_at_two(paid, ranking, balance)
+        rows, account = self._wanted(ranking), self._draft_account if self._model_used else self._lookup_account
+        if not self._model_used:
+            rows = self._lookup_account.affordable(rows, self._prices)
+        if rows == 1 and self._schedule.looks_at_two(ranking.probabilities[1], account.balance):
+            return 2
+        return rows
 
     def _wanted(self, ranking: Ranking) -> int:
         best = ranking.rows
         if ranking.net < _LEAST_NET or sum(ranking.probabilities[:best]) - 1.0 < _LEAST_GAIN:
             return 1
         # Measure the next size too: a single disturbed observation would rule it out for good.
-        more = best < len(ranking.probabilities) and self.costs.verify.times_seen(best + 1) < _WELL_KNOWN
-        return best + 1 if best > 1 and more else best
+        more = 1 < best < len(ranking.probabilities) and self._schedule.is_new(best + 1)
+        return best + 1 if more else best
 
     def _ranked(self, tree: TokenTree) -> Ranking:
         """The tree's nodes: asked for several times between two changes of it."""
@@ -307,28 +259,14 @@ class ThroughputPolicy:
             self._ranking = self._prices.rank(sorted(tree.cumulative, reverse=True))
         return self._ranking
 
-    def _or_look_at_two(self, nodes: int, ranking: Ranking, balance: float) -> int:
-        """`nodes`, or 2 for a likely node that seems too dear: its price was measured too rarely or long ago."""
-        self._looking = (
-            nodes == 1
-            and len(ranking.probabilities) > 1
-            and ranking.probabilities[1] >= _LIKELY
-            and balance > 0.0
-            and self._knows_plain()
-            and (self.costs.verify.times_observed(2) < _WELL_KNOWN or self._plain_rounds >= _LOOK_AGAIN)
-        )
-        return 2 if self._looking else nodes
-
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from every candidate the target's choices have judged, also those not submitted."""
-        self._plain_rounds = self._plain_rounds + 1 if len(tree) == 1 else 0
-        self._since_plain = 0 if len(tree) == 1 else self._since_plain + 1
-        self._yield = self._yield * _YIELD_DECAY + len(walk.tokens) * (1 - _YIELD_DECAY)
         self._next_root = tree.root_position + len(walk.tokens)
         drafted = self._tree if self._tree is not None else tree
         self._book_lookups(drafted, tree, walk)
-        self._model_right = self._model_used and any(tree.sources[node] == MODEL for node in walk.nodes)
-        node: int | None = 0
+        model_right = self._model_used and any(tree.sources[node] == MODEL for node in walk.nodes)
+        self._schedule.verified(len(tree), len(walk.tokens), self._model_used, model_right)
+        node: int | None = ROOT
         for token in walk.tokens:
             if node is None:
                 break
@@ -337,42 +275,23 @@ class ThroughputPolicy:
                 self.calibration.observe(drafted.raw_confidences[child], drafted.sources[child], right)
             node = drafted.child(node, token)
 
-    # -- whether it pays ---------------------------------------------------------------------------------
-
     def _book_lookups(self, drafted: TokenTree, submitted: TokenTree, walk: Walk) -> None:
-        if (
-            self._declined
-            and len(submitted) == 1
-            and any(drafted.tokens[child] == walk.tokens[0] for child in _best_child(drafted))
-        ):
-            self._lookup_account.book_missed(len(walk.tokens))
-        else:
-            risked = len(submitted) > 1 and not self._model_used and not self._looking
-            net = walk.num_accepted - self._prices.more_rows(1, len(submitted) - 1) if risked else 0.0
-            self._lookup_account.book(len(walk.tokens), net)
+        account, rows = self._lookup_account, len(submitted)
+        if account.declined and rows == 1:
+            likeliest = max(drafted.children(ROOT), key=drafted.confidences.__getitem__)
+            if drafted.tokens[likeliest] == walk.tokens[0]:
+                account.book_missed(len(walk.tokens))
+                return
+        risked = rows > 1 and not self._model_used and self._schedule.mode is not Mode.LOOKING
+        account.book(len(walk.tokens), walk.num_accepted - self._prices.more_rows(1, rows - 1) if risked else 0.0)
 
     def finished(self, num_tokens: int, seconds: float) -> None:
         """The round is over: `num_tokens` emitted in `seconds`, everything included."""
         self._recent.observe(num_tokens, seconds)
         account, was_drafting = self._draft_account, self._draft_account.drafting
-        if self._model_used:
-            account.book(num_tokens, num_tokens - seconds * self.costs.plain_rate)
-            if not self._trying:
-                self._patience = _LOOK_AGAIN
-            elif self._idle >= self._patience and not self._model_right:
-                self._patience = min(2 * self._patience, _SELDOM)
-            self._idle = 0
-        else:
-            account.book(num_tokens, None)
-            self._idle += 1
+        account.book(num_tokens, num_tokens - seconds * self.costs.plain_rate if self._model_used else None)
         if was_drafting and not account.drafting:
             self._recent.forget()
-
-
-def _best_child(tree: TokenTree) -> list[int]:
-    """The root's likeliest child, if it has any."""
-    children = tree.children(ROOT)
-    return [max(children, key=tree.confidences.__getitem__)] if children else []
 
 
 def _renamed(expanded: Mapping[str, set[int]], survivors: Selection) -> dict[str, set[int]]:

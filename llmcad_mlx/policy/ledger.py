@@ -1,9 +1,9 @@
-"""What a round's decisions cost, in tokens: seconds times the tokens that one of them yields.
+"""What the default policy may risk: prices of rows and draft steps, and accounts of what these have gained.
 
-Accounts of what speculation gains and costs, in tokens of plain decoding: they end what does not pay.
-
-A policy that maximises what it expects still loses where expectations are wrong for a text. An account bounds
-the loss: what was risked and lost is gone, gains may be risked again, and each token pays in a small allowance.
+Both are in tokens. A second is worth the tokens that decoding yields in it, so a step costs its seconds times
+that rate. A policy that maximises what it expects still loses where its expectations are wrong for a text. An
+account bounds that loss: what was risked and lost is gone, what was gained may be risked again, and each token
+pays in a small allowance.
 """
 
 from __future__ import annotations
@@ -48,26 +48,38 @@ class DraftAccount:
 
 
 class LookupAccount:
-    """What rows of the target pass for looked-up tokens have gained or lost in the present text.
+    """What rows of the target's pass for looked-up tokens have gained or lost in the present text.
 
-    Each text starts with nothing, for what one says about the next is little: lookups that were right all the
-    time may be wrong from its first token on. Being right without a row, which costs nothing, earns the first.
-    But some texts have lookups right where nobody bets, so one that has lost so much risks nothing more, whatever
-    it has earned, until the allowance has paid for that.
+    A text opens with nothing, for one says little about the next: lookups that were right all the time may be
+    wrong from a new text's first token on. The first row is earned by lookups that were right without one, which
+    costs nothing. Credit of that kind cannot be lost without end: a text whose rows have lost `_LOOKUP_LOSS`
+    risks nothing more, whatever it has earned, until the allowance has paid for that.
+
+    `declined`: whether this round's lookups were worth a row that the account did not pay for.
     """
 
     def __init__(self) -> None:
-        self.new_text()
+        self.begin(new_text=True)
 
-    def new_text(self) -> None:
-        """What was won or lost before counts no more."""
-        self._earned = 0.0
-        self._left = _LOOKUP_LOSS  # which credit does not add to
+    def begin(self, new_text: bool) -> None:
+        """A round begins. In a new text, what was won or lost before counts no more."""
+        self.declined = False
+        if new_text:
+            self._earned = 0.0
+            self._left = _LOOKUP_LOSS  # what the text may still lose; credit does not add to it
 
     @property
     def balance(self) -> float:
         """What may be risked now."""
         return self._earned if self._left > 0.0 else min(self._earned, 0.0)
+
+    def affordable(self, rows: int, prices: Prices) -> int:
+        """As many of `rows` rows of the pass as the balance pays for; the first, the root's, is free."""
+        paid, balance = rows, self.balance
+        while paid > 1 and prices.more_rows(1, paid - 1) > balance:
+            paid -= 1
+        self.declined = paid == 1 < rows
+        return paid
 
     def book(self, num_tokens: int, net: float) -> None:
         """A round gave `num_tokens`, of which lookups gained `net` after the price of their rows."""

@@ -11,7 +11,6 @@ from llmcad_mlx.api import Engine
 from llmcad_mlx.conversations.snapshot import Snapshot, model_drafters
 from llmcad_mlx.engine.session import common_prefix
 from llmcad_mlx.machine import physical_memory_bytes
-from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.sizes import parse_size
 
 _SHARE = 0.05  # of the budget, or of the machine's memory
@@ -92,4 +91,4 @@ class PromptCache:
 def _bytes_per_token(engine: Engine) -> int:
     """What a copy of the target's and the draft's caches costs; known beforehand, so that the limit holds."""
     caches = [engine.pair.target.cache, *(drafter.cache for drafter in model_drafters(engine.pair))]
-    return sum(cache.slot_nbytes for cache in caches if isinstance(cache, LazyKVCache))
+    return sum(cache.slot_nbytes for cache in caches if cache.can_rollback)

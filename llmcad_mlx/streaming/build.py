@@ -15,11 +15,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from llmcad_mlx.cpu.install import forget_block_views, use_host_blocks, use_host_kernels
+from llmcad_mlx.cpu import unlisted_arrays, use_cpu_blocks, use_cpu_linears
 from llmcad_mlx.files.bundle import Bundle
 from llmcad_mlx.memory.plan import MemoryPlan, ModelSizes
 from llmcad_mlx.models import positions
-from llmcad_mlx.models.cache import LazyKVCache
+from llmcad_mlx.models.adapt import forget_weights, restore
 from llmcad_mlx.models.folder import LoadedModel
 from llmcad_mlx.models.forward import body_of
 from llmcad_mlx.models.probe import ProbeReport, cached_probe, probe, representative_layers
@@ -28,10 +28,10 @@ from llmcad_mlx.streaming.checksums import Checksums
 from llmcad_mlx.streaming.feed import OnDemandFeed, RowReader, SequentialFeed
 from llmcad_mlx.streaming.layout import Placed, in_order, pieces_like_layers, pieces_of
 from llmcad_mlx.streaming.modules import (
+    Streamed,
     StreamedUnit,
     Views,
     let_go,
-    make_resident,
     stream_embedding,
     stream_head,
     stream_layer,
@@ -54,28 +54,28 @@ class Prepared:
         self.storage = storage
         self._checksums = None if bundle is None else Checksums(bundle, storage)
         model: Any = loaded.model
-        use_host_kernels(model)
+        use_cpu_linears(model)
         index = WeightIndex.of(loaded.path)
         self.parts = StreamParts.of(model, index, loaded.unchanged, loaded.path)
         placed = in_order(self.parts, range(len(self.parts.layers)), pieces_like_layers(self.parts))
         if self._checksums is not None:  # before the model is judged by what it computes
             self._checksums.check_all([unit for unit, _ in placed])
-        mx.eval([module[name] for module, name in self.parts.resident])
+        mx.eval([module[name] for module, name in self.parts.resident], unlisted_arrays(model))
         buffer = mx.zeros((max(unit.buffer_bytes for unit, _ in placed),), mx.uint8)
         feed = OnDemandFeed([unit for unit, _ in placed], _writable(buffer), storage)
         shared: Views = {}
         units = [StreamedUnit(number, places, [buffer], feed, shared) for number, (_, places) in enumerate(placed)]
-        use_host_blocks(model, lambda number: units[number].loaded())
+        use_cpu_blocks(model, lambda number: units[number].loaded())
         _attach(self.parts, units, range(len(self.parts.layers)), storage, None)
         report = cached_probe(model, loaded.config, probes, self._probe)
         self.model = TreeModel(model, loaded.config, report)
         with _leading_layers(model) as count:
             self._kv_bytes_per_token = kv_bytes_per_token(self.model) * len(self.parts.layers) // count
         for module in (*model.layers, *(m.module for m in self._matrices())):
-            make_resident(module)
+            restore(module, Streamed)
         for unit in units:
             let_go(unit)
-        forget_block_views(model)
+        forget_weights(model)
         for matrix in self.parts.embeddings:  # a draft may look tokens up in it before `build`
             stream_embedding(matrix.module, RowReader(matrix, storage))
 
@@ -121,7 +121,7 @@ class Prepared:
         """
         parts = self.parts
         for matrix in parts.embeddings:
-            make_resident(matrix.module)
+            restore(matrix.module, Streamed)
         pinned = [p for number in plan.pinned_layers for p in parts.layers[number]]
         pinned += [p for matrix in parts.embeddings if plan.pin_embedding for p in matrix.parameters]
         if parts.head is not None and plan.pin_head:
@@ -223,15 +223,7 @@ def kv_bytes_per_token(model: TreeModel) -> int:
     """Bytes of one token's keys and values, found by forwarding one."""
     cache = model.new_cache()
     model.prefill([0], cache)
-    if not isinstance(cache, LazyKVCache):
-        return sum(array.nbytes for array in cache.arrays())
-    total = 0
-    for store in cache.stores:
-        if store.host is not None:
-            total += store.host.nbytes // store.host.keys.shape[1]
-        elif store.keys is not None and store.values is not None:
-            total += (store.keys.nbytes + store.values.nbytes) // store.keys.shape[2]
-    return total
+    return cache.slot_nbytes
 
 
 def _columns(module: Any) -> int:

@@ -1,8 +1,8 @@
 """Modules of an mlx-lm model whose weights are in memory only while they compute.
 
-The model's own code stays as it is: a module's class gets a subclass that fetches the module's weights before
-the call, evaluates what depends on them, and gives the memory back. So any mlx-lm architecture streams, its
-decoder layers whole, its head in pieces of rows, its embedding by the rows that are looked up.
+The model's own code stays as it is: an adaptation fetches the module's weights before the call, evaluates what
+depends on them, and gives the memory back. So any mlx-lm architecture streams, its decoder layers whole, its head
+in pieces of rows, its embedding by the rows that are looked up.
 
 Weights lie in reused buffers. Each tensor is a view into one, made once and bound to the module's parameter
 before every call; nothing is copied and nothing allocated.
@@ -20,7 +20,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
-from llmcad_mlx.cpu.install import forget_views
+from llmcad_mlx.models.adapt import Adaptation, adapt
 
 
 class WeightFeed(Protocol):
@@ -101,8 +101,14 @@ class StreamedUnit:
         return view
 
 
-class _StreamedLayer(Module):
-    """Mixed into a decoder layer's class."""
+class Streamed(Adaptation):
+    """A module whose weights are in memory only while it computes."""
+
+
+class StreamedLayer(Streamed):
+    """A decoder layer."""
+
+    _unit: StreamedUnit
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._unit.loaded():
@@ -138,15 +144,20 @@ def _by_pieces(module: Any, call: Any, x: mx.array) -> mx.array:
     return whole
 
 
-class _StreamedHead(Module):
-    """Mixed into a linear layer's class: its rows come in pieces."""
+class StreamedHead(Streamed):
+    """A linear layer whose rows come in pieces."""
+
+    _pieces: Sequence[StreamedUnit]
 
     def __call__(self, x: mx.array) -> mx.array:
         return _by_pieces(self, super().__call__, x)
 
 
-class _StreamedEmbedding(Module):
-    """Mixed into an embedding's class: looked up row by row; as a head, its rows come in pieces."""
+class StreamedEmbedding(Streamed):
+    """An embedding whose rows are looked up one by one; as a head, its rows come in pieces."""
+
+    _rows: RowSource
+    _pieces: Sequence[StreamedUnit]
 
     def __call__(self, ids: mx.array) -> mx.array:
         unique, inverse = np.unique(np.asarray(ids), return_inverse=True)
@@ -162,21 +173,17 @@ class _StreamedEmbedding(Module):
 
 def stream_layer(layer: Module, unit: StreamedUnit) -> None:
     """Let a decoder layer's weights come with `unit`."""
-    _mix_in(layer, _StreamedLayer)
-    layer._unit = unit
+    adapt(layer, StreamedLayer, _unit=unit)
 
 
 def stream_head(head: Module, pieces: Sequence[StreamedUnit]) -> None:
     """Let the rows of a linear layer come with `pieces`, in order."""
-    _mix_in(head, _StreamedHead)
-    head._pieces = tuple(pieces)
+    adapt(head, StreamedHead, _pieces=pieces)
 
 
 def stream_embedding(embedding: Module, rows: RowSource, pieces: Sequence[StreamedUnit] = ()) -> None:
     """Look an embedding's rows up with `rows`; as the model's head its rows come with `pieces`."""
-    _mix_in(embedding, _StreamedEmbedding)
-    embedding._rows = rows
-    embedding._pieces = tuple(pieces)
+    adapt(embedding, StreamedEmbedding, _rows=rows, _pieces=pieces)
 
 
 def let_go(unit: StreamedUnit) -> None:
@@ -185,17 +192,3 @@ def let_go(unit: StreamedUnit) -> None:
     unit.views = {}
     for place in unit.placements:
         place.module[place.name] = mx.zeros(place.shape, place.wanted)  # never evaluated: takes no memory
-        forget_views(place.module)
-
-
-def make_resident(module: Module) -> None:
-    """Undo any of the above; the parameters are left as they are."""
-    kind = type(module)
-    if issubclass(kind, _StreamedLayer | _StreamedHead | _StreamedEmbedding):
-        module.__class__ = kind.__bases__[1]
-
-
-def _mix_in(module: Module, mixin: type) -> None:
-    make_resident(module)
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})

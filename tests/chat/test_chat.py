@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +17,13 @@ from prompt_toolkit.document import Document
 from rich.console import Console, RenderableType
 
 from llmcad_mlx import Engine, UsageError, load
-from llmcad_mlx.chat.commands import COMMANDS, Call, CommandCompleter, parse
-from llmcad_mlx.chat.conversation import Conversation, Message
-from llmcad_mlx.chat.screen import Growing, GrowingColours, GrowingMarkdown, StreamView, visible
-from llmcad_mlx.chat.session import ChatSession
-from llmcad_mlx.chat.settings import OPTIONS, ChatSettings
+from llmcad_mlx.chat.commands import COMMANDS, Call, ChatSettings, parse
+from llmcad_mlx.chat.lines import CommandCompleter
+from llmcad_mlx.chat.screen import AnswerView, GrowingColours, GrowingMarkdown, TerminalAnswer, visible
+from llmcad_mlx.chat.session import ChatSession, Conversation, Message
 from llmcad_mlx.chat.tree_view import RoundTree, draw
 from llmcad_mlx.cli.main import run
+from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.tree.walk import walk
 from tests.support.tiny_folder import EOS, make_folder
@@ -41,6 +39,20 @@ def rendered(what: RenderableType) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+class Interrupter(AnswerView):
+    def __init__(self, stop_at: int | None) -> None:
+        self._stop_at, self._count = stop_at, 0
+
+    def progress(self, done: int, total: int) -> None:
+        if self._stop_at == 0:
+            raise KeyboardInterrupt
+
+    def add(self, response: Any) -> None:
+        self._count += 1
+        if self._count == self._stop_at:
+            raise KeyboardInterrupt
+
+
 class Recorder:
     """A screen that keeps what it is shown. `stop_at`: press Ctrl-C at that token; 0: while the prompt is read."""
 
@@ -49,21 +61,8 @@ class Recorder:
         self.errors: list[str] = []
         self.stop_at: int | None = None
 
-    @contextmanager
-    def answer(self, engine: Engine, options: dict[str, Any], colour: bool) -> Iterator[Any]:
-        count = 0
-
-        def add(response: Any) -> None:
-            nonlocal count
-            count += 1
-            if count == self.stop_at:
-                raise KeyboardInterrupt
-
-        def progress(done: int, total: int) -> None:
-            if self.stop_at == 0:
-                raise KeyboardInterrupt
-
-        yield SimpleNamespace(add=add, progress=progress)
+    def answer(self, engine: Engine, settings: ChatSettings) -> AnswerView:
+        return Interrupter(self.stop_at)
 
     def show(self, what: RenderableType) -> None:
         self.said.append(rendered(what))
@@ -82,8 +81,7 @@ def session(engine: Engine) -> ChatSession:
 
 
 def new_session(engine: Engine) -> ChatSession:
-    chosen = ChatSettings(lambda changed: engine.check_options(**changed) and None, dict(OPTIONS_USED))
-    return ChatSession(engine, chosen, Recorder())
+    return ChatSession(engine, ChatSettings(GenerationOptions.of(**OPTIONS_USED)), Recorder())
 
 
 def screen(session: ChatSession) -> Recorder:
@@ -100,9 +98,9 @@ def say(session: ChatSession, *lines: str) -> None:
 
 def refused(session: ChatSession, line: str) -> str:
     """What is said to a line that cannot be."""
-    before = session.conversation.to_dict(), dict(session.settings.options), session.settings.colour
+    before = session.conversation, session.settings
     assert session.handle(line)
-    assert before == (session.conversation.to_dict(), session.settings.options, session.settings.colour)
+    assert before == (session.conversation, session.settings)
     return screen(session).errors.pop()
 
 
@@ -191,15 +189,15 @@ def test_help_names_all_commands_and_the_keys(session: ChatSession) -> None:
         ("/set tree_nodes 12", "tree_nodes", 12),
         ("/set tree_nodes auto", "tree_nodes", None),
         ("/set pipeline off", "pipeline", False),
-        ("/set stop \\n\\n", "stop", "\n\n"),
-        ("/set stop none", "stop", None),
+        ("/set stop \\n\\n", "stop", ("\n\n",)),
+        ("/set stop none", "stop", ()),
         ("/set repetition_penalty 1.1", "repetition_penalty", 1.1),
     ],
 )
 def test_set_takes_over_what_was_typed(session: ChatSession, line: str, name: str, value: Any) -> None:
     say(session, line)
-    assert session.settings.options[name] == value
-    assert type(session.settings.options[name]) is type(value)
+    assert session.settings.options.keywords()[name] == value
+    assert type(session.settings.options.keywords()[name]) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -236,12 +234,16 @@ def test_set_lists_everything(session: ChatSession) -> None:
     (table,) = screen(session).said
     rows = dict(row.split() for row in table.splitlines())
     assert rows == {
-        "temperature": "0.0",
-        "seed": "3",
-        "max_tokens": "12",
-        "policy": "throughput",
+        "temperature": "0.0", "top_p": "1.0", "min_p": "0.0", "top_k": "0", "seed": "3", "max_tokens": "12",
+        "tree_nodes": "auto", "pipeline": "on", "tree": "on", "fallback": "on", "policy": "throughput",
         "colour": "on",
-    }
+    }  # fmt: skip
+    screen(session).said.clear()
+    say(session, "/set repetition_penalty 1.5", "/set stop a", "/set", "/set stop none")
+    *_, table, none = screen(session).said
+    assert "repetition_penalty  1.5" in table
+    assert "stop                a " in table
+    assert none == "[stop none]"
 
 
 @pytest.mark.parametrize(
@@ -267,13 +269,6 @@ def test_tab_completes_files(tmp_path: Path) -> None:
     text = f"/load {tmp_path}/ta"
     (found,) = CommandCompleter().get_completions(Document(text), CompleteEvent(completion_requested=True))
     assert text[: len(text) + found.start_position] + found.text == f"/load {tmp_path}/talk.chat"
-
-
-def test_every_option_of_the_chat_is_one_of_the_engine(engine: Engine) -> None:
-    with pytest.raises(UsageError) as caught:
-        engine.check_options(xyzzy=1)
-    known = str(caught.value).split("the options are ")[1].split(", ")
-    assert set(OPTIONS) <= set(known)
 
 
 def test_settings_act(session: ChatSession, engine: Engine) -> None:
@@ -311,7 +306,7 @@ def test_ctrl_c_keeps_the_answer_as_far_as_it_got(session: ChatSession, engine: 
     say(session, "and then")
     assert answers(session)[1] == expected(engine, session.conversation.prompt()[:3])
     say(session, "/undo", "/regen")
-    assert session.conversation.messages == [question, Message("assistant", whole)]
+    assert session.conversation.messages == (question, Message("assistant", whole))
 
 
 def test_ctrl_c_before_the_first_token_takes_the_message_back(session: ChatSession, engine: Engine) -> None:
@@ -319,11 +314,11 @@ def test_ctrl_c_before_the_first_token_takes_the_message_back(session: ChatSessi
     screen(session).stop_at = 0
     with pytest.raises(KeyboardInterrupt):
         session.handle("tell me of the cat")
-    assert session.conversation.messages == []
+    assert session.conversation.messages == ()
     screen(session).stop_at = None
     say(session, "tell me of the cat")
     screen(session).stop_at = 0
-    before = list(session.conversation.messages)
+    before = session.conversation.messages
     engine.restore(None)
     with pytest.raises(KeyboardInterrupt):
         session.handle("/regen")
@@ -366,7 +361,7 @@ def test_regen_without_temperature_says_that_nothing_changes(session: ChatSessio
 
 def test_clear_forgets_messages_and_caches(session: ChatSession, engine: Engine) -> None:
     say(session, "/system be kind", "tell me of the cat", "/clear")
-    assert session.conversation == Conversation("be kind", [])
+    assert session.conversation == Conversation("be kind")
     assert engine.snapshot() is None
     say(session, "/system none")
     assert session.conversation.system is None
@@ -379,7 +374,7 @@ def test_a_full_context_is_said_and_the_message_not_kept(session: ChatSession) -
 
 
 def test_an_answer_that_reaches_the_end_of_the_context(session: ChatSession) -> None:
-    session.settings.options.update(max_tokens=-1, logit_bias={EOS: -1e9})
+    session.settings = session.settings.with_values({"max_tokens": -1, "logit_bias": {EOS: -1e9}})
     say(session, "x" * 480)
     assert session.stats is not None
     assert session.stats.prompt_tokens + session.stats.generated_tokens == 512
@@ -515,7 +510,7 @@ TEXTS = [
 ]
 
 
-def printed(text: Growing, pieces: list[str]) -> str:
+def printed(text: GrowingMarkdown, pieces: list[str]) -> str:
     """What ends up on the screen."""
     console = Console(file=io.StringIO(), width=40, color_system=None)
     for piece in pieces:
@@ -573,10 +568,10 @@ def test_an_answer_taller_than_the_screen_is_printed_once() -> None:
     console = Console(file=io.StringIO(), width=40, height=6, color_system=None, force_terminal=True)
     lines = [f"- line {number}" for number in range(30)]
     ticks = iter(range(10**6))
-    with StreamView(console, GrowingMarkdown(), lambda: "12.0 tokens/s", lambda: float(next(ticks))) as view:
+    with TerminalAnswer(console, GrowingMarkdown(), lambda _: "12.0 tokens/s", lambda: float(next(ticks))) as view:
         view.progress(3, 9)
         for line in lines:
-            view.add(SimpleNamespace(text=line + "\n", from_draft=False))  # type: ignore[arg-type]
+            view.add(SimpleNamespace(text=line + "\n", from_draft=False, stats=None))  # type: ignore[arg-type]
         moving = console.file.getvalue()  # type: ignore[attr-defined]
     end = console.file.getvalue()[len(moving) :].rpartition("\x1b[2K")[2]  # type: ignore[attr-defined]
     assert "reading: 3/9 tokens" in moving

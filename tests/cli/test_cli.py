@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmcad_mlx import Engine, load
-from llmcad_mlx.cli.generate import prompt_progress
+from llmcad_mlx.cli.generate import PromptProgress
 from llmcad_mlx.cli.main import run
+from llmcad_mlx.settings import GenerationOptions
 from tests.support.tiny_folder import EOS, make_folder
 
 CONTRACT = {
@@ -119,12 +121,12 @@ def test_prompt_sources_and_templates(
 def test_options_reach_the_engine(
     folder: Path, output: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, Any] = {}
+    seen: list[GenerationOptions] = []
     stream_generate = Engine.stream_generate
 
-    def spy(self: Engine, prompt: Any, on_progress: Any, **options: Any) -> Any:
-        seen.update(options)
-        return stream_generate(self, prompt, on_progress, **options)
+    def spy(self: Engine, prompt: Any, on_progress: Any, *, options: GenerationOptions) -> Any:
+        seen.append(options)
+        return stream_generate(self, prompt, on_progress, options=options)
 
     monkeypatch.setattr(Engine, "stream_generate", spy)
     words = (
@@ -133,11 +135,11 @@ def test_options_reach_the_engine(
         "--no-pipeline --no-tree --no-fallback"
     )
     output("generate", PROMPT, "--target", folder, *words.split())
-    assert seen == {
-        "policy": "paper", "tree_nodes": 5, "max_tokens": 6, "temperature": 0.7, "top_p": 0.9, "top_k": 30,
-        "min_p": 0.01, "seed": 9, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
-        "stop": ["QQ", "ZZ"], "pipeline": False, "tree": False, "fallback": False,
-    }  # fmt: skip
+    assert seen == [GenerationOptions.of(
+        policy="paper", tree_nodes=5, max_tokens=6, temperature=0.7, top_p=0.9, top_k=30, min_p=0.01, seed=9,
+        repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3, stop=["QQ", "ZZ"], pipeline=False,
+        tree=False, fallback=False,
+    )]  # fmt: skip
 
 
 def test_a_streamed_answer_tells_what_was_read(
@@ -330,7 +332,7 @@ def test_progress_is_for_terminals(
     shown = stream()
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setattr("llmcad_mlx.cli.generate._SHOW_AFTER_S", -1.0)
-    with prompt_progress(enabled) as on_progress:
+    with closing(PromptProgress(enabled)) as on_progress:
         on_progress(10, 20)
         on_progress(20, 20)
     if stream is Terminal and enabled:
@@ -342,6 +344,6 @@ def test_progress_is_for_terminals(
 def test_short_prompts_show_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
-    with prompt_progress(True) as on_progress:
+    with closing(PromptProgress(True)) as on_progress:
         on_progress(10, 20)
     assert shown.getvalue() == ""

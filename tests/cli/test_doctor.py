@@ -14,7 +14,7 @@ import pytest
 from llmcad_mlx import doctor as module
 from llmcad_mlx import loader, machine
 from llmcad_mlx.cli.main import run as run_cli
-from llmcad_mlx.cpu.install import host_kernels_wanted
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.files.bundle import read_bundle
 from llmcad_mlx.models.folder import LoadedModel
@@ -54,7 +54,7 @@ def test_a_sound_installation_has_no_problems(monkeypatch, tmp_path):
     assert found.problems == ()
     assert set(found.to_dict()) == KEYS
     assert found.device
-    assert found.host_kernels == host_kernels_wanted()
+    assert found.host_kernels == cpu_kernels_wanted()
     assert found.machine.versions["mlx"]
     assert found.machine.memory_bytes > found.machine.available_bytes > 0
     assert found.models_folder == tmp_path / "not" / "there" / "yet"
@@ -66,7 +66,7 @@ def test_what_the_probe_says_of_a_model(tiny_model):
     found = diagnose("tiny").model
     assert (found.path, found.capability, found.reason) == ("/models/tiny", "tree", "")
     assert (found.vocab_size, found.context_length, found.num_layers) == (VOCAB, 4096, 2)
-    assert found.num_host_layers == (2 if host_kernels_wanted() else 0)
+    assert found.num_host_layers == (2 if cpu_kernels_wanted() else 0)
     assert found.weight_bytes > 0
     assert found.max_difference < 1e-3
     assert found.probe_s > 0
@@ -89,7 +89,7 @@ def test_a_broken_mlx_is_told_with_its_reason_in_one_line(monkeypatch):
     assert problem == "mlx: does not work (libsomething.so: cannot open shared object file); install it again"
 
 
-@pytest.mark.skipif(not host_kernels_wanted(), reason="the host kernels are for Linux CPUs")
+@pytest.mark.skipif(not cpu_kernels_wanted(), reason="the host kernels are for Linux CPUs")
 def test_broken_host_kernels_are_told(monkeypatch):
     broken_import(monkeypatch, "llmcad_mlx.cpu.kernels")
     found = diagnose()
@@ -106,10 +106,11 @@ def test_another_mlx_lm_is_a_problem(monkeypatch, installed, words):
     assert "pip install" in problem
 
 
-def test_supported_versions_come_from_the_requirement_that_applies_here():
+def test_supported_versions_come_from_the_requirement_that_applies_here(monkeypatch):
     lines = ['mlx-lm<9; sys_platform == "nowhere"', "mlx-lm-extra<1", "mlx-lm<0.33,>=0.32.2"]
-    assert supported_versions("mlx-lm", lines) == "<0.33,>=0.32.2"
-    assert supported_versions("mlx", lines) == ""
+    monkeypatch.setattr(module, "requires", lambda name: lines)
+    assert supported_versions("mlx-lm") == "<0.33,>=0.32.2"
+    assert supported_versions("mlx") == ""
 
 
 def test_json_is_the_only_thing_on_standard_output(tiny_model, capsys):

@@ -1,4 +1,4 @@
-"""The host kernels: right to float32 rounding, and the same bits whatever comes with a row."""
+"""The CPU kernels: right to float32 rounding, and the same bits whatever comes with a row."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.rope_utils import initialize_rope
 
-from llmcad_mlx.cpu.install import host_kernels_wanted
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.models.slots import SlotTable
 
-numba = pytest.importorskip("numba", reason="the host kernels need numba, a dependency on Linux only")
-if not host_kernels_wanted():
-    pytest.skip("the host kernels are for Linux CPUs", allow_module_level=True)
+numba = pytest.importorskip("numba", reason="the CPU kernels need numba, a dependency on Linux only")
+if not cpu_kernels_wanted():
+    pytest.skip("the CPU kernels are for Linux CPUs", allow_module_level=True)
 
 from llmcad_mlx.cpu import attention as cpu_attention  # noqa: E402
 from llmcad_mlx.cpu import block as cpu_block  # noqa: E402
@@ -50,8 +50,8 @@ def make_linear(
     return layer if bits is None else nn.QuantizedLinear.from_linear(layer, group, bits)
 
 
-def on_host(layer: nn.Module) -> nn.Module:
-    assert cpu_linear.install_host_kernels(nn.Sequential(layer)) == 1
+def on_kernels(layer: nn.Module) -> nn.Module:
+    assert cpu_linear.install_cpu_linears(nn.Sequential(layer)) == 1
     return layer
 
 
@@ -83,12 +83,12 @@ def threads(count: int) -> Iterator[None]:
     """Kernels on `count` threads."""
     before = numba.get_num_threads()
     numba.set_num_threads(count)
-    cpu_linear._num_threads.cache_clear()
+    cpu_linear.num_threads.cache_clear()
     try:
         yield
     finally:
         numba.set_num_threads(before)
-        cpu_linear._num_threads.cache_clear()
+        cpu_linear.num_threads.cache_clear()
 
 
 # -- matmul ------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def threads(count: int) -> Iterator[None]:
 def test_matmul_is_right_and_rows_do_not_depend_on_their_company(bits: int | None, group: int, dtype: str) -> None:
     for groups, num_out in SHAPES:
         num_in = groups * group
-        layer = on_host(make_linear(bits, group, dtype, num_in, num_out))
+        layer = on_kernels(make_linear(bits, group, dtype, num_in, num_out))
         x = rows_of(num_in)
         exact = x.astype(np.float64) @ exact_weights(layer).T
         alone = np.concatenate([apply(layer, x[i : i + 1]) for i in range(MAX_ROWS)])
@@ -112,7 +112,7 @@ def test_matmul_is_right_and_rows_do_not_depend_on_their_company(bits: int | Non
 @pytest.mark.parametrize("bits", [4, None])
 @pytest.mark.parametrize("num_out", [4, 5, 6, 7, 8, 9])
 def test_outputs_smaller_than_a_block(num_out: int, bits: int | None) -> None:
-    layer = on_host(make_linear(bits, 32, "fp32", 96, num_out))
+    layer = on_kernels(make_linear(bits, 32, "fp32", 96, num_out))
     x = rows_of(96)
     exact = x.astype(np.float64) @ exact_weights(layer).T
     for count in (1, 6, 7, 20, 21, 40):
@@ -124,7 +124,7 @@ def test_matmul_does_not_depend_on_threads(bits: int | None, group: int, dtype: 
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("one processor only")
     for num_out in (4, 37, 200):
-        layer = on_host(make_linear(bits, group, dtype, 5 * group, num_out))
+        layer = on_kernels(make_linear(bits, group, dtype, 5 * group, num_out))
         x = rows_of(5 * group)
         for count in (1, 5, 6, 7, 40):
             results = []
@@ -135,7 +135,7 @@ def test_matmul_does_not_depend_on_threads(bits: int | None, group: int, dtype: 
 
 
 def test_a_row_never_leaks_into_another() -> None:
-    layer = on_host(make_linear(4, 64, "fp32", 256, 13))
+    layer = on_kernels(make_linear(4, 64, "fp32", 256, 13))
     x = rows_of(256)
     clean = apply(layer, x)
     for count in (3, 6, 7, 20, 40):
@@ -148,7 +148,7 @@ def test_a_row_never_leaks_into_another() -> None:
 
 @pytest.mark.parametrize("bits", [4, None])
 def test_bias_and_leading_dimensions(bits: int | None) -> None:
-    layer = on_host(make_linear(bits, 64, "bf16", 128, 9, bias=True))
+    layer = on_kernels(make_linear(bits, 64, "bf16", 128, 9, bias=True))
     x = rows_of(128, 6)
     exact = x.astype(np.float64) @ exact_weights(layer).T + np.array(layer.bias, np.float64)
     flat = apply(layer, x)
@@ -165,7 +165,7 @@ def test_a_tied_head_uses_the_kernels(quantized: bool) -> None:
     if quantized:
         embedding = nn.QuantizedEmbedding.from_embedding(embedding, 64, 4)
     reference = np.array(embedding(mx.arange(50)).astype(mx.float32), np.float64)
-    on_host(embedding)
+    on_kernels(embedding)
     assert embedding(mx.array([3])).dtype == mx.float32
     x = rows_of(64)
     found = np.array(embedding.as_linear(mx.array(x)))
@@ -176,7 +176,7 @@ def test_a_tied_head_uses_the_kernels(quantized: bool) -> None:
 
 def test_new_weights_are_seen() -> None:
     """Streaming replaces a layer's arrays; views of the old ones must not live on."""
-    layer: Any = on_host(make_linear(4, 64, "fp32", 128, 8))
+    layer: Any = on_kernels(make_linear(4, 64, "fp32", 128, 8))
     x = rows_of(128, 3)
     apply(layer, x)
     other = make_linear(4, 64, "fp32", 128, 8)
@@ -191,7 +191,7 @@ def test_layers_the_kernels_cannot_take_keep_mlx_kernels() -> None:
     odd_input, too_small = nn.Linear(40, 8), nn.Linear(64, 3)
     three_bits = nn.QuantizedLinear.from_linear(nn.Linear(128, 8), 64, 3)
     model = nn.Sequential(odd_input, too_small, three_bits)
-    assert cpu_linear.install_host_kernels(model) == 0
+    assert cpu_linear.install_cpu_linears(model) == 0
     assert [type(layer) for layer in model.layers] == [nn.Linear, nn.Linear, nn.QuantizedLinear]
 
 
@@ -238,8 +238,8 @@ class Nodes:
         return out
 
 
-class HostCache:
-    """A slot table with keys and values on the host. What was never written, or is dead, holds NaN."""
+class KernelCache:
+    """A slot table with keys and values in numpy. What was never written, or is dead, holds NaN."""
 
     def __init__(self, nodes: Nodes, window: int | None) -> None:
         self.nodes, self.window = nodes, window
@@ -275,7 +275,7 @@ class HostCache:
 
 def sequential(nodes: Nodes, node: int, window: int | None) -> np.ndarray:
     """The attention of `node`, its path fed one token at a time: plain decoding."""
-    cache = HostCache(nodes, window)
+    cache = KernelCache(nodes, window)
     out = np.empty(0)
     for ancestor in nodes.path(node):
         out = cache.forward([ancestor])[0]
@@ -298,7 +298,7 @@ def test_attention_over_trees_equals_plain_decoding_bit_for_bit(
 ) -> None:
     random = np.random.default_rng(seed)
     nodes = Nodes(*shape, seed)
-    cache = HostCache(nodes, window)
+    cache = KernelCache(nodes, window)
     tip = -1
     for _ in range(int(random.integers(1, 5))):
         first = len(nodes.parents)
@@ -324,7 +324,7 @@ def test_attention_of_a_prompt_does_not_depend_on_how_it_is_cut(window: int | No
     prompt = [nodes.add(i - 1) for i in range(300)]
     results = []
     for size in (300, 128, 7):
-        cache, parts = HostCache(nodes, window), []
+        cache, parts = KernelCache(nodes, window), []
         for start in range(0, 300, size):
             part = prompt[start : start + size]
             parts.append(cache.forward(part))
@@ -341,7 +341,7 @@ def test_attention_survives_extreme_scores() -> None:
     rows = [nodes.add(i - 1) for i in range(20)]
     for node in rows:
         nodes.queries[node] *= 60
-    out = HostCache(nodes, None).forward(rows)
+    out = KernelCache(nodes, None).forward(rows)
     for node in rows:
         assert np.abs(out[node] - nodes.exact(node, None)).max() <= 1e-3  # scores near 1e3 have few bits left
 
@@ -354,7 +354,7 @@ def test_attention_does_not_depend_on_threads() -> None:
     results = []
     for count in (1, 2):
         with threads(count):
-            results.append(HostCache(nodes, None).forward(rows))
+            results.append(KernelCache(nodes, None).forward(rows))
     np.testing.assert_array_equal(*results)
 
 
@@ -412,8 +412,8 @@ def block_outputs(block: Any) -> list[np.ndarray]:
     return outputs
 
 
-def assert_same_outputs(host: Any, original: Any) -> None:
-    for ours, theirs in zip(block_outputs(host), block_outputs(original), strict=True):
+def assert_same_outputs(block: Any, original: Any) -> None:
+    for ours, theirs in zip(block_outputs(block), block_outputs(original), strict=True):
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
@@ -443,11 +443,11 @@ def test_llama_blocks_equal_mlx_blocks_whatever_the_rotation(rope: str) -> None:
         for layer in model.layers:
             if ROPES[rope] is not None:
                 layer.self_attn.rope = ROPES[rope]()
-    cpu_linear.install_host_kernels(ours)
-    assert cpu_block.install_host_blocks(ours) == 2
+    cpu_linear.install_cpu_linears(ours)
+    assert cpu_block.install_cpu_blocks(ours) == 2
     positions.install(theirs)
-    for host, original in zip(ours.layers, theirs.layers, strict=True):
-        assert_same_outputs(host, original)
+    for block, original in zip(ours.layers, theirs.layers, strict=True):
+        assert_same_outputs(block, original)
 
 
 @pytest.mark.parametrize(
@@ -465,8 +465,8 @@ def test_blocks_of_other_shapes_equal_mlx_blocks(family: Any, changes: dict[str,
     if family is qwen2 and "head_dim" not in changes:
         changes = {"num_attention_heads": 2, "num_key_value_heads": 1, **changes}  # qwen2: hidden / heads
     ours, theirs = make_model(family, **changes), make_model(family, **changes)
-    cpu_linear.install_host_kernels(ours)
-    assert cpu_block.install_host_blocks(ours) == 2
+    cpu_linear.install_cpu_linears(ours)
+    assert cpu_block.install_cpu_blocks(ours) == 2
     positions.install(theirs)
     assert_same_outputs(ours.layers[0], theirs.layers[0])
 
@@ -481,8 +481,8 @@ def test_blocks_with_packed_or_16_bit_weights(bits: int | None, dtype: str) -> N
             nn.quantize(model, 32, bits)
         models.append(model)
     ours, theirs = models
-    cpu_linear.install_host_kernels(ours)
-    assert cpu_block.install_host_blocks(ours) == 2
+    cpu_linear.install_cpu_linears(ours)
+    assert cpu_block.install_cpu_blocks(ours) == 2
     theirs.set_dtype(mx.float32)
     positions.install(theirs)
     assert_same_outputs(ours.layers[1], theirs.layers[1])
@@ -494,8 +494,8 @@ def test_a_block_gives_a_row_the_same_bits_however_the_prompt_is_cut(bits: int |
     model.set_dtype(DTYPES[dtype])
     if bits is not None:
         nn.quantize(model, 32, bits)
-    cpu_linear.install_host_kernels(model)
-    assert cpu_block.install_host_blocks(model) == 2
+    cpu_linear.install_cpu_linears(model)
+    assert cpu_block.install_cpu_blocks(model) == 2
     x = rows_of(64, 45)
     results = []
     for size in (45, 21, 20, 7, 1):
@@ -546,9 +546,9 @@ def test_a_block_that_does_not_fit_is_left_alone(change: Any) -> None:
         change(changed.layers[0])
     for source, copy in zip(model.layers, untouched.layers, strict=True):
         copy.update(source.parameters())
-    cpu_linear.install_host_kernels(model)
+    cpu_linear.install_cpu_linears(model)
     classes = [type(layer) for layer in model.layers]
-    assert cpu_block.install_host_blocks(model) == 1  # the second layer is as usual
+    assert cpu_block.install_cpu_blocks(model) == 1  # the second layer is as usual
     assert type(model.layers[0]) is classes[0]
     assert type(model.layers[1]) is not classes[1]
     positions.install(model)
@@ -562,9 +562,9 @@ def test_a_block_that_does_not_fit_is_left_alone(change: Any) -> None:
 )
 def test_shapes_the_kernels_cannot_take_are_left_alone(changes: dict[str, Any]) -> None:
     model = make_model(llama, **changes)
-    cpu_linear.install_host_kernels(model)
+    cpu_linear.install_cpu_linears(model)
     classes = [type(layer) for layer in model.layers]
-    assert cpu_block.install_host_blocks(model) == 0
+    assert cpu_block.install_cpu_blocks(model) == 0
     assert [type(layer) for layer in model.layers] == classes
 
 
@@ -604,13 +604,13 @@ def test_rotation_tables_equal_fast_rope(rope: nn.RoPE) -> None:
 def test_layers_that_rotate_alike_share_their_tables() -> None:
     """Tables of its own for each of 900 layers took more memory than the plan had."""
     model = make_model(llama)
-    cpu_linear.install_host_kernels(model)
-    assert cpu_block.install_host_blocks(model) == 2
-    first, second = (layer._host_block.rotation for layer in model.layers)
+    cpu_linear.install_cpu_linears(model)
+    assert cpu_block.install_cpu_blocks(model) == 2
+    first, second = (layer._cpu_block.rotation for layer in model.layers)
     assert first is second
     other = make_model(llama)
     other.layers[1].self_attn.rope = nn.RoPE(other.layers[1].self_attn.rope.dims, base=7.0)
-    cpu_linear.install_host_kernels(other)
-    assert cpu_block.install_host_blocks(other) == 2
-    first, second = (layer._host_block.rotation for layer in other.layers)
+    cpu_linear.install_cpu_linears(other)
+    assert cpu_block.install_cpu_blocks(other) == 2
+    first, second = (layer._cpu_block.rotation for layer in other.layers)
     assert first is not second

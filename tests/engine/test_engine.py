@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 
-from llmcad_mlx.cpu.install import prepare_for_host
+from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
@@ -40,7 +40,7 @@ Background = Callable[[float], bool] | None
 def family(name: str) -> TreeModel:
     """A tiny model of one of mlx-lm's families."""
     built = build(name)
-    prepare_for_host(built)
+    prepare_for_device(built)
     return TreeModel(built, config_of(name))
 
 

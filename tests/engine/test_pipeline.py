@@ -330,7 +330,7 @@ def test_a_pass_that_measures_plain_decoding_is_not_disturbed() -> None:
         costs.verify.observe(1, 1.0)
     policy.begin(tree)
     assert list(policy.provisional_leaves(tree, MODEL, 8)) == [ROOT]
-    policy._since_plain = 1000
+    policy._schedule._since_plain = 1000
     policy.begin(tree)
     assert list(policy.provisional_leaves(tree, MODEL, 8)) == []
 

@@ -13,8 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from llmcad_mlx import Engine, UsageError
-from llmcad_mlx.cpu import install
+from llmcad_mlx import Engine, UsageError, cpu
 from llmcad_mlx.engine.turns import Turn, Turns
 from tests.support.real_text import PROMPTS, chat, default_engine
 
@@ -158,7 +157,7 @@ def test_without_kernels_of_our_own_threads_work_as_well(
     folder: Any, draft: Any, tiny_home: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a Mac: MLX's own operations, whose unfinished arrays belong to a thread."""
-    monkeypatch.setattr(install, "host_kernels_wanted", lambda: False)
+    monkeypatch.setattr(cpu, "cpu_kernels_wanted", lambda: False)
     from llmcad_mlx import load
 
     with load(folder, draft) as own:

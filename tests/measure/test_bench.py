@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmcad_mlx.cli.main import run as run_cli
-from llmcad_mlx.cpu.install import host_kernels_wanted
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.errors import UsageError
@@ -441,7 +441,7 @@ def test_plans_out_of_range_are_refused_by_name(tmp_path, option, value):
 def test_kernel_table_has_times_ratios_and_small_errors():
     times = kernels.time_kernels(rows=(1, 4, 8), repeat=1, shape=(64, 128))
     names = {entry.kernel for entry in times}
-    assert (kernels.OURS in names) == host_kernels_wanted()
+    assert (kernels.OURS in names) == cpu_kernels_wanted()
     assert all(entry.error < 1e-5 for entry in times)
     assert {entry.rows for entry in times if entry.kernel == kernels.MLX_DENSE} == {1, 4}
     table = kernels.kernel_table(times)

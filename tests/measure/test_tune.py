@@ -15,7 +15,7 @@ import pytest
 
 from llmcad_mlx import load
 from llmcad_mlx.cli.main import run as run_cli
-from llmcad_mlx.cpu.install import host_kernels_wanted
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import GenerationError, ModelError, UsageError
 from llmcad_mlx.files import atomic as disk
@@ -434,7 +434,7 @@ def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured
     assert found[NEAR].prompt_s == 0.0
 
 
-@pytest.mark.skipif(not host_kernels_wanted(), reason="elsewhere rounding may decide near-ties")
+@pytest.mark.skipif(not cpu_kernels_wanted(), reason="elsewhere rounding may decide near-ties")
 def test_a_candidate_with_another_text_is_left_out(models: Path, target: Path, prompts: Path) -> None:
     stage = stage_of(models, target, near=0.001)
 

@@ -21,7 +21,7 @@ from mlx_lm.utils import load_model
 
 from llmcad_mlx import Engine, load
 from llmcad_mlx.cli.main import run as run_cli
-from llmcad_mlx.cpu.install import prepare_for_host
+from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.doctor import diagnose
 from llmcad_mlx.drafting import model as candidates
 from llmcad_mlx.drafting.model import ModelDrafter
@@ -159,7 +159,7 @@ def cut(seed: int, tokens: np.ndarray, noise: float = 0.0) -> TreeModel:
     weight = model.lm_head.weight
     model.lm_head = nn.Linear(weight.shape[1], len(tokens), bias=False)
     model.lm_head.weight = weight[mx.array(tokens)] + noise
-    prepare_for_host(model)
+    prepare_for_device(model)
     return TreeModel(model, {"model_type": "llama", "max_position_embeddings": 4096})
 
 

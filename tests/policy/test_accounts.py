@@ -84,7 +84,7 @@ def test_a_new_text_starts_afresh() -> None:
     for net in (3.0, -4.0):
         account.book(1, net)
         assert account.balance != opening
-        account.new_text()
+        account.begin(new_text=True)
         assert account.balance == opening
 
 

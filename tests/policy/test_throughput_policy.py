@@ -283,7 +283,7 @@ def test_trees_grow_at_once_to_what_loading_hides() -> None:
     assert world.tested > 30
     world.run(1000)
     assert world.seconds < 0.2 * world.plain_seconds
-    assert world.policy._since_plain > 50  # a plain pass is not measured again: it takes what all take
+    assert world.policy._schedule._since_plain > 50  # a plain pass is not measured again: it takes what all take
 
 
 def test_trees_stay_small_where_loading_hides_few_rows() -> None:

@@ -16,7 +16,7 @@ from mlx_lm.utils import dequantize_model, load_model
 
 from llmcad_mlx import load
 from llmcad_mlx.cli.main import run
-from llmcad_mlx.cpu.install import prepare_for_host
+from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import verify_bundle
@@ -101,7 +101,7 @@ def test_bits_without_host_kernels_compute_what_their_weights_say(target: Path, 
     """The model of the copy, prepared as the loader does it, against its own weights at full precision."""
     copy = self_draft(target, bits)
     model, _ = load_model(copy)
-    prepare_for_host(model)
+    prepare_for_device(model)
     full, _ = load_model(copy)
     full = dequantize_model(full)
     tokens = mx.array([PROMPT])

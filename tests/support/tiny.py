@@ -7,7 +7,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models import llama
 
-from llmcad_mlx.cpu.install import prepare_for_host
+from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.models.tree_model import TreeModel
 
 VOCAB = 40
@@ -49,5 +49,5 @@ def tiny_tree_model(seed: int = 0, *, host: bool = True, noise: float = 0.0, **s
         model.update(tree_map(lambda p: p + noise * mx.random.normal(p.shape), model.parameters()))
         mx.eval(model.parameters())
     if host:
-        prepare_for_host(model)
+        prepare_for_device(model)
     return TreeModel(model, {"model_type": "llama", "max_position_embeddings": 4096})

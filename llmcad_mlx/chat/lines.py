@@ -1,0 +1,118 @@
+"""Where the lines of a chat come from: a prompt with history, many lines and completion, or a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+
+from llmcad_mlx.chat.commands import COMMANDS, SETTINGS
+from llmcad_mlx.chat.session import ChatSession
+from llmcad_mlx.report import status_line
+
+_STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"})
+
+
+def from_terminal(session: ChatSession, history: Path | None) -> None:
+    """Ask for messages and commands until /quit or Ctrl-D.
+
+    history: the file that keeps what was typed, None to keep nothing.
+    """
+    pair = session.engine.pair
+    session.screen.note(f"[{pair.target_path.name}, draft {pair.draft_name}; /help lists the commands]")
+    prompt = _prompt(history, lambda: status_line(session.engine, session.stats))
+    going = True
+    while going:
+        try:
+            going = session.handle(prompt.prompt([("class:prompt", ">>> ")]))
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            session.screen.note("[stopped; /quit or Ctrl-D ends the chat]")
+
+
+def from_pipe(session: ChatSession) -> None:
+    """Read standard input to its end: one message or command a line."""
+    for number, data in enumerate(sys.stdin.buffer, 1):
+        try:
+            line = data.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            session.screen.error(f"line {number}: is not UTF-8 text")
+            continue
+        if not session.handle(line):
+            break
+
+
+def _prompt(history: Path | None, status: Callable[[], str]) -> PromptSession[str]:
+    """Enter sends; Escape Enter, which is also what Alt-Enter sends, begins a new line. status: the line below."""
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        history=_history(history),
+        multiline=True,
+        key_bindings=keys,
+        completer=CommandCompleter(),
+        complete_while_typing=False,
+        bottom_toolbar=status,
+        prompt_continuation="... ",
+        style=_STYLE,
+        enable_suspend=True,
+    )
+
+
+class _CarefulHistory(FileHistory):
+    """A disk that is full or read only is no reason to end a chat."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)
+
+
+def _history(path: Path | None) -> History:
+    """The history of `path`, which only its owner may read; one in memory where it cannot be opened."""
+    if path is None:
+        return InMemoryHistory()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return _CarefulHistory(str(path))
+
+
+class CommandCompleter(Completer):
+    """Names of commands, then what may follow: files, or names of settings. Nothing in messages."""
+
+    def __init__(self) -> None:
+        files = PathCompleter(expanduser=True)
+        self._after: dict[str, Completer] = {"save": files, "load": files, "set": WordCompleter([*SETTINGS])}
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """What the text before the cursor may go on with."""
+        text = document.text_before_cursor
+        name, blank, argument = text[1:].partition(" ")
+        if not text.startswith("/"):
+            return
+        if blank and name in self._after:
+            yield from self._after[name].get_completions(Document(argument), complete_event)
+        elif not blank:
+            for command in COMMANDS:
+                if command.name.startswith(name):
+                    yield Completion(f"/{command.name}", -len(text), display_meta=command.help)

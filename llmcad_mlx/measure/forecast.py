@@ -197,7 +197,7 @@ def _measured(costs: CostModel, streamed: int | None) -> Measured:
 def _rate(pair: PlannedPair) -> ReadRate | None:
     if pair.options.read_bandwidth is not None:
         return ReadRate(pair.options.read_bandwidth, emulated=True)
-    reads = pair.prepared.streamed_reads(pair.plan)
+    reads = pair.weights.streamed_reads(pair.plan)
     return measure_read_rate(reads) if reads else None
 
 

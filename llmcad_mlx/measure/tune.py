@@ -35,7 +35,7 @@ import mlx.core as mx
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.table import TableDrafter
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
-from llmcad_mlx.loader import LoadedPair, SharedTarget, conditions, is_planned, load_names, release_free_memory
+from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.machine import Machine, this_machine
 from llmcad_mlx.measure.benchmark import encode_prompts
 from llmcad_mlx.measure.contenders import EngineContender, Sampling
@@ -710,8 +710,8 @@ def save(report: TuneReport) -> None:
 def _opener(lineup: Lineup, together: bool) -> OpenPair:
     if not together:
         return lambda candidate: load_names(candidate.names, lineup.options)
-    shared = SharedTarget(lineup.target_path)
-    return lambda candidate: shared.pair(candidate.names)
+    shared = PreparedTarget.in_memory(lineup.target_path)
+    return lambda candidate: shared.build(candidate.names)
 
 
 def _line(

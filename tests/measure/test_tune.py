@@ -29,7 +29,7 @@ from llmcad_mlx.measure.records import Generation, Place, Run
 from llmcad_mlx.measure.tune import (
     Candidate,
     CandidateFigures,
-    Candidates,
+    DraftSearch,
     Lineup,
     Prediction,
     Split,
@@ -280,7 +280,7 @@ class Stage:
         ) + tuple(Candidate(name, PairNames(target, name, None)) for name in ("ngram", NO_DRAFT))
 
     def lineup(self, incumbent: str | None = None) -> Lineup:
-        return Lineup("tiny", self.target, Candidates(self.candidates, ()), MemoryOptions(), incumbent)
+        return Lineup("tiny", self.target, DraftSearch(self.candidates, ()), MemoryOptions(), incumbent)
 
     def __call__(self, candidate: Candidate) -> LoadedPair:
         self.opened.append(candidate.name)
@@ -601,7 +601,7 @@ def test_a_chosen_draft_that_is_gone_is_an_error_that_says_what_to_do(target: Pa
 # -- what is tried ---------------------------------------------------------------------------------------
 
 
-def names_of(found: Candidates) -> list[str]:
+def names_of(found: DraftSearch) -> list[str]:
     return [short_name(candidate.name) for candidate in found.found]
 
 

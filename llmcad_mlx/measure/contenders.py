@@ -26,8 +26,8 @@ from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.records import Generation
 from llmcad_mlx.measure.variants import MLX_LM_DRAFT, Variant, needs_mlx_lm
 from llmcad_mlx.models.folder import cast_to_fp32
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
-from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SpeculationSettings

@@ -88,7 +88,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
+class DraftSearch:
     """All that were looked for; the last one found is "none", which the others are compared with."""
 
     found: tuple[Candidate, ...]
@@ -103,7 +103,7 @@ def find_candidates(
     tokens: Sequence[int],
     incumbent: str | None,
     show_progress: bool,
-) -> Candidates:
+) -> DraftSearch:
     """Fetch and make the candidates for the target named `target`, which lies in `target_path`.
 
     drafts: names as `--draft` takes them; None: the `incumbent`, what the target's preset names, prompt lookup,
@@ -126,7 +126,7 @@ def find_candidates(
             _find(name, target_path, show_progress, found, failures)
     found.pop(NO_DRAFT, None)
     found[NO_DRAFT] = Candidate(NO_DRAFT, name_pair(target_path, NO_DRAFT, show_progress))
-    return Candidates(tuple(found.values()), tuple(failures.values()))
+    return DraftSearch(tuple(found.values()), tuple(failures.values()))
 
 
 def short_name(name: str) -> str:
@@ -606,7 +606,7 @@ class Lineup:
 
     target: str
     target_path: Path
-    candidates: Candidates
+    candidates: DraftSearch
     options: MemoryOptions
     incumbent: str | None = None
 

@@ -237,13 +237,12 @@ class Worker:
     def _run(self) -> None:
         try:
             engine = self._load()
+            pair, draft = engine.pair, public_name(engine.pair.draft_name)
+            model = ServedModel(self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer)
         except BaseException as error:
             self._model.set_exception(error)
             return
-        pair, draft = engine.pair, public_name(engine.pair.draft_name)
-        self._model.set_result(
-            ServedModel(self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer)
-        )
+        self._model.set_result(model)
         with engine:
             while (job := self._queue.take()) is not None:
                 self._running = job

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,19 @@ def streams_small_matrices() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "SMALL_BYTES", 0)
         yield
+
+
+@pytest.fixture
+def output(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Run a command of the command line, to exit code 0 or `code`; its standard output and error."""
+    from llmcad_mlx.cli.main import run
+
+    def call(*argv: object, code: int = 0) -> tuple[str, str]:
+        capfd.readouterr()
+        assert run([str(word) for word in argv]) == code
+        return capfd.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

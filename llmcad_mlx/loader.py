@@ -23,17 +23,16 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.cpu import prepare_for_device
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.drafting.table import NgramCounts, NgramTable, TableDrafter, vocabulary_hash
-from llmcad_mlx.drafting.vocabulary import check_same_tokens
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.files.bundle import Bundle, read_bundle, verify_bundle
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
 from llmcad_mlx.memory.plan import MemoryNeeds, MemoryPlan, default_budget, make_plan
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
-from llmcad_mlx.models.draft_folder import check_token_list
+from llmcad_mlx.models.draft_folder import check_same_tokens, check_token_list
 from llmcad_mlx.models.folder import LoadedModel, load_model_folder
 from llmcad_mlx.models.probe import cached_probe, probe
 from llmcad_mlx.models.tree_model import TreeModel
@@ -249,7 +248,7 @@ class PlannedPair:
         drafted = self.plan.context + provisional_nodes(self.plan.max_nodes)
         target.cache.reserve(room)
         for drafter in self.drafters:
-            if isinstance(drafter, ModelDrafter):
+            if drafter.cache is not None:
                 drafter.cache.reserve(drafted)
 
 
@@ -334,7 +333,7 @@ def _needs(prepared: Prepared, drafters: Sequence[Drafter], options: MemoryOptio
     """Measure what is taken already."""
     sizes = prepared.sizes
     context = options.context or min(DEFAULT_CONTEXT, prepared.model.context_length or DEFAULT_CONTEXT)
-    models = [drafter.model for drafter in drafters if isinstance(drafter, ModelDrafter)]
+    models = [drafter.model for drafter in drafters if drafter.model is not None]
     weights = sum(model.weight_bytes for model in models)
     release_free_memory()
     return MemoryNeeds(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.engine.policies import make_policy
 from llmcad_mlx.engine.round import Round, run_round

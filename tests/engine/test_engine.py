@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from llmcad_mlx.cpu import prepare_for_device
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.errors import GenerationError

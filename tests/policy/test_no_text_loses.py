@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from llmcad_mlx import Engine
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.engine.policies import make_policy
 from llmcad_mlx.measure.prompts import load_prompts
 from llmcad_mlx.results import GenerationStats

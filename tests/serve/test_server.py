@@ -1,10 +1,8 @@
-"""The HTTP API on a live server, driven by the official openai client, httpx and curl."""
+"""The HTTP API on a live server, driven by the official openai client and httpx."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -311,27 +309,11 @@ def test_metrics_count(live: Live) -> None:
     assert live.metric("requests_total", path="/v1/chat/completions", status="400") == refused + 1
 
 
-def test_the_page_and_unknown_places(live: Live) -> None:
-    page = live.get("/")
-    assert page.headers["content-type"] == "text/html; charset=utf-8"
+def test_unknown_places(live: Live) -> None:
     assert live.get("/nowhere").json()["error"]["message"] == "there is nothing here; see /openapi.json"
     wrong = live.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["type"] == "invalid_request_error"
-
-
-def test_curl(live: Live) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
-    body = json.dumps({"messages": CHAT, "max_tokens": 8, "stream": True})
-    command = ["curl", "-sS", "-N", "-H", "Content-Type: application/json", "-d", body]
-    done = subprocess.run(
-        [*command, f"{live.url}/v1/chat/completions"], capture_output=True, text=True, check=True, timeout=60
-    )
-    data = [line for line in done.stdout.split("\n\n") if line.startswith("data: ")]
-    assert data[-1] == "data: [DONE]"
-    text = "".join(json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in data[:-1])
-    assert text == live.chat(max_tokens=8).json()["choices"][0]["message"]["content"]
 
 
 def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:

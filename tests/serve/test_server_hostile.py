@@ -254,15 +254,11 @@ def test_other_names_for_this_machine(live: Live, host: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/page/../app.py",
-        "/page/..%2fapp.py",
-        "/page/%00",
-        "/page/" + "x" * 5000,
-        "/../../etc/passwd",
-        "//",
-        "/%ff",
+        "/page/", "/page/nothing.js", "/page/../app.py", "/page/%2e%2e/app.py", "/page/..%2fapp.py", "/page/%2e",
+        "/page/%2fetc%2fpasswd", "/page/..%5capp.py", "/page/%00", "/page/app.js%00", "/page/app.js/",
+        "/page/APP.JS", "/page//app.js", "/page/" + "x" * 5000, "/../../etc/passwd", "//", "/%ff",
     ],
-)
+)  # fmt: skip
 def test_paths_lead_nowhere(live: Live, path: str) -> None:
     answer = raw(live, HOST, "Connection: close", line=f"GET {path} HTTP/1.1")
     assert answer.startswith(b"HTTP/1.1 404 ")

@@ -25,7 +25,6 @@ from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.records import Generation
 from llmcad_mlx.measure.variants import MLX_LM_DRAFT, Variant, needs_mlx_lm
-from llmcad_mlx.models.folder import cast_to_fp32
 from llmcad_mlx.policy.calibration import ngram_confidence
 from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.results import GenerationStats
@@ -274,5 +273,5 @@ def _mlx_lm_contenders(
 def _mlx_lm_model(path: Path) -> Module:
     model: Module = load_model(path)[0]
     if mx.default_device() == mx.cpu:
-        cast_to_fp32(model)
+        model.set_dtype(mx.float32)
     return model

@@ -113,7 +113,7 @@ class ModelCache(ABC):
         """Drop the last ``n`` slots of the present append, which were forwarded only to fill a block."""
 
     def reserve(self, num_slots: int) -> None:  # noqa: B027
-        """Make room for ``num_slots`` at the first forward, where the cache can: growing leaves holes in memory."""
+        """Make room for ``num_slots`` at the first forward, where that can be: growing leaves holes in memory."""
 
     @abstractmethod
     def arrays(self) -> list[mx.array]:

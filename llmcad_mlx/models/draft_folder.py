@@ -4,7 +4,7 @@ Rows of the head: `draft_tokens.safetensors` beside the weights holds `tokens` (
 order, and row i of the head is the logit of token tokens[i]. The embedding, the tokenizer and `vocab_size` stay
 the full ones.
 
-The embedding: with `"llmcad": {"shares_embedding": true}` in config.json the draft looks tokens up in its target's,
+The embedding: with `"llmcad": {"shares_embedding": true}` in config.json tokens are looked up in the target's,
 which is in memory anyway. It is the target's object that is called, so that it works whatever the target does with
 it: in memory, or read from the disk row by row. Its bytes count as the target's. Such a folder may also leave the
 tokenizer out, and says by `"vocabulary"` beside it, a `vocabulary_hash`, which tokens it was made for.

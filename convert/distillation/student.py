@@ -45,6 +45,7 @@ def dense(module: nn.Module) -> Any:
     """A copy of a module in float32, nothing in it quantised."""
     found = dequantize_model(copy.deepcopy(module))
     found.set_dtype(mx.float32)
+    mx.eval(found.parameters())
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import Selection, TokenTree
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from llmcad_mlx.errors import GenerationError
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
-from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import NGRAM, Selection, TokenTree
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import TABLE, Selection, TokenTree
 

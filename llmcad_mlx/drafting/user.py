@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import Selection, TokenTree
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from llmcad_mlx.engine.growth import CarriedTree, Growth
 from llmcad_mlx.engine.session import Session
-from llmcad_mlx.policy.policy import GrowthPolicy
+from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import Selection, TokenTree

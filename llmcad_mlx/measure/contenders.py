@@ -25,8 +25,8 @@ from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.records import Generation
 from llmcad_mlx.measure.variants import MLX_LM_DRAFT, Variant, needs_mlx_lm
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
-from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SpeculationSettings
@@ -274,4 +274,5 @@ def _mlx_lm_model(path: Path) -> Module:
     model: Module = load_model(path)[0]
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
     return model

@@ -17,8 +17,8 @@ from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.drafting.vocabulary import check_same_tokens
 from llmcad_mlx.errors import GenerationError, VocabularyError
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
-from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TokenTree

@@ -16,12 +16,12 @@ from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.errors import GenerationError
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
-from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import TokenTree

@@ -11,12 +11,12 @@ from llmcad_mlx.drafting.drafter import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.engine.round import Round
+from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
-from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import walk
@@ -388,7 +388,7 @@ def test_calibration_learns_from_provisional_nodes_too() -> None:
     selection = policy.submit(tree)
     policy.provisional_leaves(tree, MODEL, 8)
     policy.add(tree, 3, Candidates([9], [0.8]))
-    before = policy.calibration.probability(0.8, MODEL)
+    before = policy.calibration.probabilities([0.8], MODEL)[0]
     text = iter([1, 3, 9])
     policy.verified(selection.tree, walk(selection.tree, lambda node, path: next(text)))
-    assert policy.calibration.probability(0.8, MODEL) > before
+    assert policy.calibration.probabilities([0.8], MODEL)[0] > before

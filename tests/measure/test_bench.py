@@ -29,7 +29,7 @@ from llmcad_mlx.measure.plots import MISSING
 from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts
 from llmcad_mlx.measure.records import Generation, Place, Run
 from llmcad_mlx.measure.variants import Variant, parse_variants
-from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings, SpeculationSettings

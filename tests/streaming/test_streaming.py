@@ -95,7 +95,8 @@ def test_streamed_text_is_the_resident_text(
             result = engine.generate(PROMPT, max_tokens=24, temperature=temperature, seed=5, **options)
             assert result.tokens == reference[temperature]
             if plan.streamed_bytes:
-                assert result.stats.streamed_bytes >= plan.streamed_bytes * (result.stats.target_passes - 1)
+                ahead = plan.num_buffers  # passes whose one streamed unit may have been read before the first
+                assert result.stats.streamed_bytes >= plan.streamed_bytes * (result.stats.target_passes - ahead)
 
 
 def test_a_draft_model_works_while_the_target_loads(llama: Path, tmp_path: Path) -> None:

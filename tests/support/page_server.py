@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.page import page_routes
-from llmcad_mlx.serve.settings import ServerSettings
 
 Step = bytes | threading.Event
 """Bytes to send, or something to wait for."""

@@ -28,7 +28,7 @@ from tests.support.scripted_server import CARD, DONE, Script, chunk, event, scri
 from tests.support.serving import Live, loader, serving
 from tests.support.tiny_folder import make_folder, tiny_environment
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "then the other one ran in and then the other one"
 CHAT = [{"role": "user", "content": "tell me of the cat"}]
 KEY = "a-key-of-some-length"

@@ -270,8 +270,8 @@ def _mlx_lm_contenders(
     return found
 
 
-def _mlx_lm_model(path: Path) -> Module:
-    model: Module = load_model(path)[0]
+def _mlx_lm_model(path: Path) -> Any:
+    model: Any = load_model(path)[0]
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.best_first import DEFAULT_MAX_NODES, ThroughputPolicy
 from llmcad_mlx.policy.fixed import ChainPolicy

@@ -18,8 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 
 from llmcad_mlx.api import Engine
-from llmcad_mlx.drafting.drafter import Drafter
-from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.drafting import Drafter, LookupDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
@@ -37,7 +36,7 @@ from llmcad_mlx.tree.token_tree import NGRAM, Selection, TokenTree
 _SHIFT = 7  # any number: it only has to lead to another token
 
 
-class WrongDrafter:
+class WrongDrafter(LookupDrafter):
     """Asks another drafter and proposes other tokens with the same confidences.
 
     No proposed token is among the inner drafter's own candidates, so wherever the target agrees with any of
@@ -244,7 +243,7 @@ def _without_draft(pair: LoadedPair) -> LoadedPair:
 def _drafters(pair: LoadedPair, variant: Variant) -> list[Drafter]:
     if variant.drafters == "none" or pair.target.capability == "plain":
         return []
-    models = [drafter for drafter in pair.drafters if isinstance(drafter, ModelDrafter)]
+    models = [drafter for drafter in pair.drafters if drafter.model is not None]
     others = [drafter for drafter in pair.drafters if not isinstance(drafter, NgramDrafter)]
     if variant.drafters == "wrong":
         inner: Drafter = models[0] if models else NgramDrafter()

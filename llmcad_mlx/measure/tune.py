@@ -32,8 +32,6 @@ from statistics import median
 
 import mlx.core as mx
 
-from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.table import TableDrafter
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.machine import Machine, this_machine
@@ -596,8 +594,7 @@ def _fail(outcome: Outcome, candidate: Candidate, error: LlmcadError | MemoryErr
 
 def draft_bytes(pair: LoadedPair) -> int:
     """Memory of the draft model's weights, or of the n-gram table."""
-    models = sum(d.model.weight_bytes for d in pair.drafters if isinstance(d, ModelDrafter))
-    return models + sum(d.table.num_bytes for d in pair.drafters if isinstance(d, TableDrafter))
+    return sum(drafter.num_bytes for drafter in pair.drafters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.utils import _get_classes
 
-from llmcad_mlx.errors import ModelError
+from llmcad_mlx.errors import ModelError, VocabularyError
 
 FILE = "draft_tokens.safetensors"
 
@@ -66,6 +66,28 @@ def check_token_list(tokens: TokenList, vocab_size: int | None, where: str) -> N
     if beyond < 0 or (vocab_size is not None and beyond >= vocab_size):
         size = "" if vocab_size is None else f" of {vocab_size}"
         raise ModelError(f"{where}: token {beyond} is not in the vocabulary{size}; make the draft for this model")
+
+
+def check_same_tokens(target: Mapping[str, int], draft: Mapping[str, int]) -> None:
+    """Compare two token maps (text -> id), as a tokenizer's `get_vocab()` gives them.
+
+    The sizes of the logits may differ, padding has no tokens; but every id that either map names must name
+    the same text in both. Raises VocabularyError with the first differing token.
+    """
+    if target == draft:
+        return
+    texts, draft_texts = ({id_: text for text, id_ in vocabulary.items()} for vocabulary in (target, draft))
+    for token in sorted(texts.keys() | draft_texts.keys()):
+        ours, theirs = texts.get(token), draft_texts.get(token)
+        if ours != theirs:
+            raise VocabularyError(
+                f"the draft's tokens are not the target's: token {token} is {_shown(ours)} in the target and "
+                f"{_shown(theirs)} in the draft; choose a draft of the same model family"
+            )
+
+
+def _shown(text: str | None) -> str:
+    return "missing" if text is None else repr(text)
 
 
 def head_path(model: Module) -> str | None:

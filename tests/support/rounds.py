@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.engine.round import Round, run_round
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.models.tree_model import TreeModel

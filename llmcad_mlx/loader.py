@@ -45,7 +45,7 @@ from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.store.pull import TABLE_SUFFIX
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
 from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 
 
 def load_tree_model(
@@ -141,7 +141,7 @@ def conditions(options: MemoryOptions) -> Conditions:
 class LoadedPair:
     """A target, its drafters and what belongs to them."""
 
-    target: ResidentTarget
+    target: Target
     drafters: list[Drafter]
     tokenizer: Any
     """mlx-lm's TokenizerWrapper."""
@@ -179,14 +179,14 @@ class PreparedTarget:
     vocab_size: int
     weights: Prepared | None
     """Large weights that are yet to be read; None: all are in memory."""
-    resident: ResidentTarget | None
+    resident: Target | None
 
     @classmethod
     def in_memory(cls, folder: Path) -> PreparedTarget:
         """Raises ModelError for a folder that cannot be loaded."""
         loaded, model = load_tree_model(folder)
         vocab_size = real_tokens(loaded, model)
-        return cls(loaded, model, vocab_size, None, ResidentTarget(model, vocab_size))
+        return cls(loaded, model, vocab_size, None, Target(model, vocab_size))
 
     @classmethod
     def to_be_planned(cls, folder: Path, options: MemoryOptions) -> PreparedTarget:
@@ -232,17 +232,16 @@ class PlannedPair:
     def build(self) -> LoadedPair:
         """Bring in the weights that the plan pins, and begin to read the others."""
         rate, prepared = self.options.read_bandwidth, self.target
-        target = self.weights.build(
-            self.plan,
-            prepared.vocab_size,
-            lambda storage: storage if rate is None else ThrottledStorage(storage, rate),
+        feed = self.weights.build(
+            self.plan, lambda storage: storage if rate is None else ThrottledStorage(storage, rate)
         )
+        target = Target(prepared.model, prepared.vocab_size, feed, self.plan.prefill_chunk)
         if self.plan.budget_bytes is not None:
             self._make_room(target)
         context = min(self.plan.context, prepared.model.context_length or self.plan.context)
         return _pair(self.names, self.options, target, self.drafters, prepared.loaded, context, self.plan)
 
-    def _make_room(self, target: ResidentTarget) -> None:
+    def _make_room(self, target: Target) -> None:
         """Let caches take at once what the plan has put aside for them."""
         room = self.plan.context + self.plan.max_nodes
         drafted = self.plan.context + provisional_nodes(self.plan.max_nodes)
@@ -288,7 +287,7 @@ def plan_pair(names: PairNames, options: MemoryOptions) -> PlannedPair:
 def _pair(
     names: PairNames,
     options: MemoryOptions,
-    target: ResidentTarget,
+    target: Target,
     drafters: list[Drafter],
     loaded: LoadedModel,
     context: int | None,

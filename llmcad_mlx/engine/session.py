@@ -11,7 +11,7 @@ from llmcad_mlx.engine.growth import CarriedTree, prefill_steps
 from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.verifying.target import Target
+from llmcad_mlx.verifying import Target
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings, SpeculationSettings
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 from tests.support.tiny import VOCAB, tiny_llama, tiny_tree_model
 
 OURS = "plain,chain:2,paper,throughput,tree:6,ngram,wrong,no-draft"
@@ -68,7 +68,7 @@ def model_folder(path: Path, seed: int) -> Path:
 def pair(tokenizer, tmp_path_factory) -> LoadedPair:
     """Target and draft with the same weights: a perfect draft."""
     return LoadedPair(
-        target=ResidentTarget(tiny_tree_model(3), VOCAB),
+        target=Target(tiny_tree_model(3), VOCAB),
         drafters=[NgramDrafter(), ModelDrafter(tiny_tree_model(3))],
         tokenizer=tokenizer,
         vocab_size=VOCAB,

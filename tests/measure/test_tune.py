@@ -54,7 +54,7 @@ from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import MODEL
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 from tests.support.simulated_stream import SimulatedClock
 from tests.support.tiny_folder import copy_folder, make_folder, tiny_environment
 
@@ -247,7 +247,7 @@ def test_nothing_measured_nothing_decided() -> None:
 # -- measuring on a simulated clock ----------------------------------------------------------------------
 
 
-class TimedTarget(ResidentTarget):
+class TimedTarget(Target):
     """A pass takes 100 ms and 2 ms for each further node."""
 
     clock: SimulatedClock

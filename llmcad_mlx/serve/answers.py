@@ -15,7 +15,6 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llmcad_mlx.serve.errors import ApiError, JsonResponse, to_json
 from llmcad_mlx.serve.jobs import (
     FailedEvent,
     FairQueue,
@@ -27,7 +26,7 @@ from llmcad_mlx.serve.jobs import (
     TokenEvent,
     TokenLogprob,
 )
-from llmcad_mlx.serve.protocol import GenerationRequest
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, JsonResponse, to_json
 
 Json = dict[str, Any]
 

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from llmcad_mlx.serve.errors import ApiError, bad_request
-from llmcad_mlx.serve.protocol import GenerationRequest
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, bad_request
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
-import logging
-import secrets
 from collections.abc import AsyncIterator, Collection
 from urllib.parse import urlsplit
 
@@ -21,9 +19,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llmcad_mlx.serve.errors import ApiError, bad_request, error_response, internal_error, to_json
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve.protocol import ApiError, bad_request, error_response, internal_error, to_json
 
 _MOST_DISCARDED = 64 << 20
 _DISCARDING_S = 1.0
@@ -79,7 +77,6 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
 
 
-_log = logging.getLogger(__name__)
 _GONE = 499
 
 
@@ -111,10 +108,9 @@ class Gate:
             app = self._app if refusal is None else error_response(refusal)
             await app(scope, receive, noting)
         except Exception as error:
-            error_id = secrets.token_hex(4)
-            _log.error("internal error %s", error_id, exc_info=error)
+            told = internal_error(error)
             if not status:
-                await error_response(internal_error(error_id))(scope, receive, noting)
+                await error_response(told)(scope, receive, noting)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.count_request(path, status or _GONE)

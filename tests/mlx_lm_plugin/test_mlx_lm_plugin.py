@@ -58,7 +58,9 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees of eight nodes whatever they cost: on a tiny model plain decoding is faster."""
 
     def forced_policy(settings: SpeculationSettings, drafters: Any, profile: Any, max_nodes: int) -> Any:
-        return make_policy(SpeculationSettings(tree_nodes=min(8, max_nodes)), drafters, profile)
+        return make_policy(
+            SpeculationSettings(tree_nodes=min(8, max_nodes)), drafters, profile.costs, profile.calibration
+        )
 
     monkeypatch.setattr(speculation, "make_policy", forced_policy)
 

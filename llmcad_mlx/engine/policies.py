@@ -30,8 +30,8 @@ def make_policy(
     """The policy that `settings` name.
 
     "throughput" reads `costs`, learns into `calibration`, and sends the target at most `max_nodes` nodes where
-    `settings` leave it the choice; "paper" and "chain" listen to one drafter: the model where there is one, else the
-    table, else the last of `drafters`.
+    `settings` leave it the choice; "paper" and "chain" listen to one drafter: the model where there is one, else
+    the table, else the last of `drafters`.
     """
     nodes, pipelined = settings.tree_nodes, settings.pipeline
     found = [drafter.source for drafter in drafters]

@@ -7,11 +7,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from distill.forecast import tokens_per_pass
+from distill.tables import make_counts
 
-from convert.distillation.corpus import ChatForm, CorpusSettings, shard_path, texts_of, write_corpus
-from convert.distillation.forecast import tokens_per_pass
-from convert.distillation.tables import make_counts
-from convert.distillation.writing import Text, Writer, loops
+from distill.corpus import ChatForm, CorpusSettings, shard_path, texts_of, write_corpus
+from distill.writing import Text, Writer, loops
 from llmcad_mlx import load
 from llmcad_mlx.drafting.table import NgramTable
 from llmcad_mlx.loader import load_tree_model

@@ -7,13 +7,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from distill.lens import fit_lens
 
-from convert.distillation.lens import fit_lens
-from convert.distillation.student import FrozenTarget, Student
-from convert.distillation.student_data import Batch, Batches
-from convert.distillation.student_export import export_student
-from convert.distillation.training import Progress, train
-from convert.distillation.training_state import Checkpoint, TrainingSettings
+from distill.batches import Batch, Batches
+from distill.checkpoint import Checkpoint, TrainingSettings
+from distill.export import export_student
+from distill.student import FrozenTarget, Student
+from distill.training import Progress, train
 from llmcad_mlx import load
 from llmcad_mlx.drafting.table import vocabulary_hash
 from llmcad_mlx.errors import VocabularyError
@@ -121,7 +121,7 @@ def test_a_draft_without_tokenizer_is_for_its_targets_tokens_only(
     student = Student(target.model, [2], TOKENS)
     settings = TrainingSettings(1, (2,), lens=False)
     with monkeypatch.context() as patch:
-        patch.setattr("convert.distillation.student_export.vocabulary_hash", lambda tokens: "another")
+        patch.setattr("distill.export.vocabulary_hash", lambda tokens: "another")
         export_student(target, student, settings, TOKENS, tmp_path / "foreign", share_embedding=True)
     export_student(target, student, settings, TOKENS, tmp_path / "own", share_embedding=True)
     assert vocabulary_hash(target.tokenizer.get_vocab()) in (tmp_path / "own" / "config.json").read_text()
@@ -133,7 +133,7 @@ def test_a_draft_without_tokenizer_is_for_its_targets_tokens_only(
 
 
 def test_tables_in_a_drafts_folder_draft_beside_its_model(target: LoadedModel, tmp_path: Path) -> None:
-    from convert.distillation.tables import make_counts
+    from distill.tables import make_counts
 
     draft = make_folder(tmp_path / "draft", layers=1)
     with tiny_environment(tmp_path / "home"):

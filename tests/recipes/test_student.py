@@ -14,22 +14,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from distill.acceptance import LOOKUP, measure, table_of
+from distill.training_plot import plot_training
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.utils import infer_quant_config, load_config
 
-from convert import distill_draft
-from convert.distillation.acceptance import LOOKUP, measure, table_of
-from convert.distillation.corpus import CorpusSettings, write_corpus
-from convert.distillation.student import FrozenTarget, Student, dense, frequent_tokens, head_rows
-from convert.distillation.student_cpu import numpy_exponentials, softmax
-from convert.distillation.student_data import Batch, Batches, num_shards, token_counts
-from convert.distillation.student_export import DRAFT_TOKENS, export_student
-from convert.distillation.student_loss import Distillation, Examination
-from convert.distillation.training import Progress, train
-from convert.distillation.training_plot import plot_training
-from convert.distillation.training_state import Checkpoint, TrainingSettings, read_log
-from convert.distillation.writing import Writer
+from distill import __main__ as distill_draft
+from distill.batches import Batch, Batches, num_shards, token_counts
+from distill.checkpoint import Checkpoint, TrainingSettings, read_log
+from distill.corpus import CorpusSettings, write_corpus
+from distill.exponentials import numpy_exponentials, softmax
+from distill.export import DRAFT_TOKENS, export_student
+from distill.loss import Distillation, Examination
+from distill.student import FrozenTarget, Student, dense, frequent_tokens, head_rows
+from distill.training import Progress, train
+from distill.writing import Writer
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import load_tree_model
 from llmcad_mlx.measure.prompts import BenchPrompt
@@ -235,7 +235,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_curve(
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from convert.distillation.training import train\n"
+        "from distill.training import train\n"
         "from llmcad_mlx.models.folder import load_model_folder\n"
         "from tests.recipes.test_student import SETTINGS\n"
         "def report(progress):\n"

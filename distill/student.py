@@ -24,13 +24,13 @@ from mlx_lm.utils import dequantize_model
 
 from distill.corpus import Ids
 from distill.exponentials import numpy_exponentials
-from llmcad_mlx.models.folder import cast_to_fp32
 
 
 def dense(module: Module) -> Any:
     """A copy of a module in float32, nothing in it quantised."""
     found = dequantize_model(copy.deepcopy(module))
-    cast_to_fp32(found)
+    found.set_dtype(mx.float32)
+    mx.eval(found.parameters())
     return found
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.api import Engine
-from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.machine import Machine, this_machine
@@ -151,7 +150,7 @@ def encode_prompts(prompts: Sequence[BenchPrompt], pair: LoadedPair) -> list[Enc
 
 def _draft_folder(pair: LoadedPair) -> Path | None:
     """Where mlx-lm finds the draft model, None when the pair has none."""
-    if not any(isinstance(drafter, ModelDrafter) for drafter in pair.drafters):
+    if all(drafter.model is None for drafter in pair.drafters):
         return None
     return pair.draft_path
 

@@ -18,16 +18,14 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 
 from llmcad_mlx.api import Engine
-from llmcad_mlx.drafting.drafter import Drafter
-from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.drafting import Drafter, LookupDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.records import Generation
 from llmcad_mlx.measure.variants import MLX_LM_DRAFT, Variant, needs_mlx_lm
-from llmcad_mlx.models.folder import cast_to_fp32
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
-from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SpeculationSettings
@@ -38,7 +36,7 @@ from llmcad_mlx.tree.token_tree import NGRAM, Selection, TokenTree
 _SHIFT = 7  # any number: it only has to lead to another token
 
 
-class WrongDrafter:
+class WrongDrafter(LookupDrafter):
     """Asks another drafter and proposes other tokens with the same confidences.
 
     No proposed token is among the inner drafter's own candidates, so wherever the target agrees with any of
@@ -245,7 +243,7 @@ def _without_draft(pair: LoadedPair) -> LoadedPair:
 def _drafters(pair: LoadedPair, variant: Variant) -> list[Drafter]:
     if variant.drafters == "none" or pair.target.capability == "plain":
         return []
-    models = [drafter for drafter in pair.drafters if isinstance(drafter, ModelDrafter)]
+    models = [drafter for drafter in pair.drafters if drafter.model is not None]
     others = [drafter for drafter in pair.drafters if not isinstance(drafter, NgramDrafter)]
     if variant.drafters == "wrong":
         inner: Drafter = models[0] if models else NgramDrafter()
@@ -271,8 +269,9 @@ def _mlx_lm_contenders(
     return found
 
 
-def _mlx_lm_model(path: Path) -> Module:
-    model: Module = load_model(path)[0]
+def _mlx_lm_model(path: Path) -> Any:
+    model: Any = load_model(path)[0]
     if mx.default_device() == mx.cpu:
-        cast_to_fp32(model)
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
     return model

@@ -32,10 +32,8 @@ from statistics import median
 
 import mlx.core as mx
 
-from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.table import TableDrafter
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
-from llmcad_mlx.loader import LoadedPair, SharedTarget, conditions, is_planned, load_names, release_free_memory
+from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.machine import Machine, this_machine
 from llmcad_mlx.measure.benchmark import encode_prompts
 from llmcad_mlx.measure.contenders import EngineContender, Sampling
@@ -88,7 +86,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
+class DraftSearch:
     """All that were looked for; the last one found is "none", which the others are compared with."""
 
     found: tuple[Candidate, ...]
@@ -103,7 +101,7 @@ def find_candidates(
     tokens: Sequence[int],
     incumbent: str | None,
     show_progress: bool,
-) -> Candidates:
+) -> DraftSearch:
     """Fetch and make the candidates for the target named `target`, which lies in `target_path`.
 
     drafts: names as `--draft` takes them; None: the `incumbent`, what the target's preset names, prompt lookup,
@@ -126,7 +124,7 @@ def find_candidates(
             _find(name, target_path, show_progress, found, failures)
     found.pop(NO_DRAFT, None)
     found[NO_DRAFT] = Candidate(NO_DRAFT, name_pair(target_path, NO_DRAFT, show_progress))
-    return Candidates(tuple(found.values()), tuple(failures.values()))
+    return DraftSearch(tuple(found.values()), tuple(failures.values()))
 
 
 def short_name(name: str) -> str:
@@ -596,8 +594,7 @@ def _fail(outcome: Outcome, candidate: Candidate, error: LlmcadError | MemoryErr
 
 def draft_bytes(pair: LoadedPair) -> int:
     """Memory of the draft model's weights, or of the n-gram table."""
-    models = sum(d.model.weight_bytes for d in pair.drafters if isinstance(d, ModelDrafter))
-    return models + sum(d.table.num_bytes for d in pair.drafters if isinstance(d, TableDrafter))
+    return sum(drafter.num_bytes for drafter in pair.drafters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -606,7 +603,7 @@ class Lineup:
 
     target: str
     target_path: Path
-    candidates: Candidates
+    candidates: DraftSearch
     options: MemoryOptions
     incumbent: str | None = None
 
@@ -710,8 +707,8 @@ def save(report: TuneReport) -> None:
 def _opener(lineup: Lineup, together: bool) -> OpenPair:
     if not together:
         return lambda candidate: load_names(candidate.names, lineup.options)
-    shared = SharedTarget(lineup.target_path)
-    return lambda candidate: shared.pair(candidate.names)
+    shared = PreparedTarget.in_memory(lineup.target_path)
+    return lambda candidate: shared.build(candidate.names)
 
 
 def _line(

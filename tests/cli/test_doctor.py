@@ -106,10 +106,11 @@ def test_another_mlx_lm_is_a_problem(monkeypatch, installed, words):
     assert "pip install" in problem
 
 
-def test_supported_versions_come_from_the_requirement_that_applies_here():
+def test_supported_versions_come_from_the_requirement_that_applies_here(monkeypatch):
     lines = ['mlx-lm<9; sys_platform == "nowhere"', "mlx-lm-extra<1", "mlx-lm<0.33,>=0.32.2"]
-    assert supported_versions("mlx-lm", lines) == "<0.33,>=0.32.2"
-    assert supported_versions("mlx", lines) == ""
+    monkeypatch.setattr(module, "requires", lambda name: lines)
+    assert supported_versions("mlx-lm") == "<0.33,>=0.32.2"
+    assert supported_versions("mlx") == ""
 
 
 def test_json_is_the_only_thing_on_standard_output(tiny_model, capsys):

@@ -29,7 +29,7 @@ from llmcad_mlx.measure.records import Generation, Place, Run
 from llmcad_mlx.measure.tune import (
     Candidate,
     CandidateFigures,
-    Candidates,
+    DraftSearch,
     Lineup,
     Prediction,
     Split,
@@ -54,7 +54,7 @@ from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import MODEL
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 from tests.support.simulated_stream import SimulatedClock
 from tests.support.tiny_folder import copy_folder, make_folder, tiny_environment
 
@@ -247,7 +247,7 @@ def test_nothing_measured_nothing_decided() -> None:
 # -- measuring on a simulated clock ----------------------------------------------------------------------
 
 
-class TimedTarget(ResidentTarget):
+class TimedTarget(Target):
     """A pass takes 100 ms and 2 ms for each further node."""
 
     clock: SimulatedClock
@@ -280,7 +280,7 @@ class Stage:
         ) + tuple(Candidate(name, PairNames(target, name, None)) for name in ("ngram", NO_DRAFT))
 
     def lineup(self, incumbent: str | None = None) -> Lineup:
-        return Lineup("tiny", self.target, Candidates(self.candidates, ()), MemoryOptions(), incumbent)
+        return Lineup("tiny", self.target, DraftSearch(self.candidates, ()), MemoryOptions(), incumbent)
 
     def __call__(self, candidate: Candidate) -> LoadedPair:
         self.opened.append(candidate.name)
@@ -366,7 +366,7 @@ def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
     assert len(turns) == turns[0]
     assert {run.place.repetition for run in outcome.runs} == {0, 1}
     assert stage.opened.count(NEAR) == 2
-    assert outcome.seats[NEAR].profile.calibration.probability(0.9, MODEL) != 0.9
+    assert outcome.seats[NEAR].profile.calibration.probabilities([0.9], MODEL)[0] != 0.9
 
 
 # -- candidates that fail --------------------------------------------------------------------------------
@@ -601,7 +601,7 @@ def test_a_chosen_draft_that_is_gone_is_an_error_that_says_what_to_do(target: Pa
 # -- what is tried ---------------------------------------------------------------------------------------
 
 
-def names_of(found: Candidates) -> list[str]:
+def names_of(found: DraftSearch) -> list[str]:
     return [short_name(candidate.name) for candidate in found.found]
 
 

@@ -61,7 +61,7 @@ class RandomUse:
         self.rng.choice(kinds, p=[0.5, 0.4, 0.05, 0.05])()
         live = self.cache.live_slots()
         assert np.all(np.diff(live) > 0)
-        assert [self.cache.position(int(slot)) for slot in live] == list(range(len(self.committed)))
+        assert self.cache._positions[live].tolist() == list(range(len(self.committed)))
 
     def append(self) -> None:
         size, start = int(self.rng.integers(1, 6)), self.cache.num_slots
@@ -77,7 +77,7 @@ class RandomUse:
         for slot, token, parent, row in zip(forward.slots, tokens, parents, np.array(forward.logits), strict=True):
             self.paths[slot] = (*self.paths.get(parent, ()), token)
             assert np.array_equal(row, self.reference((*self.committed, *self.paths[slot])))
-            assert self.cache.position(slot) == len(self.committed) + len(self.paths[slot]) - 1
+            assert self.cache._positions[slot] == len(self.committed) + len(self.paths[slot]) - 1
 
     def commit(self) -> None:
         """Accept a path; keep some of the tree below its end."""
@@ -97,7 +97,7 @@ class RandomUse:
         self.paths = {new: self.paths[old][len(accepted) :] for old, new in zip(keep, kept, strict=True)}
         assert self.cache.num_slots == len(self.committed) + len(kept) + self.cache.num_dead
         for new, tokens in self.paths.items():
-            assert self.cache.position(new) == len(self.committed) + len(tokens) - 1
+            assert self.cache._positions[new] == len(self.committed) + len(tokens) - 1
 
     def rollback(self) -> None:
         self.cache.rollback()

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.models.folder import cast_to_fp32, check_safetensors, load_model_folder
+from llmcad_mlx.models.folder import check_safetensors, load_model_folder
 from tests.support.architecture_configs import build, config_of
 
 
@@ -154,21 +152,3 @@ def test_headers_that_contradict_themselves(tmp_path: Path, entry: object) -> No
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(ModelError, match="corrupt at tensor 'tensor'"):
         check_safetensors(file)
-
-
-def _divisible(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.weight.shape[-1] % 32 == 0
-
-
-def test_cast_to_fp32_keeps_values_of_packed_and_plain_weights() -> None:
-    model = build("llama")
-    model.set_dtype(mx.bfloat16)
-    nn.quantize(model, group_size=32, bits=4, class_predicate=lambda _, m: _divisible(m))
-    before = dict(tree_flatten(model.parameters()))
-    cast_to_fp32(model)
-    after = dict(tree_flatten(model.parameters()))
-    assert after.keys() == before.keys()
-    assert {array.dtype for array in after.values()} == {mx.float32, mx.uint32}
-    for name, array in before.items():
-        assert np.array_equal(np.array(array.astype(mx.float32)), np.array(after[name].astype(mx.float32))), name
-    assert model(mx.array([[1, 2]])).dtype == mx.float32

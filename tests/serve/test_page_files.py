@@ -14,8 +14,8 @@ from pygments.lexers import get_all_lexers
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.page import Markdown, page_routes
-from llmcad_mlx.serve.settings import ServerSettings
 
 FOLDER = resources.files("llmcad_mlx.serve").joinpath("page")
 NAMES = sorted(entry.name for entry in FOLDER.iterdir())

@@ -18,12 +18,11 @@ from llmcad_mlx import Engine, UsageError, load
 from llmcad_mlx.errors import BudgetError
 from llmcad_mlx.loader import load_pair
 from llmcad_mlx.serve.answers import PartMaker, ToolListener
-from llmcad_mlx.serve.errors import ApiError
-from llmcad_mlx.serve.job import Job, RoundEvent, TokenEvent
-from llmcad_mlx.serve.limits import FairQueue, QueueClosedError, QueueFullError
+from llmcad_mlx.serve.jobs import FairQueue, Job, QueueClosedError, QueueFullError, RoundEvent, TokenEvent
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.prompt_cache import PromptCache, cache_limit
-from llmcad_mlx.serve.protocol import GenerationRequest, RequestReader
-from llmcad_mlx.serve.settings import ServerSettings, public_name
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, RequestReader
+from llmcad_mlx.serve.worker import public_name
 from llmcad_mlx.settings import GenerationOptions, MemoryOptions
 from tests.support.tiny_folder import make_folder, tiny_environment
 

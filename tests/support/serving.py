@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from llmcad_mlx import Engine, load
 from llmcad_mlx.api import Response
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.server import LlmServer
-from llmcad_mlx.serve.settings import ServerSettings
 
 NAME = "tiny"
 CHAT = [{"role": "user", "content": "tell me of the cat"}]

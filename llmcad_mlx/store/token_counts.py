@@ -1,7 +1,7 @@
 """How often each token occurs in a corpus, and which are worth a row in a draft's head.
 
 A corpus is text files, read as UTF-8, and token shards: safetensors files with `tokens` (N,) of integers, as
-`convert/distill_draft.py` writes them. Without one the tokenizer's own order decides: tokenizers number tokens by
+`python -m distill corpus` writes them. Without one the tokenizer's own order decides: tokenizers number tokens by
 how frequent they were in what they were trained on. A corpus of the target's own text is better.
 """
 

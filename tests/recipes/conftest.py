@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.corpus import CorpusSettings, shards_in, write_corpus
+from distill.corpus import CorpusSettings, Ids, shards_in, write_corpus
 from distill.writing import Writer
 from llmcad_mlx.loader import load_tree_model
 from llmcad_mlx.models.folder import LoadedModel, load_model_folder
@@ -25,7 +25,7 @@ def target(folder: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="package")
-def tokens() -> np.ndarray:
+def tokens() -> Ids:
     """Of a student's head."""
     return np.array([0, 1, 5, 6, 7, 20, 21, 22, 23, 24, 30, 31, 50, 60], np.int32)
 

@@ -38,10 +38,9 @@ def test_texts_written_together_are_those_written_alone() -> None:
 
 def test_a_text_ends_at_a_stop_token_and_the_others_go_on() -> None:
     model = tiny_tree_model(seed=2)
-    free = [Text([1, number], 2) for number in range(2, 10)]
+    free, texts = ([Text([1, number], 2) for number in range(2, 10)] for _ in range(2))
     Writer(model, [], VOCAB).write(free, 12, seed=0)
     stop = free[0].tokens[5]
-    texts = [Text([1, number], 2) for number in range(2, 10)]
     Writer(model, [stop], VOCAB).write(texts, 12, seed=0)
     for text, whole in zip(texts, free, strict=True):
         after = whole.tokens[2:]
@@ -67,11 +66,10 @@ def test_activations_are_kept_for_every_token_that_was_fed() -> None:
 
 def test_the_same_seed_draws_the_same_texts() -> None:
     model = tiny_tree_model(seed=2)
-    drawn = []
-    for seed in (1, 1, 2):
-        texts = [Text([1, 2, 3], 3, temperature=1.0) for _ in range(4)]
-        Writer(model, [], VOCAB).write(texts, 10, seed)
-        drawn.append([text.tokens for text in texts])
+    texts = [[Text([1, 2, 3], 3, temperature=1.0) for _ in range(4)] for _ in range(3)]
+    for each, seed in zip(texts, (1, 1, 2), strict=True):
+        Writer(model, [], VOCAB).write(each, 10, seed)
+    drawn = [[text.tokens for text in each] for each in texts]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(map(tuple, drawn[0]))) > 1
 

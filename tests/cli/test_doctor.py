@@ -18,10 +18,9 @@ from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.files.bundle import read_bundle
 from llmcad_mlx.models.folder import LoadedModel
 from llmcad_mlx.store import pull as resolve
-from llmcad_mlx.store.convert import write_bundle
 from tests.support.command_line import TerminalText
 from tests.support.tiny import VOCAB, tiny_tree_model
-from tests.support.tiny_folder import make_folder
+from tests.support.tiny_folder import make_folder, write_bundle
 
 KEYS = {
     "platform", "python", "cpu", "num_cores", "memory_bytes", "available_bytes", "versions", "device",

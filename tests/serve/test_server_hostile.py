@@ -149,6 +149,7 @@ def test_wrong_types_in_a_message(live: Live, name: str) -> None:
         ({"logit_bias": {"999": 1}}, "logit_bias: token 999 is not in the vocabulary of 112"),
         ({"tool_choice": "auto"}, "tool_choice: there are no tools"),
         ({"stop": ["x"] * 17}, "stop: must have at most 16 items, not 17"),
+        ({str(key): 1 for key in range(5000)}, "the body: an object may have 4096 keys at most"),
         ({"stop": "x" * 1001}, "stop: must have at most 1000 characters"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: is missing"),
         ({"messages": [{"role": "user", "content": "x" * 90_000}]}, "the prompt has "),

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 
+from convert.trim_vocabulary import count_tokens
 from llmcad_mlx import Engine, load
 from llmcad_mlx.cli.main import run as run_cli
 from llmcad_mlx.cpu import prepare_for_device
@@ -33,19 +34,18 @@ from llmcad_mlx.models.draft_folder import FILE
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.progress import NoProgress
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings
 from llmcad_mlx.store.convert import convert_folder
-from llmcad_mlx.store.copies import trimmed_draft, write_trimmed_draft
+from llmcad_mlx.store.copies import DerivedDraft, usual_tokens, write_trimmed_draft
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
-from llmcad_mlx.store.token_counts import most_frequent, special_tokens, usual_tokens
-from llmcad_mlx.streaming import weights as parts
 from llmcad_mlx.tree.token_tree import ROOT, TokenTree
 from tests.support.architecture_configs import build, config_of
 from tests.support.real_text import PROMPTS, compare
 from tests.support.tiny import VOCAB, tiny_llama, tiny_tree_model
-from tests.support.tiny_folder import EOS, change_config, copy_folder, make_folder, tiny_environment, write_folder
+from tests.support.tiny_folder import EOS, change_config, copy_folder, make_folder, write_folder
 from tests.support.tiny_folder import VOCAB as FOLDER_VOCAB
 from tests.test_lossless import FakeClock, make_engine, make_policy, plain, run
 
@@ -56,11 +56,7 @@ LIST = [0, 1, 5, 9, 12, 17, 23, 30, 31, 33, 40, 41, 58, 77, 90]
 TIED = {"tie_word_embeddings": True}
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(disk, "RESERVE_BYTES", 0)
-    with tiny_environment(tmp_path / "home"):
-        yield
+pytestmark = pytest.mark.usefixtures("own_home", "streams_small_matrices")
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +100,17 @@ def sampler(temperature: float, vocab_size: int) -> TargetSampler:
     return TargetSampler(SamplingSettings(temperature=temperature, seed=11), vocab_size)
 
 
-@pytest.mark.parametrize("way", [candidates.top_candidates, "device"])
+def on_device(logits: mx.array, positions: Any, own: TargetSampler, count: int, tokens: Any) -> Any:
+    """What a GPU runs, on the CPU."""
+    found = candidates._on_device(logits, positions, own, count, tokens)
+    return [candidates._named(row, tokens) for row in found]
+
+
+@pytest.mark.parametrize("way", [candidates.top_candidates, on_device])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("kept", [1, 5, 600, 4999, 5000])
 def test_candidates_are_the_full_ones_restricted_to_the_list(way: Any, temperature: float, kept: int) -> None:
     """The same scores at the same tokens, noise included, and a softmax over the list alone."""
-    if way == "device":
-        way = on_device
     random = np.random.default_rng(kept)
     logits = (random.standard_normal((3, 5000)) * 4).astype(np.float32)
     tokens = np.sort(random.choice(5000, kept, replace=False)).astype(np.int32)
@@ -127,12 +127,6 @@ def test_candidates_are_the_full_ones_restricted_to_the_list(way: Any, temperatu
         assert list(proposal.tokens) == best.tolist()
         shares = np.exp(inside - inside.max())
         np.testing.assert_allclose(proposal.confidences, shares[best] / shares.sum(), rtol=1e-4)
-
-
-def on_device(logits: mx.array, positions: Any, own: TargetSampler, count: int, tokens: Any) -> Any:
-    """What a GPU runs, on the CPU."""
-    found = candidates._on_device(logits, positions, own, count, tokens)
-    return [candidates._named(row, tokens) for row in found]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -209,9 +203,8 @@ def test_a_draft_that_is_its_target_is_right_whenever_the_list_has_the_token(tem
 @pytest.mark.parametrize("pinned", ["auto", 0])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_folders_draft_in_memory_and_beside_a_streamed_target(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, pinned: str | int
+    target: Path, tmp_path: Path, temperature: float, pinned: str | int
 ) -> None:
-    monkeypatch.setattr(parts, "SMALL_BYTES", 0)
     options: dict[str, Any] = {"max_tokens": 40, "temperature": temperature, "seed": 3, **NO_END}
     with load(target, "none") as engine:
         expected = engine.generate(PROMPT, **options).tokens
@@ -240,11 +233,8 @@ SHARED: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("kind", SHARED)
-def test_a_shared_embedding_gives_the_text_of_an_own_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_a_shared_embedding_gives_the_text_of_an_own_one(tmp_path: Path, kind: str) -> None:
     """In memory, pinned, and looked up row by row while the target's layers are read."""
-    monkeypatch.setattr(parts, "SMALL_BYTES", 0)
     target = SHARED[kind](tmp_path / "target")
     own = trimmed(target, tmp_path / "own")
     shared = without_embedding(copy_folder(own, tmp_path / "shared"))
@@ -269,9 +259,8 @@ def test_a_shared_embedding_gives_the_text_of_an_own_one(
         assert found.stats.accepted == expected.stats.accepted
 
 
-def test_a_shared_embedding_while_layers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_embedding_while_layers_are_read(tmp_path: Path) -> None:
     """Provisional nodes are looked up in the middle of the target's pass, its head's pieces included."""
-    monkeypatch.setattr(parts, "SMALL_BYTES", 0)
     untied = make_folder(tmp_path / "untied", layers=6)
     tied = family(tmp_path / "tied", "qwen2", num_hidden_layers=6, **TIED)
     for name, folder in (("untied", untied), ("tied", tied)):
@@ -329,9 +318,7 @@ def replaced(file: Path, folder: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "RESERVE_BYTES", 0)
-        return trimmed(target, tmp_path_factory.mktemp("models") / "draft")
+    return trimmed(target, tmp_path_factory.mktemp("models") / "draft")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -390,11 +377,9 @@ def test_the_vocabularies_must_still_be_the_same(target: Path, draft: Path, tmp_
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_doctor_says_what_it_is(
-    draft: Path, tmp_path: Path, shared: bool, capsys: pytest.CaptureFixture[str]
+    target: Path, draft: Path, tmp_path: Path, shared: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = draft
-    if shared:
-        folder = without_embedding(copy_folder(draft, tmp_path / "shared"))
+    folder = without_embedding(copy_folder(draft, tmp_path / "shared")) if shared else draft
     found = diagnose(str(folder)).model
     assert found is not None
     assert (found.capability, found.vocab_size) == ("tree", len(LIST))
@@ -402,12 +387,7 @@ def test_the_doctor_says_what_it_is(
     assert ("uses its target's embedding" in found.drafts_only) == shared
     assert run_cli(["doctor", str(folder)]) == 0
     assert f"a draft, not a target: {found.drafts_only}" in capsys.readouterr().out
-
-
-def test_the_doctor_finds_no_fault_in_targets(target: Path) -> None:
-    found = diagnose(str(target)).model
-    assert found is not None
-    assert found.drafts_only == ""
+    assert load_model_folder(target).drafts_only == ""
 
 
 # -- the recipe --------------------------------------------------------------------------------------------
@@ -483,15 +463,16 @@ def test_a_trimmed_draft_can_be_quantised(target: Path, draft: Path, tmp_path: P
 
 def test_copies_are_kept_and_made_once(target: Path, tmp_path: Path) -> None:
     source = copy_folder(target, tmp_path / "source")
-    first = trimmed_draft(source, reversed(LIST))
+    many, few = (DerivedDraft("source", tokens=count) for count in (15, 5))
+    first = many.make(source)
     assert first.parent == tmp_path / "home" / "trimmed-drafts"
     written = (first / FILE).stat().st_mtime_ns
-    assert trimmed_draft(source, LIST) == first
+    assert many.make(source) == first
     assert (first / FILE).stat().st_mtime_ns == written
-    other = trimmed_draft(source, LIST[:5])
+    other = few.make(source)
     assert other != first
     change_config(source, note=1)
-    assert trimmed_draft(source, LIST) not in (first, other)
+    assert many.make(source) not in (first, other)
     assert not first.exists()
     assert other.exists()
 
@@ -528,33 +509,32 @@ def test_a_full_disk_leaves_nothing(target: Path, tmp_path: Path, monkeypatch: p
 # -- which tokens ------------------------------------------------------------------------------------------
 
 
-def test_the_most_frequent_tokens_with_special_ones() -> None:
-    counts = np.array([0, 5, 9, 5, 0, 7, 0], np.int64)
-    assert most_frequent(counts, 3).tolist() == [1, 2, 5]  # of equals the lowest
-    assert most_frequent(counts, 3, [6, 0]).tolist() == [0, 2, 6]
-    assert most_frequent(counts, 6).tolist() == [0, 1, 2, 3, 4, 5]  # unseen ones by id
-    assert most_frequent(counts, 7).dtype == np.int32
-    for count, always in ((0, ()), (8, ()), (1, (2, 3))):
+def test_the_most_frequent_tokens_with_special_ones(target: Path) -> None:
+    tokenizer = load_model_folder(target, lazy=True).tokenizer
+    counts = np.zeros(FOLDER_VOCAB, np.int64)
+    counts[[5, 6, 7, 9]] = 5, 9, 5, 7
+    # Of equals the lowest; 0 and 1 are special.
+    assert usual_tokens(tokenizer, 5, counts).tolist() == [0, 1, 5, 6, 9]
+    assert usual_tokens(tokenizer, 9).tolist() == list(range(9))  # by the tokenizer's own order
+    assert usual_tokens(tokenizer, FOLDER_VOCAB).dtype == np.int32
+    for count in (0, 1, FOLDER_VOCAB + 1):
         with pytest.raises(UsageError, match=f"--tokens: {count} is out of range"):
-            most_frequent(counts, count, always)
-
-
-def test_special_tokens_are_those_of_the_template(target: Path) -> None:
-    assert special_tokens(load_model_folder(target, lazy=True).tokenizer) == {0, 1}
+            usual_tokens(tokenizer, count)
 
 
 def test_tokens_are_counted_in_texts_and_shards(target: Path, tmp_path: Path) -> None:
     tokenizer = load_model_folder(target, lazy=True).tokenizer
     corpus = tmp_path / "corpus"
     (corpus / "inner").mkdir(parents=True)
-    (corpus / "a.txt").write_text("zzz\n" * 3)
+    (corpus / "a.txt").write_text("z\n" * 3)
     (corpus / "image.png").write_bytes(b"\xff")
     z = tokenizer.encode("z", add_special_tokens=False)[0]
     q, newline = (tokenizer.encode(c, add_special_tokens=False)[0] for c in "q\n")
     mx.save_safetensors(str(corpus / "inner" / "b.safetensors"), {"tokens": mx.array([q] * 5)})
-    assert set(usual_tokens(tokenizer, 5, [corpus]).tolist()) == {0, 1, z, q, newline}
-    assert set(usual_tokens(tokenizer, 3, [corpus / "inner"]).tolist()) == {0, 1, q}
-    assert usual_tokens(tokenizer, 9).tolist() == list(range(9))  # by the tokenizer's own order
+    for path, expected in ((corpus, {z: 3, q: 5, newline: 3}), (corpus / "inner", {q: 5})):
+        counts = count_tokens([path], tokenizer, NoProgress())
+        assert len(counts) == FOLDER_VOCAB
+        assert {int(token): int(counts[token]) for token in np.flatnonzero(counts)} == expected
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfd")
     mx.save_safetensors(str(tmp_path / "beyond.safetensors"), {"tokens": mx.array([FOLDER_VOCAB])})
     mx.save_safetensors(str(tmp_path / "floats.safetensors"), {"tokens": mx.array([1.0])})
@@ -567,7 +547,7 @@ def test_tokens_are_counted_in_texts_and_shards(target: Path, tmp_path: Path) ->
         ("missing", "no such file"),
     ):
         with pytest.raises(UsageError, match=f"--corpus: .*{name}: {message}"):
-            usual_tokens(tokenizer, 5, [tmp_path / name])
+            count_tokens([tmp_path / name], tokenizer, NoProgress())
 
 
 def test_from_the_command_line(target: Path, tmp_path: Path) -> None:
@@ -613,8 +593,7 @@ def test_from_the_command_line(target: Path, tmp_path: Path) -> None:
 def test_the_embedded_model_trimmed_drafts_for_itself(tmp_path: Path, temperature: float) -> None:
     """4,096 tokens by the tokenizer's order; of these, the draft is right nearly always."""
     target = resolve_target(DEFAULT_PRESET)
-    tokenizer = load_model_folder(target, lazy=True).tokenizer
-    folder = trimmed_draft(target, usual_tokens(tokenizer, 4096))
+    folder = DerivedDraft(DEFAULT_PRESET, tokens=4096).make(target)
     with load(str(target), draft=str(folder)) as engine:
         for seed, prompt in enumerate(PROMPTS[2:4]):
             found = compare(engine, prompt, 48, temperature=temperature, seed=seed, tree_nodes=8)

@@ -7,7 +7,7 @@ codes; only a Q4_K scale, a product of two numbers, is rounded to float16. Layou
 Everything else is dequantised and fitted anew, with the smallest squared error a short search finds. `mx.quantize`
 spans each group from its smallest to its largest weight. Here scale and bias are fitted to the codes by least
 squares, from two starting spans, and the better one is kept. On Qwen2.5-Coder-0.5B that lowers the error of 4-bit
-groups from 9.2 to 7.3 % of the weights' size (`convert/quantisation_error.py`).
+groups from 9.2 to 7.3 % of the weights' size (`python -m convert.quantisation_error`).
 """
 
 from __future__ import annotations

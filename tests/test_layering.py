@@ -35,7 +35,6 @@ LAYERS = [
 ]
 # Imports that still point up, to be mended.
 KNOWN = {
-    ("files", "streaming"),
     ("engine", "store"),
 }
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

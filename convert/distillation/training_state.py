@@ -21,6 +21,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.files.atomic import new_file, write_text
 
 from .student import Ids, Student
 
@@ -155,9 +156,8 @@ def save_checkpoint(
     arrays |= {_STUDENT + name: array for name, array in _flat(student.trainable_parameters())}
     arrays |= {_OPTIMIZER + name: array for name, array in _flat(optimizer.state)}
     state = {"settings": asdict(settings), "target": target, "place": asdict(place)}
-    temporary = folder / "checkpoint.part.safetensors"
-    mx.save_safetensors(str(temporary), arrays, {"state": json.dumps(state)})
-    temporary.replace(folder / _CHECKPOINT)
+    with new_file(folder / _CHECKPOINT) as file:
+        mx.save_safetensors(str(file), arrays, {"state": json.dumps(state)})
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:
@@ -171,9 +171,7 @@ class TrainingLog:
         """Open the log of a run that goes on after `step`."""
         self._path = folder / _LOG
         kept = [line for line in read_log(folder) if line["step"] <= step] if step else []
-        temporary = self._path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, **figures: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.files.bundle_writer import BundleWriter
-from llmcad_mlx.files.safetensors_writer import TensorSpec
+from llmcad_mlx.files.safetensors import TensorSpec
 from llmcad_mlx.gguf.dimensions import HEAD, OUTER_NAMES
 from llmcad_mlx.gguf.groups import Groups, NotFiniteError, group_rows, has_values, require_finite, values
 from llmcad_mlx.gguf.model import FamilyModel
@@ -158,7 +158,7 @@ def _write_tensor(
 def _write_groups(planned: PlannedTensor, writer: BundleWriter, first: int, groups: Groups) -> None:
     parts: tuple[npt.NDArray[Any], ...] = (groups.codes, groups.scales, groups.biases)
     for spec, part in zip(planned.specs, parts, strict=True):
-        writer.write_rows(spec.name, first, part)
+        writer.write_bytes(spec.name, first * part[0].nbytes, np.ascontiguousarray(part).tobytes())
 
 
 def _write_vector(planned: PlannedTensor, writer: BundleWriter, raw: npt.NDArray[np.uint8]) -> None:
@@ -168,7 +168,7 @@ def _write_vector(planned: PlannedTensor, writer: BundleWriter, raw: npt.NDArray
     require_finite(vector)
     if planned.heads_to_unpair:
         vector = _unpaired(vector, planned.heads_to_unpair)
-    writer.write_rows(planned.name, 0, vector)
+    writer.write_bytes(planned.name, 0, vector.tobytes())
 
 
 def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:

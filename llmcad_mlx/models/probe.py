@@ -22,7 +22,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -38,6 +37,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from llmcad_mlx.files.atomic import write_text
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import computes_in_float32
 from llmcad_mlx.models.cache import Capability, LazyKVCache, UnsupportedCacheError
@@ -391,7 +391,4 @@ def _read(file: Path) -> ProbeReport | None:
 
 def _write(file: Path, report: ProbeReport) -> None:
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(report)))
-        os.replace(temporary, file)
+        write_text(file, json.dumps(asdict(report)))

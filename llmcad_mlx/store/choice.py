@@ -12,14 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcad_mlx.files.atomic import full_disk_error
+from llmcad_mlx.files.atomic import full_disk_error, write_text
 from llmcad_mlx.files.bundle import FILE, read_profile, write_profile
 from llmcad_mlx.store.cache_folder import home_folder
 
@@ -79,15 +77,7 @@ def save_choice(target: Path, choice: DraftChoice) -> Path:
         return target / FILE
     file = _file(target)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump({"target": str(target.resolve()), _KEY: entries}, stream)
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_text(file, json.dumps({"target": str(target.resolve()), _KEY: entries}))
     except OSError as error:
         raise full_disk_error(error, file) from None
     return file

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmcad_mlx.errors import DownloadError
+from llmcad_mlx.files.atomic import write_text
 from llmcad_mlx.progress import Advance, Progress
 from llmcad_mlx.store.presets import FileSource, Mirror
 
@@ -95,9 +96,7 @@ def _record(part: Path, mirror: Mirror, done: _Done) -> None:
         "num_wheels": done.num_wheels,
         "num_bytes": done.num_bytes,
     }
-    temporary = part.with_name(part.name + ".json.new")
-    temporary.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(temporary, _sidecar(part))
+    write_text(_sidecar(part), json.dumps(record))
 
 
 def _download(requirement: str, folder: Path) -> Path:

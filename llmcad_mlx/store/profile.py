@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcad_mlx.files.atomic import write_text
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 
@@ -47,15 +46,7 @@ class PairProfile:
             "calibration": self.calibration.to_dict(),
         }
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    json.dump(data, file)
-                os.replace(name, self._path)
-            except BaseException:
-                os.unlink(name)
-                raise
+            write_text(self._path, json.dumps(data))
 
 
 def profile_path(home: Path, models: Sequence[Path | str], device: str) -> Path:

@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.models.folder import cast_to_fp32, check_safetensors, load_model_folder
+from llmcad_mlx.files.safetensors import read_tensors
+from llmcad_mlx.models.folder import cast_to_fp32, load_model_folder
 from tests.support.architecture_configs import build, config_of
 
 
@@ -153,7 +154,7 @@ def test_headers_that_contradict_themselves(tmp_path: Path, entry: object) -> No
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(ModelError, match="corrupt at tensor 'tensor'"):
-        check_safetensors(file)
+        read_tensors(file)
 
 
 def _divisible(module: nn.Module) -> bool:

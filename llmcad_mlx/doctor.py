@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.machine import Machine, this_machine
-from llmcad_mlx.store.cache_folder import home_folder
+from llmcad_mlx.store import home_folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,10 +38,9 @@ from llmcad_mlx.models.probe import cached_probe, probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import provisional_nodes
 from llmcad_mlx.settings import MemoryOptions
-from llmcad_mlx.store.cache_folder import home_folder
-from llmcad_mlx.store.choice import Conditions
-from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
-from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.store import home_folder
+from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, pair_profile_path
+from llmcad_mlx.store.profile import Conditions, PairProfile
 from llmcad_mlx.store.pull import TABLE_SUFFIX
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
 from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
@@ -201,7 +200,7 @@ class PreparedTarget:
         weights = Prepared(loaded, FileStorage(), probe_folder(), bundle)
         return cls(loaded, weights.model, real_tokens(loaded, weights.model), weights, None)
 
-    def drafters(self, names: PairNames, options: MemoryOptions) -> list[Drafter]:
+    def drafters(self, names: PairPaths, options: MemoryOptions) -> list[Drafter]:
         """Load the draft of `names`. Raises ModelError or VocabularyError for an unfit one."""
         if names.draft_name == NO_DRAFT:
             return []
@@ -209,7 +208,7 @@ class PreparedTarget:
             verify_bundle(names.draft_path)  # where it has checksums
         return load_drafters(names.draft_path, self.loaded, self.model, self.vocab_size)
 
-    def build(self, names: PairNames) -> LoadedPair:
+    def build(self, names: PairPaths) -> LoadedPair:
         """With the draft of `names`, all in memory. Raises the errors of `drafters`."""
         assert self.resident is not None
         options = MemoryOptions()
@@ -221,7 +220,7 @@ class PreparedTarget:
 class PlannedPair:
     """A pair with its memory plan; of the target's large weights nothing is in memory yet."""
 
-    names: PairNames
+    names: PairPaths
     options: MemoryOptions
     target: PreparedTarget
     weights: Prepared
@@ -259,19 +258,19 @@ def load_pair(
     return load_names(find_pair(target, draft, show_progress, conditions(options)), options)
 
 
-def load_names(names: PairNames, options: MemoryOptions) -> LoadedPair:
+def load_names(names: PairPaths, options: MemoryOptions) -> LoadedPair:
     """All phases after the first."""
     if is_planned([names], options):
         return plan_pair(names, options).build()
     return PreparedTarget.in_memory(names.target_path).build(names)
 
 
-def is_planned(pairs: Sequence[PairNames], options: MemoryOptions) -> bool:
+def is_planned(pairs: Sequence[PairPaths], options: MemoryOptions) -> bool:
     """Whether a memory plan is needed to load the target that `pairs` have in common with all their drafts."""
     return options.asks_for_streaming or _budget(pairs, options) is not None
 
 
-def plan_pair(names: PairNames, options: MemoryOptions) -> PlannedPair:
+def plan_pair(names: PairPaths, options: MemoryOptions) -> PlannedPair:
     """Load all but the target's large weights, measure what is taken, and plan the rest.
 
     Raises BudgetError naming the smallest budget that works, and the errors of `PreparedTarget`.
@@ -285,7 +284,7 @@ def plan_pair(names: PairNames, options: MemoryOptions) -> PlannedPair:
 
 
 def _pair(
-    names: PairNames,
+    names: PairPaths,
     options: MemoryOptions,
     target: Target,
     drafters: list[Drafter],
@@ -319,7 +318,7 @@ def _bundle(loaded: LoadedModel) -> Bundle:
     return bundle
 
 
-def _budget(pairs: Sequence[PairNames], options: MemoryOptions) -> int | None:
+def _budget(pairs: Sequence[PairPaths], options: MemoryOptions) -> int | None:
     """What was asked for; else None where all models fit into memory, else what they may use of it."""
     if options.memory is not None:
         return options.memory

@@ -41,6 +41,16 @@ class RoundTree:
             for node in range(len(self.drafted))
         ]
 
+    @property
+    def own_token(self) -> int | None:
+        """The target's own token after the accepted path; None where the text ended before it."""
+        return self.walk.tokens[-1] if len(self.walk.tokens) > len(self.walk.nodes) else None
+
+    @property
+    def last(self) -> int:
+        """The drafted node that the target's own token follows."""
+        return self.selection.new_to_old[self.walk.last]
+
 
 def draw(picture: RoundTree, decode: Callable[[int], str]) -> RenderableType:
     """The tree, best branches first, with each node's confidence; the surest ones where there are too many.
@@ -62,10 +72,8 @@ def draw(picture: RoundTree, decode: Callable[[int], str]) -> RenderableType:
             (f"{mark} {text(tree.tokens[node])}", style), f" {tree.confidences[node]:.2f}", (source, "dim")
         )
         branches[node] = branches[tree.parents[node]].add(label)
-    walk = picture.walk
-    if len(walk.tokens) > len(walk.nodes):  # the text did not end before it
-        last = picture.selection.new_to_old[walk.last]
-        branches[last].add(Text(f"→ {text(walk.tokens[-1])} the target's own", "bold cyan"))
+    if picture.own_token is not None:
+        branches[picture.last].add(Text(f"→ {text(picture.own_token)} the target's own", "bold cyan"))
     return Group(branches[ROOT], _legend(states[1:], len(tree) - len(shown)))
 
 

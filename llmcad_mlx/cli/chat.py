@@ -49,7 +49,7 @@ def chat(
     from llmcad_mlx.chat.session import ChatSession, Conversation
     from llmcad_mlx.conversations.file import read_conversation
     from llmcad_mlx.loader import load_pair
-    from llmcad_mlx.store.cache_folder import home_folder
+    from llmcad_mlx.store import home_folder
 
     saved = None if load_file is None else read_conversation(load_file)
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not json_output

@@ -24,7 +24,6 @@ from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.records import Generation
 from llmcad_mlx.measure.variants import MLX_LM_DRAFT, Variant, needs_mlx_lm
-from llmcad_mlx.models.folder import cast_to_fp32
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
 from llmcad_mlx.results import GenerationStats
@@ -270,8 +269,9 @@ def _mlx_lm_contenders(
     return found
 
 
-def _mlx_lm_model(path: Path) -> Module:
-    model: Module = load_model(path)[0]
+def _mlx_lm_model(path: Path) -> Any:
+    model: Any = load_model(path)[0]
     if mx.default_device() == mx.cpu:
-        cast_to_fp32(model)
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
     return model

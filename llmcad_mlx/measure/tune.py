@@ -49,18 +49,17 @@ from llmcad_mlx.models.folder import load_model_folder, read_config
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import GenerationOptions, MemoryOptions, SpeculationSettings, check_integer
-from llmcad_mlx.store.choice import DraftChoice, find_choice, save_choice
-from llmcad_mlx.store.copies import BITS, PREFIX, SELF_BITS, CopyName, self_draft_bits, stored_bits
+from llmcad_mlx.store.copies import BITS, SELF_BITS, DerivedDraft, stored_bits
 from llmcad_mlx.store.names import (
     AUTO_DRAFT,
     NGRAM_DRAFT,
     NO_DRAFT,
-    PairNames,
+    PairPaths,
     device_name,
-    name_pair,
     pair_profile_path,
+    pair_with_draft,
 )
-from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.store.profile import DraftChoice, PairProfile, find_choice, save_choice
 from llmcad_mlx.store.pull import DEFAULT_PRESET, preset_draft, resolve_target
 
 
@@ -69,7 +68,7 @@ class Candidate:
     """A draft that is there. `name`: as `--draft` takes it, wherever it is typed."""
 
     name: str
-    names: PairNames
+    names: PairPaths
 
     @property
     def label(self) -> str:
@@ -123,15 +122,15 @@ def find_candidates(
         for name in _trimmed(candidate, tokens):
             _find(name, target_path, show_progress, found, failures)
     found.pop(NO_DRAFT, None)
-    found[NO_DRAFT] = Candidate(NO_DRAFT, name_pair(target_path, NO_DRAFT, show_progress))
+    found[NO_DRAFT] = Candidate(NO_DRAFT, pair_with_draft(target_path, NO_DRAFT, show_progress))
     return DraftSearch(tuple(found.values()), tuple(failures.values()))
 
 
 def short_name(name: str) -> str:
     """A candidate's name without the folders that lead to it."""
-    copy = CopyName.of(name)
-    if copy is not None:
-        return f"{copy.prefix}{short_name(copy.draft)}"
+    derived = DerivedDraft.parse(name)
+    if derived is not None:
+        return derived.renamed(short_name)
     return Path(name).name if Path(name).is_absolute() else name
 
 
@@ -145,7 +144,7 @@ def _find(
     if name in found or name in failures:
         return
     try:
-        found[name] = Candidate(name, name_pair(target_path, name, show_progress))
+        found[name] = Candidate(name, pair_with_draft(target_path, name, show_progress))
     except LlmcadError as error:
         failures[name] = Failure(name, str(error))
 
@@ -156,27 +155,27 @@ def _default(target: str, target_path: Path, incumbent: str | None) -> Iterator[
     yield preset_draft(target)
     yield NGRAM_DRAFT
     present = _bits_of(target_path)
-    yield from (f"{PREFIX}{bits}" for bits in sorted(SELF_BITS, reverse=True) if bits < present)
+    yield from (str(DerivedDraft(None, bits)) for bits in sorted(SELF_BITS, reverse=True) if bits < present)
 
 
 def _smaller(candidate: Candidate, bits: Sequence[int]) -> Iterator[str]:
     """Names of the copies of a draft model that have fewer bits."""
     path, name = candidate.names.draft_path, candidate.name
-    if path is None or not path.is_dir() or CopyName.of(name) is not None or self_draft_bits(name) is not None:
+    if path is None or not path.is_dir() or DerivedDraft.parse(name) is not None:
         return
     present = _bits_of(path)
-    yield from (str(CopyName(name, bits=number)) for number in sorted(bits, reverse=True) if number < present)
+    yield from (str(DerivedDraft(name, bits=number)) for number in sorted(bits, reverse=True) if number < present)
 
 
 def _trimmed(candidate: Candidate, tokens: Sequence[int]) -> Iterator[str]:
     """Names of the copies of a draft model that propose fewer tokens."""
-    path, copy = candidate.names.draft_path, CopyName.of(candidate.name)
-    if path is None or not path.is_dir() or (copy is not None and copy.tokens is not None):
+    path, derived = candidate.names.draft_path, DerivedDraft.parse(candidate.name)
+    if path is None or not path.is_dir() or (derived is not None and derived.tokens is not None):
         return
     if (path / DRAFT_TOKENS).exists():
         return
     present = vocabulary_size(read_config(path)) or 0
-    yield from (str(CopyName(candidate.name, tokens=number)) for number in tokens if 2 * number < present)
+    yield from (str(DerivedDraft(candidate.name, tokens=number)) for number in tokens if 2 * number < present)
 
 
 def _bits_of(folder: Path) -> int:
@@ -189,9 +188,9 @@ def _bits_of(folder: Path) -> int:
 
 def _lasting(name: str) -> str:
     """The same draft, wherever the program is started."""
-    copy = CopyName.of(name)
-    if copy is not None:
-        return f"{copy.prefix}{_lasting(copy.draft)}"
+    derived = DerivedDraft.parse(name)
+    if derived is not None:
+        return derived.renamed(_lasting)
     if name in (NGRAM_DRAFT, NO_DRAFT):
         return name
     path = Path(name).expanduser()
@@ -803,8 +802,7 @@ def _drafts(text: str | None) -> tuple[str, ...] | None:
     if not names:
         raise UsageError("drafts: none given; name some, separated by commas, or leave the option out")
     for name in names:
-        self_draft_bits(name)
-        CopyName.of(name)
+        DerivedDraft.parse(name)
     return tuple(names)
 
 

@@ -23,6 +23,7 @@ from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.protocol import ApiError, bad_request, error_response, internal_error, to_json
 
+_GONE = 499  # a client that did not wait; nobody reads it, the counters do
 _MOST_DISCARDED = 64 << 20
 _DISCARDING_S = 1.0
 _CLOSE = {"Connection": "close"}  # the rest of such a body is not worth reading
@@ -75,9 +76,6 @@ async def _discard(pieces: AsyncIterator[bytes]) -> None:
 
 def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
-
-
-_GONE = 499
 
 
 class Gate:

@@ -99,6 +99,7 @@ Record = TypeVar("Record", bound=BaseModel)
 
 _MAX_TOKEN = 2**31 - 1
 _MAX_TOP_LOGPROBS = 20
+_MOST_KEYS = 4096  # of one object: pydantic complains of every unknown one, and a body has room for a million
 _IGNORED = "Accepted and ignored: it changes no output."
 
 
@@ -387,10 +388,23 @@ def read_record(kind: type[Record], body: bytes) -> Record:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise bad_request(f"the body is not valid JSON: {error}") from None
+    _check_sizes(value)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         raise _refusal(error, value) from None
+
+
+def _check_sizes(body: Any) -> None:
+    waiting = [body]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if len(value) > _MOST_KEYS:
+                raise bad_request(f"the body: an object may have {_MOST_KEYS} keys at most")
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
 
 
 def _refusal(error: ValidationError, body: Any) -> ApiError:

@@ -38,6 +38,8 @@ from llmcad_mlx.serve.protocol import internal_error, refused, shutting_down
 from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import COMMITTED, DROPPED, ROOT
 
+_log = logging.getLogger(__name__)
+_POLL_S = 0.2  # how soon a Ctrl-C is noticed while a model loads
 _REPORT_FROM = "seed"  # the report's keys before it are said elsewhere in OpenAI's answer
 _LEAST_LOGPROB = -9999.0  # what OpenAI gives for a token that cannot come; JSON has no infinity
 
@@ -157,10 +159,6 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": self.stats.reused_tokens},
             "speculation": speculation,
         }
-
-
-_log = logging.getLogger(__name__)
-_POLL_S = 0.2  # how soon a Ctrl-C is noticed while a model loads
 
 
 @dataclass(frozen=True, slots=True)

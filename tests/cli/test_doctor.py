@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import sys
@@ -19,9 +18,9 @@ from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.files.bundle import read_bundle
 from llmcad_mlx.models.folder import LoadedModel
 from llmcad_mlx.store import pull as resolve
-from llmcad_mlx.store.convert import write_bundle
+from tests.support.command_line import TerminalText
 from tests.support.tiny import VOCAB, tiny_tree_model
-from tests.support.tiny_folder import make_folder
+from tests.support.tiny_folder import make_folder, write_bundle
 
 KEYS = {
     "platform", "python", "cpu", "num_cores", "memory_bytes", "available_bytes", "versions", "device",
@@ -169,13 +168,8 @@ def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, cap
     assert problem.startswith(f"problem: model: {file}: layer 1 was altered")
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def test_a_terminal_shows_how_far_verification_is(bundle, monkeypatch):
-    terminal = Terminal()
+    terminal = TerminalText()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert diagnose(str(bundle), show_progress=True).model.checksums_verified
     assert "checking bundle" in terminal.getvalue()

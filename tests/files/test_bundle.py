@@ -22,8 +22,8 @@ from llmcad_mlx.files import bundle_writer
 from llmcad_mlx.files.bundle import FILE, Bundle, read_bundle, verify_bundle
 from llmcad_mlx.files.bundle_writer import BundleWriter, layer_index, plan_layers
 from llmcad_mlx.files.safetensors import TensorSpec, read_weights
-from llmcad_mlx.store.convert import convert_folder, write_bundle
-from tests.support.tiny_folder import copy_folder, make_folder
+from llmcad_mlx.store.convert import convert_folder
+from tests.support.tiny_folder import copy_folder, make_folder, write_bundle
 
 LAYERS = 3
 

@@ -49,10 +49,9 @@ from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import MemoryOptions
-from llmcad_mlx.store.choice import Conditions, DraftChoice, find_choice, save_choice
 from llmcad_mlx.store.convert import convert_folder
-from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
-from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, pair_profile_path
+from llmcad_mlx.store.profile import Conditions, DraftChoice, PairProfile, find_choice, save_choice
 from llmcad_mlx.tree.token_tree import MODEL
 from llmcad_mlx.verifying import Target
 from tests.support.simulated_stream import SimulatedClock
@@ -276,8 +275,8 @@ class Stage:
         self.clock = SimulatedClock()
         self.opened: list[str] = []
         self.candidates = tuple(
-            Candidate(name, PairNames(target, name, path)) for name, path in drafts.items()
-        ) + tuple(Candidate(name, PairNames(target, name, None)) for name in ("ngram", NO_DRAFT))
+            Candidate(name, PairPaths(target, name, path)) for name, path in drafts.items()
+        ) + tuple(Candidate(name, PairPaths(target, name, None)) for name in ("ngram", NO_DRAFT))
 
     def lineup(self, incumbent: str | None = None) -> Lineup:
         return Lineup("tiny", self.target, DraftSearch(self.candidates, ()), MemoryOptions(), incumbent)
@@ -337,7 +336,7 @@ def test_the_same_draft_wins_twice_in_a_row(models: Path, target: Path, prompts:
 
 
 def test_candidates_are_interleaved_by_prompt_or_by_repetition() -> None:
-    candidates = [Candidate(name, PairNames(Path("t"), name, None)) for name in "abc"]
+    candidates = [Candidate(name, PairPaths(Path("t"), name, None)) for name in "abc"]
     together = list(sittings(candidates, 3, together=True))
     assert [(len(s.candidates), s.first, s.repeat) for s in together] == [(3, 0, 3)]
     apart = [(s.candidates[0].name, s.first, s.repeat) for s in sittings(candidates, 2, together=False)]
@@ -441,7 +440,7 @@ def test_a_candidate_with_another_text_is_left_out(models: Path, target: Path, p
     def open_pair(candidate: Candidate) -> LoadedPair:
         pair = stage(candidate)
         if candidate.name == NEAR:  # verifies with another model
-            other = load_names(PairNames(models / WILD, NO_DRAFT, None), MemoryOptions())
+            other = load_names(PairPaths(models / WILD, NO_DRAFT, None), MemoryOptions())
             pair.target = other.target
         return pair
 
@@ -537,7 +536,7 @@ def test_other_targets_and_bundles_that_cannot_be_written_have_a_file_in_the_cac
         patch.setattr(bundle_profile.os, "replace", read_only)
         assert bundle_profile.write_profile(bundle, {}) is False
     assert not [entry for entry in bundle.iterdir() if entry.name.startswith(".")]
-    monkeypatch.setattr("llmcad_mlx.store.choice.write_profile", lambda folder, profile: False)
+    monkeypatch.setattr("llmcad_mlx.store.profile.write_profile", lambda folder, profile: False)
     assert save_choice(bundle, choice).parent == tmp_path / "home" / "profiles"
     assert find_choice(bundle, HERE) == choice
 
@@ -579,7 +578,7 @@ def test_auto_means_the_chosen_draft(models: Path, target: Path) -> None:
     assert find_pair(str(target), "auto", False).draft_path is None
     near = str(models / NEAR)
     save_choice(target, choice_of(near))
-    assert find_pair(str(target), "auto", False) == PairNames(target, near, models / NEAR)
+    assert find_pair(str(target), "auto", False) == PairPaths(target, near, models / NEAR)
     assert find_pair(str(target), "ngram", False).draft_name == "ngram"
     streaming = conditions(MemoryOptions(pinned=0))
     assert find_pair(str(target), "auto", False, streaming).draft_path is None

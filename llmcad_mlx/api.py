@@ -303,8 +303,9 @@ class Engine:
 
     def _policy(self, settings: SpeculationSettings) -> GrowthPolicy:
         if settings not in self._policies:
+            learned, pair = self.pair.profile, self.pair
             self._policies[settings] = make_policy(
-                settings, self.pair.drafters, self.pair.profile, self.pair.max_nodes
+                settings, pair.drafters, learned.costs, learned.calibration, pair.max_nodes
             )
         return self._policies[settings]
 

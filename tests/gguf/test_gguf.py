@@ -25,7 +25,7 @@ from llmcad_mlx.gguf import weights as gguf_weights
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.groups import group_rows
 from llmcad_mlx.gguf.model import llama3_divisors, read_family
-from llmcad_mlx.gguf.reader import Metadata, read_gguf_header, read_rows
+from llmcad_mlx.gguf.reader import read_gguf_header, read_rows
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
 from llmcad_mlx.gguf.weights import plan_weights
 from llmcad_mlx.store.pull import pull_part
@@ -60,9 +60,8 @@ def test_header_agrees_with_the_gguf_package(tmp_path: Path) -> None:
 def parse_all(path: Path) -> None:
     """Everything a conversion does before it writes."""
     header = read_gguf_header(path)
-    metadata = Metadata.of(header)
-    model = read_family(header, metadata)
-    read_tokenizer(metadata)
+    model = read_family(header)
+    read_tokenizer(header)
     plan_weights(header, model, 4, 32)
 
 

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.model import llama3_divisors, read_family
-from llmcad_mlx.gguf.reader import Metadata, read_gguf_header
+from llmcad_mlx.gguf.reader import read_gguf_header
 from tests.support.family_gguf import BASE, Family, write_family_gguf
 
 LONG, SHORT = [1.0 + i / 4 for i in range(6)], [1.0] * 6
@@ -221,7 +221,7 @@ def test_what_a_file_leaves_out_is_as_in_llama_cpp(
     header = read_gguf_header(tmp_path / "tiny.gguf")
     for key in keys:
         del header.metadata[name + key]
-    config = read_family(header, Metadata.of(header)).config
+    config = read_family(header).config
     assert {key: config[key] for key in defaults} == defaults
 
 

@@ -14,7 +14,7 @@ from gguf import GGUFValueType, GGUFWriter
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.model import read_family
-from llmcad_mlx.gguf.reader import Metadata, read_gguf_header
+from llmcad_mlx.gguf.reader import read_gguf_header
 from tests.support.tiny_gguf import write_tiny_gguf
 
 HUGE_FILE = 1 << 30  # sparse: it takes no room on the disk
@@ -116,7 +116,7 @@ def test_sizes_no_tensor_bears_out(tmp_path: Path, key: str, value: float | str,
     header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=frequencies).path)
     header.metadata[key] = value
     with little_memory(), pytest.raises(ModelError, match=message) as caught:
-        read_family(header, Metadata.of(header))
+        read_family(header)
     assert len(str(caught.value)) < 300
 
 
@@ -126,12 +126,12 @@ def test_frequencies_for_other_heads(tmp_path: Path) -> None:
 
     header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=edit).path)
     with pytest.raises(ModelError, match=r"'rope_freqs.weight' is \(65536,\), expected \(8,\)"):
-        read_family(header, Metadata.of(header))
+        read_family(header)
 
 
 def test_a_long_list_is_not_repeated_in_the_error(tmp_path: Path) -> None:
     header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf").path)
     header.metadata["llama.attention.head_count"] = list(range(100_000))
     with pytest.raises(ModelError, match="head_count is missing or unusable") as caught:
-        read_family(header, Metadata.of(header))
+        read_family(header)
     assert len(str(caught.value)) < 300

@@ -8,7 +8,7 @@ import pytest
 from gguf import GGUFWriter
 from tokenizers import Tokenizer
 
-from llmcad_mlx.gguf.reader import Metadata, read_gguf_header
+from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
 from tests.support.tiny_gguf import add_tokenizer, write_out
 
@@ -19,7 +19,7 @@ def tokenizer_named(tmp_path: Path, pre: str) -> Tokenizer:
     writer.add_bos_token_id(5)
     add_tokenizer(writer, pre)
     write_out(writer)
-    return read_tokenizer(Metadata.of(read_gguf_header(tmp_path / "tiny.gguf"))).tokenizer
+    return read_tokenizer(read_gguf_header(tmp_path / "tiny.gguf")).tokenizer
 
 
 @pytest.mark.parametrize(

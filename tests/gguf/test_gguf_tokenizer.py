@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.convert import convert_gguf
-from llmcad_mlx.gguf.reader import Metadata, read_gguf_header
+from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
 from llmcad_mlx.store.pull import pull_part
 from tests.support.tiny_gguf import END, TEMPLATE, write_tiny_gguf
@@ -47,7 +47,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tokenizer_of(tmp_path: Path, edit: Callable[[GGUFWriter], None]) -> Tokenizer:
     header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=edit).path)
-    return read_tokenizer(Metadata.of(header)).tokenizer
+    return read_tokenizer(header).tokenizer
 
 
 # --- byte-level -------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def replaced(tmp_path: Path, edit: Callable[[GGUFWriter], None]) -> Tokenizer:
     edit(other)
     for fields in other.kv_data:
         header.metadata.update({key: field.value for key, field in fields.items()})
-    return read_tokenizer(Metadata.of(header)).tokenizer
+    return read_tokenizer(header).tokenizer
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,13 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
-from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf import weights as gguf_weights
 from llmcad_mlx.gguf.convert import convert_gguf
-from llmcad_mlx.gguf.groups import group_rows, has_values
+from llmcad_mlx.gguf.groups import group_rows
 from llmcad_mlx.gguf.reader import read_gguf_header
 from tests.gguf.test_gguf_families import dense
 from tests.support.family_gguf import Family, random_blocks, write_family_gguf
@@ -91,18 +90,6 @@ def test_memory_is_that_of_a_few_rows(tmp_path: Path, monkeypatch: pytest.Monkey
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
-
-
-def test_the_types_said_to_be_readable_are_those_the_package_reads() -> None:
-    # NVFP4 is left out: its scales for whole tensors stand beside it in the file.
-    for kind in Kind:
-        row = np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8)
-        try:
-            dequantize(row, kind)
-        except NotImplementedError:
-            assert not has_values(kind) or kind == Kind.F64, kind
-        else:
-            assert has_values(kind) == (kind != Kind.NVFP4), kind
 
 
 def test_an_unreadable_type_is_refused_before_anything_is_written(

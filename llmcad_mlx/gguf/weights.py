@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.files.bundle_writer import BundleWriter
-from llmcad_mlx.files.safetensors_writer import TensorSpec
+from llmcad_mlx.files.safetensors import TensorSpec
 from llmcad_mlx.gguf.groups import Bytes, NotFiniteError, group_rows, has_values, require_finite, values
 from llmcad_mlx.gguf.model import CONFIGURED, FamilyModel
 from llmcad_mlx.gguf.reader import GgufHeader, GgufTensor, read_rows
@@ -84,7 +84,7 @@ def write_weights(
             try:
                 for first, raw in _chunks(header, planned):
                     for spec, part in zip(planned.specs, _parts(planned, raw, bits, group_size), strict=True):
-                        writer.write_rows(spec.name, first, part)
+                        writer.write_bytes(spec.name, first * part[0].nbytes, np.ascontiguousarray(part).tobytes())
                     advance(raw.nbytes)
             except NotFiniteError:
                 what = f"{header.path}: tensor {planned.source.name!r}"

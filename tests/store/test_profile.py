@@ -29,9 +29,9 @@ GOOD_COSTS = {**CostModel().to_dict(), "draft": {"1": 0.5}}
 
 
 def figures(profile: PairProfile) -> list[float]:
-    costs, probability = profile.costs, profile.calibration.probability
+    costs, probabilities = profile.costs, profile.calibration.probabilities
     times = [costs.draft.predict(1), costs.verify.predict(1), costs.verify.predict(16)]
-    return [*times, probability(0.9, MODEL), probability(0.4, NGRAM)]
+    return [*times, *probabilities([0.9], MODEL), *probabilities([0.4], NGRAM)]
 
 
 def test_what_was_saved_is_read_back(tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
+from typing import Literal
 
-from llmcad_mlx.measure.records import Place, Run
+from llmcad_mlx.measure.output import NOTHING, Table, number, percent, share
+from llmcad_mlx.measure.runner import Run, total_stats
 from llmcad_mlx.measure.variants import MLX_LM, PLAIN
+from llmcad_mlx.results import GenerationStats
 
 ALL = "all"
 
-Speed = Callable[[Run], float | None]
+Speed = Literal["tokens_per_s", "prompt_tokens_per_s"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,6 @@ def summarise(
     comparable: whether mlx-lm's text should equal ours, which above temperature 0 it does not. read_bandwidth:
     emulated bytes per second.
     """
-    variants = list(dict.fromkeys(run.variant for run in runs))
     domains = list(dict.fromkeys(run.place.domain for run in runs))
     groups = {ALL: list(runs)}
     if len(domains) > 1:
@@ -66,50 +68,29 @@ def summarise(
     return [
         _summary(variant, domain, members, comparable, read_bandwidth)
         for domain, members in groups.items()
-        for variant in variants
+        for variant in dict.fromkeys(run.variant for run in runs)
         if any(run.variant == variant for run in members)
     ]
 
 
-def count_mismatches(tokens: Iterable[int], reference: Iterable[int]) -> int:
-    """Positions at which two token sequences differ; what only one of them has differs."""
-    return sum(a != b for a, b in zip_longest(tokens, reference))
+def run_mismatches(runs: Sequence[Run], comparable: bool = True, reference: str = PLAIN) -> list[int | None]:
+    """For each run the tokens that differ from the reference's at the same place; None where that did not run
+    there, and for mlx-lm unless `comparable`. What only one of two texts has differs."""
+    expected = {run.place: run.generation.tokens for run in runs if run.variant == reference}
+    return [
+        sum(a != b for a, b in zip_longest(run.generation.tokens, expected[run.place]))
+        if run.place in expected and (comparable or run.generation.stats is not None)
+        else None
+        for run in runs
+    ]
 
 
 def ratios(runs: Sequence[Run], variant: str, reference: str, speed: Speed) -> list[float]:
     """`speed` of `variant` over that of `reference`, at each place where both have one."""
-    ours, theirs = (_by_place(runs, name) for name in (variant, reference))
-    found = []
-    for place, run in ours.items():
-        a, b = speed(run), speed(theirs[place]) if place in theirs else None
-        if a is not None and b is not None and b > 0.0:
-            found.append(a / b)
-    return found
-
-
-def run_mismatches(runs: Sequence[Run], comparable: bool = True) -> list[int | None]:
-    """For each run, its tokens that differ from plain's at the same place; None where nothing tells."""
-    plain = _by_place(runs, PLAIN)
-    found: list[int | None] = []
-    for run in runs:
-        told = run.place in plain and (comparable or run.generation.stats is not None)
-        reference = plain[run.place].generation.tokens if told else ()
-        found.append(count_mismatches(run.generation.tokens, reference) if told else None)
-    return found
-
-
-def decode_rate(run: Run) -> float | None:
-    """Tokens per second of decoding."""
-    return run.tokens_per_s
-
-
-def prompt_rate(run: Run) -> float | None:
-    """Tokens per second of prompt processing."""
-    return run.prompt_tokens_per_s
-
-
-def _by_place(runs: Sequence[Run], variant: str) -> Mapping[Place, Run]:
-    return {run.place: run for run in runs if run.variant == variant}
+    places = {run.place: run for run in runs if run.variant == reference}
+    both = [(run, places[run.place]) for run in runs if run.variant == variant and run.place in places]
+    pairs = [(getattr(ours, speed), getattr(theirs, speed)) for ours, theirs in both]
+    return [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
 
 
 def _summary(
@@ -121,64 +102,58 @@ def _summary(
         for run, wrong in zip(runs, run_mismatches(runs, comparable), strict=True)
         if run.variant == variant and wrong is not None
     ]
-    stats = [run.generation.stats for run in own if run.generation.stats is not None]
-    decode_s = sum(run.generation.decode_s for run in own)
-    draft_s, verify_s = sum(s.draft_s for s in stats), sum(s.verify_s for s in stats)
-    draft_share = _share(draft_s, decode_s) if stats else None
-    verify_share = _share(verify_s, decode_s) if stats else None
-    wait_share = _share(sum(s.io_wait_s for s in stats), decode_s) if stats else None
-    known = (draft_share or 0.0) + (verify_share or 0.0) + (wait_share or 0.0)
+    total = total_stats(own)
+    stats = total or GenerationStats()
+    decode_s = sum(run.generation.decode_s for run in own) if total is not None else 0.0
+    draft, verify, wait = (share(s, decode_s) for s in (stats.draft_s, stats.verify_s, stats.io_wait_s))
     return VariantSummary(
         variant=variant,
         domain=domain,
         num_runs=len(own),
         num_tokens=sum(len(run.generation.tokens) for run in own),
-        tokens_per_s=_median(map(decode_rate, own)),
-        tokens_per_s_vs_plain=_median(ratios(runs, variant, PLAIN, decode_rate)),
+        tokens_per_s=_median(run.tokens_per_s for run in own),
+        tokens_per_s_vs_plain=_median(ratios(runs, variant, PLAIN, "tokens_per_s")),
         worst_prompt_vs_plain=_worst_prompt(runs, variant),
-        tokens_per_s_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, decode_rate)),
-        prompt_tokens_per_s=_median(map(prompt_rate, own)),
-        prompt_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, prompt_rate)),
-        tokens_per_pass=_share(sum(s.generated_tokens for s in stats), sum(s.target_passes for s in stats)),
+        tokens_per_s_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, "tokens_per_s")),
+        prompt_tokens_per_s=_median(run.prompt_tokens_per_s for run in own),
+        prompt_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, "prompt_tokens_per_s")),
+        tokens_per_pass=share(stats.generated_tokens, stats.target_passes),
         break_even=_break_even(runs, own),
-        acceptance_rate=_share(sum(s.accepted for s in stats), sum(s.path_tested for s in stats)),
-        draft_share=draft_share,
-        verify_share=verify_share,
-        wait_share=wait_share,
-        survival_rate=_share(sum(s.survived for s in stats), sum(s.provisional_passes for s in stats)),
+        acceptance_rate=share(stats.accepted, stats.path_tested),
+        draft_share=draft,
+        verify_share=verify,
+        wait_share=wait,
+        survival_rate=share(stats.survived, stats.provisional_passes),
         bound_share=None if read_bandwidth is None else _bound_share(own, read_bandwidth),
-        other_share=max(1.0 - known, 0.0) if stats and decode_s > 0.0 else None,
+        other_share=max(1.0 - sum(part or 0.0 for part in (draft, verify, wait)), 0.0) if decode_s > 0.0 else None,
         mismatches=sum(wrong for _, wrong in told) if told else None,
         num_compared=sum(len(run.generation.tokens) for run, _ in told),
     )
 
 
 def _worst_prompt(runs: Sequence[Run], variant: str) -> float | None:
-    prompts = dict.fromkeys((run.place.domain, run.place.prompt) for run in runs)
-    found = [
-        _median(
-            ratios([run for run in runs if (run.place.domain, run.place.prompt) == p], variant, PLAIN, decode_rate)
-        )
-        for p in prompts
-    ]
+    by_prompt: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        by_prompt.setdefault((run.place.domain, run.place.prompt), []).append(run)
+    found = [_median(ratios(members, variant, PLAIN, "tokens_per_s")) for members in by_prompt.values()]
     return min((ratio for ratio in found if ratio is not None), default=None)
 
 
 def _break_even(runs: Sequence[Run], own: Sequence[Run]) -> float | None:
     """Seconds a pass over plain's seconds a token, at the places where both ran."""
-    plain = _by_place(runs, PLAIN)
+    plain = {run.place: run for run in runs if run.variant == PLAIN}
     both = [(run.generation, plain[run.place].generation) for run in own if run.place in plain]
-    stats = [(ours, theirs, ours.stats) for ours, theirs in both if ours.stats is not None]
-    pass_s = _share(sum(ours.decode_s for ours, _, _ in stats), sum(s.target_passes for _, _, s in stats))
-    plain_s = _share(sum(t.decode_s for _, t, _ in stats), sum(t.num_timed for _, t, _ in stats))
-    return None if pass_s is None or plain_s is None else _share(pass_s, plain_s)
+    ours = [(done.decode_s, done.stats.target_passes) for done, _ in both if done.stats is not None]
+    theirs = [(done.decode_s, done.num_timed) for ours, done in both if ours.stats is not None]
+    pass_s, token_s = (share(sum(s for s, _ in pairs), sum(n for _, n in pairs)) for pairs in (ours, theirs))
+    return None if pass_s is None or token_s is None else share(pass_s, token_s)
 
 
 def _bound_share(runs: Sequence[Run], read_bandwidth: float) -> float | None:
     """Speed over A·B/W is the time that reading takes over the time that decoding took."""
     done = [run.generation for run in runs]
     num_bytes = sum(g.stats.target_passes * g.pass_bytes for g in done if g.stats is not None)
-    return _share(num_bytes / read_bandwidth, sum(g.decode_s for g in done)) or None
+    return share(num_bytes / read_bandwidth, sum(g.decode_s for g in done)) or None
 
 
 def _median(values: Iterable[float | None]) -> float | None:
@@ -186,5 +161,57 @@ def _median(values: Iterable[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 else None
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """`shown`: whether there is something for it in all lines together."""
+
+    header: str
+    cell: Callable[[VariantSummary], str]
+    shown: Callable[[Sequence[VariantSummary]], bool] = lambda lines: True
+
+
+def _with(variant: str) -> Callable[[Sequence[VariantSummary]], bool]:
+    return lambda lines: any(line.variant == variant for line in lines)
+
+
+def _waiting(lines: Sequence[VariantSummary]) -> bool:
+    return any(line.wait_share for line in lines)
+
+
+def _wrong_tokens(line: VariantSummary) -> str:
+    return NOTHING if line.mismatches is None else f"{line.mismatches}/{line.num_compared}"
+
+
+_COLUMNS = (
+    _Column("tokens per s", lambda line: number(line.tokens_per_s)),
+    _Column("× plain", lambda line: number(line.tokens_per_s_vs_plain, 2), _with(PLAIN)),
+    _Column("worst prompt", lambda line: number(line.worst_prompt_vs_plain, 2), _with(PLAIN)),
+    _Column("× mlx-lm", lambda line: number(line.tokens_per_s_vs_mlx_lm, 2), _with(MLX_LM)),
+    _Column("tokens per pass", lambda line: number(line.tokens_per_pass, 2)),
+    _Column("break-even", lambda line: number(line.break_even, 2), _with(PLAIN)),
+    _Column("accepted", lambda line: percent(line.acceptance_rate)),
+    _Column("draft", lambda line: percent(line.draft_share)),
+    _Column("verify", lambda line: percent(line.verify_share)),
+    _Column("other", lambda line: percent(line.other_share)),
+    _Column("waits", lambda line: percent(line.wait_share), _waiting),
+    _Column("survived", lambda line: percent(line.survival_rate), _waiting),
+    _Column(
+        "of A·B/W", lambda line: percent(line.bound_share), lambda lines: any(line.bound_share for line in lines)
+    ),
+    _Column("prompt tokens per s", lambda line: number(line.prompt_tokens_per_s, 0)),
+    _Column("prompt × mlx-lm", lambda line: number(line.prompt_vs_mlx_lm, 1), _with(MLX_LM)),
+    _Column("wrong tokens", _wrong_tokens),
+)
+
+
+def summary_tables(lines: Sequence[VariantSummary]) -> list[Table]:
+    """A table for all domains together and one for each, a row per variant."""
+    columns = [column for column in _COLUMNS if column.shown(lines)]
+    header = ("variant", *(column.header for column in columns))
+    tables = []
+    for domain in dict.fromkeys(line.domain for line in lines):
+        rows = tuple(
+            (line.variant, *(column.cell(line) for column in columns)) for line in lines if line.domain == domain
+        )
+        tables.append(Table("all prompts" if domain == ALL else domain, header, rows))
+    return tables

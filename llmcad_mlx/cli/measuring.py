@@ -54,7 +54,7 @@ def _print(report: Report) -> None:
 
 @contextmanager
 def measuring(out: Path | None) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr while it is a terminal, from the first measured step on: before it, downloads draw their own.
+    """A bar on stderr while it is a terminal, from the first measured step on: before it, downloads draw theirs.
     The callback is called before each step with what it is, and the number of all steps.
 
     Creates the folder `out` first. Raises UsageError where that is not possible.

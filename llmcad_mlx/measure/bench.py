@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.measure import output
-from llmcad_mlx.measure.output import Origin, Report
+from llmcad_mlx.measure.output import NOTHING, Origin, Report, Table, number, percent, share
 from llmcad_mlx.measure.runner import (
     OnTurn,
     Outcome,
@@ -22,13 +23,17 @@ from llmcad_mlx.measure.runner import (
     encode_prompts,
     make_contenders,
     run_interleaved,
+    run_mismatches,
+    total_stats,
 )
-from llmcad_mlx.measure.summary import ALL, VariantSummary, run_mismatches, summarise, summary_tables
-from llmcad_mlx.measure.variants import PLAIN, Variant, ablated, forced_nodes
+from llmcad_mlx.measure.variants import MLX_LM, PLAIN, Variant, ablated, forced_nodes
 from llmcad_mlx.memory.plan import MemoryPlan
+from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.pull import DEFAULT_PRESET
+
+ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +177,177 @@ def _mlx_lm_notes(comparable: bool) -> list[str]:
     return notes
 
 
+# -- summary: pure arithmetic ----------------------------------------------------------------------------
+
+Speed = Literal["tokens_per_s", "prompt_tokens_per_s"]
+
+
+@dataclass(frozen=True, slots=True)
+class VariantSummary:
+    """One variant over the runs of a domain ("all": of every domain). None: not known for this variant.
+
+    Speeds are medians over runs. `*_vs_*` are medians of the ratios at each place (prompt and repetition) where
+    both variants ran. `tokens_per_pass` and `acceptance_rate` are totals divided by totals, the shares parts of
+    all decoding seconds. `survival_rate`: of the passes in which the draft went on while the target waited, those
+    that left it something to start the next round with. `bound_share`: speed as a share of A·B/W, with A tokens
+    per pass, W bytes read per pass and B the emulated read rate. `mismatches` counts the tokens that differ from
+    plain decoding's at the same place, of `num_compared`.
+    """
+
+    variant: str
+    domain: str
+    num_runs: int
+    num_tokens: int
+    tokens_per_s: float | None
+    tokens_per_s_vs_plain: float | None
+    worst_prompt_vs_plain: float | None
+    tokens_per_s_vs_mlx_lm: float | None
+    prompt_tokens_per_s: float | None
+    prompt_vs_mlx_lm: float | None
+    tokens_per_pass: float | None
+    break_even: float | None
+    acceptance_rate: float | None
+    draft_share: float | None
+    verify_share: float | None
+    wait_share: float | None
+    survival_rate: float | None
+    bound_share: float | None
+    other_share: float | None
+    mismatches: int | None
+    num_compared: int
+
+
+def summarise(
+    runs: Sequence[Run], comparable: bool = True, read_bandwidth: float | None = None
+) -> list[VariantSummary]:
+    """Lines for all variants over all domains, then per domain when there are several.
+
+    comparable: whether mlx-lm's text should equal ours, which above temperature 0 it does not. read_bandwidth:
+    emulated bytes per second.
+    """
+    domains = list(dict.fromkeys(run.place.domain for run in runs))
+    groups = {ALL: list(runs)}
+    if len(domains) > 1:
+        groups |= {domain: [run for run in runs if run.place.domain == domain] for domain in domains}
+    return [
+        _summary(variant, domain, members, comparable, read_bandwidth)
+        for domain, members in groups.items()
+        for variant in dict.fromkeys(run.variant for run in runs)
+        if any(run.variant == variant for run in members)
+    ]
+
+
+def ratios(runs: Sequence[Run], variant: str, reference: str, speed: Speed) -> list[float]:
+    """`speed` of `variant` over that of `reference`, at each place where both have one."""
+    places = {run.place: run for run in runs if run.variant == reference}
+    both = [(run, places[run.place]) for run in runs if run.variant == variant and run.place in places]
+    pairs = [(getattr(ours, speed), getattr(theirs, speed)) for ours, theirs in both]
+    return [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
+
+
+def _summary(
+    variant: str, domain: str, runs: Sequence[Run], comparable: bool, read_bandwidth: float | None
+) -> VariantSummary:
+    own = [run for run in runs if run.variant == variant]
+    told = [
+        (run, wrong)
+        for run, wrong in zip(runs, run_mismatches(runs, comparable), strict=True)
+        if run.variant == variant and wrong is not None
+    ]
+    total = total_stats(own)
+    stats = total or GenerationStats()
+    decode_s = sum(run.generation.decode_s for run in own) if total is not None else 0.0
+    draft, verify, wait = (share(s, decode_s) for s in (stats.draft_s, stats.verify_s, stats.io_wait_s))
+    return VariantSummary(
+        variant=variant,
+        domain=domain,
+        num_runs=len(own),
+        num_tokens=sum(len(run.generation.tokens) for run in own),
+        tokens_per_s=_median(run.tokens_per_s for run in own),
+        tokens_per_s_vs_plain=_median(ratios(runs, variant, PLAIN, "tokens_per_s")),
+        worst_prompt_vs_plain=_worst_prompt(runs, variant),
+        tokens_per_s_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, "tokens_per_s")),
+        prompt_tokens_per_s=_median(run.prompt_tokens_per_s for run in own),
+        prompt_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, "prompt_tokens_per_s")),
+        tokens_per_pass=share(stats.generated_tokens, stats.target_passes),
+        break_even=_break_even(runs, own),
+        acceptance_rate=share(stats.accepted, stats.path_tested),
+        draft_share=draft,
+        verify_share=verify,
+        wait_share=wait,
+        survival_rate=share(stats.survived, stats.provisional_passes),
+        bound_share=None if read_bandwidth is None else _bound_share(own, read_bandwidth),
+        other_share=max(1.0 - sum(part or 0.0 for part in (draft, verify, wait)), 0.0) if decode_s > 0.0 else None,
+        mismatches=sum(wrong for _, wrong in told) if told else None,
+        num_compared=sum(len(run.generation.tokens) for run, _ in told),
+    )
+
+
+def _worst_prompt(runs: Sequence[Run], variant: str) -> float | None:
+    by_prompt: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        by_prompt.setdefault((run.place.domain, run.place.prompt), []).append(run)
+    found = [_median(ratios(members, variant, PLAIN, "tokens_per_s")) for members in by_prompt.values()]
+    return min((ratio for ratio in found if ratio is not None), default=None)
+
+
+def _break_even(runs: Sequence[Run], own: Sequence[Run]) -> float | None:
+    """Seconds a pass over plain's seconds a token, at the places where both ran."""
+    plain = {run.place: run for run in runs if run.variant == PLAIN}
+    both = [(run.generation, plain[run.place].generation) for run in own if run.place in plain]
+    ours = [(done.decode_s, done.stats.target_passes) for done, _ in both if done.stats is not None]
+    theirs = [(done.decode_s, done.num_timed) for ours, done in both if ours.stats is not None]
+    pass_s, token_s = (share(sum(s for s, _ in pairs), sum(n for _, n in pairs)) for pairs in (ours, theirs))
+    return None if pass_s is None or token_s is None else share(pass_s, token_s)
+
+
+def _bound_share(runs: Sequence[Run], read_bandwidth: float) -> float | None:
+    """Speed over A·B/W is the time that reading takes over the time that decoding took."""
+    done = [run.generation for run in runs]
+    num_bytes = sum(g.stats.target_passes * g.pass_bytes for g in done if g.stats is not None)
+    return share(num_bytes / read_bandwidth, sum(g.decode_s for g in done)) or None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def summary_tables(lines: Sequence[VariantSummary]) -> list[Table]:
+    """A table for all domains together and one for each, a row per variant."""
+    tables = []
+    for domain in dict.fromkeys(line.domain for line in lines):
+        rows = [_cells(line, lines) for line in lines if line.domain == domain]
+        tables.append(Table.of("all prompts" if domain == ALL else domain, rows))
+    return tables
+
+
+def _cells(line: VariantSummary, lines: Sequence[VariantSummary]) -> dict[str, str]:
+    """A row by header; what none of `lines` has something for is left out."""
+    names = {other.variant for other in lines}
+    cells = {"variant": line.variant, "tokens per s": number(line.tokens_per_s)}
+    if PLAIN in names:
+        cells["× plain"] = number(line.tokens_per_s_vs_plain, 2)
+        cells["worst prompt"] = number(line.worst_prompt_vs_plain, 2)
+    if MLX_LM in names:
+        cells["× mlx-lm"] = number(line.tokens_per_s_vs_mlx_lm, 2)
+    cells["tokens per pass"] = number(line.tokens_per_pass, 2)
+    if PLAIN in names:
+        cells["break-even"] = number(line.break_even, 2)
+    cells["accepted"] = percent(line.acceptance_rate)
+    cells |= {"draft": percent(line.draft_share), "verify": percent(line.verify_share)}
+    cells["other"] = percent(line.other_share)
+    if any(other.wait_share for other in lines):
+        cells |= {"waits": percent(line.wait_share), "survived": percent(line.survival_rate)}
+    if any(other.bound_share for other in lines):
+        cells["of A·B/W"] = percent(line.bound_share)
+    cells["prompt tokens per s"] = number(line.prompt_tokens_per_s, 0)
+    if MLX_LM in names:
+        cells["prompt × mlx-lm"] = number(line.prompt_vs_mlx_lm, 1)
+    cells["wrong tokens"] = NOTHING if line.mismatches is None else f"{line.mismatches}/{line.num_compared}"
+    return cells
+
+
 # -- plots -----------------------------------------------------------------------------------------------
 
 Lines = Sequence[VariantSummary]
@@ -182,6 +358,7 @@ _SHARES = (
     ("wait", "wait for weights", output.SKY, "black"),
     ("other", "other", output.GREY, "black"),
 )
+_BOUND = "tokens per pass × read rate / bytes per pass"
 _NARROW = 7.0  # per cent; a narrower part has no room for its figure
 _LONG_NAME = 22  # letters
 
@@ -193,10 +370,16 @@ def write_plots(lines: Lines, subtitle: str, folder: Path) -> None:
     where matplotlib is missing.
     """
     overall = [line for line in lines if line.domain == ALL]
-    for plot in PLOTS:
-        file, chosen, figure = folder / plot.file, plot.choose(overall), output.new_figure(plot.title, subtitle)
+    for name, title, chosen, draw in (
+        ("tokens_per_s", "Decoding speed", _with("tokens_per_s", overall), _draw_speed),
+        ("time_split", "Where decoding time goes", _with("verify_share", overall), _draw_split),
+        ("tokens_per_pass", "Tokens per target pass by tree size", _of_trees(overall), _draw_nodes),
+        ("ablation", "What each part of a policy contributes", _of_ablation(overall), _draw_ablation),
+        ("bound", f"Speed as a share of A·B/W: {_BOUND}", _with("bound_share", overall), _draw_bound),
+    ):
+        file, figure = folder / f"{name}.png", output.new_figure(title, subtitle)
         if chosen:
-            plot.draw(figure, chosen)
+            draw(figure, chosen)
             figure.savefig(file, dpi=150)
         else:
             file.unlink(missing_ok=True)
@@ -311,27 +494,3 @@ def _of_ablation(lines: Lines) -> Lines:
     lacking = {parts.policy for _, parts in found if parts.missing}
     chosen = [line for line, parts in found if parts.policy in whole & lacking]
     return [*(line for line in lines if line.variant == PLAIN), *chosen] if chosen else []
-
-
-@dataclass(frozen=True, slots=True)
-class _Plot:
-    """`choose` picks the lines that have something to show; `draw` gets them and an empty figure."""
-
-    file: str
-    title: str
-    choose: Callable[[Lines], Lines]
-    draw: Callable[[Any, Lines], None]
-
-
-PLOTS = (
-    _Plot("tokens_per_s.png", "Decoding speed", partial(_with, "tokens_per_s"), _draw_speed),
-    _Plot("time_split.png", "Where decoding time goes", partial(_with, "verify_share"), _draw_split),
-    _Plot("tokens_per_pass.png", "Tokens per target pass by tree size", _of_trees, _draw_nodes),
-    _Plot("ablation.png", "What each part of a policy contributes", _of_ablation, _draw_ablation),
-    _Plot(
-        "bound.png",
-        "Speed as a share of A·B/W: tokens per pass × read rate / bytes per pass",
-        partial(_with, "bound_share"),
-        _draw_bound,
-    ),
-)

@@ -276,26 +276,26 @@ def _figures(done: Growth, question: Question) -> list[dict[str, float | None]]:
 
 
 def _table(done: Growth, question: Question) -> Table:
-    points = done.of(question)
-    columns = {"median_s": "median, ms", "min_s": "min, ms", "max_s": "max, ms", "ratio_to_first": "× first",
-               "computing_s": "computing, ms"}  # fmt: skip
-    if question == "bytes" and done.memory.read_bandwidth is not None:
-        columns["predicted_s"] = "bytes/rate, ms"
-    rows = []
-    for point, figures in zip(points, _figures(done, question), strict=True):
-        value = format_size(point.value) if question == "bytes" else str(point.value)
-        cells = [
-            milliseconds(figures[name], suffix="") if name.endswith("_s") else number(figures[name], 2)
-            for name in columns
-        ]
-        rows.append((value, *cells))
+    points, rows = done.of(question), []
     read, nodes, context = _fixed(points[0]).values()
     title, name = {
         "bytes": (f"bytes read, {nodes} after {context}", "streamed"),
         "nodes": (f"nodes, after {context}, {read}", "nodes"),
         "context": (f"tokens in the cache, {nodes}, {read}", "context"),
     }[question]
-    return Table(f"One target pass by {title}", (name, *columns.values()), tuple(rows))
+    for point, figures in zip(points, _figures(done, question), strict=True):
+        row = {
+            name: format_size(point.value) if question == "bytes" else str(point.value),
+            "median, ms": milliseconds(figures["median_s"], suffix=""),
+            "min, ms": milliseconds(figures["min_s"], suffix=""),
+            "max, ms": milliseconds(figures["max_s"], suffix=""),
+            "× first": number(figures["ratio_to_first"], 2),
+            "computing, ms": milliseconds(figures["computing_s"], suffix=""),
+        }
+        if question == "bytes" and done.memory.read_bandwidth is not None:
+            row["bytes/rate, ms"] = milliseconds(figures["predicted_s"], suffix="")
+        rows.append(row)
+    return Table.of(f"One target pass by {title}", rows)
 
 
 def _fixed(point: GrowthPoint) -> dict[Question, str]:

@@ -33,6 +33,11 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    @classmethod
+    def of(cls, title: str, rows: Sequence[Mapping[str, str]]) -> Table:
+        """From rows of cells by header, one at least, all with the same headers."""
+        return cls(title, tuple(rows[0]), tuple(tuple(row.values()) for row in rows))
+
     def to_markdown(self) -> str:
         """A pipe table under its title in bold."""
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]

@@ -1,10 +1,7 @@
-"""What `plan` shows: what memory is spent on, the speed to expect, and what more memory or a smaller draft would buy
-(DESIGN 3.7).
+"""What `plan` shows: what memory is spent on, the speed to expect, what more memory or a smaller draft would buy.
 
-With W bytes streamed per pass, B bytes read per second, A tokens per pass, C(N) seconds of computing with N nodes
-and D seconds of a round outside the pass: tokens/s = A / (max(W/B, C(N)) + D), and no more than A·B/W. Without a
-draft it is 1 / max(W/B, C(1)), and no more than B/W. W comes from the plan; A, C, D and N are what this pair's own
-rounds were like on this machine.
+The formulas are those of `memory.forecast`. W, the bytes of a pass, comes from the plan; the read rate B from the
+options or from reading some of them; A, C, D and N are what this pair's own rounds were like on this machine.
 """
 
 from __future__ import annotations
@@ -12,12 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from llmcad_mlx.loader import PlannedPair
-from llmcad_mlx.measure.output import NOTHING, Report, Table, milliseconds, number, share
-from llmcad_mlx.memory.plan import MemoryPlan, make_plan, streamed_choices
+from llmcad_mlx.measure.output import NOTHING, Report, Table, milliseconds, number
+from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds, larger_plans, smaller_drafts
+from llmcad_mlx.memory.plan import MemoryPlan, streamed_choices
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name, pair_profile_path
@@ -28,18 +26,6 @@ from llmcad_mlx.streaming.stream import Read
 _SAMPLE_BYTES = 256 << 20
 _SAMPLE_S = 2.0
 _PIECE_BYTES = 4 << 20
-_MORE = (25, 50, 100)  # per cent
-
-
-@dataclass(frozen=True, slots=True)
-class ReadRate:
-    """`sampled_bytes`: how much was read to find out, 0 where the rate was given. `from_disk`: the page cache was
-    emptied of the sample first."""
-
-    bytes_per_s: float
-    emulated: bool = False
-    sampled_bytes: int = 0
-    from_disk: bool = True
 
 
 def measure_read_rate(reads: Sequence[Read]) -> ReadRate:
@@ -83,52 +69,6 @@ def _pieces(reads: Sequence[Read]) -> Iterator[Read]:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """What rounds of the pair have been like. Seconds. `streamed_bytes`: per pass when they were measured; None:
-    all in memory."""
-
-    tokens_per_pass: float
-    nodes: float
-    pass_s: float
-    """Computing of a pass with `nodes` nodes."""
-    plain_pass_s: float
-    """Computing of a pass with one node."""
-    rest_s: float
-    """A round without its pass."""
-    draft_step_s: float | None
-    """One token by the draft model; None without one."""
-    streamed_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Speeds:
-    """Predicted tokens per second; None: not known, for bounds also: nothing is read."""
-
-    speculative: float | None
-    speculative_bound: float | None
-    plain: float | None
-    plain_bound: float | None
-
-    @classmethod
-    def of(
-        cls, streamed_bytes: int, rate: ReadRate | None, measured: Measured | None, drafted: bool = True
-    ) -> Speeds:
-        """By the formulas of this module. rate: None where nothing is read. drafted: whether A is known for this
-        draft."""
-        read_s = streamed_bytes / rate.bytes_per_s if rate is not None else 0.0
-        bound = 1.0 / read_s if read_s else None
-        if measured is None:
-            return cls(None, None, None, bound)
-        a = measured.tokens_per_pass if drafted else None
-        return cls(
-            speculative=a and share(a, max(read_s, measured.pass_s) + measured.rest_s),
-            speculative_bound=a and bound and a * bound,
-            plain=share(1.0, max(read_s, measured.plain_pass_s)),
-            plain_bound=bound,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Alternative:
     """Another plan and its speeds. `name`: what is different."""
 
@@ -164,8 +104,8 @@ def make_forecast(pair: PlannedPair) -> Forecast:
         rate=rate,
         measured=measured,
         speeds=Speeds.of(pair.plan.streamed_bytes, rate, measured),
-        larger=alternatives(_larger(pair), drafted=True),
-        drafts=alternatives(_other_drafts(pair), drafted=False),
+        larger=alternatives(larger_plans(pair.needs, pair.plan), drafted=True),
+        drafts=alternatives(smaller_drafts(pair.needs, pair.plan, pair.options.pinned), drafted=False),
     )
 
 
@@ -202,33 +142,6 @@ def _read_rate(pair: PlannedPair) -> ReadRate | None:
         return ReadRate(pair.options.read_bandwidth, emulated=True)
     reads = pair.prepared.streamed_reads(pair.plan)
     return measure_read_rate(reads) if reads else None
-
-
-def _larger(pair: PlannedPair) -> Iterator[tuple[str, MemoryPlan]]:
-    """Larger budgets up to one with which nothing is read. What is pinned is up to the plan."""
-    if not pair.plan.streamed_bytes:
-        return
-    base = pair.plan.budget_bytes or pair.plan.total_bytes
-    for more in _MORE:
-        plan = make_plan(pair.needs, base * (100 + more) // 100)
-        yield f"+{more} %", plan
-        if not plan.streamed_bytes:
-            return
-    whole = make_plan(pair.needs, None)
-    yield "all resident", replace(whole, budget_bytes=whole.total_bytes)
-
-
-def _other_drafts(pair: PlannedPair) -> Iterator[tuple[str, MemoryPlan]]:
-    needs, budget = pair.needs, pair.plan.budget_bytes
-    if not needs.draft_bytes or budget is None or not pair.plan.streamed_bytes:
-        return
-    half = replace(
-        needs,
-        draft_bytes=needs.draft_bytes // 2,
-        draft_kv_bytes_per_token=needs.draft_kv_bytes_per_token // 2,
-    )
-    yield "draft half as large", make_plan(half, budget, pair.options.pinned)
-    yield "no draft model", make_plan(needs.without_draft, budget, pair.options.pinned)
 
 
 # -- report ----------------------------------------------------------------------------------------------
@@ -292,16 +205,22 @@ def budget_parts(pair: PlannedPair) -> list[tuple[str, int]]:
 
 
 def _tables(pair: PlannedPair, forecast: Forecast) -> list[Table]:
-    tables = [_budget_table(pair), _speed_table(pair, forecast)]
+    plan, tables = pair.plan, [_budget_table(pair), _speed_table(pair, forecast)]
     if forecast.larger:
         header = ("memory", "budget", "pinned", "streamed per pass", "tokens per s", "at most", "plain", "at most")
-        rows = (Alternative("now", pair.plan, forecast.speeds), *forecast.larger)
-        tables.append(Table("more memory", header, tuple(_larger_row(row) for row in rows)))
+        rows = []
+        for row in (Alternative("now", plan, forecast.speeds), *forecast.larger):
+            sizes = (row.plan.budget_bytes, row.plan.pinned_bytes, row.plan.streamed_bytes)
+            rows.append((row.name, *map(_megabytes, sizes), *_figures(row.speeds)))
+        tables.append(Table("more memory", header, tuple(rows)))
     if forecast.drafts:
         columns = ("draft", "frees", "pinned", "streamed per pass", "plain", "at most")
-        tables.append(
-            Table("smaller drafts", columns, tuple(_draft_row(row, pair.plan) for row in forecast.drafts))
-        )
+        rows = []
+        for row in forecast.drafts:
+            pinned = row.plan.pinned_bytes
+            sizes = (pinned - plan.pinned_bytes, pinned, row.plan.streamed_bytes)
+            rows.append((row.name, *map(_megabytes, sizes), *_figures(row.speeds)[2:]))
+        tables.append(Table("smaller drafts", columns, tuple(rows)))
     return tables
 
 
@@ -334,30 +253,13 @@ def _speed_table(pair: PlannedPair, forecast: Forecast) -> Table:
     return Table(title, ("", "tokens per s"), tuple(zip(names, _figures(forecast.speeds), strict=True)))
 
 
-def _larger_row(row: Alternative) -> tuple[str, ...]:
-    plan = row.plan
-    budget = NOTHING if plan.budget_bytes is None else _megabytes(plan.budget_bytes)
-    return (
-        row.name,
-        budget,
-        _megabytes(plan.pinned_bytes),
-        _megabytes(plan.streamed_bytes),
-        *_figures(row.speeds),
-    )
-
-
-def _draft_row(row: Alternative, now: MemoryPlan) -> tuple[str, ...]:
-    sizes = (row.plan.pinned_bytes - now.pinned_bytes, row.plan.pinned_bytes, row.plan.streamed_bytes)
-    return (row.name, *map(_megabytes, sizes), *_figures(row.speeds)[2:])
-
-
 def _figures(speeds: Speeds) -> list[str]:
     return [number(figure, 2) for figure in astuple(speeds)]
 
 
-def _megabytes(num_bytes: int) -> str:
+def _megabytes(num_bytes: int | None) -> str:
     """A column of sizes in one unit can be added up."""
-    return f"{num_bytes / 1e6:.1f} MB"
+    return number(None if num_bytes is None else num_bytes / 1e6, 1, " MB")
 
 
 def _notes(pair: PlannedPair, forecast: Forecast) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -26,7 +26,7 @@ from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.output import share
 from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts, mixed_by_domain
-from llmcad_mlx.measure.variants import MLX_LM_DRAFT, Variant
+from llmcad_mlx.measure.variants import MLX_LM_DRAFT, PLAIN, Variant
 from llmcad_mlx.models.folder import cast_to_fp32
 from llmcad_mlx.policy.calibration import ngram_confidence
 from llmcad_mlx.policy.policy import Candidates
@@ -98,6 +98,18 @@ def total_stats(runs: Iterable[Run]) -> GenerationStats | None:
     return GenerationStats(**{name: sum(getattr(s, name) for s in found) for name in names}) if found else None
 
 
+def run_mismatches(runs: Sequence[Run], comparable: bool = True, reference: str = PLAIN) -> list[int | None]:
+    """For each run the tokens that differ from the reference's at the same place; None where that did not run
+    there, and for mlx-lm unless `comparable`. What only one of two texts has differs."""
+    expected = {run.place: run.generation.tokens for run in runs if run.variant == reference}
+    return [
+        sum(a != b for a, b in zip_longest(run.generation.tokens, expected[run.place]))
+        if run.place in expected and (comparable or run.generation.stats is not None)
+        else None
+        for run in runs
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What every contender has to do: `repeat` times all prompts, after the first `warmup` of them."""
@@ -119,8 +131,8 @@ class Workload:
         warmup: int,
         **options: Any,
     ) -> Workload:
-        """Check what the command line was given: `domains` separated by commas, `options` as `GenerationOptions.of`
-        takes them.
+        """Check what the command line was given: `domains` separated by commas, `options` as for
+        `GenerationOptions.of`.
 
         Raises UsageError naming the option, and the errors of `load_prompts`.
         """

@@ -26,9 +26,8 @@ from llmcad_mlx.drafting.table import TableDrafter
 from llmcad_mlx.errors import LlmcadError, UsageError
 from llmcad_mlx.loader import LoadedPair, SharedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.measure import output
-from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Failure, Lineup, find_candidates, short_name
+from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates, short_name
 from llmcad_mlx.measure.output import NOTHING, Origin, Report, Table, milliseconds, number
-from llmcad_mlx.measure.plan import Measured, ReadRate, Speeds
 from llmcad_mlx.measure.prompts import ALL_DOMAINS, BenchPrompt
 from llmcad_mlx.measure.runner import (
     EncodedPrompt,
@@ -37,10 +36,11 @@ from llmcad_mlx.measure.runner import (
     Run,
     Workload,
     encode_prompts,
+    run_mismatches,
     schedule,
     total_stats,
 )
-from llmcad_mlx.measure.summary import run_mismatches
+from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds
 from llmcad_mlx.memory.plan import MemoryPlan
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
@@ -111,151 +111,7 @@ def split(prompts: Sequence[BenchPrompt]) -> tuple[frozenset[PromptName], frozen
     return calibrating, measured
 
 
-# -- measured --------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Seat:
-    """What belongs to one candidate as long as it is measured, whether it stays loaded or not.
-
-    `draft_bytes`: weights or table. `plan`: None where all is in memory and there is no budget. `warm_ups`:
-    seconds of its answers before measuring, prompt included.
-    """
-
-    candidate: Candidate
-    draft_bytes: int
-    plan: MemoryPlan | None
-    profile: PairProfile = field(default_factory=lambda: PairProfile(None))
-    warm_ups: list[float] = field(default_factory=list)
-
-
-def sittings(
-    candidates: Sequence[Candidate], repeat: int, together: bool
-) -> Iterator[tuple[Sequence[Candidate], range]]:
-    """Who is in memory together, and for which repetitions: all candidates for all of them, or one after the other
-    in each, each time another first."""
-    if together:
-        yield candidates, range(repeat)
-        return
-    for repetition in range(repeat):
-        for index in range(len(candidates)):
-            candidate = candidates[(index + repetition) % len(candidates)]
-            yield [candidate], range(repetition, repetition + 1)
-
-
-class Measurement:
-    """Measures candidates on the same prompts, interleaved, and goes on without those that fail.
-
-    `runs` in the order they were done; `failures`: reasons by candidate; `seats` by candidate; `interrupted`:
-    Ctrl-C came before the last.
-    """
-
-    def __init__(self, workload: Workload, open_pair: OpenPair, on_turn: OnTurn) -> None:
-        self.runs: list[Run] = []
-        self.failures: dict[str, str] = {}
-        self.seats: dict[str, Seat] = {}
-        self.interrupted = False
-        self._workload = workload
-        self._open_pair = open_pair
-        self._on_turn = on_turn
-
-    def run(self, candidates: Sequence[Candidate], together: bool) -> None:
-        """Do all turns. together: whether all candidates may be in memory at the same time.
-
-        A candidate that raises an error of this package, runs out of memory, or is hopeless gets no more turns.
-        Raises what "none" raises: then it is the target's fault. Ctrl-C ends it early with what was done, if
-        anything was.
-        """
-        work = self._workload
-        planned = list(sittings(candidates, work.repeat, together))
-        num_turns = sum(len(who) * (work.warmup + len(when) * len(work.prompts)) for who, when in planned)
-        try:
-            for who, repetitions in planned:
-                self._sit(who, repetitions, num_turns)
-        except KeyboardInterrupt:
-            if not self.runs:
-                raise
-            self.interrupted = True
-
-    def _sit(self, candidates: Sequence[Candidate], repetitions: range, num_turns: int) -> None:
-        pairs: list[LoadedPair] = []
-        contenders: list[EngineContender] = []
-        try:
-            for candidate in candidates:
-                if candidate.name in self.failures:
-                    continue
-                try:
-                    pairs.append(self._open_pair(candidate))
-                    contenders.append(self._seated(candidate, pairs[-1]))
-                except (LlmcadError, MemoryError) as error:
-                    self._fail(candidate.name, error)
-            if contenders:
-                self._take_turns(
-                    contenders, encode_prompts(self._workload.prompts, pairs[0]), repetitions, num_turns
-                )
-        finally:
-            contenders.clear()
-            for pair in pairs:
-                pair.release()
-            pairs.clear()
-            release_free_memory()
-
-    def _seated(self, candidate: Candidate, pair: LoadedPair) -> EngineContender:
-        """Ready to generate. What was learned in an earlier sitting goes on; nothing is saved meanwhile."""
-        if candidate.name not in self.seats:
-            self.seats[candidate.name] = Seat(candidate, draft_bytes(pair), pair.plan)
-        own = replace(pair, profile=self.seats[candidate.name].profile)
-        return EngineContender(candidate.name, own, SpeculationSettings())
-
-    def _take_turns(
-        self,
-        contenders: Sequence[EngineContender],
-        prompts: Sequence[EncodedPrompt],
-        repetitions: range,
-        num_turns: int,
-    ) -> None:
-        for turn in schedule(contenders, prompts, repetitions, self._workload.warmup):
-            seat = self.seats[turn.contender.name]
-            self._on_turn(seat.candidate.label, num_turns)
-            if not turn.warms_up and (reason := self._hopeless(seat)) is not None:
-                self.failures.setdefault(turn.contender.name, reason)
-            if turn.contender.name in self.failures:
-                continue
-            try:
-                run = turn.run(self._workload.options)
-            except (LlmcadError, MemoryError) as error:
-                self._fail(turn.contender.name, error)
-                continue
-            if turn.warms_up:
-                stats = run.generation.stats or run.generation
-                seat.warm_ups.append(stats.prompt_s + stats.decode_s)
-            else:
-                self.runs.append(run)
-
-    def _hopeless(self, seat: Seat) -> str | None:
-        """Why a candidate is not worth measuring: it took many times as long as no draft for every answer of the
-        warm-up; None for one that is."""
-        plain = self.seats[NO_DRAFT].warm_ups if NO_DRAFT in self.seats else ()
-        times = list(zip(seat.warm_ups, plain, strict=False))
-        if not times or any(own <= _HOPELESS * without for own, without in times):
-            return None
-        return (
-            f"its warm-up took {times[-1][0]:.1f} s for an answer that takes {times[-1][1]:.1f} s without a draft"
-        )
-
-    def _fail(self, name: str, error: LlmcadError | MemoryError) -> None:
-        if name == NO_DRAFT:
-            raise error
-        self.failures[name] = str(error) or "there is not enough memory"
-
-
-def draft_bytes(pair: LoadedPair) -> int:
-    """Memory of the draft model's weights, or of the n-gram table."""
-    models = sum(d.model.weight_bytes for d in pair.drafters if isinstance(d, ModelDrafter))
-    return models + sum(d.table.num_bytes for d in pair.drafters if isinstance(d, TableDrafter))
-
-
-# -- figures: pure arithmetic ----------------------------------------------------------------------------
+# -- measured: figures of a candidate, pure arithmetic --------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,115 +314,219 @@ def standing(name: str, fastest: str, runs: Sequence[Run]) -> Standing:
     return Standing(name, median(ratios), max((max(ratios) - min(ratios)) / 2, LEAST_NOISE))
 
 
-# -- from candidates to what is saved --------------------------------------------------------------------
+# -- candidates → measured → decided → saved --------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Seat:
+    """What belongs to one candidate as long as it is measured, whether it stays loaded or not.
+
+    `draft_bytes`: weights or table. `plan`: None where all is in memory and there is no budget. `warm_ups`:
+    seconds of its answers before measuring, prompt included.
+    """
+
+    candidate: Candidate
+    draft_bytes: int
+    plan: MemoryPlan | None
+    profile: PairProfile = field(default_factory=lambda: PairProfile(None))
+    warm_ups: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Tuning:
-    """All that was measured, and what came of it. `saved`: the file that holds the choice; `problem`: why there is
-    none, though there was something to save."""
+    """One target's way from its candidates to the draft that is saved, and all that was found on it.
+
+    `together`: whether all candidates are in memory at the same time, with one target in common; else each is
+    loaded anew in every repetition, under a memory plan of its own. `open_pair`: loads a candidate.
+
+    `runs` in the order they were done; `seats` by candidate; `failures`: of candidates that cannot be had, cannot
+    run, or have another text; `interrupted`: Ctrl-C came before the last run. `lines`: the others' figures.
+    `saved`: the file that holds the choice; `problem`: why there is none, though there was something to save.
+    """
 
     plan: TunePlan
     lineup: Lineup
     together: bool
-    measurement: Measurement
-    lines: list[CandidateFigures]
-    failures: list[Failure]
-    decision: Decision | None
+    open_pair: OpenPair
+    runs: list[Run] = field(default_factory=list)
+    seats: dict[str, Seat] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+    lines: list[CandidateFigures] = field(default_factory=list)
+    decision: Decision | None = None
     saved: Path | None = None
     problem: LlmcadError | None = None
 
-    @property
-    def winner(self) -> str | None:
-        return None if self.decision is None else self.decision.winner
+    @classmethod
+    def of(cls, plan: TunePlan, lineup: Lineup) -> Tuning:
+        """All candidates share one target where they fit into memory together."""
+        together = not is_planned([candidate.names for candidate in lineup.candidates], plan.memory)
+        if not together:
+            return cls(plan, lineup, together, lambda candidate: load_names(candidate.names, plan.memory))
+        shared = SharedTarget(lineup.target_path)
+        return cls(plan, lineup, together, lambda candidate: shared.pair(candidate.names))
 
-    def ranked(self) -> list[CandidateFigures]:
-        """The candidates that were measured, the fastest first."""
-        return sorted(self.lines, key=lambda line: -(line.tokens_per_s or 0.0))
+    def measure(self, on_turn: OnTurn = lambda label, total: None) -> None:
+        """Let the candidates answer the same prompts, interleaved.
+
+        A candidate that raises an error of this package, runs out of memory, or is hopeless gets no more turns.
+        Raises what "none" raises: then it is the target's fault. Ctrl-C ends it early with what was done, if
+        anything was.
+        """
+        work, candidates = self.plan.workload, self.lineup.candidates
+        self.failures |= {failure.name: failure.reason for failure in self.lineup.failures}
+        planned = list(sittings(candidates, work.repeat, self.together))
+        num_turns = sum(len(who) * (work.warmup + len(when) * len(work.prompts)) for who, when in planned)
+        try:
+            for who, repetitions in planned:
+                self._sit(who, repetitions, lambda label: on_turn(label, num_turns))
+        except KeyboardInterrupt:
+            if not self.runs:
+                raise
+            self.interrupted = True
+
+    def _sit(self, who: Sequence[Candidate], repetitions: range, on_turn: Callable[[str], None]) -> None:
+        """Load candidates, let them do their turns, and free them."""
+        pairs: list[LoadedPair] = []
+        contenders: list[EngineContender] = []
+        try:
+            for candidate in who:
+                if candidate.name in self.failures:
+                    continue
+                try:
+                    pairs.append(self.open_pair(candidate))
+                    contenders.append(self._seated(candidate, pairs[-1]))
+                except (LlmcadError, MemoryError) as error:
+                    self._fail(candidate.name, error)
+            if contenders:
+                prompts = encode_prompts(self.plan.workload.prompts, pairs[0])
+                self._take_turns(contenders, prompts, repetitions, on_turn)
+        finally:
+            contenders.clear()
+            for pair in pairs:
+                pair.release()
+            pairs.clear()
+            release_free_memory()
+
+    def _seated(self, candidate: Candidate, pair: LoadedPair) -> EngineContender:
+        """Ready to generate. What was learned in an earlier sitting goes on; nothing is saved meanwhile."""
+        if candidate.name not in self.seats:
+            models = sum(d.model.weight_bytes for d in pair.drafters if isinstance(d, ModelDrafter))
+            tables = sum(d.table.num_bytes for d in pair.drafters if isinstance(d, TableDrafter))
+            self.seats[candidate.name] = Seat(candidate, models + tables, pair.plan)
+        own = replace(pair, profile=self.seats[candidate.name].profile)
+        return EngineContender(candidate.name, own, SpeculationSettings())
+
+    def _take_turns(
+        self,
+        contenders: Sequence[EngineContender],
+        prompts: Sequence[EncodedPrompt],
+        repetitions: range,
+        on_turn: Callable[[str], None],
+    ) -> None:
+        for turn in schedule(contenders, prompts, repetitions, self.plan.workload.warmup):
+            name = turn.contender.name
+            on_turn(short_name(name))
+            if not turn.warms_up and (reason := self._hopeless(name)) is not None:
+                self.failures.setdefault(name, reason)
+            if name in self.failures:
+                continue
+            try:
+                run = turn.run(self.plan.workload.options)
+            except (LlmcadError, MemoryError) as error:
+                self._fail(name, error)
+                continue
+            if turn.warms_up:
+                stats = run.generation.stats or run.generation
+                self.seats[name].warm_ups.append(stats.prompt_s + stats.decode_s)
+            else:
+                self.runs.append(run)
+
+    def _hopeless(self, name: str) -> str | None:
+        """Why a candidate is not worth measuring: it took many times as long as no draft for every answer of the
+        warm-up; None for one that is."""
+        plain = self.seats[NO_DRAFT].warm_ups if NO_DRAFT in self.seats else ()
+        times = list(zip(self.seats[name].warm_ups, plain, strict=False))
+        if not times or any(own <= _HOPELESS * without for own, without in times):
+            return None
+        return (
+            f"its warm-up took {times[-1][0]:.1f} s for an answer that takes {times[-1][1]:.1f} s without a draft"
+        )
+
+    def _fail(self, name: str, error: LlmcadError | MemoryError) -> None:
+        if name == NO_DRAFT:
+            raise error
+        self.failures[name] = str(error) or "there is not enough memory"
+
+    def decide(self) -> None:
+        """Find each candidate's figures and, if all was measured, the best.
+
+        On a CPU equal arithmetic gives equal text, and a candidate with another text fails; elsewhere rounding may
+        decide near-ties.
+        """
+        for name, seat in self.seats.items():
+            if name in self.failures or not any(run.variant == name for run in self.runs):
+                continue
+            line = candidate_figures(self.plan, seat, self.runs)
+            if line.mismatches and mx.default_device() == mx.cpu:
+                wrong = f"{line.mismatches} of {line.num_compared} tokens are not the target's own"
+                self.failures[name] = f"{wrong}; please report this"
+            else:
+                self.lines.append(line)
+        self.lines.sort(key=lambda line: -(line.tokens_per_s or 0.0))
+        if not self.interrupted:
+            self.decision = decide(self.lines, among(self.runs, self.plan.measured), self.lineup.incumbent)
+
+    def save(self) -> None:
+        """Save the choice, and what was learned about each pair that was measured; nothing of an interrupted
+        run."""
+        if self.decision is None:
+            return
+        winner, options = self.decision.winner, self.plan.memory
+        for line in self.lines:
+            seat = self.seats[line.draft]
+            streamed = None if seat.plan is None else seat.plan.streamed_bytes
+            kept = PairProfile(pair_profile_path(seat.candidate.names, streamed, options.read_bandwidth))
+            kept.costs, kept.calibration = seat.profile.costs, seat.profile.calibration
+            kept.save()
+        speed = next(line.tokens_per_s for line in self.lines if line.draft == winner)
+        try:
+            choice = DraftChoice(winner, conditions(options), speed or 0.0)
+            self.saved = save_choice(self.lineup.target_path, choice)
+        except LlmcadError as error:
+            self.problem = error
 
 
 def run_tune(
-    plan: TunePlan,
-    target: str | None,
-    show_progress: bool,
-    on_turn: OnTurn = lambda label, total: None,
+    plan: TunePlan, target: str | None, show_progress: bool, on_turn: OnTurn = lambda label, total: None
 ) -> Tuning:
     """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies.
 
-    Raises the errors of `load_pair` for the target; those of a draft are in the result. An interrupted run chooses
-    and saves nothing.
+    Raises the errors of `load_pair` for the target; those of a draft are in the result.
     """
     name = target or DEFAULT_PRESET
     target_path = resolve_target(name, show_progress)
     choice = find_choice(target_path, conditions(plan.memory))
-    lineup = find_candidates(
-        name, target_path, plan.drafts, None if choice is None else choice.draft, show_progress
-    )
-    tuning = tune(plan, lineup, on_turn=on_turn)
-    save(tuning)
+    incumbent = None if choice is None else choice.draft
+    tuning = Tuning.of(plan, find_candidates(name, target_path, plan.drafts, incumbent, show_progress))
+    tuning.measure(on_turn)
+    tuning.decide()
+    tuning.save()
     return tuning
 
 
-def tune(
-    plan: TunePlan,
-    lineup: Lineup,
-    open_pair: OpenPair | None = None,
-    on_turn: OnTurn = lambda label, total: None,
-) -> Tuning:
-    """Measure the candidates and choose one. Where all fit into memory together they share one target; else each
-    is loaded anew in every repetition, under a memory plan of its own.
-
-    open_pair: loads a candidate with a target that is shared.
-    """
-    names = [candidate.names for candidate in lineup.candidates]
-    together = open_pair is not None or not is_planned(names, plan.memory)
-    done = Measurement(plan.workload, open_pair or _opener(plan, lineup, together), on_turn)
-    done.run(lineup.candidates, together)
-    failures = [*lineup.failures, *(Failure(*item) for item in done.failures.items())]
-    lines = []
-    for name, seat in done.seats.items():
-        if name in done.failures or not any(run.variant == name for run in done.runs):
-            continue
-        line = candidate_figures(plan, seat, done.runs)
-        if line.mismatches and _exact():
-            wrong = f"{line.mismatches} of {line.num_compared} tokens are not the target's own; please report this"
-            failures.append(Failure(name, wrong))
-        else:
-            lines.append(line)
-    measured = among(done.runs, plan.measured)
-    decision = None if done.interrupted else decide(lines, measured, lineup.incumbent)
-    return Tuning(plan, lineup, together, done, lines, failures, decision)
-
-
-def _opener(plan: TunePlan, lineup: Lineup, together: bool) -> OpenPair:
-    if not together:
-        return lambda candidate: load_names(candidate.names, plan.memory)
-    shared = SharedTarget(lineup.target_path)
-    return lambda candidate: shared.pair(candidate.names)
-
-
-def _exact() -> bool:
-    """Whether equal arithmetic gives equal text: elsewhere rounding may decide near-ties."""
-    return bool(mx.default_device() == mx.cpu)
-
-
-def save(tuning: Tuning) -> None:
-    """Save the choice, and what was learned about each pair that was measured. Nothing of an interrupted run."""
-    decision, options = tuning.decision, tuning.plan.memory
-    if decision is None:
+def sittings(
+    candidates: Sequence[Candidate], repeat: int, together: bool
+) -> Iterator[tuple[Sequence[Candidate], range]]:
+    """Who is in memory together, and for which repetitions: all candidates for all of them, or one after the other
+    in each, each time another first."""
+    if together:
+        yield candidates, range(repeat)
         return
-    for line in tuning.lines:
-        seat = tuning.measurement.seats[line.draft]
-        streamed = None if seat.plan is None else seat.plan.streamed_bytes
-        kept = PairProfile(pair_profile_path(seat.candidate.names, streamed, options.read_bandwidth))
-        kept.costs, kept.calibration = seat.profile.costs, seat.profile.calibration
-        kept.save()
-    speed = next(line.tokens_per_s for line in tuning.lines if line.draft == decision.winner)
-    try:
-        choice = DraftChoice(decision.winner, conditions(options), speed or 0.0)
-        tuning.saved = save_choice(tuning.lineup.target_path, choice)
-    except LlmcadError as error:
-        tuning.problem = error
+    for repetition in range(repeat):
+        first = repetition % len(candidates)
+        for candidate in (*candidates[first:], *candidates[:first]):
+            yield [candidate], range(repetition, repetition + 1)
 
 
 # -- report ----------------------------------------------------------------------------------------------
@@ -592,15 +552,15 @@ def tune_report(done: Tuning, argv: Sequence[str]) -> Report:
             **asdict(plan.memory),
         },
         "together": done.together,
-        "interrupted": done.measurement.interrupted,
-        "winner": done.winner,
+        "interrupted": done.interrupted,
+        "winner": _winner(done),
         "incumbent": lineup.incumbent,
         "tied": [] if done.decision is None else list(done.decision.tied),
         "saved": None if done.saved is None else str(done.saved),
-        "candidates": [_candidate_json(done, line) for line in done.ranked()],
-        "failed": [{"draft": failure.name, "reason": failure.reason} for failure in done.failures],
+        "candidates": [_candidate_json(done, line) for line in done.lines],
+        "failed": [{"draft": name, "reason": reason} for name, reason in done.failures.items()],
         "notes": notes,
-        "runs": [_run_json(run) for run in done.measurement.runs],
+        "runs": [_run_json(run) for run in done.runs],
     }
     return Report(
         "tune",
@@ -609,7 +569,7 @@ def tune_report(done: Tuning, argv: Sequence[str]) -> Report:
         document,
         heading=f"# {lineup.target}: drafts\n\n{origin.to_markdown()}",
         draw=partial(_draw, done, f"{short_name(lineup.target)}{emulated}"),
-        interrupted=done.measurement.interrupted,
+        interrupted=done.interrupted,
         problem=done.problem,
     )
 
@@ -632,46 +592,45 @@ def _run_json(run: Run) -> dict[str, Any]:
 
 def _tables(done: Tuning) -> list[Table]:
     per_pass, speed = [], []
-    for line in done.ranked():
-        figures = [line.domains[name] for name in done.plan.domains]
-        per_pass.append((short_name(line.draft), *(number(each.tokens_per_pass, 2) for each in figures)))
-        speed.append((short_name(line.draft), *(number(each.tokens_per_s) for each in figures)))
-    header = ("draft", *done.plan.domains)
+    for line in done.lines:
+        named, domains = {"draft": short_name(line.draft)}, line.domains.items()
+        per_pass.append(named | {name: number(figures.tokens_per_pass, 2) for name, figures in domains})
+        speed.append(named | {name: number(figures.tokens_per_s) for name, figures in domains})
+    if not done.lines:
+        return []
+    title = f"drafts for {short_name(done.lineup.target)}"
+    emulated = "" if done.plan.memory.read_bandwidth is None else " (emulated)"
     return [
-        _overall(done),
-        Table("tokens per pass", header, tuple(per_pass)),
-        Table("tokens per s, both halves", header, tuple(speed)),
+        Table.of(f"{title}{emulated}", [_cells(done, line) for line in done.lines]),
+        Table.of("tokens per pass", per_pass),
+        Table.of("tokens per s, both halves", speed),
     ]
 
 
-def _overall(done: Tuning) -> Table:
-    lines = done.ranked()
-    plain = next((line.tokens_per_s for line in lines if line.draft == NO_DRAFT), None)
-    planned = any(line.pinned_bytes is not None for line in lines)
-    inexact = any(line.mismatches for line in lines)
-    header = (
-        "draft", "memory", *(("pinned", "read per pass") if planned else ()), "prompt", "tokens per pass",
-        "draft step", "predicted tokens per s", "measured", "difference", "× none",
-        *(("wrong tokens",) if inexact else ()),
-    )  # fmt: skip
-    rows = []
-    for line in lines:
-        label = short_name(line.draft) + (" (chosen)" if line.draft == done.winner else "")
-        memory = (_size(line.pinned_bytes), _size(line.streamed_bytes)) if planned else ()
-        ratio = line.tokens_per_s / plain if plain and line.tokens_per_s is not None else None
-        difference = NOTHING if line.difference is None else f"{line.difference:+.0%}"
-        wrong = (f"{line.mismatches}/{line.num_compared}",) if inexact else ()
-        rows.append((
-            label, _size(line.draft_bytes), *memory, milliseconds(line.prompt_s, 0),
-            number(line.tokens_per_pass, 2), milliseconds(line.draft_step_s), number(line.predicted_tokens_per_s),
-            number(line.tokens_per_s), difference, number(ratio, 2), *wrong,
-        ))  # fmt: skip
-    emulated = "" if done.plan.memory.read_bandwidth is None else " (emulated)"
-    return Table(f"drafts for {short_name(done.lineup.target)}{emulated}", header, tuple(rows))
+def _cells(done: Tuning, line: CandidateFigures) -> dict[str, str]:
+    """A row of the table of all candidates, by header."""
+    plain = next((other.tokens_per_s for other in done.lines if other.draft == NO_DRAFT), None)
+    ratio = line.tokens_per_s / plain if plain and line.tokens_per_s is not None else None
+    label = short_name(line.draft) + (" (chosen)" if line.draft == _winner(done) else "")
+    cells = {"draft": label, "memory": format_size(line.draft_bytes)}
+    if line.pinned_bytes is not None:
+        cells |= {"pinned": format_size(line.pinned_bytes), "read per pass": format_size(line.streamed_bytes)}
+    cells |= {
+        "prompt": milliseconds(line.prompt_s, 0),
+        "tokens per pass": number(line.tokens_per_pass, 2),
+        "draft step": milliseconds(line.draft_step_s),
+        "predicted tokens per s": number(line.predicted_tokens_per_s),
+        "measured": number(line.tokens_per_s),
+        "difference": NOTHING if line.difference is None else f"{line.difference:+.0%}",
+        "× none": number(ratio, 2),
+    }
+    if any(other.mismatches for other in done.lines):
+        cells["wrong tokens"] = f"{line.mismatches}/{line.num_compared}"
+    return cells
 
 
-def _size(num_bytes: int | None) -> str:
-    return NOTHING if num_bytes is None else format_size(num_bytes)
+def _winner(done: Tuning) -> str | None:
+    return None if done.decision is None else done.decision.winner
 
 
 def _notes(done: Tuning) -> list[str]:
@@ -691,10 +650,9 @@ def _notes(done: Tuning) -> list[str]:
     ]
     if plan.memory.read_bandwidth is not None:
         notes.append(f"Reads are {output.emulated_rate(plan.memory.read_bandwidth)}.")
-    notes += [f"Left out: {failure.name}: {failure.reason}." for failure in done.failures]
-    if done.measurement.interrupted:
-        num_runs = len(done.measurement.runs)
-        notes.append(f"Interrupted after {num_runs} generations: nothing is chosen, nothing saved.")
+    notes += [f"Left out: {name}: {reason}." for name, reason in done.failures.items()]
+    if done.interrupted:
+        notes.append(f"Interrupted after {len(done.runs)} generations: nothing is chosen, nothing saved.")
     elif done.decision is None:
         notes.append("Nothing was measured: nothing is chosen.")
     else:
@@ -727,7 +685,7 @@ _COLOURS = (
 def _draw(done: Tuning, subtitle: str, folder: Path) -> None:
     """Speed, predicted and measured, and tokens per pass by domain; without lines an earlier plot is removed."""
     lines, domains, figure = (
-        done.ranked(),
+        done.lines,
         done.plan.domains,
         output.new_figure("Drafts measured by tune", subtitle),
     )
@@ -736,13 +694,13 @@ def _draw(done: Tuning, subtitle: str, folder: Path) -> None:
         return
     speed, per_pass = output.bar_panels(figure, 2.0 + 0.75 * len(lines), 2, width=10.0)
     rows = range(len(lines))
-    colours = [output.ORANGE if line.draft == done.winner else output.BLUE for line in lines]
+    colours = [output.ORANGE if line.draft == _winner(done) else output.BLUE for line in lines]
     bars = speed.barh(rows, [line.tokens_per_s or 0.0 for line in lines], 0.6, color=colours)
     speed.bar_label(bars, fmt="%.1f", padding=6)
     known = [(line.predicted_tokens_per_s, row) for row, line in enumerate(lines) if line.predicted_tokens_per_s]
     if known:
         speed.plot(*zip(*known, strict=True), "k|", markersize=22, markeredgewidth=2)
-    speed.set_xlabel("tokens/s; black line: predicted" + ("" if done.winner is None else "; orange: chosen"))
+    speed.set_xlabel("tokens/s; black line: predicted" + ("" if _winner(done) is None else "; orange: chosen"))
     speed.set_yticks(rows, [short_name(line.draft) for line in lines])
     height = 0.8 / len(domains)
     for index, domain in enumerate(domains):

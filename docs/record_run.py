@@ -20,7 +20,6 @@ from typing import Any
 from llmcad_mlx import Engine, load
 from llmcad_mlx.chat.tree_view import RoundTree
 from llmcad_mlx.engine.round import Round
-from llmcad_mlx.verifying.target import StreamedTarget
 
 FOLDER = Path(__file__).parent / "pictures"
 RATE = "80MB/s"  # of the emulated storage
@@ -54,7 +53,7 @@ class Timeline:
 def watch(engine: Engine, timeline: Timeline) -> None:
     """Let the engine's parts note when they work. Each part is asked as before, and by the same threads."""
     target: Any = engine.pair.target
-    assert isinstance(target, StreamedTarget)
+    assert target.feed is not None
     stream: Any = target.feed.stream
     stream._read = noted(stream._read, timeline.reads, lambda reading, generation: reading.unit)
     for drafter in engine.pair.drafters:

@@ -19,7 +19,7 @@ from llmcad_mlx.errors import (
 
 if TYPE_CHECKING:
     from llmcad_mlx.api import Engine, Response
-    from llmcad_mlx.remote.engine import RemoteEngine
+    from llmcad_mlx.remote import RemoteEngine
     from llmcad_mlx.results import GenerationStats, Result
 
 __version__ = "0.1.0"
@@ -46,7 +46,7 @@ __all__ = [
 _MODULES = {
     "Engine": "api",
     "Response": "api",
-    "RemoteEngine": "remote.engine",
+    "RemoteEngine": "remote",
     "GenerationStats": "results",
     "Result": "results",
 }
@@ -80,7 +80,7 @@ def load(
         }  # fmt: skip
         for option in (name for name, is_given in given.items() if is_given):
             raise UsageError(f"{option}: the server at {target} has decided that; leave it out")
-        from llmcad_mlx.remote.engine import RemoteEngine
+        from llmcad_mlx.remote import RemoteEngine
 
         return RemoteEngine(target, api_key)
     if api_key is not None:

@@ -25,7 +25,7 @@ from llmcad_mlx.engine.text import Piece, TextStream
 from llmcad_mlx.engine.turns import Turn, Turns
 from llmcad_mlx.errors import ContextLengthError, UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
-from llmcad_mlx.policy.policy import GrowthPolicy
+from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.prompt import Prompt, encode_prompt
 from llmcad_mlx.results import GenerationStats, Result
 from llmcad_mlx.sampling import TargetSampler

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import sys
 import time
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.machine import Machine, this_machine
-from llmcad_mlx.store.cache_folder import home_folder
-
-_DISTRIBUTION = "llmcad-mlx"
+from llmcad_mlx.store import home_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +58,9 @@ class Diagnosis:
     problems: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, one level for the machine and one object for the model."""
-        return {
-            **asdict(self.machine),
-            "device": self.device,
-            "host_kernels": self.host_kernels,
-            "models_folder": str(self.models_folder),
-            "models_folder_free_bytes": self.models_folder_free_bytes,
-            "mlx_lm_tested": self.mlx_lm_tested,
-            "model": None if self.model is None else asdict(self.model),
-            "problems": list(self.problems),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Backend:
-    device: str | None
-    host_kernels: bool
-    problems: tuple[str, ...]
+        """For JSON: the machine's facts beside the others, an object for the model."""
+        found = asdict(self)
+        return {**found.pop("machine"), **found, "models_folder": str(self.models_folder)}
 
 
 def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis:
@@ -85,20 +70,21 @@ def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis
     becomes a line of `problems`.
     """
     machine, home = this_machine(), home_folder()
-    backend = _examine_backend()
+    device, host_kernels, problem = _examine_backend()
     tested = supported_versions("mlx-lm")
-    problems = [*backend.problems, *_version_problems(machine, tested)]
+    problems = [line for line in (problem, _version_problem(machine.versions["mlx-lm"], tested)) if line]
     findings = None
-    if model is not None and backend.device is not None:
-        outcome = _examine_model(model, show_progress)
-        if isinstance(outcome, str):
-            problems.append(outcome)
-        else:
-            findings = outcome
+    if model is not None and device is not None:
+        try:
+            findings = _examine_model(model, show_progress)
+        except LlmcadError as error:
+            problems.append(f"model: {_line(error)}")
+        except Exception as error:
+            problems.append(f"model: {model}: cannot be loaded ({type(error).__name__}: {_line(error)})")
     return Diagnosis(
         machine=machine,
-        device=backend.device,
-        host_kernels=backend.host_kernels,
+        device=device,
+        host_kernels=host_kernels,
         models_folder=home,
         models_folder_free_bytes=_free_bytes(home),
         mlx_lm_tested=tested,
@@ -107,66 +93,54 @@ def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis
     )
 
 
-def supported_versions(package: str, requirements: Iterable[str] | None = None) -> str:
+def supported_versions(package: str) -> str:
     """The versions of `package` that this one was tested with, from its own metadata; "" if it says nothing."""
-    if requirements is None:
-        try:
-            requirements = requires(_DISTRIBUTION) or ()
-        except PackageNotFoundError:
-            requirements = ()
-    for line in requirements:
-        requirement = Requirement(line)
-        if requirement.name == package and (requirement.marker is None or requirement.marker.evaluate()):
-            return str(requirement.specifier)
+    with suppress(PackageNotFoundError):
+        for requirement in map(Requirement, requires("llmcad-mlx") or ()):
+            if requirement.name == package and (requirement.marker is None or requirement.marker.evaluate()):
+                return str(requirement.specifier)
     return ""
 
 
-def _version_problems(machine: Machine, tested: str) -> list[str]:
-    installed = machine.versions.get("mlx-lm")
-    if installed is None:
-        return [f"mlx-lm: not installed; install it with: pip install 'mlx-lm{tested}'"]
-    if not Requirement(f"mlx-lm{tested}").specifier.contains(installed, prereleases=True):
-        return [f"mlx-lm: version {installed} is not tested; install it with: pip install 'mlx-lm{tested}'"]
-    return []
+def _version_problem(installed: str | None, tested: str) -> str | None:
+    if installed is not None and SpecifierSet(tested).contains(installed, prereleases=True):
+        return None
+    what = "not installed" if installed is None else f"version {installed} is not tested"
+    return f"mlx-lm: {what}; install it with: pip install 'mlx-lm{tested}'"
 
 
-def _examine_backend() -> _Backend:
-    """Import MLX, compute something, and import what the host kernels need."""
+def _examine_backend() -> tuple[str | None, bool, str | None]:
+    """Import MLX, compute something, and import what the host kernels need: the device, None where MLX does not
+    work, whether the kernels do, and the problem, if there is one."""
     try:
         mx = importlib.import_module("mlx.core")
         mx.eval(mx.ones((2, 2)) @ mx.ones((2, 2)))
     except Exception as error:  # a broken native library fails in its own ways
-        return _Backend(None, False, (f"mlx: does not work ({_line(error)}); install it again",))
+        return None, False, f"mlx: does not work ({_line(error)}); install it again"
     try:
-        device = importlib.import_module("llmcad_mlx.loader").device_name()
+        importlib.import_module("llmcad_mlx.loader")  # and with it all that a model needs
+        device = importlib.import_module("llmcad_mlx.store.names").device_name()
         wanted = importlib.import_module("llmcad_mlx.cpu").cpu_kernels_wanted()
     except Exception as error:
-        return _Backend(None, False, (f"llmcad-mlx: does not load ({_line(error)}); install it again",))
-    if not wanted:
-        return _Backend(device, False, ())
+        return None, False, f"llmcad-mlx: does not load ({_line(error)}); install it again"
     try:
-        importlib.import_module("llmcad_mlx.cpu.kernels")
+        if wanted:
+            importlib.import_module("llmcad_mlx.cpu.kernels")
     except Exception as error:
-        problem = f"host kernels: numba does not work ({_line(error)}); install it again"
-        return _Backend(device, False, (problem,))
-    return _Backend(device, True, ())
+        return device, False, f"host kernels: numba does not work ({_line(error)}); install it again"
+    return device, wanted, None
 
 
-def _examine_model(name: str, show_progress: bool) -> ModelFindings | str:
-    """The findings, or the problem in one line. Nothing is loaded from a bundle whose bytes were altered."""
+def _examine_model(name: str, show_progress: bool) -> ModelFindings:
+    """Raises what loading raises. Nothing is loaded from a bundle whose bytes were altered."""
     from llmcad_mlx.loader import load_tree_model
     from llmcad_mlx.models.adapt import computes_in_float32
     from llmcad_mlx.store.pull import resolve_target
 
-    try:
-        path = resolve_target(name, show_progress)
-        is_bundle = _verify(path, show_progress)
-        started = time.perf_counter()
-        loaded, model = load_tree_model(path, alone=True)
-    except LlmcadError as error:
-        return f"model: {_line(error)}"
-    except Exception as error:
-        return f"model: {name}: cannot be loaded ({type(error).__name__}: {_line(error)})"
+    path = resolve_target(name, show_progress)
+    is_bundle = _verify(path, show_progress)
+    started = time.perf_counter()
+    loaded, model = load_tree_model(path, alone=True)
     return ModelFindings(
         path=str(path),
         checksums_verified=True if is_bundle else None,
@@ -192,9 +166,7 @@ def _verify(path: Path, show_progress: bool) -> bool:
     bundle = read_bundle(path)
     if bundle is None:
         return False
-    progress = progress_for(show_progress)
-    if not progress.bars:
-        progress = progress_for(False)  # a problem stays one line
+    progress = progress_for(show_progress and sys.stderr.isatty())  # elsewhere a problem stays one line
     done = 0
     with progress.stage(f"checking {path.name}", bundle.num_bytes) as advance:
 

@@ -1,6 +1,11 @@
-"""From names to a loaded pair: find the folders, plan memory, load both models, compare their tokens.
+"""From names to a pair that can generate, in phases:
 
-The models of a pair: load them, find out what they can do, compare their tokens.
+    names     `store.names.find_pair`: which folders, fetched and converted where need be
+    prepared  `PreparedTarget`: the target's model, checked; its weights in memory, or yet to be read
+    planned   `PlannedPair`: the draft is loaded too, memory is measured and divided up
+    built     `LoadedPair`: weights are where the plan wants them, and reading has begun
+
+A target that is wholly in memory needs no plan and goes from prepared to built.
 """
 
 from __future__ import annotations
@@ -18,30 +23,28 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.cpu import prepare_for_device
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.drafting.table import NgramCounts, NgramTable, TableDrafter, vocabulary_hash
-from llmcad_mlx.drafting.vocabulary import check_same_tokens
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.files.bundle import Bundle, read_bundle, verify_bundle
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
 from llmcad_mlx.memory.plan import MemoryNeeds, MemoryPlan, default_budget, make_plan
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
-from llmcad_mlx.models.draft_folder import check_token_list
+from llmcad_mlx.models.draft_folder import check_same_tokens, check_token_list
 from llmcad_mlx.models.folder import LoadedModel, load_model_folder
 from llmcad_mlx.models.probe import cached_probe, probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import provisional_nodes
 from llmcad_mlx.settings import MemoryOptions
-from llmcad_mlx.store.cache_folder import home_folder
-from llmcad_mlx.store.choice import Conditions
-from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
-from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.store import home_folder
+from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, pair_profile_path
+from llmcad_mlx.store.profile import Conditions, PairProfile
 from llmcad_mlx.store.pull import TABLE_SUFFIX
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
 from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 
 
 def load_tree_model(
@@ -137,7 +140,7 @@ def conditions(options: MemoryOptions) -> Conditions:
 class LoadedPair:
     """A target, its drafters and what belongs to them."""
 
-    target: ResidentTarget
+    target: Target
     drafters: list[Drafter]
     tokenizer: Any
     """mlx-lm's TokenizerWrapper."""
@@ -167,97 +170,123 @@ class LoadedPair:
 
 
 @dataclass(slots=True)
+class PreparedTarget:
+    """A target's model, for one draft or for many: where it is in memory, their pairs have its cache in common."""
+
+    loaded: LoadedModel
+    model: TreeModel
+    vocab_size: int
+    weights: Prepared | None
+    """Large weights that are yet to be read; None: all are in memory."""
+    resident: Target | None
+
+    @classmethod
+    def in_memory(cls, folder: Path) -> PreparedTarget:
+        """Raises ModelError for a folder that cannot be loaded."""
+        loaded, model = load_tree_model(folder)
+        vocab_size = real_tokens(loaded, model)
+        return cls(loaded, model, vocab_size, None, Target(model, vocab_size))
+
+    @classmethod
+    def to_be_planned(cls, folder: Path, options: MemoryOptions) -> PreparedTarget:
+        """Of the large weights nothing is in memory.
+
+        Raises UsageError when weights without checksums are to be checked, ModelError for a model that cannot be
+        streamed, StorageError for altered weights.
+        """
+        bundle = _bundle(folder) if options.verify else None
+        mx.set_cache_limit(_MLX_CACHE_BYTES)
+        loaded = load_model_folder(folder, lazy=True)
+        weights = Prepared(loaded, FileStorage(), probe_folder(), bundle)
+        return cls(loaded, weights.model, real_tokens(loaded, weights.model), weights, None)
+
+    def drafters(self, names: PairPaths, options: MemoryOptions) -> list[Drafter]:
+        """Load the draft of `names`. Raises ModelError or VocabularyError for an unfit one."""
+        if names.draft_name == NO_DRAFT:
+            return []
+        if options.verify and names.draft_path is not None and names.draft_path.is_dir():
+            verify_bundle(names.draft_path)  # where it has checksums
+        return load_drafters(names.draft_path, self.loaded, self.model, self.vocab_size)
+
+    def build(self, names: PairPaths) -> LoadedPair:
+        """With the draft of `names`, all in memory. Raises the errors of `drafters`."""
+        assert self.resident is not None
+        options = MemoryOptions()
+        drafters = self.drafters(names, options)
+        return _pair(names, options, self.resident, drafters, self.loaded, self.model.context_length, None)
+
+
+@dataclass(slots=True)
 class PlannedPair:
     """A pair with its memory plan; of the target's large weights nothing is in memory yet."""
 
-    names: PairNames
+    names: PairPaths
     options: MemoryOptions
-    prepared: Prepared
+    target: PreparedTarget
+    weights: Prepared
     drafters: list[Drafter]
-    vocab_size: int
     needs: MemoryNeeds
     plan: MemoryPlan
 
     def build(self) -> LoadedPair:
         """Bring in the weights that the plan pins, and begin to read the others."""
-        rate = self.options.read_bandwidth
-        target = self.prepared.build(
-            self.plan,
-            self.vocab_size,
-            lambda storage: storage if rate is None else ThrottledStorage(storage, rate),
+        rate, prepared = self.options.read_bandwidth, self.target
+        feed = self.weights.build(
+            self.plan, lambda storage: storage if rate is None else ThrottledStorage(storage, rate)
         )
+        target = Target(prepared.model, prepared.vocab_size, feed, self.plan.prefill_chunk)
         if self.plan.budget_bytes is not None:
             self._make_room(target)
-        context = min(self.plan.context, self.prepared.model.context_length or self.plan.context)
-        return _pair(self.names, self.options, target, self.drafters, self.prepared.loaded, context, self.plan)
+        context = min(self.plan.context, prepared.model.context_length or self.plan.context)
+        return _pair(self.names, self.options, target, self.drafters, prepared.loaded, context, self.plan)
 
-    def _make_room(self, target: ResidentTarget) -> None:
+    def _make_room(self, target: Target) -> None:
         """Let caches take at once what the plan has put aside for them."""
         room = self.plan.context + self.plan.max_nodes
         drafted = self.plan.context + provisional_nodes(self.plan.max_nodes)
         target.cache.reserve(room)
         for drafter in self.drafters:
-            if isinstance(drafter, ModelDrafter):
+            if drafter.cache is not None:
                 drafter.cache.reserve(drafted)
 
 
 def load_pair(
     target: str | None, draft: str | None, show_progress: bool, options: MemoryOptions | None = None
 ) -> LoadedPair:
-    """Resolve, load and check. See `api.load` for the arguments and errors."""
+    """All phases. See `api.load` for the arguments and errors."""
     options = options or MemoryOptions()
-    names = find_pair(target, draft, show_progress, conditions(options))
-    return load_names(names, options)
+    return load_names(find_pair(target, draft, show_progress, conditions(options)), options)
 
 
-def load_names(names: PairNames, options: MemoryOptions) -> LoadedPair:
-    """Load and check what `find_pair` has found."""
+def load_names(names: PairPaths, options: MemoryOptions) -> LoadedPair:
+    """All phases after the first."""
     if is_planned([names], options):
         return plan_pair(names, options).build()
-    return SharedTarget(names.target_path).pair(names)
+    return PreparedTarget.in_memory(names.target_path).build(names)
 
 
-def is_planned(pairs: Sequence[PairNames], options: MemoryOptions) -> bool:
+def is_planned(pairs: Sequence[PairPaths], options: MemoryOptions) -> bool:
     """Whether a memory plan is needed to load the target that `pairs` have in common with all their drafts."""
     return options.asks_for_streaming or _budget(pairs, options) is not None
 
 
-class SharedTarget:
-    """A target wholly in memory, for one draft or for many: their pairs have one cache in common."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises ModelError for a folder that cannot be loaded."""
-        self._loaded, self._model = load_tree_model(folder)
-        self._target = ResidentTarget(self._model, real_tokens(self._loaded, self._model))
-
-    def pair(self, names: PairNames) -> LoadedPair:
-        """The target with the draft of `names`. Raises ModelError or VocabularyError for an unfit draft."""
-        options, loaded, model = MemoryOptions(), self._loaded, self._model
-        drafters = _drafters(names, options, loaded, model, self._target.vocab_size)
-        return _pair(names, options, self._target, drafters, loaded, model.context_length, None)
-
-
-def plan_pair(names: PairNames, options: MemoryOptions) -> PlannedPair:
+def plan_pair(names: PairPaths, options: MemoryOptions) -> PlannedPair:
     """Load all but the target's large weights, measure what is taken, and plan the rest.
 
-    Raises BudgetError naming the smallest budget that works, UsageError when weights without checksums are to be
-    checked, ModelError for a model that cannot be streamed, StorageError for altered weights.
+    Raises BudgetError naming the smallest budget that works, and the errors of `PreparedTarget`.
     """
-    bundle = _bundle(names.target_path) if options.verify else None
-    mx.set_cache_limit(_MLX_CACHE_BYTES)
-    loaded = load_model_folder(names.target_path, lazy=True)
-    prepared = Prepared(loaded, FileStorage(), probe_folder(), bundle)
-    vocab_size = real_tokens(loaded, prepared.model)
-    drafters = _drafters(names, options, loaded, prepared.model, vocab_size)
-    needs = _needs(prepared, drafters, options)
+    target = PreparedTarget.to_be_planned(names.target_path, options)
+    assert target.weights is not None
+    drafters = target.drafters(names, options)
+    needs = _needs(target.weights, drafters, options)
     plan = make_plan(needs, _budget([names], options), options.pinned)
-    return PlannedPair(names, options, prepared, drafters, vocab_size, needs, plan)
+    return PlannedPair(names, options, target, target.weights, drafters, needs, plan)
 
 
 def _pair(
-    names: PairNames,
+    names: PairPaths,
     options: MemoryOptions,
-    target: ResidentTarget,
+    target: Target,
     drafters: list[Drafter],
     loaded: LoadedModel,
     context: int | None,
@@ -279,16 +308,6 @@ def _pair(
     )
 
 
-def _drafters(
-    names: PairNames, options: MemoryOptions, target: LoadedModel, model: TreeModel, vocab_size: int
-) -> list[Drafter]:
-    if names.draft_name == NO_DRAFT:
-        return []
-    if options.verify and names.draft_path is not None and names.draft_path.is_dir():
-        verify_bundle(names.draft_path)  # where it has checksums
-    return load_drafters(names.draft_path, target, model, vocab_size)
-
-
 def _bundle(folder: Path) -> Bundle:
     bundle = read_bundle(folder)
     if bundle is None:
@@ -298,7 +317,7 @@ def _bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def _budget(pairs: Sequence[PairNames], options: MemoryOptions) -> int | None:
+def _budget(pairs: Sequence[PairPaths], options: MemoryOptions) -> int | None:
     """What was asked for; else None where all models fit into memory, else what they may use of it."""
     if options.memory is not None:
         return options.memory
@@ -312,7 +331,7 @@ def _needs(prepared: Prepared, drafters: Sequence[Drafter], options: MemoryOptio
     """Measure what is taken already."""
     sizes = prepared.sizes
     context = options.context or min(DEFAULT_CONTEXT, prepared.model.context_length or DEFAULT_CONTEXT)
-    models = [drafter.model for drafter in drafters if isinstance(drafter, ModelDrafter)]
+    models = [drafter.model for drafter in drafters if drafter.model is not None]
     weights = sum(model.weight_bytes for model in models)
     release_free_memory()
     return MemoryNeeds(

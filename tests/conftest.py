@@ -5,8 +5,9 @@ A module that wants other ones defines fixtures of the same names.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,19 @@ def streams_small_matrices() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def output(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Run a command of the command line, to exit code 0 or `code`; its standard output and error."""
+    from llmcad_mlx.cli.main import run
+
+    def call(*argv: object, code: int = 0) -> tuple[str, str]:
+        capfd.readouterr()
+        assert run([str(word) for word in argv]) == code
+        return capfd.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny target. Shared: copy it (`copy_folder`) before you change a file."""
@@ -64,6 +78,19 @@ def draft(folder: Path) -> Path:
     from tests.support.tiny_folder import make_folder
 
     return make_folder(folder.parent / "draft", noise=0.02)
+
+
+@pytest.fixture(scope="session")
+def endless(folder: Path) -> Path:
+    """A target that never ends a text by itself, with room for as many tokens as a test wants to interrupt."""
+    from tests.support.tiny_folder import make_folder
+
+    path = make_folder(folder.parent / "endless", context=10_000_000)
+    for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
+        values = json.loads((path / name).read_text())
+        del values[key]
+        (path / name).write_text(json.dumps(values))
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from llmcad_mlx import Engine, ModelError, UsageError, VocabularyError, load
-from llmcad_mlx.cli.main import run
 from llmcad_mlx.settings import GenerationOptions
-from tests.support.tiny_folder import change_config, copy_folder, make_folder, poison, tiny_environment
+from tests.support.command_line import finished
+from tests.support.tiny_folder import change_config, copy_folder, make_folder, poison
 
 FAILED, USAGE = 1, 2
+Refused = Callable[..., str]
 POISONED_PROMPT = "\"#$%&'()"  # reads the row of the embeddings that `poison` spoils
-CLI = (sys.executable, "-c", "from llmcad_mlx.cli.main import main; main()")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +27,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(good: Path) -> Iterator[Engine]:
+def engine(tiny_home: Path, good: Path) -> Iterator[Engine]:
     with load(good) as loaded:
         yield loaded
 
@@ -44,17 +39,13 @@ def bad(good: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(output: Callable[..., tuple[str, str]]) -> Refused:
     """Run the command line; check that it failed as it should, and return its one line."""
 
     def check(code: int, *argv: object) -> str:
-        capfd.readouterr()
-        assert run([str(word) for word in argv]) == code
-        out, err = capfd.readouterr()
-        assert out == ""
+        out, err = output(*argv, code=code)
+        assert (out, err.count("\n")) == ("", 1), err
         assert err.startswith("error: ")
-        assert err.count("\n") == 1, err
-        assert "Traceback" not in err
         return err
 
     return check
@@ -63,8 +54,8 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
 # --- Models -------------------------------------------------------------------------------------------------
 
 
-def remove(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).unlink()
+def remove(*names: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / name).unlink() for name in names]
 
 
 def write(name: str, content: bytes) -> Callable[[Path], object]:
@@ -82,17 +73,11 @@ def config(**changes: Any) -> Callable[[Path], object]:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (remove("config.json"), "config.json: missing"),
     "no weights": (remove("model.safetensors"), "no model*.safetensors"),
-    "no tokenizer": (
-        lambda f: (remove("tokenizer.json")(f), remove("tokenizer_config.json")(f)),
-        "no tokenizer.json",
-    ),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "no tokenizer.json"),
     "half a download": (write("model.safetensors.incomplete", b""), "a download was not finished"),
     "half the weights": (cut_off("model.safetensors"), "model.safetensors: "),
     "foreign weights": (write("model.safetensors", b"GIF89a" * 50), "not a safetensors file"),
-    "an LFS pointer": (
-        write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
-        "not a safetensors",
-    ),
+    "an LFS pointer": (write("model.safetensors", b"version https://git-lfs.github.com\n"), "not a safetensors"),
     "no JSON": (write("config.json", b'{"model_type": "lla'), "config.json: not valid JSON"),
     "binary JSON": (write("config.json", b"\xff\xfe\x00"), "config.json: not valid JSON"),
     "broken tokenizer": (write("tokenizer.json", b"{"), "cannot load the tokenizer"),
@@ -104,14 +89,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", BROKEN)
-def test_broken_model_folders(bad: Path, refused: Callable[..., str], damage: str) -> None:
+def test_broken_model_folders(good: Path, bad: Path, refused: Refused, damage: str) -> None:
     break_it, message = BROKEN[damage]
     break_it(bad)
     (bad / "evil.py").write_text("raise SystemExit('ran')")
-    for role in ("--target", "--draft"):
-        words = [role, bad] if role == "--target" else ["--target", bad.parent / "sound", role, bad]
-        if role == "--draft":
-            make_folder(bad.parent / "sound")
+    for words in (["--target", bad], ["--target", good, "--draft", bad]):
         line = refused(FAILED, "generate", "hi", *words)
         assert message in line
         assert str(bad) in line
@@ -119,10 +101,9 @@ def test_broken_model_folders(bad: Path, refused: Callable[..., str], damage: st
         load(bad)
 
 
-def test_targets_that_are_no_folder(good: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_targets_that_are_no_folder(good: Path, tmp_path: Path, refused: Refused) -> None:
     gguf = tmp_path / "model.gguf"
-    line = refused(FAILED, "generate", "hi", "--target", gguf)
-    assert "no such file" in line
+    assert "no such file" in refused(FAILED, "generate", "hi", "--target", gguf)
     gguf.write_bytes(b"GGUF")
     assert f"llmcad-mlx convert {gguf}" in refused(FAILED, "generate", "hi", "--target", gguf)
     file = good / "config.json"
@@ -135,7 +116,7 @@ def test_targets_that_are_no_folder(good: Path, tmp_path: Path, refused: Callabl
     assert "config.json: missing" in refused(FAILED, "generate", "hi", "--target", tmp_path / "empty")
 
 
-def test_a_draft_with_other_tokens(good: Path, bad: Path, refused: Callable[..., str]) -> None:
+def test_a_draft_with_other_tokens(good: Path, bad: Path, refused: Refused) -> None:
     tokenizer = (bad / "tokenizer.json").read_text()
     assert '"%": 6' in tokenizer
     (bad / "tokenizer.json").write_text(tokenizer.replace('"%": 6', '"~~": 6'))
@@ -147,28 +128,32 @@ def test_a_draft_with_other_tokens(good: Path, bad: Path, refused: Callable[...,
 
 @pytest.mark.parametrize("weight", ["lm_head.weight", "model.embed_tokens.weight"])
 @pytest.mark.parametrize("policy", ["plain", "throughput"])
-def test_nan_logits(bad: Path, refused: Callable[..., str], weight: str, policy: str) -> None:
+def test_nan_logits(bad: Path, refused: Refused, weight: str, policy: str) -> None:
     poison(bad, weight)
     line = refused(FAILED, "generate", POISONED_PROMPT, "--target", bad, "--policy", policy)
     assert "logits contain NaN" in line
 
 
-def test_a_draft_with_nan_logits_is_refused(good: Path, bad: Path, refused: Callable[..., str]) -> None:
-    poison(bad)
-    assert "cannot be used as a draft" in refused(FAILED, "generate", "hi", "--target", good, "--draft", bad)
-
-
-def test_a_draft_that_turns_nan_later_is_named(good: Path, bad: Path, refused: Callable[..., str]) -> None:
-    poison(bad, "model.embed_tokens.weight")
-    for policy in ("paper", "chain"):
-        words = ["--target", good, "--draft", bad, "--policy", policy]
-        assert "the draft's logits contain NaN" in refused(FAILED, "generate", POISONED_PROMPT, *words)
+@pytest.mark.parametrize(
+    ("weight", "words", "message"),
+    [
+        ("lm_head.weight", [], "cannot be used as a draft"),
+        ("model.embed_tokens.weight", ["--policy", "paper"], "the draft's logits contain NaN"),  # later
+        ("model.embed_tokens.weight", ["--policy", "chain"], "the draft's logits contain NaN"),
+    ],
+)
+def test_a_draft_with_nan_logits(
+    good: Path, bad: Path, refused: Refused, weight: str, words: list[str], message: str
+) -> None:
+    poison(bad, weight)
+    pair = ["--target", good, "--draft", bad]
+    assert message in refused(FAILED, "generate", POISONED_PROMPT, *pair, *words)
 
 
 # --- Prompts ------------------------------------------------------------------------------------------------
 
 
-def test_prompts_that_cannot_be_read(good: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_prompts_that_cannot_be_read(good: Path, tmp_path: Path, refused: Refused) -> None:
     binary, blank = tmp_path / "binary", tmp_path / "blank"
     binary.write_bytes(b"\xff\xfe\xfd")
     blank.write_text(" \n")
@@ -187,13 +172,13 @@ def test_prompts_that_cannot_be_read(good: Path, tmp_path: Path, refused: Callab
         assert message in refused(USAGE, "generate", *words, "--target", tmp_path / "nowhere")
 
 
-def test_a_prompt_longer_than_the_context(good: Path, refused: Callable[..., str]) -> None:
+def test_a_prompt_longer_than_the_context(good: Path, refused: Refused) -> None:
     line = refused(USAGE, "generate", "--raw", "x" * 64, "--target", good)
     assert "its 64 tokens leave no room in the model's context of 64" in line
     assert "context of 64" in refused(USAGE, "generate", "x" * 500, "--target", good)
 
 
-def test_messages_for_a_model_without_template(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_messages_for_a_model_without_template(tmp_path: Path, refused: Refused) -> None:
     folder = make_folder(tmp_path / "base", template=False)
     assert "no chat template" in refused(USAGE, "generate", "hi", "--system", "x", "--target", folder)
     with load(folder) as base, pytest.raises(UsageError, match="no chat template"):
@@ -282,20 +267,15 @@ def test_unknown_options_in_python(engine: Engine) -> None:
         (["--nonsense"], "--nonsense"), (["--temp"], "--temp"), (["--json=maybe"], "--json"), (["more"], "more"),
     ],
 )  # fmt: skip
-def test_options_out_of_range_on_the_command_line(
-    refused: Callable[..., str], words: list[str], name: str
-) -> None:
+def test_options_out_of_range_on_the_command_line(refused: Refused, words: list[str], name: str) -> None:
     # Refused before the target, which does not exist, is looked for.
     assert name in refused(USAGE, "generate", "hi", "--target", "/nowhere", *words)
-
-
-def test_an_empty_draft_name(good: Path, refused: Callable[..., str]) -> None:
-    assert "draft: ''" in refused(USAGE, "generate", "hi", "--target", good, "--draft", "")
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
+        (["generate", "hi", "--draft", ""], USAGE, "draft: ''"),
         (["chatter"], USAGE, "No such command 'chatter'"),
         (["--nonsense"], USAGE, "No such option"),
         (["convert"], USAGE, "Missing argument"),
@@ -305,7 +285,7 @@ def test_an_empty_draft_name(good: Path, refused: Callable[..., str]) -> None:
         (["bench", "--repeat", "0"], USAGE, "repeat"),
     ],
 )
-def test_other_commands(refused: Callable[..., str], argv: list[str], code: int, message: str) -> None:
+def test_other_commands(refused: Refused, argv: list[str], code: int, message: str) -> None:
     assert message in refused(code, *argv)
 
 
@@ -314,38 +294,31 @@ def test_other_commands(refused: Callable[..., str], argv: list[str], code: int,
 
 @pytest.mark.parametrize("place", [0, 1, 4])
 def test_debug_shows_the_traceback_wherever_it_stands(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, place: int
+    output: Callable[..., tuple[str, str]], tmp_path: Path, place: int
 ) -> None:
     argv = ["generate", "hi", "--target", str(tmp_path / "nowhere")]
     argv.insert(place, "--debug")
-    assert run(argv) == FAILED
-    err = capfd.readouterr().err
+    err = output(*argv, code=FAILED)[1]
     assert "Traceback (most recent call last)" in err
     assert err.splitlines()[-1].startswith("error: ")
-    assert run(["--debug", "generate", "hi", "--temp", "-1"]) == USAGE
-    assert "Traceback" in capfd.readouterr().err
+    assert "Traceback" in output("--debug", "generate", "hi", "--temp", "-1", code=USAGE)[1]
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("first line\nsecond line"),
+            "RuntimeError: first line second line; run again with --debug for",
+        ),
+        (MemoryError(), "there is not enough memory; give a smaller --memory or --context, or a smaller model"),
+    ],
+)
 def test_an_unforeseen_error_is_one_line_too(
-    good: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    good: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    def explode(*args: object, **options: object) -> None:
-        raise RuntimeError("first line\nsecond line")
-
-    monkeypatch.setattr(Engine, "stream_generate", explode)
-    line = refused(FAILED, "generate", "hi", "--target", good)
-    assert line == "error: RuntimeError: first line second line; run again with --debug for details\n"
-
-
-def test_running_out_of_memory_says_what_to_do(
-    good: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def exhaust(*args: object, **options: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(Engine, "stream_generate", exhaust)
-    line = refused(FAILED, "generate", "hi", "--target", good)
-    assert "there is not enough memory; give a smaller --memory" in line
+    monkeypatch.setattr(Engine, "stream_generate", Mock(side_effect=error))
+    assert refused(FAILED, "generate", "hi", "--target", good).startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(
@@ -353,9 +326,7 @@ def test_running_out_of_memory_says_what_to_do(
     [(["x" * 99], USAGE, "context of 64"), (["hi", "--top-q", "1"], USAGE, "No such option: --top-q")],
 )
 def test_in_a_process_of_its_own(good: Path, words: list[str], code: int, message: str) -> None:
-    done = subprocess.run(
-        [*CLI, "generate", *words, "--target", str(good)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = finished("generate", *words, "--target", good)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

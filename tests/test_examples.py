@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,23 +26,27 @@ def test_prompt_files_are_ones_that_bench_takes(file: Path) -> None:
 
 def test_forty_prompts_of_four_domains() -> None:
     prompts = load_prompts(EXAMPLES / "four_domains.toml")
-    counts = {domain: sum(p.domain == domain for p in prompts) for domain in {p.domain for p in prompts}}
-    assert counts == {"chat": 10, "code": 10, "summarising": 10, "translation": 10}
+    assert Counter(prompt.domain for prompt in prompts) == {
+        "chat": 10,
+        "code": 10,
+        "summarising": 10,
+        "translation": 10,
+    }
 
 
 # --- Programs -----------------------------------------------------------------------------------------------
 
 
+def run_example(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run as a user runs it."""
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments], env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
 def printed_by(name: str, *arguments: str, **environment: str) -> str:
-    """What an example prints, run as a user runs it."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_example(name, *arguments, **environment)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -68,10 +73,7 @@ def test_bigger_than_memory() -> None:
 
 @pytest.mark.embedded
 def test_bigger_than_memory_says_which_budget_is_too_small() -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "bigger_than_memory.py"), "50MB"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = run_example("bigger_than_memory.py", "50MB")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.match(r"memory: 50 MB is too little; the smallest that works is \d+ MB .*\n$", done.stderr)
 
@@ -109,10 +111,7 @@ def test_ipad_client(server_address: str) -> None:
 
 
 def test_ipad_client_without_a_server_says_what_is_missing() -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "ipad_client.py"), "http://127.0.0.1:9"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = run_example("ipad_client.py", "http://127.0.0.1:9")
     assert (done.returncode, done.stdout) == (1, "")
     assert "is `llmcad-mlx serve` running there?" in done.stderr
 

@@ -23,10 +23,10 @@ from llmcad_mlx import Engine, load
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import verify_bundle
-from llmcad_mlx.store.convert import convert_folder, write_bundle
+from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.streaming import weights as parts
 from tests.memory_limit import NoCgroupError, limited_group
-from tests.support.tiny_folder import EOS, copy_folder, make_folder, tiny_environment
+from tests.support.tiny_folder import EOS, copy_folder, make_folder, tiny_environment, write_bundle
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "then the other one ran in and then the other one"

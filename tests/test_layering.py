@@ -36,7 +36,6 @@ LAYERS = [
 # Imports that still point up, to be mended.
 KNOWN = {
     ("files", "streaming"),
-    ("streaming", "verifying"),
     ("engine", "store"),
 }
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -12,20 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
-from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, Selection, TokenTree
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 from tests.support.rounds import Rounds
 from tests.support.tiny import VOCAB, tiny_tree_model
 from tests.support.waiting_target import WaitingTarget
@@ -88,7 +88,7 @@ def make_engine(
 ) -> Rounds:
     """waits: the seed of a target that waits for its weights; None: a resident one."""
     tree_model = model(0, target_host)
-    target = ResidentTarget(tree_model, VOCAB) if waits is None else WaitingTarget(tree_model, VOCAB, seed=waits)
+    target = Target(tree_model, VOCAB) if waits is None else WaitingTarget(tree_model, VOCAB, seed=waits)
     target.cache.max_dead_share, target.cache.min_dead = 0.1, 2  # compact often
     return Rounds(target, drafters, policy, costs, clock)
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from mlx_lm.utils import dequantize_model
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.models.folder import LoadedModel, cast_to_fp32
+from llmcad_mlx.models.folder import LoadedModel
 
 from .student_cpu import numpy_exponentials
 
@@ -44,7 +44,8 @@ def check_family(loaded: LoadedModel) -> None:
 def dense(module: nn.Module) -> Any:
     """A copy of a module in float32, nothing in it quantised."""
     found = dequantize_model(copy.deepcopy(module))
-    cast_to_fp32(found)
+    found.set_dtype(mx.float32)
+    mx.eval(found.parameters())
     return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import Protocol, Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -23,9 +23,8 @@ from llmcad_mlx.report import Answer, status_line
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import GenerationOptions
 
-_KEPT = "\n\t"
 # C0, DEL and C1: with them a text could move the cursor, change colours or answer in the user's place.
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in _KEPT}
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _REDRAW_S = 0.08
 _SHOW_PROGRESS_S = 0.5
 _ROOM_BELOW = 3  # lines of the screen that the moving part leaves free
@@ -80,56 +79,37 @@ class Screen(Protocol):
 class PlainScreen:
     """Text without any escape codes, for pipes and files; notes and errors go to standard error.
 
-    `num_errors` are a script's business.
+    json_output: one JSON object for each answer on standard output, nothing else there. Errors are counted, for
+    they are a script's business.
     """
 
-    def __init__(self, out: TextIO | None = None) -> None:
-        """out: standard output if not given."""
-        self._out = out or sys.stdout
+    def __init__(self, json_output: bool) -> None:
+        self._json_output, self.num_errors = json_output, 0
         self._console = Console(
-            file=self._out, highlight=False, markup=False, emoji=False, color_system=None, force_terminal=False,
-            width=100,
+            file=sys.stderr if json_output else sys.stdout, highlight=False, markup=False, emoji=False,
+            color_system=None, force_terminal=False, width=100,
         )  # fmt: skip
-        self.num_errors = 0
 
     def answer(self, engine: Engine, settings: ChatSettings) -> AnswerView:
-        """Printed as it comes; there are no colours here."""
-        return _PlainAnswer(self._out)
+        return _JsonAnswer(engine, settings.options) if self._json_output else _PlainAnswer()
 
     def show(self, what: RenderableType) -> None:
-        """Print it, without colours."""
         self._console.print(what)
 
     def note(self, line: str) -> None:
-        """Standard output is for answers."""
         print(line, file=sys.stderr, flush=True)
 
     def error(self, line: str) -> None:
-        """Counted."""
         self.num_errors += 1
         print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 class _PlainAnswer(AnswerView):
-    def __init__(self, out: TextIO) -> None:
-        self._print = partial(print, file=out, flush=True)
-
     def add(self, response: Response) -> None:
-        self._print(visible(response.text), end="")
+        print(visible(response.text), end="", flush=True)
 
     def end(self) -> None:
-        self._print()
-
-
-class JsonScreen(PlainScreen):
-    """One JSON object for each answer on standard output, nothing else there."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)  # what commands show is not an answer
-
-    def answer(self, engine: Engine, settings: ChatSettings) -> AnswerView:
-        """Collected, and printed at its end."""
-        return _JsonAnswer(engine, settings.options)
+        print(flush=True)
 
 
 class _JsonAnswer(AnswerView):
@@ -148,26 +128,22 @@ class _JsonAnswer(AnswerView):
 
 
 class TerminalScreen:
-    """Markdown and colours, by Rich."""
+    """Answers as Markdown, or with the colour as they are."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, markup=False, emoji=False)
 
     def answer(self, engine: Engine, settings: ChatSettings) -> AnswerView:
-        """Streamed; with the colour as it is, without as Markdown."""
         text = GrowingColours() if settings.colour else GrowingMarkdown()
         return TerminalAnswer(self._console, text, partial(status_line, engine))
 
     def show(self, what: RenderableType) -> None:
-        """Print it."""
         self._console.print(what)
 
     def note(self, line: str) -> None:
-        """Print it dim."""
         self._console.print(line, style="dim", soft_wrap=True)
 
     def error(self, line: str) -> None:
-        """Print it red."""
         self._console.print(line, style="red", soft_wrap=True)
 
 
@@ -203,24 +179,21 @@ class GrowingMarkdown:
 
 
 class GrowingColours:
-    """The text as it is, line by line; tokens that the draft wrote have a colour. Methods as in Markdown."""
+    """The text as it is, line by line; tokens that the draft wrote have a colour. Methods as `GrowingMarkdown`."""
 
     def __init__(self) -> None:
         self._text = Text()
 
     def add(self, response: Response) -> None:
-        """Take the next token's text."""
         self._text.append(visible(response.text), _DRAFT_STYLE if response.from_draft else None)
 
     def finished(self) -> Iterator[RenderableType]:
-        """All complete lines."""
         end = self._text.plain.rfind("\n")
         if end >= 0:
             done, self._text = self._text[:end], self._text[end + 1 :]
             yield done
 
     def rest(self) -> RenderableType | None:
-        """The last line."""
         return self._text if self._text.plain else None
 
 
@@ -250,12 +223,10 @@ class TerminalAnswer(AnswerView):
         return self
 
     def progress(self, done: int, total: int) -> None:
-        """Shown where reading takes long."""
         if self._clock() - self._started > _SHOW_PROGRESS_S:
             self._draw(Text(f"reading: {done}/{total} tokens", "dim"))
 
     def add(self, response: Response) -> None:
-        """Drawn when it is time."""
         self._text.add(response)
         if self._clock() - self._drawn < _REDRAW_S:
             return
@@ -264,8 +235,7 @@ class TerminalAnswer(AnswerView):
         self._draw(status if rest is None else Group(_LastLines(rest), status))
 
     def end(self) -> None:
-        """The moving part goes, the text stays as far as it got."""
-        self._live.update("")
+        self._live.update("")  # the moving part goes, the text stays as far as it got
         self._live.stop()
         rest = self._print_finished()
         if rest is not None:

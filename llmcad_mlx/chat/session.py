@@ -55,10 +55,10 @@ class Conversation:
             raise ValueError("not a conversation")
         messages = tuple(Message(**entry) for entry in entries)
         for number, message in enumerate(messages):
-            if message.role != (USER, ASSISTANT)[number % 2] or not isinstance(message.content, str):
-                raise ValueError("not messages that alternate")
-            if not isinstance(message.complete, bool):
+            if not isinstance(message.content, str) or not isinstance(message.complete, bool):
                 raise ValueError("not a message")
+            if message.role != (USER, ASSISTANT)[number % 2]:
+                raise ValueError("not messages that alternate")
         return cls(system, messages)
 
 

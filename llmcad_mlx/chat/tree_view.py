@@ -52,47 +52,34 @@ class RoundTree:
         return self.selection.new_to_old[self.walk.last]
 
 
-def draw(tree: RoundTree, decode: Callable[[int], str]) -> RenderableType:
+def draw(picture: RoundTree, decode: Callable[[int], str]) -> RenderableType:
     """The tree, best branches first, with each node's confidence; the surest ones where there are too many.
 
     decode: from a token id to its text.
     """
-    drafted, states = tree.drafted, tree.states()
-    shown = set(drafted.select(_MOST_NODES).new_to_old)
+
+    def text(token: int) -> str:
+        return repr(visible(decode(token)))
+
+    tree, states = picture.drafted, picture.states()
+    shown = set(tree.select(_MOST_NODES).new_to_old)
     shown |= {node for node, state in enumerate(states) if state == ACCEPTED}
-    branches = {ROOT: Tree(Text(_quoted(decode, drafted.tokens[ROOT]), "bold"))}
-    order = sorted(shown - {ROOT}, key=lambda node: (drafted.depths[node], -drafted.cumulative[node]))
-    for node in order:
+    branches = {ROOT: Tree(Text(text(tree.tokens[ROOT]), "bold"))}
+    for node in sorted(shown - {ROOT}, key=lambda node: (tree.depths[node], -tree.cumulative[node])):
         mark, style = _MARKS[states[node]]
+        source = "" if tree.sources[node] == MODEL else f" {tree.sources[node]}"
         label = Text.assemble(
-            (f"{mark} {_quoted(decode, drafted.tokens[node])}", style),
-            f" {drafted.confidences[node]:.2f}",
-            (_source(drafted.sources[node]), "dim"),
+            (f"{mark} {text(tree.tokens[node])}", style), f" {tree.confidences[node]:.2f}", (source, "dim")
         )
-        branches[node] = branches[drafted.parents[node]].add(label)
-    if tree.own_token is not None:
-        branches[tree.last].add(Text(f"→ {_quoted(decode, tree.own_token)} the target's own", "bold cyan"))
-    return Group(branches[ROOT], _legend(states, len(drafted) - len(shown)))
+        branches[node] = branches[tree.parents[node]].add(label)
+    if picture.own_token is not None:
+        branches[picture.last].add(Text(f"→ {text(picture.own_token)} the target's own", "bold cyan"))
+    return Group(branches[ROOT], _legend(states[1:], len(tree) - len(shown)))
 
 
 def _legend(states: list[str], num_hidden: int) -> Text:
-    counts = {state: states[1:].count(state) for state in _MARKS}
-    parts = [
-        Text(
-            f"{mark} {counts[ACCEPTED]} accepted" if state == ACCEPTED else f"{mark} {counts[state]} {state}",
-            style,
-        )
-        for state, (mark, style) in _MARKS.items()
-    ]
-    legend = Text("  ").join(parts)
+    counts = [Text(f"{mark} {states.count(state)} {state}", style) for state, (mark, style) in _MARKS.items()]
+    legend = Text("  ").join(counts)
     if num_hidden:
         legend.append(f"  ({num_hidden} less likely ones not shown)", "dim")
     return legend
-
-
-def _quoted(decode: Callable[[int], str], token: int) -> str:
-    return repr(visible(decode(token)))
-
-
-def _source(source: str) -> str:
-    return "" if source == MODEL else f" {source}"

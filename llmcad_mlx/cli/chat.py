@@ -45,16 +45,15 @@ def chat(
     from llmcad_mlx.api import Engine
     from llmcad_mlx.chat.commands import ChatSettings
     from llmcad_mlx.chat.lines import from_pipe, from_terminal
-    from llmcad_mlx.chat.screen import JsonScreen, PlainScreen, TerminalScreen
+    from llmcad_mlx.chat.screen import PlainScreen, TerminalScreen
     from llmcad_mlx.chat.session import ChatSession, Conversation
     from llmcad_mlx.conversations.file import read_conversation
     from llmcad_mlx.loader import load_pair
-    from llmcad_mlx.store.cache_folder import home_folder
+    from llmcad_mlx.store import home_folder
 
     saved = None if load_file is None else read_conversation(load_file)
-    plain = None
-    if json_output or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        plain = JsonScreen() if json_output else PlainScreen()
+    interactive = sys.stdin.isatty() and sys.stdout.isatty() and not json_output
+    plain = None if interactive else PlainScreen(json_output)
     with Engine(load_pair(pair.target, pair.draft, not json_output, memory)) as engine:
         settings = ChatSettings(chosen, show_accepted)
         session = ChatSession(engine, settings, plain or TerminalScreen(), Conversation(system))

@@ -1,4 +1,5 @@
-"""The `llmcad-mlx` command: collects the commands and turns errors into one line and an exit code."""
+"""The `llmcad-mlx` command: collects the commands, turns errors into one line and an exit code, completes for
+shells."""
 
 from __future__ import annotations
 
@@ -8,14 +9,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
 
 import typer
-from typer.completion import get_completion_inspect_parameters
+from typer.completion import get_completion_inspect_parameters, install_callback, show_callback
 from typer.main import get_command
 
 from llmcad_mlx.cli.bench import bench
 from llmcad_mlx.cli.chat import chat
-from llmcad_mlx.cli.completion import InstallCompletion, ShowCompletion, with_shell
 from llmcad_mlx.cli.convert import convert
 from llmcad_mlx.cli.doctor import doctor
 from llmcad_mlx.cli.generate import generate
@@ -28,6 +31,7 @@ from llmcad_mlx.errors import LlmcadError, UsageError
 
 NAME = "llmcad-mlx"
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
+_INSTALL, _SHOW = "--install-completion", "--show-completion"
 
 app = typer.Typer(
     name=NAME,
@@ -51,6 +55,22 @@ for command, in_short in COMMANDS.items():
     app.command(short_help=in_short)(with_options(command))
 
 
+class Shell(StrEnum):
+    """Whose completion was tried."""
+
+    bash = "bash"
+    zsh = "zsh"
+    fish = "fish"
+
+
+# zsh runs the file when Tab is pressed for the first time, and takes what it defines for the second time only.
+_FIRST_TAB_IN_ZSH = """
+if [ "$funcstack[1]" = "_llmcad-mlx" ]; then
+  _llmcad_mlx_completion "$@"
+fi
+"""
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from llmcad_mlx import __version__
@@ -59,15 +79,37 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _install(context: typer.Context, parameter: typer.CallbackParam, shell: Shell | None) -> None:
+    try:
+        install_callback(context, parameter, shell)  # ends the program when it has installed something
+    except SystemExit as done:
+        if shell is Shell.zsh and done.code == 0:
+            with (Path.home() / ".zfunc" / "_llmcad-mlx").open("a", encoding="utf-8") as file:
+                file.write(_FIRST_TAB_IN_ZSH)
+        raise
+
+
 @app.callback()
 def _root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes with every command."),
     version: bool = typer.Option(
         False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
     ),
-    install_completion: InstallCompletion = None,
-    show_completion: ShowCompletion = None,
-) -> None: ...
+    install_completion: Annotated[
+        Shell | None,
+        typer.Option(
+            _INSTALL, metavar="[SHELL]", callback=_install, is_eager=True, expose_value=False,
+            help="Complete commands and options with Tab from now on, in this shell or in bash, zsh or fish.",
+        ),
+    ] = None,
+    show_completion: Annotated[
+        Shell | None,
+        typer.Option(
+            _SHOW, metavar="[SHELL]", callback=show_callback, is_eager=True, expose_value=False,
+            help="Print what does that, to put it somewhere yourself.",
+        ),
+    ] = None,
+) -> None: ...  # fmt: skip
 
 
 def main() -> None:
@@ -82,7 +124,6 @@ def run(argv: list[str]) -> int:
 
     `--debug` is taken wherever it stands.
     """
-    debug = "--debug" in argv
     try:
         return _invoke([word for word in argv if word != "--debug"])
     except BrokenPipeError:
@@ -90,27 +131,44 @@ def run(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
-        if debug:
+        if "--debug" in argv:
             traceback.print_exc()
         print(_line(error), file=sys.stderr)
-        return _exit_code(error)
+        if isinstance(error, KeyboardInterrupt):
+            return INTERRUPTED
+        return USAGE if isinstance(error, UsageError | typer.TyperException) else FAILED
 
 
-def _invoke(arguments: list[str]) -> int:
+def _invoke(words: list[str]) -> int:
     """Not Typer's own `main`: it has its own mind about Ctrl-C and broken pipes."""
     root = get_command(app)
     if "_LLMCAD_MLX_COMPLETE" in os.environ:
         get_completion_inspect_parameters()  # by which Typer gets to know the shells
         root.main(prog_name=NAME)  # answers the shell's question and exits
+    arguments = words or ["--help"]
+    if arguments[-1] in (_INSTALL, _SHOW):
+        arguments = [*arguments, _shell_in_use(arguments[-1])]
     try:
-        # A copy of the arguments: Typer uses its list up.
-        with root.make_context(NAME, with_shell(arguments) or ["--help"]) as context:
+        with root.make_context(NAME, list(arguments)) as context:  # Typer uses its list up
             root.invoke(context)
     except typer.Exit as done:
-        return done.exit_code if arguments else USAGE
+        return done.exit_code if words else USAGE
     finally:
         sys.stdout.flush()  # here, where a broken pipe is caught
     return DONE
+
+
+def _shell_in_use(option: str) -> Shell:
+    """Raises UsageError where it is not to be found out, or is one without completion."""
+    import shellingham  # type: ignore[import-untyped]  # what Typer asks, too
+
+    try:
+        name, _ = shellingham.detect_shell()
+    except shellingham.ShellDetectionFailure:
+        name = "the shell in use"
+    if name not in list(Shell):
+        raise UsageError(f"{option}: {name} is not one of {', '.join(Shell)}; name one, like {option} bash")
+    return Shell(name)
 
 
 def _line(error: BaseException) -> str:
@@ -126,12 +184,6 @@ def _line(error: BaseException) -> str:
         return "error: there is not enough memory; give a smaller --memory or --context, or a smaller model"
     kind = type(error).__name__
     return f"error: {kind}: {_joined(str(error)) or 'no message'}; run again with --debug for details"
-
-
-def _exit_code(error: BaseException) -> int:
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    return USAGE if isinstance(error, UsageError | typer.TyperException) else FAILED
 
 
 def _joined(text: str) -> str:

@@ -148,4 +148,5 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**values, **given)
 
     call.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    call.__annotations__ = {}  # of `command`, which Typer would look at as well
     return call

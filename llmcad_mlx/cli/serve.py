@@ -12,6 +12,9 @@ from typing import Annotated
 import typer
 
 from llmcad_mlx.cli import options
+from llmcad_mlx.serve.options import ServerSettings
+
+_DEFAULT = ServerSettings()
 
 
 def serve(
@@ -20,8 +23,8 @@ def serve(
     memory: options.VerifiedMemory,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen at; any but this machine's own needs a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0 takes a free one.")] = 8080,
+    ] = _DEFAULT.host,
+    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0 takes a free one.")] = _DEFAULT.port,
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="LLMCAD_MLX_API_KEY", help="What clients must show.", show_default=False),
@@ -35,13 +38,13 @@ def serve(
     ] = None,
     temp: Annotated[
         float, typer.Option("--temp", help="Sampling temperature of requests that give none; 0 is greedy.")
-    ] = 0.0,
+    ] = _DEFAULT.temperature,
     max_tokens: Annotated[
         int,
         typer.Option(
             "--max-tokens", "-m", help="Most tokens of one answer, and what a request gets that asks for no limit."
         ),
-    ] = 4096,
+    ] = _DEFAULT.max_tokens,
     max_prompt_tokens: Annotated[
         int | None, typer.Option("--max-prompt-tokens", help="Most tokens of one prompt. Default: the context.")
     ] = None,
@@ -56,14 +59,14 @@ def serve(
     ] = "auto",
     max_queue: Annotated[
         int, typer.Option("--max-queue", help="Requests that may wait; one client may hold half of the places.")
-    ] = 64,
+    ] = _DEFAULT.max_queue,
 ) -> None:
     """Serve OpenAI's HTTP API, and a page to chat on, until Ctrl-C."""
     from llmcad_mlx.api import Engine
     from llmcad_mlx.loader import load_pair
     from llmcad_mlx.serve.prompt_cache import cache_limit
     from llmcad_mlx.serve.server import LlmServer
-    from llmcad_mlx.serve.settings import ServerSettings, public_name
+    from llmcad_mlx.serve.worker import public_name
     from llmcad_mlx.sizes import parse_size
 
     settings = ServerSettings(

@@ -20,7 +20,7 @@ from llmcad_mlx.conversations.file import (
     has_right_digest,
     saved_layers,
 )
-from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of, model_drafters
+from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.models.cache import LayerState
@@ -97,8 +97,9 @@ def _read_again(pair: LoadedPair, model: str, tokens: Sequence[int]) -> None:
     if model == TARGET:
         pair.target.prefill(tokens, lambda done: None, lambda: False)
         return
-    for drafter in model_drafters(pair):  # each leaves the last token for its first round
-        drafter.prefill([*tokens, tokens[-1]], lambda done: None, lambda: False)
+    for drafter in pair.drafters:
+        if drafter.cache is not None:  # it leaves the last token for its first round
+            drafter.prefill([*tokens, tokens[-1]], lambda done: None, lambda: False)
 
 
 def _compare(computed: LayerState | None, stored: LayerState | None, count: int) -> None:

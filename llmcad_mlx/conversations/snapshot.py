@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.models.cache import LayerState, ModelCache
@@ -73,9 +72,9 @@ def cache_parts(pair: LoadedPair, tokens: Sequence[int]) -> list[CachePart]:
     if not cache.can_rollback or not length:
         return []
     parts = [CachePart(TARGET, cache, length)]
-    for drafter in model_drafters(pair):
+    for drafter in pair.drafters:
         read = min(drafter.num_cached, length)
-        if read:
+        if drafter.cache is not None and read:
             parts.append(CachePart(DRAFT, drafter.cache, read))
     return parts
 
@@ -101,13 +100,8 @@ def put_snapshot(pair: LoadedPair, session: Session, snapshot: Snapshot | None) 
 
 def cache_of(pair: LoadedPair, model: str) -> ModelCache:
     """The cache of TARGET or DRAFT. Raises ValueError where there is none that can be written."""
-    drafts = [drafter.cache for drafter in model_drafters(pair)]
+    drafts = [drafter.cache for drafter in pair.drafters if drafter.cache is not None]
     for cache in [pair.target.cache] if model == TARGET else drafts:
         if cache.can_rollback:
             return cache
     raise ValueError(f"there is no {model} whose cache could be restored")
-
-
-def model_drafters(pair: LoadedPair) -> list[ModelDrafter]:
-    """The drafters that have a cache of their own."""
-    return [drafter for drafter in pair.drafters if isinstance(drafter, ModelDrafter)]

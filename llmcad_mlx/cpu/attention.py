@@ -1,4 +1,4 @@
-"""Attention, normalisation and activation for Linux CPUs, with the guarantees of `cpu_kernels`.
+"""Attention, normalisation and activation for Linux CPUs, with the guarantees of `cpu.kernels`.
 
 Every sum runs in *position* order, wherever the keys lie in the cache: a row's result depends on which
 tokens it sees, not on slots, on dead branches between them or on the rows it is computed with.
@@ -6,6 +6,7 @@ tokens it sees, not on slots, on dead branches between them or on the rows it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba as nb
@@ -105,37 +106,28 @@ def _silu_times(typing, gate, up, blocks):  # type: ignore[no-untyped-def]
     return signature, codegen
 
 
-def _reduce(builder: Any, vector: Any) -> Any:
-    """The sum of one vector's lanes, by the same tree as `_sum_lanes`."""
-    return builder.extract_element(_sum_lanes(builder, [vector] * 4), _I32(0))
+def _summing(add: Callable[[Any, Any, Any], Any]) -> Any:
+    """An intrinsic over 16 * blocks floats at `at`; add(builder, x, total): the total with vector x."""
+
+    @intrinsic
+    def summed(typing, at, blocks):  # type: ignore[no-untyped-def]
+        signature = types.float32(types.intp, types.intp)
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            at, blocks = args
+            loop = _Loop(builder, _I64(0), blocks, [_constant(0.0)])
+            x = _load(builder, at, builder.mul(loop.index, _I64(64)), _F32V, 4)
+            (total,) = loop.close([add(builder, x, loop.values[0])])
+            # By the same tree as the sums of a product.
+            return builder.extract_element(_sum_lanes(builder, [total] * 4), _I32(0))
+
+        return signature, codegen
+
+    return summed
 
 
-@intrinsic
-def _sum_squares(typing, at, blocks):  # type: ignore[no-untyped-def]
-    signature = types.float32(types.intp, types.intp)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        at, blocks = args
-        loop = _Loop(builder, _I64(0), blocks, [_constant(0.0)])
-        x = _load(builder, at, builder.mul(loop.index, _I64(64)), _F32V, 4)
-        (total,) = loop.close([_fma(builder, x, x, loop.values[0])])
-        return _reduce(builder, total)
-
-    return signature, codegen
-
-
-@intrinsic
-def _sum(typing, at, blocks):  # type: ignore[no-untyped-def]
-    signature = types.float32(types.intp, types.intp)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        at, blocks = args
-        loop = _Loop(builder, _I64(0), blocks, [_constant(0.0)])
-        x = _load(builder, at, builder.mul(loop.index, _I64(64)), _F32V, 4)
-        (total,) = loop.close([builder.fadd(loop.values[0], x)])
-        return _reduce(builder, total)
-
-    return signature, codegen
+_sum_squares = _summing(lambda builder, x, total: _fma(builder, x, x, total))
+_sum = _summing(lambda builder, x, total: builder.fadd(total, x))
 
 
 @intrinsic(prefer_literal=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -192,14 +191,6 @@ class _Rotation:
         return False, int(partner[0]) + 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    heads: int
-    kv_heads: int
-    dim: int
-    scale: float
-
-
 def _weights_of(layer: Any) -> tuple[Any, ...]:
     """A linear layer as `_linear` takes it."""
     bias = layer.get("bias")
@@ -235,9 +226,10 @@ class _BlockState:
 
     def __init__(self, block: Any, rotations: _Rotations) -> None:
         attention = block.self_attn
-        dim = attention.q_proj["weight"].shape[0] // attention.n_heads
-        self.shape = _Shape(attention.n_heads, attention.n_kv_heads, dim, float(attention.scale))
-        self.rotation = rotations.of(attention.rope, dim)
+        self.heads, self.kv_heads = attention.n_heads, attention.n_kv_heads
+        self.dim = attention.q_proj["weight"].shape[0] // attention.n_heads
+        self.scale = float(attention.scale)
+        self.rotation = rotations.of(attention.rope, self.dim)
         self._weights: tuple[Any, Any, Any] | None = None
         self._source: Any = None
 
@@ -283,9 +275,8 @@ class CpuBlock(Adaptation):
         if not isinstance(cache, LayerCache) or kwargs:
             return super().__call__(x, mask, cache, **kwargs)
         state = self._cpu_block
-        shape = state.shape
         h = np.array(np.asarray(x)[0], np.float32)  # a copy: the block works in place
-        keys_and_values = cache.kernel_buffers(shape.kv_heads, shape.dim)
+        keys_and_values = cache.kernel_buffers(state.kv_heads, state.dim)
         plan = cache.attention_plan()
         attention_weights, mlp_weights, norms = state.weights(self)
         rotation = state.rotation.upto(int(plan.positions.max()))
@@ -294,7 +285,7 @@ class CpuBlock(Adaptation):
         )  # fmt: skip
         _block(
             h, attention_weights, mlp_weights, norms, rotation, keys_and_values, rows,
-            shape.heads, shape.dim, shape.scale, num_threads(),
+            state.heads, state.dim, state.scale, num_threads(),
         )  # fmt: skip
         return mx.array(h[None])
 

@@ -45,20 +45,6 @@ def num_threads() -> int:
     return int(numba.get_num_threads())
 
 
-def matmul(
-    x: mx.array, weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, shift: int, split: bool
-) -> mx.array:
-    """x (..., K) float32 times the transpose of a packed or dense (N, K) weight: (..., N) float32."""
-    rows = np.ascontiguousarray(np.asarray(x).reshape(-1, x.shape[-1]))
-    out = np.empty((rows.shape[0], weight.shape[0]), np.float32)
-    # A block of the other kernel is N_BLOCK outputs wide.
-    if rows.shape[0] <= kernels.FEW_ROWS or weight.shape[0] < kernels.N_BLOCK:
-        kernels.matmul_few(rows, weight, scales, biases, shift, split, out)
-    else:
-        kernels.matmul_many(rows, weight, scales, biases, shift, split, num_threads(), out)
-    return mx.array(out).reshape(*x.shape[:-1], out.shape[1])
-
-
 Weights = tuple[np.ndarray, np.ndarray, np.ndarray, int, bool]
 """weight, scales, biases, log2(chunks per group), even and odd elements split."""
 
@@ -105,8 +91,17 @@ class _OnKernels(Adaptation):
     _cpu_weights: WeightViews
 
     def _multiply(self, x: mx.array) -> mx.array:
-        out = matmul(x.astype(mx.float32), *self._cpu_weights.of(self))
-        return out + self["bias"] if "bias" in self else out
+        """x (..., K) times the transpose of the (N, K) matrix, and the bias: (..., N) float32."""
+        weight, scales, biases, shift, split = self._cpu_weights.of(self)
+        rows = np.ascontiguousarray(np.asarray(x.astype(mx.float32)).reshape(-1, x.shape[-1]))
+        out = np.empty((rows.shape[0], weight.shape[0]), np.float32)
+        # A block of the other kernel is N_BLOCK outputs wide.
+        if rows.shape[0] <= kernels.FEW_ROWS or weight.shape[0] < kernels.N_BLOCK:
+            kernels.matmul_few(rows, weight, scales, biases, shift, split, out)
+        else:
+            kernels.matmul_many(rows, weight, scales, biases, shift, split, num_threads(), out)
+        result = mx.array(out).reshape(*x.shape[:-1], out.shape[1])
+        return result + self["bias"] if "bias" in self else result
 
     def forget_weights(self) -> None:
         self._cpu_weights.forget()

@@ -1,7 +1,4 @@
-"""The draft model: proposes children by its own probabilities, many leaves in one forward.
-
-From the draft's logits to ranked candidates.
-"""
+"""The draft model: many leaves in one forward, and from its logits to ranked candidates."""
 
 from __future__ import annotations
 
@@ -14,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from llmcad_mlx.errors import GenerationError
+from llmcad_mlx.models.draft_folder import TokenList
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
 
 _CHUNKS = 256  # a row is cut into that many pieces to find its largest entries without sorting it
-
-
-TokenList = npt.NDArray[np.int32]
+_FED_WITH_NODES = 6  # missed tokens; more go through the model's body first, without the head
+_WINDOW = 32  # tokens read again after a long break
 
 
 def top_candidates(
@@ -119,10 +116,6 @@ def _broken_draft() -> GenerationError:
     )
 
 
-_FED_WITH_NODES = 6  # missed tokens; more go through the model's body first, without the head
-_WINDOW = 32  # tokens read again after a long break
-
-
 class ModelDrafter:
     """A small model with its own lazy KV cache.
 
@@ -158,6 +151,10 @@ class ModelDrafter:
     def num_cached(self) -> int:
         """Committed tokens in the cache; 0 where they are not the first ones of the sequence."""
         return 0 if self._start else self.cache.length
+
+    @property
+    def num_bytes(self) -> int:
+        return self.model.weight_bytes
 
     def prefill(
         self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from llmcad_mlx.drafting import LookupDrafter
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
-from llmcad_mlx.policy.policy import Candidates
-from llmcad_mlx.sampling import TargetSampler
-from llmcad_mlx.tree.token_tree import NGRAM, Selection, TokenTree
+from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
 
 _MIN_MATCH = 2  # a single token says too little about the next
 _MAX_MATCH = 32  # longer matches are not surer
 _MAX_PLACES = 8  # most recent earlier places that are compared
 
 
-class NgramDrafter:
+class NgramDrafter(LookupDrafter):
     """Looks the last tokens of a branch up in prompt and output, and proposes what came next there.
 
     An index from each pair of tokens to the places after it grows with the sequence. Of the latest places,
@@ -22,26 +22,12 @@ class NgramDrafter:
     """
 
     source = NGRAM
-    rows_fed = 0
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []
+        self._tokens: list[int] = []  # a copy, indexed up to its end
         self._places: dict[tuple[int, ...], list[int]] = {}
 
-    def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
-    ) -> None:
-        """Index the prompt."""
-        self._extend(tokens)
-
-    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
-        self._extend(tokens)
-        return False
-
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
-        self._extend(tokens)
-
-    def _extend(self, tokens: Sequence[int]) -> None:
+    def _read(self, tokens: Sequence[int]) -> None:
         for end in range(len(self._tokens), len(tokens)):
             if end >= _MIN_MATCH:
                 # The place is the index of the token that followed the pair.
@@ -71,9 +57,6 @@ class NgramDrafter:
         while length < limit and branch[-1 - length] == self._tokens[place - 1 - length]:
             length += 1
         return length
-
-    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
-        """Nothing to do: `begin` indexes what was accepted."""
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""

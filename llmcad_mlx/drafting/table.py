@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from llmcad_mlx.drafting import LookupDrafter
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.policy.policy import Candidates
-from llmcad_mlx.sampling import TargetSampler
-from llmcad_mlx.tree.token_tree import TABLE, Selection, TokenTree
+from llmcad_mlx.policy import Candidates
+from llmcad_mlx.tree.token_tree import TABLE, TokenTree
 
 FORMAT = "llmcad-ngram-table-1"
 
@@ -186,27 +186,15 @@ def _blocks(arrays: Mapping[str, npt.NDArray[Any]], bits: int) -> tuple[memoryvi
     return buckets.data, blocks.data
 
 
-class TableDrafter:
+class TableDrafter(LookupDrafter):
     """Looks the last tokens of a branch up in a table that was made once, for this target."""
 
     source = TABLE
-    rows_fed = 0
 
     def __init__(self, table: NgramTable, num_candidates: int = 8) -> None:
         self.table = table
+        self.num_bytes = table.num_bytes
         self._num_candidates = num_candidates
-        self._tokens: Sequence[int] = ()
-
-    def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
-    ) -> None:
-        """The table knows no prompts."""
-
-    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
-        return False
-
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
-        self._tokens = tokens
 
     def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
         return [self._after(tree.path_tokens(leaf)) for leaf in leaves]
@@ -214,9 +202,3 @@ class TableDrafter:
     def _after(self, path: Sequence[int]) -> Candidates:
         context = [*self._tokens[-self.table.order :], *path] if path else self._tokens
         return Candidates(*self.table.candidates(context, self._num_candidates), TABLE)
-
-    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
-        """Nothing to do: `begin` gets what was accepted."""
-
-    def truncate(self, length: int) -> None:
-        """Nothing is kept."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
+from llmcad_mlx.drafting import LookupDrafter
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.policy.policy import Candidates
-from llmcad_mlx.sampling import TargetSampler
-from llmcad_mlx.tree.token_tree import Selection, TokenTree
+from llmcad_mlx.policy import Candidates
+from llmcad_mlx.tree.token_tree import TokenTree
 
 Propose = Callable[[list[int]], Iterable[tuple[int, float]]]
 """From all tokens so far, prompt included, to (next token, how sure in 0 to 1), best first; none: no idea."""
 
 
-class OwnDrafter:
+class OwnDrafter(LookupDrafter):
     """Asks `propose` below every leaf, and checks what it says."""
 
     rows_fed = None  # its seconds are counted as drafting, but no model's step is priced by them
@@ -23,18 +23,6 @@ class OwnDrafter:
         self.source = name
         self._propose = propose
         self._vocab_size = vocab_size
-        self._tokens: Sequence[int] = ()
-
-    def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
-    ) -> None:
-        """Nothing to do: `begin` gets the whole sequence."""
-
-    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
-        return False
-
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
-        self._tokens = tokens
 
     def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
         """Raises UsageError naming the drafter for a proposal that is none."""
@@ -63,9 +51,3 @@ class OwnDrafter:
         if not 0.0 <= confidence <= 1.0:
             raise UsageError(f"drafter {self.source}: confidence {confidence} is not from 0 to 1")
         return token, confidence
-
-    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
-        """Nothing to do: `begin` gets what was accepted."""
-
-    def truncate(self, length: int) -> None:
-        """Nothing is kept."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
+from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.best_first import DEFAULT_MAX_NODES, ThroughputPolicy
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
-from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.settings import (
     DEFAULT_CHAIN_LENGTH,
     FIXED_PAPER_NODES,

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 from llmcad_mlx.engine.growth import CarriedTree, Growth
 from llmcad_mlx.engine.session import Session
-from llmcad_mlx.policy.policy import GrowthPolicy
+from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk, walk
-from llmcad_mlx.verifying.target import Verification
+from llmcad_mlx.verifying import Verification
 
 
 @dataclass(frozen=True, slots=True)

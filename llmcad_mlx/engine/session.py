@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.engine.growth import CarriedTree, prefill_steps
+from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.verifying.target import Target
+from llmcad_mlx.verifying import Target
 
 
 @dataclass(slots=True)

@@ -10,8 +10,8 @@ from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
 from llmcad_mlx.models.draft_folder import vocabulary_size
 from llmcad_mlx.models.folder import load_model_folder, read_config
-from llmcad_mlx.store.copies import BITS, PREFIX, SELF_BITS, CopyName, self_draft_bits, stored_bits
-from llmcad_mlx.store.names import AUTO_DRAFT, NGRAM_DRAFT, NO_DRAFT, PairNames, name_pair
+from llmcad_mlx.store.copies import BITS, SELF_BITS, DerivedDraft, stored_bits
+from llmcad_mlx.store.names import AUTO_DRAFT, NGRAM_DRAFT, NO_DRAFT, PairPaths, pair_with_draft
 from llmcad_mlx.store.pull import preset_draft
 
 NONE = "none"
@@ -39,8 +39,7 @@ def _names(text: str) -> tuple[str, ...]:
     if not names:
         raise UsageError("drafts: none given; name some, separated by commas, or leave the option out")
     for name in names:
-        self_draft_bits(name)
-        CopyName.of(name)
+        DerivedDraft.parse(name)
     return tuple(names)
 
 
@@ -65,7 +64,7 @@ class Candidate:
     """A draft that is there. `name`: as `--draft` takes it, wherever it is typed."""
 
     name: str
-    names: PairNames
+    names: PairPaths
 
     @property
     def label(self) -> str:
@@ -95,9 +94,9 @@ class Lineup:
 
 def short_name(name: str) -> str:
     """A candidate's name without the folders that lead to it."""
-    copy = CopyName.of(name)
-    if copy is not None:
-        return f"{copy.prefix}{short_name(copy.draft)}"
+    derived = DerivedDraft.parse(name)
+    if derived is not None:
+        return derived.renamed(short_name)
     return Path(name).name if Path(name).is_absolute() else name
 
 
@@ -119,7 +118,7 @@ def find_candidates(
         for name in _trimmed(candidate, options.tokens):
             search.add(name)
     search.found.pop(NO_DRAFT, None)
-    plain = Candidate(NO_DRAFT, name_pair(target_path, NO_DRAFT, show_progress))
+    plain = Candidate(NO_DRAFT, pair_with_draft(target_path, NO_DRAFT, show_progress))
     return Lineup(target, target_path, (*search.found.values(), plain), tuple(search.failures), incumbent)
 
 
@@ -137,7 +136,7 @@ class _Search:
         if name in self.found or name in {failure.name for failure in self.failures}:
             return
         try:
-            self.found[name] = Candidate(name, name_pair(self._target_path, name, self._show_progress))
+            self.found[name] = Candidate(name, pair_with_draft(self._target_path, name, self._show_progress))
         except LlmcadError as error:
             self.failures.append(Failure(name, str(error)))
 
@@ -148,27 +147,27 @@ def _default(target: str, target_path: Path, incumbent: str | None) -> Iterator[
     yield preset_draft(target)
     yield NGRAM_DRAFT
     present = _bits_of(target_path)
-    yield from (f"{PREFIX}{bits}" for bits in sorted(SELF_BITS, reverse=True) if bits < present)
+    yield from (str(DerivedDraft(None, bits)) for bits in sorted(SELF_BITS, reverse=True) if bits < present)
 
 
 def _smaller(candidate: Candidate, bits: Sequence[int]) -> Iterator[str]:
     """Names of the copies of a draft model that have fewer bits."""
     path, name = candidate.names.draft_path, candidate.name
-    if path is None or not path.is_dir() or CopyName.of(name) is not None or self_draft_bits(name) is not None:
+    if path is None or not path.is_dir() or DerivedDraft.parse(name) is not None:
         return
     present = _bits_of(path)
-    yield from (str(CopyName(name, bits=number)) for number in sorted(bits, reverse=True) if number < present)
+    yield from (str(DerivedDraft(name, bits=number)) for number in sorted(bits, reverse=True) if number < present)
 
 
 def _trimmed(candidate: Candidate, tokens: Sequence[int]) -> Iterator[str]:
     """Names of the copies of a draft model that propose fewer tokens."""
-    path, copy = candidate.names.draft_path, CopyName.of(candidate.name)
-    if path is None or not path.is_dir() or (copy is not None and copy.tokens is not None):
+    path, derived = candidate.names.draft_path, DerivedDraft.parse(candidate.name)
+    if path is None or not path.is_dir() or (derived is not None and derived.tokens is not None):
         return
     if (path / DRAFT_TOKENS).exists():
         return
     present = vocabulary_size(read_config(path)) or 0
-    yield from (str(CopyName(candidate.name, tokens=number)) for number in tokens if 2 * number < present)
+    yield from (str(DerivedDraft(candidate.name, tokens=number)) for number in tokens if 2 * number < present)
 
 
 def _bits_of(folder: Path) -> int:
@@ -181,9 +180,9 @@ def _bits_of(folder: Path) -> int:
 
 def _lasting(name: str) -> str:
     """The same draft, wherever the program is started."""
-    copy = CopyName.of(name)
-    if copy is not None:
-        return f"{copy.prefix}{_lasting(copy.draft)}"
+    derived = DerivedDraft.parse(name)
+    if derived is not None:
+        return derived.renamed(_lasting)
     if name in (NGRAM_DRAFT, NO_DRAFT):
         return name
     path = Path(name).expanduser()

@@ -118,20 +118,20 @@ def find_measured(pair: PlannedPair) -> Measured | None:
         ways += [(size, None) for size in near]
     for streamed, bandwidth in (*ways, (None, None)):
         costs = PairProfile(pair_profile_path(pair.names, streamed, bandwidth)).costs
-        if costs.rounds.rounds and costs.computing:
+        if costs.totals.rounds and costs.computing:
             return _measured(costs, streamed)
     return None
 
 
 def _measured(costs: CostModel, streamed: int | None) -> Measured:
-    rounds = costs.rounds
-    nodes = rounds.rows / rounds.rounds
+    totals = costs.totals
+    nodes = totals.rows / totals.rounds
     return Measured(
-        tokens_per_pass=rounds.tokens / rounds.rounds,
+        tokens_per_pass=totals.tokens / totals.rounds,
         nodes=nodes,
         pass_s=costs.computing.predict(max(round(nodes), 1)),
         plain_pass_s=costs.computing.predict(1),
-        rest_s=rounds.rest_s / rounds.rounds,
+        rest_s=totals.rest_s / totals.rounds,
         draft_step_s=costs.draft.predict(1) if costs.draft else None,
         streamed_bytes=streamed,
     )
@@ -140,7 +140,7 @@ def _measured(costs: CostModel, streamed: int | None) -> Measured:
 def _read_rate(pair: PlannedPair) -> ReadRate | None:
     if pair.options.read_bandwidth is not None:
         return ReadRate(pair.options.read_bandwidth, emulated=True)
-    reads = pair.prepared.streamed_reads(pair.plan)
+    reads = pair.weights.streamed_reads(pair.plan)
     return measure_read_rate(reads) if reads else None
 
 

@@ -19,17 +19,15 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 
 from llmcad_mlx.api import Engine
-from llmcad_mlx.drafting.drafter import Drafter
-from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.output import share
 from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts, mixed_by_domain
 from llmcad_mlx.measure.variants import MLX_LM_DRAFT, PLAIN, Variant
-from llmcad_mlx.models.folder import cast_to_fp32
 from llmcad_mlx.policy.calibration import ngram_confidence
-from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import GenerationOptions, SpeculationSettings, check_integer
 from llmcad_mlx.store.names import NO_DRAFT
@@ -354,7 +352,7 @@ def make_contenders(variants: Sequence[Variant], pair: LoadedPair) -> list[Conte
     one of its own, too. Raises UsageError for a variant that needs a draft model, or a draft of any kind, where
     there is none.
     """
-    has_model = any(isinstance(drafter, ModelDrafter) for drafter in pair.drafters)
+    has_model = any(drafter.model is not None for drafter in pair.drafters)
     for variant in variants:
         if not has_model and (variant.name == MLX_LM_DRAFT or variant.equal_memory):
             raise UsageError(f"variants: {variant.name} needs a draft model; name one with --draft")
@@ -374,10 +372,11 @@ def make_contenders(variants: Sequence[Variant], pair: LoadedPair) -> list[Conte
     return contenders
 
 
-def _mlx_lm_model(path: Path) -> Module:
-    model: Module = load_model(path)[0]
+def _mlx_lm_model(path: Path) -> Any:
+    model: Any = load_model(path)[0]
     if mx.default_device() == mx.cpu:
-        cast_to_fp32(model)
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
     return model
 
 
@@ -403,7 +402,7 @@ def _drafters(pair: LoadedPair, variant: Variant) -> list[Drafter]:
     lookup: Drafter = NgramDrafter()
     drafts = [drafter for drafter in pair.drafters if not isinstance(drafter, NgramDrafter)]
     if variant.drafters == "wrong":
-        inner = next((drafter for drafter in drafts if isinstance(drafter, ModelDrafter)), lookup)
+        inner = next((drafter for drafter in drafts if drafter.model is not None), lookup)
         return [cast(Drafter, WrongDrafter(inner, pair.vocab_size))]
     if variant.drafters == "ngram":
         return [lookup]

@@ -21,10 +21,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.table import TableDrafter
 from llmcad_mlx.errors import LlmcadError, UsageError
-from llmcad_mlx.loader import LoadedPair, SharedTarget, conditions, is_planned, load_names, release_free_memory
+from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.measure import output
 from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates, short_name
 from llmcad_mlx.measure.output import NOTHING, Origin, Report, Table, milliseconds, number
@@ -45,9 +43,8 @@ from llmcad_mlx.memory.plan import MemoryPlan
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.choice import DraftChoice, find_choice, save_choice
 from llmcad_mlx.store.names import NO_DRAFT, pair_profile_path
-from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.store.profile import DraftChoice, PairProfile, find_choice, save_choice
 from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
 
 LEAST_NOISE = 0.03
@@ -363,8 +360,8 @@ class Tuning:
         together = not is_planned([candidate.names for candidate in lineup.candidates], plan.memory)
         if not together:
             return cls(plan, lineup, together, lambda candidate: load_names(candidate.names, plan.memory))
-        shared = SharedTarget(lineup.target_path)
-        return cls(plan, lineup, together, lambda candidate: shared.pair(candidate.names))
+        shared = PreparedTarget.in_memory(lineup.target_path)
+        return cls(plan, lineup, together, lambda candidate: shared.build(candidate.names))
 
     def measure(self, on_turn: OnTurn = lambda label, total: None) -> None:
         """Let the candidates answer the same prompts, interleaved.
@@ -411,9 +408,8 @@ class Tuning:
     def _seated(self, candidate: Candidate, pair: LoadedPair) -> EngineContender:
         """Ready to generate. What was learned in an earlier sitting goes on; nothing is saved meanwhile."""
         if candidate.name not in self.seats:
-            models = sum(d.model.weight_bytes for d in pair.drafters if isinstance(d, ModelDrafter))
-            tables = sum(d.table.num_bytes for d in pair.drafters if isinstance(d, TableDrafter))
-            self.seats[candidate.name] = Seat(candidate, models + tables, pair.plan)
+            draft_bytes = sum(drafter.num_bytes for drafter in pair.drafters)
+            self.seats[candidate.name] = Seat(candidate, draft_bytes, pair.plan)
         own = replace(pair, profile=self.seats[candidate.name].profile)
         return EngineContender(candidate.name, own, SpeculationSettings())
 

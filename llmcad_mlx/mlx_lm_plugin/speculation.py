@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.engine.policies import make_policy
 from llmcad_mlx.engine.round import Round, run_round
@@ -20,7 +20,7 @@ from llmcad_mlx.mlx_lm_plugin.request import CallerSampler, Request
 from llmcad_mlx.policy.best_first import DEFAULT_MAX_NODES
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import SpeculationSettings, StopSettings
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 
 _LOG = logging.getLogger("llmcad_mlx.mlx_lm_plugin")
 
@@ -40,7 +40,7 @@ class Speculation:
         self._rows = rows
         self._stats = GenerationStats()
         tree = target.with_prefill_chunk(request.prefill_chunk)
-        self._target = ResidentTarget(tree, tree.vocab_size)  # like mlx-lm's, every logit can be chosen
+        self._target = Target(tree, tree.vocab_size)  # like mlx-lm's, every logit can be chosen
         self._drafter: RowsDrafter | None = None
         if draft is not None:
             self._drafter = RowsDrafter(draft.with_prefill_chunk(request.prefill_chunk), draft_rows)

@@ -112,9 +112,8 @@ class ModelCache(ABC):
     def drop_appended(self, n: int) -> None:
         """Drop the last ``n`` slots of the present append, which were forwarded only to fill a block."""
 
-    @abstractmethod
-    def reserve(self, num_slots: int) -> None:
-        """Make room for ``num_slots`` at the first forward: growing again and again leaves holes in memory."""
+    def reserve(self, num_slots: int) -> None:  # noqa: B027
+        """Make room for ``num_slots`` at the first forward, where that can be: growing leaves holes in memory."""
 
     @abstractmethod
     def arrays(self) -> list[mx.array]:
@@ -130,20 +129,20 @@ class ModelCache(ABC):
     def slot_nbytes(self) -> int:
         """Bytes that one token takes in all layers; 0 before the first forward."""
 
-    @abstractmethod
     def states(self, length: int) -> Iterator[LayerState | None]:
         """Copies of the state after the first ``length`` committed tokens, layer by layer; None: never written.
 
         Raises ValueError for a cache that cannot roll back.
         """
+        raise ValueError("this model's state cannot be copied layer by layer")
 
-    @abstractmethod
     def restore(self, states: Iterable[LayerState | None], length: int) -> None:
         """Make the ``length`` tokens of ``states`` all that the cache holds.
 
         Layers are taken one by one, so they may be read from a file meanwhile. Raises ValueError, and leaves the
         cache empty, for another number of layers or tokens, or for shapes that the cache cannot take.
         """
+        self.states(length)
 
 
 class LayerCache:
@@ -282,7 +281,7 @@ class LayerCache:
         return 0 if self.keys is None else self.nbytes // int(self.keys.shape[-2])
 
     def maybe_trim_front(self) -> None:
-        """What llama4 asks of its chunked cache; every slot is kept, the mask hides what is out of reach."""
+        """llama4 asks its chunked cache; every slot is kept, the mask hides what is out of reach."""
 
 
 def _rows(buffer: Any, slots: Ints) -> Any:
@@ -347,11 +346,9 @@ class LazyKVCache(SlotTable, ModelCache):
 
     @property
     def capability(self) -> Capability:
-        """ "chain" where it is linear, else "tree"."""
         return "chain" if self.linear else "tree"
 
     def reserve(self, num_slots: int) -> None:
-        """Make room for ``num_slots`` at the first forward."""
         self.expected_slots = num_slots
 
     def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
@@ -400,26 +397,21 @@ class LazyKVCache(SlotTable, ModelCache):
         return self._masks[window]
 
     def arrays(self) -> list[mx.array]:
-        """All key and value buffers but the CPU kernels'."""
         return [array for store in self.stores for array in store.state]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, spare capacity included."""
         return sum(store.nbytes for store in self.stores)
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of one slot in all layers; 0 before the first forward."""
         return sum(store.slot_nbytes for store in self.stores)
 
     def states(self, length: int) -> Iterator[LayerState | None]:
-        """Copies of the first ``length`` committed tokens' keys and values, one for each of `stores`."""
         slots = self.live_slots()[:length]
         return (store.take(slots) for store in self.stores)
 
     def restore(self, states: Iterable[LayerState | None], length: int) -> None:
-        """Make the ``length`` tokens of ``states`` all that the cache holds; see `ModelCache`."""
         self.truncate(0)
         slots = self.append(None, length)
         try:
@@ -454,7 +446,6 @@ class PlainCache(ModelCache):
 
     @property
     def capability(self) -> Capability:
-        """ "plain"."""
         return "plain"
 
     def append(self, parents: Sequence[int] | None, n: int) -> range:
@@ -491,28 +482,14 @@ class PlainCache(ModelCache):
         if n:
             raise ValueError("this model cannot forget a token it has seen")
 
-    def reserve(self, num_slots: int) -> None:
-        """Nothing: mlx-lm's caches grow as they like."""
-
     def arrays(self) -> list[mx.array]:
-        """All state, for ``mx.eval``."""
         leaves: Any = tree_flatten([layer.state for layer in self.layers])
         return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state."""
         return sum(array.nbytes for array in self.arrays())
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of the state for each token so far, a part that does not grow with them included."""
         return self.nbytes // self.num_slots if self.num_slots else 0
-
-    def states(self, length: int) -> Iterator[LayerState | None]:
-        """Raises ValueError: the layers' states are of unknown kinds."""
-        raise ValueError("this model's state cannot be copied layer by layer")
-
-    def restore(self, states: Iterable[LayerState | None], length: int) -> None:
-        """Raises ValueError, too."""
-        self.states(length)

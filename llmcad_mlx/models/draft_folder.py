@@ -1,21 +1,18 @@
-"""What a draft's folder may leave out of the model that its config.json describes: head rows, the embedding.
+"""What a draft's folder may leave out of the model that its config.json describes.
 
-Drafts with a trimmed output vocabulary: a head with some rows of the full one's, and which tokens they are for.
+Rows of the head: `draft_tokens.safetensors` beside the weights holds `tokens` (V',) int32, full ids in ascending
+order, and row i of the head is the logit of token tokens[i]. The embedding, the tokenizer and `vocab_size` stay
+the full ones.
 
-`draft_tokens.safetensors` beside the weights holds `tokens` (V',) int32, full ids in ascending order: row i of the
-head is the logit of token tokens[i]. The embedding, the tokenizer and `vocab_size` stay the full ones.
-
-A draft without an embedding of its own: it looks tokens up in the target's, which is in memory anyway.
-
-config.json says so: `"llmcad": {"shares_embedding": true}`. It is the target's object that is called, so that it
-works whatever the target does with it: in memory, or read from the disk row by row. Its bytes count as the
-target's. Such a folder may also leave the tokenizer out, and says by `"vocabulary"` beside it, a
-`vocabulary_hash`, which tokens it was made for.
+The embedding: with `"llmcad": {"shares_embedding": true}` in config.json tokens are looked up in the target's,
+which is in memory anyway. It is the target's object that is called, so that it works whatever the target does with
+it: in memory, or read from the disk row by row. Its bytes count as the target's. Such a folder may also leave the
+tokenizer out, and says by `"vocabulary"` beside it, a `vocabulary_hash`, which tokens it was made for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.utils import _get_classes
 
-from llmcad_mlx.errors import ModelError
+from llmcad_mlx.errors import ModelError, VocabularyError
 
 FILE = "draft_tokens.safetensors"
 
@@ -71,6 +68,28 @@ def check_token_list(tokens: TokenList, vocab_size: int | None, where: str) -> N
         raise ModelError(f"{where}: token {beyond} is not in the vocabulary{size}; make the draft for this model")
 
 
+def check_same_tokens(target: Mapping[str, int], draft: Mapping[str, int]) -> None:
+    """Compare two token maps (text -> id), as a tokenizer's `get_vocab()` gives them.
+
+    The sizes of the logits may differ, padding has no tokens; but every id that either map names must name
+    the same text in both. Raises VocabularyError with the first differing token.
+    """
+    if target == draft:
+        return
+    texts, draft_texts = ({id_: text for text, id_ in vocabulary.items()} for vocabulary in (target, draft))
+    for token in sorted(texts.keys() | draft_texts.keys()):
+        ours, theirs = texts.get(token), draft_texts.get(token)
+        if ours != theirs:
+            raise VocabularyError(
+                f"the draft's tokens are not the target's: token {token} is {_shown(ours)} in the target and "
+                f"{_shown(theirs)} in the draft; choose a draft of the same model family"
+            )
+
+
+def _shown(text: str | None) -> str:
+    return "missing" if text is None else repr(text)
+
+
 def head_path(model: Module) -> str | None:
     """Where the model keeps its head, a linear layer: "lm_head" in most; None where it has none of its own."""
     modules: Any = model.named_modules()
@@ -95,23 +114,6 @@ def untied_head_path(config: Mapping[str, Any]) -> str | None:
     changed = untied(config)
     model_class, args_class = _get_classes(config=changed)
     return head_path(model_class(args_class.from_dict(changed)))  # never evaluated: takes no memory
-
-
-def give_rows(model: Module, num_rows: int, what: str) -> str:
-    """Let a freshly built model's head have `num_rows` rows; returns where it is.
-
-    Raises ModelError, beginning with `what`, where the model has no head of its own.
-    """
-    path = head_path(model)
-    if path is None:
-        raise ModelError(
-            f"{what}: the model has no head of its own, so its vocabulary cannot be trimmed "
-            "(tie_word_embeddings must be false); choose another draft"
-        )
-    parent, name = parent_of(model, path)
-    own = parent[name]
-    parent[name] = Linear(own.weight.shape[1], num_rows, bias="bias" in own)
-    return path
 
 
 def parent_of(model: Module, path: str) -> tuple[Any, str]:
@@ -153,79 +155,83 @@ def token_embedding(model: Module) -> TokenEmbedding | None:
     return max(found, key=lambda embedding: embedding.num_rows, default=None)
 
 
-def share(model: Module, shared: TokenEmbedding | None, what: str) -> None:
-    """Let a freshly built model use `shared` in place of its own embedding.
+class _Lookup(Module):
+    """Looks tokens up in something that is no part of this model: nothing prepares, counts or writes it twice."""
 
-    None: a made-up one, enough to examine the model. Raises ModelError, beginning with `what`, for an embedding
-    of another width.
-    """
-    own = token_embedding(model)
-    if own is None:
-        raise ModelError(f"{what}: the model has no embedding that could be shared; choose another draft")
-    if shared is not None and shared.width != own.width:
-        raise ModelError(
-            f"{what}: uses its target's embedding and needs one {own.width} wide, not {shared.width}; "
-            "choose the target that it was made for"
-        )
-    parent, name = parent_of(model, own.path)
-    parent[name] = _StandIn(own.width) if shared is None else _Shared(shared.module)
-
-
-class _Shared(Module):
-    def __init__(self, embedding: Any) -> None:
+    def __init__(self, look_up: Callable[[mx.array], mx.array]) -> None:
         super().__init__()
-        # In a function, so that it is neither a parameter nor a module of this model: nothing prepares, counts or
-        # writes it twice. Its class is looked up at each call, because streaming changes it.
-        self._look_up = lambda ids: embedding(ids)
+        # Out of sight in a function. A module's class is looked up at each call, because streaming changes it.
+        self._look_up = lambda ids: look_up(ids)
 
     def __call__(self, ids: mx.array) -> mx.array:
         return self._look_up(ids)
 
 
-class _StandIn(Module):
-    """Random rows, always the same."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        rows = mx.random.normal((_STAND_IN_ROWS, width), key=mx.random.key(0))
-        self._look_up = lambda ids: rows[ids % _STAND_IN_ROWS]
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        return self._look_up(ids)
+def _made_up(width: int) -> Callable[[mx.array], mx.array]:
+    """A lookup of random rows, always the same."""
+    rows = mx.random.normal((_STAND_IN_ROWS, width), key=mx.random.key(0))
+    mx.eval(rows)
+    return lambda ids: rows[ids % _STAND_IN_ROWS]
 
 
 def _width(module: Any) -> int:
     return int(module.dims) if isinstance(module, QuantizedEmbedding) else int(module["weight"].shape[1])
 
 
+@dataclass(slots=True)
 class DraftParts:
     """Makes a freshly built model fit the weights of a draft's folder."""
 
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], tokens: TokenList | None, shared: TokenEmbedding | None
-    ) -> None:
-        """tokens: of a trimmed head. shared: the target's embedding, for a draft that uses it; see `share`."""
-        self.tokens = tokens
-        self._folder = folder
-        self._config = config
-        self._shared = shared
-        self._head = ""
+    folder: Path
+    config: Mapping[str, Any]
+    tokens: TokenList | None
+    """Of a trimmed head."""
+    shared: TokenEmbedding | None
+    """The target's embedding, for a draft that uses it; None: a made-up one, enough to examine the model."""
+
+    _head: str = ""
 
     def fit(self, model: Module) -> None:
         """Change the model before weights are loaded into it. Raises ModelError where it cannot be."""
-        if shares_embedding(self._config):
-            share(model, self._shared, str(self._folder))
+        if shares_embedding(self.config):
+            self._share_embedding(model)
         if self.tokens is not None:
-            self._head = give_rows(model, len(self.tokens), str(self._folder / FILE))
+            self._trim_head(model, len(self.tokens))
 
     def check(self, weights: Mapping[str, mx.array]) -> None:
         """Raise ModelError unless the head has as many rows as there are tokens."""
         head = weights.get(f"{self._head}.weight")
         if self.tokens is not None and head is not None and head.shape[0] != len(self.tokens):
             raise ModelError(
-                f"{self._folder / FILE}: lists {len(self.tokens)} tokens for a head of {head.shape[0]} rows; "
+                f"{self.folder / FILE}: lists {len(self.tokens)} tokens for a head of {head.shape[0]} rows; "
                 "make the draft again"
             )
+
+    def _share_embedding(self, model: Module) -> None:
+        own, shared = token_embedding(model), self.shared
+        if own is None:
+            raise ModelError(
+                f"{self.folder}: the model has no embedding that could be shared; choose another draft"
+            )
+        if shared is not None and shared.width != own.width:
+            raise ModelError(
+                f"{self.folder}: uses its target's embedding and needs one {own.width} wide, not {shared.width}; "
+                "choose the target that it was made for"
+            )
+        parent, name = parent_of(model, own.path)
+        parent[name] = _Lookup(_made_up(own.width) if shared is None else shared.module)
+
+    def _trim_head(self, model: Module, num_rows: int) -> None:
+        path = head_path(model)
+        if path is None:
+            raise ModelError(
+                f"{self.folder / FILE}: the model has no head of its own, so its vocabulary cannot be trimmed "
+                "(tie_word_embeddings must be false); choose another draft"
+            )
+        parent, name = parent_of(model, path)
+        own = parent[name]
+        parent[name] = Linear(own.weight.shape[1], num_rows, bias="bias" in own)
+        self._head = path
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
@@ -235,14 +241,3 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
         if isinstance(size, int):
             return size
     return None
-
-
-def drafts_only(config: Mapping[str, Any], tokens: TokenList | None) -> str:
-    """Why a model can only draft; "" for one that can also be a target."""
-    reasons = []
-    if tokens is not None:
-        size = vocabulary_size(config)
-        reasons.append(f"its head has {len(tokens):,} of {f'{size:,}' if size else 'all'} tokens")
-    if shares_embedding(config):
-        reasons.append("it uses its target's embedding")
-    return " and ".join(reasons)

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.errors import ModelError
@@ -23,7 +22,6 @@ from llmcad_mlx.models.draft_folder import (
     DraftParts,
     TokenEmbedding,
     TokenList,
-    drafts_only,
     read_draft_tokens,
     shares_embedding,
     token_embedding,
@@ -60,7 +58,13 @@ class LoadedModel:
     @property
     def drafts_only(self) -> str:
         """Why this can only be a draft; "" where it can also be a target."""
-        return drafts_only(self.config, self.draft_tokens)
+        reasons = []
+        if self.draft_tokens is not None:
+            size = vocabulary_size(self.config)
+            reasons.append(f"its head has {len(self.draft_tokens):,} of {f'{size:,}' if size else 'all'} tokens")
+        if shares_embedding(self.config):
+            reasons.append("it uses its target's embedding")
+        return " and ".join(reasons)
 
 
 def load_model_folder(
@@ -219,20 +223,6 @@ def check_safetensors(file: Path) -> None:
     end = max((_tensor_end(file, name, entry) for name, entry in header.items()), default=0)
     if size != 8 + length + end:
         raise ModelError(f"{file}: {size} bytes, its header promises {8 + length + end}; download it again")
-
-
-def cast_to_fp32(model: Module) -> None:
-    """Turn 16-bit floating parameters, scales and biases of packed weights included, into float32 in place.
-
-    MLX's CPU kernels are slow and inexact in 16 bits. Values do not change: both formats widen exactly.
-    """
-    parameters: Any = tree_flatten(model.parameters())
-    while parameters:  # one at a time, so that only one parameter is in memory twice
-        name, array = parameters.pop()
-        if array.dtype in (mx.bfloat16, mx.float16):
-            array = array.astype(mx.float32)
-            mx.eval(array)
-            model.load_weights([(name, array)], strict=False)
 
 
 def _tensor_end(file: Path, name: str, entry: object) -> int:

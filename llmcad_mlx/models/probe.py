@@ -1,12 +1,8 @@
-"""Keeps what `probe` found: probing a streamed model reads its layers many times.
-
-Which decoder layers of a model are alike, so that one can stand for the others in a load-time check.
-
-What a model can do, found out by trying it at load: token trees, chains, or plain decoding.
+"""What a model can do, found out by trying it at load: token trees, chains, or plain decoding.
 
 A small tree with branches, siblings, two appends, a commit in the middle and dead slots goes through the lazy
 cache and is compared with the same tokens fed one at a time through the model's own mlx-lm cache. Nothing is
-concluded from a model's name.
+concluded from a model's name. What was found is kept: probing a streamed model reads its layers many times.
 
 Models that keep an index beside keys and values start to select among slots at some thousand tokens, so both
 caches of such a model first get a made-up history of that length.
@@ -42,38 +38,6 @@ from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import computes_in_float32
 from llmcad_mlx.models.cache import Capability, LazyKVCache, UnsupportedCacheError
 from llmcad_mlx.models.forward import body_of, run
-
-_NUMBERING = ("idx", "index", "layer_id", "number")
-
-
-def layer_kind(layer: Module) -> Hashable:
-    """Equal for layers with the same classes, parameter shapes and settings; their numbers do not count."""
-    leaves: Any = tree_flatten(layer.parameters())
-    parameters = tuple(
-        (path, tuple(value.shape), str(value.dtype)) for path, value in leaves if isinstance(value, mx.array)
-    )
-    settings = []
-    modules: Any = layer.named_modules()
-    for path, module in modules:
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-        plain = {k: v for k, v in plain.items() if not k.startswith("_") and not any(n in k for n in _NUMBERING)}
-        # By name: a layer that runs on kernels of ours has a class of its own.
-        ancestry = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
-        settings.append((path, ancestry, tuple(sorted(plain.items()))))
-    return (parameters, tuple(settings))
-
-
-def representative_layers(layers: list[Module], at_least: int = 2) -> int:
-    """How many leading layers hold one of every kind."""
-    seen: set[Hashable] = set()
-    count = min(at_least, len(layers))
-    for number, layer in enumerate(layers, 1):
-        kind = layer_kind(layer)
-        if kind not in seen:
-            seen.add(kind)
-            count = max(count, number)
-    return count
-
 
 Call = Callable[..., mx.array]
 Logits = dict[int, npt.NDArray[np.float32]]  # node -> (V,)
@@ -395,3 +359,35 @@ def _write(file: Path, report: ProbeReport) -> None:
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(asdict(report)))
         os.replace(temporary, file)
+
+
+_NUMBERING = ("idx", "index", "layer_id", "number")
+
+
+def layer_kind(layer: Module) -> Hashable:
+    """Equal for layers with the same classes, parameter shapes and settings; their numbers do not count."""
+    leaves: Any = tree_flatten(layer.parameters())
+    parameters = tuple(
+        (path, tuple(value.shape), str(value.dtype)) for path, value in leaves if isinstance(value, mx.array)
+    )
+    settings = []
+    modules: Any = layer.named_modules()
+    for path, module in modules:
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        plain = {k: v for k, v in plain.items() if not k.startswith("_") and not any(n in k for n in _NUMBERING)}
+        # By name: a layer that runs on kernels of ours has a class of its own.
+        ancestry = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+        settings.append((path, ancestry, tuple(sorted(plain.items()))))
+    return (parameters, tuple(settings))
+
+
+def representative_layers(layers: list[Module], at_least: int = 2) -> int:
+    """How many leading layers hold one of every kind."""
+    seen: set[Hashable] = set()
+    count = min(at_least, len(layers))
+    for number, layer in enumerate(layers, 1):
+        kind = layer_kind(layer)
+        if kind not in seen:
+            seen.add(kind)
+            count = max(count, number)
+    return count

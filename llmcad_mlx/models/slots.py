@@ -169,10 +169,6 @@ class SlotTable:
         """(length,) slots of the committed tokens in position order."""
         return self._live[: self.length].copy()
 
-    def position(self, slot: int) -> int:
-        """Position of a slot's token in its sequence."""
-        return int(self._positions[slot])
-
     def appended_positions(self) -> Ints:
         """(N,) positions of the present append's rows."""
         return self._positions[self.first_appended : self.num_slots]

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import Calibration
-from llmcad_mlx.policy.costs import CostModel, RecentRate
+from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.ledger import EXPLORE, DraftAccount, LookupAccount, Prices, Ranking
-from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.policy.schedule import Mode, Schedule
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TABLE, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
@@ -21,6 +21,7 @@ from llmcad_mlx.tree.walk import Walk
 DEFAULT_MAX_NODES = 64
 _PROVISIONAL = 4  # times the nodes of a pass may be expanded in a tree that grows while the target waits
 _MIN_PROVISIONAL = 64
+_MAX_WIDTH = 8  # leaves of a draft step
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
 _MIN_PAID = 0.02  # the same where each row is paid for, and such a child would never be given one
@@ -41,9 +42,7 @@ class ThroughputPolicy:
     """Best-first growth with a measured stop rule; never slower than plain decoding for long.
 
     `costs` and `calibration` are the engine's, shared so that they can be saved. With `tree_nodes` the tree is
-    grown to exactly the best that many nodes, whatever the costs say. `max_nodes` bounds a pass otherwise,
-    `max_provisional` (4 times as much, at least 64) the nodes each drafter has expanded in a tree that grows while
-    the target waits for its weights.
+    grown to exactly the best that many nodes, whatever the costs say; otherwise `max_nodes` bounds a pass.
     `lookups`: the sources that cost next to nothing; the model is the one that is priced.
     Without `branching`, for the ablation, only the best candidate of a leaf is kept and one branch is submitted.
     """
@@ -54,27 +53,20 @@ class ThroughputPolicy:
         calibration: Calibration,
         tree_nodes: int | None = None,
         max_nodes: int = DEFAULT_MAX_NODES,
-        max_width: int = 8,
         *,
-        max_provisional: int | None = None,
         branching: bool = True,
         pipelined: bool = True,
         lookups: Collection[str] = (NGRAM, TABLE),
     ) -> None:
-        for name, value in (
-            ("tree_nodes", 1 if tree_nodes is None else tree_nodes),
-            ("max_nodes", max_nodes),
-            ("max_width", max_width),
-            ("max_provisional", 1 if max_provisional is None else max_provisional),
-        ):
-            if value < 1:
+        for name, value in (("tree_nodes", tree_nodes), ("max_nodes", max_nodes)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.costs = costs
         self.calibration = calibration
         self.tree_nodes = tree_nodes
         self.max_nodes = tree_nodes or max_nodes
-        self.max_width = max_width if branching else 1
-        self.max_provisional = max_provisional or provisional_nodes(self.max_nodes)
+        self.max_width = _MAX_WIDTH if branching else 1
+        self.max_provisional = provisional_nodes(self.max_nodes)
         self.pipelined = pipelined
         self._lookups = frozenset(lookups)
         self._all_sources = self._lookups | {MODEL}
@@ -89,8 +81,7 @@ class ThroughputPolicy:
         self._draft_account = DraftAccount()
         self._lookup_account = LookupAccount()
         self._schedule = Schedule(costs, forced=tree_nodes is not None)
-        self._recent = RecentRate()
-        self._prices = Prices(costs, self._recent, self.max_nodes)
+        self._prices = Prices(costs, self.max_nodes)
 
     @property
     def sources(self) -> frozenset[str]:
@@ -266,14 +257,7 @@ class ThroughputPolicy:
         self._book_lookups(drafted, tree, walk)
         model_right = self._model_used and any(tree.sources[node] == MODEL for node in walk.nodes)
         self._schedule.verified(len(tree), len(walk.tokens), self._model_used, model_right)
-        node: int | None = ROOT
-        for token in walk.tokens:
-            if node is None:
-                break
-            for child in drafted.children(node):
-                right = drafted.tokens[child] == token
-                self.calibration.observe(drafted.raw_confidences[child], drafted.sources[child], right)
-            node = drafted.child(node, token)
+        self.calibration.observe_choices(drafted, walk.tokens)
 
     def _book_lookups(self, drafted: TokenTree, submitted: TokenTree, walk: Walk) -> None:
         account, rows = self._lookup_account, len(submitted)
@@ -287,11 +271,11 @@ class ThroughputPolicy:
 
     def finished(self, num_tokens: int, seconds: float) -> None:
         """The round is over: `num_tokens` emitted in `seconds`, everything included."""
-        self._recent.observe(num_tokens, seconds)
+        self._prices.observe_round(num_tokens, seconds)
         account, was_drafting = self._draft_account, self._draft_account.drafting
         account.book(num_tokens, num_tokens - seconds * self.costs.plain_rate if self._model_used else None)
         if was_drafting and not account.drafting:
-            self._recent.forget()
+            self._prices.forget_rounds()
 
 
 def _renamed(expanded: Mapping[str, set[int]], survivors: Selection) -> dict[str, set[int]]:

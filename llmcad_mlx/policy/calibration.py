@@ -7,8 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
-from llmcad_mlx.tree.walk import Walk
+from llmcad_mlx.tree.token_tree import NGRAM, ROOT, TokenTree
 
 FORMAT_VERSION = 1
 # Fine near 0 and near 1, where a small difference in confidence is a large one in odds.
@@ -45,16 +44,12 @@ class Calibration:
         self._accepted: dict[str, list[float]] = {}
         self._decay = 0.5 ** (1.0 / HALF_LIFE)
 
-    def probability(self, confidence: float, source: str) -> float:
-        """Calibrated acceptance probability in [0, 1] of a candidate with raw `confidence` in [0, 1]."""
-        return self.probabilities([confidence], source)[0]
-
     def probabilities(self, confidences: Sequence[float], source: str) -> Sequence[float]:
-        """The same for several candidates of one drafter."""
+        """Calibrated acceptance probabilities in [0, 1] of candidates with raw `confidences` in [0, 1]."""
         tested = self._tested.get(source)
         if tested is None:
             return confidences
-        accepted, strength = self._accepted[source], _prior_strength(source)
+        accepted, strength = self._accepted[source], NGRAM_PRIOR_STRENGTH if source == NGRAM else PRIOR_STRENGTH
         buckets = [bisect_right(BUCKET_EDGES, confidence) for confidence in confidences]
         return [
             min((accepted[bucket] + strength * confidence) / (tested[bucket] + strength), 1.0)  # or 1 + 1e-16
@@ -76,11 +71,18 @@ class Calibration:
         tested[bucket] = tested[bucket] * self._decay + 1.0
         accepts[bucket] = accepts[bucket] * self._decay + (1.0 if accepted else 0.0)
 
-    def observe_walk(self, tree: TokenTree, walk: Walk) -> None:
-        """Count every drafted child of every node at which the target chose a token."""
-        for node, token in zip(walk.visited, walk.tokens, strict=True):
+    def observe_choices(self, tree: TokenTree, tokens: Sequence[int]) -> None:
+        """Count every child, in the drafted `tree`, of the nodes at which the target chose `tokens`.
+
+        `tokens`: from below the root on. They may lead out of the tree; what comes then judges nobody.
+        """
+        node: int | None = ROOT
+        for token in tokens:
+            if node is None:
+                return
             for child in tree.children(node):
                 self.observe(tree.raw_confidences[child], tree.sources[child], tree.tokens[child] == token)
+            node = tree.child(node, token)
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as JSON-able data; `from_dict` reads it back."""
@@ -113,10 +115,6 @@ class Calibration:
                 raise ValueError(f"calibration: {source!r} has more accepted than tested")
             calibration._tested[source], calibration._accepted[source] = tested, accepted
         return calibration
-
-
-def _prior_strength(source: str) -> float:
-    return NGRAM_PRIOR_STRENGTH if source == NGRAM else PRIOR_STRENGTH
 
 
 def _counts(values: Any, source: str, name: str) -> list[float]:

@@ -1,6 +1,6 @@
-"""What a step costs: seconds by number of rows, learned from the steps themselves. No clock in here.
+"""What steps cost in seconds by number of rows, and what rounds have given: learned from both, without a clock.
 
-What rounds have yielded and cost lately: what forecasts are made from.
+Policies decide by these figures, forecasts are made from them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ from statistics import median_low
 from typing import Any
 
 _DECAY = 0.99  # weight of the past at each round: the last hundred count
+_REMEMBERED = 15  # observations per row count; their lower median shrugs off a disturbed one, even of two
+_FIRST_LIMIT = 2.5  # times the prediction, for the first observation of a row count
+_WAITING = 0.5  # a forward computes for less than this share of its time where it waits for weights
+_MOST_HIDDEN = 1024
+_ROW_SHARE = 0.1  # cost of one more row, relative to a single row, before any was measured
 
 
 @dataclass(slots=True)
-class Rounds:
+class RoundTotals:
     """Fading sums over rounds. `rows`: nodes sent to the target; `rest_s`: seconds of the rounds outside the
     target's pass, most of them drafting that loading did not hide."""
 
@@ -33,7 +38,7 @@ class Rounds:
         self.rest_s = self.rest_s * _DECAY + rest_s
 
     @classmethod
-    def from_dict(cls, data: Any) -> Rounds:
+    def from_dict(cls, data: Any) -> RoundTotals:
         """Read what `asdict` gave. Raises ValueError for anything else."""
         names = [entry.name for entry in fields(cls)]
         if not isinstance(data, Mapping) or set(data) != set(names):
@@ -41,13 +46,6 @@ class Rounds:
         if not all(isinstance(data[name], float) and 0.0 <= data[name] < float("inf") for name in names):
             raise ValueError("rounds: not numbers")
         return cls(**data)
-
-
-_REMEMBERED = 15  # observations per row count; their lower median shrugs off a disturbed one, even of two
-_FIRST_LIMIT = 2.5  # times the prediction, for the first observation of a row count
-_WAITING = 0.5  # a forward computes for less than this share of its time where it waits for weights
-_MOST_HIDDEN = 1024
-_ROW_SHARE = 0.1  # cost of one more row, relative to a single row, before any was measured
 
 
 class StepTimes:
@@ -94,10 +92,6 @@ class StepTimes:
         self._medians[rows] = median
         if before != median or len(self._seen[rows]) < _REMEMBERED:
             self._refit(rows, median)
-
-    def __contains__(self, rows: int) -> bool:
-        """Whether a forward of exactly `rows` rows was measured."""
-        return rows in self._seen
 
     def times_seen(self, rows: int) -> int:
         """How many observations of exactly `rows` rows are remembered."""
@@ -199,43 +193,19 @@ class StepTimes:
         return times
 
 
-class RecentRate:
-    """Tokens per second of recent rounds: what one policy has earned lately, so each policy keeps its own."""
-
-    _DECAY = 0.9  # weight of the past at each round
-
-    def __init__(self) -> None:
-        self._tokens = 0.0
-        self._seconds = 0.0
-
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """A round gave `num_tokens` tokens in `seconds`, everything included."""
-        self._tokens = self._tokens * self._DECAY + num_tokens
-        self._seconds = self._seconds * self._DECAY + seconds
-
-    def forget(self) -> None:
-        """Start afresh: what comes is not like what was."""
-        self._tokens = self._seconds = 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """0.0 before the first round."""
-        return self._tokens / self._seconds if self._seconds > 0.0 else 0.0
-
-
 class CostModel:
     """Draft step and target pass times, and what rounds are like. The round books them, whatever its policy;
     policies only read.
 
-    `verify`: seconds of passes, waiting included; `computing`: the same without waiting for weights. `rounds`
-    counts those whose passes came through `observe_pass`.
+    `verify`: seconds of passes, waiting included; `computing`: the same without waiting for weights; `totals`
+    count the rounds whose passes came through `observe_pass`.
     """
 
-    def __init__(self, draft: StepTimes | None = None, verify: StepTimes | None = None) -> None:
-        self.draft = StepTimes() if draft is None else draft
-        self.verify = StepTimes() if verify is None else verify
+    def __init__(self) -> None:
+        self.draft = StepTimes()
+        self.verify = StepTimes()
         self.computing = StepTimes()
-        self.rounds = Rounds()
+        self.totals = RoundTotals()
         self._last_pass: tuple[int, float] | None = None  # rows and seconds, until its round was counted
 
     def observe_pass(self, rows: int, seconds: float, busy: float) -> None:
@@ -249,7 +219,7 @@ class CostModel:
         if self._last_pass is not None:
             rows, pass_s = self._last_pass
             self._last_pass = None
-            self.rounds.add(num_tokens, rows, max(seconds - pass_s, 0.0))
+            self.totals.add(num_tokens, rows, max(seconds - pass_s, 0.0))
 
     @property
     def plain_rate(self) -> float:
@@ -260,7 +230,7 @@ class CostModel:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""
         times = {"draft": self.draft, "verify": self.verify, "computing": self.computing}
-        return {name: part.to_dict() for name, part in times.items()} | {"rounds": asdict(self.rounds)}
+        return {name: part.to_dict() for name, part in times.items()} | {"rounds": asdict(self.totals)}
 
     @classmethod
     def from_dict(cls, data: Any) -> CostModel:
@@ -268,7 +238,7 @@ class CostModel:
         parts = ("draft", "verify", "computing", "rounds")
         if not isinstance(data, Mapping) or not set(parts) <= set(data):
             raise ValueError(f"cost model: one of {', '.join(parts)} is missing")
-        model = cls(StepTimes.from_dict(data["draft"]), StepTimes.from_dict(data["verify"]))
-        model.computing = StepTimes.from_dict(data["computing"])
-        model.rounds = Rounds.from_dict(data["rounds"])
+        model = cls()
+        model.draft, model.verify, model.computing = (StepTimes.from_dict(data[name]) for name in parts[:3])
+        model.totals = RoundTotals.from_dict(data["rounds"])
         return model

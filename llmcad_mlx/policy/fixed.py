@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.tree.token_tree import MODEL, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llmcad_mlx.policy.costs import CostModel, RecentRate
+from llmcad_mlx.policy.costs import CostModel
 
 _OPENING = 3.0
 _MOST = 6.0  # gains are not saved up for ever: a draft that turns bad is noticed within so many tokens
@@ -93,6 +93,7 @@ class LookupAccount:
         self._earned = min(self._earned + _LOOKUP_CREDIT, _LOOKUP_MOST)
 
 
+_RATE_DECAY = 0.9  # weight of the past at each round
 EXPLORE = 2  # times the largest measured row count that a step may have
 _TINY = 0.01  # probability of a node that is not worth a row, whatever that costs
 
@@ -109,21 +110,33 @@ class Ranking(NamedTuple):
 
 
 class Prices:
-    """Prices of rows in the target's pass and of draft steps, looked up once a round: they are asked for dozens
-    of times in each. `rate`: tokens per second when the round began."""
+    """Prices of rows in the target's pass and of draft steps, in tokens.
 
-    def __init__(self, costs: CostModel, recent: RecentRate, max_nodes: int) -> None:
+    `rate`: tokens that a second was worth when the round began. They are asked for dozens of times in a round, so
+    each is looked up once in it.
+    """
+
+    def __init__(self, costs: CostModel, max_nodes: int) -> None:
         self.rate = 0.0
         self._costs = costs
-        self._recent = recent
         self._max_nodes = max_nodes
         self._passes = [0.0]
+        self._tokens = self._seconds = 0.0  # fading sums over rounds
 
     def begin(self) -> None:
         """A new round: forget what the last one paid."""
         # A second is worth what one has yielded lately, at least what plain decoding would.
-        self.rate = max(self._costs.plain_rate, self._recent.tokens_per_s)
+        self.rate = max(self._costs.plain_rate, self._tokens / self._seconds if self._seconds > 0.0 else 0.0)
         self._passes = [0.0]
+
+    def observe_round(self, num_tokens: int, seconds: float) -> None:
+        """A round gave `num_tokens` tokens in `seconds`, everything included."""
+        self._tokens = self._tokens * _RATE_DECAY + num_tokens
+        self._seconds = self._seconds * _RATE_DECAY + seconds
+
+    def forget_rounds(self) -> None:
+        """What comes is not like what was: a second is worth what plain decoding yields, until rounds tell."""
+        self._tokens = self._seconds = 0.0
 
     def more_rows(self, rows: int, more: int) -> float:
         """Tokens that `more` rows in the target's pass cost beyond `rows`."""

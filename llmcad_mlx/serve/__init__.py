@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API and a chat page for one model."""

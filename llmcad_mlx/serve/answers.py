@@ -1,15 +1,4 @@
-"""How an answer goes out: as one JSON object, or as server-sent events.
-
-Tool calls in a model's text: where they begin and end, and what they ask for.
-
-Each family of models writes them its own way; mlx-lm's tokenizer knows the markers and the parser.
-
-From a generation's rounds to the parts of an answer: what becomes one chunk of a stream.
-
-Answers in OpenAI's form: chunks of a stream, or one object.
-
-A job's events as they come, for as long as the client is there.
-"""
+"""How an answer goes out: in OpenAI's form, as one JSON object or as server-sent events."""
 
 from __future__ import annotations
 
@@ -17,18 +6,18 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llmcad_mlx.serve.errors import ApiError, JsonResponse, to_json
-from llmcad_mlx.serve.job import (
-    Event,
+from llmcad_mlx.serve.jobs import (
     FailedEvent,
+    FairQueue,
     FinishedEvent,
     Job,
     Progress,
@@ -37,8 +26,9 @@ from llmcad_mlx.serve.job import (
     TokenEvent,
     TokenLogprob,
 )
-from llmcad_mlx.serve.limits import FairQueue
-from llmcad_mlx.serve.protocol import GenerationRequest
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, JsonResponse, to_json
+
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +36,18 @@ class Heard:
     """Plain text, and finished tool calls as OpenAI has them (without "index")."""
 
     text: str = ""
-    calls: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    calls: Sequence[Json] = ()
 
 
 class ToolListener:
     """Separates text from tool calls as the text comes in.
 
-    Text between the markers is held back until the call is complete. What cannot be parsed is given as text,
-    markers included, so that nothing the model wrote is lost.
+    Each family of models writes calls its own way; mlx-lm's tokenizer knows the markers and the parser. Text
+    between the markers is held back until the call is complete. What cannot be parsed is given as text, markers
+    included, so that nothing the model wrote is lost.
     """
 
-    def __init__(self, tokenizer: Any, tools: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, tokenizer: Any, tools: Sequence[Json]) -> None:
         """`tokenizer`: mlx-lm's TokenizerWrapper of a model that calls tools."""
         self._start = str(tokenizer.tool_call_start)
         self._end = str(tokenizer.tool_call_end)  # "": a call goes on to the next one, or to the end
@@ -64,21 +55,19 @@ class ToolListener:
         self._tools = list(tools)
         self._buffer = ""
         self._inside = False
-        self._called = False
+        self._after_call = False
 
     def feed(self, text: str) -> Heard:
         """Take the next piece of text."""
         self._buffer += text
         shown: list[str] = []
-        calls: list[dict[str, Any]] = []
-        while (cut := self._next_marker()) is not None:
-            before, self._buffer = self._buffer[: cut[0]], self._buffer[cut[1] :]
-            if self._inside:
-                self._close(before, shown, calls)
-                self._inside = not self._end  # without an end marker, the next call has begun
-            else:
-                shown.append(self._visible(before))
-                self._inside = True
+        calls: list[Json] = []
+        while (marker := (self._end or self._start) if self._inside else self._start) in self._buffer:
+            before, _, self._buffer = self._buffer.partition(marker)
+            heard = self._close(before, self._end) if self._inside else Heard(self._visible(before))
+            shown.append(heard.text)
+            calls.extend(heard.calls)
+            self._inside = not self._inside or not self._end  # without an end marker, the next call has begun
         if not self._inside:
             keep = _possible_start(self._buffer, self._start)
             shown.append(self._visible(self._buffer[:keep]))
@@ -87,53 +76,34 @@ class ToolListener:
 
     def finish(self) -> Heard:
         """The end of the text: a call without its end is taken as it is."""
-        rest, self._buffer = self._buffer, ""
-        if not self._inside:
-            return Heard(self._visible(rest))
-        self._inside = False
-        shown: list[str] = []
-        calls: list[dict[str, Any]] = []
-        self._close(rest, shown, calls, end="")
-        return Heard("".join(shown), calls)
+        return self._close(self._buffer, "") if self._inside else Heard(self._visible(self._buffer))
 
-    def _next_marker(self) -> tuple[int, int] | None:
-        marker = (self._end or self._start) if self._inside else self._start
-        at = self._buffer.find(marker)
-        return None if at < 0 else (at, at + len(marker))
-
-    def _close(self, text: str, shown: list[str], calls: list[dict[str, Any]], end: str | None = None) -> None:
-        found = self._parsed(text)
-        if found is None:
-            shown.append(self._start + text + (self._end if end is None else end))
-        else:
-            calls.extend(found)
-            self._called = True
-
-    def _parsed(self, text: str) -> list[dict[str, Any]] | None:
+    def _close(self, text: str, end: str) -> Heard:
         try:
             parsed = self._parse(text, self._tools)
-            return [_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
+            calls = [_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # parsers of many hands, fed with whatever a model wrote
-            return None
+            return Heard(self._start + text + end)
+        self._after_call = True
+        return Heard(calls=calls)
 
     def _visible(self, text: str) -> str:
         """Without the white space after a call, which is no text."""
-        if self._called and (text := text.lstrip()):
-            self._called = False
+        if self._after_call and (text := text.lstrip()):
+            self._after_call = False
         return text
 
 
-def _call(parsed: dict[str, Any]) -> dict[str, Any]:
+def _call(parsed: Json) -> Json:
     name, arguments = parsed["name"], parsed.get("arguments", {})
     if not isinstance(name, str) or not name:
         raise ValueError("a call without a name")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
     return {
         "id": str(parsed.get("id") or f"call_{secrets.token_hex(12)}"),
         "type": "function",
-        "function": {
-            "name": name,
-            "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-        },
+        "function": {"name": name, "arguments": arguments},
     }
 
 
@@ -150,13 +120,13 @@ class Part:
     """Text or tool calls, the tokens they came with, and the tree of the round they belong to."""
 
     text: str
-    calls: Sequence[dict[str, Any]]
+    calls: Sequence[Json]
     tokens: Sequence[TokenEvent]
-    tree: dict[str, Any] | None
+    tree: Json | None
 
 
 class PartMaker:
-    """Cuts rounds into parts, one for each piece of text.
+    """Cuts rounds into parts, one for each piece of text: what becomes one chunk of a stream.
 
     Tokens that show no text yet go with the next part that has some. Every round's tree is in one part: the
     round's first, or one without text where the whole round shows none.
@@ -166,7 +136,7 @@ class PartMaker:
         """`tools`: listens for tool calls, None for a request without tools."""
         self._tools = tools
         self._held: list[TokenEvent] = []
-        self._tree: dict[str, Any] | None = None
+        self._tree: Json | None = None
 
     def round(self, event: RoundEvent) -> Iterator[Part]:
         """The parts of a round."""
@@ -189,31 +159,14 @@ class PartMaker:
         return Part(heard.text, heard.calls, tokens, tree)
 
 
-Json = dict[str, Any]
-
-
-class Answer(Protocol):
-    """The shape of one kind of answer; an answer's objects share id and time."""
-
-    def opening(self) -> list[Json]:
-        """Chunks before any text."""
-
-    def chunk(self, part: Part, finish_reason: str | None = None) -> Json:
-        """A part as a chunk; the last one has a `finish_reason`."""
-
-    def whole(self, parts: Sequence[Part], finished: FinishedEvent) -> Json:
-        """All parts as one object."""
-
-    def usage_chunk(self, finished: FinishedEvent) -> Json:
-        """The chunk without choices that ends a stream with usage."""
-
-
 def make_answer(request: GenerationRequest, model: str) -> Answer:
     """The answer to a request, still empty."""
     return ChatAnswer(request, model) if request.kind == "chat" else CompletionAnswer(request, model)
 
 
-class _Answer:
+class Answer(ABC):
+    """The shape of one kind of answer; an answer's objects share id and time."""
+
     object_name: str
     chunk_name: str
     id_prefix: str
@@ -224,105 +177,98 @@ class _Answer:
         self._id = f"{self.id_prefix}-{secrets.token_hex(16)}"
         self._created = int(time.time())
 
+    def opening(self) -> list[Json]:
+        """Chunks before any text."""
+        return []
+
+    def chunk(self, part: Part, finish_reason: str | None = None) -> Json:
+        """A part as a chunk; the last one has a `finish_reason`."""
+        choice = self._choice(part, finish_reason, is_whole=False)
+        return self._chunk([choice], **self._speculation(part.tokens, round=part.tree))
+
+    def whole(self, parts: Sequence[Part], finished: FinishedEvent) -> Json:
+        """All parts as one object."""
+        joined = Part(
+            "".join(part.text for part in parts),
+            [call for part in parts for call in part.calls],
+            [token for part in parts for token in part.tokens],
+            None,
+        )
+        choice = self._choice(joined, finished.finish_reason, is_whole=True)
+        trees = [part.tree for part in parts if part.tree is not None]
+        speculation = self._speculation(joined.tokens, rounds=trees)
+        return self._object(self.object_name, [choice], usage=finished.usage, **speculation)
+
+    def usage_chunk(self, finished: FinishedEvent) -> Json:
+        """The chunk without choices that ends a stream with usage."""
+        return self._object(self.chunk_name, [], usage=finished.usage)
+
+    @abstractmethod
+    def _choice(self, part: Part, finish_reason: str | None, *, is_whole: bool) -> Json: ...
+
+    def _chunk(self, choices: list[Json], **more: Any) -> Json:
+        if self._request.include_usage:
+            more = {"usage": None, **more}
+        return self._object(self.chunk_name, choices, **more)
+
     def _object(self, name: str, choices: list[Json], **more: Any) -> Json:
         head = {"id": self._id, "object": name, "created": self._created, "model": self._model}
         return {**head, "choices": choices, **more}
 
-    def _chunk(self, choices: list[Json], part: Part | None = None) -> Json:
-        more: Json = {"usage": None} if self._request.include_usage else {}
-        speculation: Json = {}
-        if part is not None and self._request.show_tokens and part.tokens:
-            speculation["tokens"] = _speculated(part.tokens)
-        if part is not None and part.tree is not None:
-            speculation["round"] = part.tree
-        if speculation:
-            more["speculation"] = speculation
-        return self._object(self.chunk_name, choices, **more)
+    def _speculation(self, tokens: Sequence[TokenEvent], **trees: Any) -> Json:
+        found = {name: tree for name, tree in trees.items() if tree}
+        if self._request.show_tokens and tokens:
+            told = [{"id": token.token, "text": token.text, "from_draft": token.from_draft} for token in tokens]
+            found = {"tokens": told, **found}
+        return {"speculation": found} if found else {}
 
-    def usage_chunk(self, finished: FinishedEvent) -> Json:
-        return self._object(self.chunk_name, [], usage=finished.usage)
-
-    def _whole(self, choice: Json, parts: Sequence[Part], finished: FinishedEvent) -> Json:
-        more: Json = {"usage": finished.usage}
-        speculation: Json = {}
-        if self._request.show_tokens:
-            speculation["tokens"] = _speculated(_tokens(parts))
-        if self._request.show_trees:
-            speculation["rounds"] = [part.tree for part in parts if part.tree is not None]
-        if speculation:
-            more["speculation"] = speculation
-        return self._object(self.object_name, [choice], **more)
-
-    @property
-    def _wants_logprobs(self) -> bool:
-        return self._request.top_logprobs is not None
+    def _shows_logprobs(self, part: Part) -> bool:
+        return self._request.top_logprobs is not None and len(part.tokens) > 0
 
 
-class ChatAnswer(_Answer):
+class ChatAnswer(Answer):
     """chat.completion and its chunks."""
 
     object_name, chunk_name, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
-
-    def __init__(self, request: GenerationRequest, model: str) -> None:
-        super().__init__(request, model)
-        self._num_calls = 0
+    _num_calls = 0
 
     def opening(self) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])]
 
-    def chunk(self, part: Part, finish_reason: str | None = None) -> Json:
+    def _choice(self, part: Part, finish_reason: str | None, *, is_whole: bool) -> Json:
+        said = self._message(part) if is_whole else self._delta(part)
+        self._num_calls += len(part.calls)
+        return {
+            "index": 0,
+            "message" if is_whole else "delta": said,
+            "logprobs": _chat_logprobs(part.tokens) if self._shows_logprobs(part) else None,
+            "finish_reason": "tool_calls" if self._num_calls and finish_reason == "stop" else finish_reason,
+        }
+
+    def _delta(self, part: Part) -> Json:
         delta: Json = {"content": part.text} if part.text else {}
         if part.calls:
             numbered = enumerate(part.calls, self._num_calls)
             delta["tool_calls"] = [{"index": index, **call} for index, call in numbered]
-            self._num_calls += len(part.calls)
-        reason = _reason(finish_reason, self._num_calls) if finish_reason else None
-        logprobs = _chat_logprobs(part.tokens) if self._wants_logprobs and part.tokens else None
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return self._chunk([choice], part)
+        return delta
 
-    def whole(self, parts: Sequence[Part], finished: FinishedEvent) -> Json:
-        calls = [call for part in parts for call in part.calls]
-        text = "".join(part.text for part in parts)
-        message: Json = {
-            "role": "assistant",
-            "content": (text.rstrip() or None) if calls else text,
-            "refusal": None,
-        }
-        if calls:
-            message["tool_calls"] = calls
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": _chat_logprobs(_tokens(parts)) if self._wants_logprobs else None,
-            "finish_reason": _reason(finished.finish_reason, len(calls)),
-        }
-        return self._whole(choice, parts, finished)
+    def _message(self, part: Part) -> Json:
+        if not part.calls:
+            return {"role": "assistant", "content": part.text, "refusal": None}
+        text = part.text.rstrip() or None
+        return {"role": "assistant", "content": text, "refusal": None, "tool_calls": part.calls}
 
 
-class CompletionAnswer(_Answer):
+class CompletionAnswer(Answer):
     """text_completion, whose chunks have the same form."""
 
     object_name, chunk_name, id_prefix = "text_completion", "text_completion", "cmpl"
+    _offset = 0
 
-    def __init__(self, request: GenerationRequest, model: str) -> None:
-        super().__init__(request, model)
-        self._offset = 0
-
-    def opening(self) -> list[Json]:
-        return []
-
-    def chunk(self, part: Part, finish_reason: str | None = None) -> Json:
-        return self._chunk([self._choice(part.text, part.tokens, finish_reason)], part)
-
-    def whole(self, parts: Sequence[Part], finished: FinishedEvent) -> Json:
-        text = "".join(part.text for part in parts)
-        return self._whole(self._choice(text, _tokens(parts), finished.finish_reason), parts, finished)
-
-    def _choice(self, text: str, tokens: Sequence[TokenEvent], finish_reason: str | None) -> Json:
-        logprobs = self._logprobs(tokens) if self._wants_logprobs and tokens else None
-        return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _choice(self, part: Part, finish_reason: str | None, *, is_whole: bool) -> Json:
+        logprobs = self._logprobs(part.tokens) if self._shows_logprobs(part) else None
+        return {"index": 0, "text": part.text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _logprobs(self, tokens: Sequence[TokenEvent]) -> Json:
         """The older form: lists side by side, with where each token's text begins."""
@@ -336,18 +282,6 @@ class CompletionAnswer(_Answer):
             "top_logprobs": [{top.text: top.logprob for top in token.top_logprobs} for token in tokens],
             "text_offset": offsets,
         }
-
-
-def _tokens(parts: Sequence[Part]) -> list[TokenEvent]:
-    return [token for part in parts for token in part.tokens]
-
-
-def _reason(reason: str, num_calls: int) -> str:
-    return "tool_calls" if num_calls and reason == "stop" else reason
-
-
-def _speculated(tokens: Sequence[TokenEvent]) -> list[Json]:
-    return [{"id": token.token, "text": token.text, "from_draft": token.from_draft} for token in tokens]
 
 
 def _chat_logprobs(tokens: Sequence[TokenEvent]) -> Json:
@@ -377,63 +311,49 @@ class ClientGoneError(Exception):
     """The client closed the connection."""
 
 
-class Listener:
-    """Hands out a job's events; an asynchronous context manager.
+async def _progress(
+    job: Job, queue: FairQueue[Job], receive: Receive, silence_s: float
+) -> AsyncGenerator[Progress | None]:
+    """A job's events to its end, None after every `silence_s` without one. Close it when you leave it.
 
-    Whoever leaves it before the job has ended (the client gone, an error, the server going down) cancels the
-    job: it loses its place in the queue, or its generation ends within the round.
+    Raises ClientGoneError, and the ApiError of a job that failed. Whoever leaves before the job has ended (the
+    client gone, an error, the server going down) cancels it: it loses its place in the queue, or its generation
+    ends within the round.
     """
+    gone = asyncio.create_task(_wait_until_gone(receive))
+    coming = asyncio.create_task(job.events.get())
+    has_ended = False
+    try:
+        while not has_ended:
+            done, _ = await asyncio.wait({coming, gone}, timeout=silence_s, return_when=asyncio.FIRST_COMPLETED)
+            if gone in done:
+                raise ClientGoneError
+            if not done:
+                yield None
+                continue
+            event = coming.result()
+            has_ended = isinstance(event, FinishedEvent | FailedEvent)
+            if isinstance(event, FailedEvent):
+                raise event.error
+            if not has_ended:
+                coming = asyncio.create_task(job.events.get())
+            yield event
+    finally:
+        gone.cancel()
+        coming.cancel()
+        if not has_ended:
+            job.cancel()
+            queue.remove(job.client, job)
 
-    def __init__(self, job: Job, queue: FairQueue[Job], receive: Receive) -> None:
-        """`receive`: the connection's, its body read to the end."""
-        self._job = job
-        self._queue = queue
-        self._receive = receive
-        self._next: asyncio.Task[Event] | None = None
-        self._ended = False
 
-    async def __aenter__(self) -> Listener:
-        self._gone = asyncio.create_task(self._wait_until_gone())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._gone.cancel()
-        if self._next is not None:
-            self._next.cancel()
-        if not self._ended:
-            self._job.cancel()
-            self._queue.remove(self._job.client, self._job)
-
-    async def next(self, timeout_s: float | None = None) -> Progress | None:
-        """The next event; None after `timeout_s` without one.
-
-        Raises ClientGoneError, and the ApiError of a job that failed.
-        """
-        if self._next is None:
-            self._next = asyncio.create_task(self._job.events.get())
-        done, _ = await asyncio.wait(
-            {self._next, self._gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
-        if self._gone in done:
-            raise ClientGoneError
-        if not done:
-            return None
-        event, self._next = self._next.result(), None
-        if isinstance(event, FailedEvent):
-            self._ended = True
-            raise event.error
-        self._ended = isinstance(event, FinishedEvent)
-        return event
-
-    async def _wait_until_gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 _DONE = b"data: [DONE]\n\n"
 _GONE = 499  # nobody reads it; the counters do
+_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
 class GenerationResponse(Response):
@@ -454,61 +374,55 @@ class GenerationResponse(Response):
         self._keepalive_s = keepalive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with Listener(self._job, self._queue, receive) as listener:
+        is_stream = self._job.request.stream
+        async with aclosing(_progress(self._job, self._queue, receive, self._keepalive_s)) as progress:
             try:
-                if self._job.request.stream:
-                    await self._stream(listener, send)
+                if is_stream:
+                    await self._stream(progress, send)
                 else:
-                    await JsonResponse(await self._whole(listener))(scope, receive, send)
+                    await JsonResponse(await self._whole(progress))(scope, receive, send)
             except (ClientGoneError, OSError):  # servers differ in what a send to nobody does
-                if not self._job.request.stream:
+                if not is_stream:
                     await Response(status_code=_GONE)(scope, receive, send)
 
-    async def _whole(self, listener: Listener) -> Any:
+    async def _whole(self, progress: AsyncIterator[Progress | None]) -> Json:
         made: list[Part] = []
-        while True:
-            event = await listener.next()
+        async for event in progress:
             if isinstance(event, RoundEvent):
                 made.extend(self._parts.round(event))
             elif isinstance(event, FinishedEvent):
                 return self._answer.whole([*made, self._parts.finish()], event)
+        raise AssertionError("a job ends with an event")
 
-    async def _stream(self, listener: Listener, send: Send) -> None:
-        await listener.next(self._keepalive_s)  # raises what keeps it from beginning
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async def _stream(self, progress: AsyncIterator[Progress | None], send: Send) -> None:
+        await anext(progress)  # raises what keeps it from beginning
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         try:
-            async for piece in self._pieces(listener):
-                if piece:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await _send_piece(send, _events(self._answer.opening()))
+            async for event in progress:
+                await _send_piece(send, self._piece(event))
         except ApiError as error:
-            await send({"type": "http.response.body", "body": _event(error.body) + _DONE, "more_body": True})
+            await _send_piece(send, _events([error.body]) + _DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _pieces(self, listener: Listener) -> AsyncIterator[bytes]:
-        yield _joined(self._answer.opening())
-        while True:
-            event = await listener.next(self._keepalive_s)
-            if event is None:
-                yield b": still working\n\n"
-            elif isinstance(event, PromptEvent):
-                yield b": prompt %d of %d\n\n" % (event.done, event.total)
-            elif isinstance(event, RoundEvent):
-                yield _joined([self._answer.chunk(part) for part in self._parts.round(event)])
-            else:
-                yield self._last(event)
-                return
-
-    def _last(self, event: FinishedEvent) -> bytes:
+    def _piece(self, event: Progress | None) -> bytes:
+        """What a stream gets for an event; nothing for a round that shows nothing."""
+        if event is None:
+            return b": still working\n\n"
+        if isinstance(event, PromptEvent):
+            return b": prompt %d of %d\n\n" % (event.done, event.total)
+        if isinstance(event, RoundEvent):
+            return _events([self._answer.chunk(part) for part in self._parts.round(event)])
         chunks = [self._answer.chunk(self._parts.finish(), event.finish_reason)]
         if self._job.request.include_usage:
             chunks.append(self._answer.usage_chunk(event))
-        return _joined(chunks) + _DONE
+        return _events(chunks) + _DONE
 
 
-def _joined(chunks: list[dict[str, Any]]) -> bytes:
-    return b"".join(map(_event, chunks))
+async def _send_piece(send: Send, piece: bytes) -> None:
+    if piece:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
-def _event(value: Any) -> bytes:
-    return b"data: " + to_json(value) + b"\n\n"
+def _events(chunks: Sequence[Json]) -> bytes:
+    return b"".join(b"data: " + to_json(chunk) + b"\n\n" for chunk in chunks)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -17,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from llmcad_mlx import __version__
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import encode_prompt
 from llmcad_mlx.serve.answers import (
@@ -25,20 +28,21 @@ from llmcad_mlx.serve.answers import (
     ToolListener,
     make_answer,
 )
-from llmcad_mlx.serve.errors import (
+from llmcad_mlx.serve.jobs import FairQueue, Job, QueueClosedError, QueueFullError
+from llmcad_mlx.serve.limits import Gate, read_body
+from llmcad_mlx.serve.metrics import CONTENT_TYPE, Metrics
+from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve.page import page_routes
+from llmcad_mlx.serve.protocol import (
     ApiError,
+    GenerationRequest,
     JsonResponse,
+    RequestReader,
     bad_request,
     error_response,
-    queue_full,
+    refused,
     shutting_down,
 )
-from llmcad_mlx.serve.job import Job
-from llmcad_mlx.serve.limits import FairQueue, Gate, QueueClosedError, QueueFullError, read_body
-from llmcad_mlx.serve.metrics import CONTENT_TYPE, Metrics
-from llmcad_mlx.serve.page import page_routes
-from llmcad_mlx.serve.protocol import GenerationRequest, RequestReader, refused
-from llmcad_mlx.serve.settings import ServerSettings
 from llmcad_mlx.serve.worker import ServedModel, Worker
 
 _MOST_RETRY_S = 60
@@ -119,7 +123,9 @@ class Api:
             self._queue.put(job.client, job)
         except QueueFullError:
             wait = len(self._queue) * self._metrics.mean_generation_s
-            raise queue_full(min(max(math.ceil(wait), 1), _MOST_RETRY_S)) from None
+            retry_after = {"Retry-After": str(min(max(math.ceil(wait), 1), _MOST_RETRY_S))}
+            message = "too many requests are waiting"
+            raise ApiError(429, message, code="queue_full", headers=retry_after) from None
         except QueueClosedError:
             raise shutting_down() from None
         answer = make_answer(wanted, self._model.name)
@@ -184,7 +190,7 @@ class Api:
 
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json."""
-        return JsonResponse(self._reader.openapi_document())
+        return JsonResponse(openapi_document(self._reader, needs_key=self._settings.api_key is not None))
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -199,3 +205,90 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         error.status_code, error.detail
     )
     return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+class _ErrorObject(BaseModel):
+    """Why a request is refused; `param` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: _ErrorObject
+
+
+class Answer(BaseModel):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
+    speculation: dict[str, Any] | None = None
+
+
+_REFUSALS = {
+    "400": "The request cannot be served as it is; the message names the field.",
+    "401": "The key is missing or wrong.",
+    "404": "Another model than the one served.",
+    "408": "The body came too slowly.",
+    "413": "The body is too large.",
+    "415": "The body is not application/json.",
+    "429": "Too many requests wait; Retry-After says for how long.",
+    "503": "The server is shutting down.",
+}
+_JSON = "application/json"
+
+
+def openapi_document(reader: RequestReader, needs_key: bool) -> dict[str, Any]:
+    """An OpenAPI 3.1 document of the whole server."""
+    chat, completion = reader.chat_model, reader.completion_model
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in (chat, completion, Answer, Error)],
+        ref_template="#/components/schemas/{model}",
+    )
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "llmcad-mlx", "version": __version__},
+        "paths": {
+            "/v1/chat/completions": {"post": _generation("Answer a conversation.", chat)},
+            "/v1/completions": {"post": _generation("Continue a text.", completion)},
+            "/v1/models": {"get": _get("The model that is served.")},
+            "/health": {"get": {**_get("Whether the server works."), "security": []}},
+            "/metrics": {"get": _get("Counters, as Prometheus reads them.", "text/plain", "string")},
+            "/openapi.json": {"get": _get("This document.")},
+        },
+        "components": {"schemas": schemas["$defs"]},
+    }
+    if needs_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def _generation(summary: str, request: type[BaseModel]) -> dict[str, Any]:
+    answer = {_JSON: _reference(Answer), "text/event-stream": {"schema": {"type": "string"}}}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": {_JSON: _reference(request)}},
+        "responses": {
+            "200": {"description": "The answer, whole or as server-sent events.", "content": answer},
+            **{status: _error(status) for status in _REFUSALS},
+        },
+    }
+
+
+def _get(summary: str, media_type: str = _JSON, kind: str = "object") -> dict[str, Any]:
+    answer = {"description": "It is.", "content": {media_type: {"schema": {"type": kind}}}}
+    return {"summary": summary, "responses": {"200": answer, "401": _error("401")}}
+
+
+def _error(status: str) -> dict[str, Any]:
+    return {"description": _REFUSALS[status], "content": {_JSON: _reference(Error)}}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, Any]:
+    return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}

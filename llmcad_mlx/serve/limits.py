@@ -1,10 +1,7 @@
-"""uvicorn's HTTP protocol, with a limit on how long a request's head may take.
+"""What every request has to pass.
 
-Its own limits: the size of a head, and how long a connection may idle between two requests.
-
-A bounded queue that takes turns between clients.
-
-What every request passes: host, key, counting, and a last net that lets no traceback out.
+A gate that checks Host and key, counts, and lets no traceback out; a body limited in size and time; and uvicorn's
+HTTP protocol, with a limit on how long a request's head may take.
 """
 
 from __future__ import annotations
@@ -13,13 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
-import json
-import logging
-import secrets
-import threading
-from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Collection
-from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 import h11
@@ -28,157 +19,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llmcad_mlx.serve.errors import ApiError, bad_request, error_response, internal_error
 from llmcad_mlx.serve.metrics import Metrics
-from llmcad_mlx.serve.settings import ServerSettings
+from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve.protocol import ApiError, bad_request, error_response, internal_error, to_json
 
-Item = TypeVar("Item")
-
-
-class QueueFullError(Exception):
-    """No place is free for this client."""
-
-
-class QueueClosedError(Exception):
-    """Nothing is taken any more."""
-
-
-class FairQueue(Generic[Item]):
-    """Items of several clients, handed out round robin: one from each client that has any, then the next.
-
-    Safe to use from several threads. `limit`: most items that wait. One client may hold half of the places (but
-    always one), so that a client with many requests leaves room for the others.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._per_client = max(1, limit // 2)
-        self._waiting: OrderedDict[str, deque[Item]] = OrderedDict()
-        self._changed = threading.Condition()
-        self._closed = False
-
-    def __len__(self) -> int:
-        with self._changed:
-            return self._size()
-
-    def _size(self) -> int:
-        return sum(map(len, self._waiting.values()))
-
-    def put(self, client: str, item: Item) -> None:
-        """Add at the end of the client's line. Raises QueueFullError or QueueClosedError."""
-        with self._changed:
-            if self._closed:
-                raise QueueClosedError
-            if self._size() >= self._limit or len(self._waiting.get(client, ())) >= self._per_client:
-                raise QueueFullError
-            self._waiting.setdefault(client, deque()).append(item)
-            self._changed.notify()
-
-    def take(self) -> Item | None:
-        """Wait for the next item; None once the queue is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting)
-            if self._closed:
-                return None
-            client, line = self._waiting.popitem(last=False)
-            item = line.popleft()
-            if line:
-                self._waiting[client] = line  # at the end: the others come first
-            return item
-
-    def remove(self, client: str, item: Item) -> bool:
-        """Take an item out before its turn; False when its turn has come already."""
-        with self._changed:
-            line = self._waiting.get(client)
-            if line is None or item not in line:
-                return False
-            line.remove(item)
-            if not line:
-                del self._waiting[client]
-            return True
-
-    def close(self) -> list[Item]:
-        """End: `take` returns None from now on. Returns what was still waiting."""
-        with self._changed:
-            self._closed = True
-            left = [item for line in self._waiting.values() for item in line]
-            self._waiting.clear()
-            self._changed.notify_all()
-            return left
-
-
-_log = logging.getLogger(__name__)
-_GONE = 499
-
-
-class Gate:
-    """ASGI middleware. `paths`: the server's own, for the counters."""
-
-    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, paths: Collection[str]) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._paths = frozenset(paths)
-        self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
-        # A web page whose name resolves to this machine would be of the same origin; only its Host gives it away.
-        self._checks_host = settings.is_loopback and self._key is None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 0
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            refusal = self._refusal(scope)
-            app = self._app if refusal is None else error_response(refusal)
-            await app(scope, receive, noting)
-        except Exception as error:
-            error_id = secrets.token_hex(4)
-            _log.error("internal error %s", error_id, exc_info=error)
-            if not status:
-                await error_response(internal_error(error_id))(scope, receive, noting)
-        finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.count_request(path, status or _GONE)
-
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        headers = Headers(scope=scope)
-        if self._checks_host and not _is_local(headers.get("host")):
-            return ApiError(400, "this server answers to localhost only; give it a key to serve other names")
-        if self._key is None or _is_open(scope["path"]):
-            return None
-        if hmac.compare_digest(headers.get("authorization", "").encode("latin-1"), self._key):
-            return None
-        return ApiError(
-            401,
-            "a valid key is needed: Authorization: Bearer KEY",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-
-
-def _is_open(path: str) -> bool:
-    """Whether a path needs no key. The page asks its user for the key, so it comes without one."""
-    return path in ("/", "/health") or path.startswith("/page/")
-
-
-def _is_local(host: str | None) -> bool:
-    """Whether a Host header names this machine; without one, no browser asks."""
-    if host is None:
-        return True
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
+_GONE = 499  # a client that did not wait; nobody reads it, the counters do
 _MOST_DISCARDED = 64 << 20
 _DISCARDING_S = 1.0
 _CLOSE = {"Connection": "close"}  # the rest of such a body is not worth reading
@@ -233,10 +78,76 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
 
 
+class Gate:
+    """ASGI middleware. `paths`: the server's own, for the counters."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, paths: Collection[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = frozenset(paths)
+        self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
+        # A web page whose name resolves to this machine would be of the same origin; only its Host gives it away.
+        self._checks_host = settings.is_loopback and self._key is None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope)
+            app = self._app if refusal is None else error_response(refusal)
+            await app(scope, receive, noting)
+        except Exception as error:
+            told = internal_error(error)
+            if not status:
+                await error_response(told)(scope, receive, noting)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.count_request(path, status or _GONE)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = Headers(scope=scope)
+        if self._checks_host and not _is_local(headers.get("host")):
+            return ApiError(400, "this server answers to localhost only; give it a key to serve other names")
+        if self._key is None or _is_open(scope["path"]):
+            return None
+        if hmac.compare_digest(headers.get("authorization", "").encode("latin-1"), self._key):
+            return None
+        return ApiError(
+            401,
+            "a valid key is needed: Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+def _is_open(path: str) -> bool:
+    """Whether a path needs no key. The page asks its user for the key, so it comes without one."""
+    return path in ("/", "/health") or path.startswith("/page/")
+
+
+def _is_local(host: str | None) -> bool:
+    """Whether a Host header names this machine; without one, no browser asks."""
+    if host is None:
+        return True
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 def _refusal(status: bytes, message: str, code: str) -> bytes:
     """A whole answer, for what never becomes a request."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
+    body = to_json(bad_request(message, code=code).body)
     head = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     return head % (status, len(body)) + body
 

@@ -30,10 +30,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from llmcad_mlx.serve.errors import JsonResponse
 from llmcad_mlx.serve.limits import read_body
-from llmcad_mlx.serve.protocol import read_record
-from llmcad_mlx.serve.settings import ServerSettings
+from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve.protocol import JsonResponse, read_record
 
 _INDEX = "index.html"
 _TYPES = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmcad_mlx.api import Engine
-from llmcad_mlx.conversations.snapshot import Snapshot, model_drafters
+from llmcad_mlx.conversations.snapshot import Snapshot
 from llmcad_mlx.engine.session import common_prefix
 from llmcad_mlx.machine import physical_memory_bytes
 from llmcad_mlx.sizes import parse_size
@@ -90,5 +90,5 @@ class PromptCache:
 
 def _bytes_per_token(engine: Engine) -> int:
     """What a copy of the target's and the draft's caches costs; known beforehand, so that the limit holds."""
-    caches = [engine.pair.target.cache, *(drafter.cache for drafter in model_drafters(engine.pair))]
-    return sum(cache.slot_nbytes for cache in caches if cache.can_rollback)
+    caches = [engine.pair.target.cache, *(drafter.cache for drafter in engine.pair.drafters)]
+    return sum(cache.slot_nbytes for cache in caches if cache is not None and cache.can_rollback)

@@ -1,16 +1,17 @@
-"""What clients send, as checked records, and the OpenAPI document that describes it.
+"""What clients send, as checked records, and how they are refused.
 
-The pydantic models below are both: requests are checked with them, and `/openapi.json` shows their JSON schemas.
-A field that OpenAI knows and this server cannot heed is not among them, so it is refused by name; the few that
-change no output (labels, for the most part) are accepted and ignored.
+Requests are checked with the pydantic models below, and `/openapi.json` shows their JSON schemas. A field that
+OpenAI knows and this server cannot heed is not among them, so it is refused by name; the few that change no output
+(labels, for the most part) are accepted and ignored.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,21 +26,80 @@ from pydantic import (
     WrapValidator,
     create_model,
 )
-from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails, PydanticKnownError, from_json
+from starlette.responses import Response
 
-from llmcad_mlx import __version__
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt
-from llmcad_mlx.serve.errors import ApiError, bad_request
-from llmcad_mlx.serve.settings import ServerSettings
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.settings import GenerationOptions, PolicyName
+
+_log = logging.getLogger(__name__)
+_ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """An answer with a 4xx or 5xx status, with no path and no traceback in it.
+
+    `param` names the request's field, `code` is for programs.
+    """
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that cannot be served as it is: 400."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def shutting_down() -> ApiError:
+    """The server is going away: 503."""
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
+def internal_error(error: Exception) -> ApiError:
+    """Something that should not happen: 500. What it was goes into the server's own log, under the same id."""
+    error_id = secrets.token_hex(4)
+    _log.error("internal error %s", error_id, exc_info=error)
+    return ApiError(500, f"internal error {error_id}; the server's log has the details", code="internal_error")
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON; raises ValueError for NaN and infinity."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+class JsonResponse(Response):
+    """An object as the answer."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+def error_response(error: ApiError) -> Response:
+    """An error as the answer."""
+    return JsonResponse(error.body, error.status, error.headers)
+
 
 Kind = Literal["chat", "completion"]
 Record = TypeVar("Record", bound=BaseModel)
 
 _MAX_TOKEN = 2**31 - 1
 _MAX_TOP_LOGPROBS = 20
+_MOST_KEYS = 4096  # of one object: pydantic complains of every unknown one, and a body has room for a million
 _IGNORED = "Accepted and ignored: it changes no output."
 
 
@@ -221,12 +281,12 @@ class RequestReader:
         """`model`: the name of what is served."""
         self._settings = settings
         self._model = model
-        self._chat = _with_limit(ChatRequest, settings.max_tokens)
-        self._completion = _with_limit(CompletionRequest, settings.max_tokens)
+        self.chat_model = _with_limit(ChatRequest, settings.max_tokens)
+        self.completion_model = _with_limit(CompletionRequest, settings.max_tokens)
 
     def chat(self, body: bytes) -> GenerationRequest:
         """A conversation to answer. Raises ApiError: 400 naming the field, 404 for another model."""
-        asked = read_record(self._chat, body)
+        asked = read_record(self.chat_model, body)
         if asked.max_tokens and asked.max_completion_tokens not in (None, asked.max_tokens):
             raise bad_request("max_completion_tokens: differs from max_tokens; give one", "max_completion_tokens")
         if asked.top_logprobs and not asked.logprobs:
@@ -245,7 +305,7 @@ class RequestReader:
 
     def completion(self, body: bytes) -> GenerationRequest:
         """A text to continue. Raises as `chat` does."""
-        asked = read_record(self._completion, body)
+        asked = read_record(self.completion_model, body)
         return self._request(
             asked, asked.max_tokens, kind="completion", prompt=asked.prompt, top_logprobs=asked.logprobs
         )
@@ -280,10 +340,6 @@ class RequestReader:
             return GenerationOptions.of(**options)
         except UsageError as error:
             raise refused(error) from None
-
-    def openapi_document(self) -> dict[str, Any]:
-        """An OpenAPI 3.1 document of the whole server."""
-        return _openapi_document(self._chat, self._completion, needs_key=self._settings.api_key is not None)
 
 
 def refused(error: UsageError) -> ApiError:
@@ -332,10 +388,23 @@ def read_record(kind: type[Record], body: bytes) -> Record:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise bad_request(f"the body is not valid JSON: {error}") from None
+    _check_sizes(value)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         raise _refusal(error, value) from None
+
+
+def _check_sizes(body: Any) -> None:
+    waiting = [body]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if len(value) > _MOST_KEYS:
+                raise bad_request(f"the body: an object may have {_MOST_KEYS} keys at most")
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
 
 
 def _refusal(error: ValidationError, body: Any) -> ApiError:
@@ -384,88 +453,3 @@ def _wording(problems: Sequence[ErrorDetails]) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
-
-
-class ErrorObject(BaseModel):
-    """Why a request is refused; `param` names the field."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    error: ErrorObject
-
-
-class Answer(BaseModel):
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[dict[str, Any]]
-    usage: dict[str, Any]
-    speculation: dict[str, Any] | None = None
-
-
-_REFUSALS = {
-    "400": "The request cannot be served as it is; the message names the field.",
-    "401": "The key is missing or wrong.",
-    "404": "Another model than the one served.",
-    "408": "The body came too slowly.",
-    "413": "The body is too large.",
-    "415": "The body is not application/json.",
-    "429": "Too many requests wait; Retry-After says for how long.",
-    "503": "The server is shutting down.",
-}
-_JSON = "application/json"
-
-
-def _openapi_document(chat: type[BaseModel], completion: type[BaseModel], needs_key: bool) -> dict[str, Any]:
-    _, schemas = models_json_schema(
-        [(model, "validation") for model in (chat, completion, Answer, Error)],
-        ref_template="#/components/schemas/{model}",
-    )
-    document: dict[str, Any] = {
-        "openapi": "3.1.0",
-        "info": {"title": "llmcad-mlx", "version": __version__},
-        "paths": {
-            "/v1/chat/completions": {"post": _generation("Answer a conversation.", chat)},
-            "/v1/completions": {"post": _generation("Continue a text.", completion)},
-            "/v1/models": {"get": _get("The model that is served.")},
-            "/health": {"get": {**_get("Whether the server works."), "security": []}},
-            "/metrics": {"get": _get("Counters, as Prometheus reads them.", "text/plain", "string")},
-            "/openapi.json": {"get": _get("This document.")},
-        },
-        "components": {"schemas": schemas["$defs"]},
-    }
-    if needs_key:
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
-    return document
-
-
-def _generation(summary: str, request: type[BaseModel]) -> dict[str, Any]:
-    answer = {_JSON: _reference(Answer), "text/event-stream": {"schema": {"type": "string"}}}
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": {_JSON: _reference(request)}},
-        "responses": {
-            "200": {"description": "The answer, whole or as server-sent events.", "content": answer},
-            **{status: _error(status) for status in _REFUSALS},
-        },
-    }
-
-
-def _get(summary: str, media_type: str = _JSON, kind: str = "object") -> dict[str, Any]:
-    answer = {"description": "It is.", "content": {media_type: {"schema": {"type": kind}}}}
-    return {"summary": summary, "responses": {"200": answer, "401": _error("401")}}
-
-
-def _error(status: str) -> dict[str, Any]:
-    return {"description": _REFUSALS[status], "content": {_JSON: _reference(Error)}}
-
-
-def _reference(model: type[BaseModel]) -> dict[str, Any]:
-    return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}

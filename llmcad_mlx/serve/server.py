@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from types import FrameType
 
 import uvicorn
@@ -16,11 +17,11 @@ import uvicorn
 from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.serve.app import Api
-from llmcad_mlx.serve.job import Job
-from llmcad_mlx.serve.limits import FairQueue, protocol_with
+from llmcad_mlx.serve.jobs import FairQueue, Job
+from llmcad_mlx.serve.limits import protocol_with
 from llmcad_mlx.serve.metrics import Metrics
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.prompt_cache import PromptCache
-from llmcad_mlx.serve.settings import ServerSettings
 from llmcad_mlx.serve.worker import Ending, ServedModel, Worker
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class LlmServer:
             self._socket.close()
         if self._uvicorn.force_exit:
             raise KeyboardInterrupt
-        return self._uvicorn.closing.result()
+        return self._uvicorn.wait_for_worker()
 
     def stop(self) -> None:
         """Make `run` return; from any thread."""
@@ -99,40 +100,29 @@ class LlmServer:
             self._uvicorn.stop()
 
 
-class _Closing:
-    """Closes the worker on a thread of its own: that may last a round, and the event loop has answers to send."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._ending = Ending(0, 0)
-        self._worker = worker
-        self._thread = threading.Thread(target=self._run, name="closing", daemon=True)
-
-    def _run(self) -> None:
-        self._ending = self._worker.close()
-
-    def start(self) -> None:
-        """Begin, if that was not done yet."""
-        if self._thread.ident is None:
-            self._thread.start()
-
-    def result(self) -> Ending:
-        """Wait for the end."""
-        self.start()
-        self._thread.join()
-        return self._ending
-
-
 class _Uvicorn(uvicorn.Server):
     """uvicorn, with signals that end generations too and leave the exit code alone."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
-        self.closing = _Closing(worker)
+        self._worker = worker
+        self._ending: Future[Ending] = Future()
+        # On a thread of its own: that may last a round, and the event loop has answers to send.
+        self._closing = threading.Thread(target=self._close, name="closing", daemon=True)
+
+    def _close(self) -> None:
+        self._ending.set_result(self._worker.close())
 
     def stop(self) -> None:
         """Refuse what waits, break off what runs, then end."""
         self.should_exit = True
-        self.closing.start()
+        if self._closing.ident is None:
+            self._closing.start()
+
+    def wait_for_worker(self) -> Ending:
+        """After `run`: close the worker, if that was not done yet."""
+        self.stop()
+        return self._ending.result()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:

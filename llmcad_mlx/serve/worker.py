@@ -1,18 +1,17 @@
 """The worker: one thread that loads the model and runs one generation after the other.
 
 MLX's streams belong to a thread, so what is loaded here is used here and nowhere else.
-
-One job on the engine: rounds in, events out. Runs on the worker's thread, the only one that touches MLX.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,24 @@ from llmcad_mlx.errors import UsageError
 from llmcad_mlx.machine import peak_rss_bytes
 from llmcad_mlx.report import generation_report
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.serve.errors import ApiError, internal_error, shutting_down
-from llmcad_mlx.serve.job import FailedEvent, FinishedEvent, Job, PromptEvent, RoundEvent, TokenEvent, TokenLogprob
-from llmcad_mlx.serve.limits import FairQueue
+from llmcad_mlx.serve.jobs import (
+    FailedEvent,
+    FairQueue,
+    FinishedEvent,
+    Job,
+    PromptEvent,
+    RoundEvent,
+    TokenEvent,
+    TokenLogprob,
+)
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.prompt_cache import PromptCache
-from llmcad_mlx.serve.protocol import refused
-from llmcad_mlx.serve.settings import public_name
+from llmcad_mlx.serve.protocol import internal_error, refused, shutting_down
+from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import COMMITTED, DROPPED, ROOT
 
+_log = logging.getLogger(__name__)
+_POLL_S = 0.2  # how soon a Ctrl-C is noticed while a model loads
 _REPORT_FROM = "seed"  # the report's keys before it are said elsewhere in OpenAI's answer
 _LEAST_LOGPROB = -9999.0  # what OpenAI gives for a token that cannot come; JSON has no infinity
 
@@ -41,7 +49,7 @@ class CancelledError(Exception):
 
 
 class Generation:
-    """Runs one job and keeps count of what was done, however it ends."""
+    """One job on the engine: rounds in, events out. Keeps count of what was done, however it ends."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self.stats = GenerationStats()
@@ -153,10 +161,6 @@ class Generation:
         }
 
 
-_log = logging.getLogger(__name__)
-_POLL_S = 0.2  # how soon a Ctrl-C is noticed while a model loads
-
-
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """What others may know of the loaded pair."""
@@ -194,9 +198,7 @@ class Worker:
         self._metrics = metrics
         self._name = name
         self._prompt_cache = prompt_cache
-        self._model: ServedModel | None = None
-        self._error: BaseException | None = None
-        self._loaded = threading.Event()
+        self._model: Future[ServedModel] = Future()
         self._running: Job | None = None
         # A daemon: an interrupt while a model loads must not wait for the rest of it.
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
@@ -204,12 +206,9 @@ class Worker:
     def start(self) -> ServedModel:
         """Load the model and begin to serve the queue. Raises what loading raises."""
         self._thread.start()
-        while not self._loaded.wait(_POLL_S):
+        while not wait([self._model], _POLL_S).done:
             pass
-        if self._model is None:
-            assert self._error is not None
-            raise self._error
-        return self._model
+        return self._model.result()
 
     @property
     def is_alive(self) -> bool:
@@ -236,18 +235,12 @@ class Worker:
     def _run(self) -> None:
         try:
             engine = self._load()
-            self._model = ServedModel(
-                self._name,
-                public_name(engine.pair.draft_name),
-                engine.pair.context_length,
-                engine.pair.vocab_size,
-                engine.tokenizer,
-            )
+            pair, draft = engine.pair, public_name(engine.pair.draft_name)
+            model = ServedModel(self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer)
         except BaseException as error:
-            self._error = error
+            self._model.set_exception(error)
             return
-        finally:
-            self._loaded.set()
+        self._model.set_result(model)
         with engine:
             while (job := self._queue.take()) is not None:
                 self._running = job
@@ -277,7 +270,8 @@ class Worker:
         except CancelledError:
             return FailedEvent(job.reason or shutting_down())
         except Exception as error:
-            return FailedEvent(_told(error))
+            # Only what a client can change is said to it; files and code are the log's business.
+            return FailedEvent(refused(error) if isinstance(error, UsageError) else internal_error(error))
 
 
 def _summary(generation: Generation, end: FinishedEvent | FailedEvent) -> str:
@@ -289,10 +283,14 @@ def _summary(generation: Generation, end: FinishedEvent | FailedEvent) -> str:
     )
 
 
-def _told(error: Exception) -> ApiError:
-    """What a client is told. Only what it can change is said to it; files and code are the log's business."""
-    if isinstance(error, UsageError):
-        return refused(error)
-    error_id = secrets.token_hex(4)
-    _log.error("internal error %s", error_id, exc_info=error)
-    return internal_error(error_id)
+def public_name(name: str | None) -> str:
+    """A preset's or repository's name as it is, a local file or folder by its last part; None: the default target.
+
+    A prefix like "4bit:" stays.
+    """
+    if name is None:
+        return DEFAULT_PRESET
+    head, colon, rest = name.rpartition(":")
+    path = Path(rest).expanduser()
+    is_local = path.is_absolute() or rest.startswith(("~", ".")) or path.exists()
+    return f"{head}{colon}{path.resolve().name or 'model'}" if is_local else name

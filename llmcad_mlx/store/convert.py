@@ -1,15 +1,13 @@
-"""From whatever holds a model to a bundle.
+"""From whatever holds a model to a bundle: GGUF files, mlx-lm's and Hugging Face's folders, presets, repositories.
 
-A model folder, mlx-lm's or Hugging Face's, becomes a bundle; never more than a layer of it is in memory.
-
-Tensors that the model uses as the files hold them are copied as bytes. The others (quantised now, or renamed and
-stacked by mlx-lm) are computed one after the other from lazily loaded arrays.
+Of a folder, tensors that the model uses as the files hold them are copied as bytes. The others (quantised now,
+or renamed and stacked by mlx-lm) are computed one after the other from lazily loaded arrays, so never more than
+a layer of the model is in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import shutil
 from collections.abc import Iterator
@@ -88,18 +86,8 @@ def convert_folder(
         option = "bits" if bits is not None else "group-size"
         raise UsageError(f"--{option}: {source} is quantised already; leave the option out")
     else:
-        weights = _as_it_is(loaded)
+        weights = weights_of(loaded, loaded.model, None if _quantisation_is_mlx(loaded) else loaded.config)
     del loaded  # its arrays must be in `weights` alone
-    write_weights(source, dest, weights, name, progress or NoProgress())
-
-
-def write_bundle(source: Path, dest: Path, *, name: str | None = None, progress: Progress | None = None) -> None:
-    """Write the model in the folder `source` to the bundle `dest` in the precision it has.
-
-    Arguments and errors as for `convert_folder`.
-    """
-    check_destination(dest)
-    weights = _as_it_is(load_model_folder(source, lazy=True, alone=True))
     write_weights(source, dest, weights, name, progress or NoProgress())
 
 
@@ -134,14 +122,6 @@ def is_quantised(model: Any) -> bool:
 
 def _parameters(model: Any) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))
-
-
-def _as_it_is(loaded: LoadedModel) -> NewWeights:
-    config = copy.deepcopy(loaded.config)
-    if not is_quantised(loaded.model):
-        config.pop("quantization_config", None)  # `sanitize` has undone it
-    unchanged = config == loaded.config and _quantisation_is_mlx(loaded)
-    return weights_of(loaded, loaded.model, None if unchanged else config)
 
 
 def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWeights:

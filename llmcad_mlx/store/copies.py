@@ -1,27 +1,20 @@
-"""Drafts made from other drafts, by name: "4bit:DRAFT" is DRAFT in 4 bits, "trimmed:8192:DRAFT" proposes only the
-8192 most usual tokens. DRAFT is whatever else names a draft model, such a copy too: "trimmed:8192:4bit:DRAFT".
+"""Drafts derived from a model, in fewer bits or with a smaller output vocabulary, made once and kept.
 
-Copies of models that are made once and kept in the cache folder.
+"self:4" is the target in 4 bits (SubSpec, arXiv 2509.18344), "4bit:DRAFT" is DRAFT in 4 bits, and
+"trimmed:8192:DRAFT" proposes only the 8192 most usual tokens. DRAFT is whatever else names a draft model, a
+derived one too: "trimmed:8192:4bit:DRAFT". On the disk they are mlx-lm folders like any other:
 
 ```
-<kind>/<model>-<state>-<what>    model: digest of the folder's path; state: of its files' sizes and times
+self-drafts/<model>-<state>-4bit           model: digest of the source folder's path
+drafts/<model>-<state>-4bit                state: digest of its files' sizes and times
+trimmed-drafts/<model>-<state>-8192usual
 ```
-
-A model folder in fewer bits, made once and kept in the cache folder: what self-drafts and smaller drafts are.
-
-The copy is an mlx-lm folder like any other: affine groups of 32.
-
-On a Linux CPU the host kernels take 4 and 8 bits; copies of 2 and 3 bits run there on MLX's own kernels, which are
-right but slow. On Metal and CUDA, MLX's kernels serve all.
-
-`--draft self:4`: the target in fewer bits is its own draft (SubSpec, arXiv 2509.18344).
-
-Drafts with a trimmed output vocabulary, made from drafts with a full one.
+Fewer bits are affine groups of 32. On a Linux CPU the host kernels take 4 and 8 bits; copies of 2 and 3 bits run
+there on MLX's own kernels, which are right but slow.
 
 A draft step spends much of its time on the head: a row for each of 50,000 to 150,000 tokens, of which a few
-thousand make up most of any text. The copy keeps the rows of those; what it cannot propose the target writes
-itself, so the text stays the same. The format is that of `models.trimmed_head`. Copies are kept in
-`trimmed-drafts/` of the cache folder.
+thousand make up most of any text. A trimmed draft keeps the rows of those (`models.draft_folder` has the format);
+what it cannot propose the target writes itself, so the text stays the same.
 """
 
 from __future__ import annotations
@@ -38,6 +31,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.nn.layers.base import Module
 from mlx_lm.utils import dequantize_model
 
@@ -53,32 +47,94 @@ from llmcad_mlx.models.draft_folder import (
 )
 from llmcad_mlx.models.folder import LoadedModel, check_weight_files, load_model_folder, read_config
 from llmcad_mlx.progress import NoProgress, Progress
-from llmcad_mlx.store.cache_folder import home_folder
+from llmcad_mlx.store import home_folder, locked
 from llmcad_mlx.store.convert import is_quantised, quantised_weights, weights_of, write_weights
-from llmcad_mlx.store.pull import locked
-from llmcad_mlx.store.token_counts import usual_tokens
+
+BITS = (2, 3, 4, 8)
+SELF_BITS = (2, 3, 4)
+GROUP_SIZE = 32
+
+_BITS = re.compile(r"(\d+)bit:(.+)", re.DOTALL)
+_TRIMMED = re.compile(r"trimmed:(\d+):(.+)", re.DOTALL)
+_SELF = "self:"
 
 
-def kept_copy(source: Path, kind: str, what: str, make: Callable[[Path], object]) -> Path:
-    """The folder of the copy `what` of the model in `source`; make(folder) writes it where it is not there yet.
+@dataclass(frozen=True, slots=True)
+class DerivedDraft:
+    """`source` (None: the target) in so many `bits`, or with so many output `tokens`; one of the two is None."""
 
-    make: lets the folder appear whole or not at all. The same copy of what the model was before it changed is
-    removed. Raises ModelError for a source that is no model folder, DiskError, and what `make` raises.
-    """
-    identity, state = digest(str(source.resolve())), _state(source)
-    folder = home_folder() / kind / f"{identity}-{state}-{what}"
-    if folder.exists():  # complete, because it got its name last
+    source: str | None
+    bits: int | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> DerivedDraft | None:
+        """What `name` stands for; None for a name of another kind.
+
+        Raises UsageError for bits that cannot be had, here or in the name of the source.
+        """
+        if name.startswith(_SELF):
+            return cls(None, bits=_bits(name, name.removeprefix(_SELF), SELF_BITS, "self:{}"))
+        if found := _BITS.fullmatch(name):
+            draft = cls(found[2], bits=_bits(name, found[1], BITS, "{}bit:DRAFT"))
+        elif found := _TRIMMED.fullmatch(name):
+            draft = cls(found[2], tokens=int(found[1]))
+        else:
+            return None
+        cls.parse(found[2])
+        return draft
+
+    def __str__(self) -> str:
+        return f"{self.prefix}{self.source or ''}"
+
+    @property
+    def prefix(self) -> str:
+        """What comes before the source's name."""
+        if self.source is None:
+            return f"{_SELF}{self.bits}"
+        return f"{self.bits}bit:" if self.bits is not None else f"trimmed:{self.tokens}:"
+
+    def renamed(self, rename: Callable[[str], str]) -> str:
+        """The name with another one for the source."""
+        return str(self if self.source is None else replace(self, source=rename(self.source)))
+
+    def make(self, source: Path, progress: Progress | None = None) -> Path:
+        """The folder of the copy of the model in `source`, made where it is not there yet.
+
+        A copy of what the model was before it changed is removed. Raises UsageError for a model that has no more
+        bits or not so many tokens, ModelError for one that cannot be read, quantised or trimmed, DiskError when
+        the copy does not fit the disk.
+        """
+        kind = "self-drafts" if self.source is None else "trimmed-drafts" if self.bits is None else "drafts"
+        what = f"{self.tokens}usual" if self.bits is None else f"{self.bits}bit"
+        identity, state = _digest(str(source.resolve())), _state(source)
+        folder = home_folder() / kind / f"{identity}-{state}-{what}"
+        if folder.exists():  # complete, because it got its name last
+            return folder
+        with locked(folder):
+            if not folder.exists():
+                for old in folder.parent.glob(f"{identity}-*-{what}"):
+                    shutil.rmtree(old, ignore_errors=True)
+                self._write(source, folder, progress or NoProgress())
         return folder
-    with locked(folder):
-        if not folder.exists():
-            for old in folder.parent.glob(f"{identity}-*-{what}"):
-                shutil.rmtree(old, ignore_errors=True)
-            make(folder)
-    return folder
+
+    def _write(self, source: Path, folder: Path, progress: Progress) -> None:
+        if self.bits is not None:
+            _write_quantised(source, folder, self.bits, str(self), progress)
+            return
+        tokens = usual_tokens(load_model_folder(source, lazy=True, alone=True).tokenizer, self.tokens or 0)
+        progress.note(f"trimming the vocabulary of {source} to {self.tokens} tokens")
+        write_trimmed_draft(source, folder, tokens, progress)
 
 
-def digest(text: str) -> str:
-    """Twelve hexadecimal digits."""
+def _bits(name: str, written: str, choices: tuple[int, ...], form: str) -> int:
+    for bits in choices:
+        if written == str(bits):
+            return bits
+    raise UsageError(f"draft: {name!r} is not one of {', '.join(form.format(bits) for bits in choices)}")
+
+
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -87,32 +143,10 @@ def _state(source: Path) -> str:
     read_config(source)
     files = [source / "config.json", *check_weight_files(source)]
     stats = [(file.name, file.stat()) for file in files]
-    return digest("\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats))
+    return _digest("\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats))
 
 
-BITS = (2, 3, 4, 8)
-GROUP_SIZE = 32
-KIND = "drafts"
-
-
-def quantised_copy(
-    source: Path, bits: int, progress: Progress | None = None, kind: str = KIND, name: str | None = None
-) -> Path:
-    """The folder of a copy of the model in `source` in `bits` bits, made where it is not there yet.
-
-    kind: the folder of the cache folder it goes to. name: what people have typed for it.
-
-    At most one tensor is in memory at full precision while it is made. A copy of what the model was before it
-    changed is removed. Raises UsageError for a model that has no more bits, ModelError for one that cannot be
-    read or quantised, DiskError when the copy does not fit the disk.
-    """
-
-    def make(folder: Path) -> None:
-        loaded = load_model_folder(source, lazy=True, alone=True)
-        _check_bits(loaded, bits, name or f"{bits}bit")
-        _make(loaded, folder, bits, progress or NoProgress())
-
-    return kept_copy(source, kind, f"{bits}bit", make)
+# --- fewer bits ---------------------------------------------------------------------------------------------
 
 
 def stored_bits(loaded: LoadedModel) -> int:
@@ -130,108 +164,85 @@ def stored_bits(loaded: LoadedModel) -> int:
     return present
 
 
-def _make(loaded: LoadedModel, folder: Path, bits: int, progress: Progress) -> None:
+def _write_quantised(source: Path, folder: Path, bits: int, name: str, progress: Progress) -> None:
+    """At most one tensor is in memory at full precision."""
+    loaded = load_model_folder(source, lazy=True, alone=True)
+    present = stored_bits(loaded)
+    if present <= bits:
+        fewer = "fewer bits or " if bits > min(BITS) else ""
+        raise UsageError(
+            f"draft: {name} needs a model of more bits, and {source} has {present}; choose {fewer}another draft"
+        )
     config = copy.deepcopy(loaded.config)
     config.pop("quantization", None)
     config.pop("quantization_config", None)
     model = dequantize_model(loaded.model)  # lazily, as all that follows until the copy is written
     if is_quantised(model):
-        raise ModelError(f"{loaded.path}: has layers that mlx-lm cannot dequantise; choose another draft")
+        raise ModelError(f"{source}: has layers that mlx-lm cannot dequantise; choose another draft")
     # Nothing counts as unchanged: scales of other bits may have the same shape.
     plain = replace(loaded, model=model, config=config, unchanged=frozenset())
+    del loaded, model  # their arrays must be in `weights` alone
     weights = quantised_weights(plain, bits, GROUP_SIZE)
-    progress.note(f"quantising {loaded.path} to {bits} bits, to draft with")
-    write_weights(loaded.path, folder, weights, f"{loaded.path.name} in {bits} bits", progress)
+    progress.note(f"quantising {source} to {bits} bits, to draft with")
+    write_weights(source, folder, weights, f"{source.name} in {bits} bits", progress)
 
 
-def _check_bits(loaded: LoadedModel, bits: int, name: str) -> None:
-    """Refuse what would not become smaller."""
-    present = stored_bits(loaded)
-    if present <= bits:
-        fewer = "fewer bits or " if bits > min(BITS) else ""
+# --- fewer tokens -------------------------------------------------------------------------------------------
+
+
+def usual_tokens(tokenizer: Any, num_tokens: int, counts: npt.NDArray[np.int64] | None = None) -> TokenList:
+    """The `num_tokens` tokens of mlx-lm's `tokenizer` that are worth a row, ascending; special ones among them.
+
+    counts: (V,) occurrences in a corpus, of the target's own text at best. Of tokens that are equally frequent,
+    and without counts of all, the lowest ids are taken: tokenizers number tokens by how frequent they were in
+    what they were trained on. Raises UsageError where `num_tokens` is more than there are or leaves special ones
+    no room.
+    """
+    counts = np.zeros(num_ids(tokenizer), np.int64) if counts is None else counts.copy()
+    special = {int(token) for token in (*tokenizer.eos_token_ids, *tokenizer.all_special_ids)}
+    special |= {int(token) for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    if not max(len(special), 1) <= num_tokens <= len(counts):
         raise UsageError(
-            f"draft: {name} needs a model of more bits, and {loaded.path} has {present}; "
-            f"choose {fewer}another draft"
+            f"--tokens: {num_tokens} is out of range; the model has {len(counts)} tokens, of which "
+            f"{len(special)} special ones are always kept"
         )
+    counts[list(special)] = np.iinfo(np.int64).max
+    return np.sort(np.argsort(-counts, kind="stable")[:num_tokens]).astype(np.int32)
 
 
-PREFIX = "self:"
-SELF_BITS = (2, 3, 4)
-SELF_KIND = "self-drafts"
+def num_ids(tokenizer: Any) -> int:
+    """One more than the highest id of mlx-lm's `tokenizer`."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def self_draft_bits(draft: str) -> int | None:
-    """The bits of a draft named like "self:4"; None for every other name. Raises UsageError for other bits."""
-    if not draft.startswith(PREFIX):
-        return None
-    for bits in SELF_BITS:
-        if draft == f"{PREFIX}{bits}":
-            return bits
-    choices = ", ".join(f"{PREFIX}{bits}" for bits in SELF_BITS)
-    raise UsageError(f"draft: {draft!r} is not one of {choices}")
-
-
-def self_draft(target: Path, bits: int, progress: Progress | None = None) -> Path:
-    """The folder of the target's copy in `bits` bits (2, 3 or 4), made where it is not there yet.
-
-    Raises the errors of `quantised_copy`.
-    """
-    return quantised_copy(target, bits, progress, SELF_KIND, f"{PREFIX}{bits}")
-
-
-TRIMMED_KIND = "trimmed-drafts"
-
-
-def trimmed_draft(draft: Path, tokens: Iterable[int], progress: Progress | None = None) -> Path:
-    """The folder of a copy of the model in `draft` that proposes only `tokens`, made where it is not there yet.
-
-    tokens: full ids in any order. See `token_counts.most_frequent` for a choice of them. What the folder holds is
-    as `write_trimmed_draft` writes it; it can be given as a draft. A copy of what the model was before it changed
-    is removed. Raises the errors of `write_trimmed_draft`.
-    """
-    wanted = _token_list(tokens)
-    what = f"{len(wanted)}tokens-{digest(str(wanted.tolist()))}"
-    return kept_copy(
-        draft, TRIMMED_KIND, what, lambda folder: write_trimmed_draft(draft, folder, wanted, progress)
-    )
-
-
-def write_trimmed_draft(
-    source: Path, dest: Path, tokens: Iterable[int], progress: Progress | None = None
-) -> TokenList:
+def write_trimmed_draft(source: Path, dest: Path, tokens: Iterable[int], progress: Progress | None = None) -> None:
     """Write a copy of the model in the folder `source` to the new folder `dest`, with the head's rows of `tokens`.
 
-    Where the head is the embedding, its rows are copied from there, quantised ones bit for bit; the embedding
-    stays whole. `dest` appears complete or not at all. Returns the tokens in ascending order.
+    tokens: full ids in any order. Where the head is the embedding, its rows are copied from there, quantised ones
+    bit for bit; the embedding stays whole. `dest` appears complete or not at all.
     Raises UsageError for an empty list and a destination that is not free, ModelError for a model that cannot be
     trimmed and tokens it does not have, DiskError when the copy does not fit the disk.
     """
-    wanted = _token_list(tokens)
-    check_destination(dest)
-    loaded = load_model_folder(source, lazy=True, alone=True)
-    if loaded.draft_tokens is not None:
-        raise ModelError(f"{source}: is trimmed already; trim the model that it was made from")
-    config = _trim(loaded, wanted)
-    weights = weights_of(replace(loaded, draft_tokens=wanted), loaded.model, config)
-    name = f"{source.resolve().name} with {len(wanted)} output tokens"
-    del loaded  # its arrays must be in `weights` alone
-    write_weights(source, dest, weights, name, progress or NoProgress())
-    return wanted
-
-
-def _token_list(tokens: Iterable[int]) -> TokenList:
     wanted = np.unique(np.array([int(token) for token in tokens], np.int64))
     if not len(wanted):
         raise UsageError("tokens: the list is empty; give the tokens that the draft may propose")
     if wanted[0] < 0 or wanted[-1] > np.iinfo(np.int32).max:
         raise UsageError(f"tokens: {wanted[0] if wanted[0] < 0 else wanted[-1]} is not a token id")
-    return wanted.astype(np.int32)
+    check_destination(dest)
+    loaded = load_model_folder(source, lazy=True, alone=True)
+    if loaded.draft_tokens is not None:
+        raise ModelError(f"{source}: is trimmed already; trim the model that it was made from")
+    rows = wanted.astype(np.int32)
+    config = _trim(loaded, rows)
+    weights = weights_of(replace(loaded, draft_tokens=rows), loaded.model, config)
+    del loaded  # its arrays must be in `weights` alone
+    name = f"{source.resolve().name} with {len(rows)} output tokens"
+    write_weights(source, dest, weights, name, progress or NoProgress())
 
 
 def _trim(loaded: LoadedModel, tokens: TokenList) -> dict[str, Any]:
     """Give the lazily loaded model a head of the rows `tokens`; returns the config that goes with it."""
-    real = max(loaded.tokenizer.get_vocab().values(), default=-1) + 1
-    check_token_list(tokens, real, str(loaded.path))
+    check_token_list(tokens, num_ids(loaded.tokenizer), str(loaded.path))
     config = copy.deepcopy(loaded.config)
     path = head_path(loaded.model)
     if path is not None:
@@ -264,57 +275,3 @@ def _rows(module: Any, tokens: TokenList) -> Module:
             per_row = value.ndim > 0 and value.shape[0] == num_rows
             chosen[name] = mx.take(value, ids, axis=0) if per_row else value
     return chosen
-
-
-_BITS = re.compile(r"(\d+)bit:(.+)", re.DOTALL)
-_TRIMMED = re.compile(r"trimmed:(\d+):(.+)", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class CopyName:
-    """`draft` in so many `bits`, or with an output vocabulary of so many `tokens`; one of the two is None."""
-
-    draft: str
-    bits: int | None = None
-    tokens: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.prefix}{self.draft}"
-
-    @property
-    def prefix(self) -> str:
-        """What comes before the draft's name."""
-        return f"{self.bits}bit:" if self.bits is not None else f"trimmed:{self.tokens}:"
-
-    @classmethod
-    def of(cls, name: str) -> CopyName | None:
-        """None for a name of another kind. Raises UsageError for bits that cannot be had, here or further in."""
-        copy, found = None, _BITS.fullmatch(name)
-        if found is not None:
-            bits = next((bits for bits in BITS if found[1] == str(bits)), None)
-            if bits is None:
-                choices = ", ".join(f"{bits}bit:DRAFT" for bits in BITS)
-                raise UsageError(f"draft: {name!r} is not one of {choices}")
-            copy = cls(found[2], bits=bits)
-        elif (found := _TRIMMED.fullmatch(name)) is not None:
-            copy = cls(found[2], tokens=int(found[1]))
-        if copy is not None:
-            cls.of(copy.draft)
-        return copy
-
-    def make(self, source: Path, progress: Progress | None = None) -> Path:
-        """The copy of the model in `source`, made where it is not there yet.
-
-        Raises the errors of `quantised_copy` and of `write_trimmed_draft`.
-        """
-        if self.bits is not None:
-            return quantised_copy(source, self.bits, progress, name=str(self))
-        return kept_copy(
-            source, TRIMMED_KIND, f"{self.tokens}usual", lambda dest: self._trim(source, dest, progress)
-        )
-
-    def _trim(self, source: Path, dest: Path, progress: Progress | None) -> None:
-        tokenizer = load_model_folder(source, lazy=True, alone=True).tokenizer
-        tokens = usual_tokens(tokenizer, self.tokens or 0)
-        (progress or NoProgress()).note(f"trimming the vocabulary of {source} to {self.tokens} tokens")
-        write_trimmed_draft(source, dest, tokens, progress)

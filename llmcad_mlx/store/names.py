@@ -9,19 +9,18 @@ import mlx.core as mx
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.progress import progress_for
-from llmcad_mlx.store.cache_folder import home_folder
-from llmcad_mlx.store.choice import Conditions, find_choice
-from llmcad_mlx.store.copies import CopyName, self_draft, self_draft_bits
-from llmcad_mlx.store.profile import profile_path
+from llmcad_mlx.store.copies import DerivedDraft
+from llmcad_mlx.store.presets import NGRAM
+from llmcad_mlx.store.profile import Conditions, find_choice, profile_path
 from llmcad_mlx.store.pull import DEFAULT_PRESET, preset_draft, resolve_draft, resolve_target
 
-NGRAM_DRAFT = "ngram"
+NGRAM_DRAFT = NGRAM
 NO_DRAFT = "none"
 AUTO_DRAFT = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class PairNames:
+class PairPaths:
     """Where a pair's models lie. `draft_name` is for people, `draft_path` None for "ngram" and "none"."""
 
     target_path: Path
@@ -31,70 +30,63 @@ class PairNames:
 
 def find_pair(
     target: str | None, draft: str | None, show_progress: bool, conditions: Conditions | None = None
-) -> PairNames:
+) -> PairPaths:
     """Resolve names to folders, fetching and making what is not there.
 
     conditions: what a tuned draft must have been chosen for, where `draft` is "auto"; None: this device and no
-    memory options. Raises the errors of `resolve_target` and `name_pair`.
+    memory options. Raises the errors of `resolve_target` and `pair_with_draft`.
     """
     target_name = DEFAULT_PRESET if target is None else target
     _check_draft(draft)
     target_path = resolve_target(target_name, show_progress)
     if draft != AUTO_DRAFT:
-        return name_pair(target_path, draft, show_progress)
+        return pair_with_draft(target_path, draft, show_progress)
     choice = find_choice(target_path, conditions or Conditions(device_name()))
     if choice is None:
-        return name_pair(target_path, preset_draft(target_name), show_progress)
+        return pair_with_draft(target_path, preset_draft(target_name), show_progress)
     try:
-        return name_pair(target_path, choice.draft, show_progress)
+        return pair_with_draft(target_path, choice.draft, show_progress)
     except LlmcadError as error:
         raise ModelError(
             f"{error}. `llmcad-mlx tune` chose this draft for {target_path}: run it again, or give --draft"
         ) from None
 
 
-def name_pair(target_path: Path, draft: str | None, show_progress: bool) -> PairNames:
+def pair_with_draft(target_path: Path, draft: str | None, show_progress: bool) -> PairPaths:
     """The target in a folder with a draft that is not "auto", which is fetched or made where it is not there.
 
-    Raises the errors of `resolve_draft`, `quantised_copy` and `write_trimmed_draft`.
+    Raises the errors of `resolve_draft` and `DerivedDraft.make`.
     """
     _check_draft(draft)
     if draft is None or draft in (NO_DRAFT, NGRAM_DRAFT):
-        return PairNames(target_path, draft or NO_DRAFT, None)
-    progress = progress_for(show_progress)
-    bits, copy = self_draft_bits(draft), CopyName.of(draft)
-    if bits is not None:
-        path = self_draft(target_path, bits, progress)
-    elif copy is not None:
-        source = name_pair(target_path, copy.draft, show_progress).draft_path
-        if source is None or not source.is_dir():
-            raise UsageError(f"draft: {copy.draft} is no draft model; leave {copy.prefix!r} out")
-        path = copy.make(source, progress)
-    else:
-        path = resolve_draft(draft, show_progress)
-    return PairNames(target_path, draft, path)
+        return PairPaths(target_path, draft or NO_DRAFT, None)
+    derived = DerivedDraft.parse(draft)
+    if derived is None:
+        return PairPaths(target_path, draft, resolve_draft(draft, show_progress))
+    source = target_path
+    if derived.source is not None:
+        path = pair_with_draft(target_path, derived.source, show_progress).draft_path
+        if path is None or not path.is_dir():
+            raise UsageError(f"draft: {derived.source} is no draft model; leave {derived.prefix!r} out")
+        source = path
+    return PairPaths(target_path, draft, derived.make(source, progress_for(show_progress)))
 
 
 def _check_draft(draft: str | None) -> None:
     """Raises UsageError for what can name no draft, before anything is looked for."""
-    if draft is None:
-        return
-    if not isinstance(draft, str) or not draft:
+    if draft is not None and (not isinstance(draft, str) or not draft):
         raise UsageError(f"draft: {draft!r} is not a folder, repository, preset, 'ngram', 'self:4' or 'none'")
-    copy = CopyName.of(draft)
-    while copy is not None:
-        draft, copy = copy.draft, CopyName.of(copy.draft)
-    self_draft_bits(draft)
+    if draft is not None:
+        DerivedDraft.parse(draft)
 
 
-def pair_profile_path(names: PairNames, streamed_bytes: int | None, read_bandwidth: float | None) -> Path:
+def pair_profile_path(pair: PairPaths, streamed_bytes: int | None, read_bandwidth: float | None) -> Path:
     """Step times depend on what is streamed and how fast, so each way of running has a profile of its own.
 
     streamed_bytes: per pass; None where all is in memory and no budget was set. read_bandwidth: emulated.
     """
     way = () if streamed_bytes is None else (f"{streamed_bytes} streamed", f"{read_bandwidth} bytes/s")
-    models = [names.target_path.resolve(), names.draft_path or names.draft_name, *way]
-    return profile_path(home_folder(), models, device_name())
+    return profile_path([pair.target_path.resolve(), pair.draft_path or pair.draft_name, *way], device_name())
 
 
 def device_name() -> str:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from llmcad_mlx.errors import ModelError
 
 NGRAM = "ngram"
 
-_REPOSITORY = r"[\w.-]+/[\w.-]+"
-
-T = TypeVar("T", str, int)
+_NUMBERS = ("memory_bytes", "num_bytes", "parts")
+_PATTERNS = {
+    "repo": r"[\w.-]+/[\w.-]+",
+    "file": r"[\w.-]+\.gguf",
+    "sha256": r"[0-9a-f]{64}",
+    "packaged": r"\w[\w.-]*",
+    "package": r"[a-z0-9]([a-z0-9-]|\{n\})*",
+    "version": r"[0-9][0-9a-z.]*",
+}
+"""What a text must be; it is part of a file's name, an address or an argument of pip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +93,21 @@ class PresetError(ModelError):
 
 def list_presets() -> list[Preset]:
     """All presets that come with the package."""
-    return list(_packaged().values())
+    text = files("llmcad_mlx.store").joinpath("presets.toml").read_text(encoding="utf-8")
+    return list(parse_presets(text).values())
+
+
+def find_preset(name: str) -> Preset | None:
+    """The preset of this name; None where there is none."""
+    return next((preset for preset in list_presets() if preset.name == name), None)
 
 
 def get_preset(name: str) -> Preset:
-    """Raises ModelError naming the presets there are."""
-    presets = _packaged()
-    if name not in presets:
-        raise ModelError(f"{name}: no such preset; there are {', '.join(presets)}")
-    return presets[name]
+    """As `find_preset`; raises ModelError naming the presets there are."""
+    preset = find_preset(name)
+    if preset is None:
+        raise ModelError(f"{name}: no such preset; there are {', '.join(known.name for known in list_presets())}")
+    return preset
 
 
 def parse_presets(text: str) -> dict[str, Preset]:
@@ -106,105 +119,63 @@ def parse_presets(text: str) -> dict[str, Preset]:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PresetError(f"presets.toml: {error}") from None
-    return {name: _preset(_Table(name, table)) for name, table in tables.items()}
+    return {name: _preset(name, table) for name, table in tables.items()}
 
 
-def _packaged() -> dict[str, Preset]:
-    return parse_presets(files("llmcad_mlx.store").joinpath("presets.toml").read_text(encoding="utf-8"))
-
-
-class _Table:
-    """A TOML table whose entries are taken once each; what is left over is an error."""
-
-    def __init__(self, where: str, content: object) -> None:
-        if not isinstance(content, Mapping):
-            raise PresetError(f"presets.toml: {where} is not a table")
-        self.where = where
-        self._left = dict(content)
-
-    def take(self, key: str, kind: type[T]) -> T:
-        value = self._left.pop(key, None)
-        if type(value) is not kind or not value:
-            raise PresetError(f"presets.toml: {self.where}.{key} is missing or not a {kind.__name__}: {value!r}")
-        return value
-
-    def positive(self, key: str) -> int:
-        value = self.take(key, int)
-        if value < 1:
-            raise PresetError(f"presets.toml: {self.where}.{key} is {value}, not positive")
-        return value
-
-    def matching(self, key: str, pattern: str) -> str:
-        value = self.take(key, str)
-        if not re.fullmatch(pattern, value):
-            raise PresetError(f"presets.toml: {self.where}.{key} is {value!r}, which does not match {pattern}")
-        return value
-
-    def optional(self, key: str) -> object:
-        return self._left.pop(key, None)
-
-    def has(self, key: str) -> bool:
-        return key in self._left
-
-    def end(self) -> None:
-        if self._left:
-            raise PresetError(f"presets.toml: {self.where} has unknown entries: {', '.join(self._left)}")
-
-
-def _preset(table: _Table) -> Preset:
-    draft = table.optional("draft")
-    preset = Preset(
-        name=table.where,
-        summary=table.take("summary", str),
-        license=table.take("license", str),
-        memory_bytes=table.positive("memory_bytes"),
-        target=_source(_Table(f"{table.where}.target", table.optional("target"))),
-        draft=None if draft == NGRAM else _draft_source(_Table(f"{table.where}.draft", draft)),
-        machine=table.take("machine", str) if table.has("machine") else None,
+def _preset(name: str, table: object) -> Preset:
+    keys = ("summary", "license", "memory_bytes")
+    entries = _entries(name, table, *keys, optional=("machine",), nested=("target", "draft"))
+    draft = entries.pop("draft", None)
+    target = _source(f"{name}.target", entries.pop("target", None))
+    return Preset(
+        name, target=target, draft=None if draft == NGRAM else _draft_source(f"{name}.draft", draft), **entries
     )
-    table.end()
-    return preset
 
 
-def _draft_source(table: _Table) -> DraftSource:
-    if not table.has("packaged"):
-        return _source(table)
-    source = PackagedSource(table.matching("packaged", r"\w[\w.-]*"))
-    table.end()
-    return source
+def _draft_source(where: str, table: object) -> DraftSource:
+    if isinstance(table, Mapping) and "packaged" in table:
+        return PackagedSource(_entries(where, table, "packaged")["packaged"])
+    return _source(where, table)
 
 
-def _source(table: _Table) -> Source:
-    return _file_source(table) if table.has("file") else _repo_source(table)
+def _source(where: str, table: object) -> Source:
+    if isinstance(table, Mapping) and "file" in table:
+        keys = ("repo", "revision", "file", "num_bytes", "sha256")
+        entries = _entries(where, table, *keys, nested=("mirror",))
+        mirror = entries.pop("mirror", None)
+        return FileSource(**entries, mirror=None if mirror is None else _mirror(f"{where}.mirror", mirror))
+    return RepoSource(**_entries(where, table, "repo", "revision"))
 
 
-def _repo_source(table: _Table) -> RepoSource:
-    source = RepoSource(table.matching("repo", _REPOSITORY), table.take("revision", str))
-    table.end()
-    return source
-
-
-def _file_source(table: _Table) -> FileSource:
-    mirror = table.optional("mirror")
-    source = FileSource(
-        repo=table.matching("repo", _REPOSITORY),
-        revision=table.take("revision", str),
-        file=table.matching("file", r"[\w.-]+\.gguf"),
-        num_bytes=table.positive("num_bytes"),
-        sha256=table.matching("sha256", r"[0-9a-f]{64}"),
-        mirror=None if mirror is None else _mirror(_Table(f"{table.where}.mirror", mirror)),
-    )
-    table.end()
-    return source
-
-
-def _mirror(table: _Table) -> Mirror:
-    package = table.matching("package", r"[a-z0-9]([a-z0-9-]|\{n\})*")
-    version = table.matching("version", r"[0-9][0-9a-z.]*")
-    parts = table.positive("parts")
+def _mirror(where: str, table: object) -> Mirror:
+    entries = _entries(where, table, "package", "version", "parts", "member")
+    package, version, parts = entries["package"], entries["version"], entries["parts"]
     if parts > 1 and "{n}" not in package:
-        raise PresetError(f"presets.toml: {table.where}.package has no {{n}} for {parts} parts")
+        raise PresetError(f"presets.toml: {where}.package has no {{n}} for {parts} parts")
     names = [package.replace("{n}", str(number)) for number in range(1, parts + 1)]
-    mirror = Mirror(tuple(f"{name}=={version}" for name in names), table.take("member", str))
-    table.end()
-    return mirror
+    return Mirror(tuple(f"{name}=={version}" for name in names), entries["member"])
+
+
+def _entries(
+    where: str, table: object, *keys: str, optional: Sequence[str] = (), nested: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All of `keys`, perhaps some of the others, and no more. `nested` ones are checked by the caller."""
+    if not isinstance(table, Mapping):
+        raise PresetError(f"presets.toml: {where} is not a table")
+    for key in (*keys, *(key for key in optional if key in table)):
+        _check(f"{where}.{key}", key, table.get(key))
+    unknown = [key for key in table if key not in (*keys, *optional, *nested)]
+    if unknown:
+        raise PresetError(f"presets.toml: {where} has unknown entries: {', '.join(unknown)}")
+    return dict(table)
+
+
+def _check(where: str, key: str, value: object) -> None:
+    kind = int if key in _NUMBERS else str
+    if type(value) is not kind or not value:
+        raise PresetError(f"presets.toml: {where} is missing or not a {kind.__name__}: {value!r}")
+    if isinstance(value, int) and value < 1:
+        raise PresetError(f"presets.toml: {where} is {value}, not positive")
+    pattern = _PATTERNS.get(key, ".*")
+    if isinstance(value, str) and not re.fullmatch(pattern, value, re.DOTALL):
+        raise PresetError(f"presets.toml: {where} is {value!r}, which does not match {pattern}")

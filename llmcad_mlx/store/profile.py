@@ -1,74 +1,177 @@
-"""What was learned about a pair of models on this machine: step times and calibration, kept between runs."""
+"""What was learned about models on this machine, kept between runs; none of it affects the text.
+
+Of a pair: step times and calibration, in `profiles/<models and device>.json` of the cache folder. Of a target:
+the draft that `llmcad-mlx tune` chose, which is what `--draft auto` means from then on. It stands in the profile
+of the target's bundle under "drafts"; for a target that is none, or that cannot be written, in
+`profiles/drafts-<target>.json`. A list, the newest last:
+```
+{"draft": "ngram", "device": "cpu", "memory": null, "pinned": null, "read_bandwidth": null, "tokens_per_s": 70.1}
+```
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmcad_mlx.files.atomic import full_disk_error
+from llmcad_mlx.files.bundle import FILE, read_profile, write_profile
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.store import home_folder
 
 _FORMAT_VERSION = 2
+_CHOICES = "drafts"
 
 
 class PairProfile:
     """Costs and calibration of one pair, in a small JSON file.
 
-    A missing, damaged or outdated file means starting afresh: nothing in it affects the text.
+    A missing, damaged or outdated file means starting afresh.
     """
 
     def __init__(self, path: Path | None) -> None:
         """`path`: where to keep it; None: nowhere."""
         self._path = path
-        data = _read(path)
         self.costs = CostModel()
         self.calibration = Calibration()
-        if data is not None:
-            try:
-                costs = CostModel.from_dict(data.get("costs"))
-                self.calibration = Calibration.from_dict(data.get("calibration"))
-                self.costs = costs
-            except (ValueError, TypeError, OverflowError):
-                self.calibration = Calibration()
+        data = None if path is None else _read(path)
+        if data is None or data.get("version") != _FORMAT_VERSION:
+            return
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            costs = CostModel.from_dict(data.get("costs"))
+            self.calibration = Calibration.from_dict(data.get("calibration"))
+            self.costs = costs
 
     def save(self) -> None:
         """Write the file, whole or not at all. A folder that cannot be written is no reason to fail."""
         if self._path is None:
             return
-        data = {
-            "version": _FORMAT_VERSION,
-            "costs": self.costs.to_dict(),
-            "calibration": self.calibration.to_dict(),
-        }
+        learned = {"costs": self.costs.to_dict(), "calibration": self.calibration.to_dict()}
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    json.dump(data, file)
-                os.replace(name, self._path)
-            except BaseException:
-                os.unlink(name)
-                raise
+            _write(self._path, {"version": _FORMAT_VERSION, **learned})
 
 
-def profile_path(home: Path, models: Sequence[Path | str], device: str) -> Path:
+def profile_path(models: Sequence[Path | str], device: str) -> Path:
     """The file for these models (folders, or names such as "ngram") on `device`."""
     key = "\n".join([device, *(str(model) for model in models)])
-    return home / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return home_folder() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def _read(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What a choice was made for: the device, and the memory options as they were given; None: not given."""
+
+    device: str
+    memory: int | None = None
+    pinned: int | None = None
+    read_bandwidth: float | None = None
+
+    def serve(self, now: Conditions) -> bool:
+        """Whether a choice made for these is one for `now`: all is the same, or there is more memory."""
+        same = (self.device, self.pinned, self.read_bandwidth) == (now.device, now.pinned, now.read_bandwidth)
+        return same and self.memory_limit <= now.memory_limit
+
+    @property
+    def memory_limit(self) -> float:
+        """In bytes."""
+        return math.inf if self.memory is None else self.memory
+
+
+@dataclass(frozen=True, slots=True)
+class DraftChoice:
+    """`draft`: as `--draft` takes it. `tokens_per_s`: what was measured with it."""
+
+    draft: str
+    conditions: Conditions
+    tokens_per_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"draft": self.draft, **asdict(self.conditions), "tokens_per_s": self.tokens_per_s}
+
+    @staticmethod
+    def of(entry: object) -> DraftChoice | None:
+        """From `to_dict`; None for what is no such entry."""
+        if not isinstance(entry, Mapping):
+            return None
+        draft, device, speed = (entry.get(name) for name in ("draft", "device", "tokens_per_s"))
+        if not (isinstance(draft, str) and draft and isinstance(device, str) and isinstance(speed, int | float)):
+            return None
+        numbers = [entry.get(name) for name in ("memory", "pinned", "read_bandwidth")]
+        if not all(number is None or isinstance(number, int | float) for number in numbers):
+            return None
+        return DraftChoice(draft, Conditions(device, *numbers), float(speed))
+
+
+def find_choice(target: Path, now: Conditions) -> DraftChoice | None:
+    """The choice for the target in the folder `target`; of several that serve, the one made with most memory.
+
+    What cannot be read is no choice.
+    """
+    serving = [choice for choice in _choices(target) if choice.conditions.serve(now)]
+    return max(serving, key=lambda choice: choice.conditions.memory_limit, default=None)
+
+
+def save_choice(target: Path, choice: DraftChoice) -> Path:
+    """Keep `choice` in place of an earlier one for the same conditions; returns the file it went to.
+
+    Raises DiskError where nothing can be written.
+    """
+    kept = [known for known in _choices(target) if known.conditions != choice.conditions]
+    entries = [known.to_dict() for known in (*kept, choice)]
+    profile = read_profile(target)
+    if profile is not None and write_profile(target, {**profile, _CHOICES: entries}):
+        return target / FILE
+    file = _choices_file(target)
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError):
+        _write(file, {"target": str(target.resolve()), _CHOICES: entries})
+    except OSError as error:
+        raise full_disk_error(error, file) from None
+    return file
+
+
+def _choices(target: Path) -> list[DraftChoice]:
+    """The bundle's, then those of the cache folder: a bundle may have become unwritable, or the reverse."""
+    found: dict[Conditions, DraftChoice] = {}
+    for place in (read_profile(target), _read(_choices_file(target))):
+        entries = None if place is None else place.get(_CHOICES)
+        for entry in entries if isinstance(entries, list) else ():
+            choice = DraftChoice.of(entry)
+            if choice is not None:
+                found[choice.conditions] = choice
+    return list(found.values())
+
+
+def _choices_file(target: Path) -> Path:
+    digest = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]
+    return home_folder() / "profiles" / f"{_CHOICES}-{digest}.json"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return data if isinstance(data, dict) and data.get("version") == _FORMAT_VERSION else None
+    return content if isinstance(content, dict) else None
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(content, stream)
+        os.replace(name, file)
+    except BaseException:
+        os.unlink(name)
+        raise

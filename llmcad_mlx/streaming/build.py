@@ -39,7 +39,6 @@ from llmcad_mlx.streaming.modules import (
 from llmcad_mlx.streaming.storage import Storage
 from llmcad_mlx.streaming.stream import Read, ThreadedStream
 from llmcad_mlx.streaming.weights import Matrix, StoredParameter, StreamParts, WeightIndex
-from llmcad_mlx.verifying.target import ResidentTarget, StreamedTarget
 
 Progress = Callable[[int, int], None]
 
@@ -111,13 +110,13 @@ class Prepared:
     def build(
         self,
         plan: MemoryPlan,
-        vocab_size: int,
         stream_from: Callable[[Storage], Storage],
         on_progress: Progress = lambda done, total: None,
-    ) -> ResidentTarget:
-        """The target under `plan`. stream_from: wraps the storage that passes read from (slower, faulty, …).
+    ) -> SequentialFeed | None:
+        """Make the model ready under `plan`; returns what feeds its passes, None where they read nothing.
 
-        on_progress(done, total) counts bytes of pinned weights.
+        stream_from: wraps the storage that passes read from (slower, faulty, …). on_progress(done, total) counts
+        bytes of pinned weights.
         """
         parts = self.parts
         for matrix in parts.embeddings:
@@ -132,7 +131,7 @@ class Prepared:
             for matrix in parts.embeddings:
                 if not plan.pin_embedding:
                     stream_embedding(matrix.module, RowReader(matrix, self.storage))
-            return ResidentTarget(self.model, vocab_size)
+            return None
         size = max(unit.buffer_bytes for unit, _ in placed)
         buffers = [mx.zeros((size,), mx.uint8) for _ in range(plan.num_buffers)]
         storage = stream_from(self.storage)
@@ -146,7 +145,7 @@ class Prepared:
         for unit in units:
             unit.bind(0)  # lets go of the lazily loaded arrays
         _attach(parts, units, self._streamed_layers(plan), storage, feed, with_rows=not plan.pin_embedding)
-        return StreamedTarget(self.model, vocab_size, feed, plan.prefill_chunk)
+        return feed
 
     def streamed_reads(self, plan: MemoryPlan) -> list[Read]:
         """What a pass under `plan` reads, in order."""

@@ -7,11 +7,8 @@ a round handles tens of nodes, where lists are faster than arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 
 ROOT = 0
 NO_PARENT = -1
@@ -144,18 +141,6 @@ class TokenTree:
             total[node] += total[self.parents[node]]
         return [ROOT, *self.path(max(range(len(total)), key=total.__getitem__))]
 
-    def ancestor_mask(self) -> npt.NDArray[np.bool_]:
-        """Boolean (N, N): entry [i, j] is true where node j is i itself or an ancestor of i."""
-        size = len(self.tokens)
-        mask = np.zeros((size, size), dtype=np.bool_)
-        mask[ROOT, ROOT] = True
-        parents = self.parents
-        for node in range(1, size):
-            row = mask[node]
-            row[:node] = mask[parents[node], :node]
-            row[node] = True
-        return mask
-
     def select(self, num_nodes: int) -> Selection:
         """The `num_nodes` nodes with the highest cumulative confidence (all, if there are fewer).
 
@@ -211,43 +196,6 @@ class TokenTree:
                 self.raw_confidences[node],
             )
         return Selection(tree, old_to_new, kept)
-
-    def draw(self, decode: Callable[[int], str]) -> str:
-        """The tree as text, one node a line: decoded token, then cumulative confidence.
-
-        `decode` turns one token id into text. Children come best first.
-        """
-        lines: list[str] = []
-        pending: list[tuple[int, str, str]] = [(ROOT, "", "")]
-        while pending:
-            node, lead, indent = pending.pop()
-            lines.append(f"{lead}{decode(self.tokens[node])!r} {self.cumulative[node]:.3f}")
-            worst_first = sorted(self._children[node].values(), key=lambda child: self.cumulative[child])
-            for rank, child in enumerate(worst_first):
-                branch, below = ("└─ ", "   ") if rank == 0 else ("├─ ", "│  ")
-                pending.append((child, indent + branch, indent + below))
-        return "\n".join(lines)
-
-    def check_integrity(self) -> None:
-        """Raise ValueError naming the first node whose fields contradict each other."""
-        size = len(self.tokens)
-        columns = (self.parents, self.depths, self.confidences, self.raw_confidences, self.cumulative)
-        if any(len(column) != size for column in (*columns, self.sources, self._children)):
-            raise ValueError("token tree: the per-node lists differ in length")
-        if self.parents[ROOT] != NO_PARENT or self.depths[ROOT] != 0 or self.cumulative[ROOT] != 1.0:
-            raise ValueError("token tree: node 0 is not a root")
-        for node in range(1, size):
-            parent = self.parents[node]
-            if not 0 <= parent < node:
-                raise ValueError(f"token tree: node {node} comes before its parent {parent}")
-            if self.depths[node] != self.depths[parent] + 1:
-                raise ValueError(f"token tree: depth of node {node} does not follow from its parent's")
-            if self._children[parent].get(self.tokens[node]) != node:
-                raise ValueError(f"token tree: node {node} is not its parent's child, or has a twin")
-            if self.cumulative[node] != self.cumulative[parent] * self.confidences[node]:
-                raise ValueError(f"token tree: cumulative confidence of node {node} is stale")
-        if sum(map(len, self._children)) != size - 1:
-            raise ValueError("token tree: a node has children that are not in the tree")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +13,18 @@ import pytest
 
 from llmcad_mlx import load
 from llmcad_mlx.conversations.file import read_conversation
-from tests.support.tiny_folder import EOS, make_folder, tiny_environment
+from tests.support.command_line import CHILD, finished
 
-# Also where the tests run in the background, whose processes ignore Ctrl-C.
-CHILD = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "from llmcad_mlx.cli.main import main; main()"
-)
 QUESTION = "tell me of the cat"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    home = tmp_path_factory.mktemp("home")
-    with tiny_environment(home):
-        yield home
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that never ends a text by itself, with room for as many tokens as a test wants to interrupt."""
-    path = make_folder(tmp_path_factory.mktemp("models") / "endless", context=10_000_000)
-    config = json.loads((path / "config.json").read_text())
-    assert config.pop("eos_token_id") == EOS
-    (path / "config.json").write_text(json.dumps(config))
-    tokenizer = json.loads((path / "tokenizer_config.json").read_text())
-    del tokenizer["eos_token"]
-    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    return path
-
-
-@pytest.fixture(scope="module")
-def draft(folder: Path) -> Path:
-    return make_folder(folder.parent / "draft", noise=0.02)
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 class Terminal:
     """A chat in a pseudo-terminal."""
 
     def __init__(self, *words: object) -> None:
-        environment = {
-            **os.environ,
-            "TERM": "xterm-256color",
-            "NUMBA_NUM_THREADS": "1",
-        }
+        environment = {**os.environ, "TERM": "xterm-256color", "NUMBA_NUM_THREADS": "1"}
         self.child = pexpect.spawn(
             sys.executable, ["-c", CHILD, "chat", *map(str, words)], env=environment, encoding="utf-8",
             codec_errors="replace", timeout=30, dimensions=(40, 100),
@@ -68,8 +33,9 @@ class Terminal:
     def expect(self, text: str) -> None:
         self.child.expect_exact(text)
 
-    def wait(self) -> str:
-        """Until the next message may be typed; returns the status line below it."""
+    def wait(self, shown: str = "") -> str:
+        """Until `shown` is seen and the next message may be typed; returns the status line below it."""
+        self.expect(shown)
         self.expect("\x1b[6n")  # an open prompt asks where the cursor is, and a terminal answers
         self.type("\x1b[3;1R")
         self.child.expect(r"((?:[\d.]+ tokens/s · [\d.]+ tokens per pass · )?memory [\d.]+ [MG]B)")
@@ -81,8 +47,7 @@ class Terminal:
     def say(self, line: str, answer: str) -> str:
         """A line, and what must be seen before the next prompt; returns the status line."""
         self.type(line + "\r")
-        self.expect(answer)
-        return self.wait()
+        return self.wait(answer)
 
     def close(self) -> int:
         """The exit code of a chat that has ended."""
@@ -92,26 +57,21 @@ class Terminal:
         return int(self.child.exitstatus or 0)
 
 
-def test_a_whole_session(folder: Path, draft: Path, home: Path, tmp_path: Path) -> None:
+def test_a_whole_session(endless: Path, draft: Path, tiny_home: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.chat"
-    words = ("--target", folder, "--draft", draft, "-m", "24")
+    words = ("--target", endless, "--draft", draft, "-m", "24")
     chat = Terminal(*words, "--tree-nodes", "8", "--system", "be kind")
-    chat.expect("endless, draft")
-    chat.wait()
+    chat.wait("endless, draft")
     status = chat.say(QUESTION, "[cut at max_tokens 24")
     assert "tokens per pass" in status
 
-    chat.type("/set max_tokens -1\r")
-    chat.expect("[max_tokens -1]")
-    chat.wait()
+    chat.say("/set max_tokens -1", "[max_tokens -1]")
     chat.type("in the\x1b\rother one\r")  # two lines
     chat.child.expect(r"\x1b\[2m[\d.]+ tokens/s · [\d.]+ tokens per pass")  # it is answering
     chat.child.sendintr()
-    chat.expect("[stopped; /quit or Ctrl-D ends the chat]")
-    chat.wait()
+    chat.wait("[stopped; /quit or Ctrl-D ends the chat]")
     chat.child.sendintr()  # at the prompt it ends nothing either
-    chat.expect("[stopped; /quit or Ctrl-D ends the chat]")
-    chat.wait()
+    chat.wait("[stopped; /quit or Ctrl-D ends the chat]")
     chat.say("/undo", "[taken back: in the other one]")
     chat.say("/set max_tokens 24", "[max_tokens 24]")
     chat.say("/set temperature 0.8", "[temperature 0.8]")
@@ -122,12 +82,10 @@ def test_a_whole_session(folder: Path, draft: Path, home: Path, tmp_path: Path) 
     chat.type("/hel\t")  # completed
     chat.expect("p")
     chat.type("\r")
-    chat.expect("Alt-Enter begins a new line")
-    chat.wait()
+    chat.wait("Alt-Enter begins a new line")
     chat.say("/set colour on", "[colour on]")
     chat.type("\x1b[200~some\nlines\x1b[201~\r")  # pasted
-    chat.expect("[cut at max_tokens 24")
-    chat.wait()
+    chat.wait("[cut at max_tokens 24")
     chat.say(f"/save {file}", "[saved")
     chat.type("/quit\r")
     assert chat.close() == 0
@@ -135,7 +93,7 @@ def test_a_whole_session(folder: Path, draft: Path, home: Path, tmp_path: Path) 
     data = read_conversation(file).data
     said = data["conversation"]["messages"]
     assert [message["content"] for message in said[::2]] == [QUESTION, "some\nlines"]
-    with load(folder, None) as engine:
+    with load(endless, None) as engine:
         prompt = [{"role": "system", "content": "be kind"}]
         for question, answer in zip(said[::2], said[1::2], strict=True):
             prompt.append({"role": "user", "content": question["content"]})
@@ -143,8 +101,7 @@ def test_a_whole_session(folder: Path, draft: Path, home: Path, tmp_path: Path) 
             prompt.append({"role": "assistant", "content": answer["content"]})
 
     again = Terminal(*words, "--load", file)
-    again.expect("[loaded talk.chat: 2 messages; the last one was: some lines]")
-    again.wait()
+    again.wait("[loaded talk.chat: 2 messages; the last one was: some lines]")
     again.say("and then", "[cut at max_tokens 24")
     again.type("/stats\r")
     again.child.expect(r"prompt +(\d+) tokens, (\d+) of them read before")
@@ -154,34 +111,31 @@ def test_a_whole_session(folder: Path, draft: Path, home: Path, tmp_path: Path) 
     again.type("\x1b[A\x1b[A\x1b[A")  # the history of both runs: /stats, and then, /quit
     again.expect("/qui")  # the t stands there already
     again.type("\x03")
-    again.expect("[stopped")
-    again.wait()
+    again.wait("[stopped")
     again.type("\x04")
     assert again.close() == 0
-    assert (home / "chat_history").stat().st_mode & 0o777 == 0o600
-    assert "+some\n+lines\n" in (home / "chat_history").read_text()
+    assert (tiny_home / "chat_history").stat().st_mode & 0o777 == 0o600
+    assert "+some\n+lines\n" in (tiny_home / "chat_history").read_text()
 
 
-def test_no_history_keeps_nothing(folder: Path, home: Path) -> None:
-    chat = Terminal("--target", folder, "--draft", "ngram", "-m", "2", "--no-history")
+def test_no_history_keeps_nothing(endless: Path, tiny_home: Path) -> None:
+    chat = Terminal("--target", endless, "--draft", "ngram", "-m", "2", "--no-history")
     chat.wait()
     chat.say("a word that stays here", "[cut at max_tokens 2")
     chat.type("\x04")
     assert chat.close() == 0
-    history = home / "chat_history"
+    history = tiny_home / "chat_history"
     assert not history.exists() or "a word that stays here" not in history.read_text()
 
 
-def test_a_pipe_gets_plain_text(folder: Path, draft: Path) -> None:
+def test_a_pipe_gets_plain_text(endless: Path, draft: Path) -> None:
     lines = [QUESTION, "/set colour on", "/stats", "/tree", "and then"]
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, "chat", "--target", folder, "--draft", draft, "-m", "12"],
-        input="\n".join(lines), capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "TERM": "xterm-256color", "FORCE_COLOR": "1"},
-    )  # fmt: skip
+    environment = {**os.environ, "TERM": "xterm-256color", "FORCE_COLOR": "1"}
+    words = ("--target", endless, "--draft", draft, "-m", "12")
+    done = finished("chat", *words, input="\n".join(lines), env=environment)
     assert done.returncode == 0
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", done.stdout + done.stderr)
-    with load(folder, None) as engine:
+    with load(endless, None) as engine:
         prompt: list[Any] = [{"role": "user", "content": QUESTION}]
         first = engine.generate(prompt, max_tokens=12).text
         prompt += [{"role": "assistant", "content": first}, {"role": "user", "content": "and then"}]

@@ -12,19 +12,21 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pexpect
 import pytest
+import shellingham
 from typer.main import get_command
 
 from llmcad_mlx import __version__
 from llmcad_mlx.cli.main import app, run
+from tests.support.command_line import ENTRY, finished, read_all
 
 ROOT: Any = get_command(app)
 COMMANDS = sorted(ROOT.commands)
 PAGES = [[], *([command] for command in COMMANDS)]
 WIDTHS = (60, 80, 120)
-ENTRY = "from llmcad_mlx.cli.main import main; main()"
 BETWEEN = "=====\n"
 # All pages at all widths in one process: each start takes a second.
 ALL_PAGES = f"""
@@ -38,31 +40,13 @@ for width in {WIDTHS}:
 """
 
 
-@pytest.fixture
-def output(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """Run a command that succeeds; its stdout and stderr."""
-
-    def call(*argv: str) -> tuple[str, str]:
-        capfd.readouterr()
-        assert run(list(argv)) == 0
-        return capfd.readouterr()
-
-    return call
-
-
 @cache
 def pages(on_terminal: bool) -> list[str]:
     """Every help text, in the order of `ALL_PAGES`."""
     reading, writing = pty.openpty() if on_terminal else os.pipe()
     child = subprocess.Popen([sys.executable, "-c", ALL_PAGES], stdout=writing, stderr=writing)
     os.close(writing)
-    read = b""
-    try:
-        while more := os.read(reading, 65536):
-            read += more
-    except OSError:  # how Linux says that the terminal's other end is closed
-        pass
-    os.close(reading)
+    read = read_all(reading)
     assert child.wait(timeout=60) == 0, read.decode()
     return read.decode().replace("\r\n", "\n").split(BETWEEN)[:-1]
 
@@ -106,9 +90,8 @@ def test_a_percent_sign_in_help_is_one(output: Callable[..., tuple[str, str]]) -
     assert " 90%" in re.sub(r"\s+", " ", output("generate", "--help")[0])
 
 
-def test_no_command_shows_the_help(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run([]) == 2
-    assert "Commands" in capfd.readouterr().out
+def test_no_command_shows_the_help(output: Callable[..., tuple[str, str]]) -> None:
+    assert "Commands" in output(code=2)[0]
 
 
 def test_version(output: Callable[..., tuple[str, str]]) -> None:
@@ -118,16 +101,11 @@ def test_version(output: Callable[..., tuple[str, str]]) -> None:
 # --- Completion ---------------------------------------------------------------------------------------------
 
 
-def ask(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, with a home of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", ENTRY, *words],
-        env={**os.environ, "HOME": str(home), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def ask(home: Path, *words: str, **environment: str) -> str:
+    """What the command line prints in a process of its own, with a home of its own."""
+    done = finished(*words, env={**os.environ, "HOME": str(home), **environment})
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -136,15 +114,11 @@ def ask(home: Path, *words: str, **environment: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shells_question_is_answered(tmp_path: Path, shell: str, line: str, expected: str) -> None:
     asked = {
-        "_LLMCAD_MLX_COMPLETE": f"complete_{shell}",
-        "COMP_WORDS": line,
-        "COMP_CWORD": str(len(line.split()) - 1),
-        "_TYPER_COMPLETE_ARGS": line,
+        "_LLMCAD_MLX_COMPLETE": f"complete_{shell}", "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - 1), "_TYPER_COMPLETE_ARGS": line,
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
-    }
-    done = ask(tmp_path, **asked)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert expected in re.split(r"[\s\"(]+", done.stdout)
+    }  # fmt: skip
+    assert expected in re.split(r"[\s\"(]+", ask(tmp_path, **asked))
 
 
 @pytest.mark.parametrize(
@@ -157,20 +131,17 @@ def test_a_shells_question_is_answered(tmp_path: Path, shell: str, line: str, ex
 )
 def test_what_is_installed_is_what_is_shown(tmp_path: Path, shell: str, file: str) -> None:
     shown = ask(tmp_path, "--show-completion", shell)
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert f"_LLMCAD_MLX_COMPLETE=complete_{shell}" in shown.stdout
-    installed = ask(tmp_path, "--install-completion", shell)
-    assert (installed.returncode, installed.stderr) == (0, "")
-    assert file in installed.stdout.replace("\n", "")
+    assert f"_LLMCAD_MLX_COMPLETE=complete_{shell}" in shown
+    assert file in ask(tmp_path, "--install-completion", shell).replace("\n", "")
     written = (tmp_path / file).read_text()
-    assert written.startswith(shown.stdout.strip())
+    assert written.startswith(shown.strip())
     assert ("funcstack" in written) == (shell == "zsh")  # or the first Tab of a session would do nothing
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_tab_completes_in_bash(tmp_path: Path) -> None:
     """Installed, and typed into a shell of its own."""
-    assert ask(tmp_path, "--install-completion", "bash").returncode == 0
+    ask(tmp_path, "--install-completion", "bash")
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "llmcad-mlx").write_text(f"#!/bin/sh\nexec {sys.executable} -c '{ENTRY}' \"$@\"\n")
@@ -193,8 +164,6 @@ def test_tab_completes_in_bash(tmp_path: Path) -> None:
 def test_the_shell_in_use_is_meant_where_none_is_named(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import shellingham
-
     monkeypatch.setattr(shellingham, "detect_shell", lambda: ("fish", "/usr/bin/fish"))
     with pytest.raises(SystemExit) as ended:
         run(["--show-completion"])
@@ -203,20 +172,11 @@ def test_the_shell_in_use_is_meant_where_none_is_named(
 
 
 def test_a_shell_without_completion_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, output: Callable[..., tuple[str, str]]
 ) -> None:
-    import shellingham
-
-    assert run(["--show-completion", "tcsh"]) == 2
-    assert "'tcsh' is not one of 'bash', 'zsh', 'fish'" in capfd.readouterr().err
+    assert "'tcsh' is not one of 'bash', 'zsh', 'fish'" in output("--show-completion", "tcsh", code=2)[1]
     monkeypatch.setattr(shellingham, "detect_shell", lambda: ("tcsh", "/bin/tcsh"))
-    assert run(["--install-completion"]) == 2
     told = "tcsh is not one of bash, zsh, fish; name one, like --install-completion bash"
-    assert capfd.readouterr().err == f"error: --install-completion: {told}\n"
-
-    def unknown() -> None:
-        raise shellingham.ShellDetectionFailure
-
-    monkeypatch.setattr(shellingham, "detect_shell", unknown)
-    assert run(["--show-completion"]) == 2
-    assert "the shell in use is not one of" in capfd.readouterr().err
+    assert output("--install-completion", code=2)[1] == f"error: --install-completion: {told}\n"
+    monkeypatch.setattr(shellingham, "detect_shell", Mock(side_effect=shellingham.ShellDetectionFailure))
+    assert "the shell in use is not one of" in output("--show-completion", code=2)[1]

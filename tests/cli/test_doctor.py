@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import sys
@@ -19,9 +18,9 @@ from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.files.bundle import read_bundle
 from llmcad_mlx.models.folder import LoadedModel
 from llmcad_mlx.store import pull as resolve
-from llmcad_mlx.store.convert import write_bundle
+from tests.support.command_line import TerminalText
 from tests.support.tiny import VOCAB, tiny_tree_model
-from tests.support.tiny_folder import make_folder
+from tests.support.tiny_folder import make_folder, write_bundle
 
 KEYS = {
     "platform", "python", "cpu", "num_cores", "memory_bytes", "available_bytes", "versions", "device",
@@ -106,10 +105,11 @@ def test_another_mlx_lm_is_a_problem(monkeypatch, installed, words):
     assert "pip install" in problem
 
 
-def test_supported_versions_come_from_the_requirement_that_applies_here():
+def test_supported_versions_come_from_the_requirement_that_applies_here(monkeypatch):
     lines = ['mlx-lm<9; sys_platform == "nowhere"', "mlx-lm-extra<1", "mlx-lm<0.33,>=0.32.2"]
-    assert supported_versions("mlx-lm", lines) == "<0.33,>=0.32.2"
-    assert supported_versions("mlx", lines) == ""
+    monkeypatch.setattr(module, "requires", lambda name: lines)
+    assert supported_versions("mlx-lm") == "<0.33,>=0.32.2"
+    assert supported_versions("mlx") == ""
 
 
 def test_json_is_the_only_thing_on_standard_output(tiny_model, capsys):
@@ -168,13 +168,8 @@ def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, cap
     assert problem.startswith(f"problem: model: {file}: layer 1 was altered")
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def test_a_terminal_shows_how_far_verification_is(bundle, monkeypatch):
-    terminal = Terminal()
+    terminal = TerminalText()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert diagnose(str(bundle), show_progress=True).model.checksums_verified
     assert "checking bundle" in terminal.getvalue()

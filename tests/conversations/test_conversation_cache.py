@@ -15,7 +15,7 @@ import pytest
 
 from llmcad_mlx import Engine, Result, UsageError, load
 from llmcad_mlx.conversations.file import read_conversation
-from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, model_drafters
+from llmcad_mlx.conversations.snapshot import DRAFT, TARGET
 from llmcad_mlx.files.atomic import DiskError
 from llmcad_mlx.files.safetensors_writer import SafetensorsWriter, TensorSpec
 from llmcad_mlx.models.cache import LazyKVCache
@@ -121,7 +121,7 @@ def test_a_loaded_conversation_goes_on_as_it_would_have(
         stored = read_conversation(file)
         assert stored.data == DATA
         assert engine.restore_conversation(stored) == []
-        (drafter,) = model_drafters(engine.pair)
+        (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
         assert stored.cache is not None
         assert drafter.num_cached == stored.cache["lengths"][DRAFT] > 2 * WINDOW
         assert engine.pair.target.num_cached == stored.cache["lengths"][TARGET] == len(stored.cache["tokens"])
@@ -344,7 +344,7 @@ def test_another_draft_reads_again_and_the_target_does_not(
     with load(folder, other) as engine:
         (line,) = engine.restore_conversation(read_conversation(saved))
         assert line.startswith("the draft's saved cache is not used: the model computes other values")
-        (drafter,) = model_drafters(engine.pair)
+        (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
         assert drafter.num_cached == 0
         result = second_turn(engine, messages)
     assert (result.tokens, result.stats.reused_tokens > 0) == (tokens, True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.models import positions
+from llmcad_mlx.models.adapt import adaptations
 from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.models.slots import SlotTable
 
@@ -33,8 +35,8 @@ ERROR = 5e-7
 DTYPES = {"fp32": mx.float32, "fp16": mx.float16, "bf16": mx.bfloat16}
 QUANTIZED = [(bits, group, dtype) for bits in (4, 8) for group in (32, 64, 128) for dtype in DTYPES]
 STORAGES = [*QUANTIZED, *((None, 32, dtype) for dtype in DTYPES)]
-# Output sizes that fill no block, down to the smallest; inputs of one group, and beyond a block of 32 chunks.
-SHAPES = [(1, 4), (2, 13), (9, 30), (36, 11)]
+# Output sizes that fill no block, down to the smallest, and one; inputs of one group, and beyond 32 chunks.
+SHAPES = [(1, 4), (2, 7), (3, 8), (3, 13), (9, 30), (36, 11)]
 
 
 def make_linear(
@@ -107,16 +109,6 @@ def test_matmul_is_right_and_rows_do_not_depend_on_their_company(bits: int | Non
             first = (7 * count) % (MAX_ROWS - count + 1)
             together = apply(layer, x[first : first + count])
             np.testing.assert_array_equal(together, alone[first : first + count], f"{count} rows of {num_in}")
-
-
-@pytest.mark.parametrize("bits", [4, None])
-@pytest.mark.parametrize("num_out", [4, 5, 6, 7, 8, 9])
-def test_outputs_smaller_than_a_block(num_out: int, bits: int | None) -> None:
-    layer = on_kernels(make_linear(bits, 32, "fp32", 96, num_out))
-    x = rows_of(96)
-    exact = x.astype(np.float64) @ exact_weights(layer).T
-    for count in (1, 6, 7, 20, 21, 40):
-        assert relative_error(apply(layer, x[:count]), exact[:count]) <= ERROR, f"{count} rows"
 
 
 @pytest.mark.parametrize(("bits", "group", "dtype"), [(4, 64, "fp16"), (8, 32, "bf16"), (None, 32, "fp32")])
@@ -361,18 +353,10 @@ def test_attention_does_not_depend_on_threads() -> None:
 # -- whole blocks ------------------------------------------------------------------------------------------
 
 _ARGS: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 40,
-    "head_dim": 32,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
+    "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 40, "head_dim": 32, "rope_theta": 10000.0,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def make_model(family: Any, **changes: Any) -> Any:
@@ -417,84 +401,65 @@ def assert_same_outputs(block: Any, original: Any) -> None:
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
-ROPES = {
-    "own": None,
-    "partial": lambda: nn.RoPE(16),
-    "traditional": lambda: nn.RoPE(32, traditional=True),
-    "partial traditional": lambda: nn.RoPE(16, traditional=True),
-    "one pair": lambda: nn.RoPE(2),
-    "linear": lambda: nn.RoPE(32, scale=0.25),
-    "llama3": lambda: initialize_rope(
-        32, 500000.0, False, {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ),
-    "yarn": lambda: initialize_rope(
-        32, 10000.0, False, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("rope", ROPES)
-def test_llama_blocks_equal_mlx_blocks_whatever_the_rotation(rope: str) -> None:
-    ours, theirs = make_model(llama), make_model(llama)
-    for model in (ours, theirs):
+def two_models(
+    family: Any = llama,
+    bits: int | None = None,
+    dtype: str = "fp32",
+    rope: Callable[[], nn.Module] | None = None,
+    **changes: Any,
+) -> tuple[Any, Any]:
+    """One model twice: its linear layers on our kernels, and wholly on MLX's in fp32."""
+    models = [make_model(family, **changes) for _ in range(2)]
+    for model in models:
         for layer in model.layers:
-            if ROPES[rope] is not None:
-                layer.self_attn.rope = ROPES[rope]()
+            layer.self_attn.rope = rope() if rope is not None else layer.self_attn.rope
+        model.set_dtype(DTYPES[dtype])
+        if bits is not None:
+            nn.quantize(model, 32, bits)
+    ours, theirs = models
     cpu_linear.install_cpu_linears(ours)
-    assert cpu_block.install_cpu_blocks(ours) == 2
+    theirs.set_dtype(mx.float32)
     positions.install(theirs)
+    return ours, theirs
+
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+BLOCKS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "partial rotation": {"rope": lambda: nn.RoPE(16)},
+    "traditional rotation": {"rope": lambda: nn.RoPE(32, traditional=True)},
+    "partial traditional rotation": {"rope": lambda: nn.RoPE(16, traditional=True)},
+    "one rotated pair": {"rope": lambda: nn.RoPE(2)},
+    "linear scaling": {"rope": lambda: nn.RoPE(32, scale=0.25)},
+    "llama3 scaling": {"rope": lambda: initialize_rope(32, 500000.0, False, _LLAMA3)},
+    "yarn scaling": {"rope": lambda: initialize_rope(32, 10000.0, False, _YARN)},
+    "qwen2": {"family": qwen2, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "qwen3": {"family": qwen3},
+    "wide qwen3": {"family": qwen3, "head_dim": 128, "num_attention_heads": 2},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "no groups": {"num_key_value_heads": 4},
+    "one group": {"num_key_value_heads": 1, "head_dim": 96},
+    "4 bits and bf16": {"bits": 4, "dtype": "bf16"},
+    "8 bits and fp16": {"bits": 8, "dtype": "fp16"},
+    "bf16": {"dtype": "bf16"},
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_blocks_equal_mlx_blocks(case: str) -> None:
+    ours, theirs = two_models(**BLOCKS[case])
+    assert cpu_block.install_cpu_blocks(ours) == 2
     for block, original in zip(ours.layers, theirs.layers, strict=True):
         assert_same_outputs(block, original)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        (qwen2, {}),
-        (qwen3, {}),
-        (llama, {"attention_bias": True, "mlp_bias": True}),
-        (llama, {"num_key_value_heads": 4}),
-        (llama, {"num_key_value_heads": 1, "head_dim": 96}),
-        (qwen3, {"head_dim": 128, "num_attention_heads": 2}),
-    ],
-)
-def test_blocks_of_other_shapes_equal_mlx_blocks(family: Any, changes: dict[str, Any]) -> None:
-    if family is qwen2 and "head_dim" not in changes:
-        changes = {"num_attention_heads": 2, "num_key_value_heads": 1, **changes}  # qwen2: hidden / heads
-    ours, theirs = make_model(family, **changes), make_model(family, **changes)
-    cpu_linear.install_cpu_linears(ours)
-    assert cpu_block.install_cpu_blocks(ours) == 2
-    positions.install(theirs)
-    assert_same_outputs(ours.layers[0], theirs.layers[0])
-
-
-@pytest.mark.parametrize(("bits", "dtype"), [(4, "bf16"), (8, "fp16"), (None, "bf16")])
-def test_blocks_with_packed_or_16_bit_weights(bits: int | None, dtype: str) -> None:
-    models = []
-    for _ in range(2):
-        model = make_model(llama)
-        model.set_dtype(DTYPES[dtype])
-        if bits is not None:
-            nn.quantize(model, 32, bits)
-        models.append(model)
-    ours, theirs = models
-    cpu_linear.install_cpu_linears(ours)
-    assert cpu_block.install_cpu_blocks(ours) == 2
-    theirs.set_dtype(mx.float32)
-    positions.install(theirs)
-    assert_same_outputs(ours.layers[1], theirs.layers[1])
-
-
 @pytest.mark.parametrize(("bits", "dtype"), [(4, "bf16"), (8, "fp16"), (None, "fp32")])
 def test_a_block_gives_a_row_the_same_bits_however_the_prompt_is_cut(bits: int | None, dtype: str) -> None:
-    model = make_model(llama, attention_bias=True)
-    model.set_dtype(DTYPES[dtype])
-    if bits is not None:
-        nn.quantize(model, 32, bits)
-    cpu_linear.install_cpu_linears(model)
+    model, _ = two_models(bits=bits, dtype=dtype, attention_bias=True)
     assert cpu_block.install_cpu_blocks(model) == 2
     x = rows_of(64, 45)
     results = []
@@ -518,12 +483,7 @@ class ReluMLP(llama.MLP):
         return self.down_proj(nn.relu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def _other_activation(layer: Any) -> None:
-    mlp = ReluMLP(llama.ModelArgs.from_dict({**_ARGS, "model_type": "llama"}))
-    layer.mlp = mlp
-
-
-def _capped_scores(layer: Any) -> None:
+def _capped(layer: Any) -> None:
     class Scaled(type(layer)):  # type: ignore[misc]
         def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
             return 0.5 * super().__call__(x, mask, cache)
@@ -531,26 +491,25 @@ def _capped_scores(layer: Any) -> None:
     layer.__class__ = Scaled
 
 
-def _extra_norm(layer: Any) -> None:
-    layer.pre_feedforward_layernorm = nn.RMSNorm(64)
+MISFITS: dict[str, Callable[[Any], Any]] = {
+    "another activation": lambda layer: layer.update_modules(
+        {"mlp": ReluMLP(llama.ModelArgs.from_dict({**_ARGS, "model_type": "llama"}))}
+    ),
+    "capped outputs": _capped,
+    "another norm": lambda layer: setattr(layer, "input_layernorm", nn.LayerNorm(64)),
+    "one norm more": lambda layer: setattr(layer, "pre_feedforward_layernorm", nn.RMSNorm(64)),
+}
 
 
-def _layer_norm(layer: Any) -> None:
-    layer.input_layernorm = nn.LayerNorm(64)
-
-
-@pytest.mark.parametrize("change", [_other_activation, _capped_scores, _extra_norm, _layer_norm])
-def test_a_block_that_does_not_fit_is_left_alone(change: Any) -> None:
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_block_that_does_not_fit_is_left_alone(misfit: str) -> None:
     model, untouched = make_model(llama), make_model(llama)
     for changed in (model, untouched):
-        change(changed.layers[0])
-    for source, copy in zip(model.layers, untouched.layers, strict=True):
-        copy.update(source.parameters())
+        MISFITS[misfit](changed.layers[0])
+    untouched.update(model.parameters())
     cpu_linear.install_cpu_linears(model)
-    classes = [type(layer) for layer in model.layers]
     assert cpu_block.install_cpu_blocks(model) == 1  # the second layer is as usual
-    assert type(model.layers[0]) is classes[0]
-    assert type(model.layers[1]) is not classes[1]
+    assert [adaptations(layer) for layer in model.layers] == [[], [cpu_block.CpuBlock]]
     positions.install(model)
     positions.install(untouched)
     assert_same_outputs(model.layers[0], untouched.layers[0])
@@ -561,20 +520,15 @@ def test_a_block_that_does_not_fit_is_left_alone(change: Any) -> None:
     [{"head_dim": 16}, {"head_dim": 48}, {"intermediate_size": 40}, {"hidden_size": 80, "head_dim": 32}],
 )
 def test_shapes_the_kernels_cannot_take_are_left_alone(changes: dict[str, Any]) -> None:
-    model = make_model(llama, **changes)
-    cpu_linear.install_cpu_linears(model)
-    classes = [type(layer) for layer in model.layers]
+    model, _ = two_models(**changes)
     assert cpu_block.install_cpu_blocks(model) == 0
-    assert [type(layer) for layer in model.layers] == classes
+    assert [adaptations(layer) for layer in model.layers] == [[], []]
 
 
 @pytest.mark.parametrize(
     "rope",
     [
-        nn.RoPE(64),
-        nn.RoPE(64, traditional=True),
-        nn.RoPE(32),
-        nn.RoPE(32, traditional=True),
+        *(nn.RoPE(dims, traditional=traditional) for dims in (64, 32) for traditional in (False, True)),
         nn.RoPE(2, traditional=True),
         nn.RoPE(64, base=1e6, scale=0.125),
         nn.RoPE(64, traditional=True, base=1e6, scale=0.125),
@@ -603,14 +557,9 @@ def test_rotation_tables_equal_fast_rope(rope: nn.RoPE) -> None:
 
 def test_layers_that_rotate_alike_share_their_tables() -> None:
     """Tables of its own for each of 900 layers took more memory than the plan had."""
-    model = make_model(llama)
-    cpu_linear.install_cpu_linears(model)
-    assert cpu_block.install_cpu_blocks(model) == 2
-    first, second = (layer._cpu_block.rotation for layer in model.layers)
-    assert first is second
-    other = make_model(llama)
-    other.layers[1].self_attn.rope = nn.RoPE(other.layers[1].self_attn.rope.dims, base=7.0)
-    cpu_linear.install_cpu_linears(other)
-    assert cpu_block.install_cpu_blocks(other) == 2
-    first, second = (layer._cpu_block.rotation for layer in other.layers)
-    assert first is not second
+    bases = itertools.count(7)
+    for rope, shared in ((None, True), (lambda: nn.RoPE(32, base=float(next(bases))), False)):
+        model, _ = two_models(rope=rope)
+        assert cpu_block.install_cpu_blocks(model) == 2
+        first, second = (layer._cpu_block.rotation for layer in model.layers)
+        assert (first is second) == shared

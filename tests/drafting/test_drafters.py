@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from llmcad_mlx.drafting import model as candidates
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
-from llmcad_mlx.drafting.vocabulary import check_same_tokens
 from llmcad_mlx.errors import GenerationError, VocabularyError
+from llmcad_mlx.models.draft_folder import check_same_tokens
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
-from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TokenTree

@@ -115,7 +115,7 @@ def test_what_it_is_worth_is_learned_under_its_name(folder: Path) -> None:
         with load(folder, "ngram") as engine:
             assert isinstance(engine, Engine)
             calibration = engine.pair.profile.calibration
-            assert expected - 0.01 <= calibration.probability(0.5, "learner") <= 1.0
+            assert expected - 0.01 <= calibration.probabilities([0.5], "learner")[0] <= 1.0
             said = plain_tokens(engine)
             knows = Clairvoyant(engine.encode(PROMPT), said)
 

@@ -11,21 +11,21 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from llmcad_mlx.cpu import prepare_for_device
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.errors import GenerationError
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
-from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import TokenTree
-from llmcad_mlx.verifying.target import ResidentTarget, Verification
+from llmcad_mlx.verifying import Target, Verification
 from tests.support.architecture_configs import VOCAB as FAMILY_VOCAB
 from tests.support.architecture_configs import build, config_of
 from tests.support.rounds import PROMPT, Charged, Rounds, forced, model, sampler_of
@@ -47,10 +47,10 @@ def family(name: str) -> TreeModel:
 def engine_of(
     drafters: Sequence[Drafter],
     policy: GrowthPolicy,
-    target: ResidentTarget | None = None,
+    target: Target | None = None,
     clock: Callable[[], float] | None = None,
 ) -> Rounds:
-    return Rounds(target or ResidentTarget(model(), VOCAB), drafters, policy, clock=clock)
+    return Rounds(target or Target(model(), VOCAB), drafters, policy, clock=clock)
 
 
 def greedy(vocab_size: int = VOCAB) -> TargetSampler:
@@ -102,8 +102,8 @@ def run_rounds(engine: Rounds, count: int, stop: Callable[[int], bool]) -> None:
 
 
 PLACES = ["verify", "expand", "model expand", "target commit", "drafter commit", "policy", "stop"]
-TARGETS: dict[str, Callable[[], ResidentTarget]] = {
-    "resident": lambda: ResidentTarget(model(), VOCAB),
+TARGETS: dict[str, Callable[[], Target]] = {
+    "resident": lambda: Target(model(), VOCAB),
     "waiting": lambda: WaitingTarget(model(), VOCAB, most=4),  # most expansions happen inside of verify
 }
 
@@ -204,7 +204,7 @@ def test_an_interrupted_prefill_is_taken_up_again() -> None:
 
 
 def test_logits_that_are_not_numbers_end_in_one_clear_error() -> None:
-    class Broken(ResidentTarget):
+    class Broken(Target):
         def verify(self, tree: TokenTree, background: Background = None) -> Verification:
             sound = super().verify(tree)
             return Verification(sound.logits * float("nan"), sound.slots)
@@ -313,7 +313,7 @@ def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
 # -- models that take no trees -----------------------------------------------------------------------------
 
 
-class Watching(ResidentTarget):
+class Watching(Target):
     """Keeps what it was given."""
 
     def __init__(self, *args: Any) -> None:
@@ -354,7 +354,7 @@ def test_a_target_that_takes_chains_only_ever_gets_chains(kind: str) -> None:
         engine.round(greedy(FAMILY_VOCAB), stats)
     assert all(parents == list(range(-1, len(parents) - 1)) for parents in target.seen)
     assert max(map(len, target.seen)) > 1
-    plain = engine_of([], ChainPolicy(0), ResidentTarget(chain_model, FAMILY_VOCAB))
+    plain = engine_of([], ChainPolicy(0), Target(chain_model, FAMILY_VOCAB))
     plain.begin(PROMPT)
     text = engine.tokens[len(PROMPT) :]
     assert text == decode(plain, len(text), greedy(FAMILY_VOCAB))
@@ -362,7 +362,7 @@ def test_a_target_that_takes_chains_only_ever_gets_chains(kind: str) -> None:
 
 def test_a_draft_that_takes_chains_only_proposes_below_its_own_line() -> None:
     target, draft = family("gpt2"), family("gpt2")
-    engine = engine_of([ModelDrafter(draft)], ChainPolicy(4), ResidentTarget(target, FAMILY_VOCAB))
+    engine = engine_of([ModelDrafter(draft)], ChainPolicy(4), Target(target, FAMILY_VOCAB))
     engine.begin(PROMPT)
     stats = GenerationStats()
     for _ in range(10):
@@ -373,11 +373,11 @@ def test_a_draft_that_takes_chains_only_proposes_below_its_own_line() -> None:
 
 def test_a_chain_draft_is_safe_under_a_policy_that_wants_a_tree() -> None:
     draft = family("gpt2")
-    target = ResidentTarget(family("llama"), FAMILY_VOCAB)
+    target = Target(family("llama"), FAMILY_VOCAB)
     engine = engine_of([ModelDrafter(draft)], forced(12), target)
     engine.begin(PROMPT)
     text = decode(engine, 30, greedy(FAMILY_VOCAB))
-    plain = engine_of([], ChainPolicy(0), ResidentTarget(family("llama"), FAMILY_VOCAB))
+    plain = engine_of([], ChainPolicy(0), Target(family("llama"), FAMILY_VOCAB))
     plain.begin(PROMPT)
     assert text == decode(plain, len(text), greedy(FAMILY_VOCAB))
 
@@ -391,7 +391,7 @@ def mlx_lm_text(name: str, prompt: Sequence[int], count: int) -> list[int]:
 def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -> None:
     plain_model = family("mamba")
     assert plain_model.capability == "plain"
-    engine = engine_of([], forced(8), ResidentTarget(plain_model, FAMILY_VOCAB))
+    engine = engine_of([], forced(8), Target(plain_model, FAMILY_VOCAB))
     engine.begin(PROMPT)
     text = decode(engine, 24, greedy(FAMILY_VOCAB))
     assert text == mlx_lm_text("mamba", PROMPT, 24)
@@ -409,7 +409,7 @@ def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -
 
 @pytest.mark.parametrize("edited", [False, True])
 def test_such_a_model_survives_an_interruption(edited: bool) -> None:
-    engine = engine_of([], ChainPolicy(0), ResidentTarget(family("mamba"), FAMILY_VOCAB))
+    engine = engine_of([], ChainPolicy(0), Target(family("mamba"), FAMILY_VOCAB))
     engine.begin(PROMPT)
     decode(engine, 4, greedy(FAMILY_VOCAB))
     Interrupting(engine.target, "verify", 1, True)

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.engine.round import Round
+from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
-from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.streaming.feed import SequentialFeed
 from llmcad_mlx.tree.token_tree import TokenTree
-from llmcad_mlx.verifying.target import ResidentTarget, StreamedTarget
+from llmcad_mlx.verifying import Target
 from tests.support.rounds import PROMPT, Rounds, sampler_of
 from tests.support.simulated_stream import SimulatedClock, SimulatedStream
 from tests.support.tiny import VOCAB, tiny_tree_model
@@ -225,7 +225,7 @@ class TimedDrafter(ModelDrafter):
 
 
 def engine_of(
-    target: ResidentTarget, clock: SimulatedClock, step_s: float | None, make: Callable[[CostModel], GrowthPolicy]
+    target: Target, clock: SimulatedClock, step_s: float | None, make: Callable[[CostModel], GrowthPolicy]
 ) -> Rounds:
     costs = CostModel()
     drafters = [] if step_s is None else [TimedDrafter(clock, step_s)]
@@ -252,7 +252,7 @@ def rounds(engine: Rounds, stats: GenerationStats, count: int, seed: int = 3) ->
     return [engine.round(sampler_of(0.7, seed), stats) for _ in range(count)]
 
 
-def stream_of(target: StreamedTarget) -> SimulatedStream:
+def stream_of(target: Target) -> SimulatedStream:
     stream = target.feed.stream
     assert isinstance(stream, SimulatedStream)
     return stream
@@ -339,7 +339,7 @@ def test_the_text_does_not_depend_on_the_timing(
 @functools.cache
 def reference(count: int) -> list[int]:
     """Plain tokens of the target in memory."""
-    target = ResidentTarget(tiny_tree_model(0, host=False, layers=4), VOCAB)
+    target = Target(tiny_tree_model(0, host=False, layers=4), VOCAB)
     engine = engine_of(target, SimulatedClock(), None, plain)
     engine.begin(PROMPT)
     rounds(engine, GenerationStats(), count)
@@ -350,7 +350,7 @@ def reference(count: int) -> list[int]:
 def submitted() -> list[list[int]]:
     """The trees that the target in memory is given."""
     clock = SimulatedClock()
-    target = ResidentTarget(tiny_tree_model(0, host=False, layers=4), VOCAB)
+    target = Target(tiny_tree_model(0, host=False, layers=4), VOCAB)
     engine = engine_of(target, clock, 1.0, without_pipeline)
     engine.begin(PROMPT)
     return [done.selection.tree.tokens for done in rounds(engine, GenerationStats(), 10)]

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.engine.round import Round
+from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
-from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import walk
-from llmcad_mlx.verifying.target import ResidentTarget, Verification
+from llmcad_mlx.verifying import Target, Verification
 from tests.support.rounds import PROMPT, Charged, Rounds, forced, model, sampler_of
 from tests.support.simulated_stream import SimulatedClock
 from tests.support.tiny import VOCAB
@@ -30,7 +30,7 @@ from tests.support.waiting_target import WaitingTarget
 def engine_of(
     policy: GrowthPolicy,
     drafters: Sequence[Drafter] | None = None,
-    target: ResidentTarget | None = None,
+    target: Target | None = None,
     clock: Callable[[], float] | None = None,
 ) -> Rounds:
     """An engine whose draft is the target's own model, unless told otherwise."""
@@ -172,7 +172,7 @@ def test_a_carried_tree_is_dropped_when_anything_changes(change: str) -> None:
 def test_what_was_drafted_but_not_submitted_serves_a_resident_target_too() -> None:
     """The target's token after the accepted path is often one the policy left out."""
     drafter = ModelDrafter(model(0.3))
-    engine = engine_of(forced(3), [drafter], ResidentTarget(model(), VOCAB))
+    engine = engine_of(forced(3), [drafter], Target(model(), VOCAB))
     stats = GenerationStats()
     engine.begin(PROMPT, stats)
     sizes = [0 if done.survivors is None else 1 for done in run(engine, 60, stats)]
@@ -233,8 +233,8 @@ def test_seconds_are_charged_to_who_spent_them() -> None:
     assert stats.other_s == 0.0
 
 
-@pytest.mark.parametrize("target", [ResidentTarget, WaitingTarget])
-def test_lookups_take_no_drafting_time(target: type[ResidentTarget]) -> None:
+@pytest.mark.parametrize("target", [Target, WaitingTarget])
+def test_lookups_take_no_drafting_time(target: type[Target]) -> None:
     """Nor must they teach the cost model that a draft step takes none."""
     engine, stats = engine_of(forced(8), [NgramDrafter()], target(model(), VOCAB)), GenerationStats()
     engine.begin(PROMPT, stats)
@@ -388,7 +388,7 @@ def test_calibration_learns_from_provisional_nodes_too() -> None:
     selection = policy.submit(tree)
     policy.provisional_leaves(tree, MODEL, 8)
     policy.add(tree, 3, Candidates([9], [0.8]))
-    before = policy.calibration.probability(0.8, MODEL)
+    before = policy.calibration.probabilities([0.8], MODEL)[0]
     text = iter([1, 3, 9])
     policy.verified(selection.tree, walk(selection.tree, lambda node, path: next(text)))
-    assert policy.calibration.probability(0.8, MODEL) > before
+    assert policy.calibration.probabilities([0.8], MODEL)[0] > before

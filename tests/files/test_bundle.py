@@ -22,9 +22,9 @@ from llmcad_mlx.files import bundle_writer
 from llmcad_mlx.files.bundle import FILE, Bundle, read_bundle, verify_bundle
 from llmcad_mlx.files.bundle_writer import BundleWriter, layer_index, plan_layers
 from llmcad_mlx.files.safetensors_writer import TensorSpec
-from llmcad_mlx.store.convert import convert_folder, write_bundle
+from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.streaming.weights import WeightIndex
-from tests.support.tiny_folder import copy_folder, make_folder
+from tests.support.tiny_folder import copy_folder, make_folder, write_bundle
 
 LAYERS = 3
 

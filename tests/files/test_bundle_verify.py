@@ -15,12 +15,11 @@ from llmcad_mlx import load
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.errors import ModelError, StorageError, UsageError
 from llmcad_mlx.files.bundle import read_bundle
-from llmcad_mlx.store.convert import write_bundle
 from llmcad_mlx.streaming import weights as parts
 from llmcad_mlx.streaming.build import Prepared
 from llmcad_mlx.streaming.storage import FileStorage
 from tests.support.architecture_configs import build, config_of
-from tests.support.tiny_folder import VOCAB, copy_folder, make_folder, tiny_environment, write_folder
+from tests.support.tiny_folder import VOCAB, copy_folder, make_folder, tiny_environment, write_bundle, write_folder
 
 PROMPT = "then the other one ran in and then the other one"
 LAYERS = 5

@@ -29,13 +29,13 @@ from llmcad_mlx.measure.plots import MISSING
 from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts
 from llmcad_mlx.measure.records import Generation, Place, Run
 from llmcad_mlx.measure.variants import Variant, parse_variants
-from llmcad_mlx.policy.policy import Candidates
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings, SpeculationSettings
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 from tests.support.tiny import VOCAB, tiny_llama, tiny_tree_model
 
 OURS = "plain,chain:2,paper,throughput,tree:6,ngram,wrong,no-draft"
@@ -68,7 +68,7 @@ def model_folder(path: Path, seed: int) -> Path:
 def pair(tokenizer, tmp_path_factory) -> LoadedPair:
     """Target and draft with the same weights: a perfect draft."""
     return LoadedPair(
-        target=ResidentTarget(tiny_tree_model(3), VOCAB),
+        target=Target(tiny_tree_model(3), VOCAB),
         drafters=[NgramDrafter(), ModelDrafter(tiny_tree_model(3))],
         tokenizer=tokenizer,
         vocab_size=VOCAB,

@@ -29,7 +29,7 @@ from llmcad_mlx.measure.records import Generation, Place, Run
 from llmcad_mlx.measure.tune import (
     Candidate,
     CandidateFigures,
-    Candidates,
+    DraftSearch,
     Lineup,
     Prediction,
     Split,
@@ -49,12 +49,11 @@ from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import MemoryOptions
-from llmcad_mlx.store.choice import Conditions, DraftChoice, find_choice, save_choice
 from llmcad_mlx.store.convert import convert_folder
-from llmcad_mlx.store.names import NO_DRAFT, PairNames, device_name, find_pair, pair_profile_path
-from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, pair_profile_path
+from llmcad_mlx.store.profile import Conditions, DraftChoice, PairProfile, find_choice, save_choice
 from llmcad_mlx.tree.token_tree import MODEL
-from llmcad_mlx.verifying.target import ResidentTarget
+from llmcad_mlx.verifying import Target
 from tests.support.simulated_stream import SimulatedClock
 from tests.support.tiny_folder import copy_folder, make_folder, tiny_environment
 
@@ -247,7 +246,7 @@ def test_nothing_measured_nothing_decided() -> None:
 # -- measuring on a simulated clock ----------------------------------------------------------------------
 
 
-class TimedTarget(ResidentTarget):
+class TimedTarget(Target):
     """A pass takes 100 ms and 2 ms for each further node."""
 
     clock: SimulatedClock
@@ -276,11 +275,11 @@ class Stage:
         self.clock = SimulatedClock()
         self.opened: list[str] = []
         self.candidates = tuple(
-            Candidate(name, PairNames(target, name, path)) for name, path in drafts.items()
-        ) + tuple(Candidate(name, PairNames(target, name, None)) for name in ("ngram", NO_DRAFT))
+            Candidate(name, PairPaths(target, name, path)) for name, path in drafts.items()
+        ) + tuple(Candidate(name, PairPaths(target, name, None)) for name in ("ngram", NO_DRAFT))
 
     def lineup(self, incumbent: str | None = None) -> Lineup:
-        return Lineup("tiny", self.target, Candidates(self.candidates, ()), MemoryOptions(), incumbent)
+        return Lineup("tiny", self.target, DraftSearch(self.candidates, ()), MemoryOptions(), incumbent)
 
     def __call__(self, candidate: Candidate) -> LoadedPair:
         self.opened.append(candidate.name)
@@ -337,7 +336,7 @@ def test_the_same_draft_wins_twice_in_a_row(models: Path, target: Path, prompts:
 
 
 def test_candidates_are_interleaved_by_prompt_or_by_repetition() -> None:
-    candidates = [Candidate(name, PairNames(Path("t"), name, None)) for name in "abc"]
+    candidates = [Candidate(name, PairPaths(Path("t"), name, None)) for name in "abc"]
     together = list(sittings(candidates, 3, together=True))
     assert [(len(s.candidates), s.first, s.repeat) for s in together] == [(3, 0, 3)]
     apart = [(s.candidates[0].name, s.first, s.repeat) for s in sittings(candidates, 2, together=False)]
@@ -366,7 +365,7 @@ def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
     assert len(turns) == turns[0]
     assert {run.place.repetition for run in outcome.runs} == {0, 1}
     assert stage.opened.count(NEAR) == 2
-    assert outcome.seats[NEAR].profile.calibration.probability(0.9, MODEL) != 0.9
+    assert outcome.seats[NEAR].profile.calibration.probabilities([0.9], MODEL)[0] != 0.9
 
 
 # -- candidates that fail --------------------------------------------------------------------------------
@@ -441,7 +440,7 @@ def test_a_candidate_with_another_text_is_left_out(models: Path, target: Path, p
     def open_pair(candidate: Candidate) -> LoadedPair:
         pair = stage(candidate)
         if candidate.name == NEAR:  # verifies with another model
-            other = load_names(PairNames(models / WILD, NO_DRAFT, None), MemoryOptions())
+            other = load_names(PairPaths(models / WILD, NO_DRAFT, None), MemoryOptions())
             pair.target = other.target
         return pair
 
@@ -537,7 +536,7 @@ def test_other_targets_and_bundles_that_cannot_be_written_have_a_file_in_the_cac
         patch.setattr(bundle_profile.os, "replace", read_only)
         assert bundle_profile.write_profile(bundle, {}) is False
     assert not [entry for entry in bundle.iterdir() if entry.name.startswith(".")]
-    monkeypatch.setattr("llmcad_mlx.store.choice.write_profile", lambda folder, profile: False)
+    monkeypatch.setattr("llmcad_mlx.store.profile.write_profile", lambda folder, profile: False)
     assert save_choice(bundle, choice).parent == tmp_path / "home" / "profiles"
     assert find_choice(bundle, HERE) == choice
 
@@ -579,7 +578,7 @@ def test_auto_means_the_chosen_draft(models: Path, target: Path) -> None:
     assert find_pair(str(target), "auto", False).draft_path is None
     near = str(models / NEAR)
     save_choice(target, choice_of(near))
-    assert find_pair(str(target), "auto", False) == PairNames(target, near, models / NEAR)
+    assert find_pair(str(target), "auto", False) == PairPaths(target, near, models / NEAR)
     assert find_pair(str(target), "ngram", False).draft_name == "ngram"
     streaming = conditions(MemoryOptions(pinned=0))
     assert find_pair(str(target), "auto", False, streaming).draft_path is None
@@ -601,7 +600,7 @@ def test_a_chosen_draft_that_is_gone_is_an_error_that_says_what_to_do(target: Pa
 # -- what is tried ---------------------------------------------------------------------------------------
 
 
-def names_of(found: Candidates) -> list[str]:
+def names_of(found: DraftSearch) -> list[str]:
     return [short_name(candidate.name) for candidate in found.found]
 
 

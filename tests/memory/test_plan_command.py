@@ -14,7 +14,7 @@ from llmcad_mlx.cli.main import run
 from llmcad_mlx.loader import plan_pair
 from llmcad_mlx.measure.forecast import Measured, ReadRate, Speeds, find_measured, measure_read_rate, timed_read
 from llmcad_mlx.memory.plan import make_plan
-from llmcad_mlx.policy.costs import Rounds
+from llmcad_mlx.policy.costs import RoundTotals
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.store.profile import PairProfile
@@ -291,24 +291,24 @@ def test_rounds_are_kept_with_the_profile(tmp_path: Path) -> None:
         profile.costs.draft.observe(1, 0.01)
         profile.costs.observe_pass(8, 0.5, 0.2)
         profile.costs.observe_round(3, 0.6)
-    assert profile.costs.rounds.tokens / profile.costs.rounds.rounds == pytest.approx(3)
-    assert profile.costs.rounds.rows / profile.costs.rounds.rounds == pytest.approx(8)
-    assert profile.costs.rounds.rest_s / profile.costs.rounds.rounds == pytest.approx(0.1)
+    assert profile.costs.totals.tokens / profile.costs.totals.rounds == pytest.approx(3)
+    assert profile.costs.totals.rows / profile.costs.totals.rounds == pytest.approx(8)
+    assert profile.costs.totals.rest_s / profile.costs.totals.rounds == pytest.approx(0.1)
     assert profile.costs.computing.predict(8) == pytest.approx(0.2)
     assert profile.costs.verify.predict(8) == pytest.approx(0.5)
     profile.save()
     again = PairProfile(tmp_path / "pair.json")
-    assert again.costs.rounds == profile.costs.rounds
+    assert again.costs.totals == profile.costs.totals
     assert again.costs.computing.predict(8) == pytest.approx(0.2)
     assert again.costs.draft.predict(1) == 0.01
     again.costs.observe_pass(4, 0.3, 0.1)
     again.costs.observe_round(1, 0.3)
     again.save()
-    assert PairProfile(tmp_path / "pair.json").costs.rounds.tokens < again.costs.rounds.rounds * 3
+    assert PairProfile(tmp_path / "pair.json").costs.totals.tokens < again.costs.totals.rounds * 3
 
 
 def test_recent_rounds_count_most(tmp_path: Path) -> None:
-    rounds = Rounds()
+    rounds = RoundTotals()
     for tokens in [1] * 500 + [5] * 500:
         rounds.add(tokens, 4, 0.0)
     assert rounds.tokens / rounds.rounds == pytest.approx(5, abs=0.05)
@@ -336,7 +336,7 @@ def test_a_profile_without_good_rounds_is_one_without_rounds(tmp_path: Path, dam
     damage(content["costs"])
     file.write_text(json.dumps(content))
     again = PairProfile(file)
-    assert again.costs.rounds == Rounds()
+    assert again.costs.totals == RoundTotals()
     assert not again.costs.computing
 
 

@@ -9,31 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.models.folder import cast_to_fp32, check_safetensors, load_model_folder
-from tests.support.architecture_configs import build, config_of
+from llmcad_mlx.models.folder import check_safetensors, load_model_folder
+from tests.support.tiny import tiny_llama
+from tests.support.tiny_folder import EOS, VOCAB, change_config, copy_folder, token_ids
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A complete model folder: a tiny llama and a tokenizer of words."""
-    path = tmp_path / "model"
-    path.mkdir()
-    weights = dict(tree_flatten(build("llama").parameters()))
-    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
-    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
+def folder(folder: Path, tmp_path: Path) -> Path:
+    """A complete model folder to damage, with an index."""
+    path = copy_folder(folder, tmp_path / "model")
+    names = mx.load(str(path / "model.safetensors"))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (path / "config.json").write_text(json.dumps({**config_of("llama"), "eos_token_id": 1}))
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return path
 
 
@@ -41,10 +31,9 @@ def test_loads_model_tokenizer_and_config(folder: Path) -> None:
     loaded = load_model_folder(str(folder))
     assert loaded.path == folder
     assert loaded.config["model_type"] == "llama"
-    assert loaded.tokenizer.encode("w5 w7") == [5, 7]
-    assert loaded.tokenizer.eos_token_ids == {1}
-    expected = build("llama")(mx.array([[5, 7]]))
-    assert mx.array_equal(loaded.model(mx.array([[5, 7]])), expected)
+    assert loaded.tokenizer.encode("the") == [token_ids()["the"]]
+    assert loaded.tokenizer.eos_token_ids == {EOS}
+    assert mx.array_equal(loaded.model(mx.array([[5, 7]])), tiny_llama(vocab=VOCAB)(mx.array([[5, 7]])))
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -55,14 +44,14 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text) and None
 
 
-def change_config(**changes: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = {**json.loads((folder / "config.json").read_text()), **changes}
-        (folder / "config.json").write_text(
-            json.dumps({key: value for key, value in config.items() if value != "GONE"})
-        )
+def change(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: change_config(folder, **changes)
 
-    return change
+
+def forget_hidden_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def truncate_weights(folder: Path) -> None:
@@ -86,11 +75,11 @@ BROKEN = {
     "config cut off": (write("config.json", '{"model_type": "qw'), "config.json: not valid JSON"),
     "config a list": (write("config.json", "[]"), "config.json: not a JSON object"),
     "config of something else": (write("config.json", '{"a": 1}'), "no model_type"),
-    "unknown architecture": (change_config(model_type="nosuch9"), "unknown architecture 'nosuch9'"),
-    "own code": (change_config(model_file="evil.py"), "brings code of its own"),
-    "needs a package": (change_config(model_type="olmo"), "'olmo' needs a package"),
-    "field missing": (change_config(hidden_size="GONE"), "does not describe a 'llama' model.*hidden_size"),
-    "other size": (change_config(hidden_size=64), "weights do not match"),
+    "unknown architecture": (change(model_type="nosuch9"), "unknown architecture 'nosuch9'"),
+    "own code": (change(model_file="evil.py"), "brings code of its own"),
+    "needs a package": (change(model_type="olmo"), "'olmo' needs a package"),
+    "field missing": (forget_hidden_size, "does not describe a 'llama' model.*hidden_size"),
+    "other size": (change(hidden_size=32), "weights do not match"),
     "tensor missing": (drop_a_tensor, "weights do not match config.json .Missing 1 parameters"),
     "no weights": (remove("model.safetensors"), "model.safetensors: missing, though the index names it"),
     "index names a missing file": (name_a_second_file, "model-00001-of-00002.safetensors: missing"),
@@ -98,10 +87,7 @@ BROKEN = {
     "index without map": (write("model.safetensors.index.json", "{}"), "no weight_map"),
     "download unfinished": (write("model.safetensors.incomplete", ""), "not finished"),
     "weights cut off": (truncate_weights, "header promises"),
-    "weights foreign": (
-        write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
-        "not a safe",
-    ),
+    "weights foreign": (write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "not a safe"),
     "weights empty": (write("model.safetensors", ""), "not a safetensors file"),
     "tokenizer missing": (
         lambda folder: (remove("tokenizer.json")(folder), remove("tokenizer_config.json")(folder)),
@@ -154,21 +140,3 @@ def test_headers_that_contradict_themselves(tmp_path: Path, entry: object) -> No
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(ModelError, match="corrupt at tensor 'tensor'"):
         check_safetensors(file)
-
-
-def _divisible(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.weight.shape[-1] % 32 == 0
-
-
-def test_cast_to_fp32_keeps_values_of_packed_and_plain_weights() -> None:
-    model = build("llama")
-    model.set_dtype(mx.bfloat16)
-    nn.quantize(model, group_size=32, bits=4, class_predicate=lambda _, m: _divisible(m))
-    before = dict(tree_flatten(model.parameters()))
-    cast_to_fp32(model)
-    after = dict(tree_flatten(model.parameters()))
-    assert after.keys() == before.keys()
-    assert {array.dtype for array in after.values()} == {mx.float32, mx.uint32}
-    for name, array in before.items():
-        assert np.array_equal(np.array(array.astype(mx.float32)), np.array(after[name].astype(mx.float32))), name
-    assert model(mx.array([[1, 2]])).dtype == mx.float32

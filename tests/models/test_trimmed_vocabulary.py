@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 
+from convert.trim_vocabulary import count_tokens
 from llmcad_mlx import Engine, load
 from llmcad_mlx.cli.main import run as run_cli
 from llmcad_mlx.cpu import prepare_for_device
@@ -33,13 +34,13 @@ from llmcad_mlx.models.draft_folder import FILE
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.progress import NoProgress
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings
 from llmcad_mlx.store.convert import convert_folder
-from llmcad_mlx.store.copies import trimmed_draft, write_trimmed_draft
+from llmcad_mlx.store.copies import DerivedDraft, usual_tokens, write_trimmed_draft
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
-from llmcad_mlx.store.token_counts import most_frequent, special_tokens, usual_tokens
 from llmcad_mlx.streaming import weights as parts
 from llmcad_mlx.tree.token_tree import ROOT, TokenTree
 from tests.support.architecture_configs import build, config_of
@@ -483,15 +484,16 @@ def test_a_trimmed_draft_can_be_quantised(target: Path, draft: Path, tmp_path: P
 
 def test_copies_are_kept_and_made_once(target: Path, tmp_path: Path) -> None:
     source = copy_folder(target, tmp_path / "source")
-    first = trimmed_draft(source, reversed(LIST))
+    many, few = (DerivedDraft("source", tokens=count) for count in (15, 5))
+    first = many.make(source)
     assert first.parent == tmp_path / "home" / "trimmed-drafts"
     written = (first / FILE).stat().st_mtime_ns
-    assert trimmed_draft(source, LIST) == first
+    assert many.make(source) == first
     assert (first / FILE).stat().st_mtime_ns == written
-    other = trimmed_draft(source, LIST[:5])
+    other = few.make(source)
     assert other != first
     change_config(source, note=1)
-    assert trimmed_draft(source, LIST) not in (first, other)
+    assert many.make(source) not in (first, other)
     assert not first.exists()
     assert other.exists()
 
@@ -528,33 +530,32 @@ def test_a_full_disk_leaves_nothing(target: Path, tmp_path: Path, monkeypatch: p
 # -- which tokens ------------------------------------------------------------------------------------------
 
 
-def test_the_most_frequent_tokens_with_special_ones() -> None:
-    counts = np.array([0, 5, 9, 5, 0, 7, 0], np.int64)
-    assert most_frequent(counts, 3).tolist() == [1, 2, 5]  # of equals the lowest
-    assert most_frequent(counts, 3, [6, 0]).tolist() == [0, 2, 6]
-    assert most_frequent(counts, 6).tolist() == [0, 1, 2, 3, 4, 5]  # unseen ones by id
-    assert most_frequent(counts, 7).dtype == np.int32
-    for count, always in ((0, ()), (8, ()), (1, (2, 3))):
+def test_the_most_frequent_tokens_with_special_ones(target: Path) -> None:
+    tokenizer = load_model_folder(target, lazy=True).tokenizer
+    counts = np.zeros(FOLDER_VOCAB, np.int64)
+    counts[[5, 6, 7, 9]] = 5, 9, 5, 7
+    # Of equals the lowest; 0 and 1 are special.
+    assert usual_tokens(tokenizer, 5, counts).tolist() == [0, 1, 5, 6, 9]
+    assert usual_tokens(tokenizer, 9).tolist() == list(range(9))  # by the tokenizer's own order
+    assert usual_tokens(tokenizer, FOLDER_VOCAB).dtype == np.int32
+    for count in (0, 1, FOLDER_VOCAB + 1):
         with pytest.raises(UsageError, match=f"--tokens: {count} is out of range"):
-            most_frequent(counts, count, always)
-
-
-def test_special_tokens_are_those_of_the_template(target: Path) -> None:
-    assert special_tokens(load_model_folder(target, lazy=True).tokenizer) == {0, 1}
+            usual_tokens(tokenizer, count)
 
 
 def test_tokens_are_counted_in_texts_and_shards(target: Path, tmp_path: Path) -> None:
     tokenizer = load_model_folder(target, lazy=True).tokenizer
     corpus = tmp_path / "corpus"
     (corpus / "inner").mkdir(parents=True)
-    (corpus / "a.txt").write_text("zzz\n" * 3)
+    (corpus / "a.txt").write_text("z\n" * 3)
     (corpus / "image.png").write_bytes(b"\xff")
     z = tokenizer.encode("z", add_special_tokens=False)[0]
     q, newline = (tokenizer.encode(c, add_special_tokens=False)[0] for c in "q\n")
     mx.save_safetensors(str(corpus / "inner" / "b.safetensors"), {"tokens": mx.array([q] * 5)})
-    assert set(usual_tokens(tokenizer, 5, [corpus]).tolist()) == {0, 1, z, q, newline}
-    assert set(usual_tokens(tokenizer, 3, [corpus / "inner"]).tolist()) == {0, 1, q}
-    assert usual_tokens(tokenizer, 9).tolist() == list(range(9))  # by the tokenizer's own order
+    for path, expected in ((corpus, {z: 3, q: 5, newline: 3}), (corpus / "inner", {q: 5})):
+        counts = count_tokens([path], tokenizer, NoProgress())
+        assert len(counts) == FOLDER_VOCAB
+        assert {int(token): int(counts[token]) for token in np.flatnonzero(counts)} == expected
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfd")
     mx.save_safetensors(str(tmp_path / "beyond.safetensors"), {"tokens": mx.array([FOLDER_VOCAB])})
     mx.save_safetensors(str(tmp_path / "floats.safetensors"), {"tokens": mx.array([1.0])})
@@ -567,7 +568,7 @@ def test_tokens_are_counted_in_texts_and_shards(target: Path, tmp_path: Path) ->
         ("missing", "no such file"),
     ):
         with pytest.raises(UsageError, match=f"--corpus: .*{name}: {message}"):
-            usual_tokens(tokenizer, 5, [tmp_path / name])
+            count_tokens([tmp_path / name], tokenizer, NoProgress())
 
 
 def test_from_the_command_line(target: Path, tmp_path: Path) -> None:
@@ -613,8 +614,7 @@ def test_from_the_command_line(target: Path, tmp_path: Path) -> None:
 def test_the_embedded_model_trimmed_drafts_for_itself(tmp_path: Path, temperature: float) -> None:
     """4,096 tokens by the tokenizer's order; of these, the draft is right nearly always."""
     target = resolve_target(DEFAULT_PRESET)
-    tokenizer = load_model_folder(target, lazy=True).tokenizer
-    folder = trimmed_draft(target, usual_tokens(tokenizer, 4096))
+    folder = DerivedDraft(DEFAULT_PRESET, tokens=4096).make(target)
     with load(str(target), draft=str(folder)) as engine:
         for seed, prompt in enumerate(PROMPTS[2:4]):
             found = compare(engine, prompt, 48, temperature=temperature, seed=seed, tree_nodes=8)

@@ -11,33 +11,36 @@ from hypothesis import strategies as st
 
 from llmcad_mlx.policy.calibration import HALF_LIFE, NUM_BUCKETS, Calibration, ngram_confidence
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, ROOT, TokenTree
-from llmcad_mlx.tree.walk import walk
 
 PROBABILITIES = st.floats(0.0, 1.0)
+
+
+def probability(calibration: Calibration, confidence: float, source: str) -> float:
+    return calibration.probabilities([confidence], source)[0]
 
 
 def test_unseen_confidence_is_trusted() -> None:
     calibration = Calibration()
     for confidence in (0.0, 0.001, 0.3, 0.999, 1.0):
-        assert calibration.probability(confidence, MODEL) == confidence
+        assert probability(calibration, confidence, MODEL) == confidence
     calibration.observe(0.6, MODEL, False)
-    assert calibration.probability(0.2, MODEL) == pytest.approx(0.2)  # another bucket
-    assert calibration.probability(0.6, NGRAM) == 0.6  # another source
+    assert probability(calibration, 0.2, MODEL) == pytest.approx(0.2)  # another bucket
+    assert probability(calibration, 0.6, NGRAM) == 0.6  # another source
 
 
 def test_posterior_mean_on_paper() -> None:
     calibration = Calibration()
     calibration.observe(0.6, MODEL, False)
-    assert calibration.probability(0.6, MODEL) == pytest.approx(8 * 0.6 / 9)
+    assert probability(calibration, 0.6, MODEL) == pytest.approx(8 * 0.6 / 9)
     calibration.observe(0.6, NGRAM, True)
-    assert calibration.probability(0.6, NGRAM) == pytest.approx((1 + 4 * 0.6) / 5)
+    assert probability(calibration, 0.6, NGRAM) == pytest.approx((1 + 4 * 0.6) / 5)
 
 
 def test_an_overconfident_draft_is_found_out() -> None:
     calibration = Calibration()
     for step in range(400):
         calibration.observe(0.9, MODEL, step % 5 == 0)
-    assert calibration.probability(0.9, MODEL) == pytest.approx(0.2, abs=0.03)
+    assert probability(calibration, 0.9, MODEL) == pytest.approx(0.2, abs=0.03)
 
 
 def test_old_observations_fade_with_the_half_life() -> None:
@@ -46,7 +49,7 @@ def test_old_observations_fade_with_the_half_life() -> None:
         calibration.observe(0.9, MODEL, True)
     for _ in range(HALF_LIFE):
         calibration.observe(0.9, MODEL, False)
-    assert calibration.probability(0.9, MODEL) == pytest.approx(0.5, abs=0.01)
+    assert probability(calibration, 0.9, MODEL) == pytest.approx(0.5, abs=0.01)
 
 
 @given(st.lists(st.tuples(PROBABILITIES, st.booleans()), max_size=50), PROBABILITIES)
@@ -57,30 +60,30 @@ def test_always_a_probability_and_survives_json(seen: list[tuple[float, bool]], 
         calibration.observe(raw, NGRAM, not accepted)
     restored = Calibration.from_dict(json.loads(json.dumps(calibration.to_dict())))
     for source in (MODEL, NGRAM, "unheard-of"):
-        assert 0.0 <= calibration.probability(confidence, source) <= 1.0
-        assert restored.probability(confidence, source) == calibration.probability(confidence, source)
+        assert 0.0 <= probability(calibration, confidence, source) <= 1.0
+        assert probability(restored, confidence, source) == probability(calibration, confidence, source)
 
 
-def test_a_walk_counts_every_child_of_every_visited_node_by_raw_confidence() -> None:
+def test_choices_judge_every_child_of_the_nodes_they_were_made_at_by_raw_confidence() -> None:
     tree = TokenTree(0)
     right = tree.add(ROOT, 1, 0.9, MODEL, raw=0.6)
     tree.add(ROOT, 2, 0.9, NGRAM, raw=0.4)
     tree.add(tree.add(right, 3, 0.9, raw=0.9), 4, 0.9, raw=0.3)  # 4 is never reached
     calibration = Calibration()
-    calibration.observe_walk(tree, walk(tree, lambda node, path: [1, 8][len(path)]))
-    assert calibration.probability(0.6, MODEL) == pytest.approx((1 + 8 * 0.6) / 9)
-    assert calibration.probability(0.4, NGRAM) == pytest.approx(4 * 0.4 / 5)
-    assert calibration.probability(0.9, MODEL) == pytest.approx(8 * 0.9 / 9)
-    assert calibration.probability(0.3, MODEL) == pytest.approx(0.3)
+    calibration.observe_choices(tree, [1, 8])
+    assert probability(calibration, 0.6, MODEL) == pytest.approx((1 + 8 * 0.6) / 9)
+    assert probability(calibration, 0.4, NGRAM) == pytest.approx(4 * 0.4 / 5)
+    assert probability(calibration, 0.9, MODEL) == pytest.approx(8 * 0.9 / 9)
+    assert probability(calibration, 0.3, MODEL) == pytest.approx(0.3)
 
 
-def test_a_stopped_walk_says_nothing_about_what_lay_beyond() -> None:
+def test_choices_say_nothing_about_what_lies_beyond() -> None:
     tree = TokenTree(0)
     tree.add(tree.add(ROOT, 1, 0.6), 2, 0.9)
     calibration = Calibration()
-    calibration.observe_walk(tree, walk(tree, lambda node, path: 1, stop=lambda token: True))
-    assert calibration.probability(0.6, MODEL) == pytest.approx((1 + 8 * 0.6) / 9)
-    assert calibration.probability(0.9, MODEL) == pytest.approx(0.9)
+    calibration.observe_choices(tree, [1])
+    assert probability(calibration, 0.6, MODEL) == pytest.approx((1 + 8 * 0.6) / 9)
+    assert probability(calibration, 0.9, MODEL) == pytest.approx(0.9)
 
 
 def test_ngram_prior_grows_with_the_match() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from llmcad_mlx import Engine
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.engine.policies import make_policy
 from llmcad_mlx.measure.prompts import load_prompts
 from llmcad_mlx.results import GenerationStats
@@ -25,7 +25,7 @@ from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings, SpeculationSettings
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import TokenTree
-from llmcad_mlx.verifying.target import Verification
+from llmcad_mlx.verifying import Verification
 from tests.support.real_text import chat, default_engine
 from tests.support.rounds import Rounds
 from tests.support.simulated_stream import SimulatedClock

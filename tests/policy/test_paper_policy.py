@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
-from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, ROOT, TokenTree
 from llmcad_mlx.tree.walk import Walk
 

@@ -9,10 +9,10 @@ import pytest
 from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.engine.policies import make_policy
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
-from llmcad_mlx.policy.policy import Candidates, GrowthPolicy
 from llmcad_mlx.settings import SpeculationSettings
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import NGRAM, TokenTree

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcad_mlx.policy.costs import CostModel, RecentRate
+from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.ledger import Prices
 
 
@@ -16,7 +16,7 @@ def measured(passes: dict[int, float], steps: dict[int, float] | None = None, ma
         costs.verify.observe(rows, seconds)
     for rows, seconds in (steps or {}).items():
         costs.draft.observe(rows, seconds)
-    prices = Prices(costs, RecentRate(), max_nodes)
+    prices = Prices(costs, max_nodes)
     prices.begin()
     return prices
 
@@ -29,6 +29,25 @@ def test_a_second_costs_what_it_yields() -> None:
     assert prices.step(2) == pytest.approx(0.3)
     assert prices.step(2, free_seconds=0.4) == pytest.approx(0.1)
     assert prices.step(2, free_seconds=9.0) == 0.0
+
+
+def test_a_second_is_worth_what_rounds_have_yielded_lately_or_plain_decoding_does() -> None:
+    prices = measured({1: 1.0})
+
+    def rate_after(num_tokens: int, rounds: int = 1) -> float:
+        for _ in range(rounds):
+            prices.observe_round(num_tokens, 0.5)
+        prices.begin()
+        return prices.rate
+
+    assert rate_after(3) == 6.0
+    assert 2.0 < rate_after(1) < 6.0
+    assert rate_after(1, rounds=100) == pytest.approx(2.0, rel=1e-3)
+    assert rate_after(0, rounds=100) == 1.0
+    rate_after(3)
+    prices.forget_rounds()
+    prices.begin()
+    assert prices.rate == 1.0
 
 
 def test_prices_stand_until_the_next_round() -> None:

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.policy.policy import Candidates
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, Selection, TokenTree
 from llmcad_mlx.tree.walk import walk
+from tests.support.trees import check_integrity
 
 # -- a world of numbers ------------------------------------------------------------------------------------
 
@@ -253,11 +254,13 @@ def test_after_an_easy_stretch_a_second_is_not_overpriced() -> None:
     policy._model_used = True
     for _ in range(20):
         policy.finished(10, 1.0)
-    assert policy._recent.tokens_per_s == pytest.approx(10.0)
+    policy.begin(TokenTree(0))
+    assert policy._prices.rate == pytest.approx(10.0)
     policy._model_used = False
     for _ in range(60):
         policy.finished(1, 1.0)
-    assert policy._recent.tokens_per_s < 1.1
+    policy.begin(TokenTree(0))
+    assert policy._prices.rate < 1.1
 
 
 @pytest.mark.parametrize("times", [1, 5])
@@ -339,7 +342,7 @@ def grow(policy: ThroughputPolicy, propose: Propose, source: str = MODEL) -> tup
         for leaf in leaves:
             policy.add(tree, leaf, propose(tree.path_tokens(leaf)))
         assert len(batches) < 1000
-    tree.check_integrity()
+    check_integrity(tree)
     return tree, batches
 
 
@@ -350,7 +353,8 @@ def grow(policy: ThroughputPolicy, propose: Propose, source: str = MODEL) -> tup
 def test_forced_nodes_are_the_best_of_the_whole_tree(
     num_nodes: int, branching: int, width: int, seed: int
 ) -> None:
-    policy = ThroughputPolicy(CostModel(), Calibration(), tree_nodes=num_nodes, max_width=width)
+    policy = ThroughputPolicy(CostModel(), Calibration(), tree_nodes=num_nodes)
+    policy.max_width = width
     tree, batches = grow(policy, lambda path: _candidates(path, branching, seed))
     selection = policy.submit(tree)
     selected = {tuple(selection.tree.path_tokens(n)): c for n, c in enumerate(selection.tree.cumulative)}
@@ -384,9 +388,7 @@ def test_one_forced_node_is_plain_decoding() -> None:
     assert len(policy.submit(tree).tree) == 1
 
 
-@pytest.mark.parametrize(
-    "options", [{"tree_nodes": 0}, {"tree_nodes": -1}, {"max_nodes": 0}, {"max_width": 0}], ids=str
-)
+@pytest.mark.parametrize("options", [{"tree_nodes": 0}, {"tree_nodes": -1}, {"max_nodes": 0}], ids=str)
 def test_sizes_below_one_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
         ThroughputPolicy(CostModel(), Calibration(), **options)
@@ -429,7 +431,7 @@ def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: l
         for rows, seconds in enumerate(every, 1):
             costs.verify.observe(rows, seconds)
     policy = ThroughputPolicy(costs, Calibration())
-    policy._recent.observe(1, 1 / rate)
+    policy._prices.observe_round(1, 1 / rate)
     policy._draft_account.balance = 0.0  # nothing to spend on another look at a price
     random = np.random.default_rng(seed)
     tree = TokenTree(0)
@@ -452,7 +454,7 @@ def test_lookups_not_worth_a_row_are_left_out_but_learned_from() -> None:
     """The target's choice judges them all the same, so a lookup that becomes good is noticed for nothing."""
     calibration = Calibration()
     policy = ThroughputPolicy(measured({1: 1.0, 2: 1.8, 64: 60.0}), calibration)
-    before = calibration.probability(0.4, NGRAM)
+    before = calibration.probabilities([0.4], NGRAM)[0]
     for position in range(120):  # a text in which no row was paid for yet is looked at every other round
         tree = TokenTree(0, position)
         policy.begin(tree)
@@ -464,7 +466,7 @@ def test_lookups_not_worth_a_row_are_left_out_but_learned_from() -> None:
         steps = walk(submitted, lambda node, path: 7)
         policy.verified(submitted, steps)
         policy.finished(len(steps.tokens), 1.0)
-    assert calibration.probability(0.4, NGRAM) > before
+    assert calibration.probabilities([0.4], NGRAM)[0] > before
     assert len(submitted) == 2  # it has turned out to be worth its row
 
 
@@ -480,7 +482,7 @@ def test_lookups_that_turn_wrong_cost_a_new_text_little() -> None:
         world.round()
     lost = world.seconds - seconds - (world.passes - passes)
     assert lost <= 0.01 * 30
-    assert world.policy.calibration.probability(0.8, NGRAM) > 0.5
+    assert world.policy.calibration.probabilities([0.8], NGRAM)[0] > 0.5
 
 
 def test_right_lookups_earn_dear_rows() -> None:
@@ -507,7 +509,7 @@ def test_an_unsubmitted_lookup_that_would_have_failed_counts_against_it() -> Non
     submitted = policy.submit(tree).tree
     assert len(submitted) == 1
     policy.verified(submitted, walk(submitted, lambda node, path: 8))
-    assert calibration.probability(0.4, NGRAM) < 0.4
+    assert calibration.probabilities([0.4], NGRAM)[0] < 0.4
 
 
 def test_a_model_step_is_taken_only_where_it_gains_more_than_it_costs() -> None:

@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
-from tests.support.page_server import (
-    DONE,
-    ScriptedServer,
-    answer,
-    chunk,
-    event,
-    node,
-    refusal,
-    running,
-    tree_round,
-)
+from tests.support.scripted_server import DONE, ScriptedServer, answer, chunk, event, refusal
 from tests.support.serving import loader, serving
 from tests.support.tiny_folder import make_folder, tiny_environment
 
@@ -34,6 +24,16 @@ IPAD = {"viewport": {"width": 820, "height": 1180}, "has_touch": True, "is_mobil
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+
+
+def node(text: str, parent: int, state: str, confidence: float = 0.5, source: str = "model") -> dict[str, Any]:
+    return {"id": 7, "text": text, "parent": parent, "confidence": confidence, "source": source, "state": state}
+
+
+def tree_round(index: int, nodes: Sequence[dict[str, Any]], bonus: str, **figures: Any) -> dict[str, Any]:
+    known = {"tokens_per_s": 12.34, "tokens_per_pass": 2.5, "peak_rss_bytes": 312_000_000, "budget_bytes": 10**9}
+    return {"index": index, "nodes": list(nodes), "bonus": {"id": 9, "text": bonus}, **known, **figures}
+
 
 ROUND_1 = tree_round(
     0,
@@ -49,17 +49,11 @@ ROUND_1 = tree_round(
 )
 ROUND_2 = tree_round(1, [node(" cloud", -1, "root"), node("s", 0, "accepted", 0.9)], ".", tokens_per_s=23.45)
 FIGURES = {"tokens_per_s": 20.0, "tokens_per_pass": 2.5, "acceptance_rate": 0.75, "peak_rss_bytes": 320_000_000}
+FIRST = chunk([("Soft", True), (" grey", True), (" cloud", False)], ROUND_1)
+SECOND = chunk([("s", True), (".", False)], ROUND_2, "stop")
 USAGE = event(
     {"choices": [], "usage": {"completion_tokens": 5, "speculation": {**FIGURES, "budget_bytes": 640_000_000}}}
 )
-
-
-def first_chunk() -> bytes:
-    return chunk([("Soft", True), (" grey", True), (" cloud", False)], ROUND_1)
-
-
-def second_chunk() -> bytes:
-    return chunk([("s", True), (".", False)], ROUND_2, "stop")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +64,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
-    scripted = ScriptedServer([[first_chunk(), second_chunk(), USAGE, DONE]])
-    with running(scripted.app()) as scripted.url:
+    with ScriptedServer([[FIRST, SECOND, USAGE, DONE]]).running() as scripted:
         yield scripted
 
 
@@ -127,13 +120,19 @@ def finished(page: Page, count: int = 1) -> None:
     expect(page.locator('.answer[aria-busy="false"]')).to_have_count(count)
 
 
+def ask(page: Page, text: str = "Hello", count: int = 1) -> None:
+    """Ask, and wait for the answer, which is number `count`."""
+    say(page, text)
+    finished(page, count)
+
+
 def texts(page: Page, selector: str) -> list[str]:
     return page.locator(selector).all_text_contents()
 
 
 def test_an_answer_streams_in_and_accepted_tokens_are_tinted(page: Page, server: ScriptedServer) -> None:
     gate = threading.Event()
-    server.scripts = [[first_chunk(), gate, second_chunk(), USAGE, DONE]]
+    server.scripts = [[FIRST, gate, SECOND, USAGE, DONE]]
     say(page, "A line on clouds")
     expect(page.locator(".question")).to_have_text("A line on clouds")
     expect(page.locator(".answer .text")).to_have_text("Soft grey cloud")
@@ -157,8 +156,7 @@ def background(page: Page, selector: str) -> str:
 
 
 def test_the_tint_can_be_switched_off(page: Page) -> None:
-    say(page)
-    finished(page)
+    ask(page)
     clear = background(page, ".token:not(.drafted)")
     assert background(page, ".token.drafted") != clear
     tint = page.get_by_role("button", name="Tint")
@@ -170,7 +168,7 @@ def test_the_tint_can_be_switched_off(page: Page) -> None:
 
 def test_figures_are_live_and_end_with_the_servers(page: Page, server: ScriptedServer) -> None:
     gate = threading.Event()
-    server.scripts = [[first_chunk(), gate, second_chunk(), USAGE, DONE]]
+    server.scripts = [[FIRST, gate, SECOND, USAGE, DONE]]
     say(page)
     expect(page.locator("#speed")).to_have_text("12.3")
     expect(page.locator("#per-pass")).to_have_text("2.50")
@@ -189,8 +187,7 @@ def test_without_a_budget_only_the_memory_is_shown(page: Page, server: ScriptedS
     lone = tree_round(0, [node("a", -1, "root")], "b", budget_bytes=None)
     usage = {"completion_tokens": 1, "speculation": {"tested": 0, "acceptance_rate": 0.0, "budget_bytes": None}}
     server.scripts = [[chunk([("b", False)], lone), event({"choices": [], "usage": usage}), DONE]]
-    say(page)
-    finished(page)
+    ask(page)
     expect(page.locator(".state")).not_to_contain_text("accepted")
     expect(page.locator("dd", has=page.locator("#memory"))).to_have_text("312 MB")
     expect(page.locator("#budget")).to_be_hidden()
@@ -198,9 +195,8 @@ def test_without_a_budget_only_the_memory_is_shown(page: Page, server: ScriptedS
 
 
 def test_the_tree_has_the_nodes_that_the_stream_said(page: Page, server: ScriptedServer) -> None:
-    server.scripts = [[first_chunk(), DONE]]
-    say(page)
-    finished(page)
+    server.scripts = [[FIRST, DONE]]
+    ask(page)
     expect(page.locator("[data-node]")).to_have_count(6)
     for state, count in {"root": 1, "accepted": 2, "rejected": 2, "provisional": 1, "bonus": 1}.items():
         expect(page.locator(f".tree-node.{state}")).to_have_count(count)
@@ -245,9 +241,8 @@ def test_nodes_do_not_overlap_and_edges_do_not_cross(page: Page) -> None:
 
 
 def test_a_node_tells_its_confidence_to_mouse_and_keyboard(page: Page, server: ScriptedServer) -> None:
-    server.scripts = [[first_chunk(), DONE]]
-    say(page)
-    finished(page)
+    server.scripts = [[FIRST, DONE]]
+    ask(page)
     told = page.locator("#node")
     expect(told).to_have_text("6 nodes: the start, 2 accepted, 2 rejected, 1 not sent")
     page.locator('[data-node="1"]').hover()
@@ -269,8 +264,7 @@ def test_a_node_tells_its_confidence_to_mouse_and_keyboard(page: Page, server: S
 
 
 def test_stepping_back_through_rounds_marks_their_tokens(page: Page) -> None:
-    say(page)
-    finished(page)
+    ask(page)
     place = page.locator("#place")
     expect(place).to_have_text("round 2 of 2")
     expect(page.locator("[data-node]")).to_have_count(2)
@@ -289,7 +283,7 @@ def test_stepping_back_through_rounds_marks_their_tokens(page: Page) -> None:
 def test_the_view_of_an_earlier_round_stays_while_more_come(page: Page, server: ScriptedServer) -> None:
     gate = threading.Event()
     third = tree_round(2, [node(".", -1, "root")], " Then")
-    server.scripts = [[first_chunk(), second_chunk(), gate, chunk([(" Then", False)], third), DONE]]
+    server.scripts = [[FIRST, SECOND, gate, chunk([(" Then", False)], third), DONE]]
     say(page)
     page.get_by_role("button", name="Earlier round").click()
     gate.set()
@@ -301,15 +295,14 @@ def test_the_view_of_an_earlier_round_stays_while_more_come(page: Page, server: 
 def test_rounds_that_make_no_tree_are_left_out(page: Page, server: ScriptedServer) -> None:
     odd = [{"nodes": []}, {"nodes": "x"}, {}, tree_round(0, [node("a", 0, "root")], "b"), None]
     server.scripts = [[*(chunk([("ok ", False)], round) for round in odd), DONE]]
-    say(page)
-    finished(page)
+    ask(page)
     expect(page.locator("#place")).to_have_text("no rounds yet")
     expect(page.locator(".answer .text")).to_have_text("ok ok ok ok ok")
 
 
 @pytest.mark.parametrize("by", ["button", "Escape"])
 def test_stop_ends_the_answer_and_the_request(page: Page, server: ScriptedServer, by: str) -> None:
-    server.scripts = [[first_chunk(), threading.Event()], answer("Second.")]
+    server.scripts = [[FIRST, threading.Event()], answer("Second.")]
     say(page, "First question")
     expect(page.locator(".answer .text")).to_have_text("Soft grey cloud")
     if by == "button":
@@ -321,8 +314,7 @@ def test_stop_ends_the_answer_and_the_request(page: Page, server: ScriptedServer
     expect(page.locator(".state")).to_contain_text("stopped")
     expect(page.locator("#error")).to_be_hidden()
     expect(page.get_by_label("Message")).to_be_focused()
-    say(page, "Second question")
-    finished(page, 2)
+    ask(page, "Second question", count=2)
     assert [message["content"] for message in server.requests[1]["messages"]] == [
         "First question",
         "Soft grey cloud",
@@ -341,7 +333,7 @@ def test_a_question_stopped_before_any_answer_can_be_changed(page: Page, server:
 
 
 def test_a_new_conversation_forgets_the_old_one(page: Page, server: ScriptedServer) -> None:
-    server.scripts = [[first_chunk(), threading.Event()], answer("Fresh.")]
+    server.scripts = [[FIRST, threading.Event()], answer("Fresh.")]
     say(page, "Old")
     expect(page.locator(".answer .text")).to_have_text("Soft grey cloud")
     page.get_by_role("button", name="New").click()
@@ -350,17 +342,14 @@ def test_a_new_conversation_forgets_the_old_one(page: Page, server: ScriptedServ
     expect(page.locator(".answer")).to_have_count(0)
     expect(page.locator("[data-node]")).to_have_count(0)
     expect(page.locator("#speed")).to_have_text("–")
-    say(page, "New")
-    finished(page)
+    ask(page, "New")
     assert [message["content"] for message in server.requests[1]["messages"]] == ["New"]
 
 
 def test_try_again_asks_the_last_question_anew(page: Page, server: ScriptedServer) -> None:
     server.scripts = [answer("One."), answer("Two."), answer("Three.")]
-    say(page, "a")
-    finished(page)
-    say(page, "b")
-    finished(page, 2)
+    ask(page, "a")
+    ask(page, "b", count=2)
     expect(page.get_by_role("button", name="Try again")).to_have_count(1)
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".answer .text").last).to_have_text("Three.")
@@ -376,8 +365,7 @@ def test_settings_are_sent_and_kept(page: Page, server: ScriptedServer) -> None:
     page.get_by_label("Tree nodes").fill("32")
     page.get_by_role("button", name="Save").click()
     page.reload()
-    say(page)
-    finished(page)
+    ask(page)
     sent = server.requests[0]
     assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
     assert {name: sent[name] for name in ("temperature", "seed", "policy", "tree_nodes")} == {
@@ -396,8 +384,7 @@ def test_a_setting_out_of_range_is_named(page: Page, server: ScriptedServer) -> 
     expect(page.locator("#settings-error")).to_contain_text("Top p:")
     expect(page.get_by_label("Top p")).to_be_focused()
     page.keyboard.press("Escape")
-    say(page)
-    finished(page)
+    ask(page)
     assert "top_p" not in server.requests[0]
 
 
@@ -413,11 +400,9 @@ def test_a_key_is_asked_for_used_and_kept_for_the_tab(visitor: Visitor, server: 
     page.keyboard.press("Enter")
     expect(dialog).to_be_hidden()
     expect(page.locator("#model")).to_have_text("tiny · draft tinier")
-    say(page)
-    finished(page)
+    ask(page)
     page.reload()
-    say(page)
-    finished(page)
+    ask(page)
     assert page.evaluate("JSON.stringify(localStorage)").find("right-key-1") == -1
     assert page.evaluate("Object.values(sessionStorage)") == ["right-key-1"]
 
@@ -466,9 +451,8 @@ def test_an_error_is_one_line_and_the_question_comes_back(
 
 
 def test_an_answer_that_breaks_off_is_kept(page: Page, server: ScriptedServer) -> None:
-    server.scripts = [[first_chunk(), event({"error": {"message": "The disk failed."}})]]
-    say(page)
-    finished(page)
+    server.scripts = [[FIRST, event({"error": {"message": "The disk failed."}})]]
+    ask(page)
     expect(page.locator(".answer .text")).to_have_text("Soft grey cloud")
     expect(page.locator(".state")).to_contain_text("cut off")
     expect(page.locator("#error")).to_have_text("The disk failed.")
@@ -487,8 +471,7 @@ def test_hostile_text_is_shown_as_text(visitor: Visitor, server: ScriptedServer)
     written = f"{HOSTILE}\n\n```{HOSTILE}\n{HOSTILE}\n```\n\n**{HOSTILE}**\n\n[a](javascript:alert(1))"
     server.scripts = [[chunk([(written, True)], hostile), DONE]]
     page = visitor.open(server.url)
-    say(page, HOSTILE)
-    finished(page)
+    ask(page, HOSTILE)
     page.locator('[data-node="1"]').click()
     expect(page.locator("#node")).to_contain_text("onerror")
     expect(page.locator(".question")).to_have_text(HOSTILE)
@@ -502,8 +485,7 @@ def test_hostile_text_is_shown_as_text(visitor: Visitor, server: ScriptedServer)
 def test_bytes_may_be_cut_anywhere(page: Page, server: ScriptedServer) -> None:
     whole = chunk([("Grüße, 世界 ", True), ("🐻‍❄️", False)], ROUND_1) + b": still here\r\n\r\n" + DONE
     server.scripts = [[whole[at : at + 1] for at in range(len(whole))]]
-    say(page)
-    finished(page)
+    ask(page)
     expect(page.locator(".answer .text")).to_have_text("Grüße, 世界 🐻‍❄️")
     assert texts(page, ".token.drafted") == ["Grüße, 世界 "]
 
@@ -529,9 +511,9 @@ PARTS = [
 def test_text_that_streams_ends_up_as_text_that_came_at_once(page: Page) -> None:
     """Random Markdown, a few characters at a time: same document, tints included."""
     rng = random.Random(7)
-    for _ in range(60):
+    for _ in range(25):
         source = "".join(rng.choices(PARTS, k=60))
-        steps = [*sorted(rng.sample(range(len(source)), 12)), len(source)]
+        steps = [*sorted(rng.sample(range(len(source)), 8)), len(source)]
         streamed, at_once = page.evaluate(RENDER, [source, steps]), page.evaluate(RENDER, [source, [len(source)]])
         assert streamed == at_once, source
         assert sum(letter in "aBcxy" for letter in at_once[0]) >= sum(map(source.count, "aBcx")), source
@@ -542,8 +524,7 @@ def test_tokens_are_found_again_in_what_is_rendered(page: Page, server: Scripted
     pieces = [("**So", True), ("ft** \\*x", False), ("\n\n```py", True), ("thon\nprint", False), ("('👍", True),
               ("') # é\n", False), ("```\n1. ", True), ("1 [li", False), ("nk](http://so) ft", True)]  # fmt: skip
     server.scripts = [[chunk(pieces), DONE]]
-    say(page)
-    finished(page)
+    ask(page)
     assert "".join(texts(page, ".token.drafted")) == "So('👍nk ft"
     assert "".join(texts(page, ".token:not(.drafted)")) == "ft *xprint') # é1 li"
     expect(page.locator(".text pre .nb .token")).to_have_text("print")
@@ -554,8 +535,7 @@ def test_tokens_are_found_again_in_what_is_rendered(page: Page, server: Scripted
 def test_without_the_renderer_text_is_plain(page: Page, server: ScriptedServer) -> None:
     page.route("**/markdown", lambda route: route.abort())
     server.scripts = [answer("**So**\n\n<b>ft")]
-    say(page)
-    finished(page)
+    ask(page)
     assert page.locator(".answer .text").text_content() == "**So**\n\n<b>ft"
 
 
@@ -563,8 +543,7 @@ def test_an_answer_is_not_rendered_at_every_token(page: Page, server: ScriptedSe
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/markdown") else None)
     server.scripts = [[chunk([(f"word {number}\n\n", False)]) for number in range(500)] + [DONE]]
-    say(page)
-    finished(page)
+    ask(page)
     expect(page.locator(".text p")).to_have_count(500)
     assert 1 <= len(asked) < 100
 
@@ -587,10 +566,9 @@ def contrast(a: str, b: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_colour_schemes_are_legible(visitor: Visitor, server: ScriptedServer, scheme: Any) -> None:
     code = "```py\nfor x in 'a', 1: # b\n    print(x)\n```\n\n"
-    server.scripts = [[first_chunk(), chunk([(f"\n\n{code}", True)], ROUND_2), USAGE, DONE]]
+    server.scripts = [[FIRST, chunk([(f"\n\n{code}", True)], ROUND_2), USAGE, DONE]]
     page = visitor.open(server.url, color_scheme=scheme)
-    say(page)
-    finished(page)
+    ask(page)
     page.get_by_role("button", name="Earlier round").click()
 
     def style(selector: str, name: str) -> str:
@@ -718,8 +696,7 @@ def test_the_page_works_below_a_path(visitor: Visitor, server: ScriptedServer) -
         f"{inside}**", lambda route: route.continue_(url=route.request.url.replace(inside, f"{server.url}/"))
     )
     page.goto(inside)
-    say(page)
-    finished(page)
+    ask(page)
     expect(page.locator(".answer .text")).to_have_text("Soft grey clouds.")
 
 

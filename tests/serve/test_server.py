@@ -1,10 +1,8 @@
-"""The HTTP API on a live server, driven by the official openai client, httpx and curl."""
+"""The HTTP API on a live server, driven by the official openai client and httpx."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import openai
 import pytest
 
 from llmcad_mlx import Engine, UsageError
-from llmcad_mlx.serve.settings import ServerSettings
+from llmcad_mlx.serve.options import ServerSettings
 from tests.support.serving import CHAT, NAME, Live, Scripted, events, loader, serving, streaming, without
 from tests.support.tiny_folder import CHAT_TEMPLATE, make_folder
 
@@ -62,23 +60,26 @@ def engine(folder: Path) -> Iterator[Engine]:
         yield loaded
 
 
+def chat(client: openai.OpenAI, **body: Any) -> Any:
+    return client.chat.completions.create(**{"model": NAME, "messages": CHAT, **body})
+
+
 def test_the_client_gets_the_engines_text(client: openai.OpenAI, engine: Engine) -> None:
-    answer = client.chat.completions.create(model=NAME, messages=CHAT, max_tokens=24)
+    answer = chat(client, max_tokens=24)
     expected = engine.generate(CHAT, max_tokens=24)
     assert answer.choices[0].message.content == expected.text
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason == expected.finish_reason
     assert (answer.object, answer.model) == ("chat.completion", NAME)
-    assert answer.usage is not None
     assert answer.usage.prompt_tokens == expected.stats.prompt_tokens
     assert answer.usage.completion_tokens == len(expected.tokens)
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
-    wanted: dict[str, Any] = {"model": NAME, "messages": CHAT, "max_tokens": 24, "temperature": 0.8, "seed": 5}
-    whole = client.chat.completions.create(**wanted)
-    chunks = list(client.chat.completions.create(**wanted, stream=True, stream_options={"include_usage": True}))
+    wanted: dict[str, Any] = {"max_tokens": 24, "temperature": 0.8, "seed": 5}
+    whole = chat(client, **wanted)
+    chunks = list(chat(client, **wanted, stream=True, stream_options={"include_usage": True}))
     *pieces, last = chunks
     assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == whole.choices[0].message.content
     assert pieces[0].choices[0].delta.role == "assistant"
@@ -86,8 +87,6 @@ def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
     assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert len({(chunk.id, chunk.created, chunk.object) for chunk in chunks}) == 1
     assert last.choices == []
-    assert last.usage is not None
-    assert whole.usage is not None
     assert last.usage.completion_tokens == whole.usage.completion_tokens
 
 
@@ -149,12 +148,8 @@ def test_options_reach_the_engine(live: Live, engine: Engine) -> None:
 
 
 def test_logprobs_are_the_targets(client: openai.OpenAI, engine: Engine) -> None:
-    answer = client.chat.completions.create(
-        model=NAME, messages=CHAT, max_tokens=6, logprobs=True, top_logprobs=3, temperature=0
-    )
-    assert answer.choices[0].logprobs is not None
+    answer = chat(client, max_tokens=6, logprobs=True, top_logprobs=3, temperature=0)
     content = answer.choices[0].logprobs.content
-    assert content is not None
     expected = list(engine.stream_generate(CHAT, max_tokens=6))
     assert len(content) == len(expected)
     for said, wanted in zip(content, expected, strict=True):
@@ -168,27 +163,20 @@ def test_logprobs_are_the_targets(client: openai.OpenAI, engine: Engine) -> None
         if "\ufffd" in said.token:  # a part of a character
             assert said.bytes is None
         else:
-            assert said.bytes is not None
             assert bytes(said.bytes).decode() == said.token
 
 
 def test_logprobs_in_a_stream_and_in_completions(client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(
-        model=NAME, messages=CHAT, max_tokens=6, logprobs=True, stream=True, temperature=0
-    )
+    stream = chat(client, max_tokens=6, logprobs=True, stream=True, temperature=0)
     streamed = [
         entry.logprob
         for chunk in stream
         if chunk.choices[0].logprobs is not None
         for entry in chunk.choices[0].logprobs.content or []
     ]
-    whole = client.chat.completions.create(model=NAME, messages=CHAT, max_tokens=6, logprobs=True, temperature=0)
-    assert whole.choices[0].logprobs is not None
+    whole = chat(client, max_tokens=6, logprobs=True, temperature=0)
     assert streamed == [entry.logprob for entry in whole.choices[0].logprobs.content or []]
     older = client.completions.create(model=NAME, prompt="the one", max_tokens=5, logprobs=2).choices[0]
-    assert older.logprobs is not None
-    assert older.logprobs.tokens is not None
-    assert older.logprobs.text_offset is not None
     assert len(older.logprobs.tokens) == len(older.logprobs.text_offset) == 5
     assert older.logprobs.text_offset[0] == 0
 
@@ -243,14 +231,14 @@ def test_models(client: openai.OpenAI, live: Live) -> None:
 
 def test_errors_reach_the_client_as_its_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match='"gpt-4o" is not served here'):
-        client.chat.completions.create(model="gpt-4o", messages=CHAT)
+        chat(client, model="gpt-4o")
     with pytest.raises(openai.BadRequestError, match="n: must be 1") as refused:
-        client.chat.completions.create(model=NAME, messages=CHAT, n=2)
+        chat(client, n=2)
     assert refused.value.param == "n"
     with pytest.raises(openai.BadRequestError, match="response_format"):
-        client.chat.completions.create(model=NAME, messages=CHAT, response_format={"type": "json_object"})
+        chat(client, response_format={"type": "json_object"})
     with pytest.raises(openai.BadRequestError, match="tools: tiny has no chat template for tools") as refused:
-        client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL])
+        chat(client, tools=[TOOL])
     assert refused.value.param == "tools"
     with pytest.raises(
         openai.BadRequestError, match="prompt has 600 tokens, and there is room for 511"
@@ -311,27 +299,11 @@ def test_metrics_count(live: Live) -> None:
     assert live.metric("requests_total", path="/v1/chat/completions", status="400") == refused + 1
 
 
-def test_the_page_and_unknown_places(live: Live) -> None:
-    page = live.get("/")
-    assert page.headers["content-type"] == "text/html; charset=utf-8"
+def test_unknown_places(live: Live) -> None:
     assert live.get("/nowhere").json()["error"]["message"] == "there is nothing here; see /openapi.json"
     wrong = live.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["type"] == "invalid_request_error"
-
-
-def test_curl(live: Live) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
-    body = json.dumps({"messages": CHAT, "max_tokens": 8, "stream": True})
-    command = ["curl", "-sS", "-N", "-H", "Content-Type: application/json", "-d", body]
-    done = subprocess.run(
-        [*command, f"{live.url}/v1/chat/completions"], capture_output=True, text=True, check=True, timeout=60
-    )
-    data = [line for line in done.stdout.split("\n\n") if line.startswith("data: ")]
-    assert data[-1] == "data: [DONE]"
-    text = "".join(json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in data[:-1])
-    assert text == live.chat(max_tokens=8).json()["choices"][0]["message"]["content"]
 
 
 def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
@@ -349,7 +321,7 @@ def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
             sent = httpx.get(f"{live.url}/v1/models", headers={"Authorization": f"Bearer {wrong}".encode()})
             assert sent.status_code == 401
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0) as client:
-            assert client.chat.completions.create(model=NAME, messages=CHAT, max_tokens=2).choices
+            assert chat(client, max_tokens=2).choices
         with (
             openai.OpenAI(base_url=f"{live.url}/v1", api_key="other", max_retries=0) as client,
             pytest.raises(openai.AuthenticationError),
@@ -432,7 +404,7 @@ CALL = '<tool_call>{"name": "weather", "arguments": {"town": "Bern"}}</tool_call
 
 def test_tool_calls_by_the_client(tool_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, f"Let me see.\n{CALL}\n{CALL}")
-    answer = tool_client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL])
+    answer = chat(tool_client, tools=[TOOL])
     choice = answer.choices[0]
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content == "Let me see."
@@ -450,19 +422,18 @@ def test_tool_calls_by_the_client(tool_client: openai.OpenAI, monkeypatch: pytes
         choice.message.model_dump(exclude_none=True),
         {"role": "tool", "tool_call_id": calls[0].id, "content": "rain"},
     ]
-    second = tool_client.chat.completions.create(model=NAME, messages=messages, tools=[TOOL])
+    second = chat(tool_client, messages=messages, tools=[TOOL])
     assert second.choices[0].message.content == "It rains."
     assert second.choices[0].finish_reason == "stop"
 
 
 def test_tool_calls_in_a_stream(tool_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, f"Yes. {CALL} {CALL}")
-    chunks = list(tool_client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL], stream=True))
+    chunks = list(chat(tool_client, tools=[TOOL], stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Yes. "
     calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert [call.index for call in calls] == [0, 1]
     for call in calls:
-        assert call.function is not None
         assert json.loads(call.function.arguments or "") == {"town": "Bern"}
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
@@ -470,17 +441,14 @@ def test_tool_calls_in_a_stream(tool_client: openai.OpenAI, monkeypatch: pytest.
 def test_what_is_no_call_stays_text(tool_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = "<tool_call>{not json}</tool_call> and so"
     say(monkeypatch, broken)
-    answer = tool_client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL]).choices[0]
+    answer = chat(tool_client, tools=[TOOL]).choices[0]
     assert (answer.message.content, answer.finish_reason) == (broken, "stop")
     assert answer.message.tool_calls is None
     say(monkeypatch, CALL)
-    unheard = tool_client.chat.completions.create(
-        model=NAME, messages=CHAT, tools=[TOOL], tool_choice="none"
-    ).choices[0]
+    unheard = chat(tool_client, tools=[TOOL], tool_choice="none").choices[0]
     assert (unheard.message.content, unheard.message.tool_calls) == (CALL, None)
-    cut = tool_client.chat.completions.create(model=NAME, messages=CHAT, tools=[TOOL], max_tokens=20).choices[0]
+    cut = chat(tool_client, tools=[TOOL], max_tokens=20).choices[0]
     assert cut.finish_reason == "length"
-    assert cut.message.content is not None
     assert CALL.startswith(cut.message.content)
 
 
@@ -488,8 +456,7 @@ def test_tools_are_shown_to_the_model(tool_client: openai.OpenAI, monkeypatch: p
     say(monkeypatch, "Yes.")
 
     def prompt_tokens(**more: Any) -> int:
-        usage = tool_client.chat.completions.create(model=NAME, messages=CHAT, **more).usage
-        assert usage is not None
+        usage = chat(tool_client, **more).usage
         return usage.prompt_tokens
 
     bare = prompt_tokens()

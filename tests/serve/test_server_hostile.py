@@ -18,21 +18,16 @@ from pydantic import BaseModel
 from llmcad_mlx.serve.protocol import ChatRequest, CompletionRequest
 from tests.support.serving import CHAT as MESSAGES
 from tests.support.serving import Live, loader, serving
-from tests.support.tiny_folder import make_folder, tiny_environment
 
 BODY_LIMIT = 100_000
 JSON = {"Content-Type": "application/json"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    folder = make_folder(tmp_path_factory.mktemp("models") / "target")
+def live(folder: Path) -> Iterator[Live]:
     limits: dict[str, Any] = {"max_body_bytes": BODY_LIMIT, "max_tokens": 8, "body_s": 0.4, "header_s": 0.4}
     with serving(loader(folder, "ngram"), **limits) as server:
         yield server
@@ -144,20 +139,17 @@ def test_wrong_types_in_a_message(live: Live, name: str) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"best_of_luck": 1}, "best_of_luck: is not a field this server knows; see /openapi.json"),
         ({"functions": []}, "functions: is not a field"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-        ({"n": 2}, "n: must be 1, not 2"),
         ({"stream_options": {"include_usage": True}}, "stream_options: goes with stream only"),
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens: differs from max_tokens"),
-        ({"max_tokens": 9}, "max_tokens: must be less than or equal to 8, not 9"),
-        ({"max_tokens": 0}, "max_tokens: must be greater than or equal to 1, not 0"),
         ({"temperature": 1e-9}, "temperature: 1e-09 is too small; use 0 for greedy decoding"),
         ({"policy": "plain", "tree_nodes": 4}, "tree_nodes: the plain policy has no tree"),
         ({"logit_bias": {"999": 1}}, "logit_bias: token 999 is not in the vocabulary of 112"),
         ({"tool_choice": "auto"}, "tool_choice: there are no tools"),
         ({"stop": ["x"] * 17}, "stop: must have at most 16 items, not 17"),
+        ({str(key): 1 for key in range(5000)}, "the body: an object may have 4096 keys at most"),
         ({"stop": "x" * 1001}, "stop: must have at most 1000 characters"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: is missing"),
         ({"messages": [{"role": "user", "content": "x" * 90_000}]}, "the prompt has "),
@@ -263,15 +255,11 @@ def test_other_names_for_this_machine(live: Live, host: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/page/../app.py",
-        "/page/..%2fapp.py",
-        "/page/%00",
-        "/page/" + "x" * 5000,
-        "/../../etc/passwd",
-        "//",
-        "/%ff",
+        "/page/", "/page/nothing.js", "/page/../app.py", "/page/%2e%2e/app.py", "/page/..%2fapp.py", "/page/%2e",
+        "/page/%2fetc%2fpasswd", "/page/..%5capp.py", "/page/%00", "/page/app.js%00", "/page/app.js/",
+        "/page/APP.JS", "/page//app.js", "/page/" + "x" * 5000, "/../../etc/passwd", "//", "/%ff",
     ],
-)
+)  # fmt: skip
 def test_paths_lead_nowhere(live: Live, path: str) -> None:
     answer = raw(live, HOST, "Connection: close", line=f"GET {path} HTTP/1.1")
     assert answer.startswith(b"HTTP/1.1 404 ")

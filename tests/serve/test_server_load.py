@@ -19,15 +19,12 @@ import httpx
 import pytest
 
 from llmcad_mlx import Engine, load
-from tests.support.tiny_folder import make_folder, tiny_environment
+from tests.support.tiny_folder import make_folder
 
 REQUESTS, CLIENTS = 200, 20
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 @pytest.fixture(scope="module")

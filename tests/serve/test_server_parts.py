@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,31 +17,18 @@ from llmcad_mlx import Engine, UsageError, load
 from llmcad_mlx.errors import BudgetError
 from llmcad_mlx.loader import load_pair
 from llmcad_mlx.serve.answers import PartMaker, ToolListener
-from llmcad_mlx.serve.errors import ApiError
-from llmcad_mlx.serve.job import Job, RoundEvent, TokenEvent
-from llmcad_mlx.serve.limits import FairQueue, QueueClosedError, QueueFullError
+from llmcad_mlx.serve.jobs import FairQueue, Job, QueueClosedError, QueueFullError, RoundEvent, TokenEvent
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.prompt_cache import PromptCache, cache_limit
-from llmcad_mlx.serve.protocol import GenerationRequest, RequestReader
-from llmcad_mlx.serve.settings import ServerSettings, public_name
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, RequestReader
+from llmcad_mlx.serve.worker import public_name
 from llmcad_mlx.settings import GenerationOptions, MemoryOptions
-from tests.support.tiny_folder import make_folder, tiny_environment
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 def taken(queue: FairQueue[str]) -> list[str]:
     return [item for _ in range(len(queue)) if (item := queue.take()) is not None]
-
-
-def test_clients_take_turns() -> None:
-    queue: FairQueue[str] = FairQueue(20)
-    for client in ("a", "a", "a", "b", "b", "c"):
-        queue.put(client, client)
-    assert taken(queue) == ["a", "b", "c", "a", "b", "a"]
 
 
 def test_who_comes_back_comes_after_the_others() -> None:
@@ -199,6 +185,7 @@ READER = RequestReader(ServerSettings(max_tokens=100, temperature=0.25), "tiny")
         ({"messages": MESSAGES, "temperature": True}, "temperature: must be a valid number, not true"),
         ({"messages": MESSAGES, "temperature": -1}, "temperature: must be greater than or equal to 0, not -1"),
         ({"messages": MESSAGES, "top_p": 0}, "top_p: must be greater than 0, not 0"),
+        ({"messages": MESSAGES, "max_tokens": 0}, "max_tokens: must be greater than or equal to 1, not 0"),
         ({"messages": MESSAGES, "max_tokens": 1.5}, "max_tokens: must be a valid integer, not 1.5"),
         ({"messages": MESSAGES, "max_tokens": 1.0}, "max_tokens: must be a valid integer, not 1.0"),
         ({"messages": MESSAGES, "max_tokens": 101}, "max_tokens: must be less than or equal to 100, not 101"),
@@ -254,13 +241,6 @@ def test_names_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert public_name("mlx-community/Qwen3-8B-4bit") == "mlx-community/Qwen3-8B-4bit"
     assert public_name(str(tmp_path / "local")) == public_name("local") == public_name("./local/") == "local"
     assert public_name(f"4bit:{tmp_path / 'local'}") == "4bit:local"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    path = tmp_path_factory.mktemp("models")
-    with load(make_folder(path / "target"), make_folder(path / "draft", noise=0.02)) as loaded:
-        yield loaded
 
 
 class Talk:

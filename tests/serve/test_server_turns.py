@@ -15,13 +15,9 @@ import pytest
 from llmcad_mlx import Engine
 from llmcad_mlx.api import Response
 from tests.support.serving import Live, events, loader, serving, streaming
-from tests.support.tiny_folder import make_folder, tiny_environment
+from tests.support.tiny_folder import make_folder
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 @pytest.fixture(scope="module")

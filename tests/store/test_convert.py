@@ -27,10 +27,10 @@ from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files import atomic as new_folder
 from llmcad_mlx.files.atomic import DiskError
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
-from llmcad_mlx.store.convert import convert, convert_folder, write_bundle
+from llmcad_mlx.store.convert import convert, convert_folder
 from tests.support.architecture_configs import build, config_of
 from tests.support.hub_stand_in import HubStandIn, hub_stand_in
-from tests.support.tiny_folder import change_config, copy_folder, make_folder, poison, write_folder
+from tests.support.tiny_folder import change_config, copy_folder, make_folder, poison, write_bundle, write_folder
 from tests.support.tiny_gguf import write_tiny_gguf
 
 ROOT = Path(__file__).parents[2]

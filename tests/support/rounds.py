@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmcad_mlx.drafting.drafter import Drafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.engine.round import Round, run_round
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.policy.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings
@@ -56,9 +56,15 @@ class Rounds(Session):
         return run_round(self, self.policy, sampler or sampler_of(), stats or GenerationStats(), stop)
 
 
-def forced(num_nodes: int, **options: Any) -> ThroughputPolicy:
-    """The default policy, told how many nodes to submit."""
-    return ThroughputPolicy(CostModel(), Calibration(), tree_nodes=num_nodes, **options)
+def forced(
+    num_nodes: int, max_width: int = 8, max_provisional: int | None = None, **options: Any
+) -> ThroughputPolicy:
+    """The default policy, told how many nodes to submit, and how many to expand in a step and while the target
+    waits."""
+    policy = ThroughputPolicy(CostModel(), Calibration(), tree_nodes=num_nodes, **options)
+    policy.max_width = max_width
+    policy.max_provisional = max_provisional or policy.max_provisional
+    return policy
 
 
 def sampler_of(temperature: float = 0.0, seed: int = 0, vocab_size: int = VOCAB) -> TargetSampler:

@@ -1,114 +1,128 @@
-"""An HTTP server that answers with what a test wrote down, standard library only."""
+"""A server that says what a test wrote down: the page's own routes, and scripted answers of the API."""
 
 from __future__ import annotations
 
 import json
+import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-CARD = {
-    "id": "tiny",
-    "object": "model",
-    "created": 0,
-    "owned_by": "llmcad-mlx",
-    "context_length": 512,
-    "draft": "ngram",
-}
-MODELS = json.dumps({"object": "list", "data": [CARD]}).encode()
+import anyio
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve.page import page_routes
+
+Step = bytes | threading.Event | None
+"""Bytes to send, something to wait for, or None to break the connection."""
+
+CARD = {"id": "tiny", "owned_by": "llmcad-mlx", "context_length": 512, "draft": "tinier"}
 DONE = b"data: [DONE]\n\n"
 
 
 def event(data: Any) -> bytes:
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
-def chunk(*tokens: tuple[int, str, bool], reason: str | None = None) -> bytes:
-    """A chunk of a completion: tokens are (id, text, from_draft)."""
-    text = "".join(text for _, text, _ in tokens)
-    listed = [{"id": number, "text": text, "from_draft": drafted} for number, text, drafted in tokens]
-    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
-    return event(
-        {"object": "text_completion", "choices": [choice], "usage": None, "speculation": {"tokens": listed}}
-    )
+def chunk(
+    pieces: Sequence[tuple[str, bool]] = (), round: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> bytes:
+    """One chunk; `pieces` are (text, from_draft) for each token, whose ids count from 5."""
+    tokens = [{"id": 5 + at, "text": text, "from_draft": drafted} for at, (text, drafted) in enumerate(pieces)]
+    speculation: dict[str, Any] = {"tokens": tokens} if round is None else {"tokens": tokens, "round": round}
+    text = "".join(text for text, _ in pieces)
+    choice = {"index": 0, "text": text, "delta": {"content": text}, "finish_reason": finish_reason}
+    return event({"choices": [choice], "usage": None, "speculation": speculation})
 
 
-def usage(**changes: Any) -> bytes:
-    figures = {
-        "target_passes": 2, "drafted": 9, "tested": 6, "accepted": 1, "acceptance_rate": 0.25,
-        "streamed_bytes": 10, "prompt_s": 0.5, "decode_s": 2.0, "draft_s": 0.25, "verify_s": 1.0, "io_wait_s": 0.5,
-    }  # fmt: skip
-    counted = {
-        "prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10,
-        "prompt_tokens_details": {"cached_tokens": 4}, "speculation": figures | changes,
-    }  # fmt: skip
-    return event({"object": "text_completion", "choices": [], "usage": counted})
+def answer(*texts: str) -> list[Step]:
+    """A plain answer without rounds, one chunk for each text."""
+    return [*(chunk([(text, False)]) for text in texts), DONE]
+
+
+def refusal(status: int, message: str, code: str | None = None, **headers: str) -> Response:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": error}, status, headers)
 
 
 @dataclass
-class Script:
-    """`models`: status and body of /v1/models. `status`, `headers`, `steps`: of a completion; a step is bytes to
-    send, a function to call, or None to break the connection."""
+class ScriptedServer:
+    """Answers each generation request with the next of `scripts`, the last one again and again.
 
-    models: tuple[int, bytes] = (200, MODELS)
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    steps: Sequence[bytes | Callable[[], Any] | None] = ()
-    requests: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
-    gone: threading.Event = field(default_factory=threading.Event)
-    """Set when the client went away in the middle of an answer."""
+    A script is what to stream, or a whole response; `models` answers /v1/models. `requests`: bodies of the
+    generation requests that came, `seen`: path and key of every request. `vanished` is set when a client has gone
+    in the middle of an answer. `key`: the API key, if one is needed.
+    """
 
+    scripts: list[list[Step] | Response] = field(default_factory=list)
+    key: str | None = None
+    models: Response | None = None
+    model: dict[str, Any] = field(default_factory=lambda: dict(CARD))
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    seen: list[tuple[str, str | None]] = field(default_factory=list)
+    vanished: threading.Event = field(default_factory=threading.Event)
+    url: str = ""
 
-@contextmanager
-def scripted_server(script: Script) -> Iterator[str]:
-    """Its address, while it runs."""
+    @contextmanager
+    def running(self) -> Iterator[ScriptedServer]:
+        """Serve on a free port of loopback, at `url`."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        routes = [
+            *page_routes(ServerSettings()),
+            Route("/v1/models", self._models),
+            Route("/v1/chat/completions", self._generation, methods=["POST"]),
+            Route("/v1/completions", self._generation, methods=["POST"]),
+        ]
+        config = uvicorn.Config(
+            Starlette(routes=routes), log_level="critical", ws="none", timeout_graceful_shutdown=1
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            listener.close()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            script.requests.append((self.path, dict(self.headers), None))
-            status, body = script.models
-            self._head(status, {"Content-Length": str(len(body))})
-            self.wfile.write(body)
+    def _refused(self, request: Request) -> Response | None:
+        sent = request.headers.get("authorization")
+        self.seen.append((request.url.path, sent))
+        if self.key is None or sent == f"Bearer {self.key}":
+            return None
+        return refusal(401, "The API key is missing or wrong.")
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            script.requests.append((self.path, dict(self.headers), body))
-            self._head(
-                script.status,
-                {"Transfer-Encoding": "chunked", "Content-Type": "text/event-stream", **script.headers},
-            )
-            try:
-                for step in script.steps:
-                    if step is None:
-                        return  # without the last chunk
-                    if callable(step):
-                        step()
-                    else:
-                        self.wfile.write(b"%x\r\n%b\r\n" % (len(step), step))
-                self.wfile.write(b"0\r\n\r\n")
-            except OSError:
-                script.gone.set()
+    async def _models(self, request: Request) -> Response:
+        return self._refused(request) or self.models or JSONResponse({"object": "list", "data": [self.model]})
 
-        def _head(self, status: int, headers: dict[str, str]) -> None:
-            self.protocol_version = "HTTP/1.1"
-            self.close_connection = True
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
+    async def _generation(self, request: Request) -> Response:
+        if (refused := self._refused(request)) is not None:
+            return refused
+        self.requests.append(await request.json())
+        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        if isinstance(script, Response):
+            return script
+        return StreamingResponse(self._stream(script), media_type="text/event-stream")
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    async def _stream(self, script: list[Step]) -> AsyncIterator[bytes]:
+        try:
+            for step in script:
+                if step is None:
+                    raise ConnectionError("as the script wants it")
+                if isinstance(step, bytes):
+                    yield step
+                else:
+                    while not step.is_set():
+                        await anyio.sleep(0.005)
+        except anyio.get_cancelled_exc_class():
+            self.vanished.set()
+            raise

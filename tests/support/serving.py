@@ -13,11 +13,13 @@ from typing import Any
 
 import httpx
 import mlx.core as mx
+from httpx_sse import EventSource
+from prometheus_client.parser import text_string_to_metric_families
 
 from llmcad_mlx import Engine, load
 from llmcad_mlx.api import Response
+from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.server import LlmServer
-from llmcad_mlx.serve.settings import ServerSettings
 
 NAME = "tiny"
 CHAT = [{"role": "user", "content": "tell me of the cat"}]
@@ -43,14 +45,11 @@ class Live:
         return httpx.get(f"{self.url}{path}", timeout=60)
 
     def metric(self, name: str, **labels: str) -> float:
-        """One figure of /metrics; 0 where there is none yet."""
-        inner = ",".join(f'{key}="{value}"' for key, value in labels.items())
-        key = f"llmcad_mlx_{name}{{{inner}}}" if labels else f"llmcad_mlx_{name}"
-        for line in self.get("/metrics").text.splitlines():
-            label, _, value = line.rpartition(" ")
-            if label == key:
-                return float(value)
-        return 0.0
+        """One number of /metrics; 0 where there is none yet."""
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        found = [one.value for one in samples if (one.name, one.labels) == (f"llmcad_mlx_{name}", labels)]
+        return sum(found)
 
 
 def loader(folder: Path, draft: Path | str | None = "ngram", kind: type[Engine] = Engine) -> Callable[[], Engine]:
@@ -92,9 +91,9 @@ def _wait_for(server: LlmServer) -> None:
 
 def events(response: httpx.Response) -> list[Any]:
     """The data of a stream's events, [DONE] checked and left out."""
-    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
+    *data, last = [event.data for event in EventSource(response).iter_sse()]
+    assert last == "[DONE]"
+    return [json.loads(text) for text in data]
 
 
 @contextlib.contextmanager

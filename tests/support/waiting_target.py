@@ -13,12 +13,12 @@ from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.streaming.feed import SequentialFeed
 from llmcad_mlx.streaming.modules import StreamedUnit, stream_layer
 from llmcad_mlx.tree.token_tree import TokenTree
-from llmcad_mlx.verifying.target import ResidentTarget, StreamedTarget, Verification
+from llmcad_mlx.verifying import Target, Verification
 from tests.support.simulated_stream import SimulatedClock, SimulatedStream
 from tests.support.tiny import VOCAB, tiny_tree_model
 
 
-class WaitingTarget(ResidentTarget):
+class WaitingTarget(Target):
     """Before each pass it calls `background` up to `most` times; how often is drawn from `seed`."""
 
     def __init__(self, model: TreeModel, vocab_size: int, most: int = 12, seed: int | None = None) -> None:
@@ -60,7 +60,7 @@ def simulated_target(
     read_s: float = 10.0,
     row_s: float = 0.1,
     prefill_chunk: int = 16,
-) -> StreamedTarget:
+) -> Target:
     """A tiny model in memory whose layers and head wait for a simulated stream as streamed ones do.
 
     A unit takes `read_s` to read, and `row_s` for each row to compute with.
@@ -72,7 +72,7 @@ def simulated_target(
     for number, module in enumerate([*inner.layers, inner.lm_head]):
         _charge(module, clock, row_s)
         stream_layer(module, StreamedUnit(number, (), (), feed))
-    return StreamedTarget(model, VOCAB, feed, prefill_chunk)
+    return Target(model, VOCAB, feed, prefill_chunk)
 
 
 def _charge(module: Module, clock: SimulatedClock, row_s: float) -> None:

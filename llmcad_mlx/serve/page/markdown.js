@@ -2,8 +2,10 @@
 
 import { renderMarkdown } from "./client.js";
 
-const PAUSE = 60; // ms between two renderings at least,
-const TIMES = 6; // and so many times as long as the last one took: the server has an answer to write
+// Between two renderings pass at least so many ms, and so many times what the last one took: the server, which has
+// an answer to write, gives a few per cent of its time to this.
+const PAUSE = 100;
+const TIMES = 15;
 
 /** @typedef {import("./answer.js").Answer} Answer */
 

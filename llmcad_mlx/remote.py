@@ -6,8 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,14 +14,35 @@ import httpx
 from httpx_sse import EventSource, SSEError
 
 from llmcad_mlx.errors import ContextLengthError, RemoteError, UsageError
-from llmcad_mlx.remote.request import Prompt, completion_request
+from llmcad_mlx.prompt import Prompt
 from llmcad_mlx.results import GenerationStats, Result
+from llmcad_mlx.settings import DEFAULT_MAX_TOKENS, SamplingSettings, SpeculationSettings, StopSettings
 
 _CONNECT_S = 10.0
 _SILENCE_S = 120.0  # a server that works says so every few seconds, while a request waits too
 _ENVIRONMENT_KEY = "LLMCAD_MLX_API_KEY"
-_COUNTS = ("target_passes", "drafted", "tested", "accepted", "streamed_bytes")
-_SECONDS = ("prompt_s", "decode_s", "draft_s", "verify_s", "io_wait_s")
+_COUNTED = (
+    "target_passes", "drafted", "tested", "accepted", "streamed_bytes",
+    "prompt_s", "decode_s", "draft_s", "verify_s", "io_wait_s",
+)  # fmt: skip
+_PASSED_ON = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "logit_bias", "policy", "tree_nodes",
+)  # fmt: skip
+_HERE = ("max_tokens", "stop")
+_LOCAL_ONLY = (
+    "on_progress", "on_round", "stop_tokens", "logits_processors", "repetition_context_size",
+    "presence_context_size", "frequency_context_size", "pipeline", "tree", "fallback",
+)  # fmt: skip
+_SAMPLING = SamplingSettings()
+_ALWAYS = {
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "speculation": {"tokens": True},
+    # An engine's defaults, whatever the server's are.
+    "temperature": _SAMPLING.temperature,
+    "seed": _SAMPLING.seed,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +90,7 @@ class RemoteEngine:
     def __enter__(self) -> RemoteEngine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -103,7 +121,7 @@ class RemoteEngine:
         or cannot be reached.
         """
         self._open_client()
-        path, body = completion_request(prompt, options)
+        path, body = _completion_request(prompt, options)
         return self._run(path, {"model": self.model, **body})
 
     def _run(self, path: str, body: Mapping[str, Any]) -> Iterator[RemoteResponse]:
@@ -123,16 +141,16 @@ class RemoteEngine:
         for chunk in self._chunks(response, stats):
             for choice in chunk["choices"]:
                 reason = choice["finish_reason"] or reason
-            for text, token in _pieces(chunk):
+            for token in chunk.get("speculation", {}).get("tokens", []):
                 if held is not None:
                     yield held
                 stats.generated_tokens += 1
-                held = RemoteResponse(text, token["id"], token["from_draft"], None, stats)
+                held = RemoteResponse(token["text"], token["id"], token["from_draft"], None, stats)
             if chunk.get("usage"):
                 _fill(stats, chunk["usage"])
         if held is None or reason is None:
             raise self._went_away(stats)
-        yield RemoteResponse(held.text, held.token, held.from_draft, reason, stats)
+        yield replace(held, finish_reason=reason)
 
     def _chunks(self, response: httpx.Response, stats: GenerationStats) -> Iterator[dict[str, Any]]:
         """The stream's events, to its end. Raises RemoteError when it breaks off."""
@@ -241,34 +259,70 @@ class RemoteEngine:
         )
 
 
-def _pieces(chunk: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """A chunk's tokens, each with the text that it adds to the answer."""
-    tokens: Sequence[Mapping[str, Any]] = chunk.get("speculation", {}).get("tokens", [])
-    for token in tokens:
-        yield token["text"], token
+def _completion_request(prompt: Prompt, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Path and body of a streamed request. Raises UsageError naming the option that is wrong."""
+    for name in options:
+        if name in _LOCAL_ONLY:
+            raise UsageError(f"{name}: an engine on another machine does not take it; leave it out")
+        if name not in (*_PASSED_ON, *_HERE):
+            known = ", ".join(sorted((*_PASSED_ON, *_HERE)))
+            raise UsageError(f"{name}: unknown option; the options are {known}")
+    SpeculationSettings(**{name: options[name] for name in ("policy", "tree_nodes") if name in options})
+    stopping = StopSettings.of(options.get("max_tokens", DEFAULT_MAX_TOKENS), options.get("stop"))
+    path, body = _prompt(prompt)
+    body |= _ALWAYS | {name: _checked(name, options[name]) for name in _PASSED_ON if name in options}
+    if stopping.max_tokens != -1:
+        body["max_tokens"] = stopping.max_tokens
+    if stopping.stop_strings:
+        body["stop"] = list(stopping.stop_strings)
+    return path, body
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value that JSON can hold. The server would take null for an option that is left out."""
+    if value is None and name not in ("logit_bias", "tree_nodes"):
+        raise UsageError(f"{name}: None is not a value; leave it out")
+    if isinstance(value, Mapping):
+        value = {str(key): item for key, item in value.items()}
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name}: {value!r} cannot be sent; give a finite number") from None
+    return value
+
+
+def _prompt(prompt: Prompt) -> tuple[str, dict[str, Any]]:
+    items: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(items, Sequence) or isinstance(items, bytes | bytearray):
+        raise UsageError(f"prompt: give text, token ids or messages, not {type(prompt).__name__}")
+    if not items:
+        raise UsageError("prompt: it is empty; give text, messages or at least one token")
+    if isinstance(items, str):
+        return "/v1/completions", {"prompt": items}
+    if all(isinstance(item, Mapping) for item in items):
+        return "/v1/chat/completions", {"messages": [dict(item) for item in items]}
+    for item in items:
+        if isinstance(item, bool) or not hasattr(item, "__index__"):
+            raise UsageError(f"prompt: {item!r} is neither a token id nor a message")
+    return "/v1/completions", {"prompt": [int(item) for item in items]}
 
 
 def _fill(stats: GenerationStats, usage: Mapping[str, Any]) -> None:
     """Take over what the server counted."""
-    figures = usage["speculation"]
-    for name in (*_COUNTS, *_SECONDS):
-        setattr(stats, name, figures[name])
+    counted = usage["speculation"]
+    for name in _COUNTED:
+        setattr(stats, name, counted[name])
     stats.prompt_tokens = usage["prompt_tokens"]
     stats.reused_tokens = usage["prompt_tokens_details"]["cached_tokens"]
     stats.generated_tokens = usage["completion_tokens"]
-    rate = figures["acceptance_rate"]
+    rate = counted["acceptance_rate"]
     stats.path_tested = round(stats.accepted / rate) if rate else 0
 
 
 def _checked_url(url: str) -> str:
     parts = urlsplit(url)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or parts.query
-        or parts.fragment
-        or parts.username
-    ):
+    is_plain = parts.hostname and not (parts.query or parts.fragment or parts.username)
+    if parts.scheme not in ("http", "https") or not is_plain:
         raise UsageError(f"target: {url!r} is not a server's address; give one like http://mac.local:8080")
     return url.rstrip("/").removesuffix("/v1")
 

@@ -1,18 +1,13 @@
-"""What models are called towards clients: never by a path of this machine.
-
-Options of the server: a frozen record, checked when built.
-"""
+"""Options of the server: a frozen record, checked when built. The command line reads its defaults here."""
 
 from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.settings import check_integer
-from llmcad_mlx.store.pull import DEFAULT_PRESET
 
 _MIN_KEY = 8
 
@@ -86,16 +81,3 @@ def _check_origin(origin: str) -> None:
     parts = urlsplit(origin)
     if origin != "*" and (parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"):
         raise UsageError(f"cors: {origin!r} is no origin; give one like https://example.org, or *")
-
-
-def public_name(name: str | None) -> str:
-    """A preset's or repository's name as it is, a local file or folder by its last part; None: the default target.
-
-    A prefix like "4bit:" stays.
-    """
-    if name is None:
-        return DEFAULT_PRESET
-    head, colon, rest = name.rpartition(":")
-    path = Path(rest).expanduser()
-    is_local = path.is_absolute() or rest.startswith(("~", ".")) or path.exists()
-    return f"{head}{colon}{path.resolve().name or 'model'}" if is_local else name

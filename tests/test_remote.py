@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import socket
 import subprocess
 import sys
@@ -13,60 +11,58 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.responses import JSONResponse, Response
 
 from llmcad_mlx import (
     ContextLengthError,
     Engine,
     GenerationStats,
-    RemoteEngine,
     RemoteError,
     Result,
     UsageError,
     load,
 )
-from tests.support.scripted_server import CARD, DONE, Script, chunk, event, scripted_server, usage
+from tests.support.scripted_server import CARD, DONE, ScriptedServer, Step, chunk, event, refusal
 from tests.support.serving import Live, loader, serving
-from tests.support.tiny_folder import make_folder, tiny_environment
+from tests.support.tiny_folder import make_folder
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "then the other one ran in and then the other one"
 CHAT = [{"role": "user", "content": "tell me of the cat"}]
 KEY = "a-key-of-some-length"
-ANSWER = [chunk((5, "a", False), (6, "b", True)), chunk((7, "", False), reason="stop"), usage(), DONE]
+USAGE = event({"choices": [], "usage": {
+    "prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4},
+    "speculation": {
+        "target_passes": 2, "drafted": 9, "tested": 6, "accepted": 1, "acceptance_rate": 0.25,
+        "streamed_bytes": 10, "prompt_s": 0.5, "decode_s": 2.0, "draft_s": 0.25, "verify_s": 1.0, "io_wait_s": 0.5,
+    },
+}})  # fmt: skip
+ANSWER: list[Step] = [
+    chunk([("a", False), ("b", True)]), chunk([("", False)], finish_reason="stop"), USAGE, DONE
+]  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+@pytest.fixture(scope="module")
+def the_server() -> Iterator[ScriptedServer]:
+    with ScriptedServer().running() as scripted:
+        yield scripted
 
 
-def remote(script: Script, **options: Any) -> Any:
-    """A context: an engine on a scripted server."""
-    return _Remote(script, options)
-
-
-class _Remote:
-    def __init__(self, script: Script, options: dict[str, Any]) -> None:
-        self._server, self._options = scripted_server(script), options
-
-    def __enter__(self) -> RemoteEngine:
-        engine = load(self._server.__enter__(), **self._options)
-        assert isinstance(engine, RemoteEngine)
-        self._engine = engine
-        return engine
-
-    def __exit__(self, *error: Any) -> None:
-        self._engine.close()
-        self._server.__exit__(*error)
+@pytest.fixture
+def server(the_server: ScriptedServer) -> ScriptedServer:
+    """A server that gives ANSWER, again and again."""
+    fresh = ScriptedServer([ANSWER], url=the_server.url)
+    vars(the_server).update(vars(fresh))
+    return the_server
 
 
 # What is sent and what is made of the answer
 
 
-def test_what_is_asked_for() -> None:
-    script = Script(steps=ANSWER)
-    with remote(script, api_key="abcdefgh") as engine:
+def test_what_is_asked_for(server: ScriptedServer) -> None:
+    with load(server.url, api_key="abcdefgh") as engine:
         engine.generate(TEXT)
         engine.generate(
             CHAT, max_tokens=9, stop="x", temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=8, policy="chain",
@@ -77,28 +73,30 @@ def test_what_is_asked_for() -> None:
         "model": "tiny", "stream": True, "stream_options": {"include_usage": True},
         "speculation": {"tokens": True}, "temperature": 0.0, "seed": 0,
     }  # fmt: skip
-    paths, headers, bodies = zip(*script.requests, strict=True)
+    paths, keys = zip(*server.seen, strict=True)
     assert paths == ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/completions")
-    assert {h["Authorization"] for h in headers} == {"Bearer abcdefgh"}
-    assert bodies[1] == {**always, "prompt": TEXT, "max_tokens": 256}
-    assert bodies[2] == always | {
-        "messages": CHAT, "max_tokens": 9, "stop": ["x"], "temperature": 0.5, "top_p": 0.9, "top_k": 4,
-        "min_p": 0.1, "seed": 8, "policy": "chain", "tree_nodes": 3, "logit_bias": {"4": 1.5},
-        "repetition_penalty": 1.1,
-        "presence_penalty": 0.2, "frequency_penalty": 0.3,
-    }  # fmt: skip
-    assert bodies[3] == {**always, "prompt": [3, 4], "stop": ["x", "y"]}
+    assert set(keys) == {"Bearer abcdefgh"}
+    assert server.requests == [
+        {**always, "prompt": TEXT, "max_tokens": 256},
+        always | {
+            "messages": CHAT, "max_tokens": 9, "stop": ["x"], "temperature": 0.5, "top_p": 0.9, "top_k": 4,
+            "min_p": 0.1, "seed": 8, "policy": "chain", "tree_nodes": 3, "logit_bias": {"4": 1.5},
+            "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
+        },
+        {**always, "prompt": [3, 4], "stop": ["x", "y"]},
+    ]  # fmt: skip
 
 
-def test_responses_and_figures() -> None:
-    with remote(Script(steps=[b": waiting\n\n", *ANSWER])) as engine:
+def test_responses_and_figures(server: ScriptedServer) -> None:
+    server.scripts = [[b": waiting\n\n", *ANSWER]]
+    with load(server.url) as engine:
         assert (engine.model, engine.context_length) == (CARD["id"], CARD["context_length"])
         found = list(engine.stream_generate(TEXT))
         result = engine.generate(TEXT)
     assert [(r.text, r.token, r.from_draft, r.finish_reason) for r in found] == [
-        ("a", 5, False, None), ("b", 6, True, None), ("", 7, False, "stop"),
+        ("a", 5, False, None), ("b", 6, True, None), ("", 5, False, "stop"),
     ]  # fmt: skip
-    assert (result.text, result.tokens, result.finish_reason) == ("ab", [5, 6, 7], "stop")
+    assert (result.text, result.tokens, result.finish_reason) == ("ab", [5, 6, 5], "stop")
     assert result.stats == found[-1].stats == GenerationStats(
         prompt_tokens=7, reused_tokens=4, generated_tokens=3, target_passes=2, drafted=9, tested=6, accepted=1,
         path_tested=4, streamed_bytes=10, prompt_s=0.5, decode_s=2.0, draft_s=0.25, verify_s=1.0, io_wait_s=0.5,
@@ -107,74 +105,70 @@ def test_responses_and_figures() -> None:
     assert result.stats.acceptance_rate == 0.25
 
 
-def test_the_end_may_come_without_a_token() -> None:
-    with remote(Script(steps=[chunk((5, "a", False)), chunk(reason="length"), usage(), DONE])) as engine:
+def test_the_end_may_come_without_a_token(server: ScriptedServer) -> None:
+    server.scripts = [[chunk([("a", False)]), chunk(finish_reason="length"), USAGE, DONE]]
+    with load(server.url) as engine:
         found = list(engine.stream_generate(TEXT))
     assert [(r.text, r.finish_reason) for r in found] == [("a", "length")]
 
 
-def test_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_of_the_environment(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCAD_MLX_API_KEY", "from-the-environment")
-    script = Script()
-    with remote(script):
-        pass
-    assert script.requests[0][1]["Authorization"] == "Bearer from-the-environment"
+    load(server.url).close()
+    assert server.seen == [("/v1/models", "Bearer from-the-environment")]
 
 
 # What goes wrong
 
 
-def refused(status: int, message: str, **more: Any) -> Script:
-    body = json.dumps({"error": {"message": message, "type": "x", "param": None, "code": None, **more}}).encode()
-    return Script(status=status, steps=[body], headers={"Retry-After": "7"} if status == 429 else {})
+STRANGER = "URL: no llmcad-mlx server answers there; check address and port"
+WENT_AWAY = "URL: the server went away after 1 tokens; start it again and repeat"
 
 
 @pytest.mark.parametrize(
     ("script", "error", "line"),
     [
-        (refused(400, "top_p: must be above 0"), UsageError, "top_p: must be above 0"),
-        (refused(400, "the prompt is long", code="context_length_exceeded"), ContextLengthError,
-         "the prompt is long"),
-        (refused(413, "the body is too large"), UsageError, "the body is too large"),
-        (refused(429, "queue"), RemoteError, "URL: the server is busy; try again in 7 seconds"),
-        (refused(503, "the server is shutting down"), RemoteError, "URL: the server is shutting down"),
-        (refused(500, "internal error 1"), RemoteError, "URL: internal error 1"),
-        (Script(steps=[chunk((5, "a", False)), None]), RemoteError,
-         "URL: the server went away after 1 tokens; start it again and repeat"),
-        (Script(steps=[chunk((5, "a", False))]), RemoteError,
-         "URL: the server went away after 1 tokens; start it again and repeat"),
-        (Script(steps=[event({"error": {"message": "the target broke"}})]), RemoteError, "URL: the target broke"),
-        (Script(steps=[b"data: {\n\n"]), RemoteError,
-         "URL: no llmcad-mlx server answers there; check address and port"),
-        (Script(status=502, steps=[b"<html>bad gateway</html>"]), RemoteError,
-         "URL: no llmcad-mlx server answers there; check address and port"),
+        (refusal(400, "top_p: must be above 0"), UsageError, "top_p: must be above 0"),
+        (refusal(400, "the prompt is long", "context_length_exceeded"), ContextLengthError, "the prompt is long"),
+        (refusal(413, "the body is too large"), UsageError, "the body is too large"),
+        (refusal(429, "queue", **{"Retry-After": "7"}), RemoteError,
+         "URL: the server is busy; try again in 7 seconds"),
+        (refusal(503, "the server is shutting down"), RemoteError, "URL: the server is shutting down"),
+        (refusal(500, "internal error 1"), RemoteError, "URL: internal error 1"),
+        ([chunk([("a", False)]), None], RemoteError, WENT_AWAY),
+        ([chunk([("a", False)])], RemoteError, WENT_AWAY),
+        ([event({"error": {"message": "the target broke"}})], RemoteError, "URL: the target broke"),
+        ([b"data: {\n\n"], RemoteError, STRANGER),
+        (Response("<html>bad gateway</html>", 502), RemoteError, STRANGER),
+        (Response("<html>welcome</html>"), RemoteError, STRANGER),
     ],
 )  # fmt: skip
-def test_each_trouble_in_one_line(script: Script, error: type, line: str) -> None:
-    with remote(script) as engine:
+def test_each_trouble_in_one_line(server: ScriptedServer, script: Any, error: type, line: str) -> None:
+    server.scripts = [script, ANSWER]
+    with load(server.url) as engine:
         with pytest.raises(error) as caught:
             engine.generate(TEXT)
-        assert str(caught.value) == line.replace("URL", engine.url)
+        assert str(caught.value) == line.replace("URL", server.url)
         assert type(caught.value) is error
-        script.status, script.steps = 200, ANSWER
         assert engine.generate(TEXT).text == "ab"
 
 
 @pytest.mark.parametrize(
     ("models", "error", "line"),
     [
-        ((401, b'{"error": {"message": "the key is wrong"}}'), UsageError,
+        (refusal(401, "the key is wrong"), UsageError,
          "api_key: URL refuses it (the key is wrong); give the key of that server"),
-        ((200, b'{"data": [{"id": "x", "owned_by": "me"}]}'), RemoteError, "URL: no llmcad-mlx server answers"),
-        ((200, b'{"data": []}'), RemoteError, "URL: no llmcad-mlx server answers"),
-        ((200, b"[1]"), RemoteError, "URL: no llmcad-mlx server answers"),
-        ((404, b"not here"), RemoteError, "URL: no llmcad-mlx server answers"),
+        (JSONResponse({"data": [{"id": "x", "owned_by": "me"}]}), RemoteError, STRANGER),
+        (JSONResponse({"data": []}), RemoteError, STRANGER),
+        (JSONResponse([1]), RemoteError, STRANGER),
+        (Response("not here", 404), RemoteError, STRANGER),
     ],
 )  # fmt: skip
-def test_a_server_that_is_not_ours(models: tuple[int, bytes], error: type, line: str) -> None:
-    with scripted_server(Script(models=models)) as url, pytest.raises(error) as caught:
-        load(url, api_key="12345678")
-    assert str(caught.value).startswith(line.replace("URL", url))
+def test_a_server_that_is_not_ours(server: ScriptedServer, models: Response, error: type, line: str) -> None:
+    server.models = models
+    with pytest.raises(error) as caught:
+        load(server.url, api_key="12345678")
+    assert str(caught.value) == line.replace("URL", server.url)
     assert "12345678" not in str(caught.value)
 
 
@@ -215,50 +209,27 @@ def test_a_model_takes_no_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "line"),
+    ("name", "value", "complaint"),
     [
-        ({"on_round": print}, "on_round: an engine on another machine does not take it"),
-        ({"on_progress": print}, "on_progress: an engine on another machine does not take it"),
-        ({"logits_processors": []}, "logits_processors: an engine on another machine does not take it"),
-        ({"pipeline": False}, "pipeline: an engine on another machine does not take it"),
-        ({"temperature": float("nan")}, "temperature: nan cannot be sent"),
-        ({"temperature": object}, "temperature: .* cannot be sent"),
-        ({"seed": None}, "seed: None is not a value"),
+        *[(name, None, "an engine on another machine does not take it")
+          for name in ("on_round", "on_progress", "logits_processors", "pipeline")],
+        ("temperature", float("nan"), "nan cannot be sent"),
+        ("temperature", object, ".* cannot be sent"),
+        ("seed", None, "None is not a value"),
     ],
-)
-def test_options_that_do_not_travel(options: dict[str, Any], line: str) -> None:
-    script = Script(steps=ANSWER)
-    with remote(script) as engine, pytest.raises(UsageError, match=f"^{line}"):
-        engine.stream_generate(TEXT, **options)
-    assert len(script.requests) == 1
-
-
-def test_closing_the_iterator_ends_the_request() -> None:
-    def until_gone() -> Iterator[bytes]:
-        yield from itertools.repeat(chunk((5, "a", False)), 10**5)
-
-    script = Script(steps=list(until_gone()))
-    with remote(script) as engine:
-        running = engine.stream_generate(TEXT)
-        assert next(running).text == "a"
-        running.close()
-        assert script.gone.wait(5)
+)  # fmt: skip
+def test_options_that_do_not_travel(server: ScriptedServer, name: str, value: Any, complaint: str) -> None:
+    with load(server.url) as engine, pytest.raises(UsageError, match=f"^{name}: {complaint}"):
+        engine.stream_generate(TEXT, **{name: value})
+    assert server.requests == []
 
 
 # Without MLX
 
 BLOCKED = (
-    "mlx",
-    "mlx_lm",
-    "numpy",
-    "transformers",
-    "tokenizers",
-    "numba",
-    "huggingface_hub",
-    "gguf",
-    "rich",
-    "typer",
-)
+    "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "numba", "huggingface_hub", "gguf", "rich", "typer",
+    "psutil", "pydantic", "prometheus_client", "starlette", "uvicorn", "markdown_it", "pygments",
+)  # fmt: skip
 _BLOCKER = f"""
 import sys
 class Absent:
@@ -279,17 +250,16 @@ def without_mlx(script: str, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_an_engine_where_mlx_is_absent() -> None:
-    with scripted_server(Script(steps=ANSWER)) as url:
-        done = without_mlx(
-            """
+def test_an_engine_where_mlx_is_absent(server: ScriptedServer) -> None:
+    done = without_mlx(
+        """
 from llmcad_mlx import GenerationStats, LlmcadError, RemoteEngine, RemoteError, Result, UsageError, load
 with load(sys.argv[1]) as engine:
     print([response.text for response in engine.stream_generate("x")], engine.generate("x").tokens)
 """,
-            url,
-        )
-    assert (done.stdout, done.stderr) == ("['a', 'b', ''] [5, 6, 7]\n", "")
+        server.url,
+    )
+    assert (done.stdout, done.stderr) == ("['a', 'b', ''] [5, 6, 5]\n", "")
 
 
 def test_a_model_where_mlx_is_absent() -> None:
@@ -306,21 +276,15 @@ except UsageError as error:
     assert 'load("http://mac.local:8080")' in done.stdout
 
 
-def test_the_example_for_an_ipad() -> None:
-    with scripted_server(Script(steps=ANSWER)) as url:
-        source = (EXAMPLES / "ipad_client.py").read_text()
-        done = without_mlx(f"sys.argv = ['ipad_client.py', {url!r}, 'hello']\n" + source)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("ab\n")
-        assert "3 tokens in 2 passes" in done.stdout
+def test_the_example_for_an_ipad(server: ScriptedServer) -> None:
+    source = (EXAMPLES / "ipad_client.py").read_text()
+    done = without_mlx(f"sys.argv = ['ipad_client.py', {server.url!r}, 'hello']\n" + source)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ab\n")
+    assert "3 tokens in 2 passes" in done.stdout
 
 
 # What a local engine does too, against a real server
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
 
 
 @pytest.fixture(scope="module")
@@ -365,12 +329,9 @@ def test_the_same_answer(engine: Any, local: Engine, prompt: Any, options: dict[
     options = {"max_tokens": 24} | options
     expected = local.generate(prompt, **options)
     result = engine.generate(prompt, **options)
-    assert (result.text, result.tokens, result.finish_reason) == (
-        expected.text,
-        expected.tokens,
-        expected.finish_reason,
-    )
     assert type(result) is Result
+    for name in ("text", "tokens", "finish_reason"):
+        assert getattr(result, name) == getattr(expected, name)
     assert result.stats.prompt_tokens == expected.stats.prompt_tokens
     assert result.stats.generated_tokens == len(result.tokens) == expected.stats.generated_tokens
 
@@ -420,31 +381,17 @@ def test_a_closed_engine(engine: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("name", "value"),
     [
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 1.5}, "max_tokens"),
-        ({"temperature": -1}, "temperature"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"top_k": -1}, "top_k"),
-        ({"top_k": 1.5}, "top_k"),
-        ({"min_p": 2.0}, "min_p"),
-        ({"seed": -1}, "seed"),
-        ({"policy": "other"}, "policy"),
-        ({"tree_nodes": 0}, "tree_nodes"),
-        ({"stop": [""]}, "stop"),
-        ({"stop": 5}, "stop"),
-        ({"logit_bias": {10_000: 1.0}}, "logit_bias"),
-        ({"logit_bias": [1]}, "logit_bias"),
-        ({"presence_penalty": float("inf")}, "presence_penalty"),
-        ({"temprature": 0.5}, "temprature"),
+        ("max_tokens", 0), ("max_tokens", 1.5), ("temperature", -1), ("temperature", "hot"), ("top_p", 0.0),
+        ("top_p", 1.5), ("top_k", -1), ("top_k", 1.5), ("min_p", 2.0), ("seed", -1), ("policy", "other"),
+        ("tree_nodes", 0), ("stop", [""]), ("stop", 5), ("logit_bias", {10_000: 1.0}), ("logit_bias", [1]),
+        ("presence_penalty", float("inf")), ("temprature", 0.5),
     ],
-)
-def test_each_bad_option_is_named(engine: Any, options: dict[str, Any], name: str) -> None:
+)  # fmt: skip
+def test_each_bad_option_is_named(engine: Any, name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"^{name}"):
-        list(engine.stream_generate(TEXT, **options))
+        list(engine.stream_generate(TEXT, **{name: value}))
 
 
 @pytest.mark.parametrize("prompt", ["", [], [{"role": "user"}], [1, "a"], [True], [10_000], 5, b"bytes"])

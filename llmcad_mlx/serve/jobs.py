@@ -1,0 +1,181 @@
+"""Requests on their way: the queue that takes turns between clients, and what the worker tells of each.
+
+Events are plain records, nothing that holds on to a pass's arrays; a job carries them from the worker's thread to
+the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, bad_request
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its log probability before penalties and temperature."""
+
+    token: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token, the text it added ("" when held back), and the likeliest tokens where asked for."""
+
+    token: int
+    text: str
+    from_draft: bool
+    finish_reason: str | None
+    logprob: TokenLogprob | None = None
+    top_logprobs: Sequence[TokenLogprob] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEvent:
+    """One round's tokens; `tree` is its token tree as the contract has it, where asked for."""
+
+    tokens: Sequence[TokenEvent]
+    tree: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """Prompt tokens done so far; the first one says that the request's turn has come."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """The end: why, and the figures of the whole generation."""
+
+    finish_reason: str
+    usage: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """The end, without an answer."""
+
+    error: ApiError
+
+
+Progress = RoundEvent | PromptEvent | FinishedEvent
+Event = Progress | FailedEvent
+
+
+_MAX_BACKLOG = 1024  # events a client may be behind: each may hold a tree of hundreds of nodes
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A request with its prompt's tokens. `events` belong to the loop, everything else may be read anywhere.
+
+    A cancelled job's generation ends before its next round.
+    """
+
+    request: GenerationRequest
+    prompt: list[int]
+    client: str
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    cancelled: bool = False
+    reason: ApiError | None = None
+    """What a client that is still there is told when the job is cancelled."""
+
+    def send(self, event: Event) -> None:
+        """Hand an event to the loop; called by the worker."""
+        if self.events.qsize() > _MAX_BACKLOG and not isinstance(event, FailedEvent):
+            self.cancel(bad_request("the answer is read too slowly", code="slow_reader"))
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    def cancel(self, reason: ApiError | None = None) -> None:
+        """End the generation within its round, or before it has begun."""
+        self.reason = self.reason or reason
+        self.cancelled = True
+
+
+Item = TypeVar("Item")
+
+
+class QueueFullError(Exception):
+    """No place is free for this client."""
+
+
+class QueueClosedError(Exception):
+    """Nothing is taken any more."""
+
+
+class FairQueue(Generic[Item]):
+    """Items of several clients, handed out round robin: one from each client that has any, then the next.
+
+    Safe to use from several threads. `limit`: most items that wait. One client may hold half of the places (but
+    always one), so that a client with many requests leaves room for the others.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._per_client = max(1, limit // 2)
+        self._waiting: OrderedDict[str, deque[Item]] = OrderedDict()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def __len__(self) -> int:
+        with self._changed:
+            return self._size()
+
+    def _size(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def put(self, client: str, item: Item) -> None:
+        """Add at the end of the client's line. Raises QueueFullError or QueueClosedError."""
+        with self._changed:
+            if self._closed:
+                raise QueueClosedError
+            if self._size() >= self._limit or len(self._waiting.get(client, ())) >= self._per_client:
+                raise QueueFullError
+            self._waiting.setdefault(client, deque()).append(item)
+            self._changed.notify()
+
+    def take(self) -> Item | None:
+        """Wait for the next item; None once the queue is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting)
+            if self._closed:
+                return None
+            client, line = self._waiting.popitem(last=False)
+            item = line.popleft()
+            if line:
+                self._waiting[client] = line  # at the end: the others come first
+            return item
+
+    def remove(self, client: str, item: Item) -> bool:
+        """Take an item out before its turn; False when its turn has come already."""
+        with self._changed:
+            line = self._waiting.get(client)
+            if line is None or item not in line:
+                return False
+            line.remove(item)
+            if not line:
+                del self._waiting[client]
+            return True
+
+    def close(self) -> list[Item]:
+        """End: `take` returns None from now on. Returns what was still waiting."""
+        with self._changed:
+            self._closed = True
+            left = [item for line in self._waiting.values() for item in line]
+            self._waiting.clear()
+            self._changed.notify_all()
+            return left

@@ -26,8 +26,8 @@ from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.output import share
 from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts, mixed_by_domain
 from llmcad_mlx.measure.variants import MLX_LM_DRAFT, PLAIN, Variant
-from llmcad_mlx.policy.calibration import ngram_confidence
 from llmcad_mlx.policy import Candidates
+from llmcad_mlx.policy.calibration import ngram_confidence
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import GenerationOptions, SpeculationSettings, check_integer
 from llmcad_mlx.store.names import NO_DRAFT

@@ -29,14 +29,14 @@ test-large: $(READY)
 	$(BIN)/python -m pytest -m large -s
 
 check: $(READY)
-	$(BIN)/ruff format --check llmcad_mlx tests examples convert docs
-	$(BIN)/ruff check llmcad_mlx tests examples convert docs
+	$(BIN)/ruff format --check llmcad_mlx tests examples convert distill docs
+	$(BIN)/ruff check llmcad_mlx tests examples convert distill docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(JOBS) -m "not large"
 
 format: $(READY)
-	$(BIN)/ruff check --fix llmcad_mlx tests examples convert docs
-	$(BIN)/ruff format llmcad_mlx tests examples convert docs
+	$(BIN)/ruff check --fix llmcad_mlx tests examples convert distill docs
+	$(BIN)/ruff format llmcad_mlx tests examples convert distill docs
 
 bench: $(READY)
 	$(BIN)/llmcad-mlx bench --out bench-out

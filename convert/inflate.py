@@ -1,7 +1,7 @@
 """A model with more layers and the same output, for tests and benchmarks: bytes and arithmetic grow, text stays.
 
-python convert/inflate.py SOURCE DEST --size 2GB
-python convert/inflate.py SOURCE DEST --layers 100
+python -m convert.inflate SOURCE DEST --size 2GB
+python -m convert.inflate SOURCE DEST --layers 100
 
 An added decoder layer is a copy of the one behind it, with zeros in the projections that lead out of its
 attention and its MLP (o_proj and down_proj: weights or codes, scales, biases). It adds 0.0 to the residual stream,
@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
+from convert import exit_code_of
+from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.atomic import check_destination, new_folder
 from llmcad_mlx.files.bundle_writer import BundleWriter, layer_index, plan_layers
-from llmcad_mlx.files.safetensors_writer import TensorSpec
+from llmcad_mlx.files.safetensors import TensorExtent, TensorSpec, WeightIndex, read_weights
 from llmcad_mlx.models.folder import read_config
 from llmcad_mlx.progress import Advance, NoProgress, Progress, progress_for
 from llmcad_mlx.sizes import parse_size
 from llmcad_mlx.store.convert import copy_extent, copy_side_files
 from llmcad_mlx.streaming.storage import FileStorage
-from llmcad_mlx.streaming.weights import TensorExtent, WeightIndex
 
 # What a layer of these does depends on its weights and on `layer_types` alone, never on its number.
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -69,7 +69,7 @@ def inflate(
             f"{source}: {config['model_type']!r} cannot be inflated, its layers may differ by their number; "
             f"use a model of {', '.join(FAMILIES)}"
         )
-    index = WeightIndex.of(source)
+    index = read_weights(source)
     num_old = int(config["num_hidden_layers"])
     num_added = _num_added(index, num_old, num_bytes, num_layers)
     origin = _origins(num_old, num_added)
@@ -105,13 +105,9 @@ def _num_added(index: WeightIndex, num_old: int, num_bytes: int | None, num_laye
         number = layer_index(name)
         if number is not None and number < num_old:
             sizes[number] += extent.num_bytes
-    added, count = 0, 0
-    while (
-        total + added < num_bytes
-    ):  # layers may differ in size, and how many come before each depends on the count
+    count = 1  # layers may differ in size, and how many come before each depends on the count
+    while total + sum(sizes[old] for old, is_added in _origins(num_old, count) if is_added) < num_bytes:
         count += 1
-        origin = _origins(num_old, count)
-        added = sum(sizes[old] for old, is_added in origin if is_added)
     return count
 
 
@@ -152,9 +148,8 @@ def _write_tensor(storage: FileStorage, planned: _Planned, writer: BundleWriter,
         return
     for start in range(0, planned.spec.num_bytes, _ZERO_BYTES):
         count = min(_ZERO_BYTES, planned.spec.num_bytes - start)
-        writer.write_bytes(
-            planned.spec.name, start, bytes(count)
-        )  # written, so that reading them costs as any other
+        # Written, not left as a hole: reading them must cost as reading any other.
+        writer.write_bytes(planned.spec.name, start, bytes(count))
         advance(count)
 
 
@@ -175,14 +170,13 @@ def _renumbered(quantization: dict[str, Any], origin: list[tuple[int, bool]]) ->
         number = layer_index(f"{key}.")
         if number is None:
             changed[key] = value
-            continue
-        for new, (old, _) in enumerate(origin):
-            if old == number:
-                changed[key.replace(f".{old}.", f".{new}.", 1)] = value
+        else:
+            new = [position for position, (old, _) in enumerate(origin) if old == number]
+            changed |= {key.replace(f".{number}.", f".{position}.", 1): value for position in new}
     return changed
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description="Add layers without effect to a model: the same text from more bytes and arithmetic."
     )
@@ -190,22 +184,11 @@ def main() -> int:
     parser.add_argument("dest", type=Path, help="the bundle to make; a new or empty folder")
     parser.add_argument("--size", help="size of the weights to reach, e.g. 2GB")
     parser.add_argument("--layers", type=int, help="number of layers to add")
-    options = parser.parse_args()
-    try:
-        num_bytes = None if options.size is None else parse_size(options.size, "--size")
-        inflate(
-            options.source,
-            options.dest,
-            num_bytes=num_bytes,
-            num_layers=options.layers,
-            progress=progress_for(True),
-        )
-    except LlmcadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    print(options.dest)
-    return 0
+    given = parser.parse_args()
+    num_bytes = None if given.size is None else parse_size(given.size, "--size")
+    inflate(given.source, given.dest, num_bytes=num_bytes, num_layers=given.layers, progress=progress_for(True))
+    print(given.dest)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

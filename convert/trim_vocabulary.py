@@ -1,14 +1,14 @@
 """A draft that proposes frequent tokens only: its head gets a few thousand rows, and a step becomes cheaper.
 
-python convert/trim_vocabulary.py SOURCE DEST --tokens 8192 --corpus work/corpus
-python convert/trim_vocabulary.py smollm2-135m small-draft --tokens 4096
+python -m convert.trim_vocabulary SOURCE DEST --tokens 8192 --corpus work/corpus
+python -m convert.trim_vocabulary smollm2-135m small-draft --tokens 4096
 llmcad-mlx generate --target TARGET --draft DEST "Hello"
 
 SOURCE is a model folder or a preset; DEST becomes a bundle that can only draft, because
 `draft_tokens.safetensors` says which tokens its head is for. A corpus is text files, read as UTF-8, and token
-shards: safetensors files with `tokens` (N,) of integers, as `distill_draft.py` writes them. Rows are copied from
-the head, or from the embedding where that is the head; quantised ones bit for bit. Text stays the target's: what
-the draft cannot propose, the target writes.
+shards: safetensors files with `tokens` (N,) of integers, as `python -m distill corpus` writes them. Rows are
+copied from the head, or from the embedding where that is the head; quantised ones bit for bit. Text stays the
+target's: what the draft cannot propose, the target writes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from llmcad_mlx.errors import LlmcadError, UsageError
+from convert import exit_code_of
+from llmcad_mlx.errors import UsageError
 from llmcad_mlx.files.atomic import check_destination
-from llmcad_mlx.models.folder import check_safetensors, load_model_folder
+from llmcad_mlx.files.safetensors import read_tensors
+from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.progress import Progress, progress_for
 from llmcad_mlx.store.copies import num_ids, usual_tokens, write_trimmed_draft
 from llmcad_mlx.store.pull import resolve_draft
@@ -86,7 +88,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _shard(file: Path) -> Tokens:
-    check_safetensors(file)
+    read_tensors(file)  # MLX trusts what it says
     array: Any = mx.load(str(file)).get("tokens")  # type: ignore[union-attr]
     if array is None or array.ndim != 1 or not mx.issubdtype(array.dtype, mx.integer):
         raise UsageError(f"--corpus: {file}: no list of integers 'tokens'; give text files or token shards")
@@ -110,7 +112,7 @@ def _encoded(file: Path, tokenizer: Any) -> Iterator[Tokens]:
         start = end
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a model folder, a hub repository or a preset")
     parser.add_argument("dest", type=Path, help="the draft to make; a new or empty folder")
@@ -120,21 +122,13 @@ def main() -> int:
         type=Path,
         nargs="+",
         default=[],
-        help="text files, token shards of distill_draft.py, or folders of them, to count tokens in; "
+        help="text files, token shards of `python -m distill corpus`, or folders of them, to count tokens in; "
         "without it: the tokens with the lowest ids, which most tokenizers give to the most frequent ones",
     )
-    options = parser.parse_args()
-    try:
-        before = trim(options.source, options.dest, options.tokens, options.corpus)
-    except LlmcadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    print(f"{options.dest}: {options.tokens:,} of {before:,} output tokens")
-    return 0
+    given = parser.parse_args()
+    before = trim(given.source, given.dest, given.tokens, given.corpus)
+    print(f"{given.dest}: {given.tokens:,} of {before:,} output tokens")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

@@ -88,7 +88,7 @@ def run(command: Sequence[str], group: Path | None = None) -> subprocess.Complet
         if group is not None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=join)
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=join, cwd=ROOT)
 
 
 def peak_of_group(group: Path) -> int | None:
@@ -157,8 +157,8 @@ def _folder(preset: str) -> str:
 def check_inflated(budget: int) -> bool:
     with tempfile.TemporaryDirectory() as place:
         larger = str(Path(place) / "inflated")
-        script = str(ROOT / "convert" / "inflate.py")
-        done = run([sys.executable, script, _folder("smollm2-135m"), larger, "--size", "2GB"])
+        inflate = [sys.executable, "-m", "convert.inflate", _folder("smollm2-135m"), larger, "--size", "2GB"]
+        done = run(inflate)
         if done.returncode != 0:
             raise SystemExit(f"inflate: {done.stderr.strip()[-500:]}")
         size = sum(file.stat().st_size for file in Path(larger).glob("*.safetensors"))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.best_first import DEFAULT_MAX_NODES, ThroughputPolicy
+from llmcad_mlx.policy.calibration import Calibration
+from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.settings import (
@@ -15,21 +17,21 @@ from llmcad_mlx.settings import (
     FIXED_THROUGHPUT_NODES,
     SpeculationSettings,
 )
-from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TABLE
 
 
 def make_policy(
     settings: SpeculationSettings,
     drafters: Sequence[Drafter],
-    profile: PairProfile,
+    costs: CostModel,
+    calibration: Calibration,
     max_nodes: int = DEFAULT_MAX_NODES,
 ) -> GrowthPolicy:
     """The policy that `settings` name.
 
-    "throughput" learns into `profile`, and sends the target at most `max_nodes` nodes where `settings` leave it
-    the choice; "paper" and "chain" listen to one drafter: the model where there is one, else the table, else the
-    last of `drafters`.
+    "throughput" reads `costs`, learns into `calibration`, and sends the target at most `max_nodes` nodes where
+    `settings` leave it the choice; "paper" and "chain" listen to one drafter: the model where there is one, else
+    the table, else the last of `drafters`.
     """
     nodes, pipelined = settings.tree_nodes, settings.pipeline
     found = [drafter.source for drafter in drafters]
@@ -37,8 +39,8 @@ def make_policy(
         if not settings.fallback:
             nodes = nodes or FIXED_THROUGHPUT_NODES
         return ThroughputPolicy(
-            profile.costs,
-            profile.calibration,
+            costs,
+            calibration,
             nodes,
             max_nodes,
             branching=settings.tree,

@@ -8,7 +8,7 @@ from pathlib import Path
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.files.atomic import new_folder
 from llmcad_mlx.gguf.model import FamilyModel, read_family
-from llmcad_mlx.gguf.reader import Metadata, read_gguf_header
+from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.gguf.tokenizer import TokenIds, read_tokenizer
 from llmcad_mlx.gguf.weights import plan_weights, write_weights
 from llmcad_mlx.progress import NoProgress, Progress
@@ -29,17 +29,18 @@ def convert_gguf(
     """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
 
     The folder appears complete or not at all. `bits` is one of 2, 3, 4, 5, 6, 8 and `group_size` of 32, 64,
-    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `gguf_groups`). `replace` an
+    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `groups`). `replace` an
     existing folder, else it must be new or empty.
 
     Raises UsageError for an option or a destination that cannot be used, ModelError for a file that is not a
     GGUF model of a supported family or is damaged, DiskError when it does not fit the disk.
     """
-    _check_options(bits, group_size)
+    for name, value, choices in (("bits", bits, BITS), ("group-size", group_size, GROUP_SIZES)):
+        if value not in choices:
+            raise UsageError(f"{name}: {value} is not one of {', '.join(map(str, choices))}")
     header = read_gguf_header(source)
-    metadata = Metadata.of(header)
-    model = read_family(header, metadata)
-    tokenizer = read_tokenizer(metadata)
+    model = read_family(header)
+    tokenizer = read_tokenizer(header)
     plan = plan_weights(header, model, bits, group_size)
     num_source_bytes = sum(tensor.source.num_bytes for tensor in plan)
     with new_folder(dest, sum(tensor.num_bytes for tensor in plan), replace=replace) as folder:
@@ -49,13 +50,6 @@ def convert_gguf(
         _write_configs(folder, model, tokenizer.ids, bits, group_size)
 
 
-def _check_options(bits: int, group_size: int) -> None:
-    if bits not in BITS:
-        raise UsageError(f"bits: {bits} is not one of {', '.join(map(str, BITS))}")
-    if group_size not in GROUP_SIZES:
-        raise UsageError(f"group-size: {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
-
-
 def _write_configs(folder: Path, model: FamilyModel, ids: TokenIds, bits: int, group_size: int) -> None:
     quantization = {"group_size": group_size, "bits": bits, "mode": "affine"}
     tokens: dict[str, object] = {"eos_token_id": list(ids.ends)}
@@ -63,15 +57,7 @@ def _write_configs(folder: Path, model: FamilyModel, ids: TokenIds, bits: int, g
         tokens["bos_token_id"] = ids.bos
     if ids.pad is not None:
         tokens["pad_token_id"] = ids.pad
-    config = (
-        model.config
-        | tokens
-        | {
-            "torch_dtype": "float16",
-            "quantization": quantization,
-            "quantization_config": quantization,
-        }
-    )
-    for name, content in (("generation_config.json", tokens), ("config.json", config)):
+    forms = {"torch_dtype": "float16", "quantization": quantization, "quantization_config": quantization}
+    for name, content in (("generation_config.json", tokens), ("config.json", model.config | tokens | forms)):
         text = json.dumps(content, indent=2, sort_keys=True)
         (folder / name).write_text(text + "\n", encoding="utf-8")

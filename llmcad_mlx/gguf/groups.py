@@ -1,14 +1,13 @@
-"""GGUF blocks as MLX's affine groups: `w = scale * code + bias`, codes packed eight to a uint32.
+"""GGUF blocks as MLX's affine groups: `w = scale * code + bias`, codes packed into a stream of uint32.
 
 Blocks that already are 4-bit codes in groups of 32 with a scale and an offset (Q4_0, Q4_1, Q4_K) keep their
-codes; only a Q4_K scale, a product of two numbers, is rounded to float16. Everything else is dequantised and
-fitted anew. Layouts: ggml's `ggml-quants.c` and `gguf.quants`.
+codes; only a Q4_K scale, a product of two numbers, is rounded to float16. Layouts: ggml's `ggml-quants.c` and
+`gguf.quants`.
 
-Weights to MLX's affine groups, `w = scale * code + bias`, with the smallest squared error a short search finds.
-
-`mx.quantize` spans each group from its smallest to its largest weight. Here scale and bias are fitted to the
-codes by least squares, from two starting spans, and the better one is kept. On Qwen2.5-Coder-0.5B that lowers
-the error of 4-bit groups from 9.2 to 7.3 % of the weights' size (`convert/quantisation_error.py`).
+Everything else is dequantised and fitted anew, with the smallest squared error a short search finds. `mx.quantize`
+spans each group from its smallest to its largest weight. Here scale and bias are fitted to the codes by least
+squares, from two starting spans, and the better one is kept. On Qwen2.5-Coder-0.5B that lowers the error of 4-bit
+groups from 9.2 to 7.3 % of the weights' size (`python -m convert.quantisation_error`).
 """
 
 from __future__ import annotations
@@ -19,13 +18,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as Kind
+from gguf.quants import Q4_K, dequantize
 
 SPAN_SHARES = (1.0, 0.9)
 NUM_REFITS = 2
 
+_NATIVE = (Kind.Q4_0, Kind.Q4_1, Kind.Q4_K)
+
+Bytes = npt.NDArray[np.uint8]
 Halves = npt.NDArray[np.float16]
+
+
+class NotFiniteError(ValueError):
+    """Weights hold NaN, infinity, or values that float16 cannot hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,51 +47,40 @@ class Groups:
     biases: Halves
 
 
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """codes: (rows, groups, group_size); scale, bias, error: (rows, groups, 1). All float32."""
+def group_rows(raw: Bytes, kind: Kind, bits: int, group_size: int) -> Groups:
+    """Turn raw rows, (rows, bytes per row) uint8, into MLX groups.
 
-    codes: mx.array
-    scale: mx.array
-    bias: mx.array
-    error: mx.array
-
-
-class NotFiniteError(ValueError):
-    """Weights hold NaN, infinity, or values that float16 cannot hold."""
-
-
-def fit_groups(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Groups:
-    """Quantise (rows, columns) float32. Raises NotFiniteError."""
-    require_finite(weights)
-    rows = weights.shape[0]
-    groups = mx.array(weights).reshape(rows, -1, group_size)
-    best = _fit(groups, SPAN_SHARES[0], 2**bits - 1)
-    for share in SPAN_SHARES[1:]:
-        other = _fit(groups, share, 2**bits - 1)
-        better = other.error < best.error
-        best = _Fit(
-            codes=mx.where(better, other.codes, best.codes),
-            scale=mx.where(better, other.scale, best.scale),
-            bias=mx.where(better, other.bias, best.bias),
-            error=mx.minimum(other.error, best.error),
-        )
-    codes = np.array(best.codes.astype(mx.uint8)).reshape(rows, -1)
-    scales, biases = (np.array(part.astype(mx.float16))[..., 0] for part in (best.scale, best.bias))
-    require_finite(scales)
-    require_finite(biases)
-    return Groups(packed_codes(codes, bits), scales, biases)
-
-
-def packed_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint32]:
-    """(rows, columns) codes to MLX's packing: one stream of bits, lowest first: (rows, columns * bits / 32)."""
-    packed: npt.NDArray[np.uint8]
-    if bits == 4:
-        packed = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+    Raises NotFiniteError, and NotImplementedError as `values` does.
+    """
+    if kind not in _NATIVE or (bits, group_size) != (4, 32):
+        groups = _fitted(values(raw, kind), bits, group_size)
+    elif kind == Kind.Q4_K:
+        groups = _from_q4_k(raw)
     else:
-        stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-        packed = np.packbits(stream.reshape(codes.shape[0], -1), axis=-1, bitorder="little")
-    return np.ascontiguousarray(packed).view("<u4").astype(np.uint32, copy=False)
+        groups = _from_q4_0(raw) if kind == Kind.Q4_0 else _from_q4_1(raw)
+    require_finite(groups.scales)
+    require_finite(groups.biases)
+    return groups
+
+
+def has_values(kind: Kind) -> bool:
+    """Whether `values` can read this type."""
+    try:
+        values(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return str(kind.name) != "NVFP4"  # its scales for whole tensors stand beside it in the file
+
+
+def values(raw: Bytes, kind: Kind) -> npt.NDArray[np.float32]:
+    """Dequantise raw rows, (rows, bytes per row) uint8, to (rows, columns) float32.
+
+    Raises NotImplementedError for a type the `gguf` package has no dequantiser for.
+    """
+    floats: npt.NDArray[np.float32] = (
+        raw.view(np.float64).astype(np.float32) if kind == Kind.F64 else dequantize(raw, kind)
+    )
+    return floats
 
 
 def require_finite(array: npt.NDArray[Any]) -> None:
@@ -93,8 +89,41 @@ def require_finite(array: npt.NDArray[Any]) -> None:
         raise NotFiniteError
 
 
-def _fit(groups: mx.array, share: float, top: int) -> _Fit:
-    """Start from `share` of each group's span; codes and least squares in turn; float16 numbers at the end."""
+def _packed(codes: Bytes, bits: int) -> npt.NDArray[np.uint32]:
+    """(rows, columns) codes to MLX's packing: one stream of bits, lowest first: (rows, columns * bits / 32)."""
+    packed: Bytes
+    if bits == 4:
+        packed = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+    else:
+        stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+        packed = np.packbits(stream.reshape(codes.shape[0], -1), axis=-1, bitorder="little")
+    return np.ascontiguousarray(packed).view("<u4").astype(np.uint32, copy=False)
+
+
+# --- fitted anew ----------------------------------------------------------------------------------------------
+
+
+def _fitted(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Groups:
+    """Quantise (rows, columns) float32. Raises NotFiniteError."""
+    require_finite(weights)
+    rows = weights.shape[0]
+    groups = mx.array(weights).reshape(rows, -1, group_size)
+    codes, scale, bias, error = _fit(groups, SPAN_SHARES[0], 2**bits - 1)
+    for share in SPAN_SHARES[1:]:
+        other = _fit(groups, share, 2**bits - 1)
+        better = other[-1] < error
+        codes, scale, bias, error = (
+            mx.where(better, new, old) for new, old in zip(other, (codes, scale, bias, error), strict=True)
+        )
+    scales, biases = (np.array(part.astype(mx.float16))[..., 0] for part in (scale, bias))
+    return Groups(_packed(np.array(codes.astype(mx.uint8)).reshape(rows, -1), bits), scales, biases)
+
+
+def _fit(groups: mx.array, share: float, top: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Start from `share` of each group's span; codes and least squares in turn; float16 numbers at the end.
+
+    Returns codes (rows, groups, group_size), and scale, bias and squared error (rows, groups, 1), all float32.
+    """
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
     middle, half = (low + high) / 2, (high - low) / 2 * share
     scale, bias = 2 * half / top, middle - half
@@ -102,8 +131,7 @@ def _fit(groups: mx.array, share: float, top: int) -> _Fit:
         scale, bias = _least_squares(groups, _nearest(groups, scale, bias, top), scale, bias)
     scale, bias = (part.astype(mx.float16).astype(mx.float32) for part in (scale, bias))
     codes = _nearest(groups, scale, bias, top)
-    error = mx.square(groups - (codes * scale + bias)).sum(axis=-1, keepdims=True)
-    return _Fit(codes, scale, bias, error)
+    return codes, scale, bias, mx.square(groups - (codes * scale + bias)).sum(axis=-1, keepdims=True)
 
 
 def _nearest(groups: mx.array, scale: mx.array, bias: mx.array, top: int) -> mx.array:
@@ -123,62 +151,7 @@ def _least_squares(
     return mx.where(usable, fitted, scale), mx.where(usable, mean - fitted * code_mean, bias)
 
 
-NATIVE_BITS = 4
-NATIVE_GROUP = 32
-
-_NATIVE = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K)
-
-_FLOATS = (GGMLQuantizationType.F16, GGMLQuantizationType.F32, GGMLQuantizationType.F64)
-_K = GGMLQuantizationType
-_READABLE = frozenset(
-    (
-        *(_K.BF16, _K.Q4_0, _K.Q4_1, _K.Q5_0, _K.Q5_1, _K.Q8_0),
-        *(_K.Q2_K, _K.Q3_K, _K.Q4_K, _K.Q5_K, _K.Q6_K),
-        *(_K.IQ4_NL, _K.IQ4_XS, _K.IQ3_S, _K.IQ3_XXS, _K.IQ2_S, _K.IQ2_XS, _K.IQ2_XXS, _K.IQ1_S, _K.IQ1_M),
-        *(_K.TQ1_0, _K.TQ2_0, _K.MXFP4),
-    )
-)
-"""Those with a dequantiser in the `gguf` package. Q8_1 and Q8_K have none: no file holds them."""
-
-Bytes = npt.NDArray[np.uint8]
-
-
-def is_native(kind: GGMLQuantizationType, bits: int, group_size: int) -> bool:
-    """Whether blocks of this type keep their codes."""
-    return kind in _NATIVE and bits == NATIVE_BITS and group_size == NATIVE_GROUP
-
-
-def has_values(kind: GGMLQuantizationType) -> bool:
-    """Whether `values` can read this type."""
-    return kind in _FLOATS or kind in _READABLE
-
-
-def group_rows(raw: Bytes, kind: GGMLQuantizationType, bits: int, group_size: int) -> Groups:
-    """Turn raw rows, (rows, bytes per row) uint8, into MLX groups.
-
-    Raises NotFiniteError, and NotImplementedError as `values` does.
-    """
-    if not is_native(kind, bits, group_size):
-        groups = fit_groups(values(raw, kind), bits, group_size)
-    elif kind == GGMLQuantizationType.Q4_K:
-        groups = _from_q4_k(raw)
-    else:
-        groups = _from_q4_0(raw) if kind == GGMLQuantizationType.Q4_0 else _from_q4_1(raw)
-    require_finite(groups.scales)
-    require_finite(groups.biases)
-    return groups
-
-
-def values(raw: Bytes, kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
-    """Dequantise raw rows, (rows, bytes per row) uint8, to (rows, columns) float32.
-
-    Raises NotImplementedError for a type the `gguf` package has no dequantiser for.
-    """
-    if kind in _FLOATS:
-        floats: npt.NDArray[np.float32] = raw.view(kind.name.replace("F", "float")).astype(np.float32)
-        return floats
-    result: npt.NDArray[np.float32] = dequantize(raw, kind)
-    return result
+# --- kept -----------------------------------------------------------------------------------------------------
 
 
 def _from_q4_0(raw: Bytes) -> Groups:
@@ -187,43 +160,29 @@ def _from_q4_0(raw: Bytes) -> Groups:
     scales = _halves(blocks[..., 0:2])
     with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite and is refused
         biases = scales * np.float16(-8)
-    return Groups(packed_codes(_split_nibbles(blocks[..., 2:]), 4), scales, biases)
+    return Groups(_packed(_split_nibbles(blocks[..., 2:]), 4), scales, biases)
 
 
 def _from_q4_1(raw: Bytes) -> Groups:
     """Block: d, m, 16 bytes. `w = d * code + m`."""
     blocks = raw.reshape(raw.shape[0], -1, 20)
-    return Groups(
-        packed_codes(_split_nibbles(blocks[..., 4:]), 4), _halves(blocks[..., 0:2]), _halves(blocks[..., 2:4])
-    )
+    codes = _packed(_split_nibbles(blocks[..., 4:]), 4)
+    return Groups(codes, _halves(blocks[..., 0:2]), _halves(blocks[..., 2:4]))
 
 
 def _from_q4_k(raw: Bytes) -> Groups:
     """Block of 8 groups: d, dmin, 12 bytes of 6-bit factors, 128 bytes. `w = d * sc * code - dmin * m`."""
     num_rows = raw.shape[0]
     blocks = raw.reshape(num_rows, -1, 144)
-    scale_codes, min_codes = _six_bit_factors(blocks[..., 4:16])
+    scale_codes, min_codes = (
+        part.reshape(num_rows, -1, 8) for part in Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
+    )
     scales = _halves(blocks[..., 0:2]).astype(np.float32)[..., None] * scale_codes
     mins = _halves(blocks[..., 2:4]).astype(np.float32)[..., None] * min_codes
     codes = _split_nibbles(blocks[..., 16:].reshape(num_rows, -1, 4, 32))
-    return Groups(
-        packed_codes(codes, 4),
-        _rounded(scales.reshape(num_rows, -1)),
-        _rounded(-mins.reshape(num_rows, -1)),
-    )
-
-
-def _rounded(numbers: npt.NDArray[np.float32]) -> Halves:
     with np.errstate(over="ignore"):  # becomes infinite and is refused
-        return numbers.astype(np.float16)
-
-
-def _six_bit_factors(packed: Bytes) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """The 8 scale and 8 offset factors of each block from its 12 bytes (`get_scale_min_k4` in ggml)."""
-    low, high, mixed = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
-    scales = np.concatenate([low & 63, (mixed & 15) | ((low >> 2) & 48)], axis=-1)
-    mins = np.concatenate([high & 63, (mixed >> 4) | ((high >> 2) & 48)], axis=-1)
-    return scales.astype(np.float32), mins.astype(np.float32)
+        halves = (part.reshape(num_rows, -1).astype(np.float16) for part in (scales, -mins))
+        return Groups(_packed(codes, 4), *halves)
 
 
 def _halves(pairs: Bytes) -> Halves:

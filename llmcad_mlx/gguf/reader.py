@@ -1,8 +1,4 @@
-"""Typed reading of GGUF metadata fields, one clear error for each that is missing or of the wrong kind.
-
-Numbers, texts and arrays read forward through a GGUF header, each checked against what can be there.
-
-What a GGUF file says about itself, read with every count, length and offset checked against the file.
+"""What a GGUF file says about itself, read with every count, length and offset checked against the file.
 
 The `gguf` package's own reader trusts the header: a hostile or cut-off file makes it allocate without bound
 or fail somewhere in numpy. It also keeps each of 300,000 token strings as two arrays, which costs seconds.
@@ -17,7 +13,7 @@ import math
 import mmap
 import reprlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,121 +23,6 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from llmcad_mlx.errors import ModelError
 
-# Far above any real model; a header past them is hostile and would only fill the memory.
-MAX_HEADER_BYTES = 1 << 26  # tokens, scores and merges of the largest vocabularies: 20 MB
-MAX_ARRAY_ITEMS = 1 << 22  # over the whole header; 262,144 tokens with their merges: 1.3 million
-MAX_NAME_BYTES = 1 << 10
-
-Scalar = str | int | float | bool
-Value = Scalar | list[Scalar]
-
-_SCALAR_FORMATS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
-    GGUFValueType.BOOL: "?",
-}
-
-
-class DamageError(Exception):
-    """The header contradicts the file; the message says where."""
-
-
-class Cursor:
-    """Reads forward through the mapped file, never past its end or what a header may hold."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data = data
-        self._items_left = MAX_ARRAY_ITEMS
-        self.at = 0
-        self.size = len(data)
-
-    def left(self) -> int:
-        return min(self.size, MAX_HEADER_BYTES) - self.at
-
-    def scalar(self, code: str) -> int | float | bool:
-        size = struct.calcsize("<" + code)
-        self._need(size, "a value")
-        (value,) = struct.unpack_from("<" + code, self._data, self.at)
-        self.at += size
-        result: int | float | bool = value
-        return result
-
-    def integer(self, code: str) -> int:
-        return int(self.scalar(code))
-
-    def count(self, code: str, min_bytes: int, what: str) -> int:
-        """A number of things that take at least `min_bytes` each: more than fit in the file is damage."""
-        number = self.integer(code)
-        if number * min_bytes > self.left():
-            raise DamageError(f"{number} {what} cannot fit")
-        return number
-
-    def name(self) -> str:
-        """The name of a field or tensor. Errors repeat it, so it may not be long."""
-        start = self.at
-        name = self.text()
-        if self.at - start > MAX_NAME_BYTES:
-            raise DamageError(f"a name at byte {start} takes {self.at - start} bytes")
-        return name
-
-    def text(self) -> str:
-        length = self.count("Q", 1, "characters of text")
-        raw = self._data[self.at : self.at + length]
-        self.at += length
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise DamageError(f"text at byte {self.at - length} is not UTF-8") from None
-
-    def value(self) -> Value:
-        kind = self._value_type()
-        if kind != GGUFValueType.ARRAY:
-            return self._single(kind)
-        item = self._value_type()
-        if item == GGUFValueType.ARRAY:
-            raise DamageError("it holds nested metadata arrays")
-        return self._array(item)
-
-    def _value_type(self) -> GGUFValueType:
-        number = self.integer("I")
-        try:
-            return GGUFValueType(number)
-        except ValueError:
-            raise DamageError(f"metadata type {number} is unknown") from None
-
-    def _single(self, kind: GGUFValueType) -> Scalar:
-        return self.text() if kind == GGUFValueType.STRING else self.scalar(_SCALAR_FORMATS[kind])
-
-    def _array(self, kind: GGUFValueType) -> list[Scalar]:
-        if kind == GGUFValueType.STRING:
-            return [self.text() for _ in range(self._items(8, "texts"))]
-        code = _SCALAR_FORMATS[kind]
-        size = struct.calcsize("<" + code)
-        number = self._items(size, "values")
-        values = list(struct.unpack_from(f"<{number}{code}", self._data, self.at))
-        self.at += number * size
-        return values
-
-    def _items(self, min_bytes: int, what: str) -> int:
-        number = self.count("Q", min_bytes, what)
-        if number > self._items_left:
-            raise DamageError(f"its metadata arrays hold more than {MAX_ARRAY_ITEMS} {what}")
-        self._items_left -= number
-        return number
-
-    def _need(self, size: int, what: str) -> None:
-        if size > self.left():
-            raise DamageError(f"it ends where {what} is expected, at byte {self.at}")
-
-
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -149,20 +30,28 @@ MAX_DIMENSIONS = 4
 MIN_FIELD_BYTES = 13  # empty key, value type, one byte
 MIN_TENSOR_BYTES = 24  # empty name, no dimensions, type, offset
 
-MAX_FIELDS = 1 << 16  # far above any real model
+# Far above any real model; a header past them is hostile and would only fill the memory.
+MAX_HEADER_BYTES = 1 << 26  # tokens, scores and merges of the largest vocabularies: 20 MB
+MAX_ARRAY_ITEMS = 1 << 22  # over the whole header; 262,144 tokens with their merges: 1.3 million
+MAX_FIELDS = 1 << 16
 MAX_TENSORS = 1 << 16
+MAX_NAME_BYTES = 1 << 10
+MAX_FAMILY_LENGTH = 64  # errors repeat it
 
+Scalar = str | int | float | bool
+Value = Scalar | list[Scalar]
+T = TypeVar("T", str, int, float, bool)
+
+_SCALAR_FORMATS = {
+    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
+}  # fmt: skip
 # Types ggml once had and has given up; files with them are still about.
 _WITHDRAWN_KINDS = {
-    4: "Q4_2",
-    5: "Q4_3",
-    31: "Q4_0_4_4",
-    32: "Q4_0_4_8",
-    33: "Q4_0_8_8",
-    36: "IQ4_NL_4_4",
-    37: "IQ4_NL_4_8",
-    38: "IQ4_NL_8_8",
-}
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,138 +75,36 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Metadata and tensors of one file; every tensor lies inside it."""
+    """Metadata and tensors of one file; every tensor lies inside it.
+
+    The methods that read a field take its key, with the family's name in front where the key starts with a dot.
+    They raise ModelError naming the field when it is missing, without a default, or is not what it should be.
+    """
 
     path: Path
     metadata: dict[str, Value]
     tensors: dict[str, GgufTensor]
 
-
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Parse and check the header of `path`.
-
-    Raises ModelError: not a GGUF file, a version or byte order this cannot read, a header that contradicts
-    the file's size, an unknown tensor type.
-    """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(path, Cursor(data))
-    except DamageError as damage:
-        raise ModelError(f"{path}: damaged or cut-off GGUF file: {damage}; fetch it again") from None
-    except ValueError as error:  # mmap of an empty file
-        raise ModelError(f"{path}: not a GGUF file ({error})") from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _parse(path: Path, cursor: Cursor) -> GgufHeader:
-    magic = struct.pack("<I", cursor.integer("I"))
-    if magic != MAGIC:
-        raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r}, not {MAGIC!r})")
-    version = cursor.integer("I")
-    if version not in VERSIONS:
-        raise ModelError(f"{path}: GGUF version {version:#x} is not supported (little-endian 2 and 3 are)")
-    num_tensors = cursor.count("Q", MIN_TENSOR_BYTES, "tensors")
-    num_fields = cursor.count("Q", MIN_FIELD_BYTES, "metadata fields")
-    if num_tensors > MAX_TENSORS or num_fields > MAX_FIELDS:
-        raise DamageError(f"it claims {num_tensors} tensors and {num_fields} metadata fields")
-    metadata: dict[str, Value] = {}
-    for _ in range(num_fields):
-        key = cursor.name()
-        if key in metadata:
-            raise DamageError(f"metadata field {key!r} occurs twice")
-        metadata[key] = cursor.value()
-    listed = [_tensor(path, cursor) for _ in range(num_tensors)]
-    start = _data_start(cursor.at, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
-    return GgufHeader(path, metadata, _placed(listed, start, cursor.size))
-
-
-def _tensor(path: Path, cursor: Cursor) -> GgufTensor:
-    """A tensor's entry; `offset` still counts from the start of the data."""
-    name = cursor.name()
-    num_dimensions = cursor.integer("I")
-    if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-        raise DamageError(f"tensor {name!r} has {num_dimensions} dimensions")
-    shape = tuple(cursor.integer("Q") for _ in range(num_dimensions))[::-1]
-    kind = _tensor_kind(path, name, cursor.integer("I"))
-    offset = cursor.integer("Q")
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    if 0 in shape or shape[-1] % block:
-        raise DamageError(f"tensor {name!r} of type {kind.name} has shape {shape}")
-    return GgufTensor(name, kind, shape, offset, math.prod(shape) // block * block_bytes)
-
-
-def _tensor_kind(path: Path, name: str, number: int) -> GGMLQuantizationType:
-    try:
-        return GGMLQuantizationType(number)
-    except ValueError:
-        kind = _WITHDRAWN_KINDS.get(number, f"number {number}")
-        raise ModelError(
-            f"{path}: tensor {name!r} has type {kind}, which is not supported; quantise the model anew"
-        ) from None
-
-
-def _data_start(at: int, alignment: Value) -> int:
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise DamageError(f"its alignment is {alignment!r}")
-    return (at + alignment - 1) // alignment * alignment
-
-
-def _placed(listed: list[GgufTensor], start: int, size: int) -> dict[str, GgufTensor]:
-    tensors: dict[str, GgufTensor] = {}
-    for entry in listed:
-        offset = start + entry.offset
-        if offset + entry.num_bytes > size:
-            raise DamageError(
-                f"tensor {entry.name!r} ends at byte {offset + entry.num_bytes} of a file of {size} bytes"
-            )
-        if entry.name in tensors:
-            raise DamageError(f"tensor {entry.name!r} occurs twice")
-        tensors[entry.name] = GgufTensor(entry.name, entry.kind, entry.shape, offset, entry.num_bytes)
-    return tensors
-
-
-def read_rows(path: Path, tensor: GgufTensor, first: int, count: int) -> npt.NDArray[np.uint8]:
-    """Raw bytes of `count` rows from row `first`: (count, bytes per row) uint8.
-
-    Raises ModelError when the file has become shorter than its header said.
-    """
-    row_bytes = tensor.num_bytes // tensor.rows
-    with path.open("rb") as file:
-        file.seek(tensor.offset + first * row_bytes)
-        raw = np.fromfile(file, np.uint8, count * row_bytes)
-    if raw.size != count * row_bytes:
-        raise ModelError(f"{path}: the file became shorter while it was read; fetch it again")
-    return raw.reshape(count, row_bytes)
-
-
-MAX_FAMILY_LENGTH = 64  # errors repeat it
-
-T = TypeVar("T", str, int, float, bool)
-
-
-@dataclass(frozen=True, slots=True)
-class Metadata:
-    """The fields of one file. `prefix` is the family's name, put before keys that start with a dot."""
-
-    path: Path
-    fields: dict[str, Value]
-    prefix: str
-
-    @staticmethod
-    def of(header: GgufHeader) -> Metadata:
-        """Raises ModelError when the file does not name its architecture."""
-        family = header.metadata.get("general.architecture")
+    @property
+    def family(self) -> str:
+        """The architecture's name. Raises ModelError when the file does not say."""
+        family = self.metadata.get("general.architecture")
         if not isinstance(family, str) or len(family) > MAX_FAMILY_LENGTH:
-            raise ModelError(f"{header.path}: GGUF file without general.architecture; it is not a model")
-        return Metadata(header.path, header.metadata, family)
+            raise ModelError(f"{self.path}: GGUF file without general.architecture; it is not a model")
+        return family
+
+    def has(self, key: str) -> bool:
+        return self._full(key) in self.metadata
 
     def text(self, key: str, default: str | None = None) -> str:
         return self._typed(key, str, default)
 
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        return self._typed(key, bool, default)
+
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number. A per-layer array of equal numbers counts as that number."""
-        value = self.fields.get(self._full(key))
+        value = self.metadata.get(self._full(key))
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             first = value[0]
             if isinstance(first, int) and not isinstance(first, bool):
@@ -343,29 +130,13 @@ class Metadata:
             raise self.wrong(key, value)
         return value
 
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        return self._typed(key, bool, default)
-
-    def texts(self, key: str) -> list[str]:
-        value = self.fields.get(self._full(key))
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    def items(self, key: str, kind: type[T]) -> list[T]:
+        """An array whose items are all of the type `kind`."""
+        value = self.metadata.get(self._full(key))
+        found = [item for item in value if type(item) is kind] if isinstance(value, list) else []
+        if not isinstance(value, list) or len(found) != len(value):
             raise self.wrong(key, type(value).__name__)
-        return [str(item) for item in value]
-
-    def integers(self, key: str) -> list[int]:
-        value = self.fields.get(self._full(key))
-        if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise self.wrong(key, type(value).__name__)
-        return [int(item) for item in value]
-
-    def numbers(self, key: str) -> list[float]:
-        value = self.fields.get(self._full(key))
-        if not isinstance(value, list) or not all(isinstance(item, float) for item in value):
-            raise self.wrong(key, type(value).__name__)
-        return [float(item) for item in value]
-
-    def has(self, key: str) -> bool:
-        return self._full(key) in self.fields
+        return found
 
     def wrong(self, key: str, value: object) -> ModelError:
         """The error for a field that is missing or cannot be used."""
@@ -375,10 +146,10 @@ class Metadata:
         return ModelError(f"{self.path}: GGUF field {self._full(key)} is missing or unusable ({shown})")
 
     def _full(self, key: str) -> str:
-        return self.prefix + key if key.startswith(".") else key
+        return self.family + key if key.startswith(".") else key
 
     def _typed(self, key: str, kind: type[T], default: T | None) -> T:
-        value = self.fields.get(self._full(key), default)
+        value = self.metadata.get(self._full(key), default)
         if type(value) is not kind:
             raise self.wrong(key, value)
         return value
@@ -391,3 +162,182 @@ def shortest_float32(value: float) -> float:
         if abs(short - value) <= abs(value) * 2**-25:
             return short
     return value
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Parse and check the header of `path`.
+
+    Raises ModelError: not a GGUF file, a version or byte order this cannot read, a header that contradicts
+    the file's size, an unknown tensor type.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(path, _Cursor(data))
+    except _DamageError as damage:
+        raise ModelError(f"{path}: damaged or cut-off GGUF file: {damage}; fetch it again") from None
+    except ValueError as error:  # mmap of an empty file
+        raise ModelError(f"{path}: not a GGUF file ({error})") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_rows(path: Path, tensor: GgufTensor, first: int, count: int) -> npt.NDArray[np.uint8]:
+    """Raw bytes of `count` rows from row `first`: (count, bytes per row) uint8.
+
+    Raises ModelError when the file has become shorter than its header said.
+    """
+    row_bytes = tensor.num_bytes // tensor.rows
+    with path.open("rb") as file:
+        file.seek(tensor.offset + first * row_bytes)
+        raw = np.fromfile(file, np.uint8, count * row_bytes)
+    if raw.size != count * row_bytes:
+        raise ModelError(f"{path}: the file became shorter while it was read; fetch it again")
+    return raw.reshape(count, row_bytes)
+
+
+# --- parsing --------------------------------------------------------------------------------------------------
+
+
+class _DamageError(Exception):
+    """The header contradicts the file; the message says where."""
+
+
+def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
+    magic = struct.pack("<I", cursor.integer("I"))
+    if magic != MAGIC:
+        raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r}, not {MAGIC!r})")
+    version = cursor.integer("I")
+    if version not in VERSIONS:
+        raise ModelError(f"{path}: GGUF version {version:#x} is not supported (little-endian 2 and 3 are)")
+    num_tensors = cursor.count("Q", MIN_TENSOR_BYTES, "tensors")
+    num_fields = cursor.count("Q", MIN_FIELD_BYTES, "metadata fields")
+    if num_tensors > MAX_TENSORS or num_fields > MAX_FIELDS:
+        raise _DamageError(f"it claims {num_tensors} tensors and {num_fields} metadata fields")
+    metadata: dict[str, Value] = {}
+    for _ in range(num_fields):
+        key = cursor.name()
+        if key in metadata:
+            raise _DamageError(f"metadata field {key!r} occurs twice")
+        metadata[key] = cursor.value()
+    listed = [_tensor(path, cursor) for _ in range(num_tensors)]
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise _DamageError(f"its alignment is {alignment!r}")
+    start = (cursor.at + alignment - 1) // alignment * alignment
+    return GgufHeader(path, metadata, _placed(listed, start, cursor.size))
+
+
+def _tensor(path: Path, cursor: _Cursor) -> GgufTensor:
+    """A tensor's entry; `offset` still counts from the start of the data."""
+    name = cursor.name()
+    num_dimensions = cursor.integer("I")
+    if not 1 <= num_dimensions <= MAX_DIMENSIONS:
+        raise _DamageError(f"tensor {name!r} has {num_dimensions} dimensions")
+    shape = tuple(cursor.integer("Q") for _ in range(num_dimensions))[::-1]
+    number = cursor.integer("I")
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        withdrawn = _WITHDRAWN_KINDS.get(number, f"number {number}")
+        raise ModelError(
+            f"{path}: tensor {name!r} has type {withdrawn}, which is not supported; quantise the model anew"
+        ) from None
+    offset = cursor.integer("Q")
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if 0 in shape or shape[-1] % block:
+        raise _DamageError(f"tensor {name!r} of type {kind.name} has shape {shape}")
+    return GgufTensor(name, kind, shape, offset, math.prod(shape) // block * block_bytes)
+
+
+def _placed(listed: list[GgufTensor], start: int, size: int) -> dict[str, GgufTensor]:
+    tensors: dict[str, GgufTensor] = {}
+    for entry in listed:
+        tensor = replace(entry, offset=start + entry.offset)
+        end = tensor.offset + tensor.num_bytes
+        if end > size:
+            raise _DamageError(f"tensor {entry.name!r} ends at byte {end} of a file of {size} bytes")
+        if entry.name in tensors:
+            raise _DamageError(f"tensor {entry.name!r} occurs twice")
+        tensors[entry.name] = tensor
+    return tensors
+
+
+class _Cursor:
+    """Reads forward through the mapped file, never past its end or what a header may hold."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._items_left = MAX_ARRAY_ITEMS
+        self.at = 0
+        self.size = len(data)
+
+    def _left(self) -> int:
+        return min(self.size, MAX_HEADER_BYTES) - self.at
+
+    def scalar(self, code: str) -> int | float | bool:
+        size = struct.calcsize("<" + code)
+        if size > self._left():
+            raise _DamageError(f"it ends where a value is expected, at byte {self.at}")
+        (value,) = struct.unpack_from("<" + code, self._data, self.at)
+        self.at += size
+        result: int | float | bool = value
+        return result
+
+    def integer(self, code: str) -> int:
+        return int(self.scalar(code))
+
+    def count(self, code: str, min_bytes: int, what: str) -> int:
+        """A number of things that take at least `min_bytes` each: more than fit in the file is damage."""
+        number = self.integer(code)
+        if number * min_bytes > self._left():
+            raise _DamageError(f"{number} {what} cannot fit")
+        return number
+
+    def name(self) -> str:
+        """The name of a field or tensor. Errors repeat it, so it may not be long."""
+        start = self.at
+        name = self.text()
+        if self.at - start > MAX_NAME_BYTES:
+            raise _DamageError(f"a name at byte {start} takes {self.at - start} bytes")
+        return name
+
+    def text(self) -> str:
+        length = self.count("Q", 1, "characters of text")
+        raw = self._data[self.at : self.at + length]
+        self.at += length
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise _DamageError(f"text at byte {self.at - length} is not UTF-8") from None
+
+    def value(self) -> Value:
+        kind = self._value_type()
+        if kind == GGUFValueType.ARRAY:
+            return self._array(self._value_type())
+        return self.text() if kind == GGUFValueType.STRING else self.scalar(_SCALAR_FORMATS[kind])
+
+    def _value_type(self) -> GGUFValueType:
+        number = self.integer("I")
+        try:
+            return GGUFValueType(number)
+        except ValueError:
+            raise _DamageError(f"metadata type {number} is unknown") from None
+
+    def _array(self, kind: GGUFValueType) -> list[Scalar]:
+        if kind == GGUFValueType.ARRAY:
+            raise _DamageError("it holds nested metadata arrays")
+        if kind == GGUFValueType.STRING:
+            return [self.text() for _ in range(self._items(8, "texts"))]
+        code = _SCALAR_FORMATS[kind]
+        size = struct.calcsize("<" + code)
+        number = self._items(size, "values")
+        values = list(struct.unpack_from(f"<{number}{code}", self._data, self.at))
+        self.at += number * size
+        return values
+
+    def _items(self, min_bytes: int, what: str) -> int:
+        number = self.count("Q", min_bytes, what)
+        if number > self._items_left:
+            raise _DamageError(f"its metadata arrays hold more than {MAX_ARRAY_ITEMS} {what}")
+        self._items_left -= number
+        return number

@@ -54,7 +54,7 @@ class Speculation:
         if self._drafter is not None:
             drafters.append(self._drafter)
         max_nodes = DEFAULT_MAX_NODES if request.max_drafted is None else request.max_drafted + 1
-        self._policy = make_policy(SpeculationSettings(), drafters, profile, max_nodes)
+        self._policy = make_policy(SpeculationSettings(), drafters, profile.costs, profile.calibration, max_nodes)
         self._session = Session(self._target, drafters, profile.costs, tokens=list(self._before))
         self._sampler = CallerSampler(
             request.sampler, request.processors, tree.vocab_size, target.logits_dtype, len(self._before)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.distillation.tables import make_counts
+from distill.table import make_counts
 from llmcad_mlx import VocabularyError, load
 from llmcad_mlx.drafting.table import NgramCounts, NgramTable, context_hash, context_hashes, vocabulary_hash
 from llmcad_mlx.errors import ModelError

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
-from llmcad_mlx.engine.text import Piece, TextStream
+from llmcad_mlx.engine.text import Piece, StopStrings, TextStream
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.settings import StopSettings
 from tests.support.tiny_folder import EOS, make_tokenizer, token_ids
@@ -82,17 +84,6 @@ def test_a_stop_string_across_token_borders() -> None:
     assert [piece.token for piece in pieces] == encode("ab</end>")
 
 
-def test_what_only_began_like_a_stop_string_is_shown() -> None:
-    assert text_of(feed(encode("ab</en"), limit=6, stop="</end>")) == "ab</en"
-    assert text_of(feed([*encode("ab</e"), EOS], stop="</end>")) == "ab</e"
-    assert text_of(feed(encode("ab</x</end>"), stop="</end>")) == "ab</x"
-
-
-def test_text_before_a_stop_string_inside_one_token() -> None:
-    pieces = feed([IDS["a"], IDS["the"]], stop="he")
-    assert pieces == [Piece(IDS["a"], "a", None), Piece(IDS["the"], "t", "stop")]
-
-
 @given(
     text=st.text("ab <", max_size=30),
     stops=st.lists(st.text("ab <", min_size=1, max_size=4), max_size=3),
@@ -121,3 +112,51 @@ def test_stopping_does_not_depend_on_how_text_is_cut_into_tokens(text: str, stop
 def test_settings_refuse_what_makes_no_sense(option: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"^{option}: "):
         StopSettings.of(**{option: value})
+
+
+# -- stop strings alone --------------------------------------------------------------------------------------
+
+TEXT = st.text(alphabet="ab.", max_size=24)
+STOPS = st.lists(st.text(alphabet="ab.", min_size=1, max_size=5), max_size=4)
+
+
+def whole_string_answer(text: str, stops: list[str]) -> tuple[str, bool]:
+    """Character by character: the first prefix that ends with a stop string, the longest if several."""
+    for end in range(len(text) + 1):
+        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if lengths:
+            return text[: end - max(lengths)], True
+    return text, False
+
+
+@given(TEXT, STOPS, st.lists(st.integers(0, 24), max_size=6))
+def test_any_cut_gives_the_whole_string_answer(text: str, stops: list[str], cuts: list[int]) -> None:
+    matcher = StopStrings(stops)
+    shown, matched = "", False
+    borders = [0, *sorted(cuts), len(text)]
+    for start, end in pairwise(borders):
+        fed = matcher.feed(text[start:end])
+        shown += fed.emit
+        matched = fed.matched
+    shown += matcher.flush()
+    assert (shown, matched) == whole_string_answer(text, stops)
+
+
+@given(TEXT, STOPS)
+def test_only_what_may_begin_a_stop_is_held(text: str, stops: list[str]) -> None:
+    matcher = StopStrings(stops)
+    shown = ""
+    for end, character in enumerate(text, start=1):
+        fed = matcher.feed(character)
+        shown += fed.emit
+        if fed.matched:
+            return
+        tails = [text[start:end] for start in range(end + 1)]
+        held = next(tail for tail in tails if not tail or any(stop.startswith(tail) for stop in stops))
+        assert shown + held == text[:end]
+
+
+@pytest.mark.parametrize("stops", ["stop", [""], ["a", 3], [None], None, 3])
+def test_what_is_no_list_of_strings_is_refused(stops: object) -> None:
+    with pytest.raises(UsageError, match=r"^stop: "):
+        StopStrings(stops)  # type: ignore[arg-type]

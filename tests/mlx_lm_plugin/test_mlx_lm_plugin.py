@@ -57,8 +57,9 @@ def draft(loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees of eight nodes whatever they cost: on a tiny model plain decoding is faster."""
 
-    def forced_policy(settings: SpeculationSettings, drafters: Any, profile: Any, max_nodes: int) -> Any:
-        return make_policy(SpeculationSettings(tree_nodes=min(8, max_nodes)), drafters, profile)
+    def forced_policy(settings: SpeculationSettings, *learned: Any) -> Any:
+        *given, max_nodes = learned
+        return make_policy(SpeculationSettings(tree_nodes=min(8, max_nodes)), *given)
 
     monkeypatch.setattr(speculation, "make_policy", forced_policy)
 

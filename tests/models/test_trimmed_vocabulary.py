@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,11 @@ from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.copies import DerivedDraft, usual_tokens, write_trimmed_draft
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
-from llmcad_mlx.streaming import weights as parts
 from llmcad_mlx.tree.token_tree import ROOT, TokenTree
 from tests.support.architecture_configs import build, config_of
 from tests.support.real_text import PROMPTS, compare
 from tests.support.tiny import VOCAB, tiny_llama, tiny_tree_model
-from tests.support.tiny_folder import EOS, change_config, copy_folder, make_folder, tiny_environment, write_folder
+from tests.support.tiny_folder import EOS, change_config, copy_folder, make_folder, write_folder
 from tests.support.tiny_folder import VOCAB as FOLDER_VOCAB
 from tests.test_lossless import FakeClock, make_engine, make_policy, plain, run
 
@@ -57,11 +56,7 @@ LIST = [0, 1, 5, 9, 12, 17, 23, 30, 31, 33, 40, 41, 58, 77, 90]
 TIED = {"tie_word_embeddings": True}
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(disk, "RESERVE_BYTES", 0)
-    with tiny_environment(tmp_path / "home"):
-        yield
+pytestmark = pytest.mark.usefixtures("own_home", "streams_small_matrices")
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +100,17 @@ def sampler(temperature: float, vocab_size: int) -> TargetSampler:
     return TargetSampler(SamplingSettings(temperature=temperature, seed=11), vocab_size)
 
 
-@pytest.mark.parametrize("way", [candidates.top_candidates, "device"])
+def on_device(logits: mx.array, positions: Any, own: TargetSampler, count: int, tokens: Any) -> Any:
+    """What a GPU runs, on the CPU."""
+    found = candidates._on_device(logits, positions, own, count, tokens)
+    return [candidates._named(row, tokens) for row in found]
+
+
+@pytest.mark.parametrize("way", [candidates.top_candidates, on_device])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("kept", [1, 5, 600, 4999, 5000])
 def test_candidates_are_the_full_ones_restricted_to_the_list(way: Any, temperature: float, kept: int) -> None:
     """The same scores at the same tokens, noise included, and a softmax over the list alone."""
-    if way == "device":
-        way = on_device
     random = np.random.default_rng(kept)
     logits = (random.standard_normal((3, 5000)) * 4).astype(np.float32)
     tokens = np.sort(random.choice(5000, kept, replace=False)).astype(np.int32)
@@ -128,12 +127,6 @@ def test_candidates_are_the_full_ones_restricted_to_the_list(way: Any, temperatu
         assert list(proposal.tokens) == best.tolist()
         shares = np.exp(inside - inside.max())
         np.testing.assert_allclose(proposal.confidences, shares[best] / shares.sum(), rtol=1e-4)
-
-
-def on_device(logits: mx.array, positions: Any, own: TargetSampler, count: int, tokens: Any) -> Any:
-    """What a GPU runs, on the CPU."""
-    found = candidates._on_device(logits, positions, own, count, tokens)
-    return [candidates._named(row, tokens) for row in found]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -210,9 +203,8 @@ def test_a_draft_that_is_its_target_is_right_whenever_the_list_has_the_token(tem
 @pytest.mark.parametrize("pinned", ["auto", 0])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_folders_draft_in_memory_and_beside_a_streamed_target(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, pinned: str | int
+    target: Path, tmp_path: Path, temperature: float, pinned: str | int
 ) -> None:
-    monkeypatch.setattr(parts, "SMALL_BYTES", 0)
     options: dict[str, Any] = {"max_tokens": 40, "temperature": temperature, "seed": 3, **NO_END}
     with load(target, "none") as engine:
         expected = engine.generate(PROMPT, **options).tokens
@@ -241,11 +233,8 @@ SHARED: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("kind", SHARED)
-def test_a_shared_embedding_gives_the_text_of_an_own_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_a_shared_embedding_gives_the_text_of_an_own_one(tmp_path: Path, kind: str) -> None:
     """In memory, pinned, and looked up row by row while the target's layers are read."""
-    monkeypatch.setattr(parts, "SMALL_BYTES", 0)
     target = SHARED[kind](tmp_path / "target")
     own = trimmed(target, tmp_path / "own")
     shared = without_embedding(copy_folder(own, tmp_path / "shared"))
@@ -270,9 +259,8 @@ def test_a_shared_embedding_gives_the_text_of_an_own_one(
         assert found.stats.accepted == expected.stats.accepted
 
 
-def test_a_shared_embedding_while_layers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_embedding_while_layers_are_read(tmp_path: Path) -> None:
     """Provisional nodes are looked up in the middle of the target's pass, its head's pieces included."""
-    monkeypatch.setattr(parts, "SMALL_BYTES", 0)
     untied = make_folder(tmp_path / "untied", layers=6)
     tied = family(tmp_path / "tied", "qwen2", num_hidden_layers=6, **TIED)
     for name, folder in (("untied", untied), ("tied", tied)):
@@ -330,9 +318,7 @@ def replaced(file: Path, folder: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "RESERVE_BYTES", 0)
-        return trimmed(target, tmp_path_factory.mktemp("models") / "draft")
+    return trimmed(target, tmp_path_factory.mktemp("models") / "draft")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -391,11 +377,9 @@ def test_the_vocabularies_must_still_be_the_same(target: Path, draft: Path, tmp_
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_doctor_says_what_it_is(
-    draft: Path, tmp_path: Path, shared: bool, capsys: pytest.CaptureFixture[str]
+    target: Path, draft: Path, tmp_path: Path, shared: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = draft
-    if shared:
-        folder = without_embedding(copy_folder(draft, tmp_path / "shared"))
+    folder = without_embedding(copy_folder(draft, tmp_path / "shared")) if shared else draft
     found = diagnose(str(folder)).model
     assert found is not None
     assert (found.capability, found.vocab_size) == ("tree", len(LIST))
@@ -403,12 +387,7 @@ def test_the_doctor_says_what_it_is(
     assert ("uses its target's embedding" in found.drafts_only) == shared
     assert run_cli(["doctor", str(folder)]) == 0
     assert f"a draft, not a target: {found.drafts_only}" in capsys.readouterr().out
-
-
-def test_the_doctor_finds_no_fault_in_targets(target: Path) -> None:
-    found = diagnose(str(target)).model
-    assert found is not None
-    assert found.drafts_only == ""
+    assert load_model_folder(target).drafts_only == ""
 
 
 # -- the recipe --------------------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ class Session:
         self.target = RecordedTarget(self.clock, self.engine.pair.vocab_size)
         self.drafters = [timed(drafter, self.clock) for drafter in self.engine.pair.drafters]
         profile = PairProfile(None)
-        policy = make_policy(SpeculationSettings(), self.drafters, profile, self.engine.pair.max_nodes)
+        policy = make_policy(
+            SpeculationSettings(), self.drafters, profile.costs, profile.calibration, self.engine.pair.max_nodes
+        )
         self.rounds = Rounds(self.target, self.drafters, policy, profile.costs, self.clock)  # type: ignore[arg-type]
         self.sampler = TargetSampler(SamplingSettings(), self.engine.pair.vocab_size)
 

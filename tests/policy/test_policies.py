@@ -11,16 +11,17 @@ from llmcad_mlx.engine.policies import make_policy
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
+from llmcad_mlx.policy.calibration import Calibration
+from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.settings import SpeculationSettings
-from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
 
 
 def policy_of(max_nodes: int | None = None, **options: Any) -> GrowthPolicy:
     limit = {} if max_nodes is None else {"max_nodes": max_nodes}
-    return make_policy(SpeculationSettings(**options), [NgramDrafter()], PairProfile(None), **limit)
+    return make_policy(SpeculationSettings(**options), [NgramDrafter()], CostModel(), Calibration(), **limit)
 
 
 def drafted(policy: GrowthPolicy, confidence: float = 0.6) -> TokenTree:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_lm.utils import load_model
+from mlx_lm.utils import load_config, load_model
 
 from convert.inflate import inflate
 from llmcad_mlx.errors import ModelError, UsageError
@@ -45,11 +44,10 @@ def test_logits_are_the_originals_bit_for_bit(tmp_path: Path, family: str, quant
     if quantised:
         convert_folder(source, tmp_path / "quantised", group_size=32)
         source = tmp_path / "quantised"
-    num_old = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    num_old = load_config(source)["num_hidden_layers"]
     assert inflate(source, tmp_path / "out", num_layers=added) == added
     assert np.array_equal(logits(tmp_path / "out"), logits(source))
-    model, config = load_model(tmp_path / "out")
-    assert config["num_hidden_layers"] == len(model.layers) == num_old + added
+    assert load_config(tmp_path / "out")["num_hidden_layers"] == num_old + added
     bundle = verify_bundle(tmp_path / "out")
     assert bundle is not None
     assert sum(layer.name.startswith("layer ") for layer in bundle.layers) == num_old + added
@@ -92,15 +90,12 @@ def test_lists_with_an_entry_per_layer_grow_along(tmp_path: Path) -> None:
     kinds = ["sliding_attention", "full_attention"]
     change_config(source, layer_types=kinds, sliding_window=4)
     inflate(source, tmp_path / "out", num_layers=2)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["layer_types"] == [kinds[0], kinds[0], kinds[1], kinds[1]]
+    assert load_config(tmp_path / "out")["layer_types"] == [kinds[0], kinds[0], kinds[1], kinds[1]]
     assert np.array_equal(logits(tmp_path / "out"), logits(source))
 
 
 def test_settings_of_single_modules_go_with_their_layers(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "source", layers=2)
-    convert_folder(source, tmp_path / "four")
-    model, config = load_model(source)
+    model, config = load_model(make_folder(tmp_path / "source", layers=2))
     special = {"group_size": 32, "bits": 8}
     name = "model.layers.1.mlp.up_proj"
     model, config = mlx_lm.utils.quantize_model(
@@ -108,7 +103,7 @@ def test_settings_of_single_modules_go_with_their_layers(tmp_path: Path) -> None
     )
     mixed = write_folder(tmp_path / "mixed", model, {**config, "max_position_embeddings": 512})
     inflate(mixed, tmp_path / "out", num_layers=2)
-    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    quantization = load_config(tmp_path / "out")["quantization"]
     assert [key for key in quantization if "." in key] == [f"model.layers.{n}.mlp.up_proj" for n in (2, 3)]
     assert np.array_equal(logits(tmp_path / "out"), logits(mixed))
 
@@ -127,15 +122,12 @@ def test_refused(tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "source")
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "convert/inflate.py", str(source), *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-
-    done = run(str(tmp_path / "out"), "--size", "1MB")
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
-    assert read_bundle(tmp_path / "out").num_bytes >= 10**6
-    again = run(str(tmp_path / "out"), "--layers", "1")
+    source, dest = make_folder(tmp_path / "source"), tmp_path / "out"
+    command = [sys.executable, "-m", "convert.inflate", source, dest]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, "--size", "1MB"], capture_output=True, text=True, cwd=root, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{dest}\n")
+    assert read_bundle(dest).num_bytes >= 10**6
+    again = subprocess.run([*command, "--layers", "1"], capture_output=True, text=True, cwd=root, check=False)
     assert again.returncode == 2
-    assert again.stderr.startswith(f"error: {tmp_path / 'out'}: already exists")
+    assert again.stderr.startswith(f"error: {dest}: already exists")

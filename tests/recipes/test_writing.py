@@ -8,13 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.distillation.corpus import ChatForm, CorpusSettings, shard_path, texts_of, write_corpus
-from convert.distillation.forecast import tokens_per_pass
-from convert.distillation.tables import make_counts
-from convert.distillation.writing import Text, Writer, loops
+from distill.corpus import ChatForm, CorpusSettings, Shard, shards_in, write_corpus
+from distill.table import make_counts, tokens_per_pass
+from distill.writing import Text, Writer, loops
 from llmcad_mlx import load
 from llmcad_mlx.drafting.table import NgramTable
 from llmcad_mlx.loader import load_tree_model
+from llmcad_mlx.models.adapt import adaptations
 from tests.support.tiny import VOCAB, tiny_tree_model
 from tests.support.tiny_folder import EOS, make_folder, tiny_environment
 
@@ -23,7 +23,8 @@ def test_texts_written_together_are_those_written_alone() -> None:
     model = tiny_tree_model(seed=2)
     prompts = [[1, 2, 3], [1, 2, 9, 8, 7, 6], [1, 5], [1, 2, 3, 4]]
     texts = [Text(list(prompt), len(prompt)) for prompt in prompts]
-    Writer(model, [], VOCAB).write(texts, 20, seed=0)
+    written = Writer(model, [], VOCAB).write(texts, 20, seed=0)
+    assert written == 20 * len(texts)
     for prompt, text in zip(prompts, texts, strict=True):
         cache = model.new_cache()
         tokens = list(prompt)
@@ -37,10 +38,9 @@ def test_texts_written_together_are_those_written_alone() -> None:
 
 def test_a_text_ends_at_a_stop_token_and_the_others_go_on() -> None:
     model = tiny_tree_model(seed=2)
-    free = [Text([1, number], 2) for number in range(2, 10)]
+    free, texts = ([Text([1, number], 2) for number in range(2, 10)] for _ in range(2))
     Writer(model, [], VOCAB).write(free, 12, seed=0)
     stop = free[0].tokens[5]
-    texts = [Text([1, number], 2) for number in range(2, 10)]
     Writer(model, [stop], VOCAB).write(texts, 12, seed=0)
     for text, whole in zip(texts, free, strict=True):
         after = whole.tokens[2:]
@@ -51,8 +51,9 @@ def test_a_text_ends_at_a_stop_token_and_the_others_go_on() -> None:
 
 def test_activations_are_kept_for_every_token_that_was_fed() -> None:
     model = tiny_tree_model(seed=2, layers=3)
+    before = [adaptations(layer) for layer in model.layers]
     texts = [Text([1, 2, 3], 3), Text([1, 2, 4, 5, 6], 5)]
-    Writer(model, [], VOCAB, depths=[1, 3]).write(texts, 6, seed=0)
+    Writer(model, [], VOCAB).write(texts, 6, seed=0, depths=[1, 3])
     for text in texts:
         assert text.hidden.keys() == {"1", "3", "final"}
         fed = len(text.tokens) - 1
@@ -60,30 +61,24 @@ def test_activations_are_kept_for_every_token_that_was_fed() -> None:
         # What is final gives the token that was chosen.
         logits = text.stacked("final").astype(np.float32) @ np.array(model.model.lm_head.weight).T
         assert logits.argmax(axis=1)[text.num_given - 1 :].tolist() == text.tokens[text.num_given :]
-    assert not hasattr(model.layers[0], "_tap")
+    assert [adaptations(layer) for layer in model.layers] == before
 
 
 def test_the_same_seed_draws_the_same_texts() -> None:
     model = tiny_tree_model(seed=2)
-    drawn = []
-    for seed in (1, 1, 2):
-        texts = [Text([1, 2, 3], 3, temperature=1.0) for _ in range(4)]
-        Writer(model, [], VOCAB).write(texts, 10, seed)
-        drawn.append([text.tokens for text in texts])
+    texts = [[Text([1, 2, 3], 3, temperature=1.0) for _ in range(4)] for _ in range(3)]
+    for each, seed in zip(texts, (1, 1, 2), strict=True):
+        Writer(model, [], VOCAB).write(each, 10, seed)
+    drawn = [[text.tokens for text in each] for each in texts]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(map(tuple, drawn[0]))) > 1
 
 
 @pytest.mark.parametrize(
     ("tokens", "looping"),
-    [
-        ([1, 2, 3] * 30, True),
-        ([7] * 60, True),
-        (list(range(90)), False),
-        ([1, 2] * 10, False),
-        ([*range(40), 1] * 2, False),
-    ],
-)
+    [([1, 2, 3] * 30, True), ([7] * 60, True), (list(range(90)), False), ([1, 2] * 10, False),
+     ([*range(40), 1] * 2, False)],
+)  # fmt: skip
 def test_loops_are_noticed(tokens: list[int], looping: bool) -> None:
     assert loops(tokens) == looping
 
@@ -93,18 +88,18 @@ def test_a_corpus_goes_on_where_it_was(tmp_path: Path) -> None:
         loaded, model = load_tree_model(make_folder(tmp_path / "model", layers=2))
         tokenizer = loaded.tokenizer
         settings = CorpusSettings((1,), batch=6, max_tokens=12)
-        size = len(tokenizer.get_vocab())
-        writers = Writer(model, [EOS], size, settings.depths), Writer(model, [EOS], size)
+        writer = Writer(model, [EOS], len(tokenizer.get_vocab()))
         for folder, targets in ((tmp_path / "at-once", [120]), (tmp_path / "in-parts", [1, 60, 120])):
             for num_tokens in targets:
-                write_corpus(folder, num_tokens, *writers, tokenizer, settings, report=lambda line: None)
-        shards = sorted(path.name for path in (tmp_path / "at-once").iterdir())
+                write_corpus(folder, num_tokens, writer, tokenizer, settings, report=str)
+        shards = shards_in(tmp_path / "at-once")
         assert len(shards) > 1
-        assert shards == sorted(path.name for path in (tmp_path / "in-parts").iterdir())
-        for name in shards:
-            assert (tmp_path / "at-once" / name).read_bytes() == (tmp_path / "in-parts" / name).read_bytes()
+        assert sorted(shards) == sorted((tmp_path / "at-once").iterdir())
+        in_parts = sorted((tmp_path / "in-parts").iterdir())
+        for one, other in zip(shards, in_parts, strict=True):
+            assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())
         form = ChatForm.of(tokenizer)
-        for tokens, given in texts_of(shard_path(tmp_path / "at-once", 0)):
+        for tokens, given in Shard.load(shards[0]).texts():
             assert tokens[: len(form.before)].tolist() == list(form.before)
             assert tokens[given - len(form.after) : given].tolist() == list(form.after)
             assert len(tokens) > given
@@ -115,9 +110,9 @@ def test_a_forecast_lies_between_plain_decoding_and_the_size_of_the_tree(tmp_pat
     with tiny_environment(tmp_path / "home"):
         folder = make_folder(tmp_path / "model")
         with load(folder, None) as engine:
-            texts = [[1, 2, n, *engine.generate([1, 2, n], max_tokens=40).tokens] for n in range(3, 9)]
-        table = NgramTable(make_counts([np.array(text, np.int32) for text in texts], 3, ""))
-        perfect = NgramTable(make_counts([np.array(texts[0], np.int32)], 12, ""))
+            given = [[1, 2, n] for n in range(3, 9)]
+            texts = [np.array([*ids, *engine.generate(ids, max_tokens=40).tokens], np.int32) for ids in given]
+        table, perfect = NgramTable(make_counts(texts, 3, "")), NgramTable(make_counts(texts[:1], 12, ""))
         assert tokens_per_pass(perfect, [(texts[0], 3)], 64) > 5
         reached = tokens_per_pass(table, [(text, 3) for text in texts], 8)
         assert 1.0 < reached <= 8

@@ -13,35 +13,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
+from mlx.nn.layers.base import Module
 from mlx_lm.utils import dequantize_model
 
-from llmcad_mlx.errors import UsageError
-from llmcad_mlx.models.folder import LoadedModel
-
-from .student_cpu import numpy_exponentials
-
-Ids = npt.NDArray[np.int32]
-
-# Layers of these see the text alone: no second input, no state, one mask for all.
-FAMILIES = ("llama", "qwen2", "qwen3")
+from distill.corpus import Ids
+from distill.exponentials import numpy_exponentials
 
 
-def check_family(loaded: LoadedModel) -> None:
-    """Raise UsageError for a target whose layers cannot be run one by one."""
-    kind = loaded.config["model_type"]
-    model: Any = loaded.model
-    if kind not in FAMILIES or any(getattr(layer, "use_sliding", False) for layer in model.layers):
-        families = ", ".join(FAMILIES)
-        raise UsageError(f"{loaded.path}: a student is made of {families} models without sliding windows only")
-
-
-def dense(module: nn.Module) -> Any:
+def dense(module: Module) -> Any:
     """A copy of a module in float32, nothing in it quantised."""
     found = dequantize_model(copy.deepcopy(module))
     found.set_dtype(mx.float32)
@@ -58,53 +43,47 @@ def head_rows(model: Any, tokens: Ids | slice) -> mx.array:
     """(len(tokens), H) float32: the target's head for these tokens."""
     head = target_head(model)
     rows = mx.array(tokens) if isinstance(tokens, np.ndarray) else tokens
-    if "scales" not in head:
-        return head["weight"][rows].astype(mx.float32)
-    biases = head["biases"][rows] if head.get("biases") is not None else None
-    plain = mx.dequantize(
-        head["weight"][rows], head["scales"][rows], biases, head.group_size, head.bits, head.mode
-    )
-    return plain.astype(mx.float32)
+    found: mx.array = head["weight"][rows]
+    if "scales" in head:
+        biases = head["biases"][rows] if head.get("biases") is not None else None
+        found = mx.dequantize(found, head["scales"][rows], biases, head.group_size, head.bits, head.mode)
+    return found.astype(mx.float32)
 
 
-class Student(nn.Module):
-    """The trained layers, the last norm, the lens if any, and the head.
+class Student(Module):
+    """The trained layers, the last norm, the lens and the head.
 
-    `head` (V', H) float32 are the target's rows, trained or not; `lens` (H, H) float32 is the identity until
-    `fit_lens`.
+    `head` (V', H) float32 are the target's rows, trained or not. `lens` (H, H) float32 begins as the target's last
+    norm's weights, until `fit_lens`.
     """
 
-    def __init__(
-        self, model: Any, sources: Sequence[int], tokens: Ids, train_head: bool = False, lens: bool = False
-    ) -> None:
-        """model: the target, of a family of `FAMILIES`. sources: its layers that the trained ones start from.
+    def __init__(self, model: Any, sources: Sequence[int], tokens: Ids, train_head: bool = False) -> None:
+        """model: the target. sources: its layers that the trained ones start from.
         tokens: (V',) the head's vocabulary. train_head: whether the head's rows are trained, too."""
         super().__init__()
         self.layers = [dense(model.layers[number]) for number in sources]
         self.norm = dense(model.model.norm)
         self.head = head_rows(model, tokens)
-        if lens:
-            self.norm.weight = mx.ones_like(self.norm.weight)
-            self.lens = mx.eye(self.head.shape[1])
+        self.lens, self.norm.weight = mx.diag(self.norm.weight), mx.ones_like(self.norm.weight)
         mx.eval(self.parameters())
         if not train_head:
             self.freeze(recurse=False, keys=["head"])
 
-    def features(self, hidden: mx.array) -> mx.array:
-        """(B, T, H), what the head is applied to; `hidden` (B, T, H) comes from the target's first layers."""
+    def features(self, hidden: mx.array, rows: mx.array | None = None) -> mx.array:
+        """What the head is applied to, (B, T, H), or (M, H) for `rows` (M,), places in (B * T).
+
+        hidden: (B, T, H), from the target's first layers."""
         for layer in self.layers:
             hidden = layer(hidden, "causal", None)
         hidden = self.norm(hidden)
-        return hidden @ self.lens if "lens" in self else hidden
+        if rows is not None:
+            hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
+        return hidden @ self.lens
 
     @property
     def whole_head(self) -> mx.array:
         """(V', H) float32: what a head without a lens before it needs for the same logits."""
-        return self.head @ self.lens.T if "lens" in self else self.head
-
-    def __call__(self, hidden: mx.array) -> mx.array:
-        """Logits (B, T, V') of the next token."""
-        return self.features(hidden) @ self.head.T
+        return self.head @ self.lens.T
 
 
 class FrozenTarget:
@@ -112,13 +91,11 @@ class FrozenTarget:
 
     def __init__(self, model: Any, depth: int) -> None:
         """depth: how many of the target's layers the student keeps; 0 means its embedding alone."""
-        self._model = model
-        self._depth = depth
-        self._ready: Any = None
+        self._model, self._depth = model, depth
 
     def __call__(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """After the first layers, and before the head: (B, T, H) float32 each, for `tokens` (B, T)."""
-        body = self._body()
+        body = self._body
         states = hidden = body.embed_tokens(tokens).astype(mx.float32)
         with numpy_exponentials(body.layers[0]):
             for number, layer in enumerate(body.layers, 1):
@@ -127,11 +104,10 @@ class FrozenTarget:
                     hidden = states
         return hidden, body.norm(states)
 
+    @cached_property
     def _body(self) -> Any:
-        if self._ready is None:
-            # MLX's quantised products are slow on a CPU: there it is worth the memory to have plain ones.
-            self._ready = dense(self._model.model) if mx.default_device() == mx.cpu else self._model.model
-        return self._ready
+        # MLX's quantised products are slow on a CPU: there it is worth the memory to have plain ones.
+        return dense(self._model.model) if mx.default_device() == mx.cpu else self._model.model
 
 
 def frequent_tokens(counts: npt.NDArray[np.int64], size: int) -> Ids:

@@ -2,11 +2,11 @@
 
     draft_tokens.safetensors   "tokens" (V',) int32, ascending: row i of the head is for token tokens[i]
 
-The kept layers, the embedding and a head neither trained nor behind a lens are the target's own bytes. What was
-trained gets groups of 32 in 8 or 4 bits, norms float16; or all of it stays in float32. mlx-lm finds the bits of
-each matrix from its shape. Training moves weights by less than the step of 4-bit codes, and they began on such
-codes: groups fitted by least squares are the old codes again. On SmolLM2-135M, 18.9 % agreement of one trained
-layer became 0.6 % that way, is 17.4 % in 4 bits spanned by `mx.quantize`, and 18.9 % in 8.
+The kept layers and the embedding are the target's own bytes. What was trained gets groups of 32 in 8 or 4 bits,
+norms float16; or all of it stays in float32. mlx-lm finds the bits of each matrix from its shape. Training moves
+weights by less than the step of 4-bit codes, and they began on such codes: groups fitted by least squares are the
+old codes again. On SmolLM2-135M, 18.9 % agreement of one trained layer became 0.6 % that way, is 17.4 % in 4 bits
+spanned by `mx.quantize`, and 18.9 % in 8.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save_config
 
+from distill.checkpoint import TrainingSettings
+from distill.corpus import Ids
+from distill.student import Student
 from llmcad_mlx.drafting.table import vocabulary_hash
 from llmcad_mlx.files.atomic import new_folder
 from llmcad_mlx.models.folder import LoadedModel
 from llmcad_mlx.store.convert import copy_side_files
-
-from .student import Ids, Student, target_head
-from .training_state import TrainingSettings
 
 DRAFT_TOKENS = "draft_tokens.safetensors"
 BITS = (8, 4)
@@ -51,12 +51,14 @@ def export_student(
     share_embedding: the draft has neither embedding nor tokenizer and is given the target's. Raises UsageError for
     a destination that is not free, DiskError when it does not fit the disk.
     """
-    arrays = _kept(loaded.model, settings.depth, share_embedding)
-    arrays |= _trained(student, settings.depth, bits)
-    if settings.train_head or settings.lens:
-        arrays |= _packed("lm_head.weight", student.whole_head, bits)
-    else:
-        arrays |= _own_head(loaded.model, tokens)
+    arrays = {} if share_embedding else _named("model.embed_tokens", loaded.model.model.embed_tokens)
+    for number, layer in enumerate(loaded.model.layers[: settings.depth]):
+        arrays |= _named(f"model.layers.{number}", layer)
+    trained = {"model.norm.weight": student.norm.weight, "lm_head.weight": student.whole_head}
+    for number, layer in enumerate(student.layers, settings.depth):
+        trained |= _named(f"model.layers.{number}", layer)
+    for name, array in trained.items():
+        arrays |= _packed(name, array, bits)
     config = _config(loaded, settings, share_embedding, quantised=any(name.endswith(".scales") for name in arrays))
     mx.eval(arrays)
     num_bytes = sum(array.nbytes for array in arrays.values())
@@ -67,31 +69,6 @@ def export_student(
         if not share_embedding:
             copy_side_files(loaded.path, folder)
     return num_bytes
-
-
-def _kept(model: Any, depth: int, share_embedding: bool) -> Arrays:
-    """The target's embedding and first layers, as they are."""
-    body = model.model
-    found: Arrays = {}
-    if not share_embedding:
-        found |= _named("model.embed_tokens", body.embed_tokens)
-    for number in range(depth):
-        found |= _named(f"model.layers.{number}", body.layers[number])
-    return found
-
-
-def _trained(student: Student, depth: int, bits: int | None) -> Arrays:
-    found: Arrays = {}
-    for number, layer in enumerate(student.layers, depth):
-        for name, array in _named(f"model.layers.{number}", layer).items():
-            found |= _packed(name, array, bits)
-    return found | _packed("model.norm.weight", student.norm.weight, bits)
-
-
-def _own_head(model: Any, tokens: Ids) -> Arrays:
-    """The target's rows for `tokens`, in whatever precision they have."""
-    head, rows = target_head(model), mx.array(tokens)
-    return {f"lm_head.{name}": array[rows] for name, array in head.parameters().items()}
 
 
 def _named(prefix: str, module: Any) -> Arrays:

@@ -20,12 +20,12 @@ import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
+from distill.corpus import Ids
+from distill.student import Student
 from llmcad_mlx.errors import UsageError
-
-from .student import Ids, Student
+from llmcad_mlx.files.atomic import new_file, write_text
 
 _CHECKPOINT, _LOG = "checkpoint.safetensors", "log.jsonl"
-_STUDENT, _OPTIMIZER, _TOKENS = "student.", "optimizer.", "tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,10 @@ class TrainingSettings:
 
     depth: the target's first layers that are kept. sources: its layers that the trained ones start from.
     head_tokens: V'. batch_tokens: of a step, padding included. The learning rate rises over `warmup` steps, then
-    falls as a cosine to a tenth at `steps`. hard_share, hidden_weight: see `student_loss`. train_head: the head's
-    rows are trained, too. lens: see `student`. prompts: what the target would say inside the prompts is learned,
-    too; labels there are the prompts' tokens. check_every: steps between two checkpoints, each with a look at
-    `check_tokens` tokens of texts that are never trained on.
+    falls as a cosine to a tenth at `steps`. hard_share: see `loss`. train_head: the head's rows are trained, too.
+    prompts: what the target would say inside the prompts is learned, too; labels there are the prompts' tokens.
+    check_every: steps between two checkpoints, each with a look at `check_tokens` tokens of texts that are never
+    trained on.
 
     Raises UsageError naming the option.
     """
@@ -50,9 +50,7 @@ class TrainingSettings:
     learning_rate: float = 1e-3
     warmup: int = 50
     hard_share: float = 0.0
-    hidden_weight: float = 0.0
     train_head: bool = False
-    lens: bool = True
     prompts: bool = True
     check_every: int = 100
     check_tokens: int = 8192
@@ -70,8 +68,6 @@ class TrainingSettings:
             raise UsageError(f"--learning-rate: {self.learning_rate} is not between 0 and 1")
         if not 0.0 <= self.hard_share <= 1.0:
             raise UsageError(f"--hard-share: {self.hard_share} is not between 0 and 1")
-        if not self.hidden_weight >= 0.0:
-            raise UsageError(f"--hidden-weight: {self.hidden_weight} is less than 0")
         if self.warmup >= self.steps:
             raise UsageError(f"--warmup: {self.warmup} steps leave none of {self.steps} to learn in")
 
@@ -95,7 +91,7 @@ class Checkpoint:
     settings: TrainingSettings
     target: str
     place: Place
-    arrays: dict[str, mx.array]
+    arrays: Mapping[str, mx.array]
 
     @classmethod
     def find(cls, folder: Path) -> Checkpoint | None:
@@ -104,10 +100,11 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc, arg-type]
-            state = json.loads(metadata["state"])  # type: ignore[call-overload, index]
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            arrays, metadata = loaded
+            state = json.loads(metadata["state"])
             settings = TrainingSettings(**state["settings"] | {"sources": tuple(state["settings"]["sources"])})
-            return cls(path, settings, state["target"], Place(**state["place"]), dict(arrays))  # type: ignore[arg-type]
+            return cls(path, settings, state["target"], Place(**state["place"]), arrays)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: not a checkpoint of this program ({reason}); name another run") from None
@@ -115,7 +112,7 @@ class Checkpoint:
     @property
     def tokens(self) -> Ids:
         """(V',) ascending ids of the head's rows."""
-        return np.asarray(self.arrays[_TOKENS])
+        return np.asarray(self.arrays["tokens"])
 
     def check(self, settings: TrainingSettings, target: str) -> None:
         """Raise UsageError unless it is of this target and these settings."""
@@ -129,16 +126,20 @@ class Checkpoint:
                     "give the same settings to go on, or name another run"
                 )
 
-    def restore(self, student: Student, optimizer: Optimizer | None = None) -> None:
-        """Put the saved state into a student, and an optimizer, that were made with the same settings."""
-        weights = {k.removeprefix(_STUDENT): v for k, v in self.arrays.items() if k.startswith(_STUDENT)}
-        student.load_weights(list(weights.items()), strict=False)
-        if optimizer is not None:
-            state = [(k.removeprefix(_OPTIMIZER), v) for k, v in self.arrays.items() if k.startswith(_OPTIMIZER)]
-            optimizer.state = tree_unflatten(state)
-            optimizer.init(student.trainable_parameters())
-            mx.eval(optimizer.state)
+    def student(self, model: Any) -> Student:
+        """The student of the target `model`, as it was saved."""
+        student = Student(model, self.settings.sources, self.tokens, self.settings.train_head)
+        student.load_weights(self._below("student."), strict=False)
         mx.eval(student.parameters())
+        return student
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Put the saved state into the student's optimizer."""
+        optimizer.state = tree_unflatten(self._below("optimizer."))
+        mx.eval(optimizer.state)
+
+    def _below(self, prefix: str) -> list[tuple[str, mx.array]]:
+        return [(name.removeprefix(prefix), a) for name, a in self.arrays.items() if name.startswith(prefix)]
 
 
 def save_checkpoint(
@@ -151,17 +152,11 @@ def save_checkpoint(
     optimizer: Optimizer,
 ) -> None:
     """Replace the checkpoint in `folder`. Raises OSError."""
-    arrays: dict[str, Any] = {_TOKENS: mx.array(tokens)}
-    arrays |= {_STUDENT + name: array for name, array in _flat(student.trainable_parameters())}
-    arrays |= {_OPTIMIZER + name: array for name, array in _flat(optimizer.state)}
+    saved = {"student": student.trainable_parameters(), "optimizer": optimizer.state, "tokens": mx.array(tokens)}
+    arrays: Any = tree_flatten(saved, destination={})
     state = {"settings": asdict(settings), "target": target, "place": asdict(place)}
-    temporary = folder / "checkpoint.part.safetensors"
-    mx.save_safetensors(str(temporary), arrays, {"state": json.dumps(state)})
-    temporary.replace(folder / _CHECKPOINT)
-
-
-def _flat(tree: Any) -> list[tuple[str, mx.array]]:
-    return tree_flatten(tree)  # type: ignore[return-value]
+    with new_file(folder / _CHECKPOINT) as file:
+        mx.save_safetensors(str(file), arrays, {"state": json.dumps(state)})
 
 
 class TrainingLog:
@@ -171,9 +166,7 @@ class TrainingLog:
         """Open the log of a run that goes on after `step`."""
         self._path = folder / _LOG
         kept = [line for line in read_log(folder) if line["step"] <= step] if step else []
-        temporary = self._path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, **figures: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:
@@ -188,6 +181,4 @@ def read_log(folder: Path) -> list[Mapping[str, Any]]:
 
 
 def _option(name: str) -> str:
-    return "--" + {"sources": "from-layers", "lens": "no-lens", "prompts": "no-prompts"}.get(name, name).replace(
-        "_", "-"
-    )
+    return "--" + {"sources": "from-layers", "prompts": "no-prompts"}.get(name, name).replace("_", "-")

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.base import Module
 
 
 @contextmanager
-def numpy_exponentials(layer: nn.Module) -> Iterator[None]:
+def numpy_exponentials(layer: Module) -> Iterator[None]:
     """While the block runs, layers of this kind take numpy's exponential."""
     module: Any = sys.modules[type(layer).__module__]
     found = module.swiglu
@@ -49,7 +49,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return gate * _sigmoid(gate) * x
 
 
-@swiglu.vjp  # type: ignore[misc, untyped-decorator]
+@swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     gate, x = primals
     share = _sigmoid(gate)

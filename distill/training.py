@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
+from distill.batches import UNSEEN, Batch, Batches, token_counts
+from distill.checkpoint import Checkpoint, Place, TrainingLog, TrainingSettings, save_checkpoint
+from distill.corpus import shards_to_learn_from
+from distill.exponentials import numpy_exponentials
+from distill.loss import Distillation, Examination
+from distill.student import FrozenTarget, Student, frequent_tokens, head_rows
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.models.folder import LoadedModel
 
-from .lens import fit_lens
-from .student import FrozenTarget, Student, check_family, frequent_tokens, head_rows
-from .student_data import UNSEEN, Batch, Batches, num_shards, token_counts
-from .student_loss import Distillation, Examination
-from .training_state import Checkpoint, Place, TrainingLog, TrainingSettings, save_checkpoint
+# Layers of these see the text alone: no second input, no state, one mask for all.
+FAMILIES = ("llama", "qwen2", "qwen3")
 
 _LOWEST_RATE = 0.1  # of the learning rate, at the end
 _MOST_NORM = 1.0  # of the gradient
 _LENS_TOKENS = 100_000  # that a lens is fitted to
+_RIDGE = 1e-4  # of the mean square of an activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,36 +74,28 @@ class _Run:
         check_student(loaded, settings)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._settings, self._target = folder, settings, digest_of(model)
+        self._optimizer = optim.AdamW(_schedule(settings), betas=[0.9, 0.98], bias_correction=True)
         found = Checkpoint.find(folder)
         if found is None:
-            self.place = Place(num_shards(corpus))
-            counts = token_counts(corpus, self.place.num_shards, head_rows(model, slice(None)).shape[0])
+            shards = shards_to_learn_from(corpus)
+            self.place = Place(len(shards))
+            counts = token_counts(shards[UNSEEN + 1 :], len(head_rows(model, slice(None))))
             self.tokens = frequent_tokens(counts, settings.head_tokens)
+            self._student = Student(model, settings.sources, self.tokens, settings.train_head)
         else:
             found.check(settings, self._target)
-            self.place, self.tokens = found.place, found.tokens
-        self._student = Student(model, settings.sources, self.tokens, settings.train_head, settings.lens)
-        self._optimizer = optim.AdamW(_schedule(settings), betas=[0.9, 0.98], bias_correction=True)
+            self.place, self.tokens, self._student = found.place, found.tokens, found.student(model)
+            found.restore(self._optimizer)
         self._optimizer.init(self._student.trainable_parameters())
-        if found is not None:
-            found.restore(self._student, self._optimizer)
+        frozen = FrozenTarget(model, settings.depth)
         self._batches = Batches(
-            corpus,
-            settings.depth,
-            settings.batch_tokens,
-            self.tokens,
-            FrozenTarget(model, settings.depth),
-            settings.prompts,
+            corpus, settings.depth, settings.batch_tokens, self.tokens, frozen, settings.prompts
         )
-        head = head_rows(model, self.tokens)
-        self._distillation = Distillation(head, settings.hard_share, settings.hidden_weight)
-        if found is None and settings.lens:
-            shards = range(UNSEEN + 1, self.place.num_shards)
-            every = (batch for n in shards for batch in self._batches.of_shard(n, (settings.seed, 0)))
+        self._distillation = Distillation(head_rows(model, self.tokens), settings.hard_share)
+        if found is None:
+            numbers = range(UNSEEN + 1, self.place.num_shards)
+            every = (batch for n in numbers for batch in self._batches.of_shard(n, (settings.seed, 0)))
             fit_lens(self._student, every, _LENS_TOKENS)
-        elif found is None:
-            first = next(self._batches.of_shard(UNSEEN + 1, (settings.seed, 0)))
-            self._student.norm.weight *= self._distillation.best_scale(self._student, first)
         unseen = self._batches.unseen(settings.check_tokens)
         self._examination = Examination(unseen, head_rows(model, slice(None)), self.tokens)
         self._log = TrainingLog(folder, self.place.step)
@@ -110,15 +106,13 @@ class _Run:
     def batches(self) -> Iterator[tuple[Place, Batch]]:
         """What is still to be learned, each with the place after it."""
         while self.place.step < self._settings.steps:
-            start, before = self.place, self.place.step
+            start = self.place
             epoch, number = divmod(start.shard, start.num_shards - 1)
-            seed = (self._settings.seed, epoch)
-            for batch in self._batches.of_shard(UNSEEN + 1 + number, seed, start.position):
-                now = self.place
-                yield Place(now.num_shards, now.step + 1, now.shard, now.position + 1), batch
+            for batch in self._batches.of_shard(UNSEEN + 1 + number, (self._settings.seed, epoch), start.position):
+                yield replace(self.place, step=self.place.step + 1, position=self.place.position + 1), batch
                 if self.place.step == self._settings.steps:
                     return
-            if self.place.step == before and start.position == 0:
+            if self.place == start and start.position == 0:
                 raise UsageError(f"shard {UNSEEN + 1 + number} of the corpus teaches nothing; write a new corpus")
             self.place = Place(start.num_shards, self.place.step, start.shard + 1)
 
@@ -158,13 +152,41 @@ class _Run:
 
 def check_student(loaded: LoadedModel, settings: TrainingSettings) -> None:
     """Raise UsageError for a student that this target cannot have."""
-    check_family(loaded)
-    layers = len(loaded.model.layers)
+    model: Any = loaded.model
+    slides = any(getattr(layer, "use_sliding", False) for layer in model.layers)
+    if slides or loaded.config["model_type"] not in FAMILIES:
+        families = ", ".join(FAMILIES)
+        raise UsageError(f"{loaded.path}: a student is made of {families} models without sliding windows only")
+    layers = len(model.layers)
     if not settings.depth <= layers:
         raise UsageError(f"--depth: {settings.depth} of {layers} layers cannot be kept")
     for number in settings.sources:
         if not 0 <= number < layers:
             raise UsageError(f"--from-layers: there is no layer {number}; they are 0 to {layers - 1}")
+
+
+def fit_lens(student: Student, batches: Iterable[Batch], num_tokens: int) -> None:
+    """Set `student.lens` from the first batches that have `num_tokens` rows, or from all of them.
+
+    In closed form, by ridge regression: with X the student's normed activations, before the lens, and Y the
+    target's last ones, (X'X + r)^-1 X'Y. Raises ValueError where the batches have no rows.
+    """
+    size = student.head.shape[1]
+    squares, products, seen = np.zeros((size, size)), np.zeros((size, size)), 0
+    student.lens = mx.eye(size)
+    for batch in batches:
+        with numpy_exponentials(student.layers[0]):
+            x = np.asarray(student.features(batch.hidden, batch.rows))
+        squares += x.T @ x
+        products += x.T @ np.asarray(batch.final)
+        seen += len(x)
+        if seen >= num_tokens:
+            break
+    if not seen:
+        raise ValueError("the batches have no rows to fit a lens to")
+    ridge = _RIDGE * np.trace(squares) / size
+    student.lens = mx.array(np.linalg.solve(squares + ridge * np.eye(size), products).astype(np.float32))
+    mx.eval(student.lens)
 
 
 def digest_of(model: Any) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from llmcad_mlx import Engine, load
-from llmcad_mlx.chat.tree_view import RoundTree
 from llmcad_mlx.engine.round import Round
 
 FOLDER = Path(__file__).parent / "pictures"
@@ -90,16 +89,16 @@ def noted(call: Callable[..., Any], into: list[Any], name: Callable[..., Any]) -
 
 def tree_of(done: Round, decode: Callable[[list[int]], str]) -> dict[str, Any]:
     """The drafted tree with the state of each node."""
-    view, tree = RoundTree.of(done), done.drafted
+    tree = done.drafted
     return {
         "text": [decode([token]) for token in tree.tokens],
         "parents": tree.parents,
         "confidences": tree.confidences,
         "cumulative": tree.cumulative,
         "sources": tree.sources,
-        "states": view.states(),
-        "own_token": None if view.own_token is None else decode([view.own_token]),
-        "last": view.last,
+        "states": done.states(),
+        "own_token": None if done.own_token is None else decode([done.own_token]),
+        "last": done.last,
         "survivors": [] if done.survivors is None else list(done.survivors.new_to_old),
     }
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from llmcad_mlx.api import Engine
 from llmcad_mlx.chat.commands import COMMANDS, KEYS, ChatSettings, parse, setting_name
 from llmcad_mlx.chat.screen import Screen
-from llmcad_mlx.chat.tree_view import RoundTree, draw
+from llmcad_mlx.chat.tree_view import draw
 from llmcad_mlx.conversations.file import SavedConversation, read_conversation
-from llmcad_mlx.engine.round import Round
+from llmcad_mlx.engine.round import Round, RoundTree
 from llmcad_mlx.errors import ContextLengthError, LlmcadError, UsageError
 from llmcad_mlx.report import Answer, stats_table
 from llmcad_mlx.results import GenerationStats
@@ -135,7 +135,7 @@ class ChatSession:
             self.screen.note("[the answer is empty]")
 
     def _keep_round(self, done: Round) -> None:
-        self.round = RoundTree.of(done)
+        self.round = RoundTree(done.drafted, done.selection, done.walk)  # without its logits
 
     def _why_cut(self, num_tokens: int) -> str:
         limit = self.settings.options.stopping.max_tokens

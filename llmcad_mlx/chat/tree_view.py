@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
 from llmcad_mlx.chat.screen import visible
-from llmcad_mlx.engine.round import Round
-from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
-from llmcad_mlx.tree.walk import Walk
+from llmcad_mlx.engine.round import ACCEPTED, PROVISIONAL, REJECTED, RoundTree
+from llmcad_mlx.tree.token_tree import MODEL, ROOT
 
-ACCEPTED, REJECTED, PROVISIONAL = "accepted", "rejected", "provisional"
 _MARKS = {ACCEPTED: ("✓", "bold green"), REJECTED: ("✗", "red"), PROVISIONAL: ("·", "yellow")}
 _MOST_NODES = 48  # more do not fit on a screen
-
-
-@dataclass(frozen=True, slots=True)
-class RoundTree:
-    """What a picture of a round needs; holds on to no logits."""
-
-    drafted: TokenTree
-    selection: Selection
-    walk: Walk
-
-    @classmethod
-    def of(cls, done: Round) -> RoundTree:
-        """The part of `done` that is kept."""
-        return cls(done.drafted, done.selection, done.walk)
-
-    def states(self) -> list[str]:
-        """For each drafted node: accepted, rejected (tested in vain) or provisional (not sent to the target)."""
-        accepted = {self.selection.new_to_old[node] for node in self.walk.nodes}
-        tested = {node for node, new in enumerate(self.selection.old_to_new) if new != DROPPED}
-        return [
-            ACCEPTED if node in accepted else REJECTED if node in tested else PROVISIONAL
-            for node in range(len(self.drafted))
-        ]
-
-    @property
-    def own_token(self) -> int | None:
-        """The target's own token after the accepted path; None where the text ended before it."""
-        return self.walk.tokens[-1] if len(self.walk.tokens) > len(self.walk.nodes) else None
-
-    @property
-    def last(self) -> int:
-        """The drafted node that the target's own token follows."""
-        return self.selection.new_to_old[self.walk.last]
 
 
 def draw(picture: RoundTree, decode: Callable[[int], str]) -> RenderableType:

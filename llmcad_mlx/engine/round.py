@@ -21,22 +21,51 @@ from llmcad_mlx.engine.session import Session
 from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
-from llmcad_mlx.tree.token_tree import Selection, TokenTree
+from llmcad_mlx.tree.token_tree import ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk, walk
 from llmcad_mlx.verifying import Verification
 
+ACCEPTED, REJECTED, PROVISIONAL = "accepted", "rejected", "provisional"
+
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    """What one round did: the tree as drafted, the part that was verified, and the target's walk over it.
+class RoundTree:
+    """What became of a round's tree: as drafted, the part that was verified, the target's walk over that part.
 
-    `survivors`: the part of `drafted` that the next round starts with.
+    Holds no logits, so that it may be kept. `drafted` may have grown after the selection, while the target worked.
     """
 
     drafted: TokenTree
     selection: Selection
-    verification: Verification
     walk: Walk
+
+    def states(self) -> list[str]:
+        """For each drafted node: accepted, rejected (tested in vain) or provisional (not given to the target); the
+        first is the root."""
+        states = [PROVISIONAL] * len(self.drafted)
+        for node in self.selection.new_to_old:
+            states[node] = REJECTED
+        for node in self.walk.nodes:
+            states[self.selection.new_to_old[node]] = ACCEPTED
+        states[ROOT] = "root"
+        return states
+
+    @property
+    def own_token(self) -> int | None:
+        """The target's own token after the accepted path; None where the text ended before it."""
+        return self.walk.tokens[-1] if len(self.walk.tokens) > self.walk.num_accepted else None
+
+    @property
+    def last(self) -> int:
+        """The drafted node that the target's own token follows."""
+        return self.selection.new_to_old[self.walk.last]
+
+
+@dataclass(frozen=True, slots=True)
+class Round(RoundTree):
+    """What one round did. `survivors`: the part of `drafted` that the next round starts with."""
+
+    verification: Verification
     survivors: Selection | None
 
 
@@ -65,7 +94,7 @@ def run_round(
     growth.commit(path, survivors)
     carried = None if survivors is None else CarriedTree(survivors, policy, sampler.settings)
     session.end_round(steps.tokens, carried)
-    done = Round(growth.tree, selection, verification, steps, survivors)
+    done = Round(growth.tree, selection, steps, verification, survivors)
     _count(done, growth, stats)
     stats.streamed_bytes += session.target.streamed_bytes - session.streamed_bytes
     session.streamed_bytes = session.target.streamed_bytes

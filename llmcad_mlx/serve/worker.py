@@ -36,7 +36,7 @@ from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.prompt_cache import PromptCache
 from llmcad_mlx.serve.protocol import internal_error, refused, shutting_down
 from llmcad_mlx.store.pull import DEFAULT_PRESET
-from llmcad_mlx.tree.token_tree import COMMITTED, DROPPED, ROOT
+from llmcad_mlx.tree.token_tree import COMMITTED
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2  # how soon a Ctrl-C is noticed while a model loads
@@ -116,30 +116,20 @@ class Generation:
 
     def _tree(self, done: Round) -> dict[str, Any]:
         """The round as the contract has it: nodes as drafted, parents first."""
-        tree, accepted = done.drafted, set(done.walk.nodes)
-        nodes = []
-        for node, token in enumerate(tree.tokens):
-            tested = done.selection.old_to_new[node]
-            state = "rejected"
-            if node == ROOT:
-                state = "root"
-            elif tested == DROPPED:
-                state = "provisional"
-            elif tested in accepted:
-                state = "accepted"
-            source = tree.sources[node]
-            nodes.append({
+        tree, bonus, plan = done.drafted, done.own_token, self._engine.pair.plan
+        nodes = [
+            {
                 "id": token, "text": self._text_of(token), "parent": tree.parents[node],
-                "confidence": tree.confidences[node], "source": "target" if source == COMMITTED else source,
+                "confidence": tree.confidences[node],
+                "source": "target" if tree.sources[node] == COMMITTED else tree.sources[node],
                 "state": state,
-            })  # fmt: skip
-        has_bonus = len(done.walk.tokens) > done.walk.num_accepted
-        bonus = done.walk.tokens[-1]
-        plan = self._engine.pair.plan
+            }
+            for node, (token, state) in enumerate(zip(tree.tokens, done.states(), strict=True))
+        ]  # fmt: skip
         return {
             "index": self._num_rounds,
             "nodes": nodes,
-            "bonus": {"id": bonus, "text": self._text_of(bonus)} if has_bonus else None,
+            "bonus": None if bonus is None else {"id": bonus, "text": self._text_of(bonus)},
             "tokens_per_s": self.stats.tokens_per_s,
             "tokens_per_pass": self.stats.tokens_per_pass,
             "peak_rss_bytes": peak_rss_bytes(),
@@ -255,7 +245,6 @@ class Worker:
         started = time.perf_counter()
         end = self._generate(generation, engine, job)
         if generation.has_begun:  # counted before the client hears of the end, so that it finds itself counted
-            self._prompt_cache.ended([*job.prompt, *generation.tokens])
             self._metrics.count_generation(generation.stats, time.perf_counter() - started)
             _log.info("%s: %s", job.request.kind, _summary(generation, end))
         job.send(end)

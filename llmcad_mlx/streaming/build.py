@@ -38,7 +38,7 @@ from llmcad_mlx.streaming.modules import (
 )
 from llmcad_mlx.streaming.storage import Storage
 from llmcad_mlx.streaming.stream import Read, ThreadedStream
-from llmcad_mlx.streaming.weights import Matrix, StoredParameter, StreamParts, WeightIndex
+from llmcad_mlx.streaming.weights import Matrix, StoredParameter, StreamParts
 
 Progress = Callable[[int, int], None]
 
@@ -54,8 +54,7 @@ class Prepared:
         self._checksums = None if bundle is None else Checksums(bundle, storage)
         model: Any = loaded.model
         use_cpu_linears(model)
-        index = WeightIndex.of(loaded.path)
-        self.parts = StreamParts.of(model, index, loaded.unchanged, loaded.path)
+        self.parts = StreamParts.of(model, loaded.weights, loaded.unchanged, loaded.path)
         placed = in_order(self.parts, range(len(self.parts.layers)), pieces_like_layers(self.parts))
         if self._checksums is not None:  # before the model is judged by what it computes
             self._checksums.check_all([unit for unit, _ in placed])

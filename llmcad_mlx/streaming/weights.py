@@ -1,20 +1,13 @@
-"""Which weights of a model can be streamed: its decoder layers, its embedding and its head, with their place in
-the files.
+"""Which weights of a model can be streamed: those of its decoder layers, its embedding and its head.
 
 A parameter can be streamed when the file holds it as the model uses it: same name, same shape, untouched by the
 model's `sanitize`. Small parameters (norms, biases) stay in memory: together they are a thousandth of a model.
-
-Where each tensor of a model folder lies in its files.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,64 +17,9 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.models.folder import check_weight_files
-
-
-@dataclass(frozen=True, slots=True)
-class TensorExtent:
-    """One tensor: `num_bytes` at `offset` of `file`; `dtype` is safetensors' name for it ("U32", "F16")."""
-
-    name: str
-    file: Path
-    offset: int
-    num_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class WeightIndex(Mapping[str, TensorExtent]):
-    """Tensor names of a folder and their extents."""
-
-    def __init__(self, extents: Mapping[str, TensorExtent], files: list[Path]) -> None:
-        self._extents = dict(extents)
-        self.files = files
-
-    @classmethod
-    def of(cls, folder: Path) -> WeightIndex:
-        """Read the headers of the folder's weight files. Raises ModelError naming a bad file."""
-        files = check_weight_files(folder)
-        extents = {extent.name: extent for file in files for extent in _extents(file)}
-        return cls(extents, files)
-
-    def __getitem__(self, name: str) -> TensorExtent:
-        return self._extents[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._extents)
-
-    def __len__(self) -> int:
-        return len(self._extents)
-
-
-def _extents(file: Path) -> Iterator[TensorExtent]:
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        assert math.prod(shape) >= 0
-        yield TensorExtent(name, file, 8 + length + start, end - start, entry["dtype"], shape)
-
+from llmcad_mlx.files.safetensors import DTYPES, TensorExtent, WeightIndex
 
 SMALL_BYTES = 8 << 10
-
-_DTYPES = {
-    "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16, "U32": mx.uint32,
-    "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64, "F16": mx.float16, "BF16": mx.bfloat16,
-    "F32": mx.float32,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +35,9 @@ class StoredParameter:
     @property
     def stored(self) -> mx.Dtype:
         """What the file holds."""
-        return _DTYPES[self.extent.dtype]
+        stored = DTYPES[self.extent.dtype].mlx
+        assert stored is not None
+        return stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +144,7 @@ class _Split:
         if value.nbytes <= SMALL_BYTES or value.ndim < 2 or full not in self._unchanged or full not in self._index:
             return None
         extent = self._index[full]
-        if extent.shape != tuple(value.shape) or extent.dtype not in _DTYPES:
+        if extent.shape != tuple(value.shape) or DTYPES[extent.dtype].mlx is None:
             return None
         return StoredParameter(module, name, extent, value.dtype)
 

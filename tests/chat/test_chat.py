@@ -23,8 +23,9 @@ from llmcad_mlx.chat.commands import COMMANDS, Call, ChatSettings, parse
 from llmcad_mlx.chat.lines import CommandCompleter
 from llmcad_mlx.chat.screen import AnswerView, GrowingColours, GrowingMarkdown, TerminalAnswer, visible
 from llmcad_mlx.chat.session import ChatSession, Conversation, Message
-from llmcad_mlx.chat.tree_view import RoundTree, draw
+from llmcad_mlx.chat.tree_view import draw
 from llmcad_mlx.cli.main import run
+from llmcad_mlx.engine.round import RoundTree
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.tree.walk import walk
@@ -420,8 +421,7 @@ def test_the_tree_shows_what_became_of_each_node() -> None:
     target = {0: 11, 1: 12, 2: 17}
     steps = walk(selection.tree, lambda node, path: target[node])
     picture = RoundTree(tree, selection, steps)
-    accepted, rejected, provisional = "accepted", "rejected", "provisional"
-    assert picture.states()[1:] == [accepted, accepted, rejected, rejected, rejected, provisional, provisional]
+    assert picture.states() == ["root", *["accepted"] * 2, *["rejected"] * 3, *["provisional"] * 2]
     assert printed(draw(picture, str)).splitlines() == [
         "'10'",
         "├── ✓ '11' 0.90",

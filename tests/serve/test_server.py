@@ -218,6 +218,19 @@ def test_a_whole_answer_shows_them_too(live: Live) -> None:
     assert set(only_tokens["speculation"]) == {"tokens"}
 
 
+def test_trees_show_what_was_drafted_while_the_target_waited_for_weights(
+    folder: Path, draft: Path, streams_small_matrices: None
+) -> None:
+    """Also nodes added after the pass had begun: the target was never given those."""
+    with serving(loader(folder, draft, pinned="0", read_bandwidth="20MB/s", context=128)) as streamed:
+        answer = streamed.chat(max_tokens=12, tree_nodes=4, policy="throughput", speculation=True).json()
+    rounds = answer["speculation"]["rounds"]
+    states = [[node["state"] for node in done["nodes"]] for done in rounds]
+    assert max(map(len, states)) > 4
+    assert max(of_round.count("provisional") for of_round in states) > 0
+    assert all(len(of_round) - of_round.count("provisional") <= 4 for of_round in states)
+
+
 def test_models(client: openai.OpenAI, live: Live) -> None:
     (card,) = live.get("/v1/models").json()["data"]
     assert without(card, "created") == {

@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.errors import ModelError, StorageError
+from llmcad_mlx.files.safetensors import read_weights
 from llmcad_mlx.streaming.feed import OnDemandFeed, RowReader, SequentialFeed
 from llmcad_mlx.streaming.storage import Storage
 from llmcad_mlx.streaming.stream import Outlook, Read, ReadAhead, ThreadedStream, Unit
-from llmcad_mlx.streaming.weights import Matrix, StoredParameter, WeightIndex
+from llmcad_mlx.streaming.weights import Matrix, StoredParameter
 from tests.support.faulty_storage import (
     FaultyStorage,
     MemoryStorage,
@@ -540,7 +541,7 @@ def matrix_of(tmp_path: Path, module: Any, wanted: mx.Dtype | None = None) -> Ma
     """The module's parameters, stored in a file."""
     parameters = dict(module.parameters())
     mx.save_safetensors(str(tmp_path / "model.safetensors"), parameters)
-    index = WeightIndex.of(tmp_path)
+    index = read_weights(tmp_path)
     return Matrix(
         module,
         tuple(StoredParameter(module, name, index[name], wanted or parameters[name].dtype) for name in index),

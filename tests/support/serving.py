@@ -52,7 +52,9 @@ class Live:
         return sum(found)
 
 
-def loader(folder: Path, draft: Path | str | None = "ngram", kind: type[Engine] = Engine) -> Callable[[], Engine]:
+def loader(
+    folder: Path, draft: Path | str | None = "ngram", kind: type[Engine] = Engine, **options: Any
+) -> Callable[[], Engine]:
     """Loads on the worker's thread, where numba's number of threads is its own: one is best for tiny matrices."""
 
     def load_there() -> Engine:
@@ -60,7 +62,7 @@ def loader(folder: Path, draft: Path | str | None = "ngram", kind: type[Engine] 
             import numba
 
             numba.set_num_threads(1)
-        engine = load(folder, draft)
+        engine = load(folder, draft, **options)
         engine.__class__ = kind
         return engine
 

@@ -12,9 +12,8 @@ from mlx.nn.layers.base import Module
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files.safetensors import WeightIndex, read_json, read_tensors, read_weights
+from llmcad_mlx.files.safetensors import WeightIndex, read_json, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
-from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
 from llmcad_mlx.models.draft_folder import (
     DraftParts,
     TokenEmbedding,
@@ -75,7 +74,7 @@ def load_model_folder(
     folder = Path(path).expanduser()
     config = read_config(folder)
     weights = read_weights(folder)
-    tokens = _draft_tokens(folder, config)
+    tokens = read_draft_tokens(folder, vocabulary_size(config))
     shared = _shared_embedding(folder, config, like, alone)
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
     if not has_tokenizer and shared is None and not (alone and shares_embedding(config)):
@@ -103,14 +102,6 @@ def load_model_folder(
     return LoadedModel(
         model, tokenizer, config, folder, weights, frozenset(unchanged), token_embedding(model), tokens
     )
-
-
-def _draft_tokens(folder: Path, config: dict[str, Any]) -> TokenList | None:
-    file = folder / DRAFT_TOKENS
-    if not file.exists():
-        return None
-    read_tensors(file)  # MLX trusts what it says
-    return read_draft_tokens(file, vocabulary_size(config))
 
 
 def _shared_embedding(

@@ -325,7 +325,8 @@ def cached_probe(
     report = _read(file)
     if report is None:
         report = run(model)
-        _write(file, report)
+        with contextlib.suppress(OSError):
+            write_text(file, json.dumps(asdict(report)))
     elif report.capability == "tree":
         positions.install(model)  # as probing does
     return report
@@ -351,11 +352,6 @@ def _read(file: Path) -> ProbeReport | None:
     except (OSError, ValueError, TypeError):
         return None
     return report if report.capability in ("tree", "chain", "plain") else None
-
-
-def _write(file: Path, report: ProbeReport) -> None:
-    with contextlib.suppress(OSError):
-        write_text(file, json.dumps(asdict(report)))
 
 
 _NUMBERING = ("idx", "index", "layer_id", "number")

@@ -25,13 +25,12 @@ from convert import exit_code_of
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.atomic import check_destination, new_folder
 from llmcad_mlx.files.bundle_writer import BundleWriter, layer_index, plan_layers
-from llmcad_mlx.files.safetensors_writer import TensorSpec
+from llmcad_mlx.files.safetensors import TensorExtent, TensorSpec, WeightIndex, read_weights
 from llmcad_mlx.models.folder import read_config
 from llmcad_mlx.progress import Advance, NoProgress, Progress, progress_for
 from llmcad_mlx.sizes import parse_size
 from llmcad_mlx.store.convert import copy_extent, copy_side_files
 from llmcad_mlx.streaming.storage import FileStorage
-from llmcad_mlx.streaming.weights import TensorExtent, WeightIndex
 
 # What a layer of these does depends on its weights and on `layer_types` alone, never on its number.
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -70,7 +69,7 @@ def inflate(
             f"{source}: {config['model_type']!r} cannot be inflated, its layers may differ by their number; "
             f"use a model of {', '.join(FAMILIES)}"
         )
-    index = WeightIndex.of(source)
+    index = read_weights(source)
     num_old = int(config["num_hidden_layers"])
     num_added = _num_added(index, num_old, num_bytes, num_layers)
     origin = _origins(num_old, num_added)

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from distill.corpus import Ids
 from distill.student import Student
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.files.atomic import new_file, write_text
 
 _CHECKPOINT, _LOG = "checkpoint.safetensors", "log.jsonl"
 
@@ -154,9 +155,8 @@ def save_checkpoint(
     saved = {"student": student.trainable_parameters(), "optimizer": optimizer.state, "tokens": mx.array(tokens)}
     arrays: Any = tree_flatten(saved, destination={})
     state = {"settings": asdict(settings), "target": target, "place": asdict(place)}
-    temporary = folder / "checkpoint.part.safetensors"
-    mx.save_safetensors(str(temporary), arrays, {"state": json.dumps(state)})
-    temporary.replace(folder / _CHECKPOINT)
+    with new_file(folder / _CHECKPOINT) as file:
+        mx.save_safetensors(str(file), arrays, {"state": json.dumps(state)})
 
 
 class TrainingLog:
@@ -166,9 +166,7 @@ class TrainingLog:
         """Open the log of a run that goes on after `step`."""
         self._path = folder / _LOG
         kept = [line for line in read_log(folder) if line["step"] <= step] if step else []
-        temporary = self._path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, **figures: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from distill.prompts import openings
 from distill.writing import Text, Writer
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.files.atomic import new_file
 
 Ids = npt.NDArray[np.int32]
 
@@ -178,9 +179,8 @@ def _save(path: Path, texts: Sequence[Text], depths: Sequence[int]) -> None:
     arrays["tokens"] = mx.array(np.concatenate([np.array(t.tokens, np.int32) for t in texts]))
     arrays["ends"] = mx.array(np.cumsum([len(t.tokens) for t in texts]).astype(np.int64))
     arrays["given"] = mx.array(np.array([t.num_given for t in texts], np.int64))
-    temporary = path.with_suffix(".part.safetensors")
-    mx.save_safetensors(str(temporary), arrays)
-    temporary.replace(path)
+    with new_file(path) as file:
+        mx.save_safetensors(str(file), arrays)
 
 
 def _passages(shard: Path, tokenizer: Any) -> list[str]:

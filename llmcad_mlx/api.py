@@ -251,6 +251,11 @@ class Engine:
             drafters.insert(first_model, OwnDrafter(name, propose, self.pair.vocab_size))
             self._policies.clear()  # they were made for the drafters of before
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The conversation so far, prompt and output: what the next prompt is compared with."""
+        return tuple(self._open_session().tokens)
+
     def snapshot(self) -> Snapshot | None:
         """A copy of the conversation's caches, to go on from there later; None where nothing was read yet, or the
         model keeps a state that cannot be copied. `nbytes` of it says what keeping it costs."""

@@ -194,9 +194,9 @@ class PreparedTarget:
         Raises UsageError when weights without checksums are to be checked, ModelError for a model that cannot be
         streamed, StorageError for altered weights.
         """
-        bundle = _bundle(folder) if options.verify else None
         mx.set_cache_limit(_MLX_CACHE_BYTES)
         loaded = load_model_folder(folder, lazy=True)
+        bundle = _bundle(loaded) if options.verify else None
         weights = Prepared(loaded, FileStorage(), probe_folder(), bundle)
         return cls(loaded, weights.model, real_tokens(loaded, weights.model), weights, None)
 
@@ -308,11 +308,12 @@ def _pair(
     )
 
 
-def _bundle(folder: Path) -> Bundle:
-    bundle = read_bundle(folder)
+def _bundle(loaded: LoadedModel) -> Bundle:
+    bundle = read_bundle(loaded.path, loaded.weights)
     if bundle is None:
         raise UsageError(
-            f"verify: {folder} has no checksums; make a bundle with `llmcad-mlx convert {folder} NEW_FOLDER`"
+            f"verify: {loaded.path} has no checksums; make a bundle with "
+            f"`llmcad-mlx convert {loaded.path} NEW_FOLDER`"
         )
     return bundle
 

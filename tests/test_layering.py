@@ -33,10 +33,6 @@ LAYERS = [
     {"serve"},
     {"cli"},
 ]
-# Imports that still point up, to be mended.
-KNOWN = {
-    ("files", "streaming"),
-}
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 STANDARD = sys.stdlib_module_names
@@ -82,9 +78,7 @@ def test_imports_point_down_only(file: Path) -> None:
         if top != "llmcad_mlx" or part in (here, "__version__"):
             continue
         assert part in LEVEL, f"{file.name} imports {name}: say in LAYERS where it belongs"
-        assert LEVEL[part] < LEVEL[here] or (here, part) in KNOWN, (
-            f"{file.name} imports {name}, which is not below it"
-        )
+        assert LEVEL[part] < LEVEL[here], f"{file.name} imports {name}, which is not below it"
 
 
 def name_of(file: Path) -> str:

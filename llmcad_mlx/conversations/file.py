@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,8 @@ import numpy as np
 from llmcad_mlx.conversations.snapshot import TARGET, CachePart, cache_parts
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files.atomic import full_disk_error, require_free_space
-from llmcad_mlx.files.safetensors_writer import SafetensorsWriter, TensorSpec
+from llmcad_mlx.files.atomic import full_disk_error, new_file, require_free_space
+from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec, dtype_name, header_bytes, read_header
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.machine import package_version
 from llmcad_mlx.models.cache import LayerState
@@ -56,18 +53,14 @@ def _model_digest(folder: Path) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("model*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            length = file.read(8)
-            digest.update(length + file.read(int.from_bytes(length, "little")))
+        digest.update(header_bytes(path))
     return digest.hexdigest()
 
 
 FORMAT = "conversation 1"
 DIGEST = TensorSpec("sha256", "U8", (32,))
 
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _BLOCK_BYTES = 4 << 20
-_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 _REMEDY = "make room or choose another disk"
 
 
@@ -94,18 +87,11 @@ def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tok
     metadata = {"llmcad_mlx": FORMAT, "conversation": json.dumps(data), "cache": json.dumps(cache)}
     try:
         require_free_space(path.parent, sum(s.num_bytes for s in specs), f"the conversation {path.name}", _REMEDY)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        try:
-            with SafetensorsWriter(Path(name), [*specs, DIGEST], metadata) as writer:
-                _write_layers(writer, parts)
-                end = writer.offset(DIGEST.name)
-                writer.write_bytes(DIGEST.name, 0, _digest(Path(name), end))
-                writer.sync()
-            os.replace(name, path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(name)
+        with new_file(path, private=True) as file, SafetensorsWriter(file, [*specs, DIGEST], metadata) as writer:
+            _write_layers(writer, parts)
+            end = writer.extent(DIGEST).offset
+            writer.write_bytes(DIGEST.name, 0, _digest(file, end))
+            writer.sync()
     except OSError as error:
         raise full_disk_error(error, path, _REMEDY) from None
     return end + DIGEST.num_bytes
@@ -126,7 +112,7 @@ def _specs(part: CachePart) -> Iterator[TensorSpec]:
         if first is not None:
             for kind, array in (("keys", first.keys), ("values", first.values)):
                 shape = (array.shape[0], part.length, array.shape[2])
-                yield TensorSpec(f"{part.model}.{number}.{kind}", _DTYPES[array.dtype], shape)
+                yield TensorSpec(f"{part.model}.{number}.{kind}", dtype_name(array.dtype), shape)
 
 
 def _write_layers(writer: SafetensorsWriter, parts: Sequence[CachePart]) -> None:
@@ -157,10 +143,7 @@ def read_conversation(path: Path) -> SavedConversation:
     """Read a file's header. Raises UsageError, one line, for a file that is not a saved conversation."""
     path = path.expanduser().absolute()
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length) if length <= _MAX_HEADER_BYTES else b""
-        metadata = json.loads(header)["__metadata__"]
+        metadata = read_header(path)[0]["__metadata__"]
         if metadata["llmcad_mlx"] != FORMAT:
             raise UsageError(f"{path}: was saved by a version with another format; load it with that one")
         data, cache = json.loads(metadata["conversation"]), json.loads(metadata["cache"])

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from llmcad_mlx.drafting import LookupDrafter
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.files.atomic import new_file
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.tree.token_tree import TABLE, TokenTree
 
@@ -107,10 +108,9 @@ class NgramCounts:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        temporary = path.with_name(path.name + ".part.safetensors")
         metadata = {"format": FORMAT, "order": str(self.order), "vocabulary": self.vocabulary}
-        mx.save_safetensors(str(temporary), {name: mx.array(a) for name, a in self.arrays.items()}, metadata)
-        temporary.replace(path)
+        with new_file(path) as temporary, temporary.open("wb") as file:
+            mx.save_safetensors(file, {name: mx.array(a) for name, a in self.arrays.items()}, metadata)
 
 
 class NgramTable:

@@ -1,6 +1,6 @@
-"""A folder that appears complete or not at all, whatever happens while it is written.
+"""Files and folders that appear complete or not at all, whatever happens while they are written.
 
-Room on the disk: asked for before a long job, and one clear error when it runs out all the same.
+Room on the disk is asked for before a long job; when it runs out all the same, there is one clear error.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmcad_mlx.errors import LlmcadError, UsageError
@@ -54,6 +55,33 @@ def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
 
 
+@contextmanager
+def new_file(dest: Path, *, private: bool = False) -> Iterator[Path]:
+    """A temporary file beside `dest`, with the same suffix, that takes its place when the block ends well, else
+    disappears.
+
+    It has the permissions of the file it replaces, or those of any new file; private: it is its owner's alone.
+    Raises OSError, and makes no folders.
+    """
+    temporary = dest.with_name(f".{dest.name}.{os.getpid()}-{secrets.token_hex(4)}.part{dest.suffix}")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
+        if not private:
+            with suppress(FileNotFoundError):
+                temporary.chmod(dest.stat().st_mode & 0o777)
+        yield temporary
+        os.replace(temporary, dest)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(dest: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all; see `new_file`. Makes the folder. Raises OSError."""
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(dest) as file:
+        file.write_text(text, encoding="utf-8")
+
+
 _REMEDY = "make room or choose a folder on another disk"
 
 
@@ -66,7 +94,7 @@ def new_folder(dest: Path, num_bytes: int, *, replace: bool = False) -> Iterator
     and not empty, DiskError when there is no room or the disk cannot be written.
     """
     dest = Path(os.path.abspath(dest))
-    _check_free(dest, replace)
+    check_destination(dest, replace)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(dest)
@@ -85,17 +113,11 @@ def new_folder(dest: Path, num_bytes: int, *, replace: bool = False) -> Iterator
         os.close(lock)
 
 
-def check_destination(dest: Path) -> None:
-    """Raise UsageError unless `dest` is free: not there, or an empty folder."""
-    _check_free(dest, replace=False)
-
-
-def _check_free(dest: Path, replace: bool) -> None:
-    if not dest.exists():
-        return
-    if not dest.is_dir():
+def check_destination(dest: Path, replace: bool = False) -> None:
+    """Raise UsageError unless `dest` is free: not there, or an empty folder, or with `replace` any folder."""
+    if dest.exists() and not dest.is_dir():
         raise UsageError(f"{dest}: is a file; choose a new or empty folder")
-    if not replace and any(dest.iterdir()):
+    if dest.exists() and not replace and any(dest.iterdir()):
         raise UsageError(f"{dest}: already exists and is not empty; choose a new or empty folder")
 
 
@@ -116,10 +138,8 @@ def _locked_folder(dest: Path) -> tuple[Path, int]:
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some network disks have no locks
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)  # some network disks have no locks
     return True
 
 
@@ -127,24 +147,22 @@ def _remove_leftovers(dest: Path) -> None:
     for entry in dest.parent.iterdir():
         if not entry.name.startswith(_prefix(dest)) or not entry.is_dir():
             continue
-        try:
+        with suppress(OSError):
             lock = os.open(entry, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            if _try_lock(lock):
-                shutil.rmtree(entry, ignore_errors=True)
-        finally:
-            os.close(lock)
+            try:
+                if _try_lock(lock):
+                    shutil.rmtree(entry, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _take_place(folder: Path, dest: Path, replace: bool) -> None:
     """Rename; an old folder is moved away first, because a rename onto a folder with files fails."""
-    if replace and dest.exists():
-        old = Path(tempfile.mkdtemp(prefix=f"{_prefix(dest)}old-", dir=dest.parent))
-        os.rename(dest, old / "folder")
+    check_destination(dest, replace)  # another process may have made it meanwhile
+    if not (replace and dest.exists()):
         os.rename(folder, dest)
-        shutil.rmtree(old, ignore_errors=True)
         return
-    _check_free(dest, replace)  # another process may have made it meanwhile
+    old = Path(tempfile.mkdtemp(prefix=f"{_prefix(dest)}old-", dir=dest.parent))
+    os.rename(dest, old / "folder")
     os.rename(folder, dest)
+    shutil.rmtree(old, ignore_errors=True)

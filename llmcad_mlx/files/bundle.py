@@ -1,6 +1,4 @@
-"""What was measured with a bundle, kept in its `llmcad.json` under "profile".
-
-Bundles: mlx-lm model folders with `llmcad.json`, which says where each layer lies and what its checksum is.
+"""Bundles: mlx-lm model folders with `llmcad.json`, which says where each layer lies and what its checksum is.
 
 ```
 {"format": 1,
@@ -11,23 +9,22 @@ Bundles: mlx-lm model folders with `llmcad.json`, which says where each layer li
 ```
 Tensors are listed in the order in which they lie in their file, one after the other, so that a layer is one run
 of bytes. `sha256` of a layer is that of this run. `offset` counts from the start of the file; dtypes are those of
-safetensors.
+safetensors. `profile` is what was measured with the bundle.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.streaming.weights import TensorExtent, WeightIndex
+from llmcad_mlx.files.atomic import write_text
+from llmcad_mlx.files.safetensors import TensorExtent, WeightIndex, read_weights
 
 FILE = "llmcad.json"
 FORMAT = 1
@@ -106,7 +103,7 @@ def read_bundle(folder: Path, index: WeightIndex | None = None) -> Bundle | None
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror or error}); make the bundle again") from None
     bundle = _parse(folder, text)
-    _check_extents(bundle, WeightIndex.of(folder) if index is None else index)
+    _check_extents(bundle, read_weights(folder) if index is None else index)
     return bundle
 
 
@@ -179,6 +176,12 @@ def _blocks(layer: BundleLayer) -> Iterator[bytes]:
 
 # --- reading llmcad.json ------------------------------------------------------------------------------------
 
+_BUNDLE_KEYS = {"layers": list, "profile": dict, "source": str, "created_by": str}
+_LAYER_KEYS = {"name": str, "tensors": list, "sha256": str, "bytes": int}
+_TENSOR_KEYS = {
+    "name": str, "file": str, "offset": int, "bytes": int, "dtype": str, "shape": list, "sha256": str
+}  # fmt: skip
+
 
 def _parse(folder: Path, text: bytes) -> Bundle:
     file = folder / FILE
@@ -186,79 +189,62 @@ def _parse(folder: Path, text: bytes) -> Bundle:
         content = json.loads(text)
     except (ValueError, RecursionError):
         raise ModelError(f"{file}: cut off, or not valid JSON; make the bundle again") from None
-    entry = _Entry(file, "the file", content)
-    version = entry.take("format", int)
+    version = _checked(file, "the file", content, {"format": int})["format"]
     if version != FORMAT:
         raise ModelError(
             f"{file}: bundle format {version} is not {FORMAT}; install the llmcad-mlx that wrote it, "
             "or make the bundle again"
         )
-    layers = tuple(_layer(folder, file, content) for content in entry.take("layers", list))
-    draft = entry.content.get("draft")
+    entry = _checked(file, "the file", content, _BUNDLE_KEYS)
+    draft = entry.get("draft")
     if draft is not None and not isinstance(draft, dict):
-        entry.refuse("draft")
-    return Bundle(
-        folder=folder,
-        layers=layers,
-        draft=draft,
-        profile=entry.take("profile", dict),
-        source=entry.take("source", str),
-        created_by=entry.take("created_by", str),
-    )
+        raise _wrong(file, "draft", "the file")
+    layers = tuple(_layer(file, layer) for layer in entry["layers"])
+    return Bundle(folder, layers, draft, entry["profile"], entry["source"], entry["created_by"])
 
 
-def _layer(folder: Path, file: Path, content: object) -> BundleLayer:
-    entry = _Entry(file, "a layer", content)
-    entry.where = name = entry.take("name", str)
-    tensors = tuple(_tensor(folder, file, name, content) for content in entry.take("tensors", list))
-    layer = BundleLayer(name, tensors, entry.sha256())
-    if not tensors or entry.take("bytes", int) != layer.num_bytes:
-        entry.refuse("bytes")
+def _layer(file: Path, content: Any) -> BundleLayer:
+    name = content.get("name") if isinstance(content, dict) else None
+    where = name if isinstance(name, str) else "a layer"
+    entry = _checked(file, where, content, _LAYER_KEYS)
+    tensors = tuple(_tensor(file, f"a tensor of {where}", tensor) for tensor in entry["tensors"])
+    layer = BundleLayer(where, tensors, entry["sha256"])
+    if not tensors or entry["bytes"] != layer.num_bytes:
+        raise _wrong(file, "bytes", where)
     end = layer.offset
     for tensor in tensors:
         if tensor.extent.file != layer.file or tensor.extent.offset != end:
-            raise ModelError(f"{file}: {name} is not one run of bytes; make the bundle again")
+            raise ModelError(f"{file}: {where} is not one run of bytes; make the bundle again")
         end += tensor.extent.num_bytes
     return layer
 
 
-def _tensor(folder: Path, file: Path, layer: str, content: object) -> BundleTensor:
-    entry = _Entry(file, f"a tensor of {layer}", content)
+def _tensor(file: Path, where: str, content: Any) -> BundleTensor:
+    entry = _checked(file, where, content, _TENSOR_KEYS)
     extent = TensorExtent(
-        name=entry.take("name", str),
-        file=folder / entry.take("file", str),
-        offset=entry.take("offset", int),
-        num_bytes=entry.take("bytes", int),
-        dtype=entry.take("dtype", str),
-        shape=tuple(entry.take("shape", list)),
+        name=entry["name"],
+        file=file.parent / entry["file"],
+        offset=entry["offset"],
+        num_bytes=entry["bytes"],
+        dtype=entry["dtype"],
+        shape=tuple(entry["shape"]),
     )
-    return BundleTensor(extent, entry.sha256())
+    return BundleTensor(extent, entry["sha256"])
 
 
-class _Entry:
+def _checked(file: Path, where: str, content: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
     """A JSON object of the file; what is missing or of another type is refused by name."""
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: {where} is not a JSON object; make the bundle again")
+    for key, kind in kinds.items():
+        value = content.get(key)
+        if type(value) is not kind or (key == "sha256" and not _SHA256.fullmatch(str(value))):
+            raise _wrong(file, key, where)
+    return content
 
-    def __init__(self, file: Path, where: str, content: object) -> None:
-        self.where = where
-        self._file = file
-        if not isinstance(content, dict):
-            raise ModelError(f"{file}: {where} is not a JSON object; make the bundle again")
-        self.content = content
 
-    def take(self, key: str, kind: type[Any]) -> Any:
-        value = self.content.get(key)
-        if type(value) is not kind:
-            self.refuse(key)
-        return value
-
-    def sha256(self) -> str:
-        value: str = self.take("sha256", str)
-        if not _SHA256.fullmatch(value):
-            self.refuse("sha256")
-        return value
-
-    def refuse(self, key: str) -> NoReturn:
-        raise ModelError(f"{self._file}: {key!r} of {self.where} is missing or wrong; make the bundle again")
+def _wrong(file: Path, key: str, where: str) -> ModelError:
+    return ModelError(f"{file}: {key!r} of {where} is missing or wrong; make the bundle again")
 
 
 def _check_extents(bundle: Bundle, index: WeightIndex) -> None:
@@ -294,23 +280,10 @@ def write_profile(folder: Path, profile: Mapping[str, Any]) -> bool:
     content = _read(folder)
     if content is None:
         return False
-    text = json.dumps({**content, "profile": dict(profile)}, indent=1) + "\n"
     try:
-        mode = (folder / FILE).stat().st_mode
-        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
+        write_text(folder / FILE, json.dumps({**content, "profile": dict(profile)}, indent=1) + "\n")
     except OSError:
         return False
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, mode & 0o777)
-        os.replace(name, folder / FILE)
-    except OSError:
-        os.unlink(name)
-        return False
-    except BaseException:
-        os.unlink(name)
-        raise
     return True
 
 

@@ -9,15 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
-
-import numpy.typing as npt
 
 from llmcad_mlx import __version__
 from llmcad_mlx.files.bundle import Bundle, BundleLayer, BundleTensor, write_manifest
-from llmcad_mlx.files.safetensors_writer import SafetensorsWriter, TensorSpec
-from llmcad_mlx.streaming.weights import TensorExtent
+from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec
 
 MAX_FILE_BYTES = 5 << 30
 SMALL_BYTES = 64 << 10
@@ -103,23 +98,16 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._open.close()
-
-    def write_rows(self, name: str, first_row: int, rows: npt.NDArray[Any]) -> None:
-        """As `SafetensorsWriter.write_rows`."""
-        layer = self._layer_of[name]
-        self._wrote(layer, self._files[layer.name].write_rows(name, first_row, rows))
 
     def write_bytes(self, name: str, start: int, data: bytes | memoryview) -> None:
         """As `SafetensorsWriter.write_bytes`."""
         layer = self._layer_of[name]
-        self._wrote(layer, self._files[layer.name].write_bytes(name, start, data))
+        self._files[layer.name].write_bytes(name, start, data)
+        self._missing[layer.name] -= len(data)
+        if self._missing[layer.name] == 0 and data:
+            self._finished[layer.name] = self._checked(layer)
 
     def finish(self, source: str) -> None:
         """Write `llmcad.json` and wait until all is on the disk. `source`: what the weights were made from.
@@ -140,20 +128,13 @@ class BundleWriter:
         version = f"llmcad-mlx {__version__}"
         write_manifest(Bundle(self._folder, layers, None, {}, source, version))
 
-    def _wrote(self, layer: LayerPlan, num_bytes: int) -> None:
-        self._missing[layer.name] -= num_bytes
-        if self._missing[layer.name] == 0 and num_bytes:
-            self._finished[layer.name] = self._checked(layer)
-
     def _checked(self, layer: LayerPlan) -> BundleLayer:
         """Checksums of a layer, from the file: its tensors may have been written in turns."""
         file = self._files[layer.name]
         whole = hashlib.sha256()
         tensors = []
         for spec in layer.specs:
-            extent = TensorExtent(
-                spec.name, file.path, file.offset(spec.name), spec.num_bytes, spec.dtype, spec.shape
-            )
+            extent = file.extent(spec)
             own = hashlib.sha256()
             for block in _blocks(file, extent):
                 own.update(block)

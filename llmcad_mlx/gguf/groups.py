@@ -18,23 +18,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
-from gguf.quants import dequantize
+from gguf.quants import Q4_K, dequantize
 
 SPAN_SHARES = (1.0, 0.9)
 NUM_REFITS = 2
 
 _NATIVE = (Kind.Q4_0, Kind.Q4_1, Kind.Q4_K)
-_FLOATS = (Kind.F16, Kind.F32, Kind.F64)
-_READABLE = frozenset(
-    (
-        *(Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0),
-        *(Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS, Kind.IQ3_S),
-        *(Kind.IQ3_XXS, Kind.IQ2_S, Kind.IQ2_XS, Kind.IQ2_XXS, Kind.IQ1_S, Kind.IQ1_M),
-        *(Kind.TQ1_0, Kind.TQ2_0, Kind.MXFP4),
-    )
-)
-"""Those with a dequantiser in the `gguf` package. Q8_1 and Q8_K have none: no file holds them."""
 
 Bytes = npt.NDArray[np.uint8]
 Halves = npt.NDArray[np.float16]
@@ -74,7 +65,11 @@ def group_rows(raw: Bytes, kind: Kind, bits: int, group_size: int) -> Groups:
 
 def has_values(kind: Kind) -> bool:
     """Whether `values` can read this type."""
-    return kind in _FLOATS or kind in _READABLE
+    try:
+        values(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return str(kind.name) != "NVFP4"  # its scales for whole tensors stand beside it in the file
 
 
 def values(raw: Bytes, kind: Kind) -> npt.NDArray[np.float32]:
@@ -82,11 +77,10 @@ def values(raw: Bytes, kind: Kind) -> npt.NDArray[np.float32]:
 
     Raises NotImplementedError for a type the `gguf` package has no dequantiser for.
     """
-    if kind in _FLOATS:
-        floats: npt.NDArray[np.float32] = raw.view(kind.name.replace("F", "float")).astype(np.float32)
-        return floats
-    result: npt.NDArray[np.float32] = dequantize(raw, kind)
-    return result
+    floats: npt.NDArray[np.float32] = (
+        raw.view(np.float64).astype(np.float32) if kind == Kind.F64 else dequantize(raw, kind)
+    )
+    return floats
 
 
 def require_finite(array: npt.NDArray[Any]) -> None:
@@ -109,38 +103,27 @@ def _packed(codes: Bytes, bits: int) -> npt.NDArray[np.uint32]:
 # --- fitted anew ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """codes: (rows, groups, group_size); scale, bias, error: (rows, groups, 1). All float32."""
-
-    codes: mx.array
-    scale: mx.array
-    bias: mx.array
-    error: mx.array
-
-
 def _fitted(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Groups:
     """Quantise (rows, columns) float32. Raises NotFiniteError."""
     require_finite(weights)
     rows = weights.shape[0]
     groups = mx.array(weights).reshape(rows, -1, group_size)
-    best = _fit(groups, SPAN_SHARES[0], 2**bits - 1)
+    codes, scale, bias, error = _fit(groups, SPAN_SHARES[0], 2**bits - 1)
     for share in SPAN_SHARES[1:]:
         other = _fit(groups, share, 2**bits - 1)
-        better = other.error < best.error
-        best = _Fit(
-            codes=mx.where(better, other.codes, best.codes),
-            scale=mx.where(better, other.scale, best.scale),
-            bias=mx.where(better, other.bias, best.bias),
-            error=mx.minimum(other.error, best.error),
+        better = other[-1] < error
+        codes, scale, bias, error = (
+            mx.where(better, new, old) for new, old in zip(other, (codes, scale, bias, error), strict=True)
         )
-    codes = np.array(best.codes.astype(mx.uint8)).reshape(rows, -1)
-    scales, biases = (np.array(part.astype(mx.float16))[..., 0] for part in (best.scale, best.bias))
-    return Groups(_packed(codes, bits), scales, biases)
+    scales, biases = (np.array(part.astype(mx.float16))[..., 0] for part in (scale, bias))
+    return Groups(_packed(np.array(codes.astype(mx.uint8)).reshape(rows, -1), bits), scales, biases)
 
 
-def _fit(groups: mx.array, share: float, top: int) -> _Fit:
-    """Start from `share` of each group's span; codes and least squares in turn; float16 numbers at the end."""
+def _fit(groups: mx.array, share: float, top: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Start from `share` of each group's span; codes and least squares in turn; float16 numbers at the end.
+
+    Returns codes (rows, groups, group_size), and scale, bias and squared error (rows, groups, 1), all float32.
+    """
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
     middle, half = (low + high) / 2, (high - low) / 2 * share
     scale, bias = 2 * half / top, middle - half
@@ -148,8 +131,7 @@ def _fit(groups: mx.array, share: float, top: int) -> _Fit:
         scale, bias = _least_squares(groups, _nearest(groups, scale, bias, top), scale, bias)
     scale, bias = (part.astype(mx.float16).astype(mx.float32) for part in (scale, bias))
     codes = _nearest(groups, scale, bias, top)
-    error = mx.square(groups - (codes * scale + bias)).sum(axis=-1, keepdims=True)
-    return _Fit(codes, scale, bias, error)
+    return codes, scale, bias, mx.square(groups - (codes * scale + bias)).sum(axis=-1, keepdims=True)
 
 
 def _nearest(groups: mx.array, scale: mx.array, bias: mx.array, top: int) -> mx.array:
@@ -192,21 +174,15 @@ def _from_q4_k(raw: Bytes) -> Groups:
     """Block of 8 groups: d, dmin, 12 bytes of 6-bit factors, 128 bytes. `w = d * sc * code - dmin * m`."""
     num_rows = raw.shape[0]
     blocks = raw.reshape(num_rows, -1, 144)
-    scale_codes, min_codes = _six_bit_factors(blocks[..., 4:16])
+    scale_codes, min_codes = (
+        part.reshape(num_rows, -1, 8) for part in Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
+    )
     scales = _halves(blocks[..., 0:2]).astype(np.float32)[..., None] * scale_codes
     mins = _halves(blocks[..., 2:4]).astype(np.float32)[..., None] * min_codes
     codes = _split_nibbles(blocks[..., 16:].reshape(num_rows, -1, 4, 32))
     with np.errstate(over="ignore"):  # becomes infinite and is refused
         halves = (part.reshape(num_rows, -1).astype(np.float16) for part in (scales, -mins))
         return Groups(_packed(codes, 4), *halves)
-
-
-def _six_bit_factors(packed: Bytes) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """The 8 scale and 8 offset factors of each block from its 12 bytes (`get_scale_min_k4` in ggml)."""
-    low, high, mixed = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
-    scales = np.concatenate([low & 63, (mixed & 15) | ((low >> 2) & 48)], axis=-1)
-    mins = np.concatenate([high & 63, (mixed >> 4) | ((high >> 2) & 48)], axis=-1)
-    return scales.astype(np.float32), mins.astype(np.float32)
 
 
 def _halves(pairs: Bytes) -> Halves:

@@ -159,7 +159,6 @@ def _config(header: GgufHeader, sizes: Dimensions, family: _Family) -> dict[str,
 
 def _read_dimensions(header: GgufHeader) -> Dimensions:
     """Raises ModelError for a size that is missing, absurd, or not that of the file's tensors."""
-    embedding = _matrix(header, EMBEDDING)
     hidden = header.positive(".embedding_length")
     num_layers = header.positive(".block_count")
     num_heads = header.positive(".attention.head_count")
@@ -171,27 +170,24 @@ def _read_dimensions(header: GgufHeader) -> Dimensions:
         raise header.wrong(".block_count", num_layers)
     if num_heads % num_kv_heads:
         raise header.wrong(".attention.head_count_kv", num_kv_heads)
-    _require_width(header, embedding, hidden)
-    _require_width(header, _matrix(header, "blk.0.attn_output.weight"), num_heads * head_dim)
-    _require_width(header, _matrix(header, "blk.0.ffn_down.weight"), intermediate)
+    vocab, _ = _matrix(header, EMBEDDING, hidden).shape
+    _matrix(header, "blk.0.attn_output.weight", num_heads * head_dim)
+    _matrix(header, "blk.0.ffn_down.weight", intermediate)
     if header.positive(".attention.value_length", head_dim) != head_dim or rotated > head_dim or rotated % 2:
         raise _rotation_error(header, head_dim, rotated)
-    vocab = embedding.shape[0]
     return Dimensions(hidden, intermediate, vocab, num_layers, num_heads, num_kv_heads, head_dim, rotated)
 
 
-def _matrix(header: GgufHeader, name: str) -> GgufTensor:
+def _matrix(header: GgufHeader, name: str, width: int) -> GgufTensor:
+    """Raises ModelError unless the file has this matrix, with rows of `width`."""
     tensor = header.tensors.get(name)
     if tensor is None or len(tensor.shape) != 2:
         raise ModelError(f"{header.path}: tensor {name} is missing or no matrix; the file is not a whole model")
-    return tensor
-
-
-def _require_width(header: GgufHeader, tensor: GgufTensor, width: int) -> None:
     if tensor.columns != width or width > MAX_WIDTH:
         raise ModelError(
-            f"{header.path}: tensor {tensor.name!r} is {tensor.shape}, but the header asks for rows of {width}"
+            f"{header.path}: tensor {name!r} is {tensor.shape}, but the header asks for rows of {width}"
         )
+    return tensor
 
 
 def _rotation_error(header: GgufHeader, head_dim: int, rotated: int) -> ModelError:

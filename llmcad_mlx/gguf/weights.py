@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.files.bundle_writer import BundleWriter
-from llmcad_mlx.files.safetensors_writer import TensorSpec
+from llmcad_mlx.files.safetensors import TensorSpec
 from llmcad_mlx.gguf.groups import Bytes, NotFiniteError, group_rows, has_values, require_finite, values
 from llmcad_mlx.gguf.model import CONFIGURED, FamilyModel
 from llmcad_mlx.gguf.reader import GgufHeader, GgufTensor, read_rows
@@ -44,7 +44,7 @@ class PlannedTensor:
 
 
 def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: int) -> list[PlannedTensor]:
-    """Every tensor of the model in the order it is computed: embedding, layers, norm, head.
+    """Every tensor of the model, each layer's together, so that one is complete before the next begins.
 
     Raises ModelError naming a tensor that is missing, unexpected, of the wrong shape or type, or whose rows
     do not divide into groups.
@@ -68,7 +68,7 @@ def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: 
             model.heads_to_unpair(name),
             model.offset_of(name),
         )
-        for name in sorted(found, key=_place)
+        for name in found
     ]
 
 
@@ -84,7 +84,7 @@ def write_weights(
             try:
                 for first, raw in _chunks(header, planned):
                     for spec, part in zip(planned.specs, _parts(planned, raw, bits, group_size), strict=True):
-                        writer.write_rows(spec.name, first, part)
+                        writer.write_bytes(spec.name, first * part[0].nbytes, np.ascontiguousarray(part).tobytes())
                     advance(raw.nbytes)
             except NotFiniteError:
                 what = f"{header.path}: tensor {planned.source.name!r}"
@@ -101,14 +101,6 @@ def _model_shapes(model: FamilyModel) -> dict[str, tuple[int, ...]]:
     if model.config["tie_word_embeddings"]:
         shapes.pop("lm_head.weight", None)  # some models drop it only when they meet the weights
     return shapes
-
-
-def _place(name: str) -> tuple[int, int]:
-    """Layers by number, each layer's tensors together, so that a layer is complete before the next begins."""
-    parts = name.split(".")
-    if "layers" in parts:
-        return (1, int(parts[parts.index("layers") + 1]))
-    return (0 if "embed" in name else 2, 0)
 
 
 def _specs(

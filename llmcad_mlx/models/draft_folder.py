@@ -27,6 +27,7 @@ from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.utils import _get_classes
 
 from llmcad_mlx.errors import ModelError, VocabularyError
+from llmcad_mlx.files.safetensors import read_tensors
 
 FILE = "draft_tokens.safetensors"
 
@@ -34,11 +35,15 @@ TokenList = npt.NDArray[np.int32]
 """(V',) ascending full ids."""
 
 
-def read_draft_tokens(file: Path, vocab_size: int | None) -> TokenList:
-    """The token list in `file`, a whole safetensors file. vocab_size: of the full model, None: not known.
+def read_draft_tokens(folder: Path, vocab_size: int | None) -> TokenList | None:
+    """The token list of a draft's folder; None where it has none. vocab_size: the full model's, if known.
 
     Raises ModelError naming the file for anything that is not such a list.
     """
+    file = folder / FILE
+    if not file.exists():
+        return None
+    read_tensors(file)  # MLX trusts what it says
     try:
         array: Any = mx.load(str(file)).get("tokens")  # type: ignore[union-attr]
         if array is None:

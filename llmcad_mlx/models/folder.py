@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import filecmp
-import json
-import math
-import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +12,8 @@ from mlx.nn.layers.base import Module
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.files.safetensors import WeightIndex, read_json, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
-from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
 from llmcad_mlx.models.draft_folder import (
     DraftParts,
     TokenEmbedding,
@@ -28,11 +24,6 @@ from llmcad_mlx.models.draft_folder import (
     vocabulary_size,
 )
 
-_DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "U16": 16, "I16": 16,
-    "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "*.tiktoken",
     "tiktoken.model",
@@ -48,6 +39,8 @@ class LoadedModel:
     """mlx-lm's TokenizerWrapper."""
     config: dict[str, Any]
     path: Path
+    weights: WeightIndex = field(default_factory=dict)
+    """Where the files hold each tensor."""
     unchanged: frozenset[str] = frozenset()
     """Names of the tensors that the model uses as the files hold them."""
     embedding: TokenEmbedding | None = None
@@ -80,8 +73,8 @@ def load_model_folder(
     """
     folder = Path(path).expanduser()
     config = read_config(folder)
-    check_weight_files(folder)
-    tokens = _draft_tokens(folder, config)
+    weights = read_weights(folder)
+    tokens = read_draft_tokens(folder, vocabulary_size(config))
     shared = _shared_embedding(folder, config, like, alone)
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
     if not has_tokenizer and shared is None and not (alone and shares_embedding(config)):
@@ -106,15 +99,9 @@ def load_model_folder(
             tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from error
-    return LoadedModel(model, tokenizer, config, folder, frozenset(unchanged), token_embedding(model), tokens)
-
-
-def _draft_tokens(folder: Path, config: dict[str, Any]) -> TokenList | None:
-    file = folder / DRAFT_TOKENS
-    if not file.exists():
-        return None
-    check_safetensors(file)
-    return read_draft_tokens(file, vocabulary_size(config))
+    return LoadedModel(
+        model, tokenizer, config, folder, weights, frozenset(unchanged), token_embedding(model), tokens
+    )
 
 
 def _shared_embedding(
@@ -165,7 +152,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no such model folder; check the path, or pull the model first")
     if not folder.is_dir():
         raise ModelError(f"{folder}: is a file; give the folder that holds config.json and *.safetensors")
-    config = _read_json(folder / "config.json", "download the folder again")
+    config = read_json(folder / "config.json", "download the folder again")
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'}: no model_type; this is not a language model's config")
     if config.get("model_file") is not None:
@@ -174,90 +161,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             "use a model that mlx-lm supports"
         )
     return config
-
-
-def check_weight_files(folder: Path) -> list[Path]:
-    """The folder's weight files, whole and complete as far as headers and sizes tell.
-
-    MLX trusts a file's header, so a truncated or foreign file must be found before it is opened. Raises
-    ModelError naming the first bad file.
-    """
-    for leftover in [*folder.glob("*.incomplete"), *folder.glob(".cache/**/*.incomplete")]:
-        raise ModelError(f"{leftover}: a download was not finished; start it again, or delete this file")
-    files = sorted(folder.glob("model*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = _read_json(index, "download it again").get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{index}: no weight_map; download it again")
-        for name in sorted({str(name) for name in weight_map.values()}):
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder / name}: missing, though the index names it; download it again")
-    if not files:
-        raise ModelError(f"{folder}: no model*.safetensors; convert the model first, or download it again")
-    for file in files:
-        check_safetensors(file)
-    return files
-
-
-def check_safetensors(file: Path) -> None:
-    """Raise ModelError unless ``file`` is a whole safetensors file.
-
-    The format: 8 bytes header length, a JSON header with each tensor's dtype, shape and byte range, the data.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise ModelError(f"{file}: not a safetensors file, or cut off; download it again")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read ({error.strerror}); download it again") from error
-    except ValueError as error:
-        raise ModelError(f"{file}: its header is corrupt; download it again") from error
-    if not isinstance(header, dict):
-        raise ModelError(f"{file}: its header is corrupt; download it again")
-    header.pop("__metadata__", None)
-    end = max((_tensor_end(file, name, entry) for name, entry in header.items()), default=0)
-    if size != 8 + length + end:
-        raise ModelError(f"{file}: {size} bytes, its header promises {8 + length + end}; download it again")
-
-
-def _tensor_end(file: Path, name: str, entry: object) -> int:
-    """Where a tensor's bytes end; raises ModelError when its entry contradicts itself."""
-    try:
-        if not isinstance(entry, dict):
-            raise TypeError
-        start, end = entry["data_offsets"]
-        num_bits = math.prod(_sizes(entry["shape"])) * _DTYPE_BITS[entry["dtype"]]
-        if start < 0 or 8 * (end - start) != num_bits:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{file}: its header is corrupt at tensor {name!r}; download it again") from None
-    return int(end)
-
-
-def _sizes(shape: Iterable[object]) -> list[int]:
-    sizes = [size for size in shape if isinstance(size, int) and size >= 0]
-    if len(sizes) != len(list(shape)):
-        raise ValueError
-    return sizes
-
-
-def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file}: missing; {remedy}") from None
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read ({error.strerror}); {remedy}") from error
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON ({_first_line(error)}); {remedy}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: not a JSON object; {remedy}")
-    return content
 
 
 def _why_not_built(folder: Path, config: dict[str, Any], error: Exception) -> str:

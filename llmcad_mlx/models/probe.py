@@ -18,7 +18,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -34,6 +33,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from llmcad_mlx.files.atomic import write_text
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import computes_in_float32
 from llmcad_mlx.models.cache import Capability, LazyKVCache, UnsupportedCacheError
@@ -325,7 +325,8 @@ def cached_probe(
     report = _read(file)
     if report is None:
         report = run(model)
-        _write(file, report)
+        with contextlib.suppress(OSError):
+            write_text(file, json.dumps(asdict(report)))
     elif report.capability == "tree":
         positions.install(model)  # as probing does
     return report
@@ -351,14 +352,6 @@ def _read(file: Path) -> ProbeReport | None:
     except (OSError, ValueError, TypeError):
         return None
     return report if report.capability in ("tree", "chain", "plain") else None
-
-
-def _write(file: Path, report: ProbeReport) -> None:
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(report)))
-        os.replace(temporary, file)
 
 
 _NUMBERING = ("idx", "index", "layer_id", "number")

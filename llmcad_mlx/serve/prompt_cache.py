@@ -35,7 +35,6 @@ class PromptCache:
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._kept: list[Snapshot] = []  # the latest last
-        self._current: list[int] = []
 
     @property
     def nbytes(self) -> int:
@@ -50,29 +49,25 @@ class PromptCache:
 
         What the engine would lose by it is kept, if there is room.
         """
-        common = common_prefix(self._current, prompt)
+        present = engine.tokens
+        common = common_prefix(present, prompt)
         best = max(self._kept, key=lambda kept: common_prefix(kept.tokens, prompt), default=None)
         found = 0 if best is None else common_prefix(best.tokens, prompt)
         if best is not None and found < common + _WORTH_KEEPING:
             best = None
-        lost = len(self._current) - (common if best is None else 0)
+        lost = len(present) - (common if best is None else 0)
         if lost >= _WORTH_KEEPING:
-            self._keep(engine, best)
+            self._keep(engine, len(present), best)
         if best is None:
             return
         engine.restore(best)
         self._kept = [kept for kept in self._kept if kept is not best]
         if len(best.tokens) - found >= _WORTH_KEEPING:
             self._kept.append(best)  # another conversation that begins alike; it may go on too
-        self._current = list(best.tokens)
 
-    def ended(self, tokens: Sequence[int]) -> None:
-        """A generation has ended; the engine has read `tokens`, or a beginning of them."""
-        self._current = list(tokens)
-
-    def _keep(self, engine: Engine, needed: Snapshot | None) -> None:
-        """Copy what the engine holds; `needed` stays, whatever has to go for it."""
-        size = _bytes_per_token(engine) * len(self._current)
+    def _keep(self, engine: Engine, num_tokens: int, needed: Snapshot | None) -> None:
+        """Copy the `num_tokens` that the engine holds; `needed` stays, whatever has to go for it."""
+        size = _bytes_per_token(engine) * num_tokens
         if size + (0 if needed is None else needed.nbytes) > self._limit:
             return
         for oldest in [kept for kept in self._kept if kept is not needed]:

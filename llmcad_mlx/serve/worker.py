@@ -245,7 +245,6 @@ class Worker:
         started = time.perf_counter()
         end = self._generate(generation, engine, job)
         if generation.has_begun:  # counted before the client hears of the end, so that it finds itself counted
-            self._prompt_cache.ended([*job.prompt, *generation.tokens])
             self._metrics.count_generation(generation.stats, time.perf_counter() - started)
             _log.info("%s: %s", job.request.kind, _summary(generation, end))
         job.send(end)

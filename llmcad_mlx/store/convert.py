@@ -23,7 +23,7 @@ from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.atomic import check_destination, new_folder
 from llmcad_mlx.files.bundle import FILE as MANIFEST
 from llmcad_mlx.files.bundle_writer import BundleWriter, plan_layers
-from llmcad_mlx.files.safetensors_writer import SafetensorsWriter, TensorSpec
+from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, dtype_name
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
 from llmcad_mlx.models.draft_folder import TokenList
@@ -31,7 +31,6 @@ from llmcad_mlx.models.folder import LoadedModel, load_model_folder, read_config
 from llmcad_mlx.progress import Advance, NoProgress, Progress, progress_for
 from llmcad_mlx.store.pull import resolve_target
 from llmcad_mlx.streaming.storage import FileStorage
-from llmcad_mlx.streaming.weights import TensorExtent, WeightIndex
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -41,10 +40,6 @@ _SIDE_FILES = (
     "NOTICE*",
 )  # fmt: skip
 _OF_THE_OLD_FOLDER = ("config.json", MANIFEST, "llmcad_source.json", "hf_quant_config.json")
-_DTYPE_NAMES = {
-    mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16", mx.uint32: "U32",
-    mx.int32: "I32", mx.uint64: "U64", mx.int64: "I64", mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32",
-}  # fmt: skip
 _BLOCK_BYTES = 8 << 20
 
 
@@ -145,16 +140,15 @@ def _quantisation_is_mlx(loaded: LoadedModel) -> bool:
 
 def weights_of(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> NewWeights:
     """What is to be written of `model`, whose arrays are let go; what is as in `loaded`'s files is copied."""
-    index = WeightIndex.of(loaded.path)
     parameters = _parameters(model)
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # lets go of them
     unchanged = loaded.unchanged if _quantisation_is_mlx(loaded) else frozenset()
     specs: list[TensorSpec] = []
     copied: dict[str, TensorExtent] = {}
     for name, array in list(parameters.items()):
-        spec = TensorSpec(name, _DTYPE_NAMES[array.dtype], tuple(array.shape))
+        spec = TensorSpec(name, dtype_name(array.dtype), tuple(array.shape))
         specs.append(spec)
-        extent = index.get(name) if name in unchanged else None
+        extent = loaded.weights.get(name) if name in unchanged else None
         if extent is not None and (extent.dtype, extent.shape) == (spec.dtype, spec.shape):
             copied[name] = extent
             del parameters[name]

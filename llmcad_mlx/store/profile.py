@@ -15,14 +15,12 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcad_mlx.files.atomic import full_disk_error
+from llmcad_mlx.files.atomic import full_disk_error, write_text
 from llmcad_mlx.files.bundle import FILE, read_profile, write_profile
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
@@ -57,7 +55,7 @@ class PairProfile:
             return
         learned = {"costs": self.costs.to_dict(), "calibration": self.calibration.to_dict()}
         with contextlib.suppress(OSError):
-            _write(self._path, {"version": _FORMAT_VERSION, **learned})
+            write_text(self._path, json.dumps({"version": _FORMAT_VERSION, **learned}))
 
 
 def profile_path(models: Sequence[Path | str], device: str) -> Path:
@@ -133,7 +131,7 @@ def save_choice(target: Path, choice: DraftChoice) -> Path:
         return target / FILE
     file = _choices_file(target)
     try:
-        _write(file, {"target": str(target.resolve()), _CHOICES: entries})
+        write_text(file, json.dumps({"target": str(target.resolve()), _CHOICES: entries}))
     except OSError as error:
         raise full_disk_error(error, file) from None
     return file
@@ -162,16 +160,3 @@ def _read(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise

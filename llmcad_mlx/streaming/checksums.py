@@ -15,9 +15,9 @@ from typing import Any
 
 from llmcad_mlx.errors import StorageError
 from llmcad_mlx.files.bundle import FILE, Bundle
+from llmcad_mlx.files.safetensors import TensorExtent
 from llmcad_mlx.streaming.storage import Storage
 from llmcad_mlx.streaming.stream import Read, Unit
-from llmcad_mlx.streaming.weights import TensorExtent
 
 _BLOCK_BYTES = 4 << 20
 

@@ -17,7 +17,7 @@ from llmcad_mlx import Engine, Result, UsageError, load
 from llmcad_mlx.conversations.file import read_conversation
 from llmcad_mlx.conversations.snapshot import DRAFT, TARGET
 from llmcad_mlx.files.atomic import DiskError
-from llmcad_mlx.files.safetensors_writer import SafetensorsWriter, TensorSpec
+from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec
 from llmcad_mlx.models.cache import LazyKVCache
 from tests.support.architecture_configs import WINDOW, build, config_of
 from tests.support.tiny_folder import (
@@ -253,7 +253,7 @@ def rewrite(source: Path, path: Path, change: Callable[[dict[str, Any], dict[str
     with SafetensorsWriter(path, specs, {**metadata, "cache": json.dumps(facts)}) as writer:
         for name, array in arrays.items():
             writer.write_bytes(name, 0, np.array(array).tobytes())
-        end = writer.offset("sha256")
+        end = writer.extent(specs[-1]).offset
         writer.write_bytes("sha256", 0, hashlib.sha256(path.read_bytes()[:end]).digest())
     return path
 

@@ -21,9 +21,8 @@ from llmcad_mlx.errors import ModelError
 from llmcad_mlx.files import bundle_writer
 from llmcad_mlx.files.bundle import FILE, Bundle, read_bundle, verify_bundle
 from llmcad_mlx.files.bundle_writer import BundleWriter, layer_index, plan_layers
-from llmcad_mlx.files.safetensors_writer import TensorSpec
+from llmcad_mlx.files.safetensors import TensorSpec, read_weights
 from llmcad_mlx.store.convert import convert_folder
-from llmcad_mlx.streaming.weights import WeightIndex
 from tests.support.tiny_folder import copy_folder, make_folder, write_bundle
 
 LAYERS = 3
@@ -93,7 +92,7 @@ def test_layers_begin_where_the_file_says_and_have_their_checksums(bundle_folder
             own = content[extent.offset : extent.offset + extent.num_bytes]
             assert hashlib.sha256(own).hexdigest() == tensor.sha256
     hashes = known(bundle_folder).tensor_sha256
-    assert hashes.keys() == WeightIndex.of(bundle_folder).keys()
+    assert hashes.keys() == read_weights(bundle_folder).keys()
 
 
 def test_what_else_the_file_says(bundle_folder: Path) -> None:
@@ -295,7 +294,7 @@ def test_any_tensors_in_any_order_come_back(
     for layer in bundle.layers:
         sizes = [DTYPES[tensor.extent.dtype] for tensor in layer.tensors]
         assert sizes == sorted(sizes, reverse=True)
-    index = WeightIndex.of(folder)
+    index = read_weights(folder)
     assert index.keys() == contents.keys()
     for name, extent in index.items():
         assert extent.file.read_bytes()[extent.offset : extent.offset + extent.num_bytes] == contents[name]

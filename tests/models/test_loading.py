@@ -12,7 +12,8 @@ import mlx.core as mx
 import pytest
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.models.folder import check_safetensors, load_model_folder
+from llmcad_mlx.files.safetensors import read_tensors
+from llmcad_mlx.models.folder import load_model_folder
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_folder import EOS, VOCAB, change_config, copy_folder, token_ids
 
@@ -139,4 +140,4 @@ def test_headers_that_contradict_themselves(tmp_path: Path, entry: object) -> No
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(ModelError, match="corrupt at tensor 'tensor'"):
-        check_safetensors(file)
+        read_tensors(file)

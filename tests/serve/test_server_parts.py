@@ -248,11 +248,11 @@ class Talk:
 
     def __init__(self, engine: Engine, cache: PromptCache) -> None:
         self.engine, self.cache = engine, cache
+        engine.restore(None)  # what another test has left
 
     def turn(self, prompt: list[int], count: int = 8) -> tuple[list[int], int]:
         self.cache.switch(self.engine, prompt)
         result = self.engine.generate(prompt, max_tokens=count, policy="chain")
-        self.cache.ended([*prompt, *result.tokens])
         return [*prompt, *result.tokens], result.stats.reused_tokens
 
 

@@ -213,7 +213,7 @@ def test_memory_stays_far_below_the_models_size(tmp_path: Path, quantised: bool)
 
 def test_gguf(tmp_path: Path) -> None:
     tiny = write_tiny_gguf(tmp_path / "tiny.gguf")
-    convert(str(tiny.path), tmp_path / "out")
+    convert(str(tiny), tmp_path / "out")
     bundle = verify_bundle(tmp_path / "out")
     assert bundle is not None
     assert bundle.source == "tiny.gguf"

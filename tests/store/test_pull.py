@@ -333,7 +333,7 @@ def test_full_disk_is_said_before_anything_is_fetched(hub: HubStandIn, monkeypat
 
 @pytest.fixture
 def tiny_preset(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preset:
-    content = write_tiny_gguf(tmp_path / "tiny.gguf").path.read_bytes()
+    content = write_tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
     hub.repos["org/files"]["tiny.gguf"] = content
     preset = Preset("tiny", "a test", "MIT", 1, source(content), None)
     only(preset, monkeypatch)

@@ -20,7 +20,7 @@ from llmcad_mlx.progress import NoProgress
 from llmcad_mlx.store.download import fetch_file
 from llmcad_mlx.store.presets import FileSource, get_preset
 from llmcad_mlx.store.pull import pull_part
-from tests.gguf.test_gguf_tokenizer import CORPUS
+from tests.gguf.test_tokenizer import CORPUS
 
 pytestmark = pytest.mark.embedded
 

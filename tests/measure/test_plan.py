@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmcad_mlx import load
-from llmcad_mlx.cli.main import run
 from llmcad_mlx.loader import plan_pair
-from llmcad_mlx.measure.forecast import Measured, ReadRate, Speeds, find_measured, measure_read_rate, timed_read
-from llmcad_mlx.memory.plan import make_plan
+from llmcad_mlx.measure.plan import find_measured, measure_read_rate, timed_read
+from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds, larger_plans
+from llmcad_mlx.memory.plan import MemoryNeeds, ModelSizes, make_plan
 from llmcad_mlx.policy.costs import RoundTotals
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.store.profile import PairProfile
-from llmcad_mlx.streaming import weights as parts
 from llmcad_mlx.streaming.stream import Read
-from tests.support.tiny_folder import make_folder, tiny_environment
+from tests.support.tiny_folder import make_folder
 
 PROMPT = "then the other one ran in and then the other one"
 LAYERS = 6
@@ -30,13 +28,7 @@ KEYS = {
     "context", "max_nodes", "prefill_chunk", "num_buffers", "parts", "num_layers", "pinned_layers", "pin_head",
     "pin_embedding", "read_rate", "measured", "tokens_per_s", "larger", "drafts",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _environment(tmp_path: Path) -> Iterator[None]:
-    with tiny_environment(tmp_path / "home"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "SMALL_BYTES", 0)
-        yield
+pytestmark = pytest.mark.usefixtures("own_home", "streams_small_matrices")
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +41,6 @@ def draft(folder: Path) -> Path:
     return make_folder(folder.parent / "draft", layers=LAYERS, noise=0.02)
 
 
-@pytest.fixture
-def output(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """Run `plan`, which succeeds; its stdout and stderr."""
-
-    def call(*argv: object) -> tuple[str, str]:
-        capfd.readouterr()
-        assert run(["plan", *map(str, argv)]) == 0
-        return capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def report(output: Callable[..., tuple[str, str]]) -> Callable[..., dict[str, Any]]:
-    def call(*argv: object) -> dict[str, Any]:
-        out, err = output(*argv, "--json")
-        assert err == ""
-        assert out.count("\n") == 1
-        found: dict[str, Any] = json.loads(out)
-        assert set(found) == KEYS
-        return found
-
-    return call
-
-
 def cells(text: str, name: str) -> list[str]:
     """The row of a Markdown table that begins with `name`."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
@@ -81,11 +48,12 @@ def cells(text: str, name: str) -> list[str]:
     return found[1:]
 
 
-def test_it_is_the_plan_that_loading_makes(folder: Path, draft: Path, report: Callable[..., Any]) -> None:
+def test_it_is_the_plan_that_loading_makes(folder: Path, draft: Path, document: Any) -> None:
     where = {"pinned": "300kB", "context": 100}
-    found = report("--target", folder, "--draft", draft, "--pinned", "300kB", "--context", 100)
+    found = document("plan", "--target", folder, "--draft", draft, "--pinned", "300kB", "--context", 100)
     with load(folder, draft, **where) as engine:
         plan = engine.pair.plan
+    assert set(found) == KEYS
     assert plan is not None
     assert plan.pinned_layers
     assert plan.streamed_bytes > 0
@@ -97,8 +65,10 @@ def test_it_is_the_plan_that_loading_makes(folder: Path, draft: Path, report: Ca
     assert found["parts"]["target KV"] == plan.kv_bytes
 
 
-def test_the_table_has_a_row_for_each_part(folder: Path, draft: Path, output: Callable[..., Any]) -> None:
-    out, err = output("--target", folder, "--draft", draft, "--memory", "2GB", "--pinned", 0, "--context", 64)
+def test_the_table_has_a_row_for_each_part(folder: Path, draft: Path, output: Any) -> None:
+    out, err = output(
+        "plan", "--target", folder, "--draft", draft, "--memory", "2GB", "--pinned", 0, "--context", 64
+    )
     assert err == ""
     parts_of_memory = (
         "interpreter and libraries", "draft weights", "draft KV", "target KV", "logits and activations",
@@ -113,20 +83,20 @@ def test_the_table_has_a_row_for_each_part(folder: Path, draft: Path, output: Ca
     assert cells(out, "speculative, A / (max(W/B, C) + D)") == ["–"]
 
 
-def test_a_given_rate_is_used_and_marked(folder: Path, report: Callable[..., Any], output: Any) -> None:
+def test_a_given_rate_is_used_and_marked(folder: Path, document: Any, output: Any) -> None:
     where = ("--target", folder, "--pinned", 0, "--read-bandwidth", "1MB/s")
-    found = report(*where)
+    found = document("plan", *where)
     assert found["emulated"] is True
     assert found["read_rate"] == {"bytes_per_s": 1e6, "emulated": True, "sampled_bytes": 0, "from_disk": True}
     assert found["tokens_per_s"]["plain_bound"] == pytest.approx(1e6 / found["streamed_bytes"])
     assert found["tokens_per_s"]["speculative"] is None
-    out = output(*where)[0]
+    out = output("plan", *where)[0]
     assert "predicted speed (emulated)" in out
     assert "B = 1 MB/s, emulated" in out
 
 
-def test_without_a_rate_streamed_weights_are_read(folder: Path, report: Callable[..., Any]) -> None:
-    found = report("--target", folder, "--pinned", 0)
+def test_without_a_rate_streamed_weights_are_read(folder: Path, document: Any) -> None:
+    found = document("plan", "--target", folder, "--pinned", 0)
     assert found["emulated"] is False
     rate = found["read_rate"]
     assert rate["sampled_bytes"] == found["streamed_bytes"]  # a tiny model is read whole
@@ -134,21 +104,21 @@ def test_without_a_rate_streamed_weights_are_read(folder: Path, report: Callable
     assert found["tokens_per_s"]["plain_bound"] == pytest.approx(rate["bytes_per_s"] / found["streamed_bytes"])
 
 
-def test_without_a_budget_all_is_resident_and_nothing_is_read(folder: Path, report: Any, output: Any) -> None:
-    found = report("--target", folder)
+def test_without_a_budget_all_is_resident_and_nothing_is_read(folder: Path, document: Any, output: Any) -> None:
+    found = document("plan", "--target", folder)
     assert (found["budget_bytes"], found["streamed_bytes"], found["read_rate"]) == (None, 0, None)
     assert found["pinned_layers"] == list(range(LAYERS))
     assert found["larger"] == []
-    assert "Nothing is read while decoding." in output("--target", folder)[0]
+    assert "Nothing is read while decoding." in output("plan", "--target", folder)[0]
 
 
-def test_what_was_measured_makes_the_forecast(folder: Path, draft: Path, report: Any, output: Any) -> None:
+def test_what_was_measured_makes_the_forecast(folder: Path, draft: Path, document: Any, output: Any) -> None:
     where = {"pinned": 0, "read_bandwidth": "20MB/s"}
     with load(folder, draft, **where) as engine:
         result = engine.generate(PROMPT, max_tokens=60)
         assert result.stats.tokens_per_pass > 1
     words = ("--target", folder, "--draft", draft, "--pinned", 0, "--read-bandwidth", "20MB/s")
-    found = report(*words)
+    found = document("plan", *words)
     measured, speeds = found["measured"], found["tokens_per_s"]
     assert measured["streamed_bytes"] == found["streamed_bytes"]
     assert 1 < measured["tokens_per_pass"] < 60
@@ -160,82 +130,76 @@ def test_what_was_measured_makes_the_forecast(folder: Path, draft: Path, report:
     assert speeds["speculative_bound"] == pytest.approx(a / read_s)
     assert speeds["plain"] == pytest.approx(1 / max(read_s, measured["plain_pass_s"]))
     assert speeds["plain"] <= speeds["plain_bound"] == pytest.approx(1 / read_s)
-    assert "measured with this plan" in output(*words)[0]
+    assert "measured with this plan" in output("plan", *words)[0]
 
-    other = report(*words[:4], "--pinned", "300kB", "--read-bandwidth", "40MB/s")["measured"]
+    other = document("plan", *words[:4], "--pinned", "300kB", "--read-bandwidth", "40MB/s")["measured"]
     assert other is None  # another rate, under which nothing ran
-    near = report(*words[:4], "--pinned", "300kB", "--read-bandwidth", "20MB/s")
+    near = document("plan", *words[:4], "--pinned", "300kB", "--read-bandwidth", "20MB/s")
     assert near["measured"] == measured
     assert near["streamed_bytes"] < measured["streamed_bytes"]
 
 
-def test_a_run_in_memory_tells_something_about_streaming(folder: Path, draft: Path, report: Any) -> None:
+@pytest.mark.parametrize("policy", ["throughput", "paper", "chain", "plain"])
+def test_a_run_in_memory_tells_something_about_streaming(
+    folder: Path, draft: Path, policy: str, document: Any
+) -> None:
     with load(folder, draft) as engine:
-        engine.generate(PROMPT, max_tokens=40)
-    found = report("--target", folder, "--draft", draft, "--pinned", 0, "--read-bandwidth", "20MB/s")
+        engine.generate(PROMPT, max_tokens=40, policy=policy)
+    found = document("plan", "--target", folder, "--draft", draft, "--pinned", 0, "--read-bandwidth", "20MB/s")
     assert found["measured"]["streamed_bytes"] is None
-    assert found["measured"]["tokens_per_pass"] > 1
+    assert (found["measured"]["tokens_per_pass"] > 1) == (policy != "plain")
 
 
-def test_more_memory_and_smaller_drafts(folder: Path, draft: Path, report: Any, output: Any) -> None:
+def test_more_memory_and_smaller_drafts(folder: Path, draft: Path, document: Any, output: Any) -> None:
     """Around the budget at which the target just streams, whatever the interpreter takes."""
     options = MemoryOptions(pinned=0, context=32, read_bandwidth=1e6)
     pair = plan_pair(find_pair(str(folder), str(draft), False), options)
     budget = pair.plan.total_bytes + 200 * MB
     words = ("--target", folder, "--draft", draft, "--memory", budget, "--pinned", 0, "--context", 32)
-    found = report(*words, "--read-bandwidth", "1MB/s")
+    found = document("plan", *words, "--read-bandwidth", "1MB/s")
     assert found["larger"][-1]["streamed_bytes"] == 0
     assert [row["name"] for row in found["larger"]] == ["+25 %"]
     assert found["larger"][0]["budget_bytes"] == budget * 125 // 100
     assert [row["name"] for row in found["drafts"]] == ["draft half as large", "no draft model"]
     assert found["drafts"][1]["tokens_per_s"]["speculative"] is None
     assert found["drafts"][1]["total_bytes"] < found["total_bytes"]
-    out = output(*words, "--read-bandwidth", "1MB/s")[0]
+    out = output("plan", *words, "--read-bandwidth", "1MB/s")[0]
     assert "Larger budgets are spent as --pinned auto would." in out
     assert cells(out, "now")[0] == f"{budget / 1e6:.1f} MB"
     assert cells(out, "no draft model")[2] == f"{found['streamed_bytes'] / 1e6:.1f} MB"
 
 
-def test_larger_budgets_are_planned_as_loading_would(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_larger_budgets_are_planned_as_loading_would() -> None:
     """With a model large enough that the steps differ."""
-    from llmcad_mlx.measure import forecast
-
-    pair = plan_pair(find_pair(str(folder), "none", False), MemoryOptions(pinned=0, read_bandwidth=1e6))
-    sizes = pair.needs.sizes
-    layers = (300 * MB,) * 20
-    pair.needs = type(pair.needs)(
-        type(sizes)(layers, 0, 100 * MB, 100 * MB, 1000, 1000, 64, 64), 4096, 1024, runtime_bytes=200 * MB
-    )
-    pair.plan = make_plan(pair.needs, 3000 * MB)
-    rows = list(forecast._larger(pair))
+    sizes = ModelSizes((300 * MB,) * 20, 0, 100 * MB, 100 * MB, 1000, 1000, 64, 64)
+    needs = MemoryNeeds(sizes, 4096, 1024, runtime_bytes=200 * MB)
+    now = make_plan(needs, 3000 * MB)
+    rows = list(larger_plans(needs, now))
     assert [name for name, _ in rows] == ["+25 %", "+50 %", "+100 %", "all resident"]
     for (_, plan), budget in zip(rows, (3750, 4500, 6000), strict=False):
-        assert plan == make_plan(pair.needs, budget * MB)
-    streamed = [pair.plan.streamed_bytes, *(plan.streamed_bytes for _, plan in rows)]
+        assert plan == make_plan(needs, budget * MB)
+    streamed = [now.streamed_bytes, *(plan.streamed_bytes for _, plan in rows)]
     assert streamed == sorted(set(streamed), reverse=True)
     assert streamed[-1] == 0
     last = rows[-1][1]
-    assert make_plan(pair.needs, last.budget_bytes) == last
+    assert make_plan(needs, last.budget_bytes) == last
 
 
-def test_an_impossible_budget_is_refused_as_generate_refuses_it(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    where = ["--target", str(folder), "--memory", "1MB"]
-    assert run(["plan", *where]) == run(["generate", PROMPT, *where]) == 2
-    first, second = capfd.readouterr().err.splitlines()
-    for line in (first, second):
-        assert line.startswith("error: memory: 1 MB is too little; the smallest that works is ")
-    assert run(["plan", *where, "--json"]) == 2
-    assert capfd.readouterr().out == ""
+def test_an_impossible_budget_is_refused_as_generate_refuses_it(folder: Path, output: Any) -> None:
+    where = ["--target", folder, "--memory", "1MB"]
+    for words in (["plan", *where], ["plan", *where, "--json"], ["generate", PROMPT, *where]):
+        out, err = output(*words, code=2)
+        assert out == ""
+        assert err.startswith("error: memory: 1 MB is too little; the smallest that works is ")
+        assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "words", [["--memory", "much"], ["--pinned", "all"], ["--context", "0"], ["--read-bandwidth", "fast"]]
 )
-def test_wrong_options_are_refused(folder: Path, words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["plan", "--target", str(folder), *words]) == 2
-    assert words[0].removeprefix("--") in capfd.readouterr().err
+def test_wrong_options_are_refused(folder: Path, words: list[str], output: Any) -> None:
+    _, err = output("plan", "--target", folder, *words, code=2)
+    assert words[0].removeprefix("--") in err
 
 
 # --- the parts ------------------------------------------------------------------------------------------------
@@ -345,11 +309,8 @@ def test_nothing_measured_is_nothing(folder: Path) -> None:
     assert find_measured(pair) is None
 
 
-def test_a_terminal_gets_drawn_tables(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_gets_drawn_tables(folder: Path, output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert run(["plan", "--target", str(folder), "--pinned", "0", "--read-bandwidth", "1MB/s"]) == 0
-    out = capsys.readouterr().out
+    out, _ = output("plan", "--target", folder, "--pinned", "0", "--read-bandwidth", "1MB/s")
     assert "streamed per pass" in out
     assert "| " not in out

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +20,7 @@ from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.model import llama3_divisors, read_family
 from llmcad_mlx.gguf.reader import read_gguf_header
-from tests.support.family_gguf import BASE, Family, write_family_gguf
+from tests.support.tiny_gguf import BASE, Edit, Family, write_family_gguf
 
 LONG, SHORT = [1.0 + i / 4 for i in range(6)], [1.0] * 6
 WINDOW = 5  # shorter than the text of the tests
@@ -47,8 +47,8 @@ def yarn(writer: GGUFWriter) -> None:
     writer.add_rope_scaling_orig_ctx_len(64)
 
 
-def llama3(writer: GGUFWriter) -> None:
-    divisors = llama3_divisors(16, BASE["rope_theta"], 8.0).astype(np.float32)
+def llama3(writer: GGUFWriter, factor: float = 8.0) -> None:
+    divisors = llama3_divisors(16, BASE["rope_theta"], factor).astype(np.float32)
     writer.add_tensor("rope_freqs.weight", divisors)
 
 
@@ -65,7 +65,7 @@ def longrope(writer: GGUFWriter) -> None:
     writer.add_tensor("rope_factors_short.weight", np.array(SHORT, np.float32))
 
 
-def both(*edits: Callable[[GGUFWriter], None]) -> Callable[[GGUFWriter], None]:
+def both(*edits: Edit) -> Edit:
     def edit(writer: GGUFWriter) -> None:
         for each in edits:
             each(writer)
@@ -108,6 +108,9 @@ FAMILIES = {
     "llama-biases": Family("llama", "llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-linear": Family("llama", "llama", {"rope_scaling": {"type": "linear", "factor": 8.0}}, linear),
     "llama-3.1": Family("llama", "llama", {"rope_scaling": LLAMA3_ROPE}, llama3),
+    "llama-3.2": Family(
+        "llama", "llama", {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}}, lambda writer: llama3(writer, 32.0)
+    ),
     "llama-yarn": Family("llama", "llama", {"rope_scaling": YARN_ROPE}, yarn),
     "mistral": Family("llama", "llama", UNTIED | {"head_dim": 32, "rope_theta": 1e6}),
     "qwen2": Family("qwen2", "qwen2", UNTIED),
@@ -225,54 +228,91 @@ def test_what_a_file_leaves_out_is_as_in_llama_cpp(
     assert {key: config[key] for key in defaults} == defaults
 
 
-# --- refused ----------------------------------------------------------------------------------------------
+# --- tensors ----------------------------------------------------------------------------------------------
 
-
-def field(key: str, value: float) -> Callable[[GGUFWriter], None]:
-    def edit(writer: GGUFWriter) -> None:
-        writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
-
-    return edit
+SHARED = {"attn_norm": "input_layernorm", "attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
+SPLIT = SHARED | {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+GEMMA = SPLIT | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+LLAMA = SPLIT | {"ffn_norm": "post_attention_layernorm"}
+PHI3 = {"attn_qkv": "self_attn.qkv_proj", "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.gate_up_proj"}
 
 
 @pytest.mark.parametrize(
-    ("name", "edit", "message"),
+    ("name", "layer"),
     [
-        ("gemma3", both(window, field("gemma3.final_logit_softcapping", 30.0)), "gemma3 with capped logits"),
-        ("gemma3", both(window, yarn), "gemma3 with rotary scaling 'yarn' by 4 is not supported (linear is)"),
-        ("gemma2", linear, "gemma2 with rotary scaling 'linear' by 8 is not supported (none is)"),
-        ("phi3", llama3, "phi3 with rope_freqs.weight is not supported"),
-        ("llama", longrope, "llama with rope_factors_long.weight and rope_factors_short.weight is not"),
+        ("llama", LLAMA),
+        ("qwen2", LLAMA),
+        ("smollm3", LLAMA),
+        ("qwen3", LLAMA | HEAD_NORMS),
+        ("gemma2", GEMMA),
+        ("gemma3", GEMMA | HEAD_NORMS),
+        ("phi3", SHARED | PHI3),
+    ],
+)
+def test_tensors_have_the_names_of_llama_cpp(tmp_path: Path, name: str, layer: dict[str, str]) -> None:
+    write_family_gguf(tmp_path / "tiny.gguf", FAMILIES[name])
+    model = read_family(read_gguf_header(tmp_path / "tiny.gguf"))
+    found = {ours: model.gguf_name(f"model.layers.1.{ours}.weight") for ours in layer.values()}
+    assert found == {ours: f"blk.1.{theirs}.weight" for theirs, ours in layer.items()}
+    assert model.gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    assert model.gguf_name("model.norm.weight") == "output_norm.weight"
+    assert model.gguf_name("lm_head.weight") == (None if name == "gemma2" else "output.weight")  # it has none
+
+
+# --- refused ----------------------------------------------------------------------------------------------
+
+
+def frequencies(writer: GGUFWriter) -> None:
+    writer.add_tensor("rope_freqs.weight", np.full(8, 3, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "fields", "message"),
+    [
+        ("llama", None, {"general.architecture": "gemma"}, "GGUF family 'gemma' is not supported (llama, qwen2,"),
+        ("llama", None, {"llama.expert_count": 8}, "llama with experts is not supported"),
+        ("llama", None, {"llama.rope.dimension_count": 8}, "8 rotated dimensions are not supported"),
+        ("llama", None, {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "original_context"),
+        ("llama", frequencies, {}, "not those of a known Llama 3 model"),
+        ("gemma3", window, {"gemma3.final_logit_softcapping": 30.0}, "gemma3 with capped logits"),
+        ("gemma3", yarn, {}, "gemma3 with rotary scaling 'yarn' by 4 is not supported (linear is)"),
+        ("gemma2", linear, {}, "gemma2 with rotary scaling 'linear' by 8 is not supported (none is)"),
+        ("phi3", llama3, {}, "phi3 with rope_freqs.weight is not supported"),
+        ("llama", longrope, {}, "llama with rope_factors_long.weight and rope_factors_short.weight is not"),
         (
             "llama",
-            both(yarn, field("llama.rope.scaling.yarn_log_multiplier", 0.1)),
-            "yarn_log_multiplier is missing or unusable (0.1)",
+            yarn,
+            {"llama.rope.scaling.yarn_log_multiplier": 0.1},
+            "multiplier is missing or unusable",
         ),
-        ("phi3", longrope, "'rope_factors_long.weight' is (6,), expected (8,) as for its heads"),
+        ("phi3", longrope, {}, "'rope_factors_long.weight' is (6,), expected (8,) as for its heads"),
         (
             "phi3-tied-longrope",
-            both(longrope, field("phi3.rope.scaling.attn_factor", 2.0)),
+            longrope,
+            {"phi3.rope.scaling.attn_factor": 2.0},
             "attn_factor is missing or unusable (2.0)",
         ),
-        ("qwen3", field("split.count", 3), "one of 3 parts of a GGUF file; join them first"),
+        ("qwen3", None, {"split.count": 3}, "one of 3 parts of a GGUF file; join them first"),
     ],
 )
 def test_what_mlx_lm_cannot_compute_is_refused(
-    tmp_path: Path,
-    name: str,
-    edit: Callable[[GGUFWriter], None],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, name: str, edit: Edit | None, fields: dict[str, Any], message: str
 ) -> None:
-    def add_again(writer: GGUFWriter, key: str, value: object, *rest: object, **more: object) -> None:
-        writer.kv_data[0].pop(key, None)  # a case may replace a field that its edit has just written
-        plain(writer, key, value, *rest, **more)
-
-    plain = GGUFWriter.add_key_value
-    monkeypatch.setattr(GGUFWriter, "add_key_value", add_again)
     write_family_gguf(tmp_path / "tiny.gguf", replace(FAMILIES[name], edit=edit))
+    header = read_gguf_header(tmp_path / "tiny.gguf")
+    header.metadata.update(fields)
     with pytest.raises(ModelError) as caught:
-        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+        read_family(header)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()

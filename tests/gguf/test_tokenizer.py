@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx_lm.tokenizer_utils
 import pytest
 import sentencepiece
-from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -41,12 +40,14 @@ CORPUS = (
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    convert_gguf(write_tiny_gguf(folder / "tiny.gguf").path, folder / "out")
+    convert_gguf(write_tiny_gguf(folder / "tiny.gguf"), folder / "out")
     return folder / "out"
 
 
-def tokenizer_of(tmp_path: Path, edit: Callable[[GGUFWriter], None]) -> Tokenizer:
-    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=edit).path)
+def tokenizer_of(tmp_path: Path, **fields: Any) -> Tokenizer:
+    """The tokenizer of the tiny file with other `fields`: their names without tokenizer.ggml."""
+    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
+    header.metadata.update({f"tokenizer.ggml.{name}": value for name, value in fields.items()})
     return read_tokenizer(header).tokenizer
 
 
@@ -82,57 +83,51 @@ def test_mlx_lm_finds_template_end_and_fast_detokenizer(tiny_folder: Path) -> No
     assert json.loads((tiny_folder / "tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
 
 
-def bos(writer: GGUFWriter) -> None:
-    writer.add_bos_token_id(5)
-
-
 def test_bos_only_where_the_file_asks_for_it(tmp_path: Path) -> None:
-    def asks(writer: GGUFWriter) -> None:
-        bos(writer)
-        writer.add_add_bos_token(True)
-
-    assert tokenizer_of(tmp_path, bos).encode("he").tokens == ["he"]
-    with_bos = tokenizer_of(tmp_path, asks)
+    assert tokenizer_of(tmp_path, bos_token_id=5).encode("he").tokens == ["he"]
+    with_bos = tokenizer_of(tmp_path, bos_token_id=5, add_bos_token=True)
     assert with_bos.encode("he").ids[0] == 5
     assert with_bos.encode("he", add_special_tokens=False).tokens == ["he"]
 
 
-@pytest.mark.parametrize(
-    ("name", "digits"),
-    [("smollm", "1 2 3 4"), ("qwen2", "1 2 3 4"), ("llama-bpe", "123 4"), ("gpt-2", "1234")],
-)
-def test_digits_are_split_as_each_family_does(tmp_path: Path, name: str, digits: str) -> None:
-    def edit(writer: GGUFWriter) -> None:
-        writer.add_tokenizer_pre(name)
-
-    pieces = replaced(tmp_path, edit).pre_tokenizer.pre_tokenize_str("1234")
-    assert [piece for piece, _ in pieces] == digits.split()
-
-
-def replaced(tmp_path: Path, edit: Callable[[GGUFWriter], None]) -> Tokenizer:
-    """As `tokenizer_of`, for fields that the tiny file sets too."""
-    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf").path)
-    other = GGUFWriter(tmp_path / "other.gguf", "llama")
-    edit(other)
-    for fields in other.kv_data:
-        header.metadata.update({key: field.value for key, field in fields.items()})
-    return read_tokenizer(header).tokenizer
+SPACED = ["He", "'s", "Ġin", "ĠNewYork", "Ġ"]
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("pre", "pieces", "bos"),
     [
-        (lambda w: w.add_tokenizer_pre("tekken"), "pre-tokenizer 'tekken' is not supported (supported: gpt-2, "),
-        (lambda w: w.add_tokenizer_model("t5"), "tokenizer kind 't5' is not supported (gpt2 and llama are)"),
-        (lambda w: w.add_token_merges(["h q"]), "tokenizer.ggml.merges is missing or unusable ('h q')"),
-        (lambda w: w.add_token_types([1, 1]), "2 types for"),
-        (lambda w: w.add_token_list(["a", "a"]), "types for 2 tokens"),
-        (lambda w: w.add_eos_token_id(10**6), "eos_token_id is missing or unusable (1000000)"),
+        ("gpt-2", ["He", "'s", "Ġin", "ĠNewYork", "Ġ1234", "/", "Ċ"], False),
+        ("smollm", [*SPACED, "1", "2", "3", "4", "/", "Ċ"], False),
+        ("qwen2", [*SPACED, "1", "2", "3", "4", "/Ċ"], False),
+        ("deepseek-r1-qwen", [*SPACED, "1", "2", "3", "4", "/Ċ"], False),
+        ("llama-bpe", [*SPACED, "123", "4", "/Ċ"], True),
+        ("smaug-bpe", [*SPACED, "123", "4", "/Ċ"], False),
+        ("dbrx", [*SPACED, "123", "4", "/Ċ"], False),
+        ("gpt-4o", ["He's", "Ġin", "ĠNew", "York", "Ġ", "123", "4", "/Ċ"], False),
     ],
 )
-def test_unusable_fields_are_named(tmp_path: Path, edit: Callable[[GGUFWriter], None], message: str) -> None:
+def test_text_is_cut_as_each_family_does(tmp_path: Path, pre: str, pieces: list[str], bos: bool) -> None:
+    tokenizer = tokenizer_of(tmp_path, pre=pre, bos_token_id=5)
+    found = tokenizer.pre_tokenizer.pre_tokenize_str("He's in NewYork 1234/\n")
+    assert [piece for piece, _ in found] == pieces
+    assert (tokenizer.encode("He").ids[0] == 5) == bos  # where the file does not say
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported (supported: gpt-2, "),
+        ({"model": "t5"}, "tokenizer kind 't5' is not supported (gpt2 and llama are)"),
+        ({"merges": ["h q"]}, "tokenizer.ggml.merges is missing or unusable ('h q')"),
+        ({"token_type": [1, 1]}, "2 types for"),
+        ({"tokens": ["a", "a"]}, "types for 2 tokens"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "no tokens, or one that occurs twice"),
+        ({"eos_token_id": 10**6}, "eos_token_id is missing or unusable (1000000)"),
+    ],
+)
+def test_unusable_fields_are_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError) as caught:
-        replaced(tmp_path, edit)
+        tokenizer_of(tmp_path, **fields)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -163,15 +158,15 @@ def test_scored_pieces_give_sentencepiece_ids(tmp_path: Path, spm: sentencepiece
     ids = range(spm.vocab_size())
     types = [2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1 for i in ids]
 
-    def edit(writer: GGUFWriter) -> None:
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list([spm.id_to_piece(i) for i in ids])
-        writer.add_token_scores([spm.get_score(i) for i in ids])
-        writer.add_token_types(types)
-        writer.add_bos_token_id(spm.bos_id())
-        writer.add_eos_token_id(spm.eos_id())
-
-    tokenizer = replaced(tmp_path, edit)
+    tokenizer = tokenizer_of(
+        tmp_path,
+        model="llama",
+        tokens=[spm.id_to_piece(i) for i in ids],
+        scores=[spm.get_score(i) for i in ids],
+        token_type=types,
+        bos_token_id=spm.bos_id(),
+        eos_token_id=spm.eos_id(),
+    )
     for text in (*CORPUS, "unseen: ŋ ☃ words", "hello hello"):
         assert tokenizer.encode(text).ids == [spm.bos_id(), *spm.encode(text)], text
         assert tokenizer.decode(tokenizer.encode(text).ids) == text

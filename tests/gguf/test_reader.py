@@ -1,4 +1,4 @@
-"""GGUF headers made to fill the memory are refused while little of it is in use."""
+"""GGUF headers: read as the `gguf` package reads them; damaged ones and those made to fill memory are refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,102 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmcad_mlx.errors import ModelError
+from llmcad_mlx.errors import LlmcadError, ModelError
+from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.model import read_family
-from llmcad_mlx.gguf.reader import read_gguf_header
+from llmcad_mlx.gguf.reader import read_gguf_header, read_rows
+from llmcad_mlx.gguf.tokenizer import read_tokenizer
+from llmcad_mlx.gguf.weights import plan_weights
 from tests.support.tiny_gguf import write_tiny_gguf
+
+
+@pytest.fixture(scope="module")
+def tiny_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf").read_bytes()
+
+
+def test_header_agrees_with_the_gguf_package(tmp_path: Path) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", Kind.Q5_0)
+    header = read_gguf_header(tiny)
+    reader = GGUFReader(tiny)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert header.metadata == fields
+    assert [tensor.name for tensor in reader.tensors] == list(header.tensors)
+    for tensor in reader.tensors:
+        ours = header.tensors[tensor.name]
+        assert (ours.kind, ours.offset, ours.num_bytes) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
+        assert read_rows(tiny, ours, 0, ours.rows).tobytes() == tensor.data.tobytes()
+
+
+def parse_all(path: Path) -> None:
+    """Everything a conversion does before it writes."""
+    header = read_gguf_header(path)
+    model = read_family(header)
+    read_tokenizer(header)
+    plan_weights(header, model, 4, 32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_anywhere_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bytes: bytes, share: float
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "cut.gguf"
+    path.write_bytes(tiny_bytes[: int(share * len(tiny_bytes))])
+    with pytest.raises(ModelError, match=r"cut\.gguf: (damaged or cut-off|not a) GGUF file") as caught:
+        parse_all(path)
+    assert "\n" not in str(caught.value)
+
+
+EXTREMES = st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1)
+
+
+@settings(deadline=None, max_examples=200)
+@given(edits=st.lists(st.tuples(st.floats(0, 1), st.sampled_from([1, 4, 8]), EXTREMES), min_size=1, max_size=3))
+def test_a_hostile_header_is_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bytes: bytes, edits: list[tuple[float, int, int]]
+) -> None:
+    """Numbers anywhere in the header are replaced. Nothing but our own one-line errors may come out."""
+    header_bytes = tiny_bytes.index(b"output_norm.weight")  # the last tensor listed
+    damaged = bytearray(tiny_bytes)
+    for share, size, value in edits:
+        at = 4 + int(share * header_bytes)
+        damaged[at : at + size] = (value % 256**size).to_bytes(size, "little")
+    path = tmp_path_factory.mktemp("hostile") / "hostile.gguf"
+    path.write_bytes(damaged)
+    try:
+        parse_all(path)
+    except LlmcadError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_not_a_gguf_file(tmp_path: Path) -> None:
+    for name, content in (("empty", b""), ("text", b"hello, this is no model"), ("short", b"GG")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ModelError, match=rf"{name}: .*GGUF file"):
+            convert_gguf(tmp_path / name, tmp_path / "out")
+    with pytest.raises(ModelError, match="cannot be read"):
+        convert_gguf(tmp_path / "missing.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "name"), [(31, "Q4_0_4_4"), (4, "Q4_2"), (999, "number 999")])
+def test_types_that_are_gone_or_unknown_are_named(tmp_path: Path, number: int, name: str) -> None:
+    data = write_tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
+    entry = data.index(b"blk.0.attn_v.weight") + len("blk.0.attn_v.weight")
+    at = entry + 4 + 2 * 8  # the number of dimensions and both of them
+    (tmp_path / "tiny.gguf").write_bytes(data[:at] + number.to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(ModelError, match=rf"tensor 'blk.0.attn_v.weight' has type {name}, which is not"):
+        read_gguf_header(tmp_path / "tiny.gguf")
+
+
+# --- made to fill the memory --------------------------------------------------------------------------------
+
 
 HUGE_FILE = 1 << 30  # sparse: it takes no room on the disk
 LITTLE = 64 << 20
@@ -113,7 +203,7 @@ def test_sizes_no_tensor_bears_out(tmp_path: Path, key: str, value: float | str,
     def frequencies(writer: GGUFWriter) -> None:
         writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
 
-    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=frequencies).path)
+    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=frequencies))
     header.metadata[key] = value
     with little_memory(), pytest.raises(ModelError, match=message) as caught:
         read_family(header)
@@ -124,13 +214,13 @@ def test_frequencies_for_other_heads(tmp_path: Path) -> None:
     def edit(writer: GGUFWriter) -> None:
         writer.add_tensor("rope_freqs.weight", np.ones(1 << 16, np.float32))
 
-    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=edit).path)
+    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=edit))
     with pytest.raises(ModelError, match=r"'rope_freqs.weight' is \(65536,\), expected \(8,\)"):
         read_family(header)
 
 
 def test_a_long_list_is_not_repeated_in_the_error(tmp_path: Path) -> None:
-    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf").path)
+    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
     header.metadata["llama.attention.head_count"] = list(range(100_000))
     with pytest.raises(ModelError, match="head_count is missing or unusable") as caught:
         read_family(header)

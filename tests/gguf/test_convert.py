@@ -1,0 +1,191 @@
+"""GGUF files become mlx-lm folders, completely or not at all, or are refused in one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+
+from llmcad_mlx.errors import ModelError, UsageError
+from llmcad_mlx.files import bundle_writer
+from llmcad_mlx.files.atomic import DiskError
+from llmcad_mlx.gguf import weights as gguf_weights
+from llmcad_mlx.gguf.convert import convert_gguf
+from llmcad_mlx.gguf.reader import read_gguf_header
+from llmcad_mlx.store.pull import pull_part
+from tests.support.tiny_gguf import HIDDEN, write_tiny_gguf
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_written_in_pieces_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", Kind.Q5_0)
+    convert_gguf(tiny, tmp_path / "whole")
+    monkeypatch.setattr(gguf_weights, "CHUNK_VALUES", HIDDEN * 7)
+    convert_gguf(tiny, tmp_path / "pieces")
+    whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
+    assert whole.read_bytes() == pieces.read_bytes()
+
+
+def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf")
+    convert_gguf(tiny, tmp_path / "one")
+    monkeypatch.setattr(bundle_writer, "MAX_FILE_BYTES", 20_000)
+    convert_gguf(tiny, tmp_path / "many")
+    names = sorted(file.name for file in (tmp_path / "many").glob("*.safetensors"))
+    assert len(names) > 2
+    assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == names
+    one = mx.load(str(tmp_path / "one" / "model.safetensors"))
+    many = {name: array for file in names for name, array in mx.load(str(tmp_path / "many" / file)).items()}
+    assert one.keys() == many.keys()
+    assert all(mx.array_equal(one[name], many[name]) for name in one)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (8, 32), (4, 64)])
+def test_other_bits_and_groups(tmp_path: Path, bits: int, group_size: int) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", Kind.Q4_0)
+    if group_size == 64:  # the intermediate size of the tiny model is 96
+        with pytest.raises(ModelError, match=r"ffn_down.weight' has rows of 96.*--group-size"):
+            convert_gguf(tiny, tmp_path / "out", bits, group_size)
+        return
+    convert_gguf(tiny, tmp_path / "out", bits, group_size)
+    _, config = mlx_lm.utils.load_model(tmp_path / "out")
+    assert config["quantization"]["bits"] == bits
+
+
+def test_configuration(tmp_path: Path) -> None:
+    convert_gguf(write_tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rms_norm_eps"] == 1e-05
+    assert config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+    assert config["head_dim"] == 16
+    assert "rope_scaling" not in config
+
+
+# --- refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("skip", "added", "message"),
+    [
+        ("blk.1.ffn_up.weight", {}, "1 tensors are missing, the first for model.layers.1.mlp.up_proj"),
+        (
+            "blk.0.attn_v.weight",
+            {"blk.0.attn_v.weight": np.ones((5, HIDDEN), np.float32)},
+            "'blk.0.attn_v.weight' is (5, 64), expected (32, 64)",
+        ),
+        (
+            "blk.0.attn_v.weight",
+            {"blk.0.attn_v.weight": np.ones((32, HIDDEN), np.int16)},
+            "'blk.0.attn_v.weight' has type I16, which is not supported",
+        ),
+        ("", {"blk.0.extra.weight": np.ones(4, np.float32)}, "'blk.0.extra.weight' has no place in llama"),
+        ("", {"blk.7.attn_q.bias": np.ones(4, np.float32)}, "'blk.7.attn_q.bias' has no place in llama"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: str, added: dict[str, np.ndarray], message: str
+) -> None:
+    tiny = write_tiny_gguf(
+        tmp_path / "tiny.gguf",
+        skip=(skip,),
+        edit=lambda writer: [writer.add_tensor(name, values) for name, values in added.items()],
+    )
+    monkeypatch.setattr("llmcad_mlx.gguf.convert.new_folder", pytest.fail)
+    with pytest.raises(ModelError) as caught:
+        convert_gguf(tiny, tmp_path / "out")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_up.weight", "output_norm.weight"])
+def test_nan_weights_are_refused_and_nothing_is_left(tmp_path: Path, name: str) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf")
+    with tiny.open("r+b") as file:
+        file.seek(read_gguf_header(tiny).tensors[name].offset)
+        file.write(np.float32(np.nan).tobytes())
+    with pytest.raises(ModelError, match=f"{name}' holds NaN"):
+        convert_gguf(tiny, tmp_path / "out")
+    assert files_in(tmp_path) == ["tiny.gguf"]
+
+
+def test_existing_destination(tmp_path: Path) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(UsageError, match=r"already exists and is not empty; choose a new or empty folder"):
+        convert_gguf(tiny, out)
+    assert (out / "mine.txt").exists()
+    convert_gguf(tiny, out, replace=True)
+    assert not (out / "mine.txt").exists()
+    assert (out / "config.json").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        convert_gguf(tiny, tmp_path / "file", replace=True)
+    assert files_in(tmp_path) == ["file", "out", "tiny.gguf"]
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(7, 32), (0, 32), (4, 48)])
+def test_options_are_checked(tmp_path: Path, bits: int, group_size: int) -> None:
+    with pytest.raises(UsageError, match="is not one of"):
+        convert_gguf(tmp_path / "any.gguf", tmp_path / "out", bits, group_size)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf")
+    real, calls = os.pwrite, iter(range(1000))
+
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        if next(calls) > 5:
+            raise error
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    expected = DiskError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected, match="the disk is full" if expected is DiskError else None):
+        convert_gguf(tiny, tmp_path / "out")
+    assert files_in(tmp_path) == ["tiny.gguf"]
+
+
+# --- real models ------------------------------------------------------------------------------------------
+
+
+def greedy(folder: Path, question: str, num_tokens: int) -> str:
+    model, tokenizer = mlx_lm.load(str(folder))
+    model.set_dtype(mx.float32)  # half precision is slow on a CPU
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return str(mlx_lm.generate(model, tokenizer, prompt, max_tokens=num_tokens))
+
+
+@pytest.mark.embedded
+def test_embedded_model_answers() -> None:
+    folder = pull_part("smollm2-135m", "target")
+    assert greedy(folder, "What is the capital of France?", 8) == "The capital of France is Paris."
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What is the capital of France?", "Paris"),
+        ("Write a Python function that reverses a string.", "Python function that reverses a string"),
+        ("Translate to German: The weather is nice today.", "Wetter ist heute"),
+    ],
+)
+def test_converted_draft_answers(question: str, answer: str) -> None:
+    assert answer in greedy(pull_part("qwen2.5-coder-1.5b", "draft"), question, 16)

@@ -122,11 +122,6 @@ def test_a_pass_takes_the_longer_of_reading_and_computing(
     assert_reader_never_idles(done.stream, num_buffers)
 
 
-@speeds
-def test_with_one_buffer_nothing_overlaps(read_s: float, compute_s: float) -> None:
-    assert even(read_s, compute_s, 1).total_s == pytest.approx(PASSES * UNITS * (read_s + compute_s))
-
-
 @given(uneven_units, st.integers(1, 5))
 def test_units_of_any_sizes_come_as_early_as_the_buffers_allow(
     units: list[tuple[int, float]], num_buffers: int

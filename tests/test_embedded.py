@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from llmcad_mlx import Engine
-from llmcad_mlx.measure.contenders import EngineContender, Sampling, variant_pair
 from llmcad_mlx.measure.prompts import load_prompts
+from llmcad_mlx.measure.runner import EngineContender, variant_pair
 from llmcad_mlx.measure.variants import parse_variants
+from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.store.presets import PackagedSource, get_preset
 from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TABLE
@@ -58,8 +59,9 @@ def test_the_draft_guesses_what_the_target_says(engine: Engine) -> None:
     assert variant.settings is not None
     with default_engine() as own:
         contender = EngineContender(variant.name, variant_pair(own.pair, variant), variant.settings)
+        options = GenerationOptions.of(max_tokens=48)
         prompts = load_prompts(Path("examples/four_domains.toml"), per_domain=1)
-        answers = [contender.generate(own.encode(chat(p.text)), Sampling(48)) for p in prompts]
+        answers = [contender.generate(own.encode(chat(p.text)), options) for p in prompts]
     stats = [answer.stats for answer in answers if answer.stats is not None]
     assert len(stats) == 4
     assert sum(s.generated_tokens for s in stats) / sum(s.target_passes for s in stats) > 1.6

@@ -32,8 +32,8 @@ from tests.support.waiting_target import WaitingTarget
 
 
 @functools.cache
-def model(seed: int, host: bool, noise: float = 0.0):
-    return tiny_tree_model(seed, host=host, noise=noise)
+def model(seed: int, kernels: bool, noise: float = 0.0):
+    return tiny_tree_model(seed, cpu_kernels=kernels, noise=noise)
 
 
 class RandomDrafter:
@@ -79,7 +79,7 @@ class FakeClock:
 
 
 def make_engine(
-    target_host: bool,
+    target_kernels: bool,
     drafters: Sequence[Drafter],
     policy: GrowthPolicy,
     costs: CostModel,
@@ -87,7 +87,7 @@ def make_engine(
     waits: int | None = None,
 ) -> Rounds:
     """waits: the seed of a target that waits for its weights; None: a resident one."""
-    tree_model = model(0, target_host)
+    tree_model = model(0, target_kernels)
     target = Target(tree_model, VOCAB) if waits is None else WaitingTarget(tree_model, VOCAB, seed=waits)
     target.cache.max_dead_share, target.cache.min_dead = 0.1, 2  # compact often
     return Rounds(target, drafters, policy, costs, clock)
@@ -102,8 +102,8 @@ def run(engine: Rounds, prompt: Sequence[int], count: int, sampling: SamplingSet
     return engine.tokens[len(prompt) :]
 
 
-def plain(prompt: Sequence[int], count: int, sampling: SamplingSettings, host: bool) -> list[int]:
-    engine = make_engine(host, [], ChainPolicy(0), CostModel(), FakeClock(0))
+def plain(prompt: Sequence[int], count: int, sampling: SamplingSettings, kernels: bool) -> list[int]:
+    engine = make_engine(kernels, [], ChainPolicy(0), CostModel(), FakeClock(0))
     return run(engine, prompt, count, sampling)
 
 
@@ -119,13 +119,13 @@ def make_policy(
     return ChainPolicy(nodes, pipelined=pipelined)
 
 
-def make_drafters(kind: str, seed: int, host: bool) -> list[Drafter]:
+def make_drafters(kind: str, seed: int, kernels: bool) -> list[Drafter]:
     if kind == "perfect":
-        return [ModelDrafter(model(0, host))]
+        return [ModelDrafter(model(0, kernels))]
     if kind == "good":
-        return [NgramDrafter(), ModelDrafter(model(0, host, 0.2))]
+        return [NgramDrafter(), ModelDrafter(model(0, kernels, 0.2))]
     if kind == "other":
-        return [ModelDrafter(model(7, host))]
+        return [ModelDrafter(model(7, kernels))]
     if kind == "ngram":
         return [NgramDrafter()]
     return [RandomDrafter(seed, adversarial=kind == "adversarial")]
@@ -152,7 +152,7 @@ sampling_settings = st.builds(
     policy=st.sampled_from(["throughput", "forced", "paper", "chain"]),
     nodes=st.integers(1, 24),
     seed=st.integers(0, 1000),
-    host=st.booleans(),
+    kernels=st.booleans(),
     waits=st.one_of(st.none(), st.integers(0, 1000)),
     options=st.fixed_dictionaries({"branching": st.booleans(), "pipelined": st.booleans()}),
 )
@@ -162,7 +162,7 @@ def test_output_equals_plain_decoding(
     policy: str,
     nodes: int,
     seed: int,
-    host: bool,
+    kernels: bool,
     waits: int | None,
     options: dict[str, bool],
 ) -> None:
@@ -170,14 +170,14 @@ def test_output_equals_plain_decoding(
     prompt = random.integers(0, VOCAB, int(random.integers(1, 30))).tolist()
     costs = CostModel()
     growth = make_policy(policy, costs, nodes, **options)
-    engine = make_engine(host, make_drafters(draft, seed, host), growth, costs, FakeClock(seed), waits)
+    engine = make_engine(kernels, make_drafters(draft, seed, kernels), growth, costs, FakeClock(seed), waits)
     first = run(engine, prompt, 40, sampling)
-    assert first == plain(prompt, 40, sampling, host)
+    assert first == plain(prompt, 40, sampling, kernels)
     # A second turn that goes on, and a third whose prompt was edited in the middle: caches are reused.
     second = [*prompt, *first, *random.integers(0, VOCAB, 5).tolist()]
-    assert run(engine, second, 15, sampling) == plain(second, 15, sampling, host)
+    assert run(engine, second, 15, sampling) == plain(second, 15, sampling, kernels)
     edited = [*second[: len(second) // 2], *random.integers(0, VOCAB, 7).tolist()]
-    assert run(engine, edited, 15, sampling) == plain(edited, 15, sampling, host)
+    assert run(engine, edited, 15, sampling) == plain(edited, 15, sampling, kernels)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

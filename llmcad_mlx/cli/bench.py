@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmcad_mlx.cli import options
-from llmcad_mlx.cli.tables import print_tables
+from llmcad_mlx.cli.measuring import command_line, measuring, publish
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.measure.variants import DEFAULT_VARIANTS, MLX_LM, variant_help
+from llmcad_mlx.measure.variants import DEFAULT_VARIANTS, MLX_LM, parse_variants, variant_help
+from llmcad_mlx.settings import MemoryOptions, check_integer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
 
-    from llmcad_mlx.settings import MemoryOptions
+    from llmcad_mlx.measure.output import Report
 
 _FOR_KERNELS = ("repeat", "out", "json_output")
 _FOR_GROWTH = (*_FOR_KERNELS, "target", "memory", "pinned", "context", "read_bandwidth")
@@ -70,36 +66,27 @@ def bench(
     json_output: options.Json = False,
 ) -> None:
     """Compare ways of decoding on the same prompts, interleaved; prints medians, ratios and mismatches."""
-    from llmcad_mlx.measure.benchmark import BenchPlan, run_benchmark
-    from llmcad_mlx.measure.output import make_folder, report_json, report_tables, write_report
-
     if kernels:
         _refuse_others(command, "kernels", _FOR_KERNELS)
+        report = _kernels(repeat, out)
     elif growth:
         _refuse_others(command, "growth", _FOR_GROWTH)
-    if growth:
-        _growth(pair.target, memory, repeat, out, json_output)
-        return
-    plan = BenchPlan.of(
-        _with_others(variants, compare), domains, prompts, max_tokens, repeat, warmup, temp, seed, per_domain
-    )
-    if out is not None:
-        make_folder(out)
-    if kernels:
-        _kernels(repeat, out, json_output)
-        return
-    argv = ["llmcad-mlx", *sys.argv[1:]]
-    with _progress(plan.num_generations) as on_turn:
-        report = run_benchmark(plan, pair.target, pair.draft, not json_output, on_turn, memory)
-    if json_output:
-        print(json.dumps(report_json(report, argv)))
+        report = _growth(pair, memory, repeat, out, json_output)
     else:
-        print_tables(report_tables(report), report.notes)
-    problem = write_report(report, out, argv) if out is not None else None
-    if problem is not None:
-        print(problem, file=sys.stderr)
-    if report.interrupted:
-        raise KeyboardInterrupt
+        from llmcad_mlx.loader import load_pair
+        from llmcad_mlx.measure.bench import bench_report, run_benchmark
+        from llmcad_mlx.measure.runner import Workload
+
+        workload = Workload.of(
+            prompts, domains, per_domain,
+            repeat=repeat, warmup=warmup, max_tokens=max_tokens, temperature=temp, seed=seed,
+        )  # fmt: skip
+        chosen = parse_variants(_with_others(variants, compare))
+        with measuring(out) as on_turn:
+            loaded = load_pair(pair.target, pair.draft, not json_output, memory)
+            done = run_benchmark(chosen, workload, loaded, pair.target, on_turn)
+        report = bench_report(done, command_line())
+    publish(report, json_output, out)
 
 
 def _with_others(variants: str, compare: str | None) -> str:
@@ -119,67 +106,21 @@ def _refuse_others(command: typer.Context, mode: str, used: Collection[str]) -> 
             raise UsageError(f"{name.replace('_', '-')}: --{mode} makes no use of it; leave one of the two out")
 
 
-def _growth(target: str | None, memory: MemoryOptions, repeat: int, out: Path | None, json_output: bool) -> None:
-    from llmcad_mlx.measure.growth import NUM_STEPS, GrowthPlan, measure_growth
-    from llmcad_mlx.measure.growth_report import growth_json, growth_notes, growth_tables, write_growth
-    from llmcad_mlx.measure.output import make_folder
+def _growth(
+    pair: options.PairOptions, memory: MemoryOptions, repeat: int, out: Path | None, json_output: bool
+) -> Report:
+    from llmcad_mlx.measure.growth import Growth, growth_report
 
-    plan = GrowthPlan(target, memory, repeat)
-    if out is not None:
-        make_folder(out)
-    argv = ["llmcad-mlx", *sys.argv[1:]]
-    with _progress(NUM_STEPS) as on_step:
-        report = measure_growth(plan, not json_output, on_step)
-    if json_output:
-        print(json.dumps(growth_json(report, argv)))
-    else:
-        print_tables(growth_tables(report), growth_notes(report))
-    problem = write_growth(report, out, argv) if out is not None else None
-    if problem is not None:
-        print(problem, file=sys.stderr)
-    if report.interrupted:
-        raise KeyboardInterrupt
+    growth = Growth(pair.target, memory, repeat)
+    with measuring(out) as on_turn:
+        growth.measure(not json_output, on_turn)
+    return growth_report(growth, command_line())
 
 
-def _kernels(repeat: int, out: Path | None, json_output: bool) -> None:
-    from llmcad_mlx.machine import this_machine
-    from llmcad_mlx.measure.kernels import kernel_notes, kernel_table, time_kernels
-    from llmcad_mlx.measure.output import to_markdown
-    from llmcad_mlx.store.names import device_name
+def _kernels(repeat: int, out: Path | None) -> Report:
+    from llmcad_mlx.measure.kernels import kernel_report, time_kernels
 
-    times = time_kernels(repeat=repeat)
-    notes = kernel_notes(device_name())
-    report = {
-        "device": device_name(),
-        "machine": asdict(this_machine()),
-        "notes": notes,
-        "times": [asdict(entry) for entry in times],
-    }
-    if json_output:
-        print(json.dumps(report))
-    else:
-        print_tables([kernel_table(times)], notes)
-    if out is not None:
-        (out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (out / "kernels.md").write_text(to_markdown([kernel_table(times)], notes) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr while it is a terminal; the callback is called before each generation."""
-    if not sys.stderr.isatty():
-        yield lambda name: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Four redraws a second are enough, and take nothing from what is measured.
-    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as progress:
-        task = progress.add_task("loading", total=total)
-
-        def on_turn(name: str) -> None:
-            shown = progress.tasks[0]
-            progress.update(task, description=name, advance=0 if shown.description == "loading" else 1)
-
-        yield on_turn
+    check_integer("repeat", repeat, 1, 10_000)
+    with measuring(out):
+        times = time_kernels(repeat=repeat)
+    return kernel_report(times)

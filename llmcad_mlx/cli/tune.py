@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from llmcad_mlx.cli import options
-from llmcad_mlx.cli.tables import print_tables
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from llmcad_mlx.cli.measuring import command_line, measuring, publish
 
 
 def tune(
@@ -67,54 +60,13 @@ def tune(
     json_output: options.Json = False,
 ) -> None:
     """Measure drafts for a target, choose the best and remember it: --draft auto means it from then on."""
-    from llmcad_mlx.measure.output import make_folder
-    from llmcad_mlx.measure.tune import TunePlan, run_tune
-    from llmcad_mlx.measure.tune_report import tune_json, tune_notes, tune_tables, write_tune
+    from llmcad_mlx.measure.candidates import DraftOptions
+    from llmcad_mlx.measure.tune import TunePlan, run_tune, tune_report
 
-    plan = TunePlan.of(drafts, bits, trim, prompts, per_domain, max_tokens, repeat, warmup, temp, seed)
-    if out is not None:
-        make_folder(out)
-    argv = ["llmcad-mlx", *sys.argv[1:]]
-    with _progress() as on_turn:
-        report = run_tune(plan, target, memory, not json_output, on_turn)
-    if json_output:
-        print(json.dumps(tune_json(report, argv)))
-    else:
-        print_tables(tune_tables(report), tune_notes(report))
-    missing = write_tune(report, out, argv) if out is not None else None
-    if missing is not None:
-        print(missing, file=sys.stderr)
-    if report.outcome.interrupted:
-        raise KeyboardInterrupt
-    if report.problem is not None:
-        raise report.problem
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr while it is a terminal, from the first generation on: before, downloads draw bars of their
-    own. The callback is called before each generation."""
-    if not sys.stderr.isatty():
-        yield lambda label, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Four redraws a second are enough, and take nothing from what is measured.
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
-    task = bar.add_task("", total=None)
-    begun = False
-
-    def on_turn(label: str, total: int) -> None:
-        nonlocal begun
-        bar.update(task, description=label, total=total, advance=1 if begun else 0)
-        if not begun:
-            bar.start()
-        begun = True
-
-    try:
-        yield on_turn
-    finally:
-        if begun:
-            bar.stop()
+    plan = TunePlan.of(
+        DraftOptions.of(drafts, bits, trim), memory, prompts, per_domain,
+        repeat=repeat, warmup=warmup, max_tokens=max_tokens, temperature=temp, seed=seed,
+    )  # fmt: skip
+    with measuring(out) as on_turn:
+        done = run_tune(plan, target, not json_output, on_turn)
+    publish(tune_report(done, command_line()), json_output, out)

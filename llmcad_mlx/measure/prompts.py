@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -42,6 +43,16 @@ def load_prompts(
         if domain not in by_domain:
             raise UsageError(f"domains: {domain!r} is unknown; choose from {', '.join([*by_domain, ALL_DOMAINS])}")
     return [prompt for domain in dict.fromkeys(domains) for prompt in by_domain[domain][:per_domain]]
+
+
+def mixed_by_domain(prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
+    """The first prompt of each domain, then the second of each, …: a short warm-up meets several domains."""
+    seen: Counter[str] = Counter()
+    ranks = []
+    for prompt in prompts:
+        ranks.append(seen[prompt.domain])
+        seen[prompt.domain] += 1
+    return [prompts[index] for index in sorted(range(len(prompts)), key=ranks.__getitem__)]
 
 
 def _read(file: Path | None) -> str:

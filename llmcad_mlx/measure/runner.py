@@ -1,18 +1,176 @@
-"""Runs all variants interleaved, so that what disturbs the machine disturbs them alike."""
+"""Runs ways of decoding by turns at the same prompts, so that what disturbs the machine disturbs them alike.
+
+A contender is one way of decoding, with caches, policy and learned costs of its own, on shared weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any, Protocol, cast
 
-from llmcad_mlx.measure.contenders import Contender, Sampling
-from llmcad_mlx.measure.prompts import BenchPrompt
-from llmcad_mlx.measure.records import Place, Run
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.generate import generation_stream, stream_generate
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.utils import load_model
+
+from llmcad_mlx.api import Engine
+from llmcad_mlx.drafting import Drafter
+from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.errors import UsageError
+from llmcad_mlx.loader import LoadedPair, load_pair
+from llmcad_mlx.measure.output import share
+from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts, mixed_by_domain
+from llmcad_mlx.measure.variants import MLX_LM_DRAFT, PLAIN, Variant
+from llmcad_mlx.policy import Candidates
+from llmcad_mlx.policy.calibration import ngram_confidence
+from llmcad_mlx.results import GenerationStats
+from llmcad_mlx.settings import GenerationOptions, SpeculationSettings, check_integer
+from llmcad_mlx.store.names import NO_DRAFT
+from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
+
+WARM_UP = -1
+"""The repetition of a warm-up."""
+OnTurn = Callable[[str, int], None]
+"""Called before each step with its name and the number of all steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One measured generation.
+
+    All contenders are timed from outside with one clock: `prompt_s` to the end of prompt processing, `decode_s`
+    from there to the last token, whatever happens between tokens included. Our prompt processing ends before
+    the first token is computed, mlx-lm's with it, so `num_timed`, the tokens that `decode_s` paid for, is one
+    less there. `stats` is None for mlx-lm, which counts neither passes nor drafts. `pass_bytes` of weights are
+    read for each pass of the target.
+    """
+
+    tokens: tuple[int, ...]
+    num_timed: int
+    prompt_tokens: int
+    prompt_s: float
+    decode_s: float
+    stats: GenerationStats | None
+    pass_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A prompt in a repetition: what runs of different variants are compared at. `repetition` counts from 0."""
+
+    domain: str
+    prompt: str
+    repetition: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A generation with its labels; `order` is its turn among the variants at that place, from 0."""
+
+    variant: str
+    place: Place
+    order: int
+    generation: Generation
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decoding speed, None when no token was timed."""
+        return share(self.generation.num_timed, self.generation.decode_s) or None
+
+    @property
+    def prompt_tokens_per_s(self) -> float | None:
+        """Prompt processing speed, None when it took no time."""
+        return share(self.generation.prompt_tokens, self.generation.prompt_s) or None
+
+
+def total_stats(runs: Iterable[Run]) -> GenerationStats | None:
+    """The sums over runs of our own engine; None without any."""
+    found = [run.generation.stats for run in runs if run.generation.stats is not None]
+    names = [field.name for field in fields(GenerationStats)]
+    return GenerationStats(**{name: sum(getattr(s, name) for s in found) for name in names}) if found else None
+
+
+def run_mismatches(runs: Sequence[Run], comparable: bool = True, reference: str = PLAIN) -> list[int | None]:
+    """For each run the tokens that differ from the reference's at the same place; None where that did not run
+    there, and for mlx-lm unless `comparable`. What only one of two texts has differs."""
+    expected = {run.place: run.generation.tokens for run in runs if run.variant == reference}
+    return [
+        sum(a != b for a, b in zip_longest(run.generation.tokens, expected[run.place]))
+        if run.place in expected and (comparable or run.generation.stats is not None)
+        else None
+        for run in runs
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What every contender has to do: `repeat` times all prompts, after the first `warmup` of them."""
+
+    prompts: tuple[BenchPrompt, ...]
+    options: GenerationOptions
+    repeat: int
+    warmup: int
+
+    @classmethod
+    def of(
+        cls,
+        file: Path | None,
+        domains: str,
+        per_domain: int | None,
+        least_per_domain: int = 1,
+        *,
+        repeat: int,
+        warmup: int,
+        **options: Any,
+    ) -> Workload:
+        """Check what the command line was given: `domains` separated by commas, `options` as for
+        `GenerationOptions.of`.
+
+        Raises UsageError naming the option, and the errors of `load_prompts`.
+        """
+        checked = GenerationOptions.of(**options)
+        if checked.stopping.max_tokens < 1:
+            raise UsageError("max_tokens: a benchmark needs a limit; give 1 or more")
+        check_integer("repeat", repeat, 1, 10_000)
+        check_integer("warmup", warmup, 0, 10_000)
+        if per_domain is not None:
+            check_integer("per_domain", per_domain, least_per_domain, 10_000)
+        names = [name.strip() for name in domains.split(",") if name.strip()]
+        return cls(tuple(mixed_by_domain(load_prompts(file, names, per_domain))), checked, repeat, warmup)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.options.stopping.max_tokens
+
+    @property
+    def temperature(self) -> float:
+        return self.options.sampling.temperature
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the prompts."""
+        sampling = {"temperature": self.temperature, "seed": self.options.sampling.seed}
+        return {"repeat": self.repeat, "warmup": self.warmup, "max_tokens": self.max_tokens, **sampling}
+
+
+class Contender(Protocol):
+    """A variant that can generate, over and over, each time from an empty cache."""
+
+    @property
+    def name(self) -> str: ...
+
+    def generate(self, prompt: Sequence[int], options: GenerationOptions) -> Generation:
+        """Generate after the tokens of `prompt`, to an end-of-sequence token or the limit of `options`."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as the tokens that every variant is given."""
+    """A prompt as the tokens that every contender is given."""
 
     prompt: BenchPrompt
     tokens: tuple[int, ...]
@@ -20,74 +178,232 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One generation to do: the indices of prompt and variant. A warm-up's repetition is -1."""
+    """One generation to do."""
 
-    repetition: int
-    prompt: int
-    variant: int
+    contender: Contender
+    prompt: EncodedPrompt
+    place: Place
     order: int
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether it is not to be counted."""
+        return self.place.repetition == WARM_UP
+
+    def run(self, options: GenerationOptions) -> Run:
+        """Do it."""
+        generation = self.contender.generate(self.prompt.tokens, options)
+        return Run(self.contender.name, self.place, self.order, generation)
+
+
+def encode_prompts(prompts: Sequence[BenchPrompt], pair: LoadedPair) -> list[EncodedPrompt]:
+    """Each prompt as a user message in the model's chat template, or as text where it has none."""
+    engine = Engine(pair)
+    chat = bool(getattr(pair.tokenizer, "chat_template", None))
+    texts: list[Any] = [[{"role": "user", "content": p.text}] if chat else p.text for p in prompts]
+    return [EncodedPrompt(prompt, tuple(engine.encode(text))) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def schedule(
+    contenders: Sequence[Contender], prompts: Sequence[EncodedPrompt], repetitions: range, warmup: int
+) -> Iterator[Turn]:
+    """All turns, in order: `warmup` prompts, then in each repetition all prompts, each for all contenders.
+
+    The contenders' order is rotated from prompt to prompt and from repetition to repetition, so that none always
+    runs first and none always at the same prompt.
+    """
+    rounds = [(WARM_UP, index % len(prompts), index) for index in range(warmup)]
+    rounds += [(repetition, n, repetition + n) for repetition in repetitions for n in range(len(prompts))]
+    for repetition, number, shift in rounds:
+        encoded = prompts[number]
+        place = Place(encoded.prompt.domain, encoded.prompt.name, repetition)
+        for order in range(len(contenders)):
+            yield Turn(contenders[(order + shift) % len(contenders)], encoded, place, order)
 
 
 @dataclass(frozen=True, slots=True)
-class RunnerOutcome:
+class Outcome:
     """`runs` in the order they were done; `interrupted`: Ctrl-C came before the last."""
 
     runs: list[Run]
     interrupted: bool
 
 
-def schedule(num_variants: int, num_prompts: int, repeat: int, warmup: int) -> Iterator[Turn]:
-    """All turns, in order: `warmup` prompts first, then `repeat` times all prompts, each for all variants.
-
-    The variants' order is rotated from prompt to prompt and from repetition to repetition, so that none always
-    runs first and none always at the same prompt.
-    """
-    for index in range(warmup):
-        yield from _rotation(-1, index % num_prompts, index, num_variants)
-    for repetition in range(repeat):
-        for prompt in range(num_prompts):
-            yield from _rotation(repetition, prompt, repetition + prompt, num_variants)
-
-
-def _rotation(repetition: int, prompt: int, shift: int, num_variants: int) -> Iterator[Turn]:
-    for order in range(num_variants):
-        yield Turn(repetition, prompt, (order + shift) % num_variants, order)
-
-
-def mixed_by_domain(prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
-    """The first prompt of each domain, then the second of each, …: a short warm-up meets several domains."""
-    seen: dict[str, int] = {}
-    ranks = []
-    for prompt in prompts:
-        ranks.append(seen.get(prompt.domain, 0))
-        seen[prompt.domain] = ranks[-1] + 1
-    order = sorted(range(len(prompts)), key=lambda index: ranks[index])
-    return [prompts[index] for index in order]
-
-
 def run_interleaved(
     contenders: Sequence[Contender],
     prompts: Sequence[EncodedPrompt],
-    sampling: Sampling,
-    repeat: int,
-    warmup: int,
-    on_turn: Callable[[str], None] = lambda name: None,
-) -> RunnerOutcome:
-    """Do all turns; warm-up runs are not kept. on_turn gets the variant's name before each generation.
+    workload: Workload,
+    on_turn: OnTurn = lambda name, total: None,
+) -> Outcome:
+    """Do all turns; warm-up runs are not kept. on_turn gets the contender's name before each generation.
 
     Ctrl-C ends it early with what was done, except in the warm-up, where there is nothing to show.
     """
+    turns = list(schedule(contenders, prompts, range(workload.repeat), workload.warmup))
     runs: list[Run] = []
     try:
-        for turn in schedule(len(contenders), len(prompts), repeat, warmup):
-            contender, encoded = contenders[turn.variant], prompts[turn.prompt]
-            on_turn(contender.name)
-            generation = contender.generate(encoded.tokens, sampling)
-            if turn.repetition >= 0:
-                place = Place(encoded.prompt.domain, encoded.prompt.name, turn.repetition)
-                runs.append(Run(contender.name, place, turn.order, generation))
+        for turn in turns:
+            on_turn(turn.contender.name, len(turns))
+            run = turn.run(workload.options)
+            if not turn.warms_up:
+                runs.append(run)
     except KeyboardInterrupt:
         if not runs:
             raise
-        return RunnerOutcome(runs, interrupted=True)
-    return RunnerOutcome(runs, interrupted=False)
+        return Outcome(runs, interrupted=True)
+    return Outcome(runs, interrupted=False)
+
+
+class EngineContender:
+    """Our engine with one speculation setting. What it learns about costs is kept from run to run."""
+
+    def __init__(self, name: str, pair: LoadedPair, settings: SpeculationSettings) -> None:
+        self.name = name
+        self._pair = pair
+        self._engine = Engine(pair)
+        self._settings = settings
+
+    def generate(self, prompt: Sequence[int], options: GenerationOptions) -> Generation:
+        self._engine.restore(None)  # no prompt is taken over from the run before
+        tokens, stats = [], GenerationStats()
+        started = time.perf_counter()
+        for response in self._engine.stream_generate(
+            list(prompt), options=replace(options, speculation=self._settings)
+        ):
+            tokens.append(response.token)
+            stats = response.stats or stats
+        seconds = time.perf_counter() - started
+        plan = self._pair.plan
+        return Generation(
+            tokens=tuple(tokens),
+            num_timed=len(tokens),
+            prompt_tokens=len(prompt),
+            prompt_s=stats.prompt_s,
+            decode_s=seconds - stats.prompt_s,
+            stats=stats,
+            pass_bytes=0 if plan is None else plan.streamed_bytes,
+        )
+
+
+class MlxLmContender:
+    """mlx-lm's own generation, with or without its draft model."""
+
+    def __init__(self, name: str, model: Module | None, tokenizer: Any, draft_model: Module | None) -> None:
+        self.name = name
+        self._model = model
+        self._tokenizer = tokenizer
+        self._draft_model = draft_model
+
+    def generate(self, prompt: Sequence[int], options: GenerationOptions) -> Generation:
+        mx.random.seed(options.sampling.seed)
+        tokens: list[int] = []
+        prompt_s = 0.0
+        started = time.perf_counter()
+        for response in stream_generate(
+            self._model,
+            self._tokenizer,
+            list(prompt),
+            options.stopping.max_tokens,
+            draft_model=self._draft_model,
+            sampler=make_sampler(options.sampling.temperature),
+        ):
+            if not tokens:
+                prompt_s = time.perf_counter() - started
+            tokens.append(response.token)
+        seconds = time.perf_counter() - started
+        # It has started on a token that nobody will ask for; that must not run into the next contender's time.
+        mx.synchronize(generation_stream)
+        return Generation(tuple(tokens), len(tokens) - 1, len(prompt), prompt_s, seconds - prompt_s, None)
+
+
+class WrongDrafter:
+    """Asks another drafter and proposes other tokens with the same confidences; in all else it is that drafter.
+    "Never slower" is tested with it.
+
+    No proposed token is among the inner drafter's own candidates, so wherever the target agrees with any of
+    those, all proposals are wrong. Prompt lookup, which is often silent, is made to propose below every leaf:
+    with nothing found it claims what two matching tokens would.
+    """
+
+    def __init__(self, inner: Drafter, vocab_size: int) -> None:
+        self.inner = inner
+        self.vocab_size = vocab_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
+        proposals = self.inner.expand(tree, leaves)
+        return [self._wrong(found, tree.tokens[leaf]) for leaf, found in zip(leaves, proposals, strict=True)]
+
+    def _wrong(self, found: Candidates, leaf_token: int) -> Candidates:
+        if not found.tokens and self.inner.source == NGRAM:
+            found = Candidates([leaf_token], [ngram_confidence(2)], NGRAM)
+        right = set(found.tokens)
+        others = ((leaf_token + shift) % self.vocab_size for shift in range(1, self.vocab_size))
+        wrong = list(islice((token for token in others if token not in right), len(found.tokens)))
+        return Candidates(wrong, found.confidences[: len(wrong)], found.source)
+
+
+def make_contenders(variants: Sequence[Variant], pair: LoadedPair) -> list[Contender]:
+    """Runnable variants on the pair's weights.
+
+    mlx-lm's variants get a second copy of the weights, loaded by mlx-lm, and on a CPU cast to float32; plain-equal
+    one of its own, too. Raises UsageError for a variant that needs a draft model, or a draft of any kind, where
+    there is none.
+    """
+    has_model = any(drafter.model is not None for drafter in pair.drafters)
+    for variant in variants:
+        if not has_model and (variant.name == MLX_LM_DRAFT or variant.equal_memory):
+            raise UsageError(f"variants: {variant.name} needs a draft model; name one with --draft")
+        if variant.drafters == "draft" and all(isinstance(drafter, NgramDrafter) for drafter in pair.drafters):
+            raise UsageError(
+                f"variants: {variant.name} needs a draft model or an n-gram table; name one with --draft"
+            )
+    theirs = _mlx_lm_model(pair.target_path) if any(variant.is_mlx_lm for variant in variants) else None
+    contenders: list[Contender] = []
+    for variant in variants:
+        if variant.settings is not None:
+            contenders.append(EngineContender(variant.name, variant_pair(pair, variant), variant.settings))
+        else:
+            draft = pair.draft_path if variant.name == MLX_LM_DRAFT else None
+            draft_model = None if draft is None else _mlx_lm_model(draft)
+            contenders.append(MlxLmContender(variant.name, theirs, pair.tokenizer, draft_model))
+    return contenders
+
+
+def _mlx_lm_model(path: Path) -> Any:
+    model: Any = load_model(path)[0]
+    if mx.default_device() == mx.cpu:
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    return model
+
+
+def variant_pair(pair: LoadedPair, variant: Variant) -> LoadedPair:
+    """The same models with drafters and learned costs of their own; nothing is saved to disk.
+
+    The target's cache is everybody's: a contender empties it before it generates. `equal_memory`: the target is
+    loaded again, with the draft's memory to pin more of it.
+    """
+    if not variant.equal_memory:
+        return replace(pair, drafters=_drafters(pair, variant), profile=PairProfile(None))
+    options, plan = pair.options, pair.plan
+    if plan is None:
+        raise UsageError("variants: plain-equal is for a target that is streamed; give --memory or --pinned")
+    if options.pinned is not None:
+        options = replace(options, pinned=options.pinned + plan.draft_bytes)
+    return replace(load_pair(str(pair.target_path), NO_DRAFT, False, options), profile=PairProfile(None))
+
+
+def _drafters(pair: LoadedPair, variant: Variant) -> list[Drafter]:
+    if variant.drafters == "none" or pair.target.capability == "plain":
+        return []
+    lookup: Drafter = NgramDrafter()
+    drafts = [drafter for drafter in pair.drafters if not isinstance(drafter, NgramDrafter)]
+    if variant.drafters == "wrong":
+        inner = next((drafter for drafter in drafts if drafter.model is not None), lookup)
+        return [cast(Drafter, WrongDrafter(inner, pair.vocab_size))]
+    if variant.drafters == "ngram":
+        return [lookup]
+    return drafts if variant.drafters == "draft" or not pair.drafters else [lookup, *drafts]

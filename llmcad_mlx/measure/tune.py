@@ -1,228 +1,114 @@
-"""What `llmcad-mlx tune` was asked to do, checked before anything is loaded.
-
-The drafts that could serve a target: those named, or what is there for it, and their smaller copies.
-
-From runs to one line per candidate: what it yields, what was predicted for it and what was measured.
+"""`llmcad-mlx tune`: from a target to the draft that serves it best: candidates found, measured, one decided
+for, the choice saved.
 
 Half of each domain's prompts calibrate, the other half are measured. From the first half come tokens per pass A,
 computing C, what a round takes beside its pass D and, where nobody gave it, the read rate B; with W bytes read on
-each pass they predict tokens/s = A / (max(W/B, C) + D) (DESIGN 3.7) for the second half, whose runs tell.
+each pass they predict tokens/s = A / (max(W/B, C) + D) (DESIGN 3.7) for the second half, whose runs tell. A prompt
+counts with its median repetition, and speeds are all tokens over all seconds.
 
-A prompt counts with its median repetition, and speeds are all tokens over all seconds. Pure arithmetic.
-
-Which candidate is best, so that two runs on the same machine agree. Pure arithmetic.
-
-Speeds are compared repetition by repetition with the fastest's, because a busy machine slows all of a repetition.
-A candidate's noise is half the spread of these ratios, at least 3 %. Those that come within their noise of the
-fastest tie with it; of them the one with the smallest draft wins, then the faster one. The draft chosen before
-stays unless it falls short by more than twice its noise: what wins narrowly once keeps winning.
-
-Measures candidates on the same prompts, interleaved, and goes on without those that fail.
-
-From a target's name to the draft that serves it best, chosen and saved.
+The decision is made so that two runs on the same machine agree: see `decide`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import mlx.core as mx
 
-from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
+from llmcad_mlx.errors import LlmcadError, UsageError
 from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
-from llmcad_mlx.machine import Machine, this_machine
-from llmcad_mlx.measure.benchmark import encode_prompts
-from llmcad_mlx.measure.contenders import EngineContender, Sampling
-from llmcad_mlx.measure.forecast import Measured, ReadRate, Speeds
-from llmcad_mlx.measure.prompts import ALL_DOMAINS, BenchPrompt, load_prompts
-from llmcad_mlx.measure.records import Generation, Place, Run
-from llmcad_mlx.measure.runner import EncodedPrompt, mixed_by_domain, schedule
-from llmcad_mlx.measure.summary import count_mismatches
-from llmcad_mlx.memory.plan import MemoryPlan
-from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
-from llmcad_mlx.models.draft_folder import vocabulary_size
-from llmcad_mlx.models.folder import load_model_folder, read_config
-from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.settings import GenerationOptions, MemoryOptions, SpeculationSettings, check_integer
-from llmcad_mlx.store.copies import BITS, SELF_BITS, DerivedDraft, stored_bits
-from llmcad_mlx.store.names import (
-    AUTO_DRAFT,
-    NGRAM_DRAFT,
-    NO_DRAFT,
-    PairPaths,
-    device_name,
-    pair_profile_path,
-    pair_with_draft,
+from llmcad_mlx.measure import output
+from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates, short_name
+from llmcad_mlx.measure.output import NOTHING, Origin, Report, Table, milliseconds, number
+from llmcad_mlx.measure.prompts import ALL_DOMAINS, BenchPrompt
+from llmcad_mlx.measure.runner import (
+    EncodedPrompt,
+    EngineContender,
+    OnTurn,
+    Run,
+    Workload,
+    encode_prompts,
+    run_mismatches,
+    schedule,
+    total_stats,
 )
+from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds
+from llmcad_mlx.memory.plan import MemoryPlan
+from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
+from llmcad_mlx.sizes import format_size
+from llmcad_mlx.store.names import NO_DRAFT, pair_profile_path
 from llmcad_mlx.store.profile import DraftChoice, PairProfile, find_choice, save_choice
-from llmcad_mlx.store.pull import DEFAULT_PRESET, preset_draft, resolve_target
+from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
 
+LEAST_NOISE = 0.03
+_HOPELESS = 5  # times as long as without a draft: like weights in bits that the processor has no kernels for
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A draft that is there. `name`: as `--draft` takes it, wherever it is typed."""
-
-    name: str
-    names: PairPaths
-
-    @property
-    def label(self) -> str:
-        """Short, for people."""
-        return short_name(self.name)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A draft that is no candidate, or has stopped being one, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSearch:
-    """All that were looked for; the last one found is "none", which the others are compared with."""
-
-    found: tuple[Candidate, ...]
-    failures: tuple[Failure, ...]
-
-
-def find_candidates(
-    target: str,
-    target_path: Path,
-    drafts: Sequence[str] | None,
-    bits: Sequence[int],
-    tokens: Sequence[int],
-    incumbent: str | None,
-    show_progress: bool,
-) -> DraftSearch:
-    """Fetch and make the candidates for the target named `target`, which lies in `target_path`.
-
-    drafts: names as `--draft` takes them; None: the `incumbent`, what the target's preset names, prompt lookup,
-    and the target itself in fewer bits. bits: a draft model with more bits is tried in so many, too. tokens: and
-    all of them with an output vocabulary of so many tokens, where they have more than twice as many. A draft that
-    cannot be had is among the failures.
-    """
-    found: dict[str, Candidate] = {}
-    failures: dict[str, Failure] = {}
-    given = _default(target, target_path, incumbent) if drafts is None else drafts
-    waiting = [_lasting(preset_draft(target) if name == AUTO_DRAFT else name) for name in given]
-    for name in waiting:
-        _find(name, target_path, show_progress, found, failures)
-    whole = [found[name] for name in waiting if name in found]
-    for candidate in whole:
-        for name in _smaller(candidate, bits):
-            _find(name, target_path, show_progress, found, failures)
-    for candidate in list(found.values()):
-        for name in _trimmed(candidate, tokens):
-            _find(name, target_path, show_progress, found, failures)
-    found.pop(NO_DRAFT, None)
-    found[NO_DRAFT] = Candidate(NO_DRAFT, pair_with_draft(target_path, NO_DRAFT, show_progress))
-    return DraftSearch(tuple(found.values()), tuple(failures.values()))
-
-
-def short_name(name: str) -> str:
-    """A candidate's name without the folders that lead to it."""
-    derived = DerivedDraft.parse(name)
-    if derived is not None:
-        return derived.renamed(short_name)
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def _find(
-    name: str,
-    target_path: Path,
-    show_progress: bool,
-    found: dict[str, Candidate],
-    failures: dict[str, Failure],
-) -> None:
-    if name in found or name in failures:
-        return
-    try:
-        found[name] = Candidate(name, pair_with_draft(target_path, name, show_progress))
-    except LlmcadError as error:
-        failures[name] = Failure(name, str(error))
-
-
-def _default(target: str, target_path: Path, incumbent: str | None) -> Iterator[str]:
-    if incumbent is not None:
-        yield incumbent
-    yield preset_draft(target)
-    yield NGRAM_DRAFT
-    present = _bits_of(target_path)
-    yield from (str(DerivedDraft(None, bits)) for bits in sorted(SELF_BITS, reverse=True) if bits < present)
-
-
-def _smaller(candidate: Candidate, bits: Sequence[int]) -> Iterator[str]:
-    """Names of the copies of a draft model that have fewer bits."""
-    path, name = candidate.names.draft_path, candidate.name
-    if path is None or not path.is_dir() or DerivedDraft.parse(name) is not None:
-        return
-    present = _bits_of(path)
-    yield from (str(DerivedDraft(name, bits=number)) for number in sorted(bits, reverse=True) if number < present)
-
-
-def _trimmed(candidate: Candidate, tokens: Sequence[int]) -> Iterator[str]:
-    """Names of the copies of a draft model that propose fewer tokens."""
-    path, derived = candidate.names.draft_path, DerivedDraft.parse(candidate.name)
-    if path is None or not path.is_dir() or (derived is not None and derived.tokens is not None):
-        return
-    if (path / DRAFT_TOKENS).exists():
-        return
-    present = vocabulary_size(read_config(path)) or 0
-    yield from (str(DerivedDraft(candidate.name, tokens=number)) for number in tokens if 2 * number < present)
-
-
-def _bits_of(folder: Path) -> int:
-    """0 for a model that cannot be quantised."""
-    try:
-        return stored_bits(load_model_folder(folder, lazy=True, alone=True))
-    except ModelError:
-        return 0
-
-
-def _lasting(name: str) -> str:
-    """The same draft, wherever the program is started."""
-    derived = DerivedDraft.parse(name)
-    if derived is not None:
-        return derived.renamed(_lasting)
-    if name in (NGRAM_DRAFT, NO_DRAFT):
-        return name
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
-
-
+OpenPair = Callable[[Candidate], LoadedPair]
 PromptName = tuple[str, str]
 """Domain and name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """Which prompts a prediction is made from, and which it is made for."""
+class TunePlan:
+    """What to measure. `calibrating`, `measured`: the prompts a prediction is made from, and those it is made
+    for."""
 
-    calibration: frozenset[PromptName]
+    drafts: DraftOptions
+    memory: MemoryOptions
+    workload: Workload
+    calibrating: frozenset[PromptName]
     measured: frozenset[PromptName]
 
     @classmethod
-    def of(cls, prompts: Sequence[BenchPrompt]) -> Split:
-        """The first, third, … prompt of each domain calibrate. Raises UsageError for a domain of one prompt."""
-        halves: tuple[set[PromptName], set[PromptName]] = set(), set()
-        counts: dict[str, int] = {}
-        for prompt in prompts:
-            counts[prompt.domain] = counts.get(prompt.domain, 0) + 1
-            halves[(counts[prompt.domain] - 1) % 2].add((prompt.domain, prompt.name))
-        for domain, count in counts.items():
-            if count < 2:
-                raise UsageError(
-                    f"prompts: {domain} has one prompt; tune needs two of each domain or more: one half predicts, "
-                    "the other is measured"
-                )
-        return cls(frozenset(halves[0]), frozenset(halves[1]))
+    def of(
+        cls,
+        drafts: DraftOptions,
+        memory: MemoryOptions,
+        prompts: Path | None,
+        per_domain: int | None,
+        max_tokens: int,
+        **work: Any,
+    ) -> TunePlan:
+        """Check what the command line was given; `work` as `Workload.of` takes it. Raises UsageError naming the
+        option."""
+        if max_tokens < 2:
+            raise UsageError("max_tokens: to be measured a draft needs a limit of 2 or more")
+        with as_file(files("llmcad_mlx.measure").joinpath("tune_prompts.toml")) as packaged:
+            workload = Workload.of(prompts or packaged, ALL_DOMAINS, per_domain, 2, max_tokens=max_tokens, **work)
+        return cls(drafts, memory, workload, *split(workload.prompts))
+
+    @property
+    def domains(self) -> list[str]:
+        """Of the prompts, in their order."""
+        return list(dict.fromkeys(prompt.domain for prompt in self.workload.prompts))
+
+
+def split(prompts: Sequence[BenchPrompt]) -> tuple[frozenset[PromptName], frozenset[PromptName]]:
+    """The first, third, … prompt of each domain, which calibrate, and the others, which are measured. Raises
+    UsageError for a domain of one prompt."""
+    by_domain: dict[str, list[PromptName]] = {}
+    for prompt in prompts:
+        by_domain.setdefault(prompt.domain, []).append((prompt.domain, prompt.name))
+    for domain, names in by_domain.items():
+        if len(names) < 2:
+            raise UsageError(
+                f"prompts: {domain} has one prompt; tune needs two of each domain or more: one half predicts, "
+                "the other is measured"
+            )
+    calibrating, measured = (
+        frozenset(name for names in by_domain.values() for name in names[half::2]) for half in (0, 1)
+    )
+    return calibrating, measured
+
+
+# -- measured: figures of a candidate, pure arithmetic --------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,18 +128,18 @@ class Prediction:
         costs: learned meanwhile, for single steps. streamed_bytes: read on each pass. read_bandwidth: emulated, in
         bytes per second; None: what the passes got.
         """
-        stats = stats_of(runs)
-        passes = sum(s.target_passes for s in stats)
-        if not passes:
+        total = total_stats(runs)
+        if total is None or not total.target_passes:
             return None
-        computing = sum(s.verify_s for s in stats) / passes
-        pass_s = computing + sum(s.io_wait_s + s.hidden_draft_s for s in stats) / passes
+        passes = total.target_passes
+        computing = total.verify_s / passes
+        pass_s = computing + (total.io_wait_s + total.hidden_draft_s) / passes
         measured = Measured(
-            tokens_per_pass=sum(s.generated_tokens for s in stats) / passes,
-            nodes=1 + sum(s.tested for s in stats) / passes,
+            tokens_per_pass=total.tokens_per_pass,
+            nodes=1 + total.tested / passes,
             pass_s=computing,
             plain_pass_s=costs.computing.predict(1),
-            rest_s=max(sum(s.decode_s for s in stats) / passes - pass_s, 0.0),
+            rest_s=max(total.decode_s / passes - pass_s, 0.0),
             draft_step_s=costs.draft.predict(1) if costs.draft else None,
             streamed_bytes=streamed_bytes,
         )
@@ -282,7 +168,7 @@ class CandidateFigures:
     `num_compared`.
     """
 
-    name: str
+    draft: str
     draft_bytes: int
     draft_step_s: float | None
     streamed_bytes: int
@@ -308,60 +194,62 @@ class CandidateFigures:
         return self.predicted_tokens_per_s / self.tokens_per_s - 1.0
 
 
-def stats_of(runs: Iterable[Run]) -> list[GenerationStats]:
-    """Of runs of our own engine."""
-    return [run.generation.stats for run in runs if run.generation.stats is not None]
+def candidate_figures(plan: TunePlan, seat: Seat, runs: Sequence[Run]) -> CandidateFigures:
+    """One candidate's figures; `runs` are those of all candidates."""
+    told = [
+        (run, wrong)
+        for run, wrong in zip(runs, run_mismatches(runs, reference=NO_DRAFT), strict=True)
+        if run.variant == seat.candidate.name
+    ]
+    own = [run for run, _ in told]
+    middle, costs, memory = median_runs(own), seat.profile.costs, seat.plan
+    streamed = 0 if memory is None else memory.streamed_bytes
+    calibrating = among(middle, plan.calibrating)
+    by_domain = {domain: [run for run in middle if run.place.domain == domain] for domain in plan.domains}
+    return CandidateFigures(
+        draft=seat.candidate.name,
+        draft_bytes=seat.draft_bytes,
+        draft_step_s=costs.draft.predict(1) if costs.draft else None,
+        streamed_bytes=streamed,
+        pinned_bytes=None if memory is None else memory.pinned_bytes,
+        tokens_per_pass=tokens_per_pass(middle),
+        prediction=Prediction.of(calibrating, costs, streamed, plan.memory.read_bandwidth),
+        tokens_per_s=rate(among(middle, plan.measured)),
+        prompt_s=median([run.generation.prompt_s for run in own]),
+        domains={domain: DomainFigures(tokens_per_pass(runs), rate(runs)) for domain, runs in by_domain.items()},
+        num_runs=len(own),
+        mismatches=sum(wrong or 0 for _, wrong in told),
+        num_compared=sum(len(run.generation.tokens) for run, wrong in told if wrong is not None),
+    )
 
 
 def rate(runs: Iterable[Run]) -> float | None:
     """All tokens over all seconds of decoding; None without any."""
-    stats = stats_of(runs)
-    seconds = sum(s.decode_s for s in stats)
-    return sum(s.generated_tokens for s in stats) / seconds if seconds > 0.0 else None
+    total = total_stats(runs)
+    return None if total is None else total.tokens_per_s or None
 
 
 def tokens_per_pass(runs: Iterable[Run]) -> float | None:
     """All tokens over all passes of the target; None without any."""
-    stats = stats_of(runs)
-    passes = sum(s.target_passes for s in stats)
-    return sum(s.generated_tokens for s in stats) / passes if passes else None
+    total = total_stats(runs)
+    return None if total is None else total.tokens_per_pass or None
 
 
 def median_runs(runs: Iterable[Run]) -> list[Run]:
     """For each prompt the run of median speed, the faster of two."""
     by_prompt: dict[PromptName, list[Run]] = {}
     for run in runs:
-        if run.generation.stats is not None:
-            by_prompt.setdefault(prompt_of(run), []).append(run)
-    return [sorted(group, key=_seconds_per_token)[(len(group) - 1) // 2] for group in by_prompt.values()]
-
-
-def _seconds_per_token(run: Run) -> float:
-    stats = run.generation.stats
-    assert stats is not None
-    return stats.decode_s / max(stats.generated_tokens, 1)
-
-
-def prompt_of(run: Run) -> PromptName:
-    return run.place.domain, run.place.prompt
+        by_prompt.setdefault((run.place.domain, run.place.prompt), []).append(run)
+    groups = [sorted(group, key=lambda run: -(rate([run]) or 0.0)) for group in by_prompt.values()]
+    return [group[(len(group) - 1) // 2] for group in groups]
 
 
 def among(runs: Iterable[Run], prompts: frozenset[PromptName]) -> list[Run]:
     """The runs of `prompts`."""
-    return [run for run in runs if prompt_of(run) in prompts]
+    return [run for run in runs if (run.place.domain, run.place.prompt) in prompts]
 
 
-def compared(runs: Iterable[Run], reference: Sequence[Run]) -> tuple[int, int]:
-    """Tokens of `runs` that differ from `reference`'s at the same prompt, and how many were compared.
-
-    The same seed gives the same text in every repetition, so one run of the reference serves all.
-    """
-    expected = {prompt_of(run): run.generation.tokens for run in reference}
-    pairs = [(run.generation.tokens, expected[prompt_of(run)]) for run in runs if prompt_of(run) in expected]
-    return sum(count_mismatches(*pair) for pair in pairs), sum(len(tokens) for tokens, _ in pairs)
-
-
-LEAST_NOISE = 0.03
+# -- decided ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,442 +273,436 @@ class Decision:
     fastest: str
     tied: tuple[str, ...]
     standings: tuple[Standing, ...]
-    incumbent: str | None
-
-    @property
-    def stays(self) -> bool:
-        """Whether an earlier choice was confirmed."""
-        return self.winner == self.incumbent
+    stays: bool
+    """Whether an earlier choice was confirmed."""
 
 
 def decide(lines: Sequence[CandidateFigures], runs: Sequence[Run], incumbent: str | None) -> Decision | None:
     """lines: of the candidates that may win. runs: of the measured prompts. incumbent: chosen before, if anything
-    was. None where nothing was measured."""
-    speeds = {line.name: line.tokens_per_s for line in lines if line.tokens_per_s is not None}
+    was. None where nothing was measured.
+
+    Speeds are compared repetition by repetition with the fastest's, because a busy machine slows all of a
+    repetition. A candidate's noise is half the spread of these ratios, at least 3 %. Those that come within their
+    noise of the fastest tie with it; of them the one with the smallest draft wins, then the faster one. The draft
+    chosen before stays unless it falls short by more than twice its noise: what wins narrowly once keeps winning.
+    """
+    speeds = {line.draft: line.tokens_per_s for line in lines if line.tokens_per_s is not None}
     if not speeds:
         return None
     fastest = max(speeds, key=lambda name: speeds[name])
-    bytes_of = {line.name: line.draft_bytes for line in lines}
-    found = [standing(name, fastest, runs) for name in speeds]
-    standings = sorted(found, key=lambda entry: -entry.ratio)
+    sizes = {line.draft: line.draft_bytes for line in lines}
+    standings = sorted((standing(name, fastest, runs) for name in speeds), key=lambda entry: -entry.ratio)
     tied = [entry.name for entry in standings if entry.name == fastest or entry.within(1.0)]
-    stays = [entry.name for entry in standings if entry.name == incumbent and entry.within(2.0)]
-    winner = stays[0] if stays else min(tied, key=lambda name: bytes_of[name])
-    return Decision(winner, fastest, tuple(tied), tuple(standings), incumbent)
+    stays = any(entry.name == incumbent and entry.within(2.0) for entry in standings)
+    winner = incumbent if stays and incumbent is not None else min(tied, key=lambda name: sizes[name])
+    return Decision(winner, fastest, tuple(tied), tuple(standings), winner == incumbent)
 
 
 def standing(name: str, fastest: str, runs: Sequence[Run]) -> Standing:
     """The candidate `name` beside `fastest`, at the prompts and repetitions where both ran."""
-    by_repetition: dict[int, tuple[list[Run], list[Run]]] = {}
-    own = {run.place: run for run in runs if run.variant == name}
-    for run in runs:
-        if run.variant == fastest and run.place in own:
-            ours, theirs = by_repetition.setdefault(run.place.repetition, ([], []))
-            ours.append(own[run.place])
-            theirs.append(run)
-    ratios = [(rate(ours) or 0.0) / best for ours, theirs in by_repetition.values() if (best := rate(theirs))]
+    ours, theirs = ({run.place: run for run in runs if run.variant == who} for who in (name, fastest))
+    ratios = []
+    for repetition in dict.fromkeys(place.repetition for place in ours):
+        places = [place for place in ours if place in theirs and place.repetition == repetition]
+        if best := rate(theirs[place] for place in places):
+            ratios.append((rate(ours[place] for place in places) or 0.0) / best)
     if not ratios:
         return Standing(name, 0.0, LEAST_NOISE)
     return Standing(name, median(ratios), max((max(ratios) - min(ratios)) / 2, LEAST_NOISE))
 
 
-_HOPELESS = 5  # times as long as without a draft: like weights in bits that the processor has no kernels for
-
-OpenPair = Callable[[Candidate], LoadedPair]
-OnTurn = Callable[[str, int], None]
-"""Called before each generation with the candidate's label and the number of all generations."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What every candidate has to do."""
-
-    prompts: tuple[BenchPrompt, ...]
-    sampling: Sampling
-    repeat: int
-    warmup: int
+# -- candidates → measured → decided → saved --------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Seat:
     """What belongs to one candidate as long as it is measured, whether it stays loaded or not.
 
-    `draft_bytes`: weights or table. `plan`: None where all is in memory and there is no budget.
+    `draft_bytes`: weights or table. `plan`: None where all is in memory and there is no budget. `warm_ups`:
+    seconds of its answers before measuring, prompt included.
     """
 
     candidate: Candidate
     draft_bytes: int
     plan: MemoryPlan | None
-    profile: PairProfile
+    profile: PairProfile = field(default_factory=lambda: PairProfile(None))
+    warm_ups: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class Outcome:
-    """`runs` in the order they were done; `failures` by candidate; `interrupted`: Ctrl-C came before the last.
-    `warmups`: seconds of each candidate's answers before measuring, prompt included."""
+class Tuning:
+    """One target's way from its candidates to the draft that is saved, and all that was found on it.
 
-    runs: list[Run] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    seats: dict[str, Seat] = field(default_factory=dict)
-    interrupted: bool = False
-    warmups: dict[str, list[float]] = field(default_factory=dict)
+    `together`: whether all candidates are in memory at the same time, with one target in common; else each is
+    loaded anew in every repetition, under a memory plan of its own. `open_pair`: loads a candidate.
 
-    def hopeless(self, name: str) -> str | None:
-        """Why a candidate is not worth measuring: it took many times as long as no draft for every answer of the
-        warm-up; None for one that is."""
-        times = list(zip(self.warmups.get(name, ()), self.warmups.get(NO_DRAFT, ()), strict=False))
-        if not times or any(own <= _HOPELESS * plain for own, plain in times):
-            return None
-        own, plain = times[-1]
-        return f"its warm-up took {own:.1f} s for an answer that takes {plain:.1f} s without a draft"
-
-
-@dataclass(frozen=True, slots=True)
-class Sitting:
-    """Candidates that are in memory together for some repetitions."""
-
-    candidates: tuple[Candidate, ...]
-    first: int
-    repeat: int
-
-
-def sittings(candidates: Sequence[Candidate], repeat: int, together: bool) -> Iterator[Sitting]:
-    """All candidates at once for all repetitions; else one after the other in each repetition, each time another
-    first."""
-    if together:
-        yield Sitting(tuple(candidates), 0, repeat)
-        return
-    for repetition in range(repeat):
-        for index in range(len(candidates)):
-            yield Sitting((candidates[(index + repetition) % len(candidates)],), repetition, 1)
-
-
-def measure(
-    task: Task,
-    candidates: Sequence[Candidate],
-    open_pair: OpenPair,
-    together: bool,
-    on_turn: OnTurn = lambda label, total: None,
-) -> Outcome:
-    """Do all turns. together: whether all candidates may be in memory at the same time.
-
-    A candidate that raises an error of this package, runs out of memory, or is hopeless gets no more turns. Raises
-    what "none" raises: then it is the target's fault. Ctrl-C ends it early with what was done, if anything was.
+    `runs` in the order they were done; `seats` by candidate; `failures`: of candidates that cannot be had, cannot
+    run, or have another text; `interrupted`: Ctrl-C came before the last run. `lines`: the others' figures.
+    `saved`: the file that holds the choice; `problem`: why there is none, though there was something to save.
     """
-    outcome = Outcome()
-    planned = list(sittings(candidates, task.repeat, together))
-    total = sum(len(s.candidates) * (task.warmup + s.repeat * len(task.prompts)) for s in planned)
-    try:
-        for sitting in planned:
-            _sit(sitting, task, open_pair, outcome, lambda label: on_turn(label, total))
-    except KeyboardInterrupt:
-        if not outcome.runs:
-            raise
-        outcome.interrupted = True
-    return outcome
-
-
-def _sit(
-    sitting: Sitting, task: Task, open_pair: OpenPair, outcome: Outcome, on_turn: Callable[[str], None]
-) -> None:
-    seated: list[tuple[Candidate, EngineContender]] = []
-    pairs: list[LoadedPair] = []
-    try:
-        for candidate in sitting.candidates:
-            if candidate.name in outcome.failures:
-                continue
-            try:
-                pairs.append(open_pair(candidate))
-                seated.append((candidate, _seat(candidate, pairs[-1], outcome)))
-            except (LlmcadError, MemoryError) as error:
-                _fail(outcome, candidate, error)
-        if seated:
-            _take_turns(sitting, task, seated, encode_prompts(task.prompts, pairs[0]), outcome, on_turn)
-    finally:
-        seated.clear()
-        for pair in pairs:
-            pair.release()
-        pairs.clear()
-        release_free_memory()
-
-
-def _seat(candidate: Candidate, pair: LoadedPair, outcome: Outcome) -> EngineContender:
-    """Ready to generate. What was learned in an earlier sitting goes on; nothing is saved meanwhile."""
-    seat = outcome.seats.get(candidate.name)
-    if seat is None:
-        seat = Seat(candidate, draft_bytes(pair), pair.plan, PairProfile(None))
-        outcome.seats[candidate.name] = seat
-    return EngineContender(candidate.name, replace(pair, profile=seat.profile), SpeculationSettings())
-
-
-def _take_turns(
-    sitting: Sitting,
-    task: Task,
-    seated: Sequence[tuple[Candidate, EngineContender]],
-    prompts: Sequence[EncodedPrompt],
-    outcome: Outcome,
-    on_turn: Callable[[str], None],
-) -> None:
-    for turn in schedule(len(seated), len(prompts), sitting.repeat, task.warmup):
-        (candidate, contender), encoded = seated[turn.variant], prompts[turn.prompt]
-        on_turn(candidate.label)
-        if turn.repetition >= 0 and (reason := outcome.hopeless(candidate.name)) is not None:
-            outcome.failures.setdefault(candidate.name, reason)
-        if candidate.name in outcome.failures:
-            continue
-        try:
-            generation = contender.generate(encoded.tokens, task.sampling)
-        except (LlmcadError, MemoryError) as error:
-            _fail(outcome, candidate, error)
-            continue
-        if turn.repetition < 0:
-            outcome.warmups.setdefault(candidate.name, []).append(_seconds(generation))
-        else:
-            place = Place(encoded.prompt.domain, encoded.prompt.name, sitting.first + turn.repetition)
-            outcome.runs.append(Run(candidate.name, place, turn.order, generation))
-
-
-def _seconds(generation: Generation) -> float:
-    stats = generation.stats
-    return stats.prompt_s + stats.decode_s if stats is not None else generation.prompt_s + generation.decode_s
-
-
-def _fail(outcome: Outcome, candidate: Candidate, error: LlmcadError | MemoryError) -> None:
-    if candidate.name == NO_DRAFT:
-        raise error
-    outcome.failures[candidate.name] = str(error) or "there is not enough memory"
-
-
-def draft_bytes(pair: LoadedPair) -> int:
-    """Memory of the draft model's weights, or of the n-gram table."""
-    return sum(drafter.num_bytes for drafter in pair.drafters)
-
-
-@dataclass(frozen=True, slots=True)
-class Lineup:
-    """A target and the candidates for it, found but not loaded."""
-
-    target: str
-    target_path: Path
-    candidates: DraftSearch
-    options: MemoryOptions
-    incumbent: str | None = None
-
-
-@dataclass(slots=True)
-class TuneReport:
-    """All that was measured, and what came of it. `saved`: the file that holds the choice; `problem`: why there is
-    none, though there was something to save."""
 
     plan: TunePlan
     lineup: Lineup
     together: bool
-    outcome: Outcome
-    lines: list[CandidateFigures]
-    failures: list[Failure]
-    decision: Decision | None
-    device: str = field(default_factory=device_name)
-    machine: Machine = field(default_factory=this_machine)
+    open_pair: OpenPair
+    runs: list[Run] = field(default_factory=list)
+    seats: dict[str, Seat] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+    lines: list[CandidateFigures] = field(default_factory=list)
+    decision: Decision | None = None
     saved: Path | None = None
     problem: LlmcadError | None = None
 
-    @property
-    def emulated(self) -> bool:
-        """Whether reads are slowed down."""
-        return self.lineup.options.read_bandwidth is not None
+    @classmethod
+    def of(cls, plan: TunePlan, lineup: Lineup) -> Tuning:
+        """All candidates share one target where they fit into memory together."""
+        together = not is_planned([candidate.names for candidate in lineup.candidates], plan.memory)
+        if not together:
+            return cls(plan, lineup, together, lambda candidate: load_names(candidate.names, plan.memory))
+        shared = PreparedTarget.in_memory(lineup.target_path)
+        return cls(plan, lineup, together, lambda candidate: shared.build(candidate.names))
+
+    def measure(self, on_turn: OnTurn = lambda label, total: None) -> None:
+        """Let the candidates answer the same prompts, interleaved.
+
+        A candidate that raises an error of this package, runs out of memory, or is hopeless gets no more turns.
+        Raises what "none" raises: then it is the target's fault. Ctrl-C ends it early with what was done, if
+        anything was.
+        """
+        work, candidates = self.plan.workload, self.lineup.candidates
+        self.failures |= {failure.name: failure.reason for failure in self.lineup.failures}
+        planned = list(sittings(candidates, work.repeat, self.together))
+        num_turns = sum(len(who) * (work.warmup + len(when) * len(work.prompts)) for who, when in planned)
+        try:
+            for who, repetitions in planned:
+                self._sit(who, repetitions, lambda label: on_turn(label, num_turns))
+        except KeyboardInterrupt:
+            if not self.runs:
+                raise
+            self.interrupted = True
+
+    def _sit(self, who: Sequence[Candidate], repetitions: range, on_turn: Callable[[str], None]) -> None:
+        """Load candidates, let them do their turns, and free them."""
+        pairs: list[LoadedPair] = []
+        contenders: list[EngineContender] = []
+        try:
+            for candidate in who:
+                if candidate.name in self.failures:
+                    continue
+                try:
+                    pairs.append(self.open_pair(candidate))
+                    contenders.append(self._seated(candidate, pairs[-1]))
+                except (LlmcadError, MemoryError) as error:
+                    self._fail(candidate.name, error)
+            if contenders:
+                prompts = encode_prompts(self.plan.workload.prompts, pairs[0])
+                self._take_turns(contenders, prompts, repetitions, on_turn)
+        finally:
+            contenders.clear()
+            for pair in pairs:
+                pair.release()
+            pairs.clear()
+            release_free_memory()
+
+    def _seated(self, candidate: Candidate, pair: LoadedPair) -> EngineContender:
+        """Ready to generate. What was learned in an earlier sitting goes on; nothing is saved meanwhile."""
+        if candidate.name not in self.seats:
+            draft_bytes = sum(drafter.num_bytes for drafter in pair.drafters)
+            self.seats[candidate.name] = Seat(candidate, draft_bytes, pair.plan)
+        own = replace(pair, profile=self.seats[candidate.name].profile)
+        return EngineContender(candidate.name, own, SpeculationSettings())
+
+    def _take_turns(
+        self,
+        contenders: Sequence[EngineContender],
+        prompts: Sequence[EncodedPrompt],
+        repetitions: range,
+        on_turn: Callable[[str], None],
+    ) -> None:
+        for turn in schedule(contenders, prompts, repetitions, self.plan.workload.warmup):
+            name = turn.contender.name
+            on_turn(short_name(name))
+            if not turn.warms_up and (reason := self._hopeless(name)) is not None:
+                self.failures.setdefault(name, reason)
+            if name in self.failures:
+                continue
+            try:
+                run = turn.run(self.plan.workload.options)
+            except (LlmcadError, MemoryError) as error:
+                self._fail(name, error)
+                continue
+            if turn.warms_up:
+                stats = run.generation.stats or run.generation
+                self.seats[name].warm_ups.append(stats.prompt_s + stats.decode_s)
+            else:
+                self.runs.append(run)
+
+    def _hopeless(self, name: str) -> str | None:
+        """Why a candidate is not worth measuring: it took many times as long as no draft for every answer of the
+        warm-up; None for one that is."""
+        plain = self.seats[NO_DRAFT].warm_ups if NO_DRAFT in self.seats else ()
+        times = list(zip(self.seats[name].warm_ups, plain, strict=False))
+        if not times or any(own <= _HOPELESS * without for own, without in times):
+            return None
+        return (
+            f"its warm-up took {times[-1][0]:.1f} s for an answer that takes {times[-1][1]:.1f} s without a draft"
+        )
+
+    def _fail(self, name: str, error: LlmcadError | MemoryError) -> None:
+        if name == NO_DRAFT:
+            raise error
+        self.failures[name] = str(error) or "there is not enough memory"
+
+    def decide(self) -> None:
+        """Find each candidate's figures and, if all was measured, the best.
+
+        On a CPU equal arithmetic gives equal text, and a candidate with another text fails; elsewhere rounding may
+        decide near-ties.
+        """
+        for name, seat in self.seats.items():
+            if name in self.failures or not any(run.variant == name for run in self.runs):
+                continue
+            line = candidate_figures(self.plan, seat, self.runs)
+            if line.mismatches and mx.default_device() == mx.cpu:
+                wrong = f"{line.mismatches} of {line.num_compared} tokens are not the target's own"
+                self.failures[name] = f"{wrong}; please report this"
+            else:
+                self.lines.append(line)
+        self.lines.sort(key=lambda line: -(line.tokens_per_s or 0.0))
+        if not self.interrupted:
+            self.decision = decide(self.lines, among(self.runs, self.plan.measured), self.lineup.incumbent)
+
+    def save(self) -> None:
+        """Save the choice, and what was learned about each pair that was measured; nothing of an interrupted
+        run."""
+        if self.decision is None:
+            return
+        winner, options = self.decision.winner, self.plan.memory
+        for line in self.lines:
+            seat = self.seats[line.draft]
+            streamed = None if seat.plan is None else seat.plan.streamed_bytes
+            kept = PairProfile(pair_profile_path(seat.candidate.names, streamed, options.read_bandwidth))
+            kept.costs, kept.calibration = seat.profile.costs, seat.profile.calibration
+            kept.save()
+        speed = next(line.tokens_per_s for line in self.lines if line.draft == winner)
+        try:
+            choice = DraftChoice(winner, conditions(options), speed or 0.0)
+            self.saved = save_choice(self.lineup.target_path, choice)
+        except LlmcadError as error:
+            self.problem = error
 
 
 def run_tune(
-    plan: TunePlan,
-    target: str | None,
-    options: MemoryOptions,
-    show_progress: bool,
-    on_turn: OnTurn = lambda label, total: None,
-) -> TuneReport:
+    plan: TunePlan, target: str | None, show_progress: bool, on_turn: OnTurn = lambda label, total: None
+) -> Tuning:
     """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies.
 
-    Raises the errors of `load_pair` for the target; those of a draft are in the report. An interrupted run chooses
-    and saves nothing.
+    Raises the errors of `load_pair` for the target; those of a draft are in the result.
     """
     name = target or DEFAULT_PRESET
     target_path = resolve_target(name, show_progress)
-    choice = find_choice(target_path, conditions(options))
+    choice = find_choice(target_path, conditions(plan.memory))
     incumbent = None if choice is None else choice.draft
-    candidates = find_candidates(name, target_path, plan.drafts, plan.bits, plan.tokens, incumbent, show_progress)
-    report = tune(plan, Lineup(name, target_path, candidates, options, incumbent), on_turn=on_turn)
-    save(report)
-    return report
+    tuning = Tuning.of(plan, find_candidates(name, target_path, plan.drafts, incumbent, show_progress))
+    tuning.measure(on_turn)
+    tuning.decide()
+    tuning.save()
+    return tuning
 
 
-def tune(
-    plan: TunePlan,
-    lineup: Lineup,
-    open_pair: OpenPair | None = None,
-    on_turn: OnTurn = lambda label, total: None,
-) -> TuneReport:
-    """Measure the candidates and choose one. Where all fit into memory together they share one target; else each
-    is loaded anew in every repetition, under a memory plan of its own.
-
-    open_pair: loads a candidate with a target that is shared.
-    """
-    found = lineup.candidates.found
-    together = open_pair is not None or not is_planned([candidate.names for candidate in found], lineup.options)
-    if open_pair is None:
-        open_pair = _opener(lineup, together)
-    outcome = measure(plan.task, found, open_pair, together, on_turn)
-    runs = {name: [run for run in outcome.runs if run.variant == name] for name in outcome.seats}
-    lines = [
-        _line(plan, lineup, seat, runs[name], runs.get(NO_DRAFT, []))
-        for name, seat in outcome.seats.items()
-        if runs[name] and name not in outcome.failures
-    ]
-    failures = [*lineup.candidates.failures, *(Failure(*item) for item in outcome.failures.items())]
-    wrong = [line for line in lines if line.mismatches and _exact()]
-    failures += [_different(line) for line in wrong]
-    lines = [line for line in lines if line not in wrong]
-    decision = None
-    if not outcome.interrupted:
-        decision = decide(lines, among(outcome.runs, plan.split.measured), lineup.incumbent)
-    return TuneReport(plan, lineup, together, outcome, lines, failures, decision)
-
-
-def save(report: TuneReport) -> None:
-    """Save the choice, and what was learned about each pair that was measured. Nothing of an interrupted run."""
-    decision = report.decision
-    if decision is None:
+def sittings(
+    candidates: Sequence[Candidate], repeat: int, together: bool
+) -> Iterator[tuple[Sequence[Candidate], range]]:
+    """Who is in memory together, and for which repetitions: all candidates for all of them, or one after the other
+    in each, each time another first."""
+    if together:
+        yield candidates, range(repeat)
         return
-    options, speeds = report.lineup.options, {line.name: line.tokens_per_s for line in report.lines}
-    for line in report.lines:
-        seat = report.outcome.seats[line.name]
-        streamed = None if seat.plan is None else seat.plan.streamed_bytes
-        kept = PairProfile(pair_profile_path(seat.candidate.names, streamed, options.read_bandwidth))
-        kept.costs, kept.calibration = seat.profile.costs, seat.profile.calibration
-        kept.save()
-    choice = DraftChoice(decision.winner, conditions(options), speeds[decision.winner] or 0.0)
-    try:
-        report.saved = save_choice(report.lineup.target_path, choice)
-    except LlmcadError as error:
-        report.problem = error
+    for repetition in range(repeat):
+        first = repetition % len(candidates)
+        for candidate in (*candidates[first:], *candidates[:first]):
+            yield [candidate], range(repetition, repetition + 1)
 
 
-def _opener(lineup: Lineup, together: bool) -> OpenPair:
-    if not together:
-        return lambda candidate: load_names(candidate.names, lineup.options)
-    shared = PreparedTarget.in_memory(lineup.target_path)
-    return lambda candidate: shared.build(candidate.names)
+# -- report ----------------------------------------------------------------------------------------------
 
 
-def _line(
-    plan: TunePlan, lineup: Lineup, seat: Seat, runs: Sequence[Run], reference: Sequence[Run]
-) -> CandidateFigures:
-    """One candidate's figures from its own `runs`."""
-    middle, costs, memory = median_runs(runs), seat.profile.costs, seat.plan
-    streamed = 0 if memory is None else memory.streamed_bytes
-    calibrating = among(middle, plan.split.calibration)
-    wrong, total = compared(runs, reference)
-    by_domain = {domain: [run for run in middle if run.place.domain == domain] for domain in plan.domains}
-    return CandidateFigures(
-        name=seat.candidate.name,
-        draft_bytes=seat.draft_bytes,
-        draft_step_s=costs.draft.predict(1) if costs.draft else None,
-        streamed_bytes=streamed,
-        pinned_bytes=None if memory is None else memory.pinned_bytes,
-        tokens_per_pass=tokens_per_pass(middle),
-        prediction=Prediction.of(calibrating, costs, streamed, lineup.options.read_bandwidth),
-        tokens_per_s=rate(among(middle, plan.split.measured)),
-        prompt_s=median([stats.prompt_s for stats in stats_of(runs)]),
-        domains={domain: DomainFigures(tokens_per_pass(own), rate(own)) for domain, own in by_domain.items()},
-        num_runs=len(runs),
-        mismatches=wrong,
-        num_compared=total,
+def tune_report(done: Tuning, argv: Sequence[str]) -> Report:
+    """All candidates, the best first; then tokens per pass and speed by domain; and in the document everything:
+    bytes in bytes, times in seconds, speeds in tokens per second."""
+    origin, notes, lineup, plan, work = Origin(argv), _notes(done), done.lineup, done.plan, done.plan.workload
+    emulated = output.emulated_rate(plan.memory.read_bandwidth, "; reads ")
+    document = {
+        **origin.to_json(),
+        "target": lineup.target,
+        "target_path": str(lineup.target_path),
+        "emulated": bool(emulated),
+        "options": {
+            "drafts": None if plan.drafts.names is None else list(plan.drafts.names),
+            "bits": list(plan.drafts.bits),
+            "trim": list(plan.drafts.tokens),
+            "calibrated_on": [f"{domain}/{name}" for domain, name in sorted(plan.calibrating)],
+            "measured_on": [f"{domain}/{name}" for domain, name in sorted(plan.measured)],
+            **work.to_json(),
+            **asdict(plan.memory),
+        },
+        "together": done.together,
+        "interrupted": done.interrupted,
+        "winner": _winner(done),
+        "incumbent": lineup.incumbent,
+        "tied": [] if done.decision is None else list(done.decision.tied),
+        "saved": None if done.saved is None else str(done.saved),
+        "candidates": [_candidate_json(done, line) for line in done.lines],
+        "failed": [{"draft": name, "reason": reason} for name, reason in done.failures.items()],
+        "notes": notes,
+        "runs": [_run_json(run) for run in done.runs],
+    }
+    return Report(
+        "tune",
+        _tables(done),
+        notes,
+        document,
+        heading=f"# {lineup.target}: drafts\n\n{origin.to_markdown()}",
+        draw=partial(_draw, done, f"{short_name(lineup.target)}{emulated}"),
+        interrupted=done.interrupted,
+        problem=done.problem,
     )
 
 
-def _different(line: CandidateFigures) -> Failure:
-    return Failure(
-        line.name, f"{line.mismatches} of {line.num_compared} tokens are not the target's own; please report this"
+def _candidate_json(done: Tuning, line: CandidateFigures) -> dict[str, Any]:
+    standings = () if done.decision is None else done.decision.standings
+    return {
+        **asdict(line),
+        "predicted_tokens_per_s": line.predicted_tokens_per_s,
+        "difference": line.difference,
+        "standing": next((asdict(entry) for entry in standings if entry.name == line.draft), None),
+    }
+
+
+def _run_json(run: Run) -> dict[str, Any]:
+    stats = run.generation.stats
+    row: dict[str, Any] = {"draft": run.variant, **asdict(run.place), "order": run.order}
+    return row | ({} if stats is None else asdict(stats))
+
+
+def _tables(done: Tuning) -> list[Table]:
+    per_pass, speed = [], []
+    for line in done.lines:
+        named, domains = {"draft": short_name(line.draft)}, line.domains.items()
+        per_pass.append(named | {name: number(figures.tokens_per_pass, 2) for name, figures in domains})
+        speed.append(named | {name: number(figures.tokens_per_s) for name, figures in domains})
+    if not done.lines:
+        return []
+    title = f"drafts for {short_name(done.lineup.target)}"
+    emulated = "" if done.plan.memory.read_bandwidth is None else " (emulated)"
+    return [
+        Table.of(f"{title}{emulated}", [_cells(done, line) for line in done.lines]),
+        Table.of("tokens per pass", per_pass),
+        Table.of("tokens per s, both halves", speed),
+    ]
+
+
+def _cells(done: Tuning, line: CandidateFigures) -> dict[str, str]:
+    """A row of the table of all candidates, by header."""
+    plain = next((other.tokens_per_s for other in done.lines if other.draft == NO_DRAFT), None)
+    ratio = line.tokens_per_s / plain if plain and line.tokens_per_s is not None else None
+    label = short_name(line.draft) + (" (chosen)" if line.draft == _winner(done) else "")
+    cells = {"draft": label, "memory": format_size(line.draft_bytes)}
+    if line.pinned_bytes is not None:
+        cells |= {"pinned": format_size(line.pinned_bytes), "read per pass": format_size(line.streamed_bytes)}
+    cells |= {
+        "prompt": milliseconds(line.prompt_s, 0),
+        "tokens per pass": number(line.tokens_per_pass, 2),
+        "draft step": milliseconds(line.draft_step_s),
+        "predicted tokens per s": number(line.predicted_tokens_per_s),
+        "measured": number(line.tokens_per_s),
+        "difference": NOTHING if line.difference is None else f"{line.difference:+.0%}",
+        "× none": number(ratio, 2),
+    }
+    if any(other.mismatches for other in done.lines):
+        cells["wrong tokens"] = f"{line.mismatches}/{line.num_compared}"
+    return cells
+
+
+def _winner(done: Tuning) -> str | None:
+    return None if done.decision is None else done.decision.winner
+
+
+def _notes(done: Tuning) -> list[str]:
+    """What a reader of the figures must know."""
+    plan, work = done.plan, done.plan.workload
+    where = (
+        "all in memory together, interleaved by prompt"
+        if done.together
+        else "loaded one after the other, in every repetition anew"
     )
+    notes = [
+        f"Prompts: {len(plan.calibrating)} predict, {len(plan.measured)} are measured; "
+        f"repetitions: {work.repeat}; at most {work.max_tokens} tokens; temperature {work.temperature:g}. "
+        f"Candidates {where}. A prompt counts with its median repetition; speeds are all tokens over all seconds.",
+        "Predicted: A / (max(W/B, C) + D) with tokens per pass A, computing C and the rest of a round D from the "
+        "prompts that predict; measured: the speed on the others. Reading the prompt comes on top.",
+    ]
+    if plan.memory.read_bandwidth is not None:
+        notes.append(f"Reads are {output.emulated_rate(plan.memory.read_bandwidth)}.")
+    notes += [f"Left out: {name}: {reason}." for name, reason in done.failures.items()]
+    if done.interrupted:
+        notes.append(f"Interrupted after {len(done.runs)} generations: nothing is chosen, nothing saved.")
+    elif done.decision is None:
+        notes.append("Nothing was measured: nothing is chosen.")
+    else:
+        notes += _decision_notes(done.decision, done.saved)
+    return notes
 
 
-def _exact() -> bool:
-    """Whether equal arithmetic gives equal text: elsewhere rounding may decide near-ties."""
-    return bool(mx.default_device() == mx.cpu)
+def _decision_notes(decision: Decision, saved: Path | None) -> list[str]:
+    notes, winner = [], short_name(decision.winner)
+    others = [short_name(name) for name in decision.tied if name != decision.winner]
+    if decision.stays and decision.winner != decision.fastest:
+        notes.append(
+            f"{winner} was chosen before and stays: it falls short of {short_name(decision.fastest)} by less than "
+            "twice the noise."
+        )
+    elif others:
+        notes.append(
+            f"Within the noise (at least {LEAST_NOISE:.0%}) as fast: {', '.join(others)}; the smallest draft wins."
+        )
+    if saved is not None:
+        notes.append(f"Saved in {saved}: --draft auto means {winner} from now on.")
+    return notes
 
 
-NONE = "none"
+_COLOURS = (
+    output.BLUE, output.ORANGE, output.GREEN, output.PINK, output.SKY, output.RED, output.YELLOW, output.GREY,
+)  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class TunePlan:
-    """What to measure. `drafts`: None for what is there; `bits` and
-    `tokens`: of the copies of draft models."""
-
-    drafts: tuple[str, ...] | None
-    bits: tuple[int, ...]
-    tokens: tuple[int, ...]
-    task: Task
-    split: Split
-
-    @property
-    def domains(self) -> list[str]:
-        """Of the prompts, in their order."""
-        return list(dict.fromkeys(prompt.domain for prompt in self.task.prompts))
-
-    @classmethod
-    def of(
-        cls,
-        drafts: str | None,
-        bits: str,
-        trim: str,
-        prompts: Path | None,
-        per_domain: int | None,
-        max_tokens: int,
-        repeat: int,
-        warmup: int,
-        temperature: float,
-        seed: int,
-    ) -> TunePlan:
-        """Check what the command line was given. Raises UsageError naming the option."""
-        GenerationOptions.of(max_tokens=max_tokens, temperature=temperature, seed=seed)
-        if max_tokens < 2:
-            raise UsageError("max_tokens: to be measured a draft needs a limit of 2 or more")
-        check_integer("repeat", repeat, 1, 10_000)
-        check_integer("warmup", warmup, 0, 10_000)
-        if per_domain is not None:
-            check_integer("per_domain", per_domain, 2, 10_000)
-        with as_file(files("llmcad_mlx.measure").joinpath("tune_prompts.toml")) as packaged:
-            found = load_prompts(prompts or packaged, [ALL_DOMAINS], per_domain)
-        sampling = Sampling(max_tokens, temperature, seed)
-        task = Task(tuple(mixed_by_domain(found)), sampling, repeat, warmup)
-        return cls(_drafts(drafts), _bits(bits), _tokens(trim), task, Split.of(found))
-
-
-def _drafts(text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise UsageError("drafts: none given; name some, separated by commas, or leave the option out")
-    for name in names:
-        DerivedDraft.parse(name)
-    return tuple(names)
-
-
-def _bits(text: str) -> tuple[int, ...]:
-    if text == NONE:
-        return ()
-    names = [name.strip() for name in text.split(",")]
-    known = {str(bits): bits for bits in BITS}
-    for name in names:
-        if name not in known:
-            raise UsageError(f"bits: {name!r} is not one of {', '.join(known)}, or {NONE}")
-    return tuple(dict.fromkeys(known[name] for name in names))
-
-
-def _tokens(text: str) -> tuple[int, ...]:
-    if text == NONE:
-        return ()
-    names = [name.strip() for name in text.split(",")]
-    if not all(name.isascii() and name.isdigit() and int(name) for name in names):
-        raise UsageError(f"trim: {text!r} is not a list of numbers of tokens like 4096,8192, or {NONE}")
-    return tuple(dict.fromkeys(int(name) for name in names))
+def _draw(done: Tuning, subtitle: str, folder: Path) -> None:
+    """Speed, predicted and measured, and tokens per pass by domain; without lines an earlier plot is removed."""
+    lines, domains, figure = (
+        done.lines,
+        done.plan.domains,
+        output.new_figure("Drafts measured by tune", subtitle),
+    )
+    if not lines:
+        (folder / "tune.png").unlink(missing_ok=True)
+        return
+    speed, per_pass = output.bar_panels(figure, 2.0 + 0.75 * len(lines), 2, width=10.0)
+    rows = range(len(lines))
+    colours = [output.ORANGE if line.draft == _winner(done) else output.BLUE for line in lines]
+    bars = speed.barh(rows, [line.tokens_per_s or 0.0 for line in lines], 0.6, color=colours)
+    speed.bar_label(bars, fmt="%.1f", padding=6)
+    known = [(line.predicted_tokens_per_s, row) for row, line in enumerate(lines) if line.predicted_tokens_per_s]
+    if known:
+        speed.plot(*zip(*known, strict=True), "k|", markersize=22, markeredgewidth=2)
+    speed.set_xlabel("tokens/s; black line: predicted" + ("" if _winner(done) is None else "; orange: chosen"))
+    speed.set_yticks(rows, [short_name(line.draft) for line in lines])
+    height = 0.8 / len(domains)
+    for index, domain in enumerate(domains):
+        at = [row + (index - (len(domains) - 1) / 2) * height for row in rows]
+        values = [line.domains[domain].tokens_per_pass or 0.0 for line in lines]
+        per_pass.barh(at, values, height, color=_COLOURS[index % len(_COLOURS)], label=domain)
+    per_pass.set_xlabel("tokens per pass of the target")
+    output.legend_below(figure)
+    figure.savefig(folder / "tune.png", dpi=150)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +13,27 @@ ABLATION = "ablation"
 DEFAULT_VARIANTS = "plain,chain,paper,throughput"
 
 Drafters = Literal["all", "draft", "ngram", "wrong", "none"]
+
+_ADAPTIVE = ("paper", "throughput")
+_PARTS = ("tree", "fallback", "pipeline")
+_FORCED = ("tree", "draft")
+
+_MEANINGS = (
+    (PLAIN, "no speculation"),
+    (PLAIN_EQUAL, "the same, with more of the target pinned instead of a draft"),
+    ("chain or chain:K", "K drafted tokens in a line"),
+    ("paper", "LLMCad's policy"),
+    ("throughput", "the default policy"),
+    ("paper-no-X and throughput-no-X", f"without one or more of {', '.join(_PARTS)}"),
+    (ABLATION, "plain, both policies, and both without each part and without all"),
+    ("tree:N", "N nodes in every pass"),
+    ("draft:N", "the same by the draft alone, without prompt lookup"),
+    ("ngram", "prompt lookup alone"),
+    ("wrong", "a draft that is always wrong"),
+    ("no-draft", "the default policy without a draft"),
+    (MLX_LM, "mlx_lm.stream_generate"),
+    (MLX_LM_DRAFT, "the same with its draft_model"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +56,6 @@ class Variant:
 def variant_help() -> str:
     """The known names in one line each, for --help and errors."""
     return "; ".join(f"{name} ({meaning})" for name, meaning in _MEANINGS)
-
-
-_ADAPTIVE = ("paper", "throughput")
-_PARTS = ("tree", "fallback", "pipeline")
-_FORCED = ("tree", "draft")
-
-_MEANINGS = (
-    (PLAIN, "no speculation"),
-    (PLAIN_EQUAL, "the same, with more of the target pinned instead of a draft"),
-    ("chain or chain:K", "K drafted tokens in a line"),
-    ("paper", "LLMCad's policy"),
-    ("throughput", "the default policy"),
-    ("paper-no-X and throughput-no-X", f"without one or more of {', '.join(_PARTS)}"),
-    (ABLATION, "plain, both policies, and both without each part and without all"),
-    ("tree:N", "N nodes in every pass"),
-    ("draft:N", "the same by the draft alone, without prompt lookup"),
-    ("ngram", "prompt lookup alone"),
-    ("wrong", "a draft that is always wrong"),
-    ("no-draft", "the default policy without a draft"),
-    (MLX_LM, "mlx_lm.stream_generate"),
-    (MLX_LM_DRAFT, "the same with its draft_model"),
-)
 
 
 def parse_variants(text: str) -> list[Variant]:
@@ -97,32 +95,27 @@ def forced_nodes(name: str) -> int | None:
     return int(number) if kind in _FORCED and number else None
 
 
-def needs_mlx_lm(variants: Sequence[Variant]) -> bool:
-    """Whether mlx-lm's own copy of the target is wanted."""
-    return any(variant.is_mlx_lm for variant in variants)
-
-
 def _variant(name: str) -> Variant:
     kind, colon, number = name.partition(":")
     if colon:
         return _numbered(name, kind, number)
-    speculation = SpeculationSettings
+    default = SpeculationSettings()
     known = {
-        PLAIN: Variant(PLAIN, "none", speculation("plain")),
-        PLAIN_EQUAL: Variant(PLAIN_EQUAL, "none", speculation("plain"), equal_memory=True),
-        "chain": Variant("chain", "all", speculation("chain")),
-        "paper": Variant("paper", "all", speculation("paper")),
-        "throughput": Variant("throughput", "all", speculation()),
-        "ngram": Variant("ngram", "ngram", speculation()),
-        "wrong": Variant("wrong", "wrong", speculation()),
-        "no-draft": Variant("no-draft", "none", speculation()),
+        PLAIN: Variant(PLAIN, "none", SpeculationSettings("plain")),
+        PLAIN_EQUAL: Variant(PLAIN_EQUAL, "none", SpeculationSettings("plain"), equal_memory=True),
+        "chain": Variant("chain", "all", SpeculationSettings("chain")),
+        "paper": Variant("paper", "all", SpeculationSettings("paper")),
+        "throughput": Variant("throughput", "all", default),
+        "ngram": Variant("ngram", "ngram", default),
+        "wrong": Variant("wrong", "wrong", default),
+        "no-draft": Variant("no-draft", "none", default),
         MLX_LM: Variant(MLX_LM, "none", None),
         MLX_LM_DRAFT: Variant(MLX_LM_DRAFT, "none", None),
     }
-    policy, *without = name.split("-no-")
-    if policy in _ADAPTIVE and without and sorted(without) == sorted(set(without) & set(_PARTS)):
-        whole: SpeculationSettings = known[policy].settings or speculation()
-        kept: dict[str, Any] = {part: part not in without for part in _PARTS}
+    parts = ablated(name)
+    if parts is not None and parts.missing and sorted(parts.missing) == sorted(set(parts.missing) & set(_PARTS)):
+        whole = known[parts.policy].settings or default
+        kept: dict[str, Any] = {part: part not in parts.missing for part in _PARTS}
         return Variant(name, "all", replace(whole, **kept))
     if name not in known:
         raise UsageError(f"variants: {name!r} is unknown; choose from {variant_help()}")

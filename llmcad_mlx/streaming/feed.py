@@ -29,6 +29,7 @@ class OnDemandFeed:
         self._storage = storage
 
     def take(self, unit: int) -> int:
+        """Read `unit`; returns the index of the buffer that holds it."""
         for read in self._units[unit].reads:
             end = read.buffer_offset + read.num_bytes
             self._storage.read_into(read.file, read.offset, self._buffer[read.buffer_offset : end])
@@ -85,6 +86,10 @@ class SequentialFeed:
         return max(outlook.ready, min(slack, outlook.idle - self._unit_s), 0.0)
 
     def take(self, unit: int) -> int:
+        """Wait until `unit`, the next in order, is in memory; returns the index of the buffer that holds it.
+
+        Raises ModelError for a model that takes its layers in another order, and what reading raised.
+        """
         if unit == 0:
             # The last pass may have been broken off anywhere; a read that failed since is tried again.
             self.stream.restart()
@@ -108,6 +113,7 @@ class SequentialFeed:
             self._unit_s += (seconds - self._unit_s) * (_LAST_WEIGHT if self._unit_s else 1.0)
 
     def give_back(self) -> None:
+        """The unit that was taken first is no longer needed."""
         self.stream.release()
 
     def close(self) -> None:
@@ -127,20 +133,14 @@ class RowReader:
     def rows(self, indices: Sequence[int]) -> dict[str, mx.array]:
         """The rows `indices` of every parameter, by name."""
         found = {}
-        for parameter in self._matrix.parameters:
-            extent = parameter.extent
-            row_bytes = extent.num_bytes // self._matrix.num_rows
+        for p in self._matrix.parameters:
+            row_bytes = p.extent.num_bytes // self._matrix.num_rows
             data = bytearray(row_bytes * len(indices))
-            out = memoryview(data)
             for place, index in enumerate(indices):
-                part = out[place * row_bytes : (place + 1) * row_bytes]
-                self._storage.read_into(extent.file, extent.offset + index * row_bytes, part)
-            array = (
-                mx.array(np.frombuffer(data, np.uint8))
-                .view(parameter.stored)
-                .reshape(len(indices), *extent.shape[1:])
-            )
-            found[parameter.name] = array.astype(parameter.wanted)
+                part = memoryview(data)[place * row_bytes : (place + 1) * row_bytes]
+                self._storage.read_into(p.extent.file, p.extent.offset + index * row_bytes, part)
+            array = mx.array(np.frombuffer(data, np.uint8)).view(p.stored)
+            found[p.name] = array.reshape(len(indices), *p.extent.shape[1:]).astype(p.wanted)
             if self.feed is not None:
                 self.feed.row_bytes += len(data)
         return found

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,38 +21,10 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from llmcad_mlx.models.adapt import Adaptation, adapt
+from llmcad_mlx.streaming.feed import OnDemandFeed, RowReader, SequentialFeed
+from llmcad_mlx.streaming.weights import Placement
 
-
-class WeightFeed(Protocol):
-    """Brings units of weights into buffers."""
-
-    def take(self, unit: int) -> int:
-        """Wait until `unit` is in memory; returns the index of the buffer that holds it."""
-
-    def give_back(self) -> None:
-        """What was taken is no longer needed."""
-
-
-class RowSource(Protocol):
-    """Reads single rows of a matrix on the disk."""
-
-    def rows(self, indices: Sequence[int]) -> dict[str, mx.array]:
-        """The rows `indices` of each parameter of an embedding, by the parameter's name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """One parameter of a streamed module: where it lies in its unit's buffer, and as what."""
-
-    module: Module
-    name: str
-    offset: int
-    num_bytes: int
-    shape: tuple[int, ...]
-    stored: mx.Dtype
-    wanted: mx.Dtype
-    """What the model computes with; converted on each use where it differs from `stored`."""
-
+WeightFeed = OnDemandFeed | SequentialFeed
 
 Views = dict[Hashable, list[mx.array]]
 """By buffer and layout, the tensors that lie in it."""
@@ -156,7 +128,7 @@ class StreamedHead(Streamed):
 class StreamedEmbedding(Streamed):
     """An embedding whose rows are looked up one by one; as a head, its rows come in pieces."""
 
-    _rows: RowSource
+    _rows: RowReader
     _pieces: Sequence[StreamedUnit]
 
     def __call__(self, ids: mx.array) -> mx.array:
@@ -181,7 +153,7 @@ def stream_head(head: Module, pieces: Sequence[StreamedUnit]) -> None:
     adapt(head, StreamedHead, _pieces=pieces)
 
 
-def stream_embedding(embedding: Module, rows: RowSource, pieces: Sequence[StreamedUnit] = ()) -> None:
+def stream_embedding(embedding: Module, rows: RowReader, pieces: Sequence[StreamedUnit] = ()) -> None:
     """Look an embedding's rows up with `rows`; as the model's head its rows come with `pieces`."""
     adapt(embedding, StreamedEmbedding, _rows=rows, _pieces=pieces)
 

@@ -1,8 +1,7 @@
 """Reads the streamed units of a target, pass after pass, ahead of the thread that computes with them.
 
-The order of reading ahead: which unit goes into which buffer, what is there, what is in use.
-
-No thread, file or clock in here. A stream asks what to read next and tells what was read (`stream`).
+`ReadAhead` decides what is read when, and into which buffer, without thread, file or clock. `ThreadedStream` does
+it, and tests have a stream on a simulated clock.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 from llmcad_mlx.errors import StorageError
 from llmcad_mlx.streaming.storage import Storage
@@ -143,7 +141,10 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is brought in at once: a layer, a piece of the head. `sha256`: of its bytes in the order of reading."""
+    """What is brought in at once: a layer, a piece of the head.
+
+    `sha256`: of its bytes in the order of reading, with which every read is compared; None: nothing is.
+    """
 
     name: str
     reads: tuple[Read, ...]
@@ -159,57 +160,19 @@ class Unit:
         return max((read.buffer_offset + read.num_bytes for read in self.reads), default=0)
 
 
-class WeightStream(Protocol):
-    """Units in cyclic order, read ahead into a few buffers.
-
-    buffer = stream.wait()      # the next unit is in this buffer
-    …compute with it…
-    stream.release()            # the buffer may be filled again
-    """
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read so far."""
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds that `wait` has blocked so far."""
-
-    @property
-    def next_unit(self) -> int:
-        """What `wait` returns next."""
-
-    def ready(self) -> bool:
-        """Whether `wait` would return, or raise, at once."""
-
-    def outlook(self) -> Outlook:
-        """What is expected, by the rate of the last reads; all 0.0 before the first."""
-
-    def wait(self) -> int:
-        """Block until the next unit is there; returns the index of its buffer. Raises what reading raised."""
-
-    def release(self) -> None:
-        """The oldest unit that `wait` returned and that was not released is done with."""
-
-    def restart(self) -> None:
-        """Let the next unit be the first of a pass, and try again after an error.
-
-        What was read ahead for the next pass stays; the rest of this one is dropped, and nothing is held.
-        """
-
-    def close(self) -> None:
-        """Stop reading and let go of the files."""
-
-
 class _StoppedError(Exception):
     """The read is not wanted any more."""
 
 
-class ThreadedStream:
-    """A stream with a thread that reads.
+class WeightStream:
+    """Units in cyclic order, read ahead into a few buffers by a thread.
+
+        buffer = stream.wait()      # the next unit is in this buffer
+        …compute with it…
+        stream.release()            # the buffer may be filled again
 
     After the last unit of a pass comes the first of the next, so reading goes on between passes until all buffers
-    are full. After an error `restart` tries again.
+    are full. `bytes_read` counts what was read so far, `wait_s` the seconds that `wait` has blocked.
     """
 
     def __init__(
@@ -218,15 +181,13 @@ class ThreadedStream:
         buffers: Sequence[memoryview],
         storage: Storage,
         clock: Callable[[], float] = time.perf_counter,
-        verify: bool = False,
     ) -> None:
-        """verify: compare each unit that has a checksum with it. Raises ValueError for buffers that are too few or
-        too small."""
+        """Raises ValueError for buffers that are too few or too small."""
         need = max((unit.buffer_bytes for unit in units), default=0)
         if not units or not buffers or any(len(buffer) < need for buffer in buffers):
             raise ValueError(f"{len(buffers)} buffers cannot stream {len(units)} units of up to {need} bytes")
         self._units, self._buffers, self._storage = units, buffers, storage
-        self._clock, self._verify = clock, verify
+        self._clock = clock
         self.bytes_read = 0
         self.wait_s = 0.0
         self._changed = threading.Condition()
@@ -241,9 +202,11 @@ class ThreadedStream:
 
     @property
     def next_unit(self) -> int:
+        """What `wait` returns next."""
         return self._ahead.next_unit
 
     def ready(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
         with self._changed:
             return self._something_to_say()
 
@@ -251,12 +214,14 @@ class ThreadedStream:
         return self._ahead.num_there > 0 or self._error is not None or self._closed
 
     def outlook(self) -> Outlook:
+        """What is expected, by the rate of the last reads; all 0.0 before the first."""
         with self._changed:
             if not self._rate or self._closed or self._error is not None:
                 return Outlook(0.0, 0.0, 0.0)
             return self._ahead.outlook(self._rate, self._unit_read)
 
     def wait(self) -> int:
+        """Block until the next unit is there; returns the index of its buffer. Raises what reading raised."""
         with self._changed:
             if not self._something_to_say():
                 started = self._clock()
@@ -270,11 +235,13 @@ class ThreadedStream:
             raise self._error or RuntimeError("the stream is closed")
 
     def release(self) -> None:
+        """The oldest unit that `wait` returned and that was not released is done with."""
         with self._changed:
             self._ahead.release()
             self._changed.notify_all()
 
     def restart(self) -> None:
+        """Let the next unit be the first of a pass, and try again after an error; see `ReadAhead.restart`."""
         with self._changed:
             reading, self._error = self._ahead.reading, None
             self._ahead.restart()
@@ -283,6 +250,7 @@ class ThreadedStream:
             self._changed.notify_all()
 
     def close(self) -> None:
+        """Stop reading and let go of the files."""
         with self._changed:
             self._closed = True
             self._generation += 1
@@ -322,7 +290,7 @@ class ThreadedStream:
 
     def _read(self, reading: Reading, generation: int) -> None:
         unit, buffer = self._units[reading.unit], self._buffers[reading.buffer]
-        digest = hashlib.sha256() if self._verify and unit.sha256 is not None else None
+        digest = None if unit.sha256 is None else hashlib.sha256()
         if reading.unit == 0:
             self._storage.check()
         for read in unit.reads:

@@ -1,13 +1,15 @@
-"""Which weights of a model can be streamed: those of its decoder layers, its embedding and its head.
+"""Which weights of a model can be streamed, and how they lie in the buffers they are read into.
 
-A parameter can be streamed when the file holds it as the model uses it: same name, same shape, untouched by the
+Decoder layers are streamed whole, the head in pieces of rows, the embedding by the rows that are looked up. A
+parameter can be streamed when the file holds it as the model uses it: same name, same shape, untouched by the
 model's `sanitize`. Small parameters (norms, biases) stay in memory: together they are a thousandth of a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -17,9 +19,14 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files.safetensors import DTYPES, TensorExtent, WeightIndex
+from llmcad_mlx.files.safetensors import DTYPES, TensorExtent
+from llmcad_mlx.models.folder import LoadedModel
+from llmcad_mlx.streaming.stream import Read, Unit
 
 SMALL_BYTES = 8 << 10
+_ALIGNMENT = 64  # of a tensor in a buffer
+_PIECE_ROWS = 64  # a piece of the head has a multiple of so many rows, as the kernels' blocks do
+_MIN_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +59,30 @@ class Matrix:
         return int(self.parameters[0].extent.shape[0])
 
     @property
-    def row_bytes(self) -> int:
-        return sum(p.extent.num_bytes // self.num_rows for p in self.parameters)
-
-    @property
     def num_bytes(self) -> int:
-        return self.row_bytes * self.num_rows
+        return sum(p.extent.num_bytes for p in self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One parameter of a streamed module: where it lies in its unit's buffer, and as what."""
+
+    module: Module
+    name: str
+    offset: int
+    num_bytes: int
+    shape: tuple[int, ...]
+    stored: mx.Dtype
+    wanted: mx.Dtype
+    """What the model computes with; converted on each use where it differs from `stored`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedUnit:
+    """What is read at once, and the parameters that lie in its buffer then."""
+
+    unit: Unit
+    places: tuple[Placement, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,94 +96,132 @@ class StreamParts:
     """Looked up by row; the last one is the head too where `tied`."""
     head: Matrix | None
     """None where the head is an embedding, or is not a plain matrix and stays in memory."""
-    tied: bool
     resident: tuple[tuple[Module, str], ...]
     """Everything else: module and parameter name."""
 
     @classmethod
-    def of(cls, model: Module, index: WeightIndex, unchanged: Collection[str], folder: object) -> StreamParts:
-        """Take `model`, loaded lazily, apart.
+    def of(cls, loaded: LoadedModel) -> StreamParts:
+        """Take a lazily loaded model apart.
 
-        unchanged: names of tensors that `sanitize` has passed through. Raises ModelError for a model whose layers'
-        weights are stored in another form than it computes with.
+        Raises ModelError for one whose layers' weights are stored in another form than it computes with.
         """
-        split = _Split(index, unchanged)
-        modules: Any = list(model.named_modules())  # type: ignore[no-untyped-call]
-        decoder = {id(layer): number for number, layer in enumerate(model.layers)}
-        prefixes = {decoder[id(m)]: f"{path}." for path, m in modules if id(m) in decoder}
+        modules: Any = list(loaded.model.named_modules())  # type: ignore[no-untyped-call]
+        decoder = list(loaded.model.layers)
+        numbers = {id(layer): number for number, layer in enumerate(decoder)}
+        layer_paths = {path: numbers[id(module)] for path, module in modules if id(module) in numbers}
         layers: list[list[StoredParameter]] = [[] for _ in decoder]
         matrices: list[Matrix] = []
         resident: list[tuple[Module, str]] = []
-        by_prefix = sorted(prefixes.items(), key=lambda item: item[1])
         for path, module in modules:
-            layer = next((number for number, prefix in by_prefix if f"{path}.".startswith(prefix)), None)
-            own = [(name, value) for name, value in module.items() if isinstance(value, mx.array)]
-            found = [split.stored(module, path, name, value) for name, value in own]
-            if layer is None:
-                matrix = _matrix(module, [p for p in found if p is not None], len(own))
-                if matrix is not None:
-                    matrices.append(matrix)
-                    resident += [(module, n) for n, v in own if v.ndim < 2]
-                else:
-                    resident += [(module, name) for name, _ in own]
-                continue
-            for (name, value), parameter in zip(own, found, strict=True):
-                if parameter is not None:
-                    layers[layer].append(parameter)
-                elif value.ndim >= 2 and value.nbytes > SMALL_BYTES and not name.startswith("_"):
-                    raise ModelError(
-                        f"{folder}: {path}.{name} is stored in another form than the model computes with; "
-                        "`llmcad-mlx convert` makes a folder that can be streamed"
-                    )
-                else:
-                    resident.append((module, name))
-        embeddings = [m for m in matrices if isinstance(m.module, Embedding | QuantizedEmbedding)]
-        heads = [m for m in matrices if isinstance(m.module, Linear | QuantizedLinear)]
-        embeddings.sort(key=lambda matrix: matrix.num_rows)
-        head = max(heads, key=lambda matrix: matrix.num_rows, default=None)
-        for other in heads:
-            if other is not head:
-                resident += [(p.module, p.name) for p in other.parameters]
-        tied = head is None and bool(embeddings)
-        return cls(tuple(model.layers), tuple(map(tuple, layers)), tuple(embeddings), head, tied, tuple(resident))
+            own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
+            stored = _stored(loaded, module, path, own)
+            number = _layer_number(path, layer_paths)
+            if number is not None:
+                layers[number] += stored.values()
+                _refuse_large(loaded, path, {name: own[name] for name in own if name not in stored})
+            elif _is_matrix(module, own, stored):
+                matrices.append(Matrix(module, tuple(stored.values())))
+            else:
+                stored = {}
+            resident += [(module, name) for name in own if name not in stored]
+        embeddings = sorted((m for m in matrices if _is_embedding(m.module)), key=lambda m: m.num_rows)
+        heads = [m for m in matrices if not _is_embedding(m.module)]
+        head = max(heads, key=lambda m: m.num_rows, default=None)
+        resident += [(p.module, p.name) for m in heads if m is not head for p in m.parameters]
+        return cls(tuple(decoder), tuple(map(tuple, layers)), tuple(embeddings), head, tuple(resident))
 
     @property
-    def layer_bytes(self) -> tuple[int, ...]:
-        """Bytes on the disk of what can be streamed of each decoder layer."""
-        return tuple(sum(p.extent.num_bytes for p in layer) for layer in self.layers)
+    def tied(self) -> bool:
+        """Whether an embedding is the head."""
+        return self.head is None and bool(self.embeddings)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Embeddings and head."""
+        return [*self.embeddings, *([self.head] if self.head else [])]
 
     @property
     def head_matrix(self) -> Matrix | None:
         """The matrix that gives the logits, an embedding's where they are tied."""
         return self.embeddings[-1] if self.tied else self.head
 
+    @property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Bytes on the disk of what can be streamed of each decoder layer."""
+        return tuple(sum(p.extent.num_bytes for p in layer) for layer in self.layers)
 
-class _Split:
-    def __init__(self, index: WeightIndex, unchanged: Collection[str]) -> None:
-        self._index = index
-        self._unchanged = unchanged
+    def units(self, layers: Sequence[int], head_pieces: int) -> list[PlacedUnit]:
+        """What a pass reads, in order: these layers, then the head in at most so many pieces, 0 for none."""
+        found = []
+        for number in layers:  # in the order of the file, so that reading is sequential
+            parameters = sorted(self.layers[number], key=lambda p: (str(p.extent.file), p.extent.offset))
+            found.append(_placed(f"layer {number}", parameters))
+        head = self.head_matrix
+        if head is None or not head_pieces:
+            return found
+        size = -(-head.num_rows // (head_pieces * _PIECE_ROWS)) * _PIECE_ROWS
+        for first in range(0, head.num_rows, size):
+            rows = range(first, min(first + size, head.num_rows))
+            found.append(_placed(f"head rows {rows.start} to {rows.stop}", head.parameters, rows))
+        return found
 
-    def stored(self, module: Module, path: str, name: str, value: mx.array) -> StoredParameter | None:
-        """The parameter's place in the files, or None where it is small or stored in another form."""
+    def all_units(self) -> list[PlacedUnit]:
+        """What a pass reads with nothing pinned; pieces of the head are no larger than a layer, or a megabyte."""
+        head_bytes = self.head_matrix.num_bytes if self.head_matrix else 0
+        largest = max(self.layer_bytes, default=0)
+        return self.units(range(len(self.layers)), -(-head_bytes // max(largest, _MIN_PIECE_BYTES)))
+
+
+def _layer_number(path: str, layer_paths: Mapping[str, int]) -> int | None:
+    """The decoder layer that a module at `path` is a part of."""
+    heads = accumulate(path.split("."), lambda head, name: f"{head}.{name}")
+    return next((layer_paths[head] for head in heads if head in layer_paths), None)
+
+
+def _stored(
+    loaded: LoadedModel, module: Module, path: str, own: Mapping[str, mx.array]
+) -> dict[str, StoredParameter]:
+    """The parameters that can be streamed, by name: neither small nor stored in another form."""
+    found = {}
+    for name, value in own.items():
         full = f"{path}.{name}" if path else name
-        if value.nbytes <= SMALL_BYTES or value.ndim < 2 or full not in self._unchanged or full not in self._index:
-            return None
-        extent = self._index[full]
-        if extent.shape != tuple(value.shape) or DTYPES[extent.dtype].mlx is None:
-            return None
-        return StoredParameter(module, name, extent, value.dtype)
+        extent = loaded.weights.get(full) if full in loaded.unchanged else None
+        if value.nbytes <= SMALL_BYTES or value.ndim < 2 or extent is None:
+            continue
+        if extent.shape == tuple(value.shape) and DTYPES[extent.dtype].mlx is not None:
+            found[name] = StoredParameter(module, name, extent, value.dtype)
+    return found
 
 
-def _matrix(module: Any, parameters: Sequence[StoredParameter], num_own: int) -> Matrix | None:
-    """The module as a matrix that can be had by rows, or None."""
-    if not isinstance(module, Embedding | QuantizedEmbedding | Linear | QuantizedLinear) or not parameters:
-        return None
-    rows = parameters[0].extent.shape[0]
-    two_dimensional = sum(1 for _ in _matrices(module))
-    if len(parameters) != two_dimensional or any(p.extent.shape[0] != rows for p in parameters):
-        return None
-    return Matrix(module, tuple(parameters))
+def _refuse_large(loaded: LoadedModel, path: str, kept: Mapping[str, mx.array]) -> None:
+    for name, value in kept.items():
+        if value.ndim >= 2 and value.nbytes > SMALL_BYTES and not name.startswith("_"):
+            raise ModelError(
+                f"{loaded.path}: {path}.{name} is stored in another form than the model computes with; "
+                "`llmcad-mlx convert` makes a folder that can be streamed"
+            )
 
 
-def _matrices(module: Module) -> Iterator[mx.array]:
-    return (value for value in module.values() if isinstance(value, mx.array) and value.ndim >= 2)
+def _is_embedding(module: Module) -> bool:
+    return isinstance(module, Embedding | QuantizedEmbedding)
+
+
+def _is_matrix(module: Module, own: Mapping[str, mx.array], stored: Mapping[str, StoredParameter]) -> bool:
+    """Whether the module can be had by rows: all its matrices are stored, with equally many."""
+    rows = [stored[name].extent.shape[0] if name in stored else -1 for name in own if own[name].ndim >= 2]
+    known = _is_embedding(module) or isinstance(module, Linear | QuantizedLinear)
+    return known and bool(stored) and -1 not in rows and len(set(rows)) == 1
+
+
+def _placed(name: str, parameters: Sequence[StoredParameter], rows: range | None = None) -> PlacedUnit:
+    """Lay parameters out in a buffer, one after the other. rows: only these of each."""
+    offset, reads, places = 0, [], []
+    for p in parameters:
+        start, num_bytes, shape = 0, p.extent.num_bytes, p.extent.shape
+        if rows is not None:
+            row_bytes = num_bytes // shape[0]
+            start, num_bytes, shape = rows.start * row_bytes, len(rows) * row_bytes, (len(rows), *shape[1:])
+        reads.append(Read(p.extent.file, p.extent.offset + start, num_bytes, offset))
+        places.append(Placement(p.module, p.name, offset, num_bytes, shape, p.stored, p.wanted))
+        offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return PlacedUnit(Unit(name, tuple(reads)), tuple(places))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,17 @@ def test_responses_agree_with_mlx_lm(
         assert not any(r.from_draft for r in ours)
 
 
-def test_from_draft_marks_the_accepted_tokens(engine: Engine) -> None:
-    responses = list(engine.stream_generate(TEXT, max_tokens=60, **SPECULATIVE))
+def test_rounds_can_be_watched_and_from_draft_marks_the_accepted_tokens(engine: Engine) -> None:
+    rounds: list[Any] = []
+    responses = list(engine.stream_generate(TEXT, on_round=rounds.append, max_tokens=60, **SPECULATIVE))
     stats = responses[-1].stats
     assert stats is not None
     assert 0 < stats.accepted == sum(r.from_draft for r in responses)
     assert stats.generated_tokens == 60
     assert stats.target_passes == 60 - stats.accepted  # each pass adds one token of the target's own
     assert stats.tokens_per_pass > 1.2  # or the tests here show little
+    assert [token for done in rounds for token in done.walk.tokens] == [r.token for r in responses]
+    assert max(len(done.selection.tree) for done in rounds) == 8
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2}], ids=str)
@@ -251,17 +255,48 @@ def test_the_draft_keeps_its_cache_too(folder: Path, draft: Path) -> None:
 # --- What ends early ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", POLICIES, ids=str)
-@pytest.mark.parametrize("taken", [0, 7])
-def test_after_an_abandoned_generation(
-    engine: Engine, plain: Callable[..., list[int]], options: dict[str, Any], taken: int
-) -> None:
+def abandon(engine: Engine, taken: int, **options: Any) -> None:
     stream = engine.stream_generate(TEXT, max_tokens=-1, temperature=1.0, **options)
     for _ in range(taken):
         next(stream)
     stream.close()  # type: ignore[attr-defined]
-    other = TEXT[:20] + " something else"
-    assert engine.generate(other, max_tokens=20, **options).tokens == plain(other, max_tokens=20)
+
+
+def break_off(engine: Engine, at: int, **options: Any) -> None:
+    with pytest.raises(RuntimeError, match="processor broke"):
+        engine.generate(TEXT, max_tokens=20, logits_processors=[Failing(at)], **options)
+
+
+def press_ctrl_c(engine: Engine, **options: Any) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    engine.generate("zzz", max_tokens=1)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(TEXT * 3, interrupt, **options)
+
+
+def rule_everything_out(engine: Engine, **options: Any) -> None:
+    with pytest.raises(GenerationError, match="every token is ruled out"):
+        engine.generate(TEXT, logits_processors=[lambda tokens, logits: logits - mx.inf], **options)
+
+
+@pytest.mark.parametrize("options", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    "end",
+    [
+        partial(abandon, taken=0), partial(abandon, taken=7), partial(break_off, at=1), partial(break_off, at=6),
+        press_ctrl_c, rule_everything_out,
+    ],
+    ids=["at once", "abandoned", "error", "later error", "in the prompt", "no token"],
+)  # fmt: skip
+def test_after_a_generation_that_ended_early(
+    engine: Engine, plain: Callable[..., list[int]], options: dict[str, Any], end: Callable[..., None]
+) -> None:
+    end(engine, **options)
+    for prompt in (TEXT, TEXT[:20] + " something else"):
+        assert engine.generate(prompt, max_tokens=20, **options).tokens == plain(prompt, max_tokens=20)
 
 
 def test_a_newer_generation_ends_the_older(engine: Engine, plain: Callable[..., list[int]]) -> None:
@@ -272,16 +307,6 @@ def test_a_newer_generation_ends_the_older(engine: Engine, plain: Callable[..., 
     with pytest.raises(UsageError, match="newer one"):
         next(older)
     assert tokens + [r.token for r in newer] == plain(CHAT, max_tokens=20)
-
-
-@pytest.mark.parametrize("options", POLICIES, ids=str)
-@pytest.mark.parametrize("at", [1, 6])
-def test_after_an_error_in_a_logits_processor(
-    engine: Engine, plain: Callable[..., list[int]], options: dict[str, Any], at: int
-) -> None:
-    with pytest.raises(RuntimeError, match="processor broke"):
-        engine.generate(TEXT, max_tokens=20, logits_processors=[Failing(at)], **options)
-    assert engine.generate(TEXT, max_tokens=20, **options).tokens == plain(TEXT, max_tokens=20)
 
 
 @pytest.mark.parametrize("family", ["mamba", "gpt2"])
@@ -299,23 +324,6 @@ def test_after_an_error_in_a_model_that_takes_no_trees(tmp_path: Path, family: s
         again = session.generate(longer, max_tokens=12)
     with load(folder, None) as fresh:
         assert again.tokens == fresh.generate(longer, max_tokens=12).tokens
-
-
-def test_ctrl_c_in_the_prompt_leaves_the_engine_usable(engine: Engine, plain: Callable[..., list[int]]) -> None:
-    def interrupt(done: int, total: int) -> None:
-        if done:
-            raise KeyboardInterrupt
-
-    engine.generate("zzz", max_tokens=1)
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(TEXT * 3, interrupt, **SPECULATIVE)
-    assert engine.generate(TEXT * 3, max_tokens=20, **SPECULATIVE).tokens == plain(TEXT * 3, max_tokens=20)
-
-
-def test_when_every_token_is_ruled_out(engine: Engine, plain: Callable[..., list[int]]) -> None:
-    with pytest.raises(GenerationError, match="every token is ruled out"):
-        engine.generate(TEXT, logits_processors=[lambda tokens, logits: logits - mx.inf])
-    assert engine.generate(TEXT, max_tokens=20, **SPECULATIVE).tokens == plain(TEXT, max_tokens=20)
 
 
 # --- The end of the context, and of the engine --------------------------------------------------------------
@@ -337,42 +345,16 @@ def test_a_prompt_that_fills_the_context_is_refused(engine: Engine) -> None:
     assert len(engine.generate([5] * 511).tokens) == 1
 
 
-def test_a_closed_engine_refuses_work(folder: Path) -> None:
-    session = load(folder)
-    stream = session.stream_generate(TEXT, max_tokens=-1, logit_bias={EOS: -100})
-    next(stream)
-    unstarted = session.stream_generate(TEXT)
-    session.close()
-    session.close()
-    for use in (lambda: session.generate(TEXT), lambda: list(stream), lambda: next(unstarted)):
-        with pytest.raises(UsageError, match="engine is closed"):
-            use()
-
-
-def test_the_context_manager_closes_and_saves_what_was_learned(
+def test_the_end_of_an_engine_saves_what_was_learned_and_refuses_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path))
     with load(folder) as session:
-        assert session.generate(TEXT, max_tokens=5).finish_reason == "length"
-    with pytest.raises(UsageError, match="closed"):
-        session.generate(TEXT)
+        stream = session.stream_generate(TEXT, max_tokens=-1, logit_bias={EOS: -100})
+        next(stream)
+        unstarted = session.stream_generate(TEXT)
     assert len(list(tmp_path.glob("profiles/*.json"))) == 1
-
-
-def test_times_add_up(engine: Engine) -> None:
-    for options in POLICIES:
-        stats = engine.generate(TEXT, max_tokens=30, **options).stats
-        parts = stats.draft_s + stats.verify_s + stats.io_wait_s + stats.other_s
-        assert parts == pytest.approx(stats.decode_s)
-        assert stats.verify_s > 0
-        assert stats.other_s > 0
-
-
-def test_rounds_can_be_watched(engine: Engine) -> None:
-    rounds: list[Any] = []
-    result = engine.generate(TEXT, max_tokens=1)
-    streamed = list(engine.stream_generate(TEXT, on_round=rounds.append, max_tokens=20, **SPECULATIVE))
-    assert [token for done in rounds for token in done.walk.tokens] == [r.token for r in streamed]
-    assert streamed[0].token == result.tokens[0]
-    assert max(len(done.selection.tree) for done in rounds) == 8
+    session.close()  # again
+    for use in (lambda: session.generate(TEXT), lambda: list(stream), lambda: next(unstarted)):
+        with pytest.raises(UsageError, match="engine is closed"):
+            use()

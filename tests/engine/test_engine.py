@@ -11,10 +11,8 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from llmcad_mlx.cpu import prepare_for_device
-from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.ngram import NgramDrafter
-from llmcad_mlx.errors import GenerationError
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
@@ -28,7 +26,7 @@ from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying import Target, Verification
 from tests.support.architecture_configs import VOCAB as FAMILY_VOCAB
 from tests.support.architecture_configs import build, config_of
-from tests.support.rounds import PROMPT, Charged, Rounds, forced, model, sampler_of
+from tests.support.rounds import PROMPT, Charged, Rounds, forced, model, plain_text, sampler_of
 from tests.support.simulated_stream import SimulatedClock
 from tests.support.tiny import VOCAB
 from tests.support.waiting_target import WaitingTarget
@@ -44,36 +42,8 @@ def family(name: str) -> TreeModel:
     return TreeModel(built, config_of(name))
 
 
-def engine_of(
-    drafters: Sequence[Drafter],
-    policy: GrowthPolicy,
-    target: Target | None = None,
-    clock: Callable[[], float] | None = None,
-) -> Rounds:
-    return Rounds(target or Target(model(), VOCAB), drafters, policy, clock=clock)
-
-
 def greedy(vocab_size: int = VOCAB) -> TargetSampler:
     return sampler_of(vocab_size=vocab_size)
-
-
-def decode(engine: Rounds, count: int, sampler: TargetSampler | None = None) -> list[int]:
-    """At least `count` more tokens."""
-    start = len(engine.tokens)
-    while len(engine.tokens) < start + count:
-        engine.round(sampler)
-    return engine.tokens[start:]
-
-
-def plain_text(prompt: Sequence[int], count: int) -> list[int]:
-    return _plain_text(tuple(prompt), count)
-
-
-@functools.cache
-def _plain_text(prompt: tuple[int, ...], count: int) -> list[int]:
-    engine = engine_of([], ChainPolicy(0))
-    engine.begin(prompt)
-    return decode(engine, count)
 
 
 # -- interruptions -----------------------------------------------------------------------------------------
@@ -94,11 +64,6 @@ class Interrupting:
         if self.left == 0:
             raise KeyboardInterrupt
         return result
-
-
-def run_rounds(engine: Rounds, count: int, stop: Callable[[int], bool]) -> None:
-    for _ in range(count):
-        engine.round(stop=stop)
 
 
 PLACES = ["verify", "expand", "model expand", "target commit", "drafter commit", "policy", "stop"]
@@ -138,38 +103,25 @@ def interrupt(engine: Rounds, place: str, call: int, after: bool) -> Callable[[i
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize(("call", "goes_on"), [(1, False), (3, False), (4, True)])
 def test_an_interrupted_round_leaves_a_state_to_start_from(
-    place: str, call: int, after: bool, target: str
+    place: str, call: int, goes_on: bool, after: bool, target: str
 ) -> None:
-    drafters = [NgramDrafter(), ModelDrafter(model(noise=0.2))]
-    engine = engine_of(drafters, forced(8), TARGETS[target]())
+    """Its text can go on, or a prompt begin: the same again, the conversation, or another with this beginning."""
+    engine = Rounds(TARGETS[target](), [NgramDrafter(), ModelDrafter(model(noise=0.2))], forced(8))
+    engine.begin(PROMPT)
+    if goes_on:
+        engine.decode(5)
     stop = interrupt(engine, place, call, after)
-    engine.begin(PROMPT)
-    expected = plain_text(PROMPT, 40)
     with pytest.raises(KeyboardInterrupt):
-        run_rounds(engine, 4, stop)
+        engine.decode(200, stop=stop)
+    if goes_on:
+        engine.decode(30)
     kept = list(engine.tokens)
-    assert kept == [*PROMPT, *expected][: len(kept)]
-    # The same prompt again, the conversation going on, and another one that shares a beginning.
-    for prompt in (PROMPT, [*kept, 7, 8], [*PROMPT[:4], 9, 9]):
+    assert kept == [*PROMPT, *plain_text(PROMPT, 200)][: len(kept)]
+    for prompt in () if goes_on else (PROMPT, [*kept, 7, 8], [*PROMPT[:4], 9, 9]):
         engine.begin(prompt)
-        assert decode(engine, 10)[:10] == plain_text(prompt, 10)[:10]
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("place", PLACES)
-def test_an_interrupted_round_can_simply_be_run_again(place: str, after: bool, target: str) -> None:
-    engine = engine_of([NgramDrafter(), ModelDrafter(model(noise=0.2))], forced(8), TARGETS[target]())
-    engine.begin(PROMPT)
-    decode(engine, 5)
-    stop = interrupt(engine, place, 4, after)
-    with pytest.raises(KeyboardInterrupt):
-        run_rounds(engine, 60, stop)
-    decode(engine, 30)
-    text = engine.tokens[len(PROMPT) :]
-    assert text == plain_text(PROMPT, len(text))[: len(text)]
+        assert engine.decode(10)[:10] == plain_text(prompt, 10)
 
 
 @pytest.mark.parametrize("place", ["prefill", "verify"])
@@ -180,19 +132,19 @@ def test_a_read_error_of_the_target_leaves_a_state_to_go_on_from(place: str) -> 
         raise OSError("the file is gone")
 
     target = WaitingTarget(model(), VOCAB)
-    engine = engine_of([ModelDrafter(model(noise=0.2))], forced(8), target)
+    engine = Rounds(target, [ModelDrafter(model(noise=0.2))], forced(8))
     engine.begin(PROMPT[:3])
-    decode(engine, 3)
+    engine.decode(3)
     sound, target._wait = target._wait, fail  # type: ignore[method-assign, assignment]
     with pytest.raises(OSError, match="gone"):
         engine.begin(PROMPT) if place == "prefill" else engine.round()
     target._wait = sound  # type: ignore[method-assign]
     said = list(engine.tokens)
-    assert decode(engine, 20)[:20] == plain_text(said, 20)[:20]
+    assert engine.decode(20)[:20] == plain_text(said, 20)[:20]
 
 
 def test_an_interrupted_prefill_is_taken_up_again() -> None:
-    engine = engine_of([ModelDrafter(model())], forced(8))
+    engine = Rounds(None, [ModelDrafter(model())], forced(8))
     prompt = [(7 * i) % VOCAB for i in range(1400)]
     chunks = iter([False, True, True, True])
     engine.begin(prompt, should_stop=lambda: next(chunks))
@@ -200,20 +152,7 @@ def test_an_interrupted_prefill_is_taken_up_again() -> None:
     stats = GenerationStats()
     engine.begin(prompt, stats)
     assert stats.reused_tokens == 512
-    assert decode(engine, 20)[:20] == plain_text(prompt, 20)[:20]
-
-
-def test_logits_that_are_not_numbers_end_in_one_clear_error() -> None:
-    class Broken(Target):
-        def verify(self, tree: TokenTree, background: Background = None) -> Verification:
-            sound = super().verify(tree)
-            return Verification(sound.logits * float("nan"), sound.slots)
-
-    for temperature in (0.0, 1.0):
-        engine = engine_of([], ChainPolicy(0), Broken(model(), VOCAB))
-        engine.begin(PROMPT)
-        with pytest.raises(GenerationError, match="NaN"):
-            engine.round(sampler_of(temperature))
+    assert engine.decode(20)[:20] == plain_text(prompt, 20)[:20]
 
 
 # -- accounting --------------------------------------------------------------------------------------------
@@ -222,7 +161,7 @@ def test_logits_that_are_not_numbers_end_in_one_clear_error() -> None:
 @pytest.mark.parametrize("policy", [forced(6), PaperPolicy(12), ChainPolicy(3)], ids=["forced", "paper", "chain"])
 def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     clock, drafter = SimulatedClock(), ModelDrafter(model(noise=0.2))
-    engine = engine_of([drafter], policy, clock=clock)
+    engine = Rounds(None, [drafter], policy, clock=clock)
     verify = Charged(engine.target, "verify", clock, 4.0)
     expand = Charged(drafter, "expand", clock, 1.0)
     prefill = Charged(engine.target, "prefill", clock, 64.0)
@@ -230,7 +169,7 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     stats, seen = GenerationStats(), GenerationStats()
     engine.begin(PROMPT, stats)
     assert (stats.prompt_s, stats.prompt_tokens, stats.reused_tokens) == (64.0, len(PROMPT), 0)
-    fed, carried = 0.0, 0
+    fed, carried = 0, 0
     for _ in range(12):
         before = expand.calls
         done = engine.round(stats=stats)
@@ -265,7 +204,7 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
 
 
 def test_prompt_progress_counts_up_to_the_prompt() -> None:
-    engine = engine_of([], ChainPolicy(0))
+    engine = Rounds(None, [], ChainPolicy(0))
     seen: list[tuple[int, int]] = []
     prompt = [(3 * i) % VOCAB for i in range(1200)]
     engine.begin(prompt, on_progress=lambda done, total: seen.append((done, total)))
@@ -276,9 +215,9 @@ def test_prompt_progress_counts_up_to_the_prompt() -> None:
 
 
 def test_a_prompt_that_goes_on_is_not_computed_again() -> None:
-    engine = engine_of([ModelDrafter(model())], forced(8))
+    engine = Rounds(None, [ModelDrafter(model())], forced(8))
     engine.begin(PROMPT)
-    decode(engine, 10)
+    engine.decode(10)
     said = list(engine.tokens)
     stats = GenerationStats()
     engine.begin([*said, 6, 7], stats)
@@ -289,11 +228,11 @@ def test_a_prompt_that_goes_on_is_not_computed_again() -> None:
     stats = GenerationStats()
     engine.begin([30, 31], stats)
     assert stats.reused_tokens == 0
-    assert decode(engine, 10)[:10] == plain_text([30, 31], 10)[:10]
+    assert engine.decode(10)[:10] == plain_text([30, 31], 10)[:10]
 
 
 def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
-    engine = engine_of([ModelDrafter(model())], ChainPolicy(6))
+    engine = Rounds(None, [ModelDrafter(model())], ChainPolicy(6))
     engine.begin(PROMPT)
     expected = plain_text(PROMPT, 3)[:3]
     stats, emitted = GenerationStats(), []
@@ -307,7 +246,7 @@ def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
     assert done.walk.stopped
     assert engine.target.num_cached <= len(engine.tokens)
     engine.begin([*PROMPT, *expected])  # go on from there
-    assert [*expected, *decode(engine, 10)][:12] == plain_text(PROMPT, 12)[:12]
+    assert [*expected, *engine.decode(10)][:12] == plain_text(PROMPT, 12)[:12]
 
 
 # -- models that take no trees -----------------------------------------------------------------------------
@@ -325,44 +264,29 @@ class Watching(Target):
         return super().verify(tree)
 
 
-def bushy(kind: str) -> GrowthPolicy:
-    """A policy that wants branches."""
+def bushy() -> GrowthPolicy:
+    """To the default policy, rows and draft steps are cheap: it wants branches."""
     costs = CostModel()
     for rows in (1, 2, 4, 8, 16, 32, 64):
         costs.draft.observe(rows, 0.01)
         costs.verify.observe(rows, 1.0)
-    policies: dict[str, GrowthPolicy] = {
-        "forced": forced(16),
-        "throughput": ThroughputPolicy(costs, Calibration()),
-        "paper": PaperPolicy(16),
-        "chain": ChainPolicy(4),
-    }
-    return policies[kind]
+    return ThroughputPolicy(costs, Calibration())
 
 
-@pytest.mark.parametrize("kind", ["forced", "throughput", "paper", "chain"])
-def test_a_target_that_takes_chains_only_ever_gets_chains(kind: str) -> None:
-    policy = bushy(kind)
-    chain_model = family("gpt2")
-    assert chain_model.capability == "chain"
-    target = Watching(chain_model, FAMILY_VOCAB)
-    drafters = [NgramDrafter(), ModelDrafter(family("llama"))]
-    engine = engine_of(drafters, policy, target)
+@pytest.mark.parametrize("make", [bushy, lambda: forced(16), lambda: PaperPolicy(16), lambda: ChainPolicy(4)])
+def test_a_target_that_takes_chains_only_ever_gets_chains(make: Callable[[], GrowthPolicy]) -> None:
+    target = Watching(family("gpt2"), FAMILY_VOCAB)
+    assert target.capability == "chain"
+    engine = Rounds(target, [NgramDrafter(), ModelDrafter(family("llama"))], make())
     engine.begin(PROMPT)
-    stats = GenerationStats()
-    while stats.generated_tokens < 40:
-        engine.round(greedy(FAMILY_VOCAB), stats)
+    text = engine.decode(40, greedy(FAMILY_VOCAB))
     assert all(parents == list(range(-1, len(parents) - 1)) for parents in target.seen)
     assert max(map(len, target.seen)) > 1
-    plain = engine_of([], ChainPolicy(0), Target(chain_model, FAMILY_VOCAB))
-    plain.begin(PROMPT)
-    text = engine.tokens[len(PROMPT) :]
-    assert text == decode(plain, len(text), greedy(FAMILY_VOCAB))
+    assert text == mlx_lm_text("gpt2", PROMPT, len(text))
 
 
 def test_a_draft_that_takes_chains_only_proposes_below_its_own_line() -> None:
-    target, draft = family("gpt2"), family("gpt2")
-    engine = engine_of([ModelDrafter(draft)], ChainPolicy(4), Target(target, FAMILY_VOCAB))
+    engine = Rounds(Target(family("gpt2"), FAMILY_VOCAB), [ModelDrafter(family("gpt2"))], ChainPolicy(4))
     engine.begin(PROMPT)
     stats = GenerationStats()
     for _ in range(10):
@@ -372,14 +296,10 @@ def test_a_draft_that_takes_chains_only_proposes_below_its_own_line() -> None:
 
 
 def test_a_chain_draft_is_safe_under_a_policy_that_wants_a_tree() -> None:
-    draft = family("gpt2")
-    target = Target(family("llama"), FAMILY_VOCAB)
-    engine = engine_of([ModelDrafter(draft)], forced(12), target)
+    engine = Rounds(Target(family("llama"), FAMILY_VOCAB), [ModelDrafter(family("gpt2"))], forced(12))
     engine.begin(PROMPT)
-    text = decode(engine, 30, greedy(FAMILY_VOCAB))
-    plain = engine_of([], ChainPolicy(0), Target(family("llama"), FAMILY_VOCAB))
-    plain.begin(PROMPT)
-    assert text == decode(plain, len(text), greedy(FAMILY_VOCAB))
+    text = engine.decode(30, greedy(FAMILY_VOCAB))
+    assert text == mlx_lm_text("llama", PROMPT, len(text))
 
 
 def mlx_lm_text(name: str, prompt: Sequence[int], count: int) -> list[int]:
@@ -389,41 +309,34 @@ def mlx_lm_text(name: str, prompt: Sequence[int], count: int) -> list[int]:
 
 
 def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -> None:
-    plain_model = family("mamba")
-    assert plain_model.capability == "plain"
-    engine = engine_of([], forced(8), Target(plain_model, FAMILY_VOCAB))
+    """Drafters or not, it is given one token at a time, never a tree."""
+    target = Watching(family("mamba"), FAMILY_VOCAB)
+    assert target.capability == "plain"
+    engine = Rounds(target, [NgramDrafter()], forced(8))
     engine.begin(PROMPT)
-    text = decode(engine, 24, greedy(FAMILY_VOCAB))
+    text = engine.decode(24, greedy(FAMILY_VOCAB))
     assert text == mlx_lm_text("mamba", PROMPT, 24)
+    assert target.seen == [[-1]] * 24
     # Going on keeps the state; an edit starts again.
     stats = GenerationStats()
     longer = [*PROMPT, *text, 3, 4]
     engine.begin(longer, stats)
     assert stats.reused_tokens == len(PROMPT) + 23
-    assert decode(engine, 8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", longer, 8)
+    assert engine.decode(8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", longer, 8)
     edited = [*PROMPT[:5], 8, 9]
     engine.begin(edited, stats)
     assert stats.reused_tokens == 0
-    assert decode(engine, 8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", edited, 8)
+    assert engine.decode(8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", edited, 8)
 
 
 @pytest.mark.parametrize("edited", [False, True])
 def test_such_a_model_survives_an_interruption(edited: bool) -> None:
-    engine = engine_of([], ChainPolicy(0), Target(family("mamba"), FAMILY_VOCAB))
+    engine = Rounds(Target(family("mamba"), FAMILY_VOCAB), [], ChainPolicy(0))
     engine.begin(PROMPT)
-    decode(engine, 4, greedy(FAMILY_VOCAB))
+    engine.decode(4, greedy(FAMILY_VOCAB))
     Interrupting(engine.target, "verify", 1, True)
     with pytest.raises(KeyboardInterrupt):
         engine.round(greedy(FAMILY_VOCAB), GenerationStats())
     prompt = [*PROMPT[:5], 8] if edited else [*engine.tokens, 3, 4]
     engine.begin(prompt)
-    assert decode(engine, 8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", prompt, 8)
-
-
-def test_such_a_model_is_never_given_a_tree() -> None:
-    """Drafters or not, a plain target gets one token at a time."""
-    target = Watching(family("mamba"), FAMILY_VOCAB)
-    engine = engine_of([NgramDrafter()], forced(8), target)
-    engine.begin(PROMPT)
-    assert decode(engine, 12, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", PROMPT, 12)
-    assert target.seen == [[-1]] * 12
+    assert engine.decode(8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", prompt, 8)

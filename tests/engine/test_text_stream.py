@@ -84,19 +84,22 @@ def test_a_stop_string_across_token_borders() -> None:
     assert [piece.token for piece in pieces] == encode("ab</end>")
 
 
+def whole_string_answer(text: str, stops: list[str]) -> tuple[str, bool]:
+    """Character by character: the first prefix that ends with a stop string, the longest if several."""
+    for end in range(len(text) + 1):
+        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if lengths:
+            return text[: end - max(lengths)], True
+    return text, False
+
+
 @given(
     text=st.text("ab <", max_size=30),
     stops=st.lists(st.text("ab <", min_size=1, max_size=4), max_size=3),
 )
 def test_stopping_does_not_depend_on_how_text_is_cut_into_tokens(text: str, stops: list[str]) -> None:
     pieces = feed([*encode("x" + text), EOS], stop=stops)
-    ends = [(end, stop) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
-    if ends:
-        end, _ = min(ends, key=lambda found: found[0])
-        longest = max((stop for at, stop in ends if at == end), key=len)
-        assert text_of(pieces) == "x" + text[: end - len(longest)]
-    else:
-        assert text_of(pieces) == "x" + text
+    assert text_of(pieces) == "x" + whole_string_answer(text, stops)[0]
     assert pieces[-1].finish_reason == "stop"
 
 
@@ -118,15 +121,6 @@ def test_settings_refuse_what_makes_no_sense(option: str, value: object) -> None
 
 TEXT = st.text(alphabet="ab.", max_size=24)
 STOPS = st.lists(st.text(alphabet="ab.", min_size=1, max_size=5), max_size=4)
-
-
-def whole_string_answer(text: str, stops: list[str]) -> tuple[str, bool]:
-    """Character by character: the first prefix that ends with a stop string, the longest if several."""
-    for end in range(len(text) + 1):
-        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
-        if lengths:
-            return text[: end - max(lengths)], True
-    return text, False
 
 
 @given(TEXT, STOPS, st.lists(st.integers(0, 24), max_size=6))

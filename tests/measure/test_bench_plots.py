@@ -8,27 +8,24 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from llmcad_mlx.measure import plots
-from llmcad_mlx.measure.plots import Curve, write_curves, write_plots
-from llmcad_mlx.measure.records import Generation, Place, Run
-from llmcad_mlx.measure.summary import VariantSummary, summarise
-from llmcad_mlx.measure.variants import Ablated, ablated, forced_nodes, parse_variants
-from llmcad_mlx.results import GenerationStats
+from llmcad_mlx.measure.bench import VariantSummary, summarise, write_plots
+from llmcad_mlx.measure.variants import parse_variants
+from tests.measure.runs import made_up
 
 ALWAYS = {"tokens_per_s.png", "time_split.png"}
+ALL = ALWAYS | {"tokens_per_pass.png", "ablation.png", "bound.png"}
 
 
-def lines_of(*variants: str, rate: float | None = None, stats: bool = True) -> list[VariantSummary]:
-    """Made-up runs, each variant a little faster than the one before; 1 MB is read on each pass."""
+def lines_of(*variants: str, rate: float | None = None, ours: bool = True) -> list[VariantSummary]:
+    """Made-up runs, each variant a little faster than the one before."""
     runs = []
     for order, variant in enumerate(variants):
         decode_s = 1.0 / (order + 1)
-        known = GenerationStats(
-            generated_tokens=8, target_passes=8 // min(order + 1, 8), draft_s=decode_s / 8, verify_s=decode_s / 4,
-            io_wait_s=decode_s / 2,
-        )  # fmt: skip
-        done = Generation(tuple(range(8)), 8, 10, 0.5, decode_s, known if stats else None, 10**6)
-        runs += [Run(variant, Place(domain, "p", 0), order, done) for domain in "ab"]
+        counts = {
+            "generated_tokens": 8, "target_passes": 8 // min(order + 1, 8), "draft_s": decode_s / 8,
+            "verify_s": decode_s / 4, "io_wait_s": decode_s / 2,
+        }  # fmt: skip
+        runs += [made_up(variant, 0, decode_s, domain=domain, ours=ours, **counts) for domain in "ab"]
     return summarise(runs, True, rate)
 
 
@@ -50,6 +47,10 @@ def names(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
+def widths(axes: Any) -> list[float]:
+    return [bar.get_width() for bar in axes.patches]
+
+
 @pytest.mark.parametrize(
     ("variants", "rate", "more"),
     [
@@ -65,96 +66,62 @@ def names(folder: Path) -> set[str]:
 def test_a_plot_is_written_only_where_it_says_something(
     tmp_path: Path, variants: tuple[str, ...], rate: float | None, more: set[str]
 ) -> None:
-    written = write_plots(lines_of(*variants, rate=rate), tmp_path)
-    assert names(tmp_path) == {file.name for file in written} == ALWAYS | more
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
+    write_plots(lines_of(*variants, rate=rate), "tiny", tmp_path)
+    assert names(tmp_path) == ALWAYS | more
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
 
 
 def test_plots_of_an_earlier_run_do_not_stay_beside_this_one(tmp_path: Path) -> None:
     (tmp_path / "mine.png").write_bytes(b"not ours")
-    write_plots(lines_of("plain", "paper", "paper-no-tree", "tree:4", "tree:8", rate=1e8), tmp_path)
-    assert names(tmp_path) == {plot.file for plot in plots._PLOTS} | {"mine.png"}
-    write_plots(lines_of("mlx-lm", stats=False), tmp_path)
+    write_plots(lines_of("plain", "paper", "paper-no-tree", "tree:4", "tree:8", rate=1e8), "tiny", tmp_path)
+    assert names(tmp_path) == ALL | {"mine.png"}
+    write_plots(lines_of("mlx-lm", ours=False), "tiny", tmp_path)
     assert names(tmp_path) == {"tokens_per_s.png", "mine.png"}
 
 
 def test_bars_start_at_zero_and_are_the_summary(tmp_path: Path, drawn: dict[str, Figure]) -> None:
     lines = lines_of("plain", "paper", "paper-no-tree", "throughput", "throughput-no-tree", rate=1e6)
-    write_plots(lines, tmp_path, "tiny; reads emulated at 1 MB/s")
+    write_plots(lines, "tiny; reads emulated at 1 MB/s", tmp_path)
     overall = [line for line in lines if line.domain == "all"]
     for name, attribute, scale in (("tokens_per_s.png", "tokens_per_s", 1), ("bound.png", "bound_share", 100)):
-        (axes,) = drawn[name].axes
-        assert [bar.get_width() for bar in axes.patches] == pytest.approx(
-            [scale * getattr(line, attribute) for line in overall]
-        )
+        assert widths(drawn[name].axes[0]) == pytest.approx([scale * getattr(line, attribute) for line in overall])
     for figure in drawn.values():
         assert "emulated at 1 MB/s" in figure.get_suptitle()
         assert all(axes.get_xlim()[0] == 0.0 and axes.get_xlabel() for axes in figure.axes)
 
 
 def test_the_parts_of_decoding_time_add_up_and_are_named(tmp_path: Path, drawn: dict[str, Figure]) -> None:
-    write_plots(lines_of("plain", "chain"), tmp_path)
+    write_plots(lines_of("plain", "chain"), "tiny", tmp_path)
     figure = drawn["time_split.png"]
-    widths: dict[float, float] = {}
+    total: dict[float, float] = {}
     for bar in figure.axes[0].patches:
-        widths[bar.get_y()] = widths.get(bar.get_y(), 0.0) + bar.get_width()
-    assert list(widths.values()) == pytest.approx([100.0, 100.0])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "verify", "draft", "wait for weights", "other",
-    ]  # fmt: skip
-    colours = {bar.get_facecolor() for bar in figure.axes[0].patches}
-    assert len(colours) == 4
+        total[bar.get_y()] = total.get(bar.get_y(), 0.0) + bar.get_width()
+    assert list(total.values()) == pytest.approx([100.0, 100.0])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["verify", "draft", "wait for weights", "other"]
+    assert len({bar.get_facecolor() for bar in figure.axes[0].patches}) == 4
 
 
 def test_the_ablation_groups_both_policies_by_missing_part(tmp_path: Path, drawn: dict[str, Figure]) -> None:
     variants = [variant.name for variant in parse_variants("ablation")]
     lines = lines_of(*variants)
-    write_plots(lines, tmp_path)
+    write_plots(lines, "tiny", tmp_path)
     speed, passes = drawn["ablation.png"].axes
     labels = [tick.get_text().replace("\n", " ") for tick in speed.get_yticklabels()]
     assert labels == ["whole", "no tree", "no fallback", "no pipeline", "no tree, no fallback, no pipeline"]
     found = {line.variant: line for line in lines if line.domain == "all"}
     for axes, attribute in ((speed, "tokens_per_s"), (passes, "tokens_per_pass")):
-        assert [bar.get_width() for bar in axes.patches] == pytest.approx(
-            [getattr(found[name], attribute) for name in variants if name != "plain"]
-        )
-    assert {text.get_text() for text in drawn["ablation.png"].legends[0].get_texts()} == {
-        "paper", "throughput", "plain",
-    }  # fmt: skip
+        expected = [getattr(found[name], attribute) for name in variants if name != "plain"]
+        assert widths(axes) == pytest.approx(expected)
+    legend = {text.get_text() for text in drawn["ablation.png"].legends[0].get_texts()}
+    assert legend == {"paper", "throughput", "plain"}
 
 
 def test_tokens_per_pass_are_drawn_in_the_order_of_nodes(tmp_path: Path, drawn: dict[str, Figure]) -> None:
-    write_plots(lines_of("tree:16", "tree:4"), tmp_path)
+    """Trees of the draft alone are a curve of their own."""
+    write_plots(lines_of("tree:16", "tree:4", "draft:4", "draft:16"), "tiny", tmp_path)
     (axes,) = drawn["tokens_per_pass.png"].axes
-    assert [list(data) for data in axes.lines[0].get_data()] == [[4, 16], [2.0, 1.0]]
+    curves = {line.get_label(): [list(data) for data in line.get_data()] for line in axes.lines}
+    assert curves["tree:N"] == [[4, 16], [2.0, 1.0]]
+    assert curves["draft:N"][0] == [4, 16]
     assert axes.get_ylim()[0] == 0.0
-
-
-def test_trees_of_the_draft_alone_are_a_curve_of_their_own(tmp_path: Path, drawn: dict[str, Figure]) -> None:
-    write_plots(lines_of("tree:16", "draft:4", "tree:4", "draft:16"), tmp_path)
-    (axes,) = drawn["tokens_per_pass.png"].axes
-    assert {line.get_label(): list(line.get_xdata()) for line in axes.lines} == {
-        "tree:N": [4, 16],
-        "draft:N": [4, 16],
-    }
-
-
-def test_curves_share_a_legend_and_start_at_zero(tmp_path: Path, drawn: dict[str, Figure]) -> None:
-    bound = Curve("a", "x", [1, 2], [10, 20], [9, 18], [11, 25], [10, 20], [8, 40])
-    waits = Curve("b", "y", [1, 2], [10, 20], [9, 18], [11, 25], [5, 6])
-    write_curves([bound, waits], "tiny", tmp_path / "growth.png")
-    figure = drawn["growth.png"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "bytes / rate", "measured: median, min to max", "computing: waits left out",
-    ]  # fmt: skip
-    assert all((axes.get_xlim()[0], axes.get_ylim()[0]) == (0.0, 0.0) for axes in figure.axes)
-    assert figure.axes[0].get_ylim()[1] > 40, "the bound is not cut off"
-
-
-def test_names_of_variants_tell_nodes_and_missing_parts() -> None:
-    assert [forced_nodes(name) for name in ("tree:16", "draft:4", "tree", "chain:4", "plain")] == [
-        16, 4, None, None, None,
-    ]  # fmt: skip
-    assert ablated("paper") == Ablated("paper", ())
-    assert ablated("throughput-no-tree-no-pipeline") == Ablated("throughput", ("tree", "pipeline"))
-    assert [ablated(name) for name in ("plain", "no-draft", "tree:4")] == [None, None, None]

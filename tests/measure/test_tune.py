@@ -5,67 +5,48 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmcad_mlx import load
-from llmcad_mlx.cli.main import run as run_cli
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import GenerationError, ModelError, UsageError
-from llmcad_mlx.files import atomic as disk
-from llmcad_mlx.files import bundle as bundle_profile
-from llmcad_mlx.files.bundle import FILE, verify_bundle
 from llmcad_mlx.loader import LoadedPair, conditions, load_names
-from llmcad_mlx.measure import tune as tuning
-from llmcad_mlx.measure.contenders import EngineContender, Sampling
+from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates
 from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts
-from llmcad_mlx.measure.records import Generation, Place, Run
+from llmcad_mlx.measure.runner import EngineContender, Generation, Run
 from llmcad_mlx.measure.tune import (
-    Candidate,
     CandidateFigures,
-    DraftSearch,
-    Lineup,
     Prediction,
-    Split,
-    Task,
     TunePlan,
+    Tuning,
     decide,
-    find_candidates,
-    measure,
     median_runs,
     rate,
-    save,
-    short_name,
     sittings,
+    split,
+    tune_report,
 )
-from llmcad_mlx.measure.tune_report import tune_json, tune_notes, tune_tables, write_tune
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.settings import MemoryOptions
+from llmcad_mlx.settings import GenerationOptions, MemoryOptions
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, pair_profile_path
-from llmcad_mlx.store.profile import Conditions, DraftChoice, PairProfile, find_choice, save_choice
+from llmcad_mlx.store.profile import Conditions, PairProfile, find_choice
 from llmcad_mlx.tree.token_tree import MODEL
 from llmcad_mlx.verifying import Target
+from tests.measure import runs
 from tests.support.simulated_stream import SimulatedClock
-from tests.support.tiny_folder import copy_folder, make_folder, tiny_environment
+from tests.support.tiny_folder import copy_folder, make_folder
+
+pytestmark = pytest.mark.usefixtures("own_home")
 
 NEAR, WILD = "near", "wild"
 HERE = Conditions(device_name())
-
-
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(disk, "RESERVE_BYTES", 0)
-    with tiny_environment(tmp_path / "home"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,44 +65,29 @@ def target(models: Path, tmp_path: Path) -> Path:
     return copy_folder(models / "target", tmp_path / "target")
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    file = tmp_path / "prompts.toml"
-    file.write_text(
-        "\n".join(
-            f'[[{domain}]]\nname = "{number}"\ntext = "the {domain} in an{number * 7} hour on the other {number}"'
-            for domain in ("chat", "code")
-            for number in (1, 2)
-        )
-    )
-    return file
-
-
-def plan_of(prompts: Path, **changes: Any) -> TunePlan:
-    values: dict[str, Any] = {
-        "drafts": None, "bits": "none", "trim": "none", "prompts": prompts, "per_domain": None, "max_tokens": 40,
-        "repeat": 2, "warmup": 1, "temperature": 0.0, "seed": 0,
-    }  # fmt: skip
-    return TunePlan.of(**(values | changes))
+def plan_of(
+    prompts: Path | None, drafts: str | None = None, bits: str = "none", trim: str = "none", **changes: Any
+) -> TunePlan:
+    work = {"per_domain": None, "max_tokens": 40, "repeat": 2, "warmup": 1, "temperature": 0.0, "seed": 0}
+    return TunePlan.of(DraftOptions.of(drafts, bits, trim), MemoryOptions(), prompts, **(work | changes))
 
 
 # -- prompts, options ------------------------------------------------------------------------------------
 
 
 def test_the_packaged_prompts_cover_four_domains_and_are_not_those_drafts_are_judged_on() -> None:
-    plan = TunePlan.of(None, "none", "none", None, None, 8, 1, 0, 0.0, 0)
-    assert len(plan.split.calibration) == len(plan.split.measured) == 8
-    assert {domain for domain, _ in plan.split.measured} == {"chat", "code", "summarising", "translation"}
+    plan = plan_of(None)
+    assert len(plan.calibrating) == len(plan.measured) == 8
+    assert {domain for domain, _ in plan.measured} == {"chat", "code", "summarising", "translation"}
     judged = load_prompts(Path(__file__).parents[2] / "examples" / "four_domains.toml")
-    assert not {prompt.text for prompt in judged} & {prompt.text for prompt in plan.task.prompts}
+    assert not {prompt.text for prompt in judged} & {prompt.text for prompt in plan.workload.prompts}
 
 
 def test_half_of_each_domain_predicts_the_other() -> None:
-    split = Split.of([BenchPrompt(d, n, "x") for d, names in (("a", "123"), ("b", "12")) for n in names])
-    assert split.calibration == {("a", "1"), ("a", "3"), ("b", "1")}
-    assert split.measured == {("a", "2"), ("b", "2")}
+    halves = split([BenchPrompt(d, n, "x") for d, names in (("a", "123"), ("b", "12")) for n in names])
+    assert halves == ({("a", "1"), ("a", "3"), ("b", "1")}, {("a", "2"), ("b", "2")})
     with pytest.raises(UsageError, match="prompts: a has one prompt"):
-        Split.of([BenchPrompt("a", "1", "x")])
+        split([BenchPrompt("a", "1", "x")])
 
 
 @pytest.mark.parametrize(
@@ -141,22 +107,22 @@ def test_options_out_of_range_are_refused_by_name(prompts: Path, option: str, va
 
 
 def made_up(name: str, prompt: str = "1", repetition: int = 0, decode_s: float = 1.0, **counts: Any) -> Run:
-    stats = GenerationStats(**({"generated_tokens": 20, "target_passes": 10, "tested": 30} | counts))
-    stats.decode_s = decode_s
-    return Run(name, Place("a", prompt, repetition), 0, Generation((1,) * 20, 20, 5, 0.1, decode_s, stats))
+    known = {"generated_tokens": 20, "target_passes": 10, "tested": 30, "verify_s": 0.0}
+    return runs.made_up(name, repetition, decode_s, prompt=prompt, tokens=(1,) * 20, **(known | counts))
 
 
-def predict(runs: list[Run], streamed: int = 0, bandwidth: float | None = None) -> Prediction:
-    found = Prediction.of(runs, CostModel(), streamed, bandwidth)
+def predict(done: list[Run], streamed: int = 0, bandwidth: float | None = None) -> Prediction:
+    found = Prediction.of(done, CostModel(), streamed, bandwidth)
     assert found is not None
     return found
 
 
 def test_a_resident_prediction_is_tokens_per_pass_over_computing_and_the_rest() -> None:
     """A = 30 / 10 = 3; C = 0.2 s; D = (3.5 - 2) / 10 = 0.15 s."""
-    runs = [made_up("x", "1", generated_tokens=10, target_passes=5, verify_s=1.0, decode_s=1.5),
-            made_up("x", "2", generated_tokens=20, target_passes=5, verify_s=1.0, decode_s=2.0)]  # fmt: skip
-    found = predict(runs)
+    found = predict([
+        made_up("x", "1", generated_tokens=10, target_passes=5, verify_s=1.0, decode_s=1.5),
+        made_up("x", "2", generated_tokens=20, target_passes=5, verify_s=1.0, decode_s=2.0),
+    ])  # fmt: skip
     assert found.measured.tokens_per_pass == 3.0
     assert found.measured.nodes == 1 + 60 / 10
     assert (found.measured.pass_s, found.measured.rest_s) == (pytest.approx(0.2), pytest.approx(0.15))
@@ -167,8 +133,8 @@ def test_a_resident_prediction_is_tokens_per_pass_over_computing_and_the_rest() 
 @pytest.mark.parametrize(("bandwidth", "pass_s"), [(100.0, 1.0), (10_000.0, 0.1), (None, 0.4)])
 def test_a_streamed_pass_takes_what_is_longer_reading_or_computing(bandwidth: float | None, pass_s: float) -> None:
     """W = 100 bytes; C = 0.1 s; passes took 0.4 s with waiting and drafting meanwhile; D = 0.05 s."""
-    runs = [made_up("x", verify_s=1.0, io_wait_s=2.0, hidden_draft_s=1.0, decode_s=4.5)]
-    found = predict(runs, 100, bandwidth)
+    run = made_up("x", verify_s=1.0, io_wait_s=2.0, hidden_draft_s=1.0, decode_s=4.5)
+    found = predict([run], 100, bandwidth)
     assert found.tokens_per_s == pytest.approx(2.0 / (pass_s + 0.05))
     assert found.read_rate is not None
     assert found.read_rate.emulated is (bandwidth is not None)
@@ -180,9 +146,9 @@ def test_without_calibrating_runs_nothing_is_predicted() -> None:
 
 
 def test_a_disturbed_repetition_does_not_count() -> None:
-    runs = [made_up("x", "1", i, seconds) for i, seconds in enumerate((1.0, 9.0, 1.2))]
-    runs += [made_up("x", "2", i, seconds) for i, seconds in enumerate((7.0, 2.0, 1.0))]
-    middle = median_runs(runs)
+    done = [made_up("x", "1", i, seconds) for i, seconds in enumerate((1.0, 9.0, 1.2))]
+    done += [made_up("x", "2", i, seconds) for i, seconds in enumerate((7.0, 2.0, 1.0))]
+    middle = median_runs(done)
     assert [run.generation.decode_s for run in middle] == [1.2, 2.0]
     assert rate(middle) == pytest.approx(40 / 3.2)
 
@@ -195,12 +161,9 @@ def race(
     seconds: dict[str, list[float]], sizes: dict[str, int] | None = None, incumbent: str | None = None
 ) -> Any:
     """Decide between candidates whose repetitions took so many seconds."""
-    runs = [made_up(name, "2", i, s) for name, times in seconds.items() for i, s in enumerate(times)]
-    lines = [
-        line(name, rate(median_runs([run for run in runs if run.variant == name])), (sizes or {}).get(name, 0))
-        for name in seconds
-    ]
-    return decide(lines, runs, incumbent)
+    done = {name: [made_up(name, "2", i, s) for i, s in enumerate(times)] for name, times in seconds.items()}
+    lines = [line(name, rate(median_runs(own)), (sizes or {}).get(name, 0)) for name, own in done.items()]
+    return decide(lines, [run for own in done.values() for run in own], incumbent)
 
 
 def test_the_fastest_wins_whatever_its_size() -> None:
@@ -214,9 +177,7 @@ def test_of_those_as_fast_within_the_noise_the_smallest_wins() -> None:
     found = race(times, {"large": 100, "small": 1, "slow": 0})
     assert (found.winner, found.fastest) == ("small", "large")
     assert found.tied == ("large", "small")
-
-
-def test_of_the_same_size_the_faster_wins() -> None:
+    # of the same size the faster
     assert race({"b": [1.02], "a": [1.0]}).winner == "a"
 
 
@@ -278,8 +239,16 @@ class Stage:
             Candidate(name, PairPaths(target, name, path)) for name, path in drafts.items()
         ) + tuple(Candidate(name, PairPaths(target, name, None)) for name in ("ngram", NO_DRAFT))
 
-    def lineup(self, incumbent: str | None = None) -> Lineup:
-        return Lineup("tiny", self.target, DraftSearch(self.candidates, ()), MemoryOptions(), incumbent)
+    def tuning(self, plan: TunePlan, open_pair: Any = None, incumbent: str | None = None) -> Tuning:
+        lineup = Lineup("tiny", self.target, self.candidates, incumbent=incumbent)
+        return Tuning(plan, lineup, True, open_pair or self)
+
+    def tuned(self, plan: TunePlan, open_pair: Any = None, incumbent: str | None = None) -> Tuning:
+        """All but saved."""
+        tuning = self.tuning(plan, open_pair, incumbent)
+        tuning.measure()
+        tuning.decide()
+        return tuning
 
     def __call__(self, candidate: Candidate) -> LoadedPair:
         self.opened.append(candidate.name)
@@ -304,10 +273,10 @@ def stage_of(models: Path, target: Path, **step_s: float) -> Stage:
 
 def test_the_draft_with_the_highest_measured_speed_wins(models: Path, target: Path, prompts: Path) -> None:
     stage = stage_of(models, target, near=0.01, near2=0.09, wild=0.01)
-    report = tuning.tune(plan_of(prompts), stage.lineup(), stage)
+    report = stage.tuned(plan_of(prompts))
     assert report.decision is not None
     assert report.decision.winner == NEAR
-    found = {entry.name: entry for entry in report.lines}
+    found = {entry.draft: entry for entry in report.lines}
     assert set(found) == {NEAR, "near2", WILD, "ngram", NO_DRAFT}
     assert found[NO_DRAFT].tokens_per_s == pytest.approx(10.0)  # 100 ms a pass
     assert found[NEAR].tokens_per_s > 1.5 * found[NO_DRAFT].tokens_per_s
@@ -317,7 +286,7 @@ def test_the_draft_with_the_highest_measured_speed_wins(models: Path, target: Pa
     for entry in found.values():
         assert entry.mismatches == 0 < entry.num_compared
         assert entry.difference is not None
-        assert abs(entry.difference) < 0.2, entry.name
+        assert abs(entry.difference) < 0.2, entry.draft
         assert set(entry.domains) == {"chat", "code"}
 
 
@@ -327,20 +296,19 @@ def test_the_same_draft_wins_twice_in_a_row(models: Path, target: Path, prompts:
     for steps in ({"near": 0.0100, "near2": 0.0101}, {"near": 0.0101, "near2": 0.0100}):
         stage = stage_of(models, target, **steps)
         choice = find_choice(target, HERE)
-        report = tuning.tune(plan_of(prompts), stage.lineup(None if choice is None else choice.draft), stage)
+        report = stage.tuned(plan_of(prompts), incumbent=None if choice is None else choice.draft)
         assert report.decision is not None
         assert set(report.decision.tied) == {"near", "near2"}
-        save(report)
+        report.save()
         winners.append(report.decision.winner)
     assert winners == [winners[0]] * 2
 
 
 def test_candidates_are_interleaved_by_prompt_or_by_repetition() -> None:
     candidates = [Candidate(name, PairPaths(Path("t"), name, None)) for name in "abc"]
-    together = list(sittings(candidates, 3, together=True))
-    assert [(len(s.candidates), s.first, s.repeat) for s in together] == [(3, 0, 3)]
-    apart = [(s.candidates[0].name, s.first, s.repeat) for s in sittings(candidates, 2, together=False)]
-    assert apart == [("a", 0, 1), ("b", 0, 1), ("c", 0, 1), ("b", 1, 1), ("c", 1, 1), ("a", 1, 1)]
+    assert list(sittings(candidates, 3, together=True)) == [(candidates, range(3))]
+    apart = [(who.name, list(when)) for (who,), when in sittings(candidates, 2, together=False)]
+    assert apart == [("a", [0]), ("b", [0]), ("c", [0]), ("b", [1]), ("c", [1]), ("a", [1])]
 
 
 def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
@@ -357,15 +325,16 @@ def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
         most = max(most, sum(hasattr(pair, "target") for pair in alive))
         return pair
 
-    plan, turns = plan_of(prompts), []
-    outcome = measure(plan.task, stage.candidates, open_pair, False, lambda label, total: turns.append(total))
+    turns: list[int] = []
+    tuning = stage.tuning(plan_of(prompts), open_pair)
+    tuning.together = False
+    tuning.measure(lambda label, total: turns.append(total))
     assert most == 1
-    assert len(outcome.runs) == 3 * 2 * 4
-    assert turns == [3 * 2 * (1 + 4)] * len(turns)
-    assert len(turns) == turns[0]
-    assert {run.place.repetition for run in outcome.runs} == {0, 1}
+    assert len(tuning.runs) == 3 * 2 * 4
+    assert turns == [3 * 2 * (1 + 4)] * turns[0]
+    assert {run.place.repetition for run in tuning.runs} == {0, 1}
     assert stage.opened.count(NEAR) == 2
-    assert outcome.seats[NEAR].profile.calibration.probabilities([0.9], MODEL)[0] != 0.9
+    assert tuning.seats[NEAR].profile.calibration.probabilities([0.9], MODEL)[0] != 0.9
 
 
 # -- candidates that fail --------------------------------------------------------------------------------
@@ -389,16 +358,13 @@ def test_a_candidate_that_cannot_be_loaded_or_fails_is_listed_and_the_rest_is_me
         return stage(candidate)
 
     monkeypatch.setattr(EngineContender, "generate", failing)
-    report = tuning.tune(plan_of(prompts), stage.lineup(), open_pair)
-    assert {failure.name: failure.reason for failure in report.failures} == {
-        WILD: "its logits are NaN",
-        "ngram": "there is not enough memory",
-    }
+    report = stage.tuned(plan_of(prompts), open_pair)
+    assert report.failures == {WILD: "its logits are NaN", "ngram": "there is not enough memory"}
     assert calls.count(WILD) == 3
-    assert {entry.name for entry in report.lines} == {NEAR, NO_DRAFT}
+    assert {entry.draft for entry in report.lines} == {NEAR, NO_DRAFT}
     assert report.decision is not None
     assert report.decision.winner == NEAR
-    assert "Left out: wild: its logits are NaN." in tune_notes(report)
+    assert "Left out: wild: its logits are NaN." in tune_report(report, []).notes
 
 
 def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured(
@@ -420,15 +386,13 @@ def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured
                 drafter.prefill = slowly  # type: ignore[method-assign]
         return pair
 
-    report = tuning.tune(plan_of(prompts, warmup=2), stage.lineup(), open_pair)
-    (failure,) = report.failures
-    assert failure.name == "near2"
-    assert re.fullmatch(
-        r"its warm-up took 4\d\.\d s for an answer that takes \d\.\d s without a draft", failure.reason
-    )
-    assert not [run for run in report.outcome.runs if run.variant == "near2"]
-    unscreened = tuning.tune(plan_of(prompts, warmup=0, repeat=1), stage.lineup(), open_pair)
-    found = {entry.name: entry for entry in unscreened.lines}
+    report = stage.tuned(plan_of(prompts, warmup=2), open_pair)
+    assert set(report.failures) == {"near2"}
+    took = r"its warm-up took 4\d\.\d s for an answer that takes \d\.\d s without a draft"
+    assert re.fullmatch(took, report.failures["near2"])
+    assert not [run for run in report.runs if run.variant == "near2"]
+    unscreened = stage.tuned(plan_of(prompts, warmup=0, repeat=1), open_pair)
+    found = {entry.draft: entry for entry in unscreened.lines}
     assert found["near2"].prompt_s == pytest.approx(40.0)  # the n-gram drafter is slow here, too
     assert found[NEAR].prompt_s == 0.0
 
@@ -444,11 +408,10 @@ def test_a_candidate_with_another_text_is_left_out(models: Path, target: Path, p
             pair.target = other.target
         return pair
 
-    report = tuning.tune(plan_of(prompts), stage.lineup(), open_pair)
-    (failure,) = report.failures
-    assert failure.name == NEAR
-    assert "tokens are not the target's own" in failure.reason
-    assert NEAR not in {entry.name for entry in report.lines}
+    report = stage.tuned(plan_of(prompts), open_pair)
+    assert set(report.failures) == {NEAR}
+    assert "tokens are not the target's own" in report.failures[NEAR]
+    assert NEAR not in {entry.draft for entry in report.lines}
     assert report.decision is not None
     assert report.decision.winner != NEAR
 
@@ -462,154 +425,47 @@ def test_a_target_that_fails_ends_it(models: Path, target: Path, prompts: Path) 
         return stage(candidate)
 
     with pytest.raises(ModelError, match="the target is damaged"):
-        tuning.tune(plan_of(prompts), stage.lineup(), open_pair)
+        stage.tuned(plan_of(prompts), open_pair)
 
 
 def test_an_interrupted_run_shows_what_was_measured_and_saves_nothing(
-    models: Path, target: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, target: Path, prompts: Path, interrupt_at: Any
 ) -> None:
     stage = stage_of(models, target, near=0.01)
-    generate, calls = EngineContender.generate, []
-
-    def interrupted(self: EngineContender, prompt: Any, sampling: Any) -> Generation:
-        calls.append(self.name)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return generate(self, prompt, sampling)
-
-    monkeypatch.setattr(EngineContender, "generate", interrupted)
-    report = tuning.tune(plan_of(prompts), stage.lineup(), stage)
-    save(report)
-    assert len(report.outcome.runs) == 4  # three turns were a warm-up
-    assert (report.decision, report.saved) == (None, None)
+    interrupt_at(8)
+    tuning = stage.tuned(plan_of(prompts))
+    tuning.save()
+    assert len(tuning.runs) == 4  # three turns were a warm-up
+    assert (tuning.decision, tuning.saved) == (None, None)
     assert find_choice(target, HERE) is None
-    assert any("Interrupted after 4 generations: nothing is chosen" in note for note in tune_notes(report))
-    assert len(tune_tables(report)[0].rows) == 3
-    calls[:] = ["x"] * 7
+    report = tune_report(tuning, [])
+    assert report.interrupted
+    assert any("Interrupted after 4 generations: nothing is chosen" in note for note in report.notes)
+    assert len(report.tables[0].rows) == 3
+    interrupt_at(1)
     with pytest.raises(KeyboardInterrupt):  # in the warm-up: there is nothing to show
-        tuning.tune(plan_of(prompts), stage.lineup(), stage)
-
-
-# -- what is saved, and what "auto" makes of it ----------------------------------------------------------
-
-
-def choice_of(draft: str, **conditions: Any) -> DraftChoice:
-    return DraftChoice(draft, replace(HERE, **conditions), 12.5)
-
-
-def test_a_choice_is_kept_in_the_bundle_and_nothing_else_in_it_changes(models: Path, tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
-    convert_folder(models / "target", bundle, 8, 32)
-    file = bundle / FILE
-    before = json.loads(file.read_text())
-    file.write_text(json.dumps({**before, "profile": {"other": 1}}))
-    mode = file.stat().st_mode
-    choice = choice_of("ngram")
-    assert save_choice(bundle, choice) == file
-    after = json.loads(file.read_text())
-    assert after["profile"] == {"other": 1, "drafts": [choice.to_dict()]}
-    assert {**after, "profile": {}} == before
-    assert file.stat().st_mode == mode
-    assert [entry.name for entry in bundle.iterdir() if entry.name.startswith(".")] == []
-    assert verify_bundle(bundle) is not None
-    assert find_choice(bundle, HERE) == choice
-
-
-def test_other_targets_and_bundles_that_cannot_be_written_have_a_file_in_the_cache_folder(
-    models: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choice = choice_of("none")
-    file = save_choice(target, choice)
-    assert file.parent == tmp_path / "home" / "profiles"
-    assert find_choice(target, HERE) == choice
-    assert find_choice(models / "target", HERE) is None
-    bundle = tmp_path / "bundle"
-    convert_folder(models / "target", bundle, 8, 32)
-
-    def read_only(*args: Any, **kwargs: Any) -> Any:
-        raise PermissionError("read only")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bundle_profile.tempfile, "mkstemp", read_only)
-        assert bundle_profile.write_profile(bundle, {}) is False
-    with monkeypatch.context() as patch:
-        patch.setattr(bundle_profile.os, "replace", read_only)
-        assert bundle_profile.write_profile(bundle, {}) is False
-    assert not [entry for entry in bundle.iterdir() if entry.name.startswith(".")]
-    monkeypatch.setattr("llmcad_mlx.store.profile.write_profile", lambda folder, profile: False)
-    assert save_choice(bundle, choice).parent == tmp_path / "home" / "profiles"
-    assert find_choice(bundle, HERE) == choice
-
-
-def test_a_choice_serves_the_same_conditions_and_more_memory(target: Path) -> None:
-    gigabyte = 10**9
-    for draft, where in (
-        ("one", {"memory": gigabyte}), ("two", {"memory": 2 * gigabyte}), ("slow", {"read_bandwidth": 1e8}),
-        ("pinned", {"pinned": 0}), ("elsewhere", {"device": "Apple M3 (gpu)"}),
-    ):  # fmt: skip
-        save_choice(target, choice_of(draft, **where))
-
-    def chosen(**conditions: Any) -> str | None:
-        found = find_choice(target, replace(HERE, **conditions))
-        return None if found is None else found.draft
-
-    assert chosen(memory=gigabyte // 2) is None
-    assert chosen(memory=gigabyte) == chosen(memory=2 * gigabyte - 1) == "one"
-    assert chosen(memory=3 * gigabyte) == chosen() == "two"
-    assert chosen(read_bandwidth=1e8) == "slow"
-    assert chosen(read_bandwidth=2e8) is None
-    assert chosen(pinned=0) == "pinned"
-    save_choice(target, choice_of("later", memory=gigabyte))
-    assert chosen(memory=gigabyte) == "later"
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", "{}", '{"drafts": 3}', '{"drafts": [3, {}, {"draft": 1, "device": "cpu", "tokens_per_s": 1}]}',
-     '{"drafts": [{"draft": "x", "device": "cpu", "tokens_per_s": 1, "memory": "all"}]}'],
-)  # fmt: skip
-def test_what_cannot_be_read_is_no_choice(target: Path, content: str) -> None:
-    save_choice(target, choice_of("ngram")).write_text(content)
-    assert find_choice(target, HERE) is None
-    assert find_pair(str(target), "auto", False).draft_name == "ngram"
-
-
-def test_auto_means_the_chosen_draft(models: Path, target: Path) -> None:
-    assert find_pair(str(target), "auto", False).draft_path is None
-    near = str(models / NEAR)
-    save_choice(target, choice_of(near))
-    assert find_pair(str(target), "auto", False) == PairPaths(target, near, models / NEAR)
-    assert find_pair(str(target), "ngram", False).draft_name == "ngram"
-    streaming = conditions(MemoryOptions(pinned=0))
-    assert find_pair(str(target), "auto", False, streaming).draft_path is None
-    save_choice(target, choice_of(f"4bit:{near}"))
-    found = find_pair(str(target), "auto", False)
-    assert found.draft_name == f"4bit:{near}"
-    assert found.draft_path == find_pair(str(target), f"4bit:{near}", False).draft_path
-
-
-def test_a_chosen_draft_that_is_gone_is_an_error_that_says_what_to_do(target: Path, tmp_path: Path) -> None:
-    save_choice(target, choice_of(str(tmp_path / "gone")))
-    with pytest.raises(
-        ModelError, match=r"gone'.*`llmcad-mlx tune` chose this draft .* run it again, or give --draft"
-    ):
-        find_pair(str(target), "auto", False)
-    assert find_pair(str(target), "none", False).draft_name == "none"
+        stage.tuned(plan_of(prompts))
 
 
 # -- what is tried ---------------------------------------------------------------------------------------
 
 
-def names_of(found: DraftSearch) -> list[str]:
-    return [short_name(candidate.name) for candidate in found.found]
+def names_of(found: Lineup) -> list[str]:
+    return [candidate.label for candidate in found.candidates]
+
+
+def look(target: Path, *names: object, incumbent: str | None = None, **copies: tuple[int, ...]) -> Lineup:
+    """Look for drafts of these names, or for what is there."""
+    options = DraftOptions(tuple(map(str, names)) or None, **copies)
+    return find_candidates(str(target), target, options, incumbent, False)
 
 
 def test_without_names_prompt_lookup_and_self_substitutes_are_tried(target: Path, tmp_path: Path) -> None:
-    found = find_candidates(str(target), target, None, (4,), (), None, False)
+    found = look(target, bits=(4,))
     assert names_of(found) == ["ngram", "self:4", "self:3", "self:2", "none"]
     assert not found.failures
     convert_folder(target, tmp_path / "four", 4, 32)
-    found = find_candidates("four", tmp_path / "four", None, (4,), (), "self:2", False)
+    found = look(tmp_path / "four", bits=(4,), incumbent="self:2")
     assert names_of(found) == ["self:2", "ngram", "self:3", "none"]
 
 
@@ -617,47 +473,31 @@ def test_draft_models_are_tried_in_fewer_bits(
     models: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert_folder(models / NEAR, tmp_path / "eight", 8, 32)
-    given = (str(models / NEAR), str(tmp_path / "eight"), "auto", "nowhere/at-all-", "none")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = find_candidates(str(target), target, given, (4, 8), (), None, False)
+    given = (models / NEAR, tmp_path / "eight", "auto", "nowhere/at-all-", "none")
+    found = look(target, *given, bits=(4, 8))
     assert names_of(found) == ["near", "eight", "ngram", "8bit:near", "4bit:near", "4bit:eight", "none"]
     assert [failure.name for failure in found.failures] == ["nowhere/at-all-"]
-    config = json.loads((found.found[5].names.draft_path / "config.json").read_text())  # type: ignore[operator]
+    path = found.candidates[5].names.draft_path
+    assert path is not None
+    config = json.loads((path / "config.json").read_text())
     assert config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
     monkeypatch.chdir(models)
-    relative = find_candidates(str(target), target, (NEAR, f"8bit:{NEAR}"), (), (), None, False)
-    assert [candidate.name for candidate in relative.found[:2]] == [
-        str(models / NEAR),
-        f"8bit:{models / NEAR}",
-    ]
-
-
-@pytest.mark.parametrize("draft", ["5bit:x", "16bit:x", "04bit:x"])
-def test_copies_of_other_bits_are_refused_before_the_target_is_looked_for(draft: str) -> None:
-    with pytest.raises(UsageError, match=r"is not one of 2bit:DRAFT, 3bit:DRAFT, 4bit:DRAFT, 8bit:DRAFT"):
-        find_pair("/nowhere", draft, False)
-
-
-def test_a_copy_needs_a_draft_of_more_bits(models: Path, target: Path, tmp_path: Path) -> None:
-    convert_folder(models / NEAR, tmp_path / "four", 4, 32)
-    with pytest.raises(UsageError, match=r"8bit:.*four needs a model of more bits, and .*four has 4"):
-        find_pair(str(target), f"8bit:{tmp_path / 'four'}", False)
-    table = tmp_path / "small.ngrams.safetensors"
-    table.write_bytes(b"")
-    for other in (str(table), "ngram", f"8bit:{table}"):
-        with pytest.raises(UsageError, match=r"is no draft model; leave '(8bit|trimmed:9):' out"):
-            find_pair(str(target), f"trimmed:9:{other}" if other != "ngram" else f"8bit:{other}", False)
+    relative = look(target, NEAR, f"8bit:{NEAR}")
+    assert [candidate.name for candidate in relative.candidates[:2]] == [
+        str(models / NEAR), f"8bit:{models / NEAR}",
+    ]  # fmt: skip
 
 
 def test_draft_models_in_all_bits_are_tried_with_fewer_output_tokens(models: Path, target: Path) -> None:
     near = models / NEAR
-    found = find_candidates(str(target), target, ("ngram", str(near), "self:2"), (4,), (30, 90), None, False)
+    found = look(target, "ngram", near, "self:2", bits=(4,), tokens=(30, 90))
     assert names_of(found) == [
         "ngram", "near", "self:2", "4bit:near", "trimmed:30:near", "trimmed:30:self:2", "trimmed:30:4bit:near",
         "none",
     ]  # fmt: skip
     assert not found.failures
-    paths = {short_name(candidate.name): candidate.names.draft_path for candidate in found.found}
+    paths = {candidate.label: candidate.names.draft_path for candidate in found.candidates}
     for name in ("trimmed:30:near", "trimmed:30:4bit:near"):
         path = paths[name]
         assert path is not None
@@ -666,8 +506,7 @@ def test_draft_models_in_all_bits_are_tried_with_fewer_output_tokens(models: Pat
         assert len(loaded.draft_tokens) == 30
     again = find_pair(str(target), f"trimmed:30:4bit:{near}", False)
     assert again.draft_path == paths["trimmed:30:4bit:near"]
-    trimmed = find_candidates(str(target), target, (str(paths["trimmed:30:near"]),), (), (20,), None, False)
-    assert len(trimmed.found) == 2  # it is trimmed already
+    assert len(look(target, paths["trimmed:30:near"], tokens=(20,)).candidates) == 2  # it is trimmed already
     with load(target, draft="none") as plain, load(target, draft=f"trimmed:30:4bit:{near}") as engine:
         expected = plain.generate([5, 9, 30, 31, 12], max_tokens=40)
         result = engine.generate([5, 9, 30, 31, 12], max_tokens=40, policy="chain")
@@ -679,11 +518,10 @@ def test_draft_models_in_all_bits_are_tried_with_fewer_output_tokens(models: Pat
 
 
 @pytest.fixture
-def words(models: Path, target: Path, prompts: Path) -> Callable[..., list[str]]:
-    def call(*more: object) -> list[str]:
+def words(target: Path, prompts: Path) -> Callable[..., list[object]]:
+    def call(*more: object) -> list[object]:
         fixed = ["--prompts", prompts, "--max-tokens", 6, "--repeat", 1, "--warmup", 0]
-        fixed += ["--bits", "none", "--trim", "none"]
-        return ["tune", str(target), *map(str, fixed), *map(str, more)]
+        return ["tune", target, *fixed, "--bits", "none", "--trim", "none", *more]
 
     return call
 
@@ -696,18 +534,15 @@ CANDIDATE_KEYS = {
 
 
 def test_the_choice_is_printed_saved_and_used(
-    words: Callable[..., list[str]], models: Path, target: Path, capsys: pytest.CaptureFixture[str]
+    words: Any, models: Path, target: Path, document: Any, output: Any
 ) -> None:
-    drafts = f"ngram,{models / NEAR},{models / 'missing'}"
-    assert run_cli(words("--drafts", drafts, "--json")) == 0
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    found = json.loads(out)
+    found = document(*words("--drafts", f"ngram,{models / NEAR},{models / 'missing'}"))
     assert {entry["draft"] for entry in found["candidates"]} == {"ngram", str(models / NEAR), "none"}
     assert all(set(entry) == CANDIDATE_KEYS for entry in found["candidates"])
     assert [entry["draft"] for entry in found["failed"]] == [str(models / "missing")]
     assert found["winner"] in {entry["draft"] for entry in found["candidates"]}
     assert found["emulated"] is found["interrupted"] is False
+    assert found["incumbent"] is None
     assert found["together"] is True
     assert len(found["runs"]) == 3 * 4
     assert found["options"]["calibrated_on"] == ["chat/1", "code/1"]
@@ -717,19 +552,16 @@ def test_the_choice_is_printed_saved_and_used(
     for candidate in found["candidates"]:  # what was learned is there for the next run
         names = find_pair(str(target), candidate["draft"], False)
         assert PairProfile(pair_profile_path(names, None, None)).costs.verify
-    assert run_cli(words("--drafts", "ngram")) == 0
-    assert json.loads(json.dumps(found["incumbent"])) is None
-    shown = capsys.readouterr().out
+    shown, _ = output(*words("--drafts", "ngram"))
     assert "(chosen)" in shown
     assert "--draft auto means" in shown
 
 
 def test_under_a_budget_candidates_come_one_after_the_other(
-    words: Callable[..., list[str]], models: Path, target: Path, capsys: pytest.CaptureFixture[str]
+    words: Any, models: Path, target: Path, document: Any, output: Any
 ) -> None:
     where = ("--pinned", "0", "--read-bandwidth", "50MB/s", "--context", "200")
-    assert run_cli(words("--drafts", f"{models / NEAR}", *where, "--json")) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = document(*words("--drafts", models / NEAR, *where))
     assert found["together"] is False
     assert found["emulated"] is True
     for candidate in found["candidates"]:
@@ -739,43 +571,25 @@ def test_under_a_budget_candidates_come_one_after_the_other(
     here = conditions(MemoryOptions(pinned=0, read_bandwidth=50e6))
     assert find_pair(str(target), "auto", False, here).draft_name == found["winner"]
     assert find_choice(target, HERE) is None
-    assert run_cli(words("--memory", "1MB")) == 2
-    assert "the smallest that works is" in capsys.readouterr().err
+    assert "the smallest that works is" in output(*words("--memory", "1MB"), code=2)[1]
 
 
-def test_out_gets_json_markdown_and_a_plot(
-    words: Callable[..., list[str]], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_out_gets_json_markdown_and_a_plot(words: Any, models: Path, tmp_path: Path, output: Any) -> None:
     out = tmp_path / "new" / "out"
-    assert run_cli(words("--drafts", f"{models / NEAR}", "--out", out)) == 0
-    shown = capsys.readouterr().out
+    shown, _ = output(*words("--drafts", models / NEAR, "--out", out))
     assert sorted(file.name for file in out.iterdir()) == ["tune.json", "tune.md", "tune.png"]
     assert (out / "tune.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "tune.json").read_text())["format"] == 1
     assert shown.strip() in (out / "tune.md").read_text()
 
 
-def test_without_matplotlib_all_but_the_plot_is_written(
-    models: Path, target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = stage_of(models, target, near=0.01)
-    report = tuning.tune(plan_of(prompts, repeat=1), stage.lineup(), stage)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "matplotlib is not installed" in (write_tune(report, tmp_path / "out", []) or "")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["tune.json", "tune.md"]
-    assert json.loads(json.dumps(tune_json(report, [])))["saved"] is None
-
-
-def test_a_choice_that_cannot_be_saved_is_printed_and_an_error(
-    words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "home").mkdir(exist_ok=True)
-    (tmp_path / "home" / "profiles").write_text("a file where the folder should be")
-    assert run_cli(words("--drafts", "ngram")) == 1
-    shown = capsys.readouterr()
-    assert "(chosen)" in shown.out
-    assert shown.err.count("\n") == 1
-    assert "profiles" in shown.err
+def test_a_choice_that_cannot_be_saved_is_printed_and_an_error(words: Any, own_home: Path, output: Any) -> None:
+    own_home.mkdir(exist_ok=True)
+    (own_home / "profiles").write_text("a file where the folder should be")
+    out, err = output(*words("--drafts", "ngram"), code=1)
+    assert "(chosen)" in out
+    assert err.count("\n") == 1
+    assert "profiles" in err
 
 
 @pytest.mark.parametrize(
@@ -783,48 +597,20 @@ def test_a_choice_that_cannot_be_saved_is_printed_and_an_error(
     [["--bits", "7"], ["--drafts", ","], ["--repeat", "0"], ["--prompts", "/no/such/file"], ["--per-domain", "1"],
      ["--memory", "much"], ["--max-tokens", "1"]],
 )  # fmt: skip
-def test_bad_options_end_with_2_before_anything_is_loaded(
-    more: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_cli(["tune", "/nowhere", *more]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+def test_bad_options_end_with_2_before_anything_is_loaded(more: list[str], output: Any) -> None:
+    assert output("tune", "/nowhere", *more, code=2)[1].startswith("error: ")
 
 
-def test_a_target_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(["tune", "/nowhere"]) == 1
-    assert "/nowhere" in capsys.readouterr().err
+def test_a_target_that_is_not_there_is_named(output: Any) -> None:
+    assert "/nowhere" in output("tune", "/nowhere", code=1)[1]
 
 
-def test_ctrl_c_prints_what_was_measured_and_ends_with_130(
-    words: Callable[..., list[str]],
-    target: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    generate, calls = EngineContender.generate, []
-
-    def interrupted(self: EngineContender, prompt: Any, sampling: Sampling) -> Generation:
-        calls.append(self.name)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return generate(self, prompt, sampling)
-
-    monkeypatch.setattr(EngineContender, "generate", interrupted)
-    assert run_cli(words("--drafts", "ngram")) == 130
-    shown = capsys.readouterr()
-    assert "| ngram" in shown.out
-    assert "nothing is chosen, nothing saved" in shown.out
-    assert shown.err.strip().endswith("interrupted")
-    assert find_choice(target, HERE) is None
-
-
-def test_task_is_what_the_options_say(prompts: Path) -> None:
+def test_the_plan_is_what_the_options_say(prompts: Path) -> None:
     changes = {"bits": "8,2", "trim": "4096, 8192,4096", "temperature": 0.5, "seed": 9, "per_domain": 2}
     plan = plan_of(prompts, drafts="ngram, self:4,ngram", **changes)
-    assert plan.drafts == ("ngram", "self:4")
-    assert plan.bits == (8, 2)
-    assert plan.tokens == (4096, 8192)
-    assert plan.task == Task(plan.task.prompts, Sampling(40, 0.5, 9), 2, 1)
-    assert [(p.domain, p.name) for p in plan.task.prompts] == [
+    assert plan.drafts == DraftOptions(("ngram", "self:4"), (8, 2), (4096, 8192))
+    assert plan.workload.options == GenerationOptions.of(max_tokens=40, temperature=0.5, seed=9)
+    assert (plan.workload.repeat, plan.workload.warmup) == (2, 1)
+    assert [(p.domain, p.name) for p in plan.workload.prompts] == [
         ("chat", "1"), ("code", "1"), ("chat", "2"), ("code", "2"),
     ]  # fmt: skip

@@ -23,7 +23,7 @@ from llmcad_mlx.errors import ModelError, StorageError
 from llmcad_mlx.files.safetensors import read_weights
 from llmcad_mlx.streaming.feed import OnDemandFeed, RowReader, SequentialFeed
 from llmcad_mlx.streaming.storage import Storage
-from llmcad_mlx.streaming.stream import Outlook, Read, ReadAhead, ThreadedStream, Unit
+from llmcad_mlx.streaming.stream import Outlook, Read, ReadAhead, Unit, WeightStream
 from llmcad_mlx.streaming.weights import Matrix, StoredParameter
 from tests.support.faulty_storage import (
     FaultyStorage,
@@ -64,9 +64,17 @@ def holds(buffer: memoryview, unit: int) -> bool:
 class Streamed:
     """A threaded stream and its buffers; `have` checks what `wait` gives."""
 
-    def __init__(self, storage: Storage, num_units: int = NUM_UNITS, num_buffers: int = 3, **options: Any) -> None:
+    def __init__(
+        self,
+        storage: Storage | None = None,
+        num_units: int = NUM_UNITS,
+        num_buffers: int = 3,
+        checked: bool = True,
+        **options: Any,
+    ) -> None:
         self.buffers = [memoryview(bytearray(SIZE + GAP)) for _ in range(num_buffers)]
-        self.stream = ThreadedStream(UNITS[:num_units], self.buffers, storage, **options)
+        units = [unit if checked else replace(unit, sha256=None) for unit in UNITS[:num_units]]
+        self.stream = WeightStream(units, self.buffers, storage or MemoryStorage(FILES), **options)
 
     def have(self, unit: int) -> None:
         assert holds(self.buffers[self.stream.wait()], unit)
@@ -79,7 +87,7 @@ class Streamed:
 
 @contextlib.contextmanager
 def streamed(storage: Storage | None = None, **options: Any) -> Iterator[Streamed]:
-    made = Streamed(storage or MemoryStorage(FILES), **options)
+    made = Streamed(storage, **options)
     try:
         yield made
     finally:
@@ -189,7 +197,7 @@ def test_outlooks_on_paper() -> None:
 @pytest.mark.parametrize("num_units", [1, 2, 5])
 def test_units_come_in_cyclic_order_with_their_bytes(num_units: int, num_buffers: int) -> None:
     storage = MemoryStorage(FILES)
-    with streamed(storage, num_units=num_units, num_buffers=num_buffers, verify=True) as made:
+    with streamed(storage, num_units=num_units, num_buffers=num_buffers) as made:
         made.passes(4)
         read_ahead = made.stream.bytes_read - 4 * num_units * SIZE
     assert 0 <= read_ahead <= num_buffers * SIZE
@@ -253,16 +261,16 @@ def test_changed_files_are_noticed_at_the_start_of_a_pass() -> None:
             made.stream.wait()
 
 
-@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("number", [1, 6, 13])
-def test_wrong_bytes_are_noticed_where_they_are_checked(verify: bool, number: int) -> None:
+def test_wrong_bytes_are_noticed_where_they_are_checked(checked: bool, number: int) -> None:
     storage = FaultyStorage(MemoryStorage(FILES), {number: wrong_bytes})
-    with streamed(storage, verify=verify) as made:
+    with streamed(storage, checked=checked) as made:
         broken = (number - 1) // 2
         for unit in range(broken):
             made.have(unit % NUM_UNITS)
             made.stream.release()
-        if verify:
+        if checked:
             name = f"layer {broken % NUM_UNITS}"
             with pytest.raises(StorageError, match=f"{A}: the bytes of {name} are not what they were; fetch"):
                 made.stream.wait()
@@ -270,14 +278,6 @@ def test_wrong_bytes_are_noticed_where_they_are_checked(verify: bool, number: in
             made.passes(2)
         else:
             assert not holds(made.buffers[made.stream.wait()], broken % NUM_UNITS)
-
-
-def test_units_without_a_checksum_are_not_checked() -> None:
-    storage = FaultyStorage(MemoryStorage(FILES), {1: wrong_bytes})
-    buffer = memoryview(bytearray(SIZE + GAP))
-    stream = ThreadedStream([replace(UNITS[0], sha256=None)], [buffer], storage, verify=True)
-    stream.wait()
-    stream.close()
 
 
 def test_a_restart_in_the_middle_of_a_read() -> None:
@@ -367,7 +367,7 @@ def test_buffers_that_cannot_do_are_refused() -> None:
     good, small = memoryview(bytearray(SIZE + GAP)), memoryview(bytearray(SIZE + GAP - 1))
     for units, buffers in (([], [good]), (UNITS, []), (UNITS, [good, small])):
         with pytest.raises(ValueError, match=f"{len(buffers)} buffers cannot stream {len(units)} units"):
-            ThreadedStream(units, buffers, storage)
+            WeightStream(units, buffers, storage)
 
 
 # -- feeds -------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from llmcad_mlx.policy import GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings
+from llmcad_mlx.verifying import Target
 from tests.support.simulated_stream import SimulatedClock
 from tests.support.tiny import VOCAB, tiny_tree_model
 
@@ -40,6 +42,8 @@ class Rounds(Session):
         costs: CostModel | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
+        """target: None for `model()` in memory."""
+        target = Target(model(), VOCAB) if target is None else target
         super().__init__(target, drafters, CostModel() if costs is None else costs, clock or SimulatedClock())
         self.policy = policy
 
@@ -53,7 +57,29 @@ class Rounds(Session):
         stop: Callable[[int], bool] | None = None,
     ) -> Round:
         """Greedy unless told otherwise."""
-        return run_round(self, self.policy, sampler or sampler_of(), stats or GenerationStats(), stop)
+        stats = GenerationStats() if stats is None else stats
+        return run_round(self, self.policy, sampler or sampler_of(), stats, stop)
+
+    def decode(
+        self, count: int, sampler: TargetSampler | None = None, stop: Callable[[int], bool] | None = None
+    ) -> list[int]:
+        """At least `count` more tokens."""
+        start = len(self.tokens)
+        while len(self.tokens) < start + count:
+            self.round(sampler, stop=stop)
+        return self.tokens[start:]
+
+
+def plain_text(prompt: Sequence[int], count: int) -> list[int]:
+    """What `model()` alone says."""
+    return _plain_text(tuple(prompt), count)
+
+
+@functools.cache
+def _plain_text(prompt: tuple[int, ...], count: int) -> list[int]:
+    engine = Rounds(None, [], ChainPolicy(0))
+    engine.begin(prompt)
+    return engine.decode(count)
 
 
 def forced(

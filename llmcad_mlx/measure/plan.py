@@ -1,0 +1,305 @@
+"""What `plan` shows: what memory is spent on, the speed to expect, what more memory or a smaller draft would buy.
+
+The formulas are those of `memory.forecast`. W, the bytes of a pass, comes from the plan; the read rate B from the
+options or from reading some of them; A, C, D and N are what this pair's own rounds were like on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+from llmcad_mlx.loader import PlannedPair
+from llmcad_mlx.measure.output import NOTHING, Report, Table, milliseconds, number
+from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds, larger_plans, smaller_drafts
+from llmcad_mlx.memory.plan import MemoryPlan, streamed_choices
+from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.sizes import format_size
+from llmcad_mlx.store.names import device_name, pair_profile_path
+from llmcad_mlx.store.profile import PairProfile
+from llmcad_mlx.streaming.storage import FileStorage, Storage
+from llmcad_mlx.streaming.stream import Read
+
+_SAMPLE_BYTES = 256 << 20
+_SAMPLE_S = 2.0
+_PIECE_BYTES = 4 << 20
+
+
+def measure_read_rate(reads: Sequence[Read]) -> ReadRate:
+    """Read some of `reads`, up to 256 MB or 2 s. Raises StorageError for a file that cannot be read.
+
+    Where the system lets go of cached pages on demand (Linux), the sample is read twice, and the second time
+    counts. Elsewhere what the page cache holds comes from memory, and the disk may be slower.
+    """
+    can_drop = hasattr(os, "posix_fadvise")
+    storage = FileStorage(drop_cache=can_drop)
+    try:
+        sample, rate = timed_read(reads, storage)
+        if can_drop:
+            sample, rate = timed_read(sample, storage)
+    finally:
+        storage.close()
+    return ReadRate(rate, sampled_bytes=sum(read.num_bytes for read in sample), from_disk=can_drop)
+
+
+def timed_read(
+    reads: Sequence[Read], storage: Storage, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[Read], float]:
+    """Read pieces of `reads` in order until there are enough; returns what was read, and bytes per second."""
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    sample: list[Read] = []
+    num_bytes, seconds, started = 0, 0.0, clock()
+    for piece in _pieces(reads):
+        if num_bytes >= _SAMPLE_BYTES or seconds >= _SAMPLE_S:
+            break
+        storage.read_into(piece.file, piece.offset, buffer[: piece.num_bytes])
+        sample.append(piece)
+        num_bytes += piece.num_bytes
+        seconds = clock() - started
+    return sample, num_bytes / max(seconds, 1e-9)
+
+
+def _pieces(reads: Sequence[Read]) -> Iterator[Read]:
+    for read in reads:
+        for start in range(0, read.num_bytes, _PIECE_BYTES):
+            yield Read(read.file, read.offset + start, min(_PIECE_BYTES, read.num_bytes - start), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another plan and its speeds. `name`: what is different."""
+
+    name: str
+    plan: MemoryPlan
+    speeds: Speeds
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A planned pair's future. `larger`: with more memory; `drafts`: with other drafts, whose tokens per pass are
+    not known."""
+
+    rate: ReadRate | None
+    """None: nothing is read."""
+    measured: Measured | None
+    speeds: Speeds
+    larger: tuple[Alternative, ...]
+    drafts: tuple[Alternative, ...]
+
+
+def make_forecast(pair: PlannedPair) -> Forecast:
+    """Predict. Reads some of the streamed weights where no rate was given. Raises StorageError."""
+    rate, measured = _read_rate(pair), find_measured(pair)
+
+    def alternatives(plans: Iterator[tuple[str, MemoryPlan]], drafted: bool) -> tuple[Alternative, ...]:
+        return tuple(
+            Alternative(name, plan, Speeds.of(plan.streamed_bytes, rate, measured, drafted))
+            for name, plan in plans
+        )
+
+    return Forecast(
+        rate=rate,
+        measured=measured,
+        speeds=Speeds.of(pair.plan.streamed_bytes, rate, measured),
+        larger=alternatives(larger_plans(pair.needs, pair.plan), drafted=True),
+        drafts=alternatives(smaller_drafts(pair.needs, pair.plan, pair.options.pinned), drafted=False),
+    )
+
+
+def find_measured(pair: PlannedPair) -> Measured | None:
+    """From the saved profile of this way of running, or of the most similar one that has run."""
+    plan, rate = pair.plan, pair.options.read_bandwidth
+    near = sorted(streamed_choices(pair.needs.sizes), key=lambda size: abs(size - plan.streamed_bytes))
+    ways: list[tuple[int | None, float | None]] = [(size, rate) for size in near]
+    if rate is not None:
+        ways += [(size, None) for size in near]
+    for streamed, bandwidth in (*ways, (None, None)):
+        costs = PairProfile(pair_profile_path(pair.names, streamed, bandwidth)).costs
+        if costs.totals.rounds and costs.computing:
+            return _measured(costs, streamed)
+    return None
+
+
+def _measured(costs: CostModel, streamed: int | None) -> Measured:
+    totals = costs.totals
+    nodes = totals.rows / totals.rounds
+    return Measured(
+        tokens_per_pass=totals.tokens / totals.rounds,
+        nodes=nodes,
+        pass_s=costs.computing.predict(max(round(nodes), 1)),
+        plain_pass_s=costs.computing.predict(1),
+        rest_s=totals.rest_s / totals.rounds,
+        draft_step_s=costs.draft.predict(1) if costs.draft else None,
+        streamed_bytes=streamed,
+    )
+
+
+def _read_rate(pair: PlannedPair) -> ReadRate | None:
+    if pair.options.read_bandwidth is not None:
+        return ReadRate(pair.options.read_bandwidth, emulated=True)
+    reads = pair.weights.streamed_reads(pair.plan)
+    return measure_read_rate(reads) if reads else None
+
+
+# -- report ----------------------------------------------------------------------------------------------
+
+
+def plan_report(pair: PlannedPair, forecast: Forecast) -> Report:
+    """The budget, the speed and what would change it; the document in bytes, bytes per second, tokens per second;
+    null: not known, or no limit."""
+    plan, names = pair.plan, pair.names
+    document = {
+        "target": str(names.target_path),
+        "draft": names.draft_name,
+        "device": device_name(),
+        "emulated": pair.options.read_bandwidth is not None,
+        **_plan_json(plan),
+        "parts": dict(budget_parts(pair)),
+        "num_layers": len(pair.needs.sizes.layer_bytes),
+        "pinned_layers": list(plan.pinned_layers),
+        "pin_head": plan.pin_head,
+        "pin_embedding": plan.pin_embedding,
+        "read_rate": None if forecast.rate is None else asdict(forecast.rate),
+        "measured": None if forecast.measured is None else asdict(forecast.measured),
+        "tokens_per_s": asdict(forecast.speeds),
+        "larger": [_alternative_json(row) for row in forecast.larger],
+        "drafts": [_alternative_json(row) for row in forecast.drafts],
+    }
+    return Report("plan", _tables(pair, forecast), _notes(pair, forecast), document)
+
+
+_PLAN_FIELDS = (
+    "budget_bytes", "total_bytes", "pinned_bytes", "streamed_bytes", "context", "max_nodes", "prefill_chunk",
+    "num_buffers",
+)  # fmt: skip
+
+
+def _plan_json(plan: MemoryPlan) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in _PLAN_FIELDS}
+
+
+def _alternative_json(row: Alternative) -> dict[str, Any]:
+    return {"name": row.name, **_plan_json(row.plan), "tokens_per_s": asdict(row.speeds)}
+
+
+def budget_parts(pair: PlannedPair) -> list[tuple[str, int]]:
+    """What the plan adds up to, part by part."""
+    plan, sizes = pair.plan, pair.needs.sizes
+    layers = sum(sizes.layer_bytes[number] for number in plan.pinned_layers)
+    embedding = sizes.embedding_bytes * plan.pin_embedding
+    return [
+        ("interpreter and libraries", plan.runtime_bytes),
+        ("draft weights", plan.draft_bytes - plan.draft_kv_bytes),
+        ("draft KV", plan.draft_kv_bytes),
+        ("target KV", plan.kv_bytes),
+        ("logits and activations", plan.work_bytes),
+        ("stream buffers", plan.buffer_bytes),
+        ("small weights", plan.resident_bytes),
+        ("pinned layers", layers),
+        *([] if sizes.tied else [("pinned head", sizes.head_bytes * plan.pin_head)]),
+        ("pinned embedding, also the head" if sizes.tied else "pinned embedding", embedding),
+    ]
+
+
+def _tables(pair: PlannedPair, forecast: Forecast) -> list[Table]:
+    plan, tables = pair.plan, [_budget_table(pair), _speed_table(pair, forecast)]
+    if forecast.larger:
+        header = ("memory", "budget", "pinned", "streamed per pass", "tokens per s", "at most", "plain", "at most")
+        rows = []
+        for row in (Alternative("now", plan, forecast.speeds), *forecast.larger):
+            sizes = (row.plan.budget_bytes, row.plan.pinned_bytes, row.plan.streamed_bytes)
+            rows.append((row.name, *map(_megabytes, sizes), *_figures(row.speeds)))
+        tables.append(Table("more memory", header, tuple(rows)))
+    if forecast.drafts:
+        columns = ("draft", "frees", "pinned", "streamed per pass", "plain", "at most")
+        rows = []
+        for row in forecast.drafts:
+            pinned = row.plan.pinned_bytes
+            sizes = (pinned - plan.pinned_bytes, pinned, row.plan.streamed_bytes)
+            rows.append((row.name, *map(_megabytes, sizes), *_figures(row.speeds)[2:]))
+        tables.append(Table("smaller drafts", columns, tuple(rows)))
+    return tables
+
+
+def _budget_table(pair: PlannedPair) -> Table:
+    plan, num_layers = pair.plan, len(pair.needs.sizes.layer_bytes)
+    details = {
+        "draft KV": f"{plan.context} tokens",
+        "target KV": f"{plan.context} tokens",
+        "stream buffers": f"{plan.num_buffers}" if plan.buffer_bytes else NOTHING,
+        "pinned layers": f"{len(plan.pinned_layers)} of {num_layers}",
+    }
+    sizes = budget_parts(pair)
+    if plan.budget_bytes is not None:
+        sizes.append(("spare", plan.spare_bytes))
+    total = plan.total_bytes if plan.budget_bytes is None else plan.budget_bytes
+    sizes += [("total", total), ("streamed per pass", plan.streamed_bytes)]
+    title = f"{pair.names.target_path.name}, draft {pair.names.draft_name}"
+    rows = tuple((name, details.get(name, ""), _megabytes(size)) for name, size in sizes)
+    return Table(title, ("memory", "", "size"), rows)
+
+
+def _speed_table(pair: PlannedPair, forecast: Forecast) -> Table:
+    names = (
+        "speculative, A / (max(W/B, C) + D)",
+        "at most, A·B/W",
+        "plain, 1 / max(W/B, C)",
+        "plain streamer at most, B/W",
+    )
+    title = "predicted speed (emulated)" if pair.options.read_bandwidth else "predicted speed"
+    return Table(title, ("", "tokens per s"), tuple(zip(names, _figures(forecast.speeds), strict=True)))
+
+
+def _figures(speeds: Speeds) -> list[str]:
+    return [number(figure, 2) for figure in astuple(speeds)]
+
+
+def _megabytes(num_bytes: int | None) -> str:
+    """A column of sizes in one unit can be added up."""
+    return number(None if num_bytes is None else num_bytes / 1e6, 1, " MB")
+
+
+def _notes(pair: PlannedPair, forecast: Forecast) -> list[str]:
+    """Where the figures come from."""
+    plan, notes = pair.plan, []
+    if plan.budget_bytes is None:
+        notes.append("No budget is set: --memory 6GB sets one.")
+    notes += [
+        f"Room for {plan.context} tokens of context, trees of {plan.max_nodes} nodes, "
+        f"prompt chunks of {plan.prefill_chunk} tokens.",
+        _rate_note(forecast.rate),
+        _measured_note(forecast.measured, plan),
+    ]
+    if forecast.larger and pair.options.pinned is not None:
+        notes.append("Larger budgets are spent as --pinned auto would.")
+    return notes
+
+
+def _rate_note(rate: ReadRate | None) -> str:
+    if rate is None:
+        return "Nothing is read while decoding."
+    figure = f"B = {format_size(round(rate.bytes_per_s))}/s"
+    if rate.emulated:
+        return f"{figure}, emulated (--read-bandwidth)."
+    sample = f"{figure}, measured by reading {format_size(rate.sampled_bytes)} of the streamed weights"
+    if rate.from_disk:
+        return f"{sample} after the page cache had let go of them."
+    return f"{sample}; they may have come from the page cache, and the disk may be slower."
+
+
+def _measured_note(measured: Measured | None, plan: MemoryPlan) -> str:
+    if measured is None:
+        return "A, C and D are not measured yet for this pair: run generate, then plan again."
+    where = "all weights in memory"
+    if measured.streamed_bytes is not None:
+        same = measured.streamed_bytes == plan.streamed_bytes
+        where = "this plan" if same else f"{format_size(measured.streamed_bytes)} streamed per pass"
+    step = "" if measured.draft_step_s is None else f"; a draft step takes {milliseconds(measured.draft_step_s)}"
+    return (
+        f"A = {measured.tokens_per_pass:.2f} tokens per pass of {measured.nodes:.1f} nodes, "
+        f"C = {milliseconds(measured.pass_s)} computing a pass ({milliseconds(measured.plain_pass_s)} with one "
+        f"node), D = {milliseconds(measured.rest_s)} beside it; measured with {where}{step}."
+    )

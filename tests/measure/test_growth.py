@@ -1,0 +1,308 @@
+"""`bench --growth`: what is measured, and what is made of it. Tiny models, no time is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from llmcad_mlx.errors import UsageError
+from llmcad_mlx.loader import LoadedPair, load_pair
+from llmcad_mlx.measure import growth
+from llmcad_mlx.measure.growth import (
+    NODES,
+    PINNED_SHARES,
+    Growth,
+    GrowthPoint,
+    PassTimer,
+    TimedPass,
+    growth_report,
+    random_tree,
+)
+from llmcad_mlx.settings import MemoryOptions
+from llmcad_mlx.store.names import NO_DRAFT
+from tests.support.tiny_folder import make_folder
+
+pytestmark = pytest.mark.usefixtures("tiny_home", "streams_small_matrices")
+
+CONTEXT = 512
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "llama", layers=6, context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_home: Path, streams_small_matrices: None, folder: Path) -> Growth:
+    """Everything in memory as given: nodes and context grow without reads."""
+    done = Growth(str(folder), MemoryOptions(read_bandwidth=1e9))
+    done.measure()
+    return done
+
+
+@contextmanager
+def loaded(folder: Path, **memory: Any) -> Iterator[LoadedPair]:
+    pair = load_pair(str(folder), NO_DRAFT, False, MemoryOptions(**memory))
+    yield pair
+    pair.release()
+
+
+def made_up(rate: float | None = 100e6, interrupted: bool = False) -> Growth:
+    """Times on paper."""
+    points = [
+        GrowthPoint("bytes", num_bytes, 16, 256, tuple(TimedPass(s, 0.1) for s in seconds))
+        for num_bytes, seconds in ((30_000_000, (0.9, 0.5, 0.4)), (0, (0.2, 0.3, 0.25)))
+    ]
+    if not interrupted:
+        points += [GrowthPoint("nodes", 0, count, 256, (TimedPass(0.1 * count, 0.0),)) for count in (1, 2)]
+        points += [GrowthPoint("context", 0, 16, length, (TimedPass(0.1, 0.0),)) for length in (64, 256)]
+    return Growth("tiny", MemoryOptions(read_bandwidth=rate), points=points, interrupted=interrupted)
+
+
+# -- what is measured ------------------------------------------------------------------------------------
+
+
+def test_every_question_gets_all_its_points_with_a_pass_for_each_repetition(measured: Growth) -> None:
+    assert [p.nodes for p in measured.of("nodes")] == list(NODES)
+    assert [p.context for p in measured.of("context")] == [64, 256, CONTEXT - 16]
+    assert all(len(p.passes) == 3 for p in measured.points)
+    assert all(0.0 <= t.wait_s <= t.seconds > 0.0 for p in measured.points for t in p.passes)
+    # only what a question asks for grows
+    assert {(p.streamed_bytes, p.context) for p in measured.of("nodes")} == {(0, 256)}
+    assert {(p.streamed_bytes, p.nodes) for p in measured.of("context")} == {(0, 16)}
+    assert {(p.nodes, p.context) for p in measured.of("bytes")} == {(16, 256)}
+
+
+def test_streamed_bytes_go_from_nothing_to_all_in_steps_of_layers(measured: Growth, folder: Path) -> None:
+    streamed = [p.streamed_bytes for p in measured.of("bytes")]
+    assert streamed == sorted(set(streamed))
+    assert len(streamed) == len(PINNED_SHARES)
+    with loaded(folder, pinned=0) as pair:
+        assert pair.plan is not None
+        assert (streamed[0], streamed[-1]) == (0, pair.plan.streamed_bytes)
+
+
+def test_given_pinned_bytes_hold_for_nodes_and_context_while_bytes_still_grow(folder: Path) -> None:
+    done = Growth(str(folder), MemoryOptions(pinned=0), repeat=1)
+    steps: list[str] = []
+    done.measure(on_turn=lambda name, total: steps.append(f"{name} of {total}"))
+    most = done.of("bytes")[-1].streamed_bytes
+    assert {p.streamed_bytes for p in done.of("nodes") + done.of("context")} == {most}
+    assert done.of("bytes")[0].streamed_bytes == 0
+    names = ["nodes", "context", *(f"{share}% pinned" for share in PINNED_SHARES)]
+    assert sorted(steps) == sorted(f"{name} of {len(names)}" for name in names)
+
+
+def test_a_timed_pass_reads_the_whole_target_once_more(folder: Path) -> None:
+    """Each measured pass comes after one of the same kind, so both are read."""
+    with loaded(folder, pinned=0) as pair:
+        assert pair.target.feed is not None
+        timer = PassTimer(pair)
+        timer.fill(100)
+        assert pair.target.num_cached == 100
+        taken: list[int] = []
+        take = pair.target.feed.take
+        pair.target.feed.take = lambda unit: taken.append(unit) or take(unit)  # type: ignore[method-assign,func-returns-value]
+        timer.measure(4)
+        assert len(taken) % 2 == 0
+        assert taken[: len(taken) // 2] == taken[len(taken) // 2 :] == sorted(set(taken))
+        timer.fill(40)
+        assert pair.target.num_cached == 40
+
+
+def test_one_target_is_held_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    most: list[int] = []
+    load = growth.load_pair
+
+    def counted(*arguments: Any) -> LoadedPair:
+        pair = load(*arguments)
+        close = pair.target.close
+        held.append(1)
+        most.append(len(held))
+        monkeypatch.setattr(pair.target, "close", lambda: (held.pop(), close()))
+        return pair
+
+    monkeypatch.setattr(growth, "load_pair", counted)
+    Growth(str(folder), MemoryOptions(), repeat=1).measure()
+    assert not held
+    assert set(most) == {1}
+
+
+def test_trees_are_random_but_the_same_every_time() -> None:
+    trees = [random_tree(count, 40) for count in NODES]
+    assert [len(tree) for tree in trees] == list(NODES)
+    assert random_tree(64, 40).parents == trees[NODES.index(64)].parents
+    assert any(len(trees[-1].children(node)) > 1 for node in range(len(trees[-1])))
+    assert random_tree(8, 40, line=True).parents == list(range(-1, 7))
+
+
+def test_a_short_context_leaves_out_what_does_not_fit(folder: Path) -> None:
+    with loaded(folder, context=128) as pair:
+        timer = PassTimer(pair)
+        assert timer.contexts == [64, 112]
+        assert timer.short_context == 112
+        assert timer.node_counts == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("context", [1, 127])
+def test_too_little_context_is_refused_before_and_after_loading(folder: Path, context: int) -> None:
+    with pytest.raises(UsageError, match="context"):
+        Growth(None, MemoryOptions(context=context))
+    with (
+        loaded(folder, context=context) as pair,
+        pytest.raises(UsageError, match=f"context: room for {context} tokens"),
+    ):
+        PassTimer(pair)
+
+
+def test_ctrl_c_keeps_the_questions_that_were_answered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = PassTimer.answer
+
+    def interrupt_at(question: str) -> Growth:
+        def answered(timer: PassTimer, asked: Any, repeat: int) -> list[GrowthPoint]:
+            if asked == question:
+                raise KeyboardInterrupt
+            return answer(timer, asked, repeat)
+
+        monkeypatch.setattr(PassTimer, "answer", answered)
+        done = Growth(str(folder), MemoryOptions(), repeat=1)
+        done.measure()
+        return done
+
+    done = interrupt_at("context")
+    assert done.interrupted
+    assert {p.question for p in done.points} == {"nodes"}
+    report = growth_report(done, [])
+    assert report.notes[-1] == "Interrupted: not measured: bytes, context."
+    assert len(report.tables) == 1
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_at("nodes")
+
+
+# -- tables, JSON, files -----------------------------------------------------------------------------------
+
+
+def test_the_table_has_median_extremes_ratio_computing_and_prediction() -> None:
+    by_bytes, by_nodes, by_context = growth_report(made_up(), []).tables
+    assert by_bytes.header == (
+        "streamed", "median, ms", "min, ms", "max, ms", "× first", "computing, ms", "bytes/rate, ms",
+    )  # fmt: skip
+    assert by_bytes.rows == (
+        ("0 kB", "250.0", "200.0", "300.0", "1.00", "150.0", "0.0"),
+        ("30 MB", "500.0", "400.0", "900.0", "2.00", "400.0", "300.0"),
+    )
+    assert [row[:5] for row in by_nodes.rows] == [
+        ("1", "100.0", "100.0", "100.0", "1.00"),
+        ("2", "200.0", "200.0", "200.0", "2.00"),
+    ]
+    assert "bytes/rate, ms" not in by_nodes.header + by_context.header
+    assert "16 nodes after 256 tokens" in by_bytes.title
+
+
+def test_without_an_emulated_rate_nothing_is_predicted_and_nothing_called_emulated() -> None:
+    report = growth_report(made_up(rate=None), [])
+    assert "bytes/rate, ms" not in report.tables[0].header
+    assert {point["predicted_s"] for point in report.document["points"]} == {None}
+    assert not any("emulated" in note for note in report.notes)
+    assert not report.document["emulated"]
+    emulated = growth_report(made_up(), [])
+    assert any("emulated at 100 MB/s" in note for note in emulated.notes)
+    assert emulated.document["emulated"]
+
+
+def test_json_holds_every_pass_versions_and_the_command(measured: Growth, tmp_path: Path) -> None:
+    report = growth_report(measured, ["llmcad-mlx", "bench", "--growth"])
+    assert report.write(tmp_path / "new" / "out") is None
+    written = json.loads((tmp_path / "new" / "out" / "growth.json").read_text())
+    assert written["argv"] == ["llmcad-mlx", "bench", "--growth"]
+    assert written["options"]["repeat"] == 3
+    assert written["options"]["read_bandwidth"] == 1e9
+    assert len(written["points"]) == len(measured.points)
+    for point in written["points"]:
+        seconds = sorted(timed["seconds"] for timed in point["passes"])
+        assert [point["min_s"], point["median_s"], point["max_s"]] == seconds
+        assert point["predicted_s"] == pytest.approx(point["streamed_bytes"] / 1e9)
+    firsts = {p["question"]: p for p in reversed(written["points"])}
+    assert {p["ratio_to_first"] for p in firsts.values()} == {1.0}
+    assert (tmp_path / "new" / "out" / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "| streamed" in (tmp_path / "new" / "out" / "growth.md").read_text()
+
+
+def test_only_questions_with_something_to_compare_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **more: (drawn.append(figure), save(figure, *args))
+    )
+    assert growth_report(made_up(), []).write(tmp_path) is None
+    (figure,) = drawn
+    assert [axes.get_xlabel() for axes in figure.axes] == ["read per pass, MB", "nodes", "tokens in the cache"]
+    lines = {line.get_label(): [list(data) for data in line.get_data()] for line in figure.axes[0].lines}
+    assert lines["bytes / rate"] == [[0.0, 30.0], [0.0, 300.0]]
+    assert lines["computing: waits left out"] == [[0.0, 30.0], [150.0, 400.0]]
+    assert len(figure.axes[1].lines) < len(figure.axes[0].lines)
+    assert all((axes.get_xlim()[0], axes.get_ylim()[0]) == (0.0, 0.0) for axes in figure.axes)
+    assert figure.axes[0].get_ylim()[1] > 900
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert labels == {"bytes / rate", "measured: median, min to max", "computing: waits left out"}
+    done = made_up(interrupted=True)
+    assert growth_report(done, []).write(tmp_path) is None
+    assert len(drawn[1].axes) == 1
+    nothing = growth_report(replace(done, points=done.points[:1]), [])
+    assert any("nothing to compare" in note for note in nothing.notes)
+    assert nothing.write(tmp_path) is None
+    assert not (tmp_path / "growth.png").exists(), "the plot of an earlier run"
+
+
+# -- command line ------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_markdown_or_json_and_out_gets_files(
+    folder: Path, tmp_path: Path, output: Any, document: Any
+) -> None:
+    words = ["bench", "--growth", "--target", folder, "--repeat", 1]
+    found = document(*words)
+    assert found["target"] == str(folder)
+    assert {p["question"] for p in found["points"]} == {"bytes", "nodes", "context"}
+    shown, _ = output(*words, "--out", tmp_path / "out")
+    assert "| nodes |" in shown
+    assert "| context |" in shown
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["growth.json", "growth.md", "growth.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["--growth", "--draft", "auto"], "draft"),
+        (["--growth", "--variants", "plain"], "variants"),
+        (["--growth", "--max-tokens", "8"], "max-tokens"),
+        (["--growth", "--per-domain", "1"], "per-domain"),
+        (["--growth", "--warmup", "1"], "warmup"),
+        (["--growth", "--temp", "0"], "temp"),
+        (["--growth", "--seed", "1"], "seed"),
+        (["--growth", "--kernels"], "growth"),
+        (["--kernels", "--memory", "1GB"], "memory"),
+        (["--kernels", "--target", "x"], "target"),
+        (["--growth", "--repeat", "0"], "repeat"),
+        (["--growth", "--context", "100"], "context"),
+        (["--growth", "--memory", "much"], "memory"),
+    ],
+)
+def test_options_that_do_not_go_together_end_with_2_and_one_line(
+    arguments: list[str], option: str, output: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "load_pair", lambda *_: pytest.fail("loaded"))
+    out, err = output("bench", *arguments, code=2)
+    assert out == ""
+    assert err.startswith(f"error: {option}: ")
+    assert err.count("\n") == 1

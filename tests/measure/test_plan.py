@@ -1,0 +1,229 @@
+"""`llmcad-mlx plan`: the plan that loading makes, a forecast from what was measured, and nothing made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcad_mlx import load
+from llmcad_mlx.loader import plan_pair
+from llmcad_mlx.measure.plan import find_measured, measure_read_rate, timed_read
+from llmcad_mlx.settings import MemoryOptions
+from llmcad_mlx.store.names import find_pair
+from llmcad_mlx.streaming.stream import Read
+from tests.support.tiny_folder import make_folder
+
+PROMPT = "then the other one ran in and then the other one"
+LAYERS = 6
+MB = 10**6
+KEYS = {
+    "target", "draft", "device", "emulated", "budget_bytes", "total_bytes", "pinned_bytes", "streamed_bytes",
+    "context", "max_nodes", "prefill_chunk", "num_buffers", "parts", "num_layers", "pinned_layers", "pin_head",
+    "pin_embedding", "read_rate", "measured", "tokens_per_s", "larger", "drafts",
+}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("own_home", "streams_small_matrices")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "target", layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def draft(folder: Path) -> Path:
+    return make_folder(folder.parent / "draft", layers=LAYERS, noise=0.02)
+
+
+def cells(text: str, name: str) -> list[str]:
+    """The row of a Markdown table that begins with `name`."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    (found,) = [row for row in rows if row[0] == name]
+    return found[1:]
+
+
+def test_it_is_the_plan_that_loading_makes(folder: Path, draft: Path, document: Any) -> None:
+    where = {"pinned": "300kB", "context": 100}
+    found = document("plan", "--target", folder, "--draft", draft, "--pinned", "300kB", "--context", 100)
+    with load(folder, draft, **where) as engine:
+        plan = engine.pair.plan
+    assert set(found) == KEYS
+    assert plan is not None
+    assert plan.pinned_layers
+    assert plan.streamed_bytes > 0
+    assert found["pinned_layers"] == list(plan.pinned_layers)
+    for name in ("pinned_bytes", "streamed_bytes", "context", "max_nodes", "prefill_chunk", "num_buffers"):
+        assert found[name] == getattr(plan, name), name
+    assert sum(found["parts"].values()) == found["total_bytes"]
+    assert found["parts"]["draft weights"] + found["parts"]["draft KV"] == plan.draft_bytes
+    assert found["parts"]["target KV"] == plan.kv_bytes
+
+
+def test_the_table_has_a_row_for_each_part(folder: Path, draft: Path, output: Any) -> None:
+    where = ("--target", folder, "--draft", draft, "--memory", "2GB", "--pinned", 0, "--context", 64)
+    out, err = output("plan", *where)
+    assert err == ""
+    parts_of_memory = (
+        "interpreter and libraries", "draft weights", "draft KV", "target KV", "logits and activations",
+        "stream buffers", "small weights", "pinned layers", "pinned head", "pinned embedding", "spare",
+    )  # fmt: skip
+    sizes = [float(cells(out, name)[1].removesuffix(" MB")) for name in parts_of_memory]
+    assert cells(out, "total") == ["", "2000.0 MB"]
+    assert sum(sizes) == pytest.approx(2000, abs=0.05 * len(sizes))
+    assert cells(out, "pinned layers") == ["0 of 6", "0.0 MB"]
+    assert cells(out, "target KV")[0] == "64 tokens"
+    assert "not measured yet for this pair: run generate" in out
+    assert cells(out, "speculative, A / (max(W/B, C) + D)") == ["–"]
+
+
+def test_a_given_rate_is_used_and_marked(folder: Path, document: Any, output: Any) -> None:
+    where = ("--target", folder, "--pinned", 0, "--read-bandwidth", "1MB/s")
+    found = document("plan", *where)
+    assert found["emulated"] is True
+    assert found["read_rate"] == {"bytes_per_s": 1e6, "emulated": True, "sampled_bytes": 0, "from_disk": True}
+    assert found["tokens_per_s"]["plain_bound"] == pytest.approx(1e6 / found["streamed_bytes"])
+    assert found["tokens_per_s"]["speculative"] is None
+    out = output("plan", *where)[0]
+    assert "predicted speed (emulated)" in out
+    assert "B = 1 MB/s, emulated" in out
+
+
+def test_without_a_rate_streamed_weights_are_read(folder: Path, document: Any) -> None:
+    found = document("plan", "--target", folder, "--pinned", 0)
+    assert found["emulated"] is False
+    rate = found["read_rate"]
+    assert rate["sampled_bytes"] == found["streamed_bytes"]  # a tiny model is read whole
+    assert rate["bytes_per_s"] > 0
+    assert found["tokens_per_s"]["plain_bound"] == pytest.approx(rate["bytes_per_s"] / found["streamed_bytes"])
+
+
+def test_without_a_budget_all_is_resident_and_nothing_is_read(folder: Path, document: Any, output: Any) -> None:
+    found = document("plan", "--target", folder)
+    assert (found["budget_bytes"], found["streamed_bytes"], found["read_rate"]) == (None, 0, None)
+    assert found["pinned_layers"] == list(range(LAYERS))
+    assert found["larger"] == []
+    assert "Nothing is read while decoding." in output("plan", "--target", folder)[0]
+
+
+def test_what_was_measured_makes_the_forecast(folder: Path, draft: Path, document: Any, output: Any) -> None:
+    where = {"pinned": 0, "read_bandwidth": "20MB/s"}
+    with load(folder, draft, **where) as engine:
+        result = engine.generate(PROMPT, max_tokens=60)
+        assert result.stats.tokens_per_pass > 1
+    words = ("--target", folder, "--draft", draft, "--pinned", 0, "--read-bandwidth", "20MB/s")
+    found = document("plan", *words)
+    measured, speeds = found["measured"], found["tokens_per_s"]
+    assert measured["streamed_bytes"] == found["streamed_bytes"]
+    assert 1 < measured["tokens_per_pass"] < 60
+    assert measured["nodes"] >= measured["tokens_per_pass"] - 1
+    assert measured["draft_step_s"] > 0
+    read_s = found["streamed_bytes"] / 20e6
+    a = measured["tokens_per_pass"]
+    assert speeds["speculative"] == pytest.approx(a / (max(read_s, measured["pass_s"]) + measured["rest_s"]))
+    assert speeds["speculative_bound"] == pytest.approx(a / read_s)
+    assert speeds["plain"] == pytest.approx(1 / max(read_s, measured["plain_pass_s"]))
+    assert speeds["plain"] <= speeds["plain_bound"] == pytest.approx(1 / read_s)
+    assert "measured with this plan" in output("plan", *words)[0]
+
+    other = document("plan", *words[:4], "--pinned", "300kB", "--read-bandwidth", "40MB/s")["measured"]
+    assert other is None  # another rate, under which nothing ran
+    near = document("plan", *words[:4], "--pinned", "300kB", "--read-bandwidth", "20MB/s")
+    assert near["measured"] == measured
+    assert near["streamed_bytes"] < measured["streamed_bytes"]
+
+
+@pytest.mark.parametrize("policy", ["throughput", "paper", "chain", "plain"])
+def test_a_run_in_memory_tells_something_about_streaming(
+    folder: Path, draft: Path, policy: str, document: Any
+) -> None:
+    with load(folder, draft) as engine:
+        engine.generate(PROMPT, max_tokens=40, policy=policy)
+    found = document("plan", "--target", folder, "--draft", draft, "--pinned", 0, "--read-bandwidth", "20MB/s")
+    assert found["measured"]["streamed_bytes"] is None
+    assert (found["measured"]["tokens_per_pass"] > 1) == (policy != "plain")
+
+
+def test_more_memory_and_smaller_drafts(folder: Path, draft: Path, document: Any, output: Any) -> None:
+    """Around the budget at which the target just streams, whatever the interpreter takes."""
+    options = MemoryOptions(pinned=0, context=32, read_bandwidth=1e6)
+    pair = plan_pair(find_pair(str(folder), str(draft), False), options)
+    budget = pair.plan.total_bytes + 200 * MB
+    words = ("--target", folder, "--draft", draft, "--memory", budget, "--pinned", 0, "--context", 32)
+    found = document("plan", *words, "--read-bandwidth", "1MB/s")
+    assert found["larger"][-1]["streamed_bytes"] == 0
+    assert [row["name"] for row in found["larger"]] == ["+25 %"]
+    assert found["larger"][0]["budget_bytes"] == budget * 125 // 100
+    assert [row["name"] for row in found["drafts"]] == ["draft half as large", "no draft model"]
+    assert found["drafts"][1]["tokens_per_s"]["speculative"] is None
+    assert found["drafts"][1]["total_bytes"] < found["total_bytes"]
+    out = output("plan", *words, "--read-bandwidth", "1MB/s")[0]
+    assert "Larger budgets are spent as --pinned auto would." in out
+    assert cells(out, "now")[0] == f"{budget / 1e6:.1f} MB"
+    assert cells(out, "no draft model")[2] == f"{found['streamed_bytes'] / 1e6:.1f} MB"
+
+
+def test_an_impossible_budget_is_refused_as_generate_refuses_it(folder: Path, output: Any) -> None:
+    where = ["--target", folder, "--memory", "1MB"]
+    for words in (["plan", *where], ["plan", *where, "--json"], ["generate", PROMPT, *where]):
+        out, err = output(*words, code=2)
+        assert out == ""
+        assert err.startswith("error: memory: 1 MB is too little; the smallest that works is ")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--memory", "much"], ["--pinned", "all"], ["--context", "0"], ["--read-bandwidth", "fast"]]
+)
+def test_wrong_options_are_refused(folder: Path, words: list[str], output: Any) -> None:
+    _, err = output("plan", "--target", folder, *words, code=2)
+    assert words[0].removeprefix("--") in err
+
+
+# --- the parts ------------------------------------------------------------------------------------------------
+
+
+class SlowStorage:
+    """10 bytes per second of a simulated clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.read: list[tuple[int, int]] = []
+
+    def read_into(self, file: Path, offset: int, out: memoryview) -> None:
+        self.now += len(out) / 10
+        self.read.append((offset, len(out)))
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_the_rate_is_bytes_over_seconds_and_sampling_ends() -> None:
+    storage = SlowStorage()
+    reads = [Read(Path("x"), 100 * number, 7, 0) for number in range(50)]
+    sample, rate = timed_read(reads, storage, lambda: storage.now)
+    assert rate == pytest.approx(10.0)
+    assert storage.read == [(0, 7), (100, 7), (200, 7)]  # two seconds are over
+    assert [(read.offset, read.num_bytes) for read in sample] == storage.read
+
+
+def test_large_reads_are_sampled_in_pieces(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(9 << 20))
+    rate = measure_read_rate([Read(file, 0, 9 << 20, 0)])
+    assert rate.sampled_bytes == 9 << 20
+    assert rate.bytes_per_s > 0
+    assert not rate.emulated
+
+
+def test_nothing_measured_is_nothing(folder: Path) -> None:
+    pair = plan_pair(find_pair(str(folder), "none", False), MemoryOptions(pinned=0))
+    assert find_measured(pair) is None
+
+
+def test_a_terminal_gets_drawn_tables(folder: Path, output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    out, _ = output("plan", "--target", folder, "--pinned", "0", "--read-bandwidth", "1MB/s")
+    assert "streamed per pass" in out
+    assert "| " not in out

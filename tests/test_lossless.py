@@ -32,8 +32,8 @@ from tests.support.waiting_target import WaitingTarget
 
 
 @functools.cache
-def model(seed: int, host: bool, noise: float = 0.0):
-    return tiny_tree_model(seed, host=host, noise=noise)
+def model(seed: int, kernels: bool, noise: float = 0.0):
+    return tiny_tree_model(seed, cpu_kernels=kernels, noise=noise)
 
 
 class RandomDrafter(LookupDrafter):
@@ -70,7 +70,7 @@ class FakeClock:
 
 
 def make_engine(
-    target_host: bool,
+    target_kernels: bool,
     drafters: Sequence[Drafter],
     policy: GrowthPolicy,
     costs: CostModel,
@@ -78,7 +78,7 @@ def make_engine(
     waits: int | None = None,
 ) -> Rounds:
     """waits: the seed of a target that waits for its weights; None: a resident one."""
-    tree_model = model(0, target_host)
+    tree_model = model(0, target_kernels)
     target = Target(tree_model, VOCAB) if waits is None else WaitingTarget(tree_model, VOCAB, seed=waits)
     target.cache.max_dead_share, target.cache.min_dead = 0.1, 2  # compact often
     return Rounds(target, drafters, policy, costs, clock)
@@ -93,8 +93,8 @@ def run(engine: Rounds, prompt: Sequence[int], count: int, sampling: SamplingSet
     return engine.tokens[len(prompt) :]
 
 
-def plain(prompt: Sequence[int], count: int, sampling: SamplingSettings, host: bool) -> list[int]:
-    engine = make_engine(host, [], ChainPolicy(0), CostModel(), FakeClock(0))
+def plain(prompt: Sequence[int], count: int, sampling: SamplingSettings, kernels: bool) -> list[int]:
+    engine = make_engine(kernels, [], ChainPolicy(0), CostModel(), FakeClock(0))
     return run(engine, prompt, count, sampling)
 
 
@@ -107,11 +107,11 @@ def make_policy(kind: str, costs: CostModel, nodes: int, branching: bool = True,
     return ThroughputPolicy(costs, Calibration(), tree_nodes=forced, branching=branching, **options)
 
 
-def make_drafters(kind: str, seed: int, host: bool) -> list[Drafter]:
+def make_drafters(kind: str, seed: int, kernels: bool) -> list[Drafter]:
     if kind in ("perfect", "other"):
-        return [ModelDrafter(model(7 if kind == "other" else 0, host))]
+        return [ModelDrafter(model(7 if kind == "other" else 0, kernels))]
     if kind == "good":
-        return [NgramDrafter(), ModelDrafter(model(0, host, 0.2))]
+        return [NgramDrafter(), ModelDrafter(model(0, kernels, 0.2))]
     if kind == "ngram":
         return [NgramDrafter()]
     return [RandomDrafter(seed, adversarial=kind == "adversarial")]
@@ -138,7 +138,7 @@ sampling_settings = st.builds(
     policy=st.sampled_from(["throughput", "forced", "paper", "chain"]),
     nodes=st.integers(1, 24),
     seed=st.integers(0, 1000),
-    host=st.booleans(),
+    kernels=st.booleans(),
     waits=st.one_of(st.none(), st.integers(0, 1000)),
     options=st.fixed_dictionaries({"branching": st.booleans(), "pipelined": st.booleans()}),
 )
@@ -148,7 +148,7 @@ def test_output_equals_plain_decoding(
     policy: str,
     nodes: int,
     seed: int,
-    host: bool,
+    kernels: bool,
     waits: int | None,
     options: dict[str, bool],
 ) -> None:
@@ -156,14 +156,14 @@ def test_output_equals_plain_decoding(
     prompt = random.integers(0, VOCAB, int(random.integers(1, 30))).tolist()
     costs = CostModel()
     growth = make_policy(policy, costs, nodes, **options)
-    engine = make_engine(host, make_drafters(draft, seed, host), growth, costs, FakeClock(seed), waits)
+    engine = make_engine(kernels, make_drafters(draft, seed, kernels), growth, costs, FakeClock(seed), waits)
     first = run(engine, prompt, 40, sampling)
-    assert first == plain(prompt, 40, sampling, host)
+    assert first == plain(prompt, 40, sampling, kernels)
     # A second turn that goes on, and a third whose prompt was edited in the middle: caches are reused.
     second = [*prompt, *first, *random.integers(0, VOCAB, 5).tolist()]
-    assert run(engine, second, 15, sampling) == plain(second, 15, sampling, host)
+    assert run(engine, second, 15, sampling) == plain(second, 15, sampling, kernels)
     edited = [*second[: len(second) // 2], *random.integers(0, VOCAB, 7).tolist()]
-    assert run(engine, edited, 15, sampling) == plain(edited, 15, sampling, host)
+    assert run(engine, edited, 15, sampling) == plain(edited, 15, sampling, kernels)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -36,22 +36,6 @@ WARM = {"temperature": 0.9, "seed": 5}
 DATA = {"messages": [FIRST], "note": "é😀"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
-
-
-@pytest.fixture(scope="module")
-def draft(folder: Path) -> Path:
-    return make_folder(folder.parent / "draft", noise=0.02)
-
-
 @pytest.fixture(scope="module")
 def other(folder: Path) -> Path:
     """The same config and sizes, other weights."""

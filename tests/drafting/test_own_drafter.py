@@ -17,17 +17,6 @@ PROMPT = "then the other one ran in"
 LENGTH = 24
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
-
-
 class Clairvoyant:
     """Knows what the target is going to say; `length` of its tokens."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,8 @@ import pytest
 from llmcad_mlx import load
 from llmcad_mlx.loader import plan_pair
 from llmcad_mlx.measure.plan import find_measured, measure_read_rate, timed_read
-from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds, larger_plans
-from llmcad_mlx.memory.plan import MemoryNeeds, ModelSizes, make_plan
-from llmcad_mlx.policy.costs import RoundTotals
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
-from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.streaming.stream import Read
 from tests.support.tiny_folder import make_folder
 
@@ -66,9 +61,8 @@ def test_it_is_the_plan_that_loading_makes(folder: Path, draft: Path, document: 
 
 
 def test_the_table_has_a_row_for_each_part(folder: Path, draft: Path, output: Any) -> None:
-    out, err = output(
-        "plan", "--target", folder, "--draft", draft, "--memory", "2GB", "--pinned", 0, "--context", 64
-    )
+    where = ("--target", folder, "--draft", draft, "--memory", "2GB", "--pinned", 0, "--context", 64)
+    out, err = output("plan", *where)
     assert err == ""
     parts_of_memory = (
         "interpreter and libraries", "draft weights", "draft KV", "target KV", "logits and activations",
@@ -169,22 +163,6 @@ def test_more_memory_and_smaller_drafts(folder: Path, draft: Path, document: Any
     assert cells(out, "no draft model")[2] == f"{found['streamed_bytes'] / 1e6:.1f} MB"
 
 
-def test_larger_budgets_are_planned_as_loading_would() -> None:
-    """With a model large enough that the steps differ."""
-    sizes = ModelSizes((300 * MB,) * 20, 0, 100 * MB, 100 * MB, 1000, 1000, 64, 64)
-    needs = MemoryNeeds(sizes, 4096, 1024, runtime_bytes=200 * MB)
-    now = make_plan(needs, 3000 * MB)
-    rows = list(larger_plans(needs, now))
-    assert [name for name, _ in rows] == ["+25 %", "+50 %", "+100 %", "all resident"]
-    for (_, plan), budget in zip(rows, (3750, 4500, 6000), strict=False):
-        assert plan == make_plan(needs, budget * MB)
-    streamed = [now.streamed_bytes, *(plan.streamed_bytes for _, plan in rows)]
-    assert streamed == sorted(set(streamed), reverse=True)
-    assert streamed[-1] == 0
-    last = rows[-1][1]
-    assert make_plan(needs, last.budget_bytes) == last
-
-
 def test_an_impossible_budget_is_refused_as_generate_refuses_it(folder: Path, output: Any) -> None:
     where = ["--target", folder, "--memory", "1MB"]
     for words in (["plan", *where], ["plan", *where, "--json"], ["generate", PROMPT, *where]):
@@ -203,16 +181,6 @@ def test_wrong_options_are_refused(folder: Path, words: list[str], output: Any) 
 
 
 # --- the parts ------------------------------------------------------------------------------------------------
-
-
-def test_speeds_by_the_formulas() -> None:
-    measured = Measured(4.0, 16.0, 0.5, 0.2, 0.1, None, 10)
-    speeds = Speeds.of(100, ReadRate(100.0), measured)  # a second of reading
-    assert speeds == Speeds(pytest.approx(4 / 1.1), 4.0, 1.0, 1.0)
-    speeds = Speeds.of(10, ReadRate(100.0), measured)  # computing takes longer
-    assert speeds == Speeds(pytest.approx(4 / 0.6), pytest.approx(40.0), pytest.approx(5.0), pytest.approx(10.0))
-    assert Speeds.of(0, None, measured) == Speeds(pytest.approx(4 / 0.6), None, pytest.approx(5.0), None)
-    assert Speeds.of(50, ReadRate(100.0), None) == Speeds(None, None, None, 2.0)
 
 
 class SlowStorage:
@@ -247,61 +215,6 @@ def test_large_reads_are_sampled_in_pieces(tmp_path: Path) -> None:
     assert rate.sampled_bytes == 9 << 20
     assert rate.bytes_per_s > 0
     assert not rate.emulated
-
-
-def test_rounds_are_kept_with_the_profile(tmp_path: Path) -> None:
-    profile = PairProfile(tmp_path / "pair.json")
-    for _ in range(50):
-        profile.costs.draft.observe(1, 0.01)
-        profile.costs.observe_pass(8, 0.5, 0.2)
-        profile.costs.observe_round(3, 0.6)
-    assert profile.costs.totals.tokens / profile.costs.totals.rounds == pytest.approx(3)
-    assert profile.costs.totals.rows / profile.costs.totals.rounds == pytest.approx(8)
-    assert profile.costs.totals.rest_s / profile.costs.totals.rounds == pytest.approx(0.1)
-    assert profile.costs.computing.predict(8) == pytest.approx(0.2)
-    assert profile.costs.verify.predict(8) == pytest.approx(0.5)
-    profile.save()
-    again = PairProfile(tmp_path / "pair.json")
-    assert again.costs.totals == profile.costs.totals
-    assert again.costs.computing.predict(8) == pytest.approx(0.2)
-    assert again.costs.draft.predict(1) == 0.01
-    again.costs.observe_pass(4, 0.3, 0.1)
-    again.costs.observe_round(1, 0.3)
-    again.save()
-    assert PairProfile(tmp_path / "pair.json").costs.totals.tokens < again.costs.totals.rounds * 3
-
-
-def test_recent_rounds_count_most(tmp_path: Path) -> None:
-    rounds = RoundTotals()
-    for tokens in [1] * 500 + [5] * 500:
-        rounds.add(tokens, 4, 0.0)
-    assert rounds.tokens / rounds.rounds == pytest.approx(5, abs=0.05)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda costs: costs.pop("rounds"),
-        lambda costs: costs.pop("computing"),
-        lambda costs: costs.update(rounds=[1]),
-        lambda costs: costs["rounds"].update(tokens=-1.0),
-        lambda costs: costs["rounds"].update(tokens="many"),
-        lambda costs: costs["rounds"].update(more=1.0),
-        lambda costs: costs.update(computing={"8": -1.0}),
-    ],
-)
-def test_a_profile_without_good_rounds_is_one_without_rounds(tmp_path: Path, damage: Any) -> None:
-    file = tmp_path / "pair.json"
-    profile = PairProfile(file)
-    profile.costs.observe_pass(8, 0.5, 0.2)
-    profile.costs.observe_round(3, 0.6)
-    profile.save()
-    content = json.loads(file.read_text())
-    damage(content["costs"])
-    file.write_text(json.dumps(content))
-    again = PairProfile(file)
-    assert again.costs.totals == RoundTotals()
-    assert not again.costs.computing
 
 
 def test_nothing_measured_is_nothing(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,9 +177,7 @@ def test_of_those_as_fast_within_the_noise_the_smallest_wins() -> None:
     found = race(times, {"large": 100, "small": 1, "slow": 0})
     assert (found.winner, found.fastest) == ("small", "large")
     assert found.tied == ("large", "small")
-
-
-def test_of_the_same_size_the_faster_wins() -> None:
+    # of the same size the faster
     assert race({"b": [1.02], "a": [1.0]}).winner == "a"
 
 
@@ -442,6 +439,7 @@ def test_an_interrupted_run_shows_what_was_measured_and_saves_nothing(
     assert (tuning.decision, tuning.saved) == (None, None)
     assert find_choice(target, HERE) is None
     report = tune_report(tuning, [])
+    assert report.interrupted
     assert any("Interrupted after 4 generations: nothing is chosen" in note for note in report.notes)
     assert len(report.tables[0].rows) == 3
     interrupt_at(1)
@@ -585,16 +583,6 @@ def test_out_gets_json_markdown_and_a_plot(words: Any, models: Path, tmp_path: P
     assert shown.strip() in (out / "tune.md").read_text()
 
 
-def test_without_matplotlib_all_but_the_plot_is_written(
-    models: Path, target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    report = tune_report(stage_of(models, target, near=0.01).tuned(plan_of(prompts, repeat=1)), [])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "matplotlib is not installed" in (report.write(tmp_path / "out") or "")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["tune.json", "tune.md"]
-    assert json.loads((tmp_path / "out" / "tune.json").read_text())["saved"] is None
-
-
 def test_a_choice_that_cannot_be_saved_is_printed_and_an_error(words: Any, own_home: Path, output: Any) -> None:
     own_home.mkdir(exist_ok=True)
     (own_home / "profiles").write_text("a file where the folder should be")
@@ -615,17 +603,6 @@ def test_bad_options_end_with_2_before_anything_is_loaded(more: list[str], outpu
 
 def test_a_target_that_is_not_there_is_named(output: Any) -> None:
     assert "/nowhere" in output("tune", "/nowhere", code=1)[1]
-
-
-def test_ctrl_c_prints_what_was_measured_and_ends_with_130(
-    words: Any, target: Path, output: Any, interrupt_at: Any
-) -> None:
-    interrupt_at(4)
-    out, err = output(*words("--drafts", "ngram"), code=130)
-    assert "| ngram" in out
-    assert "nothing is chosen, nothing saved" in out
-    assert err.strip().endswith("interrupted")
-    assert find_choice(target, HERE) is None
 
 
 def test_the_plan_is_what_the_options_say(prompts: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.costs import CostModel, RoundTotals
 from llmcad_mlx.store.profile import PairProfile, profile_path
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM
 
@@ -29,9 +29,9 @@ GOOD_COSTS = {**CostModel().to_dict(), "draft": {"1": 0.5}}
 
 
 def figures(profile: PairProfile) -> list[float]:
-    costs, probability = profile.costs, profile.calibration.probability
+    costs, calibration = profile.costs, profile.calibration
     times = [costs.draft.predict(1), costs.verify.predict(1), costs.verify.predict(16)]
-    return [*times, probability(0.9, MODEL), probability(0.4, NGRAM)]
+    return [*times, *calibration.probabilities([0.9], MODEL), *calibration.probabilities([0.4], NGRAM)]
 
 
 def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
@@ -126,3 +126,58 @@ def test_every_pair_and_device_has_its_own_file(tmp_path: Path, monkeypatch: pyt
     assert len(paths) == 8
     assert all(path.parent == tmp_path / "profiles" for path in paths)
     assert profile_path([target, draft], "cpu") in paths
+
+
+def test_rounds_are_kept_with_the_profile(tmp_path: Path) -> None:
+    profile = PairProfile(tmp_path / "pair.json")
+    for _ in range(50):
+        profile.costs.draft.observe(1, 0.01)
+        profile.costs.observe_pass(8, 0.5, 0.2)
+        profile.costs.observe_round(3, 0.6)
+    assert profile.costs.totals.tokens / profile.costs.totals.rounds == pytest.approx(3)
+    assert profile.costs.totals.rows / profile.costs.totals.rounds == pytest.approx(8)
+    assert profile.costs.totals.rest_s / profile.costs.totals.rounds == pytest.approx(0.1)
+    assert profile.costs.computing.predict(8) == pytest.approx(0.2)
+    assert profile.costs.verify.predict(8) == pytest.approx(0.5)
+    profile.save()
+    again = PairProfile(tmp_path / "pair.json")
+    assert again.costs.totals == profile.costs.totals
+    assert again.costs.computing.predict(8) == pytest.approx(0.2)
+    assert again.costs.draft.predict(1) == 0.01
+    again.costs.observe_pass(4, 0.3, 0.1)
+    again.costs.observe_round(1, 0.3)
+    again.save()
+    assert PairProfile(tmp_path / "pair.json").costs.totals.tokens < again.costs.totals.rounds * 3
+
+
+def test_recent_rounds_count_most(tmp_path: Path) -> None:
+    rounds = RoundTotals()
+    for tokens in [1] * 500 + [5] * 500:
+        rounds.add(tokens, 4, 0.0)
+    assert rounds.tokens / rounds.rounds == pytest.approx(5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda costs: costs.pop("rounds"),
+        lambda costs: costs.pop("computing"),
+        lambda costs: costs.update(rounds=[1]),
+        lambda costs: costs["rounds"].update(tokens=-1.0),
+        lambda costs: costs["rounds"].update(tokens="many"),
+        lambda costs: costs["rounds"].update(more=1.0),
+        lambda costs: costs.update(computing={"8": -1.0}),
+    ],
+)
+def test_a_profile_without_good_rounds_is_one_without_rounds(tmp_path: Path, damage: Any) -> None:
+    file = tmp_path / "pair.json"
+    profile = PairProfile(file)
+    profile.costs.observe_pass(8, 0.5, 0.2)
+    profile.costs.observe_round(3, 0.6)
+    profile.save()
+    content = json.loads(file.read_text())
+    damage(content["costs"])
+    file.write_text(json.dumps(content))
+    again = PairProfile(file)
+    assert again.costs.totals == RoundTotals()
+    assert not again.costs.computing

@@ -36,7 +36,7 @@ class ModelFindings:
     context_length: int | None
     num_layers: int
     num_host_layers: int
-    """Layers that run on the host kernels' decoder block."""
+    """Layers that run on the CPU kernels' decoder block."""
     weight_bytes: int
     load_s: float
     probe_s: float
@@ -110,7 +110,7 @@ def _version_problem(installed: str | None, tested: str) -> str | None:
 
 
 def _examine_backend() -> tuple[str | None, bool, str | None]:
-    """Import MLX, compute something, and import what the host kernels need: the device, None where MLX does not
+    """Import MLX, compute something, and import what the CPU kernels need: the device, None where MLX does not
     work, whether the kernels do, and the problem, if there is one."""
     try:
         mx = importlib.import_module("mlx.core")

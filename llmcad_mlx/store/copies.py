@@ -9,7 +9,7 @@ self-drafts/<model>-<state>-4bit           model: digest of the source folder's 
 drafts/<model>-<state>-4bit                state: digest of its files' sizes and times
 trimmed-drafts/<model>-<state>-8192usual
 ```
-Fewer bits are affine groups of 32. On a Linux CPU the host kernels take 4 and 8 bits; copies of 2 and 3 bits run
+Fewer bits are affine groups of 32. On a Linux CPU our kernels take 4 and 8 bits; copies of 2 and 3 bits run
 there on MLX's own kernels, which are right but slow.
 
 A draft step spends much of its time on the head: a row for each of 50,000 to 150,000 tokens, of which a few

@@ -201,7 +201,7 @@ class TimedDrafter(ModelDrafter):
     """Its steps take `step_s` each, its reading of a prompt a hundredth of that a token."""
 
     def __init__(self, clock: SimulatedClock, step_s: float, noise: float = 0.02) -> None:
-        super().__init__(tiny_tree_model(0, host=False, layers=4, noise=noise))
+        super().__init__(tiny_tree_model(0, cpu_kernels=False, layers=4, noise=noise))
         self.clock, self.step_s = clock, step_s
 
     def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
@@ -334,7 +334,7 @@ def test_the_text_does_not_depend_on_the_timing(
 @functools.cache
 def reference(count: int) -> list[int]:
     """Plain tokens of the target in memory."""
-    target = Target(tiny_tree_model(0, host=False, layers=4), VOCAB)
+    target = Target(tiny_tree_model(0, cpu_kernels=False, layers=4), VOCAB)
     engine = engine_of(target, SimulatedClock(), None, plain)
     engine.begin(PROMPT)
     rounds(engine, GenerationStats(), count)
@@ -345,7 +345,7 @@ def reference(count: int) -> list[int]:
 def submitted() -> list[list[int]]:
     """The trees that the target in memory is given."""
     clock = SimulatedClock()
-    target = Target(tiny_tree_model(0, host=False, layers=4), VOCAB)
+    target = Target(tiny_tree_model(0, cpu_kernels=False, layers=4), VOCAB)
     engine = engine_of(target, clock, 1.0, without_pipeline)
     engine.begin(PROMPT)
     return [done.selection.tree.tokens for done in rounds(engine, GenerationStats(), 10)]

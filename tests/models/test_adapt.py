@@ -17,7 +17,6 @@ from llmcad_mlx.models.adapt import (
     Adaptation,
     adapt,
     adaptations,
-    adapted_class,
     computes_in_float32,
     forget_weights,
     own_class,
@@ -81,6 +80,9 @@ def test_the_last_one_is_outermost_and_the_module_stays_what_it_was() -> None:
     assert mx.array_equal(module(mx.ones((1, 4))), 2 * plain + 1)
     assert isinstance(module, nn.Linear)
     assert (own_class(module), type(module).__name__) == (nn.Linear, "Linear")
+    other = nn.Linear(4, 3)
+    all_three(other)
+    assert type(other) is type(module)  # not a class for each module
     after = dict(tree_flatten(module.parameters()))
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)
@@ -119,16 +121,6 @@ def test_once_each_and_by_their_base() -> None:
     restore(module, Shifted)  # nothing to do
     restore(module, Adaptation)
     assert type(module) is nn.Linear
-
-
-def test_modules_of_one_kind_share_a_class_that_goes_with_them() -> None:
-    class Own(nn.Linear):
-        pass
-
-    first, second = Own(4, 3), Own(4, 3)
-    for module in (first, second):
-        adapt(module, Noted, _turns=[])
-    assert type(first) is type(second) is adapted_class(Noted, Own)
 
 
 def test_all_of_them_forget_what_came_from_the_weights() -> None:

@@ -41,13 +41,13 @@ def tiny_llama(
     return model
 
 
-def tiny_tree_model(seed: int = 0, *, host: bool = True, noise: float = 0.0, **shape: object) -> TreeModel:
+def tiny_tree_model(seed: int = 0, *, cpu_kernels: bool = True, noise: float = 0.0, **shape: object) -> TreeModel:
     """A tiny model ready for trees; `noise` moves its weights, which makes an imperfect draft of it."""
     model = tiny_llama(seed, **shape)  # type: ignore[arg-type]
     if noise:
         mx.random.seed(seed + 1000)
         model.update(tree_map(lambda p: p + noise * mx.random.normal(p.shape), model.parameters()))
         mx.eval(model.parameters())
-    if host:
+    if cpu_kernels:
         prepare_for_device(model)
     return TreeModel(model, {"model_type": "llama", "max_position_embeddings": 4096})

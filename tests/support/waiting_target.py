@@ -65,7 +65,7 @@ def simulated_target(
 
     A unit takes `read_s` to read, and `row_s` for each row to compute with.
     """
-    model = tiny_tree_model(0, host=False, layers=layers)
+    model = tiny_tree_model(0, cpu_kernels=False, layers=layers)
     stream = SimulatedStream([1000] * (layers + 1), num_buffers, 1000 / read_s, clock)
     feed = SequentialFeed(stream, layers + 1, clock)
     inner: Any = model.model

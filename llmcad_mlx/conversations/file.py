@@ -3,15 +3,13 @@
 One safetensors file. Metadata: `llmcad_mlx` (FORMAT), `conversation` (JSON: whatever the caller keeps there) and
 `cache` (JSON: what the caches belong to, their tokens and layers). Tensors: `target.0.keys`, … `draft.3.values`,
 each (kv_heads, L, dim), then `sha256`, 32 bytes, the digest of all bytes before it.
-
-What a saved cache belongs to: versions, device and models that must be the same when it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,34 +26,6 @@ from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.machine import package_version
 from llmcad_mlx.models.cache import LayerState
 from llmcad_mlx.store.names import device_name
-
-
-def belongings(pair: LoadedPair) -> dict[str, str | None]:
-    """What must be the same for a cache to be used; the names end the sentence "it is from another …"."""
-    versions = [f"{name} {package_version(name)}" for name in ("llmcad-mlx", "mlx", "mlx-lm")]
-    kernels = "host kernels" if cpu_kernels_wanted() else "MLX"
-    return {
-        "version": ", ".join(versions),
-        "device": f"{device_name()}, {kernels}",
-        "model": _model_digest(pair.target_path),
-        "draft": draft_digest(pair),
-    }
-
-
-def draft_digest(pair: LoadedPair) -> str | None:
-    """The draft model's digest; None where no model drafts."""
-    path = pair.draft_path
-    return _model_digest(path) if path is not None and path.is_dir() else None
-
-
-def _model_digest(folder: Path) -> str:
-    """Digest of a folder's config and of what lies where in its weight files; the weights' own bytes left out."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("model*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        digest.update(header_bytes(path))
-    return digest.hexdigest()
-
 
 FORMAT = "conversation 1"
 DIGEST = TensorSpec("sha256", "U8", (32,))
@@ -88,7 +58,10 @@ def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tok
     try:
         require_free_space(path.parent, sum(s.num_bytes for s in specs), f"the conversation {path.name}", _REMEDY)
         with new_file(path, private=True) as file, SafetensorsWriter(file, [*specs, DIGEST], metadata) as writer:
-            _write_layers(writer, parts)
+            for part in parts:  # layer by layer: under a memory budget there is no room for a copy of all
+                for name, array in _arrays(part.model, part.cache.states(part.length)):
+                    content: Any = np.asarray(array.reshape(-1).view(mx.uint8))
+                    writer.write_bytes(name, 0, memoryview(content))
             end = writer.extent(DIGEST).offset
             writer.write_bytes(DIGEST.name, 0, _digest(file, end))
             writer.sync()
@@ -107,22 +80,17 @@ def _check_destination(path: Path) -> None:
             raise UsageError(f"{path}: exists and is not a saved conversation; choose another name") from None
 
 
+def _arrays(model: str, layers: Iterable[LayerState | None]) -> Iterator[tuple[str, mx.array]]:
+    """The arrays of a model's layers and their names in the file."""
+    for number, layer in enumerate(layers):
+        if layer is not None:
+            yield f"{model}.{number}.keys", layer.keys
+            yield f"{model}.{number}.values", layer.values
+
+
 def _specs(part: CachePart) -> Iterator[TensorSpec]:
-    for number, first in enumerate(part.cache.states(1)):
-        if first is not None:
-            for kind, array in (("keys", first.keys), ("values", first.values)):
-                shape = (array.shape[0], part.length, array.shape[2])
-                yield TensorSpec(f"{part.model}.{number}.{kind}", dtype_name(array.dtype), shape)
-
-
-def _write_layers(writer: SafetensorsWriter, parts: Sequence[CachePart]) -> None:
-    """Layer by layer: under a memory budget there is no room for a second copy of all of them."""
-    for part in parts:
-        for number, layer in enumerate(part.layers()):
-            if layer is not None:
-                for kind, array in (("keys", layer.keys), ("values", layer.values)):
-                    data: Any = np.asarray(array.reshape(-1).view(mx.uint8))
-                    writer.write_bytes(f"{part.model}.{number}.{kind}", 0, memoryview(data))
+    for name, array in _arrays(part.model, part.cache.states(1)):
+        yield TensorSpec(name, dtype_name(array.dtype), (array.shape[0], part.length, array.shape[2]))
 
 
 def _cache_facts(pair: LoadedPair, parts: Sequence[CachePart], tokens: Sequence[int]) -> dict[str, Any]:
@@ -131,12 +99,8 @@ def _cache_facts(pair: LoadedPair, parts: Sequence[CachePart], tokens: Sequence[
         part.model: [first is not None and first.on_cpu_kernels for first in part.cache.states(1)]
         for part in parts
     }
-    return {
-        "belongs_to": belongings(pair),
-        "tokens": list(tokens[: lengths[TARGET]]),
-        "lengths": lengths,
-        "on_host": on_kernels,
-    }
+    read = list(tokens[: lengths[TARGET]])
+    return {"belongs_to": belongings(pair), "tokens": read, "lengths": lengths, "on_host": on_kernels}
 
 
 def read_conversation(path: Path) -> SavedConversation:
@@ -166,14 +130,39 @@ def saved_layers(path: Path, model: str, on_cpu_kernels: Sequence[bool]) -> Iter
         yield None if keys is None or values is None else LayerState(keys, values, on_kernels)
 
 
+def belongings(pair: LoadedPair) -> dict[str, str | None]:
+    """What must be the same for a cache to be used; the names end the sentence "it is from another …"."""
+    versions = [f"{name} {package_version(name)}" for name in ("llmcad-mlx", "mlx", "mlx-lm")]
+    kernels = "host kernels" if cpu_kernels_wanted() else "MLX"
+    return {
+        "version": ", ".join(versions),
+        "device": f"{device_name()}, {kernels}",
+        "model": _model_digest(pair.target_path),
+        "draft": draft_digest(pair),
+    }
+
+
+def draft_digest(pair: LoadedPair) -> str | None:
+    """The draft model's digest; None where no model drafts."""
+    path = pair.draft_path
+    return _model_digest(path) if path is not None and path.is_dir() else None
+
+
+def _model_digest(folder: Path) -> str:
+    """Digest of a folder's config and of what lies where in its weight files; the weights' own bytes left out."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("model*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        digest.update(header_bytes(path))
+    return digest.hexdigest()
+
+
 def has_right_digest(path: Path) -> bool:
     """Whether a file's bytes are those that were written."""
     end = path.stat().st_size - DIGEST.num_bytes
-    if end <= 0:
-        return False
     with path.open("rb") as file:
-        file.seek(end)
-        return file.read() == _digest(path, end)
+        file.seek(max(end, 0))
+        return end > 0 and file.read() == _digest(path, end)
 
 
 def _digest(path: Path, num_bytes: int) -> bytes:

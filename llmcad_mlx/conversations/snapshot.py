@@ -8,7 +8,7 @@ is read again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmcad_mlx.engine.session import Session
@@ -27,10 +27,6 @@ class CachePart:
     cache: ModelCache
     length: int
 
-    def layers(self) -> Iterator[LayerState | None]:
-        """Copies of the layers, one after the other."""
-        return self.cache.states(self.length)
-
 
 @dataclass(frozen=True, slots=True)
 class PartSnapshot:
@@ -39,11 +35,6 @@ class PartSnapshot:
     model: str
     length: int
     layers: tuple[LayerState | None, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(layer.nbytes for layer in self.layers if layer is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +52,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Bytes of the copied keys and values."""
-        return sum(part.nbytes for part in self.parts)
+        return sum(layer.nbytes for part in self.parts for layer in part.layers if layer is not None)
 
 
 def cache_parts(pair: LoadedPair, tokens: Sequence[int]) -> list[CachePart]:
@@ -84,7 +75,7 @@ def take_snapshot(pair: LoadedPair, tokens: Sequence[int], owner: object) -> Sna
     parts = cache_parts(pair, tokens)
     if not parts:
         return None
-    taken = tuple(PartSnapshot(part.model, part.length, tuple(part.layers())) for part in parts)
+    taken = tuple(PartSnapshot(p.model, p.length, tuple(p.cache.states(p.length))) for p in parts)
     return Snapshot(tuple(tokens[: parts[0].length]), taken, owner)
 
 
@@ -100,8 +91,8 @@ def put_snapshot(pair: LoadedPair, session: Session, snapshot: Snapshot | None) 
 
 def cache_of(pair: LoadedPair, model: str) -> ModelCache:
     """The cache of TARGET or DRAFT. Raises ValueError where there is none that can be written."""
-    drafts = [drafter.cache for drafter in pair.drafters if drafter.cache is not None]
-    for cache in [pair.target.cache] if model == TARGET else drafts:
-        if cache.can_rollback:
+    caches = [pair.target.cache] if model == TARGET else [drafter.cache for drafter in pair.drafters]
+    for cache in caches:
+        if cache is not None and cache.can_rollback:
             return cache
     raise ValueError(f"there is no {model} whose cache could be restored")

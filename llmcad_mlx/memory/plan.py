@@ -1,14 +1,9 @@
 """What a memory budget is spent on: pure arithmetic.
 
 Everything the process holds is in the plan: interpreter and libraries, the draft, keys and values, logits and
-activations, stream buffers, and as much of the target as is left room for (`pinning`).
-
-Which parts of a target are kept in memory: pure arithmetic.
-
-A pass reads every streamed byte once, so only the number of bytes kept counts. Pinned layers are spread evenly
-over the depth, so that the disk is busy while they compute (DESIGN 3.5).
-
-What a pair needs memory for whatever the budget is, and what can be given up before a budget is refused.
+activations, stream buffers, and as much of the target as there is room for. A pass reads every streamed byte once,
+so only the number of bytes kept counts. Kept ("pinned") layers are spread evenly over the depth, so that the disk
+is busy while they compute.
 """
 
 from __future__ import annotations
@@ -25,9 +20,12 @@ from llmcad_mlx.sizes import format_size
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Bytes of a target's parts. `layer_bytes`: what can be streamed of each decoder layer. `resident_bytes`: what
-    always stays (norms, biases). `head_bytes` is 0 where the head is the embedding. `hidden`, `widest`: columns of
-    the residual stream and of the largest activation."""
+    """Bytes of a target's parts.
+
+    `layer_bytes`: what can be streamed of each decoder layer. `resident_bytes`: what always stays (norms, biases).
+    `head_bytes`: 0 where the head is the embedding. `hidden`, `widest`: columns of the residual stream and of the
+    largest activation.
+    """
 
     layer_bytes: tuple[int, ...]
     resident_bytes: int
@@ -37,11 +35,6 @@ class ModelSizes:
     logit_columns: int
     hidden: int
     widest: int
-
-    @property
-    def total_bytes(self) -> int:
-        """All weights."""
-        return sum(self.layer_bytes) + self.resident_bytes + self.embedding_bytes + self.head_bytes
 
     @property
     def tied(self) -> bool:
@@ -106,7 +99,7 @@ _MIN_BUFFERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What can be given up before a budget is refused."""
+    """What a plan makes room for. All of it can be made smaller before a budget is refused."""
 
     max_nodes: int
     prefill_chunk: int
@@ -115,28 +108,28 @@ class Room:
     min_context: int
 
     def less(self) -> Room | None:
-        """A little less of it; None when there is nothing to give up."""
+        """A little less of it; None where nothing can be smaller. What costs little speed goes first."""
+        least = {"context": self.min_context, "max_nodes": _MIN_NODES, "prefill_chunk": _MIN_CHUNK}
         if self.context > 2 * self.min_context:
             return replace(self, context=self.context // 2)
-        if self.max_nodes > 4 * _MIN_NODES:
-            return replace(self, max_nodes=self.max_nodes // 2)
-        if self.prefill_chunk > 4 * _MIN_CHUNK:
-            return replace(self, prefill_chunk=self.prefill_chunk // 2)
+        for name in ("max_nodes", "prefill_chunk"):
+            if getattr(self, name) > 4 * least[name]:
+                return replace(self, **{name: getattr(self, name) // 2})
         if self.num_buffers > _MIN_BUFFERS:
             return replace(self, num_buffers=self.num_buffers - 1)
-        if self.context > self.min_context:
-            return replace(self, context=max(self.context // 2, self.min_context))
-        if self.max_nodes > _MIN_NODES:
-            return replace(self, max_nodes=max(self.max_nodes // 2, _MIN_NODES))
-        if self.prefill_chunk > _MIN_CHUNK:
-            return replace(self, prefill_chunk=max(self.prefill_chunk // 2, _MIN_CHUNK))
+        for name, size in least.items():
+            if getattr(self, name) > size:
+                return replace(self, **{name: max(getattr(self, name) // 2, size)})
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeeds:
-    """What a budget is asked for, whatever it is. `runtime_bytes`: interpreter and libraries, as they are.
-    `context`: tokens to make room for, `min_context`: what they may be cut to."""
+    """What a pair needs memory for.
+
+    `runtime_bytes`: interpreter and libraries, as measured. `context`: tokens to make room for; `min_context`: how
+    few they may become.
+    """
 
     sizes: ModelSizes
     context: int
@@ -155,12 +148,12 @@ class MemoryNeeds:
 
     @property
     def most_room(self) -> Room:
-        """What is made room for where memory allows."""
+        """With all the memory that is wanted."""
         return Room(self.max_nodes, self.prefill_chunk, self.num_buffers, self.context, self.min_context)
 
     @property
     def least_room(self) -> Room:
-        """What is made room for where it does not."""
+        """With the least memory that works."""
         return Room(_MIN_NODES, _MIN_CHUNK, _MIN_BUFFERS, self.min_context, self.min_context)
 
 
@@ -178,24 +171,24 @@ class MemoryPlan:
     those of `draft_bytes` that the draft's keys and values take.
     """
 
-    budget_bytes: int | None
     runtime_bytes: int
     draft_bytes: int
     draft_kv_bytes: int
     resident_bytes: int
     kv_bytes: int
     work_bytes: int
-    buffer_bytes: int
-    pinned_layers: tuple[int, ...]
-    pin_head: bool
-    pin_embedding: bool
-    pinned_bytes: int
-    streamed_bytes: int
     head_pieces: int
     num_buffers: int
     max_nodes: int
     prefill_chunk: int
     context: int
+    budget_bytes: int | None = None
+    buffer_bytes: int = 0
+    pinned_layers: tuple[int, ...] = ()
+    pin_head: bool = False
+    pin_embedding: bool = False
+    pinned_bytes: int = 0
+    streamed_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -210,18 +203,13 @@ class MemoryPlan:
         """What the budget leaves."""
         return 0 if self.budget_bytes is None else self.budget_bytes - self.total_bytes
 
-    @property
-    def all_resident(self) -> bool:
-        """Nothing is read while decoding."""
-        return self.streamed_bytes == 0 and self.pin_embedding
-
 
 def make_plan(needs: MemoryNeeds, budget: int | None, pinned: int | None = None) -> MemoryPlan:
     """Spend `budget` bytes (None: no limit).
 
-    pinned: bytes of the target's layers and head to keep, rounded down to whole ones; None: up to the plan. Then
-    all is kept where that leaves the least room to work in. Otherwise half of what goes beyond the least room is
-    given to more of it, until there is all that was asked for, and the rest pins: more memory never streams more.
+    pinned: bytes of the target's layers and head to keep, rounded down to whole ones; None: the plan decides. Then
+    all are kept where the least room fits beside them. Otherwise half of what the budget has beyond the least room
+    goes into more room, until it is the most, and the rest into pinned layers: more memory never streams more.
 
     Raises BudgetError naming the smallest budget that works.
     """
@@ -246,14 +234,12 @@ def make_plan(needs: MemoryNeeds, budget: int | None, pinned: int | None = None)
 
 def _too_little(needs: MemoryNeeds, budget: int, pinned: int | None) -> BudgetError:
     least = [_streaming(needs, needs.least_room).total_bytes + Pins.of(needs.sizes, pinned or 0).num_bytes]
-    if (
-        pinned is None or pinned >= needs.sizes.pass_bytes
-    ):  # a model smaller than its stream buffers is better kept
+    if pinned is None or pinned >= needs.sizes.pass_bytes:  # a model smaller than its buffers is better kept
         least.append(_common(needs, needs.least_room).total_bytes + needs.sizes.pass_bytes)
     parts = f"interpreter and libraries {format_size(needs.runtime_bytes)}, draft {format_size(needs.draft_bytes)}"
     advice = "; a smaller draft, a shorter --context or --draft ngram lowers it" if needs.draft_bytes else ""
     return BudgetError(
-        f"memory: {format_size(budget)} is too little; the smallest that works is {_rounded_up(min(least))} "
+        f"memory: {format_size(budget)} is too little; the smallest that works is {-(-min(least) // 10**6)} MB "
         f"({parts}){advice}"
     )
 
@@ -355,26 +341,15 @@ def _common(needs: MemoryNeeds, room: Room) -> MemoryPlan:
     logits = round(room.max_nodes * sizes.logit_columns * 4 * _LOGIT_COPIES)
     activations = room.prefill_chunk * (3 * sizes.widest + 6 * sizes.hidden) * 4
     return MemoryPlan(
-        budget_bytes=None,
         runtime_bytes=needs.runtime_bytes + _RESERVE,
         draft_bytes=needs.draft_bytes + draft_kv,
         draft_kv_bytes=draft_kv,
         resident_bytes=sizes.resident_bytes,
         kv_bytes=kv,
         work_bytes=logits + activations,
-        buffer_bytes=0,
-        pinned_layers=(),
-        pin_head=False,
-        pin_embedding=False,
-        pinned_bytes=0,
-        streamed_bytes=0,
         head_pieces=max(-(-sizes.matrix_bytes // max(sizes.largest_layer, 1 << 20)), 1),
         num_buffers=room.num_buffers,
         max_nodes=room.max_nodes,
         prefill_chunk=room.prefill_chunk,
         context=room.context,
     )
-
-
-def _rounded_up(num_bytes: int) -> str:
-    return f"{-(-num_bytes // 10**6)} MB"

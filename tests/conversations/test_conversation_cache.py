@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from tests.support.tiny_folder import (
     change_config,
     copy_folder,
     make_folder,
-    tiny_environment,
     write_folder,
 )
 
@@ -35,27 +34,13 @@ OPTIONS = {"max_tokens": 16, "tree_nodes": 8}
 WARM = {"temperature": 0.9, "seed": 5}
 DATA = {"messages": [FIRST], "note": "é😀"}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
-
-
-@pytest.fixture(scope="module")
-def draft(folder: Path) -> Path:
-    return make_folder(folder.parent / "draft", noise=0.02)
-
-
-@pytest.fixture(scope="module")
-def other(folder: Path) -> Path:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same config and sizes, other weights."""
-    return make_folder(folder.parent / "other", seed=1)
+    return make_folder(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
 def family_folder(path: Path, family: str) -> Path:
@@ -74,9 +59,9 @@ def second_turn(engine: Engine, messages: list[dict[str, str]], **options: Any) 
 
 
 @pytest.fixture(scope="module")
-def saved(folder: Path, draft: Path) -> Path:
+def saved(folder: Path, draft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversation after its first turn."""
-    path = folder.parent / "saved.chat"
+    path = tmp_path_factory.mktemp("saved") / "saved.chat"
     with load(folder, draft) as engine:
         first_turn(engine)
         engine.save_conversation(path, DATA)

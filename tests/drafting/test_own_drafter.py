@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,12 @@ import pytest
 from llmcad_mlx import Engine, UsageError, load
 from llmcad_mlx.engine.round import Round
 from tests.support.architecture_configs import build, config_of
-from tests.support.tiny_folder import make_folder, tiny_environment, write_folder
+from tests.support.tiny_folder import write_folder
 
 PROMPT = "then the other one ran in"
 LENGTH = 24
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 class Clairvoyant:
@@ -89,8 +80,7 @@ def test_a_drafter_that_is_always_wrong_changes_nothing(folder: Path) -> None:
     assert result.stats.tested > 0
 
 
-def test_it_gets_the_whole_text_and_is_asked_before_the_draft_model(folder: Path) -> None:
-    draft = make_folder(folder.parent / "draft", noise=0.02)
+def test_it_gets_the_whole_text_and_is_asked_before_the_draft_model(folder: Path, draft: Path) -> None:
     seen: list[list[int]] = []
 
     def watch(tokens: list[int]) -> Iterable[tuple[int, float]]:

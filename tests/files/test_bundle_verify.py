@@ -92,7 +92,7 @@ def test_an_unaltered_bundle_gives_the_resident_tokens(bundle: Path, expected: l
             assert engine.generate(PROMPT + " x", max_tokens=12).stats.target_passes > 0
     with load(bundle, None, verify=True) as engine:  # wholly in memory
         assert engine.pair.plan is not None
-        assert engine.pair.plan.all_resident
+        assert engine.pair.plan.streamed_bytes == 0
         assert engine.generate(PROMPT, max_tokens=12).tokens == expected
 
 

@@ -88,7 +88,7 @@ def test_streamed_text_is_the_resident_text(
     with load(folder, "ngram", pinned=pinned) as engine:
         plan = engine.pair.plan
         assert plan is not None
-        assert plan.pinned_bytes <= pinned or plan.all_resident or plan.pin_embedding
+        assert plan.pinned_bytes <= pinned or plan.pin_embedding
         assert (engine.pair.target.feed is not None) is (plan.streamed_bytes > 0)
         for options in ({"policy": "plain"}, {"tree_nodes": 6}, {"tree_nodes": 6, "pipeline": False}, {}):
             result = engine.generate(PROMPT, max_tokens=24, temperature=temperature, seed=5, **options)

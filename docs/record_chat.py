@@ -1,8 +1,8 @@
 """Draws the README's picture, docs/chat.svg, from a real chat: python docs/record_chat.py
 
 What `llmcad-mlx chat --target qwen2.5-coder-1.5b --memory 1GB --show-accepted` shows, in a terminal's colours:
-green is what the draft wrote. Weights that do not fit are read from the disk on every pass. The pair is fetched the
-first time, 1.6 GB.
+green is what the draft wrote. Weights that do not fit are read from the disk on every pass. The pair is fetched
+the first time, 1.6 GB.
 """
 
 from __future__ import annotations

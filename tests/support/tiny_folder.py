@@ -94,6 +94,14 @@ def write_folder(path: Path, model: Any, config: dict[str, Any], template: bool 
     return path
 
 
+def family_folder(path: Path, family: str, **changes: Any) -> Path:
+    """Write a tiny random model of another family, with as many tokens as the tokenizer has."""
+    from tests.support.architecture_configs import build, config_of
+
+    changes = {"vocab_size": VOCAB, **changes}
+    return write_folder(path, build(family, **changes), {**config_of(family), **changes})
+
+
 def make_tokenizer() -> Tokenizer:
     """Byte-level BPE, as most models of today have it."""
     tokenizer = Tokenizer(models.BPE(vocab=token_ids(), merges=_MERGES))

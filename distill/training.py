@@ -33,8 +33,8 @@ _RIDGE = 1e-4  # of the mean square of an activation
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How a run stands. `loss`: of the step, or mean since the last examination; NaN where nothing was learned since
-    the start. `saved`: the checkpoint's step. `top1`, `top4`: see `Examination.agreement`; None between two
+    """How a run stands. `loss`: of the step, or mean since the last examination; NaN where nothing was learned
+    since the start. `saved`: the checkpoint's step. `top1`, `top4`: see `Examination.agreement`; None between two
     examinations. `tokens_per_s`: of the texts, padding left out."""
 
     step: int

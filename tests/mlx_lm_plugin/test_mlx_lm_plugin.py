@@ -22,11 +22,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from llmcad_mlx import UsageError, VocabularyError
 from llmcad_mlx.engine.policies import make_policy
-from llmcad_mlx.mlx_lm_plugin import speculation
+from llmcad_mlx.mlx_lm_plugin import check_mlx_lm, speculation
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModels
-from llmcad_mlx.mlx_lm_plugin.generation import generate, stream_generate
-from llmcad_mlx.mlx_lm_plugin.install import installed
-from llmcad_mlx.mlx_lm_plugin.versions import check_mlx_lm
+from llmcad_mlx.mlx_lm_plugin.generation import generate, installed, stream_generate
 from llmcad_mlx.settings import SpeculationSettings
 from tests.support.architecture_configs import build
 from tests.support.tiny import tiny_llama

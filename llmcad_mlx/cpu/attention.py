@@ -284,9 +284,9 @@ def _attend(  # type: ignore[no-untyped-def]
     scores = np.empty((count, width), np.float32)
     at, step = scores.ctypes.data, scores.strides[0]
     q_at = packed.ctypes.data
-    seen = positions[last - 1] + 1  # by the last row
+    most = positions[last - 1] + 1  # what the last row sees
     if causal:
-        _score_run(q_at, keys_of, 0, seen, at, step, count)
+        _score_run(q_at, keys_of, 0, most, at, step, count)
     else:
         done = 0
         for r in range(runs.shape[0]):
@@ -314,7 +314,7 @@ def _attend(  # type: ignore[no-untyped-def]
     out_at = out.ctypes.data + first * out.strides[0] + head * out.strides[1]
     if causal:
         v_at, v_step = values_of.ctypes.data, values_of.strides[0]
-        _values_rows(at, step, v_at, v_step, seen, out_at, out.strides[0], dim, count)
+        _values_rows(at, step, v_at, v_step, most, out_at, out.strides[0], dim, count)
     else:
         _values_of_tree(scores, values_of, runs, own, own_ends, positions, first, out_at, out.strides[0])
 

@@ -100,11 +100,7 @@ def _num_added(index: WeightIndex, num_old: int, num_bytes: int | None, num_laye
     total = sum(extent.num_bytes for extent in index.values())
     if num_bytes <= total:
         raise UsageError(f"--size: the model has {total / 1e9:.2f} GB already; give more")
-    sizes = [0] * num_old
-    for name, extent in index.items():
-        number = layer_index(name)
-        if number is not None and number < num_old:
-            sizes[number] += extent.num_bytes
+    sizes = [sum(e.num_bytes for name, e in index.items() if layer_index(name) == old) for old in range(num_old)]
     count = 1  # layers may differ in size, and how many come before each depends on the count
     while total + sum(sizes[old] for old, is_added in _origins(num_old, count) if is_added) < num_bytes:
         count += 1

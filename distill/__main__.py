@@ -114,7 +114,7 @@ _TRAINING = {
     "train_head": "train the head's rows, too",
     "prompts": "learn from what the target would say inside the prompts, too",
     "check_every": "steps between two checkpoints",
-    "check_tokens": "of unseen texts looked at with each checkpoint",
+    "check_tokens": "of unseen texts, for the examination with each checkpoint",
     "seed": "of the order of batches",
 }
 

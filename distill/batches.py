@@ -17,7 +17,7 @@ from distill.student import FrozenTarget
 UNSEEN = 0
 """The shard that is never trained on."""
 
-_LENGTH_STEP = 16  # tokens; texts whose lengths differ by less are mixed anew in each pass
+_LENGTH_STEP = 16  # tokens; texts whose lengths differ by less are mixed anew each time
 _PAD_TO = 8
 
 

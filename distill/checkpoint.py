@@ -1,7 +1,7 @@
 """What a training run leaves in its folder, and how it goes on from there.
 
     checkpoint.safetensors   weights, optimizer, the head's tokens; as metadata settings, step, place in the corpus
-    log.jsonl                a line of figures for each step, and one for each look at unseen texts
+    log.jsonl                a line of figures for each step, and one for each examination
 
 A checkpoint is written under another name first, so there is always a whole one. Lines that came after it are
 dropped when a run goes on: those steps are done again.
@@ -36,8 +36,8 @@ class TrainingSettings:
     head_tokens: V'. batch_tokens: of a step, padding included. The learning rate rises over `warmup` steps, then
     falls as a cosine to a tenth at `steps`. hard_share: see `loss`. train_head: the head's rows are trained, too.
     prompts: what the target would say inside the prompts is learned, too; labels there are the prompts' tokens.
-    check_every: steps between two checkpoints, each with a look at `check_tokens` tokens of texts that are never
-    trained on.
+    check_every: steps between two checkpoints, each with an examination on `check_tokens` tokens of texts that
+    are never trained on.
 
     Raises UsageError naming the option.
     """

@@ -1,4 +1,4 @@
-"""How a training run is shown: a bar on a terminal, a line for each look at unseen texts, curves at the end."""
+"""How a training run is shown: a bar on a terminal, a line for each examination, curves at the end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plot_training(folder: Path, title: str) -> Path:
 
     log: list[Any] = list(read_log(folder))
     steps = [line for line in log if "loss" in line]
-    looks = [line for line in log if "top1" in line]
+    examined = [line for line in log if "top1" in line]
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
@@ -67,9 +67,9 @@ def plot_training(folder: Path, title: str) -> Path:
     left.plot(x[window - 1 :], smooth, color=_BLUE, label=f"mean of {window} steps")
     left.set(xlabel="step", ylabel="loss (nats per token)")
     left.legend(frameon=False)
-    places = [line["step"] for line in looks]
+    places = [line["step"] for line in examined]
     for name, label, colour in (("top4", "one of its first four", _ORANGE), ("top1", "its first", _BLUE)):
-        right.plot(places, [100 * line[name] for line in looks], "o-", color=colour, markersize=3, label=label)
+        right.plot(places, [100 * line[name] for line in examined], "o-", color=colour, markersize=3, label=label)
     right.set(xlabel="step", ylabel="target's choices that are the student's (%)", ylim=(0, None))
     right.legend(frameon=False, title="on unseen texts")
     file = folder / "loss.png"

@@ -33,9 +33,9 @@ _RIDGE = 1e-4  # of the mean square of an activation
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How a run stands. `loss`: of the step, or mean since the last look; NaN where nothing was learned since the
-    start. `saved`: the checkpoint's step. `top1`, `top4`: see `Examination.agreement`; None between
-    two looks. `tokens_per_s`: of the texts, padding left out."""
+    """How a run stands. `loss`: of the step, or mean since the last examination; NaN where nothing was learned
+    since the start. `saved`: the checkpoint's step. `top1`, `top4`: see `Examination.agreement`; None between two
+    examinations. `tokens_per_s`: of the texts, padding left out."""
 
     step: int
     saved: int
@@ -59,13 +59,13 @@ def train(
     """
     run = _Run(loaded, corpus, folder, settings)
     if run.place.step == 0:
-        run.look(report)
+        run.examine(report)
     else:
         report(Progress(run.place.step, run.place.step, float("nan"), 0.0))
     for place, batch in run.batches():
         run.learn(batch, place, report)
         if place.step % settings.check_every == 0 or place.step == settings.steps:
-            run.look(report)
+            run.examine(report)
 
 
 class _Run:
@@ -101,7 +101,7 @@ class _Run:
         self._log = TrainingLog(folder, self.place.step)
         self._saved = self.place.step
         self._losses: list[float] = []
-        self._trained, self._seconds = 0, 0.0  # since the last look
+        self._trained, self._seconds = 0, 0.0  # since the last examination
 
     def batches(self) -> Iterator[tuple[Place, Batch]]:
         """What is still to be learned, each with the place after it."""
@@ -130,7 +130,7 @@ class _Run:
         self._log.add(step=place.step, loss=self._losses[-1])
         report(Progress(place.step, self._saved, self._losses[-1], self._rate))
 
-    def look(self, report: Callable[[Progress], None]) -> None:
+    def examine(self, report: Callable[[Progress], None]) -> None:
         """At unseen texts; then save."""
         top1, top4 = self._examination.agreement(self._student)
         step, rate = self.place.step, self._rate

@@ -19,7 +19,7 @@ from llmcad_mlx.models.tree_model import TreeModel
 Halves = npt.NDArray[np.float16]
 
 _PREFILL_ROWS = 512
-_LOOP_EVERY = 16  # tokens between two looks for loops
+_LOOP_EVERY = 16  # tokens between two searches for loops
 _LOOP_TOKENS = 48  # a text that has repeated itself for so long says nothing new
 _LONGEST_LOOP = 24
 
@@ -98,16 +98,16 @@ class Writer:
             slots, logits = self._begin(cache, texts, taps)
             live = list(texts)
             for count in range(1, max_tokens + 1):
-                rest = []
+                going = []
                 for i, token in enumerate(_choose(logits[:, : self._vocab_size], live, rng).tolist()):
                     live[i].tokens.append(token)
                     if token not in self._stop and (count % _LOOP_EVERY or not loops(live[i].tokens)):
-                        rest.append(i)
+                        going.append(i)
                 written += len(live)
-                if not rest or count == max_tokens:
+                if not going or count == max_tokens:
                     break
-                live = [live[i] for i in rest]
-                result = self.model.forward([text.tokens[-1] for text in live], cache, [slots[i] for i in rest])
+                live = [live[i] for i in going]
+                result = self.model.forward([text.tokens[-1] for text in live], cache, [slots[i] for i in going])
                 slots, logits = list(result.slots), np.asarray(result.logits.astype(mx.float32))
                 _keep(taps, live, range(1, len(live) + 1))
         return written

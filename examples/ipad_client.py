@@ -1,4 +1,4 @@
-"""iPad client: the model runs on a Mac, the program on an iPad. Needs Python and `pip install llmcad-mlx`, no MLX.
+"""A client for an iPad: the model runs on a Mac, the program on the iPad. Needs Python and llmcad-mlx, no MLX.
 
 On the Mac: llmcad-mlx serve --host 0.0.0.0 --api-key SOMETHING-SECRET
 On the iPad: python ipad_client.py http://mac.local:8080 "Why is the sky blue?"

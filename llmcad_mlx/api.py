@@ -175,7 +175,8 @@ class Engine:
         limit = self._token_limit(len(tokens), checked.stopping.max_tokens)
         stream = TextStream(self.tokenizer, checked.stopping, self.tokenizer.eos_token_ids, limit)
         policy = self._policy(checked.speculation)
-        return self._run(tokens, policy, sampler, stream, on_progress or (lambda done, total: None), on_round)
+        on_progress = on_progress or (lambda done, total: None)
+        return self._run(tokens, policy, sampler, stream, Turn(), on_progress, on_round)
 
     def _run(
         self,
@@ -183,11 +184,12 @@ class Engine:
         policy: GrowthPolicy,
         sampler: TargetSampler,
         stream: TextStream,
+        turn: Turn,
         on_progress: Progress,
         on_round: Callable[[Round], None] | None,
     ) -> Iterator[Response]:
         # No local name for the session: a generation that is left standing must not keep a closed one in memory.
-        stats, turn = GenerationStats(), Turn()
+        stats = GenerationStats()
         try:
             with self._turns.first_step(turn):
                 self._open_session().start(prompt, policy, stats, on_progress)

@@ -5,7 +5,6 @@ A module that wants other ones defines fixtures of the same names.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,14 +82,9 @@ def draft(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def endless(folder: Path) -> Path:
     """A target that never ends a text by itself, with room for as many tokens as a test wants to interrupt."""
-    from tests.support.tiny_folder import make_folder
+    from tests.support.tiny_folder import make_folder, without_end
 
-    path = make_folder(folder.parent / "endless", context=10_000_000)
-    for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
-        values = json.loads((path / name).read_text())
-        del values[key]
-        (path / name).write_text(json.dumps(values))
-    return path
+    return without_end(make_folder(folder.parent / "endless", context=10_000_000))
 
 
 @pytest.fixture(scope="module")

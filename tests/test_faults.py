@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import itertools
 import json
 import os
 import resource
@@ -21,12 +22,11 @@ import pytest
 
 from llmcad_mlx import Engine, load
 from llmcad_mlx.cli.main import run
-from llmcad_mlx.files import atomic as disk
+from llmcad_mlx.files import atomic
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.store.convert import convert_folder
-from llmcad_mlx.streaming import weights as parts
 from tests.memory_limit import NoCgroupError, limited_group
-from tests.support.tiny_folder import EOS, copy_folder, make_folder, tiny_environment, write_bundle
+from tests.support.tiny_folder import copy_folder, make_folder, without_end, write_bundle
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "then the other one ran in and then the other one"
@@ -39,23 +39,20 @@ COMMAND = [sys.executable, "-c", CHILD]
 TOKENS = 40
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "SMALL_BYTES", 0)  # the matrices of a tiny model are all small
-        patch.setattr(disk, "RESERVE_BYTES", 0)
+pytestmark = pytest.mark.usefixtures("tiny_home", "streams_small_matrices", "_small_reserve")
+
+
+@pytest.fixture(scope="module")
+def _small_reserve() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atomic, "RESERVE_BYTES", 0)
         yield
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that never ends a text by itself."""
-    path = make_folder(tmp_path_factory.mktemp("models") / "model", layers=6, context=100_000)
-    for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
-        settings = json.loads((path / name).read_text())
-        assert settings.pop(key) in (EOS, "<|im_end|>")
-        (path / name).write_text(json.dumps(settings))
-    return path
+    return without_end(make_folder(tmp_path_factory.mktemp("models") / "model", layers=6, context=100_000))
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +86,20 @@ def at_token(number: int, then: Callable[[], object]) -> Iterator[None]:
 # -- files that fail ---------------------------------------------------------------------------------------
 
 
-def disk_error(*arguments: Any) -> int:
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
+def failing(number: int) -> Callable[..., int]:
+    def fail(*arguments: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
-def network_disk_gone(*arguments: Any) -> int:
-    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+disk_error = failing(errno.EIO)
 
 
-def nothing_left(*arguments: Any) -> int:
-    return 0
+def failing_once(at: int) -> Callable[..., int]:
+    """`os.preadv` whose call number `at`, counted from 1, fails."""
+    calls, real = itertools.count(1), os.preadv
+    return lambda *arguments: disk_error() if next(calls) == at else real(*arguments)
 
 
 @pytest.mark.parametrize("draft", ["none", "ngram"])
@@ -106,8 +107,8 @@ def nothing_left(*arguments: Any) -> int:
     ("fault", "says"),
     [
         (disk_error, "cannot be read (Input/output error); check the disk"),
-        (network_disk_gone, "cannot be read (Stale file handle); check the disk"),
-        (nothing_left, "was cut off while it was in use; fetch the model again"),
+        (failing(errno.ESTALE), "cannot be read (Stale file handle); check the disk"),
+        (lambda *arguments: 0, "was cut off while it was in use; fetch the model again"),
     ],
 )
 def test_a_read_that_fails_keeps_what_was_said(
@@ -277,14 +278,8 @@ def test_a_source_that_cannot_be_read_while_it_is_converted(
 ) -> None:
     source = copy_folder(model, tmp_path / "source")
     write_bundle(source, tmp_path / "bundle")  # its weights are copied as bytes next time
-    calls = iter(range(1000))
-    real = os.preadv
-
-    def failing(*arguments: Any) -> int:
-        return disk_error() if next(calls) == 7 else real(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", failing)
+        patch.setattr(os, "preadv", failing_once(8))
         with pytest.raises(Exception, match=r"bundle/model\.safetensors: cannot be read \(Input/output error\)"):
             write_bundle(tmp_path / "bundle", tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "source"]
@@ -299,14 +294,8 @@ def test_a_read_error_while_loading_is_one_line(
     model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for count in (1, 9):
-        calls = iter(range(1, 10_000))
-        real = os.preadv
-
-        def failing(*arguments: Any, count: int = count, calls: Any = calls, real: Any = real) -> int:
-            return disk_error() if next(calls) == count else real(*arguments)
-
         with monkeypatch.context() as patch:
-            patch.setattr(os, "preadv", failing)
+            patch.setattr(os, "preadv", failing_once(count))
             assert run(words(model, "--pinned", "1MB", "-m", "5")) == 1
         out, err = capfd.readouterr()
         assert out in ("", "\n")

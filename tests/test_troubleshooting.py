@@ -68,7 +68,11 @@ def test_every_heading_is_followed_by_advice() -> None:
         assert block.startswith("## ") or not last.startswith("#"), last
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [*sorted(DOCS.glob("*.md")), *(DOCS.parent / folder / "README.md" for folder in ("", "convert", "distill"))],
+    ids=lambda page: f"{page.parent.name}-{page.name}",
+)
 def test_links_lead_to_pages_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):

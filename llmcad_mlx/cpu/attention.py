@@ -214,6 +214,59 @@ def silu_times(gate, up, threads):  # type: ignore[no-untyped-def]
         _silu_times(gate.ctypes.data + 64 * first, up.ctypes.data + 64 * first, last - first)
 
 
+@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _pack_queries(q, first, count, head, scale):  # type: ignore[no-untyped-def]
+    """Rows [first, first + count) of one head of q, times `scale`, as (block, row, lane)."""
+    dim = q.shape[2]
+    packed = np.empty(count * dim, np.float32)
+    for m in range(count):
+        for c in range(dim // 16):
+            for i in range(16):
+                packed[(c * count + m) * 16 + i] = q[first + m, head, c * 16 + i] * scale
+    return packed
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _softmax(scores, m, lowest, seen):  # type: ignore[no-untyped-def]
+    """In place: row m of scores becomes the softmax over [lowest, seen), and 0 outside."""
+    at, width = scores.ctypes.data + m * scores.strides[0], scores.shape[1]
+    top = scores[m, lowest]
+    for j in range(lowest, seen):
+        top = max(top, scores[m, j])
+    for j in range(lowest):
+        scores[m, j] = np.float32(0.0)
+    # From the block of `lowest` on, so that a score's lane depends on its position alone.
+    block = lowest // 16
+    end = (seen + 15) // 16
+    _exp_shifted(at + 64 * block, end - block, top)
+    for j in range(block * 16, lowest):
+        scores[m, j] = np.float32(0.0)
+    for j in range(seen, width):
+        scores[m, j] = np.float32(0.0)
+    total = _sum(at + 64 * block, end - block)
+    for j in range(lowest, seen):
+        scores[m, j] = scores[m, j] / total
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _values_of_tree(scores, values, runs, own, own_ends, positions, first, out, out_step):  # type: ignore[no-untyped-def]
+    """out[m] += scores[m] @ values: those in `runs`, then the row's own. values (capacity, dim)."""
+    count, dim = scores.shape[0], values.shape[1]
+    at, step = scores.ctypes.data, scores.strides[0]
+    v, v_step = values.ctypes.data, values.strides[0]
+    done = 0
+    for r in range(runs.shape[0]):
+        _values_rows(at + 4 * done, step, v + runs[r, 0] * v_step, v_step, runs[r, 1], out, out_step, dim, count)
+        done += runs[r, 1]
+    for m in range(count):
+        row = first + m
+        begin = own_ends[row - 1] if row > 0 else 0
+        place = positions[row] + 1 - (own_ends[row] - begin)
+        for j in range(begin, own_ends[row]):
+            p = at + m * step + 4 * (place + j - begin)
+            _values_rows(p, step, v + own[j] * v_step, v_step, 1, out + m * out_step, out_step, dim, 1)
+
+
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _attend(  # type: ignore[no-untyped-def]
     q, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, out, item, prefix, longest
@@ -226,20 +279,15 @@ def _attend(  # type: ignore[no-untyped-def]
     first, last = tile * rows // tiles, (tile + 1) * rows // tiles
     count = last - first
     keys_of, values_of = keys[head // group], values[head // group]
-    packed = np.empty(count * dim, np.float32)
-    for m in range(count):
-        for c in range(dim // 16):
-            for i in range(16):
-                packed[(c * count + m) * 16 + i] = q[first + m, head, c * 16 + i] * scale
+    packed = _pack_queries(q, first, count, head, scale)
     width = (longest + 31) // 16 * 16
     scores = np.empty((count, width), np.float32)
     at, step = scores.ctypes.data, scores.strides[0]
     q_at = packed.ctypes.data
+    most = positions[last - 1] + 1  # what the last row sees
     if causal:
-        shared = positions[last - 1] + 1
-        _score_run(q_at, keys_of, 0, shared, at, step, count)
+        _score_run(q_at, keys_of, 0, most, at, step, count)
     else:
-        shared = prefix
         done = 0
         for r in range(runs.shape[0]):
             _score_run(q_at, keys_of, runs[r, 0], runs[r, 1], at + 4 * done, step, count)
@@ -260,42 +308,15 @@ def _attend(  # type: ignore[no-untyped-def]
         lowest = first_visible[row]
         if not causal and lowest >= prefix:
             lowest = seen - (own_ends[row] - (own_ends[row - 1] if row > 0 else 0))
-        top = scores[m, lowest]
-        for j in range(lowest, seen):
-            top = max(top, scores[m, j])
-        for j in range(lowest):
-            scores[m, j] = np.float32(0.0)
-        # From the block of `lowest` on, so that a score's lane depends on its position alone.
-        block = lowest // 16
-        end = (seen + 15) // 16
-        _exp_shifted(at + m * step + 64 * block, end - block, top)
-        for j in range(block * 16, lowest):
-            scores[m, j] = np.float32(0.0)
-        for j in range(seen, width):
-            scores[m, j] = np.float32(0.0)
-        total = _sum(at + m * step + 64 * block, end - block)
-        for j in range(lowest, seen):
-            scores[m, j] = scores[m, j] / total
+        _softmax(scores, m, lowest, seen)
         for i in range(dim):
             out[row, head, i] = np.float32(0.0)
     out_at = out.ctypes.data + first * out.strides[0] + head * out.strides[1]
-    v_step = values_of.strides[0]
     if causal:
-        _values_rows(at, step, values_of.ctypes.data, v_step, shared, out_at, out.strides[0], dim, count)
+        v_at, v_step = values_of.ctypes.data, values_of.strides[0]
+        _values_rows(at, step, v_at, v_step, most, out_at, out.strides[0], dim, count)
     else:
-        done = 0
-        for r in range(runs.shape[0]):
-            v_at = values_of.ctypes.data + runs[r, 0] * v_step
-            _values_rows(at + 4 * done, step, v_at, v_step, runs[r, 1], out_at, out.strides[0], dim, count)
-            done += runs[r, 1]
-        for m in range(count):
-            row = first + m
-            begin = own_ends[row - 1] if row > 0 else 0
-            place = positions[row] + 1 - (own_ends[row] - begin)
-            for j in range(begin, own_ends[row]):
-                v_at = values_of.ctypes.data + own[j] * v_step
-                p_at = at + m * step + 4 * (place + j - begin)
-                _values_rows(p_at, step, v_at, v_step, 1, out_at + m * out.strides[0], out.strides[0], dim, 1)
+        _values_of_tree(scores, values_of, runs, own, own_ends, positions, first, out_at, out.strides[0])
 
 
 @nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)

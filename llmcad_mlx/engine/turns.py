@@ -11,7 +11,7 @@ from llmcad_mlx.errors import UsageError
 
 
 class Turn:
-    """One generation's claim to the engine, from its first step to its end."""
+    """A generation's claim to the engine, from its first step to its end; made by the thread that asks for it."""
 
     def __init__(self) -> None:
         self.creator = threading.current_thread()

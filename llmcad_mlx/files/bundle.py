@@ -146,15 +146,15 @@ def write_manifest(bundle: Bundle) -> None:
 def _layer_entry(layer: BundleLayer) -> dict[str, Any]:
     tensors = [
         {
-            "name": tensor.extent.name,
-            "file": tensor.extent.file.name,
-            "offset": tensor.extent.offset,
-            "bytes": tensor.extent.num_bytes,
-            "dtype": tensor.extent.dtype,
-            "shape": list(tensor.extent.shape),
-            "sha256": tensor.sha256,
+            "name": extent.name,
+            "file": extent.file.name,
+            "offset": extent.offset,
+            "bytes": extent.num_bytes,
+            "dtype": extent.dtype,
+            "shape": list(extent.shape),
+            "sha256": sha256,
         }
-        for tensor in layer.tensors
+        for extent, sha256 in ((tensor.extent, tensor.sha256) for tensor in layer.tensors)
     ]
     return {"name": layer.name, "tensors": tensors, "bytes": layer.num_bytes, "sha256": layer.sha256}
 
@@ -221,14 +221,8 @@ def _layer(file: Path, content: Any) -> BundleLayer:
 
 def _tensor(file: Path, where: str, content: Any) -> BundleTensor:
     entry = _checked(file, where, content, _TENSOR_KEYS)
-    extent = TensorExtent(
-        name=entry["name"],
-        file=file.parent / entry["file"],
-        offset=entry["offset"],
-        num_bytes=entry["bytes"],
-        dtype=entry["dtype"],
-        shape=tuple(entry["shape"]),
-    )
+    place, shape = file.parent / entry["file"], tuple(entry["shape"])
+    extent = TensorExtent(entry["name"], place, entry["offset"], entry["bytes"], entry["dtype"], shape)
     return BundleTensor(extent, entry["sha256"])
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmcad_mlx import __version__
 from llmcad_mlx.files.bundle import Bundle, BundleLayer, BundleTensor, write_manifest
-from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec
+from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec
 
 MAX_FILE_BYTES = 5 << 30
 SMALL_BYTES = 64 << 10
@@ -85,15 +85,14 @@ class BundleWriter:
         self._missing = {layer.name: layer.num_bytes for layer in self._layers}
         self._finished: dict[str, BundleLayer] = {}
         self._files: dict[str, SafetensorsWriter] = {}  # by layer
-        self._open = ExitStack()
-        shards = _shards(self._layers, MAX_FILE_BYTES)
-        with ExitStack() as undo:
-            undo.push(self._open)
-            for name, shard in zip(_file_names(len(shards)), shards, strict=True):
+        shards = _shards(self._layers)
+        with ExitStack() as opened:
+            for number, shard in enumerate(shards, 1):
+                name = f"model-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "model"
                 tensors = [spec for layer in shard for spec in layer.specs]
-                file = self._open.enter_context(SafetensorsWriter(folder / name, tensors))
+                file = opened.enter_context(SafetensorsWriter(folder / f"{name}.safetensors", tensors))
                 self._files.update((layer.name, file) for layer in shard)
-            undo.pop_all()
+            self._open = opened.pop_all()
 
     def __enter__(self) -> BundleWriter:
         return self
@@ -134,9 +133,9 @@ class BundleWriter:
         whole = hashlib.sha256()
         tensors = []
         for spec in layer.specs:
-            extent = file.extent(spec)
-            own = hashlib.sha256()
-            for block in _blocks(file, extent):
+            extent, own = file.extent(spec), hashlib.sha256()
+            for start in range(0, extent.num_bytes, _BLOCK_BYTES):
+                block = file.read_bytes(extent.offset + start, min(_BLOCK_BYTES, extent.num_bytes - start))
                 own.update(block)
                 whole.update(block)
             tensors.append(BundleTensor(extent, own.hexdigest()))
@@ -151,24 +150,14 @@ class BundleWriter:
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _blocks(file: SafetensorsWriter, extent: TensorExtent) -> Iterator[bytes]:
-    for start in range(0, extent.num_bytes, _BLOCK_BYTES):
-        yield file.read_bytes(extent.offset + start, min(_BLOCK_BYTES, extent.num_bytes - start))
-
-
-def _shards(layers: Sequence[LayerPlan], max_bytes: int) -> list[list[LayerPlan]]:
-    shards: list[list[LayerPlan]] = [[]]
-    room = max_bytes
+def _shards(layers: Iterable[LayerPlan]) -> list[list[LayerPlan]]:
+    """Layers by file."""
+    shards: list[list[LayerPlan]] = []
+    room = 0
     for layer in layers:
-        if shards[-1] and layer.num_bytes > room:
+        if not shards or layer.num_bytes > room:
             shards.append([])
-            room = max_bytes
+            room = MAX_FILE_BYTES
         shards[-1].append(layer)
         room -= layer.num_bytes
     return shards
-
-
-def _file_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

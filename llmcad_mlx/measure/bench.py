@@ -28,7 +28,6 @@ from llmcad_mlx.measure.runner import (
 )
 from llmcad_mlx.measure.variants import MLX_LM, PLAIN, Variant, ablated, forced_nodes
 from llmcad_mlx.memory.plan import MemoryPlan
-from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.pull import DEFAULT_PRESET
@@ -254,9 +253,8 @@ def _summary(
         for run, wrong in zip(runs, run_mismatches(runs, comparable), strict=True)
         if run.variant == variant and wrong is not None
     ]
-    total = total_stats(own)
-    stats = total or GenerationStats()
-    decode_s = sum(run.generation.decode_s for run in own) if total is not None else 0.0
+    stats = total_stats(own)
+    decode_s = sum(run.generation.decode_s for run in own if run.generation.stats is not None)
     draft, verify, wait = (share(s, decode_s) for s in (stats.draft_s, stats.verify_s, stats.io_wait_s))
     return VariantSummary(
         variant=variant,

@@ -89,11 +89,11 @@ class Run:
         return share(self.generation.prompt_tokens, self.generation.prompt_s) or None
 
 
-def total_stats(runs: Iterable[Run]) -> GenerationStats | None:
-    """The sums over runs of our own engine; None without any."""
+def total_stats(runs: Iterable[Run]) -> GenerationStats:
+    """The sums over runs of our own engine; all 0 without any."""
     found = [run.generation.stats for run in runs if run.generation.stats is not None]
     names = [field.name for field in fields(GenerationStats)]
-    return GenerationStats(**{name: sum(getattr(s, name) for s in found) for name in names}) if found else None
+    return GenerationStats(**{name: sum(getattr(s, name) for s in found) for name in names})
 
 
 def run_mismatches(runs: Sequence[Run], comparable: bool = True, reference: str = PLAIN) -> list[int | None]:

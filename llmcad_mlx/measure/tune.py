@@ -41,6 +41,7 @@ from llmcad_mlx.measure.runner import (
 from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds
 from llmcad_mlx.memory.plan import MemoryPlan
 from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import NO_DRAFT, pair_profile_path
@@ -108,210 +109,25 @@ def split(prompts: Sequence[BenchPrompt]) -> tuple[frozenset[PromptName], frozen
     return calibrating, measured
 
 
-# -- measured: figures of a candidate, pure arithmetic --------------------------------------------------
+# -- candidates → measured → decided → saved ------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """`measured` in the calibrating half; `read_rate`: None where nothing is read."""
+def run_tune(
+    plan: TunePlan, target: str | None, show_progress: bool, on_turn: OnTurn = lambda label, total: None
+) -> Tuning:
+    """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies.
 
-    measured: Measured
-    read_rate: ReadRate | None
-    tokens_per_s: float | None
-
-    @classmethod
-    def of(
-        cls, runs: Sequence[Run], costs: CostModel, streamed_bytes: int, read_bandwidth: float | None
-    ) -> Prediction | None:
-        """From calibrating runs, one for each prompt; None without any.
-
-        costs: learned meanwhile, for single steps. streamed_bytes: read on each pass. read_bandwidth: emulated, in
-        bytes per second; None: what the passes got.
-        """
-        total = total_stats(runs)
-        if total is None or not total.target_passes:
-            return None
-        passes = total.target_passes
-        computing = total.verify_s / passes
-        pass_s = computing + (total.io_wait_s + total.hidden_draft_s) / passes
-        measured = Measured(
-            tokens_per_pass=total.tokens_per_pass,
-            nodes=1 + total.tested / passes,
-            pass_s=computing,
-            plain_pass_s=costs.computing.predict(1),
-            rest_s=max(total.decode_s / passes - pass_s, 0.0),
-            draft_step_s=costs.draft.predict(1) if costs.draft else None,
-            streamed_bytes=streamed_bytes,
-        )
-        rate = None
-        if streamed_bytes and read_bandwidth is not None:
-            rate = ReadRate(read_bandwidth, emulated=True)
-        elif streamed_bytes and pass_s > 0.0:
-            rate = ReadRate(streamed_bytes / pass_s, sampled_bytes=streamed_bytes * passes, from_disk=False)
-        return cls(measured, rate, Speeds.of(streamed_bytes, rate, measured).speculative)
-
-
-@dataclass(frozen=True, slots=True)
-class DomainFigures:
-    """One candidate on the prompts of a domain, both halves."""
-
-    tokens_per_pass: float | None
-    tokens_per_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class CandidateFigures:
-    """One candidate. None: not known (yet).
-
-    `tokens_per_pass` is of all prompts, `tokens_per_s` of the measured half. Speeds leave out reading the prompt,
-    of which `prompt_s` is the median. `mismatches` counts the tokens of all runs that are not the target's own, of
-    `num_compared`.
+    Raises the errors of `load_pair` for the target; those of a draft are in the result.
     """
-
-    draft: str
-    draft_bytes: int
-    draft_step_s: float | None
-    streamed_bytes: int
-    pinned_bytes: int | None
-    tokens_per_pass: float | None
-    prediction: Prediction | None
-    tokens_per_s: float | None
-    prompt_s: float | None
-    domains: dict[str, DomainFigures]
-    num_runs: int
-    mismatches: int
-    num_compared: int
-
-    @property
-    def predicted_tokens_per_s(self) -> float | None:
-        return None if self.prediction is None else self.prediction.tokens_per_s
-
-    @property
-    def difference(self) -> float | None:
-        """Predicted over measured, less one; None without either."""
-        if self.predicted_tokens_per_s is None or not self.tokens_per_s:
-            return None
-        return self.predicted_tokens_per_s / self.tokens_per_s - 1.0
-
-
-def candidate_figures(plan: TunePlan, seat: Seat, runs: Sequence[Run]) -> CandidateFigures:
-    """One candidate's figures; `runs` are those of all candidates."""
-    told = [
-        (run, wrong)
-        for run, wrong in zip(runs, run_mismatches(runs, reference=NO_DRAFT), strict=True)
-        if run.variant == seat.candidate.name
-    ]
-    own = [run for run, _ in told]
-    middle, costs, memory = median_runs(own), seat.profile.costs, seat.plan
-    streamed = 0 if memory is None else memory.streamed_bytes
-    calibrating = among(middle, plan.calibrating)
-    by_domain = {domain: [run for run in middle if run.place.domain == domain] for domain in plan.domains}
-    return CandidateFigures(
-        draft=seat.candidate.name,
-        draft_bytes=seat.draft_bytes,
-        draft_step_s=costs.draft.predict(1) if costs.draft else None,
-        streamed_bytes=streamed,
-        pinned_bytes=None if memory is None else memory.pinned_bytes,
-        tokens_per_pass=tokens_per_pass(middle),
-        prediction=Prediction.of(calibrating, costs, streamed, plan.memory.read_bandwidth),
-        tokens_per_s=rate(among(middle, plan.measured)),
-        prompt_s=median([run.generation.prompt_s for run in own]),
-        domains={domain: DomainFigures(tokens_per_pass(runs), rate(runs)) for domain, runs in by_domain.items()},
-        num_runs=len(own),
-        mismatches=sum(wrong or 0 for _, wrong in told),
-        num_compared=sum(len(run.generation.tokens) for run, wrong in told if wrong is not None),
-    )
-
-
-def rate(runs: Iterable[Run]) -> float | None:
-    """All tokens over all seconds of decoding; None without any."""
-    total = total_stats(runs)
-    return None if total is None else total.tokens_per_s or None
-
-
-def tokens_per_pass(runs: Iterable[Run]) -> float | None:
-    """All tokens over all passes of the target; None without any."""
-    total = total_stats(runs)
-    return None if total is None else total.tokens_per_pass or None
-
-
-def median_runs(runs: Iterable[Run]) -> list[Run]:
-    """For each prompt the run of median speed, the faster of two."""
-    by_prompt: dict[PromptName, list[Run]] = {}
-    for run in runs:
-        by_prompt.setdefault((run.place.domain, run.place.prompt), []).append(run)
-    groups = [sorted(group, key=lambda run: -(rate([run]) or 0.0)) for group in by_prompt.values()]
-    return [group[(len(group) - 1) // 2] for group in groups]
-
-
-def among(runs: Iterable[Run], prompts: frozenset[PromptName]) -> list[Run]:
-    """The runs of `prompts`."""
-    return [run for run in runs if (run.place.domain, run.place.prompt) in prompts]
-
-
-# -- decided ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """A candidate beside the fastest. `ratio`: median over repetitions of its speed over the fastest's."""
-
-    name: str
-    ratio: float
-    noise: float
-
-    def within(self, times: float) -> bool:
-        """Whether it comes within so many times its noise."""
-        return self.ratio >= 1.0 - times * self.noise
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """`standings` of all candidates, the best first; `tied`: those as good as the `fastest`, it among them."""
-
-    winner: str
-    fastest: str
-    tied: tuple[str, ...]
-    standings: tuple[Standing, ...]
-    stays: bool
-    """Whether an earlier choice was confirmed."""
-
-
-def decide(lines: Sequence[CandidateFigures], runs: Sequence[Run], incumbent: str | None) -> Decision | None:
-    """lines: of the candidates that may win. runs: of the measured prompts. incumbent: chosen before, if anything
-    was. None where nothing was measured.
-
-    Speeds are compared repetition by repetition with the fastest's, because a busy machine slows all of a
-    repetition. A candidate's noise is half the spread of these ratios, at least 3 %. Those that come within their
-    noise of the fastest tie with it; of them the one with the smallest draft wins, then the faster one. The draft
-    chosen before stays unless it falls short by more than twice its noise: what wins narrowly once keeps winning.
-    """
-    speeds = {line.draft: line.tokens_per_s for line in lines if line.tokens_per_s is not None}
-    if not speeds:
-        return None
-    fastest = max(speeds, key=lambda name: speeds[name])
-    sizes = {line.draft: line.draft_bytes for line in lines}
-    standings = sorted((standing(name, fastest, runs) for name in speeds), key=lambda entry: -entry.ratio)
-    tied = [entry.name for entry in standings if entry.name == fastest or entry.within(1.0)]
-    stays = any(entry.name == incumbent and entry.within(2.0) for entry in standings)
-    winner = incumbent if stays and incumbent is not None else min(tied, key=lambda name: sizes[name])
-    return Decision(winner, fastest, tuple(tied), tuple(standings), winner == incumbent)
-
-
-def standing(name: str, fastest: str, runs: Sequence[Run]) -> Standing:
-    """The candidate `name` beside `fastest`, at the prompts and repetitions where both ran."""
-    ours, theirs = ({run.place: run for run in runs if run.variant == who} for who in (name, fastest))
-    ratios = []
-    for repetition in dict.fromkeys(place.repetition for place in ours):
-        places = [place for place in ours if place in theirs and place.repetition == repetition]
-        if best := rate(theirs[place] for place in places):
-            ratios.append((rate(ours[place] for place in places) or 0.0) / best)
-    if not ratios:
-        return Standing(name, 0.0, LEAST_NOISE)
-    return Standing(name, median(ratios), max((max(ratios) - min(ratios)) / 2, LEAST_NOISE))
-
-
-# -- candidates → measured → decided → saved --------------------------------------------------------------
+    name = target or DEFAULT_PRESET
+    target_path = resolve_target(name, show_progress)
+    choice = find_choice(target_path, conditions(plan.memory))
+    incumbent = None if choice is None else choice.draft
+    tuning = Tuning.of(plan, find_candidates(name, target_path, plan.drafts, incumbent, show_progress))
+    tuning.measure(on_turn)
+    tuning.decide()
+    tuning.save()
+    return tuning
 
 
 @dataclass(slots=True)
@@ -493,24 +309,6 @@ class Tuning:
             self.problem = error
 
 
-def run_tune(
-    plan: TunePlan, target: str | None, show_progress: bool, on_turn: OnTurn = lambda label, total: None
-) -> Tuning:
-    """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies.
-
-    Raises the errors of `load_pair` for the target; those of a draft are in the result.
-    """
-    name = target or DEFAULT_PRESET
-    target_path = resolve_target(name, show_progress)
-    choice = find_choice(target_path, conditions(plan.memory))
-    incumbent = None if choice is None else choice.draft
-    tuning = Tuning.of(plan, find_candidates(name, target_path, plan.drafts, incumbent, show_progress))
-    tuning.measure(on_turn)
-    tuning.decide()
-    tuning.save()
-    return tuning
-
-
 def sittings(
     candidates: Sequence[Candidate], repeat: int, together: bool
 ) -> Iterator[tuple[Sequence[Candidate], range]]:
@@ -523,6 +321,202 @@ def sittings(
         first = repetition % len(candidates)
         for candidate in (*candidates[first:], *candidates[:first]):
             yield [candidate], range(repetition, repetition + 1)
+
+
+# -- measured: figures of a candidate, pure arithmetic --------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """`measured` in the calibrating half; `read_rate`: None where nothing is read."""
+
+    measured: Measured
+    read_rate: ReadRate | None
+    tokens_per_s: float | None
+
+    @classmethod
+    def of(
+        cls, runs: Sequence[Run], costs: CostModel, streamed_bytes: int, read_bandwidth: float | None
+    ) -> Prediction | None:
+        """From calibrating runs, one for each prompt; None without any.
+
+        costs: learned meanwhile, for single steps. streamed_bytes: read on each pass. read_bandwidth: emulated, in
+        bytes per second; None: what the passes got.
+        """
+        total = total_stats(runs)
+        if not total.target_passes:
+            return None
+        passes = total.target_passes
+        computing = total.verify_s / passes
+        pass_s = computing + (total.io_wait_s + total.hidden_draft_s) / passes
+        measured = Measured(
+            tokens_per_pass=total.tokens_per_pass,
+            nodes=1 + total.tested / passes,
+            pass_s=computing,
+            plain_pass_s=costs.computing.predict(1),
+            rest_s=max(total.decode_s / passes - pass_s, 0.0),
+            draft_step_s=costs.draft.predict(1) if costs.draft else None,
+            streamed_bytes=streamed_bytes,
+        )
+        rate = None
+        if streamed_bytes and read_bandwidth is not None:
+            rate = ReadRate(read_bandwidth, emulated=True)
+        elif streamed_bytes and pass_s > 0.0:
+            rate = ReadRate(streamed_bytes / pass_s, sampled_bytes=streamed_bytes * passes, from_disk=False)
+        return cls(measured, rate, Speeds.of(streamed_bytes, rate, measured).speculative)
+
+
+@dataclass(frozen=True, slots=True)
+class DomainFigures:
+    """One candidate on the prompts of a domain, both halves."""
+
+    tokens_per_pass: float | None
+    tokens_per_s: float | None
+
+    @classmethod
+    def of(cls, total: GenerationStats) -> DomainFigures:
+        return cls(total.tokens_per_pass or None, total.tokens_per_s or None)
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateFigures:
+    """One candidate. None: not known (yet).
+
+    `tokens_per_pass` is of all prompts, `tokens_per_s` of the measured half. Speeds leave out reading the prompt,
+    of which `prompt_s` is the median. `mismatches` counts the tokens of all runs that are not the target's own, of
+    `num_compared`.
+    """
+
+    draft: str
+    draft_bytes: int
+    draft_step_s: float | None
+    streamed_bytes: int
+    pinned_bytes: int | None
+    tokens_per_pass: float | None
+    prediction: Prediction | None
+    tokens_per_s: float | None
+    prompt_s: float | None
+    domains: dict[str, DomainFigures]
+    num_runs: int
+    mismatches: int
+    num_compared: int
+
+    @property
+    def predicted_tokens_per_s(self) -> float | None:
+        return None if self.prediction is None else self.prediction.tokens_per_s
+
+    @property
+    def difference(self) -> float | None:
+        """Predicted over measured, less one; None without either."""
+        if self.predicted_tokens_per_s is None or not self.tokens_per_s:
+            return None
+        return self.predicted_tokens_per_s / self.tokens_per_s - 1.0
+
+
+def candidate_figures(plan: TunePlan, seat: Seat, runs: Sequence[Run]) -> CandidateFigures:
+    """One candidate's figures; `runs` are those of all candidates."""
+    told = [
+        (run, wrong)
+        for run, wrong in zip(runs, run_mismatches(runs, reference=NO_DRAFT), strict=True)
+        if run.variant == seat.candidate.name
+    ]
+    own = [run for run, _ in told]
+    middle, costs, memory = median_runs(own), seat.profile.costs, seat.plan
+    streamed = 0 if memory is None else memory.streamed_bytes
+    calibrating = among(middle, plan.calibrating)
+    by_domain = {domain: [run for run in middle if run.place.domain == domain] for domain in plan.domains}
+    return CandidateFigures(
+        draft=seat.candidate.name,
+        draft_bytes=seat.draft_bytes,
+        draft_step_s=costs.draft.predict(1) if costs.draft else None,
+        streamed_bytes=streamed,
+        pinned_bytes=None if memory is None else memory.pinned_bytes,
+        tokens_per_pass=total_stats(middle).tokens_per_pass or None,
+        prediction=Prediction.of(calibrating, costs, streamed, plan.memory.read_bandwidth),
+        tokens_per_s=total_stats(among(middle, plan.measured)).tokens_per_s or None,
+        prompt_s=median([run.generation.prompt_s for run in own]),
+        domains={domain: DomainFigures.of(total_stats(group)) for domain, group in by_domain.items()},
+        num_runs=len(own),
+        mismatches=sum(wrong or 0 for _, wrong in told),
+        num_compared=sum(len(run.generation.tokens) for run, wrong in told if wrong is not None),
+    )
+
+
+def median_runs(runs: Iterable[Run]) -> list[Run]:
+    """For each prompt the run of median speed, the faster of two."""
+    by_prompt: dict[PromptName, list[Run]] = {}
+    for run in runs:
+        by_prompt.setdefault((run.place.domain, run.place.prompt), []).append(run)
+    groups = [sorted(group, key=lambda run: -total_stats([run]).tokens_per_s) for group in by_prompt.values()]
+    return [group[(len(group) - 1) // 2] for group in groups]
+
+
+def among(runs: Iterable[Run], prompts: frozenset[PromptName]) -> list[Run]:
+    """The runs of `prompts`."""
+    return [run for run in runs if (run.place.domain, run.place.prompt) in prompts]
+
+
+# -- decided ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A candidate beside the fastest. `ratio`: median over repetitions of its speed over the fastest's."""
+
+    name: str
+    ratio: float
+    noise: float
+
+    def within(self, times: float) -> bool:
+        """Whether it comes within so many times its noise."""
+        return self.ratio >= 1.0 - times * self.noise
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`standings` of all candidates, the best first; `tied`: those as good as the `fastest`, it among them."""
+
+    winner: str
+    fastest: str
+    tied: tuple[str, ...]
+    standings: tuple[Standing, ...]
+    stays: bool
+    """Whether an earlier choice was confirmed."""
+
+
+def decide(lines: Sequence[CandidateFigures], runs: Sequence[Run], incumbent: str | None) -> Decision | None:
+    """lines: of the candidates that may win. runs: of the measured prompts. incumbent: chosen before, if anything
+    was. None where nothing was measured.
+
+    Speeds are compared repetition by repetition with the fastest's, because a busy machine slows all of a
+    repetition. A candidate's noise is half the spread of these ratios, at least 3 %. Those that come within their
+    noise of the fastest tie with it; of them the one with the smallest draft wins, then the faster one. The draft
+    chosen before stays unless it falls short by more than twice its noise: what wins narrowly once keeps winning.
+    """
+    speeds = {line.draft: line.tokens_per_s for line in lines if line.tokens_per_s is not None}
+    if not speeds:
+        return None
+    fastest = max(speeds, key=lambda name: speeds[name])
+    sizes = {line.draft: line.draft_bytes for line in lines}
+    standings = sorted((standing(name, fastest, runs) for name in speeds), key=lambda entry: -entry.ratio)
+    tied = [entry.name for entry in standings if entry.name == fastest or entry.within(1.0)]
+    stays = any(entry.name == incumbent and entry.within(2.0) for entry in standings)
+    winner = incumbent if stays and incumbent is not None else min(tied, key=lambda name: sizes[name])
+    return Decision(winner, fastest, tuple(tied), tuple(standings), winner == incumbent)
+
+
+def standing(name: str, fastest: str, runs: Sequence[Run]) -> Standing:
+    """The candidate `name` beside `fastest`, at the prompts and repetitions where both ran."""
+    ours, theirs = ({run.place: run for run in runs if run.variant == who} for who in (name, fastest))
+    ratios = []
+    for repetition in dict.fromkeys(place.repetition for place in ours):
+        places = [place for place in ours if place in theirs and place.repetition == repetition]
+        speed, best = (total_stats(done[place] for place in places).tokens_per_s for done in (ours, theirs))
+        if best:
+            ratios.append(speed / best)
+    if not ratios:
+        return Standing(name, 0.0, LEAST_NOISE)
+    return Standing(name, median(ratios), max((max(ratios) - min(ratios)) / 2, LEAST_NOISE))
 
 
 # -- report ----------------------------------------------------------------------------------------------

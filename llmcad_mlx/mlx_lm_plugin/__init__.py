@@ -21,11 +21,26 @@ What mlx-lm's options do here:
 
 from __future__ import annotations
 
-from llmcad_mlx.mlx_lm_plugin.versions import check_mlx_lm
+from importlib import metadata
+
+from packaging.specifiers import SpecifierSet
+
+TESTED = ">=0.32.2,<0.33"  # mlx-lm's internals move between minor versions
+
+
+def check_mlx_lm(version: str | None = None) -> None:
+    """Raise ImportError, one line, unless mlx-lm (`version`; None: the installed one) is in the tested range."""
+    if version is None:
+        version = metadata.version("mlx-lm")
+    if not SpecifierSet(TESTED).contains(version, prereleases=True):
+        raise ImportError(
+            f"llmcad_mlx.mlx_lm_plugin is tested with mlx-lm {TESTED}, not {version}; "
+            f"run: pip install 'mlx-lm{TESTED}'"
+        )
+
 
 check_mlx_lm()
 
-from llmcad_mlx.mlx_lm_plugin.generation import generate, stream_generate  # noqa: E402
-from llmcad_mlx.mlx_lm_plugin.install import installed  # noqa: E402
+from llmcad_mlx.mlx_lm_plugin.generation import generate, installed, stream_generate  # noqa: E402
 
 __all__ = ["generate", "installed", "stream_generate"]

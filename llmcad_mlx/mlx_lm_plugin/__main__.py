@@ -19,7 +19,7 @@ a line on stderr says how many tokens came in how many passes of the model."""
 
 def main(words: list[str]) -> int:
     """Run one command; returns its exit code."""
-    from llmcad_mlx.mlx_lm_plugin.install import COMMANDS, installed
+    from llmcad_mlx.mlx_lm_plugin.generation import COMMANDS, installed
 
     if words[:1] in (["-h"], ["--help"]):
         print(_HELP)

@@ -1,21 +1,26 @@
-"""`stream_generate` and `generate` with mlx-lm's signatures."""
+"""`stream_generate` and `generate` with mlx-lm's signatures, and how to put them in the place of mlx-lm's own."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from llmcad_mlx.errors import UsageError, VocabularyError
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModel, AdaptedModels
 from llmcad_mlx.mlx_lm_plugin.prompt_caches import ModelRows
-from llmcad_mlx.mlx_lm_plugin.request import Request, why_left_to_mlx_lm, wrapped
+from llmcad_mlx.mlx_lm_plugin.request import OPTIONS, Request
 from llmcad_mlx.mlx_lm_plugin.speculation import Speculation
+
+COMMANDS = ("generate", "chat", "server")
 
 _LOG = logging.getLogger("llmcad_mlx.mlx_lm_plugin")
 _MODELS = AdaptedModels()  # the functions' signatures have no other place for it; dropped with the models
@@ -36,20 +41,19 @@ def stream_generate(
     takes about twenty forwards of a token. Raises UsageError naming an option, VocabularyError for a draft model
     with too few tokens, and what mlx-lm raises where its function runs.
     """
-    tokenizer = wrapped(tokenizer)
-    reason = why_left_to_mlx_lm(model, draft_model, prompt, max_tokens, kwargs)
-    speculation = None
-    if not reason:
-        request = Request.of(model, tokenizer, prompt, max_tokens, draft_model, stream, kwargs)
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    unknown = sorted(kwargs.keys() - OPTIONS)
+    speculation: Speculation | str = f"{unknown[0]} is not an option this plugin knows" if unknown else ""
+    if not unknown:
         with mx.stream(stream):
-            speculation = _prepare(request)
-        reason = speculation if isinstance(speculation, str) else ""
-    if reason:
-        _LOG.info("left to mlx-lm: %s", reason)
+            speculation = _prepare(Request(model, tokenizer, prompt, max_tokens, draft_model, stream, **kwargs))
+    if isinstance(speculation, str):
+        _LOG.info("left to mlx-lm: %s", speculation)
         yield from mlx_lm_stream_generate(
             model, tokenizer, prompt, max_tokens=max_tokens, draft_model=draft_model, stream=stream, **kwargs
         )
-    elif isinstance(speculation, Speculation):
+    else:
         with wired_limit(model, [stream]):
             yield from speculation.run()
 
@@ -76,7 +80,12 @@ def generate(model: Module, tokenizer: Any, prompt: str | list[int], verbose: bo
 
 def _prepare(request: Request) -> Speculation | str:
     """All that one generation needs, or why it is left to mlx-lm."""
-    if not request.prompt:
+    reason = request.why_left()
+    if reason:
+        return reason
+    request.check()
+    prompt = request.encode()
+    if not prompt:
         return "the prompt is empty"
     target = _MODELS.of(request.model)
     draft = None if request.draft_model is None else _MODELS.of(request.draft_model)
@@ -91,7 +100,7 @@ def _prepare(request: Request) -> Speculation | str:
             return reason
     if rows is not None and draft_rows is not None and draft_rows.length < rows.length:
         return "the draft model's part of prompt_cache is shorter than the target's"
-    return Speculation(request, target, draft, rows, draft_rows)
+    return Speculation(request, prompt, target, draft, rows, draft_rows)
 
 
 def _check_vocabulary(target: AdaptedModel, draft: AdaptedModel, tokenizer: Any) -> None:
@@ -123,3 +132,31 @@ def _caller_rows(
             "give make_prompt_cache(model) + make_prompt_cache(draft_model)"
         )
     return rows, ModelRows(request.draft_model, draft, others)
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """While this is open, mlx-lm's functions and commands generate with token trees.
+
+    mlx_lm.server batches requests that name no seed, and batches have no trees; while this is open it serves every
+    request by itself, in turn.
+    """
+    package = import_module("mlx_lm")
+    modules = {name: import_module(f"mlx_lm.{name}") for name in COMMANDS}  # mlx_lm.generate names a function too
+    places: list[tuple[Any, str, Any]] = [
+        (module, "stream_generate", stream_generate) for module in modules.values()
+    ]
+    places.append((package, "stream_generate", stream_generate))
+    places.append((modules["server"].ResponseGenerator, "_is_batchable", _never))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    try:
+        for owner, name, value in places:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _never(generator: Any, arguments: Any) -> bool:
+    return False

@@ -1,9 +1,12 @@
 """The default policy: best-first growth, stopped where one more step earns fewer tokens than it costs.
 
-Everything is priced in tokens: a second is worth the tokens that decoding yields per second.
-Maximising tokens minus price times seconds, with the achieved rate as the price, maximises the rate itself
-(Dinkelbach's method for ratios). Best-first order maximises the expected accepted tokens for a number of
-nodes (SpecExec, OPT-Tree and DySpec reach the same rule).
+What to expand is decided here. What may be risked, and at which price, is the ledger's; when a round measures
+instead of earning is the schedule's.
+
+Everything is priced in tokens: a second is worth the tokens that decoding yields in it. Maximising tokens minus
+price times seconds, with the achieved rate as the price, maximises the rate itself (Dinkelbach's method for
+ratios). Best-first order maximises the expected accepted tokens for a number of nodes (SpecExec, OPT-Tree and
+DySpec reach the same rule).
 """
 
 from __future__ import annotations
@@ -229,12 +232,13 @@ class ThroughputPolicy:
             return self.tree_nodes
         if len(ranking.probabilities) == 1 or self._schedule.mode.one_row:
             return 1
-        rows, account = self._wanted(ranking), self._draft_account if self._model_used else self._lookup_account
-        if not self._model_used:
+        rows = self._wanted(ranking)
+        if self._model_used:
+            balance = self._draft_account.balance
+        else:
+            balance = self._lookup_account.balance
             rows = self._lookup_account.affordable(rows, self._prices)
-        if rows == 1 and self._schedule.looks_at_two(ranking.probabilities[1], account.balance):
-            return 2
-        return rows
+        return 2 if rows == 1 and self._schedule.looks_at_two(ranking.probabilities[1], balance) else rows
 
     def _wanted(self, ranking: Ranking) -> int:
         best = ranking.rows

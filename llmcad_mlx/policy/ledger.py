@@ -13,6 +13,10 @@ from typing import NamedTuple
 
 from llmcad_mlx.policy.costs import CostModel
 
+EXPLORE = 2  # times the largest measured row count that a step may have
+_RATE_DECAY = 0.9  # weight of the past at each round
+_TINY = 0.01  # probability of a node that is not worth a row, whatever that costs
+
 _OPENING = 3.0
 _MOST = 6.0  # gains are not saved up for ever: a draft that turns bad is noticed within so many tokens
 _GIVE_UP = -3.0  # stop drafting with the model
@@ -52,8 +56,8 @@ class LookupAccount:
 
     A text opens with nothing, for one says little about the next: lookups that were right all the time may be
     wrong from a new text's first token on. The first row is earned by lookups that were right without one, which
-    costs nothing. Credit of that kind cannot be lost without end: a text whose rows have lost `_LOOKUP_LOSS`
-    risks nothing more, whatever it has earned, until the allowance has paid for that.
+    costs nothing. But a text whose rows have lost `_LOOKUP_LOSS` tokens risks nothing more, whatever it earned,
+    until the allowance has paid for that.
 
     `declined`: whether this round's lookups were worth a row that the account did not pay for.
     """
@@ -91,11 +95,6 @@ class LookupAccount:
         """The same for a round whose lookup was right but not paid for: a reason to trust the next."""
         self.book(num_tokens, 0.0)
         self._earned = min(self._earned + _LOOKUP_CREDIT, _LOOKUP_MOST)
-
-
-_RATE_DECAY = 0.9  # weight of the past at each round
-EXPLORE = 2  # times the largest measured row count that a step may have
-_TINY = 0.01  # probability of a node that is not worth a row, whatever that costs
 
 
 class Ranking(NamedTuple):

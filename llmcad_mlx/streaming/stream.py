@@ -1,7 +1,7 @@
 """Reads the streamed units of a target, pass after pass, ahead of the thread that computes with them.
 
-`ReadAhead` decides what is read when, and into which buffer, without thread, file or clock. `ThreadedStream` does
-it, and tests have a stream on a simulated clock.
+`ReadAhead` decides what is read when, and into which buffer, without thread, file or clock; `WeightStream` has the
+thread that does it. Tests have a stream on a simulated clock.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,13 @@ import numpy as np
 import pytest
 
 from llmcad_mlx import Engine, Result, UsageError, load
-from llmcad_mlx.conversations.file import read_conversation
+from llmcad_mlx.conversations.file import DIGEST, read_conversation
 from llmcad_mlx.conversations.snapshot import DRAFT, TARGET
 from llmcad_mlx.files.atomic import DiskError
-from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec
+from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec, dtype_name
 from llmcad_mlx.models.cache import LazyKVCache
-from tests.support.architecture_configs import WINDOW, build, config_of
-from tests.support.tiny_folder import (
-    VOCAB,
-    change_config,
-    copy_folder,
-    make_folder,
-    tiny_environment,
-    write_folder,
-)
+from tests.support.architecture_configs import WINDOW
+from tests.support.tiny_folder import change_config, copy_folder, family_folder, make_folder
 
 FIRST = {"role": "user", "content": "tell me of the cat in the hat and then of the other one"}
 SECOND = {"role": "user", "content": "and then"}
@@ -36,31 +29,14 @@ WARM = {"temperature": 0.9, "seed": 5}
 DATA = {"messages": [FIRST], "note": "é😀"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_home")
+Change = Callable[[dict[str, Any], dict[str, Any]], object]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
-
-
-@pytest.fixture(scope="module")
-def draft(folder: Path) -> Path:
-    return make_folder(folder.parent / "draft", noise=0.02)
-
-
-@pytest.fixture(scope="module")
-def other(folder: Path) -> Path:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same config and sizes, other weights."""
-    return make_folder(folder.parent / "other", seed=1)
-
-
-def family_folder(path: Path, family: str) -> Path:
-    """A tiny model of another family."""
-    return write_folder(path, build(family, vocab_size=VOCAB), {**config_of(family), "vocab_size": VOCAB})
+    return make_folder(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
 def first_turn(engine: Engine, **options: Any) -> list[dict[str, str]]:
@@ -74,9 +50,9 @@ def second_turn(engine: Engine, messages: list[dict[str, str]], **options: Any) 
 
 
 @pytest.fixture(scope="module")
-def saved(folder: Path, draft: Path) -> Path:
+def saved(folder: Path, draft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversation after its first turn."""
-    path = folder.parent / "saved.chat"
+    path = tmp_path_factory.mktemp("conversations") / "saved.chat"
     with load(folder, draft) as engine:
         first_turn(engine)
         engine.save_conversation(path, DATA)
@@ -138,22 +114,21 @@ def test_several_conversations_take_turns_in_memory(folder: Path, draft: Path) -
         [{"role": "user", "content": text}] for text in ("the cat", "in the other one and then", "on a hat")
     ]
     with load(folder, draft) as engine:
-        alone = []
-        for prompt in prompts:
-            engine.restore(None)
-            engine.generate(prompt, **OPTIONS, **WARM)
-            answers = engine.generate([*prompt, SECOND], **OPTIONS, **WARM)
-            alone.append((answers.tokens, answers.stats.reused_tokens))
-        kept = []
+
+        def goes_on(prompt: list[dict[str, str]]) -> tuple[list[int], int]:
+            result = engine.generate([*prompt, SECOND], **OPTIONS, **WARM)
+            return result.tokens, result.stats.reused_tokens
+
+        alone, kept = [], []
         for prompt in prompts:
             engine.restore(None)
             engine.generate(prompt, **OPTIONS, **WARM)
             kept.append(engine.snapshot())
-        for (tokens, reused), prompt, snapshot in reversed(list(zip(alone, prompts, kept, strict=True))):
+            alone.append(goes_on(prompt))
+        for expected, prompt, snapshot in reversed(list(zip(alone, prompts, kept, strict=True))):
             engine.restore(snapshot)
-            result = engine.generate([*prompt, SECOND], **OPTIONS, **WARM)
-            assert (result.tokens, result.stats.reused_tokens) == (tokens, reused)
-            assert reused > 0
+            assert goes_on(prompt) == expected
+            assert expected[1] > 0
 
 
 def test_a_snapshot_is_a_tight_copy(folder: Path, draft: Path) -> None:
@@ -166,13 +141,9 @@ def test_a_snapshot_is_a_tight_copy(folder: Path, draft: Path) -> None:
         assert len(snapshot.tokens) == target.length == engine.pair.target.num_cached
         token_bytes = 2 * 2 * 32 * 4  # layers, keys and values, head dimension, float32
         assert snapshot.nbytes == (target.length + drafted.length) * token_bytes
-        before = [np.array(layer.keys) for layer in target.layers if layer is not None]
+        before = [np.array(layer.keys) for layer in target.layers]
         engine.generate("something else entirely", **OPTIONS)
-        assert all(
-            np.array_equal(a, np.array(b.keys))
-            for a, b in zip(before, target.layers, strict=True)
-            if b is not None
-        )
+        assert all(np.array_equal(old, layer.keys) for old, layer in zip(before, target.layers, strict=True))
 
 
 def test_a_snapshot_taken_while_a_generation_runs(folder: Path, draft: Path, expected: Any) -> None:
@@ -240,65 +211,48 @@ def test_a_model_whose_state_cannot_be_copied_saves_what_was_said(tmp_path: Path
 # --- What does not fit --------------------------------------------------------------------------------------
 
 
-def rewrite(source: Path, path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
+def rewrite(source: Path, path: Path, change: Change) -> Path:
     """A copy with a right checksum whose cache facts or tensors `change` has altered."""
     arrays, metadata = mx.load(str(source), format="safetensors", return_metadata=True)
-    del arrays["sha256"]
-    facts = json.loads(metadata.pop("cache"))
+    del arrays["sha256"], metadata["format"]
+    facts = json.loads(metadata["cache"])
     change(facts, arrays)
-    names = {mx.float32: "F32", mx.float16: "F16"}
-    specs = [TensorSpec(name, names[array.dtype], array.shape) for name, array in arrays.items()]
-    specs.append(TensorSpec("sha256", "U8", (32,)))
-    metadata.pop("format")
-    with SafetensorsWriter(path, specs, {**metadata, "cache": json.dumps(facts)}) as writer:
+    specs = [TensorSpec(name, dtype_name(array.dtype), array.shape) for name, array in arrays.items()]
+    with SafetensorsWriter(path, [*specs, DIGEST], {**metadata, "cache": json.dumps(facts)}) as writer:
         for name, array in arrays.items():
             writer.write_bytes(name, 0, np.array(array).tobytes())
-        end = writer.extent(specs[-1]).offset
-        writer.write_bytes("sha256", 0, hashlib.sha256(path.read_bytes()[:end]).digest())
+        end = writer.extent(DIGEST).offset
+        writer.write_bytes(DIGEST.name, 0, hashlib.sha256(path.read_bytes()[:end]).digest())
     return path
 
 
-def scaled(name: str, factor: float) -> Callable[[dict[str, Any], dict[str, Any]], None]:
-    return lambda facts, arrays: arrays.update({name: arrays[name] * factor})
-
-
-def without_heads(facts: dict[str, Any], arrays: dict[str, Any]) -> None:
-    arrays["target.1.keys"] = arrays["target.1.keys"][:, :, :16]
-
-
-def half(facts: dict[str, Any], arrays: dict[str, Any]) -> None:
-    arrays.update({name: array.astype(mx.float16) for name, array in arrays.items()})
-
-
-def fact(**changes: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
-    return lambda facts, arrays: facts.update(changes)
-
-
-def belongs(**changes: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+def belongs(**changes: str) -> Change:
     return lambda facts, arrays: facts["belongs_to"].update(changes)
 
 
-FORGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {
+def each(edit: Callable[[Any], Any], *names: str) -> Change:
+    """Edit the arrays called so, or all."""
+    return lambda facts, arrays: arrays.update({name: edit(arrays[name]) for name in names or arrays})
+
+
+FORGED: dict[str, tuple[Change, str]] = {
     "unchanged": (lambda facts, arrays: None, ""),
     "other version": (belongs(version="llmcad-mlx 0.0.1"), "it is from another version"),
     "other device": (belongs(device="Apple M9 (gpu), MLX"), "it is from another device"),
     "other model": (belongs(model="0" * 64), "it is from another model"),
-    "no owner": (fact(belongs_to=None), "it cannot be read (TypeError)"),
-    "other values": (scaled("target.1.values", 1.1), "the model computes other values"),
-    "NaN": (scaled("target.0.keys", float("nan")), "the model computes other values"),
-    "other shape": (without_heads, "its layers have other shapes or types"),
-    "other type": (half, "its layers have other shapes or types"),
+    "no owner": (lambda facts, arrays: facts.update(belongs_to=None), "it cannot be read (TypeError)"),
+    "other values": (each(lambda a: a * 1.1, "target.1.values"), "the model computes other values"),
+    "NaN": (each(lambda a: a * float("nan"), "target.0.keys"), "the model computes other values"),
+    "other shape": (each(lambda a: a[:, :, :16], "target.1.keys"), "its layers have other shapes or types"),
+    "other type": (each(lambda a: a.astype(mx.float16)), "its layers have other shapes or types"),
     "missing layer": (lambda facts, arrays: arrays.pop("target.1.keys"), "its layers are of another kind"),
     "more layers": (lambda facts, arrays: facts["on_host"].update(target=[True] * 3), "another number of layers"),
     "other kernels": (lambda facts, arrays: facts["on_host"].update(target=[False] * 2), "other shapes or types"),
     "foreign token": (lambda facts, arrays: facts["tokens"].__setitem__(3, 10**6), "its tokens are not the"),
-    "no token": (fact(tokens=[]), "its tokens are not the model's"),
+    "no token": (lambda facts, arrays: facts.update(tokens=[]), "its tokens are not the model's"),
     "fewer tokens": (lambda facts, arrays: facts["tokens"].pop(), "it is longer than the model's context"),
-    "fewer rows": (
-        lambda facts, arrays: arrays.update({name: array[:, :-1] for name, array in arrays.items()}),
-        "it cannot be read (ValueError)",
-    ),
-}  # fmt: skip
+    "fewer rows": (each(lambda a: a[:, :-1]), "it cannot be read (ValueError)"),
+}
 
 
 @pytest.mark.parametrize("name", FORGED)
@@ -319,22 +273,19 @@ def test_a_cache_that_does_not_fit_is_not_used(
         assert (result.stats.reused_tokens > 0) == (reason == "")
 
 
-def test_another_models_cache_is_not_used(folder: Path, other: Path, saved: Path, expected: Any) -> None:
-    """Its config and its files' headers are the same: only the values tell."""
+def test_another_models_cache_is_not_used(
+    tmp_path: Path, folder: Path, other: Path, saved: Path, expected: Any
+) -> None:
+    """Where config and files' headers are the same, only the values tell."""
     messages, _ = expected
-    with load(other, None) as engine:
-        afresh = second_turn(engine, messages).tokens
-        (line,) = engine.restore_conversation(read_conversation(saved))
-        assert "the model computes other values" in line
-        assert second_turn(engine, messages).tokens == afresh
-
-
-def test_a_changed_config_is_another_model(tmp_path: Path, folder: Path, saved: Path) -> None:
     changed = copy_folder(folder, tmp_path / "changed")
     change_config(changed, rope_theta=20000.0)
-    with load(changed, None) as engine:
-        (line,) = engine.restore_conversation(read_conversation(saved))
-    assert "it is from another model" in line
+    for model, reason in ((other, "the model computes other values"), (changed, "it is from another model")):
+        with load(model, None) as engine:
+            afresh = second_turn(engine, messages).tokens
+            (line,) = engine.restore_conversation(read_conversation(saved))
+            assert reason in line
+            assert second_turn(engine, messages).tokens == afresh
 
 
 def test_another_draft_reads_again_and_the_target_does_not(
@@ -350,56 +301,46 @@ def test_another_draft_reads_again_and_the_target_does_not(
     assert (result.tokens, result.stats.reused_tokens > 0) == (tokens, True)
 
 
-@pytest.mark.parametrize("place", [-40, -20000, -1], ids=["last row", "middle", "checksum"])
-def test_a_flipped_bit_is_found(
-    tmp_path: Path, folder: Path, draft: Path, saved: Path, expected: Any, place: int
+def flipped(place: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:place] + bytes([data[place] ^ 4]) + data[len(data) + place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flipped(-40), flipped(-20000), flipped(-1), lambda data: data[:-10000]],
+    ids=["last row", "middle", "checksum", "truncated"],
+)
+def test_a_damaged_file_still_says_what_was_said(
+    tmp_path: Path, folder: Path, draft: Path, saved: Path, expected: Any, damage: Callable[[bytes], bytes]
 ) -> None:
     messages, tokens = expected
-    data = bytearray(saved.read_bytes())
-    data[place] ^= 4
-    (tmp_path / "damaged.chat").write_bytes(data)
+    (tmp_path / "damaged.chat").write_bytes(damage(saved.read_bytes()))
+    stored = read_conversation(tmp_path / "damaged.chat")
+    assert stored.data == DATA
     with load(folder, draft) as engine:
-        (line,) = engine.restore_conversation(read_conversation(tmp_path / "damaged.chat"))
+        (line,) = engine.restore_conversation(stored)
         assert "its checksum is wrong, the file is damaged" in line
         assert second_turn(engine, messages).tokens == tokens
 
 
-def test_a_truncated_file_still_says_what_was_said(
-    tmp_path: Path, folder: Path, saved: Path, expected: Any
-) -> None:
-    messages, tokens = expected
-    (tmp_path / "short.chat").write_bytes(saved.read_bytes()[:-10000])
-    stored = read_conversation(tmp_path / "short.chat")
-    assert stored.data == DATA
-    with load(folder, None) as engine:
-        (line,) = engine.restore_conversation(stored)
-        assert "its checksum is wrong" in line
-        assert second_turn(engine, messages).tokens == tokens
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (b"", "is not a saved conversation"),
-        (b"hello, this is a text", "is not a saved conversation"),
-        ((10**17).to_bytes(8, "little"), "is not a saved conversation"),
-        ((200).to_bytes(8, "little") + b'{"__metadata__":', "is not a saved conversation"),
-        (b"\x02\0\0\0\0\0\0\0{}", "is not a saved conversation"),
-        ((10**5).to_bytes(8, "little") + b"[" * 10**5, "is not a saved conversation"),
-        (
-            (50).to_bytes(8, "little") + b'{"__metadata__":{"llmcad_mlx":"conversation 99"}}'.ljust(50),
-            "another format",
-        ),
+        b"",
+        b"hello, this is a text",
+        (10**17).to_bytes(8, "little"),
+        (200).to_bytes(8, "little") + b'{"__metadata__":',
+        b"\x02\0\0\0\0\0\0\0{}",
+        (10**5).to_bytes(8, "little") + b"[" * 10**5,
+        (50).to_bytes(8, "little") + b'{"__metadata__":{"llmcad_mlx":"conversation 99"}}'.ljust(50),
     ],
 )
-def test_other_files_are_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_files_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    message = "another format" if b"conversation 99" in content else "is not a saved conversation"
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UsageError, match=message) as caught:
         read_conversation(tmp_path / "file")
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nothing\.chat: cannot be read: No such file"):
         read_conversation(tmp_path / "nothing.chat")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,8 @@ from llmcad_mlx import VocabularyError, load
 from llmcad_mlx.drafting.table import NgramCounts, NgramTable, context_hash, context_hashes, vocabulary_hash
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.store.convert import convert_folder
-from tests.support.tiny_folder import make_folder, tiny_environment
+
+PROMPT = [1, 2, 3]
 
 texts_of_tokens = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=30), min_size=1, max_size=6)
 
@@ -103,56 +105,53 @@ def test_a_damaged_table_is_refused_by_name(tmp_path: Path, damage: str) -> None
     path = tmp_path / "x.ngrams.safetensors"
     make_counts(arrays([[1, 2, 3, 1, 2, 4]]), 3, "v").save(path)
     content, (found, metadata) = path.read_bytes(), mx.load(str(path), return_metadata=True)
-    if damage == "cut":
-        path.write_bytes(content[:-5])
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "foreign":
-        mx.save_safetensors(str(path), found, {**metadata, "format": "another"})
-    elif damage == "missing":
-        mx.save_safetensors(str(path), {k: v for k, v in found.items() if k != "counts"}, metadata)
-    elif damage == "kinds":  # would divide by zero in the midst of a text
-        nothing = {name: mx.zeros_like(found[name]) for name in ("kinds", "totals")}
-        mx.save_safetensors(str(path), {**found, **nothing}, metadata)
+    if damage in ("cut", "empty"):
+        path.write_bytes(content[:-5] if damage == "cut" else b"")
     else:
-        mx.save_safetensors(str(path), {**found, "starts": found["starts"] + 1}, metadata)
+        if damage == "foreign":
+            metadata["format"] = "another"
+        elif damage == "missing":
+            del found["counts"]
+        elif damage == "kinds":  # would divide by zero in the midst of a text
+            found |= {name: mx.zeros_like(found[name]) for name in ("kinds", "totals")}
+        else:
+            found["starts"] = found["starts"] + 1
+        mx.save_safetensors(str(path), found, metadata)
     with pytest.raises(ModelError, match=r"x\.ngrams\.safetensors: not an n-gram table"):
         NgramCounts.load(path)
 
 
+def write_table(target: Path, path: Path, **options: Any) -> tuple[str, list[int]]:
+    """A table of what the target says after `PROMPT`: its path as text, and that."""
+    with load(target, None) as engine:
+        plain = engine.generate(PROMPT, **options).tokens
+        vocabulary = vocabulary_hash(engine.tokenizer.get_vocab())
+    make_counts(arrays([[*PROMPT, *plain]]), 5, vocabulary).save(path)
+    return str(path), plain
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_table_of_the_targets_text_drafts_it(tmp_path: Path, temperature: float) -> None:
-    with tiny_environment(tmp_path / "home"):
-        folder = make_folder(tmp_path / "model")
-        options = {"max_tokens": 60, "temperature": temperature, "seed": 4}
-        with load(folder, None) as engine:
-            plain = engine.generate([1, 2, 3], **options).tokens
-            vocabulary = vocabulary_hash(engine.tokenizer.get_vocab())
-        path = tmp_path / "draft.ngrams.safetensors"
-        make_counts(arrays([[1, 2, 3, *plain]]), 5, vocabulary).save(path)
-        with load(folder, str(path)) as engine:
-            result = engine.generate([1, 2, 3], tree_nodes=8, **options)
-        assert result.tokens == plain
-        assert result.stats.tokens_per_pass > 2
+def test_a_table_of_the_targets_text_drafts_it(
+    own_home: Path, folder: Path, tmp_path: Path, temperature: float
+) -> None:
+    options = {"max_tokens": 60, "temperature": temperature, "seed": 4}
+    draft, plain = write_table(folder, tmp_path / "draft.ngrams.safetensors", **options)
+    with load(folder, draft) as engine:
+        result = engine.generate(PROMPT, tree_nodes=8, **options)
+    assert result.tokens == plain
+    assert result.stats.tokens_per_pass > 2
 
 
-def test_a_table_goes_with_a_checked_and_streamed_target(tmp_path: Path) -> None:
-    with tiny_environment(tmp_path / "home"):
-        folder = tmp_path / "bundle"
-        convert_folder(make_folder(tmp_path / "model"), folder)
-        with load(folder, None) as engine:
-            plain = engine.generate([1, 2, 3], max_tokens=20).tokens
-            vocabulary = vocabulary_hash(engine.tokenizer.get_vocab())
-        path = tmp_path / "draft.ngrams.safetensors"
-        make_counts(arrays([[1, 2, 3, *plain]]), 5, vocabulary).save(path)
-        with load(folder, str(path), pinned=0, verify=True) as engine:
-            assert engine.generate([1, 2, 3], max_tokens=20, tree_nodes=8).tokens == plain
+def test_a_table_goes_with_a_checked_and_streamed_target(own_home: Path, folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    convert_folder(folder, bundle)
+    draft, plain = write_table(bundle, tmp_path / "draft.ngrams.safetensors", max_tokens=20)
+    with load(bundle, draft, pinned=0, verify=True) as engine:
+        assert engine.generate(PROMPT, max_tokens=20, tree_nodes=8).tokens == plain
 
 
-def test_a_table_for_other_tokens_is_refused(tmp_path: Path) -> None:
+def test_a_table_for_other_tokens_is_refused(own_home: Path, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "draft.ngrams.safetensors"
     make_counts(arrays([[1, 2, 3, 1, 2, 4]]), 3, "another vocabulary").save(path)
-    with tiny_environment(tmp_path / "home"):
-        folder = make_folder(tmp_path / "model")
-        with pytest.raises(VocabularyError, match="made with other tokens"):
-            load(folder, str(path))
+    with pytest.raises(VocabularyError, match="made with other tokens"):
+        load(folder, str(path))

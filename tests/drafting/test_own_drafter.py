@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmcad_mlx import Engine, UsageError, load
+from llmcad_mlx import Engine, UsageError
+from llmcad_mlx.api import load
 from llmcad_mlx.engine.round import Round
 from tests.support.architecture_configs import build, config_of
-from tests.support.tiny_folder import make_folder, tiny_environment, write_folder
+from tests.support.tiny_folder import write_folder
 
 PROMPT = "then the other one ran in"
 LENGTH = 24
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "target")
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 class Clairvoyant:
@@ -59,7 +51,6 @@ def test_a_drafter_that_knows_saves_passes(
 ) -> None:
     sampling = {name: value for name, value in options.items() if name in ("temperature", "seed")}
     with load(folder, draft) as engine:
-        assert isinstance(engine, Engine)
         said = plain_tokens(engine, **sampling)
         engine.add_drafter("oracle", Clairvoyant(engine.encode(PROMPT), said))
         rounds: list[Round] = []
@@ -74,7 +65,6 @@ def test_a_drafter_that_knows_saves_passes(
 
 def test_a_drafter_that_is_always_wrong_changes_nothing(folder: Path) -> None:
     with load(folder, "ngram") as engine:
-        assert isinstance(engine, Engine)
         said, ids = plain_tokens(engine), engine.encode(PROMPT)
         vocabulary = engine.pair.vocab_size
 
@@ -89,8 +79,7 @@ def test_a_drafter_that_is_always_wrong_changes_nothing(folder: Path) -> None:
     assert result.stats.tested > 0
 
 
-def test_it_gets_the_whole_text_and_is_asked_before_the_draft_model(folder: Path) -> None:
-    draft = make_folder(folder.parent / "draft", noise=0.02)
+def test_it_gets_the_whole_text_and_is_asked_before_the_draft_model(folder: Path, draft: Path) -> None:
     seen: list[list[int]] = []
 
     def watch(tokens: list[int]) -> Iterable[tuple[int, float]]:
@@ -99,7 +88,6 @@ def test_it_gets_the_whole_text_and_is_asked_before_the_draft_model(folder: Path
         return ()
 
     with load(folder, draft) as engine:
-        assert isinstance(engine, Engine)
         engine.add_drafter("watch", watch)
         assert [drafter.source for drafter in engine.pair.drafters] == ["ngram", "watch", "model"]
         prompt = engine.encode(PROMPT)
@@ -113,7 +101,6 @@ def test_it_gets_the_whole_text_and_is_asked_before_the_draft_model(folder: Path
 def test_what_it_is_worth_is_learned_under_its_name(folder: Path) -> None:
     for expected in (0.5, 0.9):  # the second load starts with what the first has learned
         with load(folder, "ngram") as engine:
-            assert isinstance(engine, Engine)
             calibration = engine.pair.profile.calibration
             assert expected - 0.01 <= calibration.probabilities([0.5], "learner")[0] <= 1.0
             said = plain_tokens(engine)
@@ -144,7 +131,6 @@ def test_a_proposal_that_is_none_is_refused_and_the_engine_lives(
     folder: Path, proposal: Any, complaint: str
 ) -> None:
     with load(folder, "ngram") as engine:
-        assert isinstance(engine, Engine)
         engine.add_drafter("bad", lambda tokens: [proposal])
         with pytest.raises(UsageError, match=complaint):
             engine.generate(PROMPT, max_tokens=LENGTH, tree_nodes=4)
@@ -153,7 +139,6 @@ def test_a_proposal_that_is_none_is_refused_and_the_engine_lives(
 
 def test_names_are_told_apart_and_functions_are_wanted(folder: Path) -> None:
     with load(folder, "ngram") as engine:
-        assert isinstance(engine, Engine)
         for name in ("ngram", "model", "committed"):
             with pytest.raises(UsageError, match=f"name: '{name}' is taken"):
                 engine.add_drafter(name, lambda tokens: ())
@@ -170,7 +155,5 @@ def test_a_target_that_verifies_no_drafts_takes_no_drafter(tmp_path: Path) -> No
     folder = write_folder(
         tmp_path / "mamba", build("mamba"), {**config_of("mamba"), "max_position_embeddings": 99}
     )
-    with load(folder) as engine:
-        assert isinstance(engine, Engine)
-        with pytest.raises(UsageError, match="this target verifies no drafts"):
-            engine.add_drafter("phrases", lambda tokens: ())
+    with load(folder) as engine, pytest.raises(UsageError, match="this target verifies no drafts"):
+        engine.add_drafter("phrases", lambda tokens: ())

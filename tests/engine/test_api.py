@@ -222,6 +222,11 @@ def test_a_next_turn_reuses_the_conversation(
         assert result.stats.reused_tokens == 4
         assert result.tokens == plain(edited[:5], max_tokens=15)
 
+        # Another one altogether.
+        other = session.encode("XYZ")
+        result = session.generate(other, max_tokens=15, **options)
+        assert (result.stats.reused_tokens, result.tokens) == (0, plain(other, max_tokens=15))
+
 
 def test_a_conversation_in_messages_reuses_the_earlier_turns(
     folder: Path, draft: Path, plain: Callable[..., list[int]]

@@ -214,23 +214,6 @@ def test_prompt_progress_counts_up_to_the_prompt() -> None:
     assert len(seen) > 3
 
 
-def test_a_prompt_that_goes_on_is_not_computed_again() -> None:
-    engine = Rounds(None, [ModelDrafter(model())], forced(8))
-    engine.begin(PROMPT)
-    engine.decode(10)
-    said = list(engine.tokens)
-    stats = GenerationStats()
-    engine.begin([*said, 6, 7], stats)
-    assert stats.reused_tokens == len(said) - 1
-    stats = GenerationStats()
-    engine.begin([*said[:6], 9], stats)
-    assert stats.reused_tokens == 6
-    stats = GenerationStats()
-    engine.begin([30, 31], stats)
-    assert stats.reused_tokens == 0
-    assert engine.decode(10)[:10] == plain_text([30, 31], 10)[:10]
-
-
 def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
     engine = Rounds(None, [ModelDrafter(model())], ChainPolicy(6))
     engine.begin(PROMPT)

@@ -314,7 +314,7 @@ def test_the_text_does_not_depend_on_the_timing(
     read_s: float, row_s: float, step_s: float, num_buffers: int
 ) -> None:
     """Nor does what is read and submitted, unless drafting in the background decides about it."""
-    expected = reference(30)
+    expected, _ = in_memory(plain, 30)
     trees: list[list[int]] = []
     for make in (adaptive, forced, without_pipeline):
         clock = SimulatedClock()
@@ -328,27 +328,17 @@ def test_the_text_does_not_depend_on_the_timing(
         units = len(stream_of(target).unit_bytes)
         assert [taken.unit for taken in stream_of(target).taken] == [*range(units - 1), *[*range(units)] * 10]
         trees = [one.selection.tree.tokens for one in done]
-    assert trees == submitted()
+    assert trees == in_memory(without_pipeline, 10)[1]
 
 
 @functools.cache
-def reference(count: int) -> list[int]:
-    """Plain tokens of the target in memory."""
-    target = Target(tiny_tree_model(0, cpu_kernels=False, layers=4), VOCAB)
-    engine = engine_of(target, SimulatedClock(), None, plain)
+def in_memory(make: Callable[[CostModel], GrowthPolicy], num_rounds: int) -> tuple[list[int], list[list[int]]]:
+    """What the same target in memory says, and the trees it is given."""
+    target, clock = Target(tiny_tree_model(0, cpu_kernels=False, layers=4), VOCAB), SimulatedClock()
+    engine = engine_of(target, clock, None if make is plain else 1.0, make)
     engine.begin(PROMPT)
-    rounds(engine, GenerationStats(), count)
-    return engine.tokens[len(PROMPT) :]
-
-
-@functools.cache
-def submitted() -> list[list[int]]:
-    """The trees that the target in memory is given."""
-    clock = SimulatedClock()
-    target = Target(tiny_tree_model(0, cpu_kernels=False, layers=4), VOCAB)
-    engine = engine_of(target, clock, 1.0, without_pipeline)
-    engine.begin(PROMPT)
-    return [done.selection.tree.tokens for done in rounds(engine, GenerationStats(), 10)]
+    trees = [done.selection.tree.tokens for done in rounds(engine, GenerationStats(), num_rounds)]
+    return engine.tokens[len(PROMPT) :], trees
 
 
 # -- prompts -----------------------------------------------------------------------------------------------

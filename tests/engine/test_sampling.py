@@ -125,11 +125,8 @@ def test_penalties_are_mlx_lms(options: dict[str, Any]) -> None:
     np.testing.assert_array_equal(result, mlx_lm_processed(row, tokens, **options))
     np.testing.assert_array_equal(row, before)
     assert not np.array_equal(result, before)
-
-
-def test_penalties_before_the_first_token() -> None:
-    row = random_row(1)
-    np.testing.assert_array_equal(sampler(presence_penalty=1.0).processed(row, []), row)
+    if "logit_bias" not in options:  # before the first token there is nothing to repeat
+        np.testing.assert_array_equal(sampler(**options).processed(row, []), row)
 
 
 def test_custom_processors_see_the_whole_history_and_the_padded_row() -> None:
@@ -179,17 +176,12 @@ def test_mlx_and_padded_rows_give_the_same_token(seed: int, temperature: float) 
 @settings(max_examples=30)
 def test_a_draft_equal_to_the_target_ranks_its_token_first(seed: int, temperature: float, position: int) -> None:
     row = random_row(seed)
-    padded = np.concatenate([row, np.full(8, 50.0, np.float32)])
     chooser = sampler(temperature=temperature, seed=seed)
-    token = chooser.choose(row, [], position)
-    logprobs = chooser.logprobs(row)
-    for scores in (
-        chooser.draft_scores(logprobs, position),
-        chooser.draft_scores(chooser.logprobs(padded), position),
-    ):
+    for draft_row in (row, np.concatenate([row, np.full(8, 50.0, np.float32)])):
+        scores = chooser.draft_scores(chooser.logprobs(draft_row), position)
         assert scores.shape == (VOCAB,)
-        assert int(scores.argmax()) == token
-    assert chooser.draft_scores(logprobs[:30], position).shape == (30,)
+        assert int(scores.argmax()) == chooser.choose(row, [], position)
+    assert chooser.draft_scores(chooser.logprobs(row)[:30], position).shape == (30,)
 
 
 def test_logprobs_are_normalised() -> None:

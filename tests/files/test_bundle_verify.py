@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import pytest
 
 from llmcad_mlx import load
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.errors import ModelError, StorageError, UsageError
 from llmcad_mlx.files.bundle import read_bundle
-from llmcad_mlx.streaming import weights as parts
+from llmcad_mlx.files.safetensors import read_weights
 from llmcad_mlx.streaming.build import Prepared
 from llmcad_mlx.streaming.storage import FileStorage
-from tests.support.architecture_configs import build, config_of
-from tests.support.tiny_folder import VOCAB, copy_folder, make_folder, tiny_environment, write_bundle, write_folder
+from tests.support.tiny_folder import copy_folder, family_folder, make_folder, write_bundle
 
 PROMPT = "then the other one ran in and then the other one"
 LAYERS = 5
 ALTERED = r"model\.safetensors: {} was altered .*; fetch or convert the model again"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "SMALL_BYTES", 0)
-        yield
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "stock", layers=LAYERS)
+pytestmark = pytest.mark.usefixtures("tiny_home", "streams_small_matrices")
 
 
 def _bundle(folder: Path) -> Path:
@@ -45,19 +32,20 @@ def _bundle(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "stock", layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
 def bundle(stock: Path) -> Path:
     return _bundle(stock)
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tied(stock: Path) -> Path:
     """A quantised model whose embedding is the head."""
-    changes = {"vocab_size": VOCAB, "tie_word_embeddings": True, "intermediate_size": 64}
-    model: Any = build("qwen2", **changes)
-    nn.quantize(model, group_size=32, bits=4)
-    mx.eval(model.parameters())
-    config = {**config_of("qwen2"), **changes, "quantization": {"group_size": 32, "bits": 4}}
-    return _bundle(write_folder(tmp_path_factory.mktemp("models") / "tied", model, config))
+    shape = {"tie_word_embeddings": True, "intermediate_size": 64}
+    return _bundle(family_folder(stock.parent / "tied", "qwen2", bits=4, **shape))
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +56,12 @@ def expected(stock: Path) -> list[int]:
 
 def alter(folder: Path, tensor: str, share: float = 0.5) -> None:
     """Flip a bit of a tensor, as a failing disk would: the file's size and times stay."""
-    bundle = read_bundle(folder)
-    assert bundle is not None
-    extents = {t.extent.name: t.extent for layer in bundle.layers for t in layer.tensors}
-    extent = extents[tensor]
+    extent = read_weights(folder)[tensor]
     before = os.stat(extent.file)
     with extent.file.open("r+b") as file:
         at = extent.offset + int(share * extent.num_bytes)
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
+        (byte,) = os.pread(file.fileno(), 1, at)
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), at)
     os.utime(extent.file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 

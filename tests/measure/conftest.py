@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from llmcad_mlx.cli.main import run
-
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
@@ -24,18 +22,6 @@ def prompts(tmp_path: Path) -> Path:
         )
     )
     return file
-
-
-@pytest.fixture
-def output(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """Run a command, which ends with `code`; its stdout and stderr."""
-
-    def call(*argv: object, code: int = 0) -> tuple[str, str]:
-        capfd.readouterr()
-        assert run([str(word) for word in argv]) == code
-        return capfd.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from llmcad_mlx.errors import GenerationError, ModelError, UsageError
 from llmcad_mlx.loader import LoadedPair, conditions, load_names
 from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates
 from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts
-from llmcad_mlx.measure.runner import EngineContender, Generation, Run
+from llmcad_mlx.measure.runner import EngineContender, Generation, Run, total_stats
 from llmcad_mlx.measure.tune import (
     CandidateFigures,
     Prediction,
@@ -26,7 +26,6 @@ from llmcad_mlx.measure.tune import (
     Tuning,
     decide,
     median_runs,
-    rate,
     sittings,
     split,
     tune_report,
@@ -150,7 +149,7 @@ def test_a_disturbed_repetition_does_not_count() -> None:
     done += [made_up("x", "2", i, seconds) for i, seconds in enumerate((7.0, 2.0, 1.0))]
     middle = median_runs(done)
     assert [run.generation.decode_s for run in middle] == [1.2, 2.0]
-    assert rate(middle) == pytest.approx(40 / 3.2)
+    assert total_stats(middle).tokens_per_s == pytest.approx(40 / 3.2)
 
 
 def line(name: str, speed: float | None, size: int = 0) -> CandidateFigures:
@@ -162,7 +161,10 @@ def race(
 ) -> Any:
     """Decide between candidates whose repetitions took so many seconds."""
     done = {name: [made_up(name, "2", i, s) for i, s in enumerate(times)] for name, times in seconds.items()}
-    lines = [line(name, rate(median_runs(own)), (sizes or {}).get(name, 0)) for name, own in done.items()]
+    lines = [
+        line(name, total_stats(median_runs(own)).tokens_per_s, (sizes or {}).get(name, 0))
+        for name, own in done.items()
+    ]
     return decide(lines, [run for own in done.values() for run in own], incumbent)
 
 

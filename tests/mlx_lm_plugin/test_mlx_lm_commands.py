@@ -27,6 +27,7 @@ from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECULATED = re.compile(r"llmcad-mlx: (\d+) tokens in (\d+) passes of the target, (\d+) drafted tokens accepted")
+Loaded = tuple[Any, Any]  # an mlx-lm model and its tokenizer
 COUNT = "Say the numbers: 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3."
 
 
@@ -36,7 +37,7 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> tuple[Any, Any]:
+def loaded(folder: Path) -> Loaded:
     """In fp32, which changes no weight's value: mlx-lm itself is slow and inexact in fp16 on a CPU."""
     model, tokenizer = mlx_lm.load(str(folder))
     model.set_dtype(mx.float32)
@@ -53,7 +54,7 @@ def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return done
 
 
-def answer(loaded: tuple[Any, Any], question: str, max_tokens: int) -> str:
+def answer(loaded: Loaded, question: str, max_tokens: int) -> str:
     """The plugin's greedy text, which the test below compares with mlx-lm's."""
     model, tokenizer = loaded
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
@@ -62,7 +63,7 @@ def answer(loaded: tuple[Any, Any], question: str, max_tokens: int) -> str:
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_the_embedded_model_beside_mlx_lm(loaded: tuple[Any, Any], temperature: float) -> None:
+def test_the_embedded_model_beside_mlx_lm(loaded: Loaded, temperature: float) -> None:
     found = []
     for function in (stream_generate, mlx_lm.stream_generate):
         mx.random.seed(1)
@@ -81,7 +82,7 @@ def test_the_embedded_model_beside_mlx_lm(loaded: tuple[Any, Any], temperature: 
 
 
 @pytest.mark.embedded
-def test_generate_command(loaded: tuple[Any, Any], folder: Path) -> None:
+def test_generate_command(loaded: Loaded, folder: Path) -> None:
     done = run("generate", "--model", str(folder), "--prompt", COUNT, "-m", "24", "--verbose", "False")
     assert done.stdout == answer(loaded, COUNT, 24) + "\n"
     tokens, passes, accepted = map(int, SPECULATED.findall(done.stderr)[0])
@@ -90,7 +91,7 @@ def test_generate_command(loaded: tuple[Any, Any], folder: Path) -> None:
 
 
 @pytest.mark.embedded
-def test_chat_command(loaded: tuple[Any, Any], folder: Path) -> None:
+def test_chat_command(loaded: Loaded, folder: Path) -> None:
     """Two turns: the second one builds on the cache that the first one left."""
     done = run("chat", "--model", str(folder), "-m", "16", stdin=f"My name is Ada.\n{COUNT}\nq\n")
     assert answer(loaded, "My name is Ada.", 16) in done.stdout
@@ -121,7 +122,7 @@ def serving(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.embedded
-def test_server_command(loaded: tuple[Any, Any], folder: Path) -> None:
+def test_server_command(loaded: Loaded, folder: Path) -> None:
     """A request that names no seed too: mlx-lm would put it into a batch, without drafting."""
     body = {"messages": [{"role": "user", "content": COUNT}], "max_tokens": 24, "temperature": 0.0}
     with serving(folder) as (url, server):

@@ -7,8 +7,9 @@ import itertools
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,35 +23,32 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from llmcad_mlx import UsageError, VocabularyError
 from llmcad_mlx.engine.policies import make_policy
-from llmcad_mlx.mlx_lm_plugin import speculation
+from llmcad_mlx.mlx_lm_plugin import check_mlx_lm, speculation
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModels
-from llmcad_mlx.mlx_lm_plugin.generation import generate, stream_generate
-from llmcad_mlx.mlx_lm_plugin.install import installed
-from llmcad_mlx.mlx_lm_plugin.versions import check_mlx_lm
+from llmcad_mlx.mlx_lm_plugin.generation import generate, installed, stream_generate
 from llmcad_mlx.settings import SpeculationSettings
 from tests.support.architecture_configs import build
 from tests.support.tiny import tiny_llama
-from tests.support.tiny_folder import EOS, VOCAB, make_folder, tiny_environment
+from tests.support.tiny_folder import EOS, VOCAB
 
 PROMPT = "then the other one ran in and then the other one"
 SECOND = "and the one in the other"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")):
-        yield
+Loaded = tuple[Any, Any]  # an mlx-lm model and its tokenizer
+
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    model, tokenizer = mlx_lm.load(str(make_folder(tmp_path_factory.mktemp("models") / "target")))
+def loaded(tiny_home: Path, folder: Path) -> Loaded:
+    model, tokenizer = mlx_lm.load(str(folder))
     return model, tokenizer
 
 
 @pytest.fixture(scope="module")
-def draft(loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return mlx_lm.load(str(make_folder(tmp_path_factory.mktemp("drafts") / "draft", noise=0.02)))[0]
+def draft(tiny_home: Path, draft: Path) -> Any:
+    return mlx_lm.load(str(draft))[0]
 
 
 @pytest.fixture
@@ -82,7 +80,7 @@ def same_responses(ours: Sequence[GenerationResponse], theirs: Sequence[Generati
 
 
 def both(
-    loaded: tuple[Any, Any], prompt: Any, options: Callable[[], dict[str, Any]], seed: int = 0, draft: Any = None
+    loaded: Loaded, prompt: Any, options: Callable[[], dict[str, Any]], seed: int = 0, draft: Any = None
 ) -> tuple[list[GenerationResponse], list[GenerationResponse]]:
     """Our responses, with a draft model if given, and mlx-lm's plain ones.
 
@@ -92,6 +90,13 @@ def both(
     ours = list(stream_generate(*loaded, prompt, draft_model=draft, **options()))
     mx.random.seed(seed)
     return ours, list(mlx_lm.stream_generate(*loaded, prompt, **options()))
+
+
+def same(what: Callable[[Any], Any]) -> Any:
+    """What our function and mlx-lm's both come to."""
+    ours, theirs = what(stream_generate), what(mlx_lm.stream_generate)
+    assert ours == theirs
+    return ours
 
 
 def num_drafted(responses: Sequence[GenerationResponse]) -> int:
@@ -115,14 +120,14 @@ class LetEndAfter:
 
 
 @pytest.mark.parametrize("as_given", [str, list, mx.array], ids=lambda kind: kind.__name__)
-def test_greedy_responses_are_mlx_lms(loaded: tuple[Any, Any], draft: Any, as_given: type, forced: None) -> None:
+def test_greedy_responses_are_mlx_lms(loaded: Loaded, draft: Any, as_given: type, forced: None) -> None:
     prompt = PROMPT if as_given is str else as_given(loaded[1].encode(PROMPT))
     ours, theirs = both(loaded, prompt, lambda: {"max_tokens": 40}, draft=draft)
     same_responses(ours, theirs)
     assert num_drafted(ours) > 10
 
 
-def test_repeated_text_is_drafted_without_a_draft_model(loaded: tuple[Any, Any], forced: None) -> None:
+def test_repeated_text_is_drafted_without_a_draft_model(loaded: Loaded, forced: None) -> None:
     """A bias makes the model repeat itself."""
     options = {"max_tokens": 30, "logits_processors": make_logits_processors({20: 60.0})}
     ours, theirs = both(loaded, PROMPT, lambda: dict(options))
@@ -130,7 +135,7 @@ def test_repeated_text_is_drafted_without_a_draft_model(loaded: tuple[Any, Any],
     assert num_drafted(ours) > 10
 
 
-def test_the_usual_policy_gives_the_same_text(loaded: tuple[Any, Any]) -> None:
+def test_the_usual_policy_gives_the_same_text(loaded: Loaded) -> None:
     same_responses(*both(loaded, PROMPT, lambda: {"max_tokens": 20}))
 
 
@@ -138,7 +143,7 @@ def test_the_usual_policy_gives_the_same_text(loaded: tuple[Any, Any]) -> None:
     "sampling", [{"temp": 0.8}, {"temp": 1.0, "top_p": 0.9, "min_p": 0.02}, {"temp": 1.5, "top_k": 5}]
 )
 def test_same_seed_same_text_at_any_temperature(
-    loaded: tuple[Any, Any], draft: Any, sampling: dict[str, Any], forced: None
+    loaded: Loaded, draft: Any, sampling: dict[str, Any], forced: None
 ) -> None:
     options: Callable[[], dict[str, Any]] = lambda: {"max_tokens": 40, "sampler": make_sampler(**sampling)}  # noqa: E731
     ours, theirs = both(loaded, PROMPT, options, seed=5, draft=draft)
@@ -146,20 +151,19 @@ def test_same_seed_same_text_at_any_temperature(
     assert num_drafted(ours) > 0
 
 
-def test_a_program_that_seeds_once_gets_the_same_second_text(loaded: tuple[Any, Any], forced: None) -> None:
-    texts = []
-    for function in (stream_generate, mlx_lm.stream_generate):
+def test_a_program_that_seeds_once_gets_the_same_second_text(loaded: Loaded, forced: None) -> None:
+    def texts(function: Any) -> list[str]:
         mx.random.seed(3)
         sampler = make_sampler(1.0)
-        pair = [text_of(list(function(*loaded, PROMPT, max_tokens=n, sampler=sampler))) for n in (7, 20)]
-        texts.append(pair)
-    assert texts[0] == texts[1]
-    assert texts[0][0] != texts[0][1][: len(texts[0][0])]
+        return [text_of(list(function(*loaded, PROMPT, max_tokens=n, sampler=sampler))) for n in (7, 20)]
+
+    first, second = same(texts)
+    assert first != second[: len(first)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_processors_see_and_do_what_they_do_in_mlx_lm(
-    loaded: tuple[Any, Any], draft: Any, temperature: float, forced: None
+    loaded: Loaded, draft: Any, temperature: float, forced: None
 ) -> None:
     spies: list[LetEndAfter] = []
 
@@ -175,7 +179,7 @@ def test_processors_see_and_do_what_they_do_in_mlx_lm(
     assert spies[0].seen == spies[1].seen[:12]
 
 
-def test_a_caller_s_own_sampler_is_called_once_for_each_token(loaded: tuple[Any, Any], forced: None) -> None:
+def test_a_caller_s_own_sampler_is_called_once_for_each_token(loaded: Loaded, forced: None) -> None:
     shapes = []
 
     def second_best(logprobs: mx.array) -> mx.array:
@@ -189,7 +193,7 @@ def test_a_caller_s_own_sampler_is_called_once_for_each_token(loaded: tuple[Any,
 
 
 @pytest.mark.parametrize("who", list(itertools.product((stream_generate, mlx_lm.stream_generate), repeat=2)))
-def test_prompt_cache_over_two_turns(loaded: tuple[Any, Any], who: tuple[Any, Any], forced: None) -> None:
+def test_prompt_cache_over_two_turns(loaded: Loaded, who: tuple[Any, Any], forced: None) -> None:
     """Any of the two may take the first turn, any the second."""
     found = []
     for turns in (who, (mlx_lm.stream_generate,) * 2):
@@ -207,27 +211,20 @@ def test_prompt_cache_over_two_turns(loaded: tuple[Any, Any], who: tuple[Any, An
 
 
 @pytest.mark.parametrize("num_taken", [1, 3, 6])
-def test_prompt_cache_after_a_generation_that_was_left(
-    loaded: tuple[Any, Any], num_taken: int, forced: None
-) -> None:
-    found = []
-    for function in (stream_generate, mlx_lm.stream_generate):
+def test_prompt_cache_after_a_generation_that_was_left(loaded: Loaded, num_taken: int, forced: None) -> None:
+    def texts(function: Any) -> tuple[str, int, str]:
         cache = make_prompt_cache(loaded[0])
         running = function(*loaded, PROMPT, max_tokens=30, prompt_cache=cache)
         first = list(itertools.islice(running, num_taken))
         running.close()
         length = cache[0].offset
-        found.append(
-            (
-                text_of(first),
-                length,
-                text_of(list(mlx_lm.stream_generate(*loaded, SECOND, prompt_cache=cache, max_tokens=9))),
-            )
-        )
-    assert found[0] == found[1]
+        second = list(mlx_lm.stream_generate(*loaded, SECOND, prompt_cache=cache, max_tokens=9))
+        return text_of(first), length, text_of(second)
+
+    same(texts)
 
 
-def test_prompt_cache_is_whole_with_the_last_response(loaded: tuple[Any, Any]) -> None:
+def test_prompt_cache_is_whole_with_the_last_response(loaded: Loaded) -> None:
     """Who stops there without closing the generator has it too."""
     cache = make_prompt_cache(loaded[0])
     running = stream_generate(*loaded, PROMPT, max_tokens=5, prompt_cache=cache)
@@ -237,17 +234,17 @@ def test_prompt_cache_is_whole_with_the_last_response(loaded: tuple[Any, Any]) -
     assert cache[0].offset == response.prompt_tokens + 5
 
 
-def test_prompt_cache_that_was_trimmed(loaded: tuple[Any, Any], forced: None) -> None:
-    found = []
-    for function in (stream_generate, mlx_lm.stream_generate):
+def test_prompt_cache_that_was_trimmed(loaded: Loaded, forced: None) -> None:
+    def texts(function: Any) -> list[str]:
         cache = make_prompt_cache(loaded[0])
-        text = text_of(list(function(*loaded, PROMPT, max_tokens=12, prompt_cache=cache)))
+        first = text_of(list(function(*loaded, PROMPT, max_tokens=12, prompt_cache=cache)))
         trim_prompt_cache(cache, 9)
-        found.append((text, text_of(list(function(*loaded, SECOND, max_tokens=12, prompt_cache=cache)))))
-    assert found[0] == found[1]
+        return [first, text_of(list(function(*loaded, SECOND, max_tokens=12, prompt_cache=cache)))]
+
+    same(texts)
 
 
-def test_draft_model(loaded: tuple[Any, Any], draft: Any, forced: None) -> None:
+def test_draft_model(loaded: Loaded, draft: Any, forced: None) -> None:
     ours, theirs = both(loaded, SECOND, lambda: {"max_tokens": 40})
     drafted = list(stream_generate(*loaded, SECOND, max_tokens=40, draft_model=draft))
     same_responses(drafted, theirs)
@@ -255,7 +252,7 @@ def test_draft_model(loaded: tuple[Any, Any], draft: Any, forced: None) -> None:
     assert num_drafted(drafted) > num_drafted(ours)
 
 
-def test_num_draft_tokens_bounds_a_pass(loaded: tuple[Any, Any], forced: None) -> None:
+def test_num_draft_tokens_bounds_a_pass(loaded: Loaded, forced: None) -> None:
     """The target drafts for itself, so that all is accepted."""
     responses = list(stream_generate(*loaded, SECOND, max_tokens=30, draft_model=loaded[0], num_draft_tokens=2))
     runs = [len(list(run)) for is_draft, run in itertools.groupby(r.from_draft for r in responses) if is_draft]
@@ -263,7 +260,7 @@ def test_num_draft_tokens_bounds_a_pass(loaded: tuple[Any, Any], forced: None) -
     assert text_of(responses) == text_of(list(stream_generate(*loaded, SECOND, max_tokens=30)))
 
 
-def test_prompt_cache_with_a_draft_model(loaded: tuple[Any, Any], draft: Any, forced: None) -> None:
+def test_prompt_cache_with_a_draft_model(loaded: Loaded, draft: Any, forced: None) -> None:
     cache = make_prompt_cache(loaded[0]) + make_prompt_cache(draft)
     own = make_prompt_cache(loaded[0])
     for prompt in (PROMPT, SECOND, PROMPT):
@@ -283,18 +280,18 @@ def test_prompt_cache_with_a_draft_model(loaded: tuple[Any, Any], draft: Any, fo
     assert np.allclose(np.array(continued), np.array(draft(mx.array([[*text, 7]]))[0, -1]), atol=5e-3)
 
 
-def test_prompt_cache_without_a_part_for_the_draft(loaded: tuple[Any, Any], draft: Any) -> None:
+def test_prompt_cache_without_a_part_for_the_draft(loaded: Loaded, draft: Any) -> None:
     with pytest.raises(UsageError, match="prompt_cache: it has no part for the draft model"):
         list(stream_generate(*loaded, PROMPT, draft_model=draft, prompt_cache=make_prompt_cache(loaded[0])))
 
 
-def test_a_draft_with_too_few_tokens(loaded: tuple[Any, Any]) -> None:
+def test_a_draft_with_too_few_tokens(loaded: Loaded) -> None:
     with pytest.raises(VocabularyError, match="draft_model: it has 40 logits"):
         list(stream_generate(*loaded, PROMPT, draft_model=tiny_llama(1)))
 
 
 @pytest.mark.parametrize("step", [None, 1, 4, 1000])
-def test_prompt_progress(loaded: tuple[Any, Any], step: int | None) -> None:
+def test_prompt_progress(loaded: Loaded, step: int | None) -> None:
     told: list[list[tuple[int, int]]] = []
 
     def options() -> dict[str, Any]:
@@ -314,25 +311,20 @@ def test_prompt_progress(loaded: tuple[Any, Any], step: int | None) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}, "kv_bits is given"),
+        (lambda: {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}, "kv_bits is given"),
         (
-            {"prompt_cache": lambda: [QuantizedKVCache(32, 8) for _ in range(2)]},
+            lambda: {"prompt_cache": [QuantizedKVCache(32, 8) for _ in range(2)]},
             "prompt_cache holds QuantizedKVCache",
         ),
-        ({"prompt_cache": lambda: [RotatingKVCache(16) for _ in range(2)]}, "prompt_cache holds RotatingKVCache"),
+        (lambda: {"prompt_cache": [RotatingKVCache(16) for _ in range(2)]}, "prompt_cache holds RotatingKVCache"),
     ],
     ids=["kv_bits", "quantised", "rotating"],
 )
 def test_what_is_left_to_mlx_lm(
-    loaded: tuple[Any, Any], options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+    loaded: Loaded, options: Callable[[], dict[str, Any]], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fresh() -> dict[str, Any]:
-        return {"max_tokens": 12} | {
-            name: value() if callable(value) else value for name, value in options.items()
-        }
-
     with caplog.at_level(logging.INFO, "llmcad_mlx.mlx_lm_plugin"):
-        same_responses(*both(loaded, PROMPT, fresh))
+        same_responses(*both(loaded, PROMPT, lambda: {"max_tokens": 12, **options()}))
     assert caplog.messages == [f"left to mlx-lm: {reason}"]
 
 
@@ -340,7 +332,7 @@ def test_what_is_left_to_mlx_lm(
     ("family", "size", "is_left"), [("qwen2", 17, True), ("qwen2", 18, False), ("llama", 9, False)]
 )
 def test_max_kv_size(
-    loaded: tuple[Any, Any], family: str, size: int, is_left: bool, caplog: pytest.LogCaptureFixture
+    loaded: Loaded, family: str, size: int, is_left: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Left to mlx-lm where it would forget tokens. It never does for models that make their own caches."""
     model = (build(family), loaded[1])
@@ -350,7 +342,7 @@ def test_max_kv_size(
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe", "gpt2", "deepseek_v3", "phi3", "cohere2"])
-def test_other_families(loaded: tuple[Any, Any], family: str, forced: None) -> None:
+def test_other_families(loaded: Loaded, family: str, forced: None) -> None:
     """Sliding windows, experts, chains only, latent attention: with a prompt cache where it is a plain one."""
     model = build(family)
     prompt = [3, 4, 5, 6, 3, 4, 5]
@@ -369,7 +361,7 @@ def test_other_families(loaded: tuple[Any, Any], family: str, forced: None) -> N
     same_responses(ours, theirs)
 
 
-def test_a_model_that_cannot_take_tokens_back(loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_cannot_take_tokens_back(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:
     model = build("mamba2")
     with caplog.at_level(logging.INFO, "llmcad_mlx.mlx_lm_plugin"):
         same_responses(*both((model, loaded[1]), [3, 4, 5], lambda: {"max_tokens": 6}))
@@ -385,12 +377,12 @@ def test_a_model_that_cannot_take_tokens_back(loaded: tuple[Any, Any], caplog: p
         ({"num_draft_tokens": -1}, UsageError, "num_draft_tokens: -1 is out of range"),
     ],
 )
-def test_bad_options(loaded: tuple[Any, Any], options: dict[str, Any], error: type, message: str) -> None:
+def test_bad_options(loaded: Loaded, options: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         list(stream_generate(*loaded, PROMPT, **options))
 
 
-def test_the_user_s_model_is_left_as_it_was(loaded: tuple[Any, Any]) -> None:
+def test_the_user_s_model_is_left_as_it_was(loaded: Loaded) -> None:
     model, tokenizer = loaded
     before = [(name, id(value)) for name, value in tree_flatten(model.parameters())]
     classes = [type(module) for module in model.modules()]
@@ -401,7 +393,7 @@ def test_the_user_s_model_is_left_as_it_was(loaded: tuple[Any, Any]) -> None:
     assert mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=12) == text
 
 
-def test_changed_weights_are_noticed(loaded: tuple[Any, Any]) -> None:
+def test_changed_weights_are_noticed(loaded: Loaded) -> None:
     model = tiny_llama(3, vocab=VOCAB)
     first = generate(model, loaded[1], PROMPT, max_tokens=12)
     model.update(tree_map(lambda p: p * 1.5, model.parameters()))
@@ -421,7 +413,7 @@ def test_what_was_made_for_a_model_goes_with_it() -> None:
     assert weight() is None
 
 
-def test_a_failing_sampler_leaves_the_prompt_cache_usable(loaded: tuple[Any, Any], forced: None) -> None:
+def test_a_failing_sampler_leaves_the_prompt_cache_usable(loaded: Loaded, forced: None) -> None:
     calls = []
 
     def failing(logprobs: mx.array) -> mx.array:
@@ -446,9 +438,7 @@ def test_a_failing_sampler_leaves_the_prompt_cache_usable(loaded: tuple[Any, Any
     assert np.allclose(np.array(continued), np.array(expected), atol=5e-3)
 
 
-def test_installed_reaches_mlx_lms_own_functions(
-    loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_installed_reaches_mlx_lms_own_functions(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:
     before = mlx_lm.stream_generate
     plain = mlx_lm.generate(*loaded, PROMPT, max_tokens=12)
     with caplog.at_level(logging.INFO, "llmcad_mlx.mlx_lm_plugin"), installed():
@@ -461,9 +451,7 @@ def test_installed_reaches_mlx_lms_own_functions(
     assert import_module("mlx_lm.chat").stream_generate is before
 
 
-def test_verbose_prints_the_text_and_mlx_lms_figures(
-    loaded: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verbose_prints_the_text_and_mlx_lms_figures(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     text = generate(*loaded, PROMPT, verbose=True, max_tokens=12)
     ours = capsys.readouterr().out
     mlx_lm.generate(*loaded, PROMPT, verbose=True, max_tokens=12)

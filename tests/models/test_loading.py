@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import mlx.core as mx
 import pytest
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files.safetensors import read_tensors
 from llmcad_mlx.models.folder import load_model_folder
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_folder import EOS, VOCAB, change_config, copy_folder, token_ids
@@ -122,22 +120,3 @@ def test_missing_folder_and_a_file_in_its_place(folder: Path) -> None:
         load_model_folder(folder / "nothing")
     with pytest.raises(ModelError, match="is a file"):
         load_model_folder(folder / "config.json")
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 8]},
-        {"dtype": "Q4_K", "shape": [2], "data_offsets": [0, 8]},
-        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
-        {"dtype": "F32", "shape": [2]},
-        [],
-    ],
-)
-def test_headers_that_contradict_themselves(tmp_path: Path, entry: object) -> None:
-    header = json.dumps({"tensor": entry}).encode()
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(ModelError, match="corrupt at tensor 'tensor'"):
-        read_tensors(file)

@@ -26,11 +26,11 @@ from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.doctor import diagnose
 from llmcad_mlx.drafting import model as candidates
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.errors import ModelError, UsageError
+from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.loader import load_tree_model, plan_pair
-from llmcad_mlx.models.draft_folder import FILE
+from llmcad_mlx.models.draft_folder import FILE, check_same_tokens
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.costs import CostModel
@@ -600,3 +600,29 @@ def test_the_embedded_model_trimmed_drafts_for_itself(tmp_path: Path, temperatur
             assert found.tokens > 20
             assert found.mismatches == 0
             assert found.tokens_per_pass > 1.8
+
+
+# -- token maps --------------------------------------------------------------------------------------------
+
+TOKENS = {"<s>": 0, "a": 1, "b": 2, "ab": 3}
+
+
+def test_equal_token_maps_pass_in_any_order_and_with_two_names_for_a_token() -> None:
+    check_same_tokens(TOKENS, dict(reversed(TOKENS.items())))
+    check_same_tokens({**TOKENS, "alias": 1}, {**TOKENS, "alias": 1})
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ({**TOKENS, "b": 3, "ab": 2}, "token 2 is 'b' in the target and 'ab' in the draft"),
+        ({"<s>": 0, "a": 1, "b": 2}, "token 3 is 'ab' in the target and missing in the draft"),
+        ({**TOKENS, "c": 4}, "token 4 is missing in the target and 'c' in the draft"),
+        ({**TOKENS, "b": 9, "c": 2}, "token 2 is 'b' in the target and 'c' in the draft"),
+        ({}, "token 0 is '<s>' in the target and missing in the draft"),
+    ],
+)
+def test_the_first_differing_token_is_named(draft: dict[str, int], message: str) -> None:
+    with pytest.raises(VocabularyError, match=message) as error:
+        check_same_tokens(TOKENS, draft)
+    assert "\n" not in str(error.value)

@@ -36,13 +36,6 @@ def test_posterior_mean_on_paper() -> None:
     assert probability(calibration, 0.6, NGRAM) == pytest.approx((1 + 4 * 0.6) / 5)
 
 
-def test_an_overconfident_draft_is_found_out() -> None:
-    calibration = Calibration()
-    for step in range(400):
-        calibration.observe(0.9, MODEL, step % 5 == 0)
-    assert probability(calibration, 0.9, MODEL) == pytest.approx(0.2, abs=0.03)
-
-
 def test_old_observations_fade_with_the_half_life() -> None:
     calibration = Calibration()
     for _ in range(10 * HALF_LIFE):

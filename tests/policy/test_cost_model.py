@@ -35,14 +35,9 @@ def test_measured_counts_are_predicted_as_measured_and_others_on_the_line_betwee
     assert [times.predict(rows) for rows in (1, 2, 3, 5, 7, 9)] == [1.0, 1.5, 2.0, 3.0, 3.0, 3.0]
 
 
-def test_beyond_the_largest_the_average_slope_goes_on() -> None:
-    times = times_of((1, 1.0), (5, 3.0))
-    assert times.predict(9) == pytest.approx(5.0)
-
-
-def test_beyond_the_largest_a_row_always_costs_something() -> None:
-    """Two equal times must not promise that rows are free for ever."""
-    times = times_of((1, 1.0), (4, 1.0))
+def test_beyond_the_largest_the_average_slope_goes_on_and_a_row_always_costs_something() -> None:
+    assert times_of((1, 1.0), (5, 3.0)).predict(9) == pytest.approx(5.0)
+    times = times_of((1, 1.0), (4, 1.0))  # two equal times must not promise that rows are free for ever
     assert 1.0 < times.predict(40) < times.predict(80)
 
 
@@ -70,9 +65,9 @@ def test_what_was_read_gives_way_to_what_is_measured() -> None:
     assert times.predict(4) == 10.0
 
 
-def test_one_disturbed_measurement_changes_little() -> None:
-    times = times_of(*[(1, 1.0)] * 4, (1, 50.0), (1, 1.0))
-    assert times.predict(1) == 1.0
+def test_one_disturbed_measurement_changes_little_and_old_ones_are_forgotten() -> None:
+    assert times_of(*[(1, 1.0)] * 4, (1, 50.0), (1, 1.0)).predict(1) == 1.0
+    assert times_of(*[(1, 1.0)] * 50, *[(1, 3.0)] * 8).predict(1) == 3.0
 
 
 def test_a_first_measurement_far_off_is_not_believed() -> None:
@@ -82,11 +77,6 @@ def test_a_first_measurement_far_off_is_not_believed() -> None:
     for _ in range(8):
         times.observe(2, 4.0)
     assert times.predict(2) == 4.0
-
-
-def test_old_measurements_are_forgotten() -> None:
-    times = times_of(*[(1, 1.0)] * 50, *[(1, 3.0)] * 8)
-    assert times.predict(1) == 3.0
 
 
 def test_more_rows_never_take_less_time() -> None:
@@ -133,13 +123,10 @@ def test_what_was_saved_predicts_the_same(draft: list[tuple[int, float]], verify
     for rows in range(1, 70):
         assert again.draft.predict(rows) == model.draft.predict(rows)
         assert again.verify.predict(rows) == model.verify.predict(rows)
+    assert CostModel.from_dict(GOOD).to_dict() == GOOD  # what the damages below are made from
 
 
 GOOD = CostModel().to_dict()
-
-
-def test_what_the_damages_are_made_from_is_good() -> None:
-    assert CostModel.from_dict(GOOD).to_dict() == GOOD
 
 
 @pytest.mark.parametrize(

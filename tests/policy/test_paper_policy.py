@@ -88,35 +88,23 @@ def test_node_limit_counts_the_root() -> None:
         PaperPolicy(0)
 
 
-def test_falls_back_when_no_branch_is_above_alpha() -> None:
-    policy = PaperPolicy()
-    policy.alpha = 0.3
-    tree = TokenTree(0)
-    # 0.6 → 0.36 → 0.216 < 0.3: three expansions, then the target.
-    grow(policy, tree, {tuple([1] * depth): Candidates([1], [0.6]) for depth in range(9)})
-    assert len(tree) == 4
-
-
-def test_alpha_at_one_still_drafts_one_token() -> None:
-    policy = PaperPolicy()
-    policy.alpha = 1.0
-    tree = TokenTree(0)
-    grow(policy, tree, {(): Candidates([1], [0.9]), (1,): Candidates([2], [0.9])})
-    assert tree.tokens == [0, 1]
-
-
-def test_drafter_with_nothing_to_say_ends_the_round() -> None:
-    tree = TokenTree(0)
-    assert grow(PaperPolicy(), tree, {}) == [ROOT]
-    assert len(tree) == 1
-
-
-def test_candidates_without_confidence_end_the_round() -> None:
-    policy = PaperPolicy()
-    policy.alpha = 0.0
-    tree = TokenTree(0)
-    grow(policy, tree, {(): Candidates([1], [0.0]), (1,): Candidates([2], [0.5])})
-    assert tree.tokens == [0, 1]
+@pytest.mark.parametrize(
+    ("alpha", "confidences", "tokens"),
+    [
+        (0.3, [0.6] * 9, [0, 1, 1, 1]),  # 0.6 → 0.36 → 0.216 < 0.3: three expansions, then the target
+        (1.0, [0.9, 0.9], [0, 1]),  # one token is drafted all the same
+        (0.01, [], [0]),  # a drafter with nothing to say
+        (0.0, [0.0, 0.5], [0, 1]),  # candidates without confidence
+    ],
+)
+def test_falls_back_when_no_branch_is_above_alpha(
+    alpha: float, confidences: list[float], tokens: list[int]
+) -> None:
+    policy, tree = PaperPolicy(), TokenTree(0)
+    policy.alpha = alpha
+    table = {(1,) * depth: Candidates([1], [confidence]) for depth, confidence in enumerate(confidences)}
+    assert grow(policy, tree, table)[0] == ROOT
+    assert tree.tokens == tokens
 
 
 def test_continues_from_a_tree_that_already_has_branches() -> None:

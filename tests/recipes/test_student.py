@@ -175,4 +175,4 @@ def test_prompts_are_learned_from_where_texts_begin_to_differ(target: LoadedMode
     learned = [sum(len(b.rows) for b in batches.of_shard(1, (0, 0))) for batches in (answers, both)]
     assert learned[1] > learned[0] > 0
     examined = [sum(len(b.rows) for b in batches.unseen(10**6)) for batches in (answers, both)]
-    assert examined[0] == examined[1], "what is looked at are answers"
+    assert examined[0] == examined[1], "what is examined are answers"

@@ -53,7 +53,6 @@ def test_training_lowers_the_loss_and_is_logged(unbroken: Path) -> None:
     assert [line["step"] for line in log if "top1" in line] == [0, 5, 10, 12]
     assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4])
     found = Checkpoint.find(unbroken)
-    assert found is not None
     assert (found.place.step, found.settings) == (12, SETTINGS)
 
 
@@ -129,7 +128,6 @@ def test_settings_that_cannot_be_are_refused(
 def exported(target: LoadedModel, folder: Path, dest: Path, **options: Any) -> Student:
     """Write the draft of the run in `folder` to `dest`; returns the student."""
     found = Checkpoint.find(folder)
-    assert found is not None
     student = found.student(target.model)
     export_student(target, student, found.settings, found.tokens, dest, **options)
     return student
@@ -168,7 +166,6 @@ def test_an_exported_draft_says_what_the_student_says(
 def test_export_keeps_what_training_has_moved(target: LoadedModel, unbroken: Path, tmp_path: Path) -> None:
     """Weights that began on a 4-bit grid must not fall back onto it."""
     found = Checkpoint.find(unbroken)
-    assert found is not None
     student = Student(target.model, found.settings.sources, found.tokens)
     linear = student.layers[0].mlp.down_proj
     mx.random.seed(0)

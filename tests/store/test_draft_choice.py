@@ -4,6 +4,7 @@ and copies of drafts by name."""
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from typing import Any
 import pytest
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files import bundle as bundle_profile
-from llmcad_mlx.files.bundle import FILE, verify_bundle
+from llmcad_mlx.files.bundle import FILE, verify_bundle, write_profile
 from llmcad_mlx.loader import conditions
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.convert import convert_folder
@@ -78,11 +78,8 @@ def test_other_targets_and_bundles_that_cannot_be_written_have_a_file_in_the_cac
         raise PermissionError("read only")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundle_profile.tempfile, "mkstemp", read_only)
-        assert bundle_profile.write_profile(bundle, {}) is False
-    with monkeypatch.context() as patch:
-        patch.setattr(bundle_profile.os, "replace", read_only)
-        assert bundle_profile.write_profile(bundle, {}) is False
+        patch.setattr(os, "replace", read_only)
+        assert write_profile(bundle, {}) is False
     assert not [entry for entry in bundle.iterdir() if entry.name.startswith(".")]
     monkeypatch.setattr("llmcad_mlx.store.profile.write_profile", lambda folder, profile: False)
     assert save_choice(bundle, choice).parent == tmp_path / "home" / "profiles"

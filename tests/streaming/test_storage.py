@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from llmcad_mlx.errors import StorageError
 from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
 from tests.support.faulty_storage import MemoryStorage
+from tests.support.simulated_stream import SimulatedClock
 
 DATA = bytes((7 * i + i // 256) % 256 for i in range(100_000))
 
@@ -88,10 +89,6 @@ def test_an_error_of_the_disk_is_told(storage: FileStorage, file: Path, monkeypa
     assert read(storage, file, 0, 10) == DATA[:10]
 
 
-def truncate(file: Path) -> None:
-    os.truncate(file, 99_999)
-
-
 def replace(file: Path) -> None:
     other = file.with_suffix(".new")
     other.write_bytes(DATA)
@@ -107,7 +104,7 @@ def rewrite(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "was changed"),
+        (lambda file: os.truncate(file, 99_999), "was changed"),
         (replace, "was changed"),
         (rewrite, "was changed"),
         (Path.unlink, "was deleted"),
@@ -173,43 +170,41 @@ def test_two_threads_read_at_the_same_time(storage: FileStorage, file: Path) -> 
 # -- slower files ------------------------------------------------------------------------------------------
 
 
-class Clock:
+class Clock(SimulatedClock):
     """Time passes only by sleeping; two threads may sleep at the same time."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        super().__init__()
+        self.sleeps: list[float] = []
         self._lock = threading.Lock()
-
-    def __call__(self) -> float:
-        return self.now
 
     def sleep(self, seconds: float) -> None:
         assert seconds > 0
         with self._lock:
             self.now += seconds
+            self.sleeps.append(seconds)
 
 
-def throttled(rate: float, clock: Clock, size: int = 100_000) -> tuple[ThrottledStorage, MemoryStorage]:
-    inner = MemoryStorage({Path("a"): DATA[:size]})
-    return ThrottledStorage(inner, rate, clock, clock.sleep), inner
+def throttled(rate: float, clock: Clock) -> ThrottledStorage:
+    return ThrottledStorage(MemoryStorage({Path("a"): DATA}), rate, clock, clock.sleep)
 
 
 @given(st.floats(20.0, 1e9), st.lists(st.integers(0, 30_000), max_size=6))
 def test_reads_take_as_long_as_at_that_rate(rate: float, sizes: list[int]) -> None:
     clock = Clock()
-    storage, _ = throttled(rate, clock)
+    storage = throttled(rate, clock)
     if rate < 1e4:  # one byte at a time
         sizes = [size // 100 for size in sizes]
     for size in sizes:
         assert read(storage, Path("a"), 3, size) == DATA[3 : 3 + size]
     expected = sum(sizes) / rate
-    assert clock.now - 100.0 <= expected + 1e-6
-    assert clock.now - 100.0 >= expected - 0.02 - 1e-6  # the bucket was full
+    assert clock.now <= expected + 1e-6
+    assert clock.now >= expected - 0.02 - 1e-6  # the bucket was full
 
 
 def test_a_pause_is_not_saved_up() -> None:
     clock = Clock()
-    storage, _ = throttled(1e6, clock)
+    storage = throttled(1e6, clock)
     read(storage, Path("a"), 0, 50_000)
     clock.now += 1000.0
     before = clock.now
@@ -218,39 +213,23 @@ def test_a_pause_is_not_saved_up() -> None:
 
 
 def test_pieces_are_short_so_that_the_rate_is_even() -> None:
-    clock, sleeps = Clock(), []
-
-    def sleep(seconds: float) -> None:
-        sleeps.append(seconds)
-        clock.sleep(seconds)
-
-    storage = ThrottledStorage(MemoryStorage({Path("a"): DATA}), 1e6, clock, sleep)
-    read(storage, Path("a"), 0, 100_000)
-    assert sleeps == pytest.approx([0.02] * 5)
-
-
-def test_both_threads_share_one_rate() -> None:
-    """Taking turns: each waits for what the other has read, too."""
     clock = Clock()
-    storage, _ = throttled(1e6, clock)
-    for _ in range(5):
-        read(storage, Path("a"), 0, 20_000)  # the reading thread
-        read(storage, Path("a"), 0, 20_000)  # the computing thread
-    assert clock.now - 100.0 == pytest.approx(0.2)
+    read(throttled(1e6, clock), Path("a"), 0, 100_000)
+    assert clock.sleeps == pytest.approx([0.02] * 5)
 
 
 def test_threads_at_the_same_time_are_never_faster_than_the_rate() -> None:
     clock = Clock()
-    storage, _ = throttled(1e6, clock)
+    storage = throttled(1e6, clock)
     threads = [threading.Thread(target=read, args=(storage, Path("a"), 0, 80_000)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert clock.now - 100.0 >= 0.24 - 0.02 - 1e-6
+    assert clock.now >= 0.24 - 0.02 - 1e-6
 
 
-def test_checking_and_closing_reach_the_files(file: Path) -> None:
+def test_checking_and_closing_reach_the_files() -> None:
     inner = MemoryStorage({})
     storage = ThrottledStorage(inner, 1e6)
     storage.check()

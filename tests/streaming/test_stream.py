@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.errors import ModelError, StorageError
-from llmcad_mlx.files.safetensors import read_weights
+from llmcad_mlx.files.safetensors import read_tensors
 from llmcad_mlx.streaming.feed import OnDemandFeed, RowReader, SequentialFeed
 from llmcad_mlx.streaming.storage import Storage
 from llmcad_mlx.streaming.stream import Outlook, Read, ReadAhead, Unit, WeightStream
@@ -79,10 +79,20 @@ class Streamed:
     def have(self, unit: int) -> None:
         assert holds(self.buffers[self.stream.wait()], unit)
 
-    def passes(self, count: int) -> None:
-        for unit in [*range(len(self.stream._units))] * count:
+    def units(self, count: int) -> None:
+        """Have and release so many units from the first on, pass after pass."""
+        for unit in itertools.islice(itertools.cycle(range(len(self.stream._units))), count):
             self.have(unit)
             self.stream.release()
+
+    def passes(self, count: int) -> None:
+        self.units(count * len(self.stream._units))
+
+    def feed(self, feed: SequentialFeed, count: int = NUM_UNITS) -> None:
+        """A pass of so many units through a feed."""
+        for unit in range(count):
+            assert holds(self.buffers[feed.take(unit)], unit)
+            feed.give_back()
 
 
 @contextlib.contextmanager
@@ -138,36 +148,41 @@ def test_read_ahead_gives_the_next_unit_and_touches_nothing_in_use(
             assert contents[buffer] == unit
 
 
-def test_after_a_restart_what_was_read_for_the_next_pass_stays() -> None:
-    ahead = ReadAhead([1, 1, 1], 3)
-    for _ in range(2):
-        ahead.begin()
-        ahead.arrived()
-        ahead.take()
-        ahead.release()
-    for unit in (2, 0):
+def begin(ahead: ReadAhead, *units: int) -> None:
+    """These are begun one after the other; all but the last arrive."""
+    for unit in units:
+        if ahead.reading is not None:
+            ahead.arrived()
         reading = ahead.begin()
         assert reading is not None
         assert reading.unit == unit
-        ahead.arrived()
-    begun = ahead.begin()
-    assert begun is not None
+
+
+def take(ahead: ReadAhead) -> None:
+    ahead.arrived()
+    ahead.take()
+    ahead.release()
+
+
+def test_after_a_restart_what_was_read_for_the_next_pass_stays() -> None:
+    ahead = ReadAhead([1, 1, 1], 3)
+    for unit in (0, 1):
+        begin(ahead, unit)
+        take(ahead)
+    begin(ahead, 2, 0, 1)
+    begun = ahead.reading
     ahead.restart()
     assert (ahead.num_there, ahead.next_unit, ahead.reading) == (1, 0, begun)
-    assert begun.unit == 1
 
 
 def test_a_restart_drops_what_is_read_for_this_pass() -> None:
     ahead = ReadAhead([1, 1, 1], 2)
-    ahead.begin()
-    ahead.arrived()
-    ahead.take()
-    assert ahead.begin() is not None
+    begin(ahead, 0)
+    take(ahead)
+    begin(ahead, 1)
     ahead.restart()
     assert (ahead.num_there, ahead.next_unit, ahead.reading) == (0, 0, None)
-    again = ahead.begin()
-    assert again is not None
-    assert again.unit == 0
+    begin(ahead, 0)
 
 
 def test_outlooks_on_paper() -> None:
@@ -236,9 +251,7 @@ def test_an_error_is_told_in_its_turn_and_a_restart_recovers(fault: Any, number:
     storage = FaultyStorage(MemoryStorage(FILES), {number: fault})
     with streamed(storage) as made:
         broken = (number - 1) // 2  # two reads a unit
-        for unit in range(broken):  # what was read before serves
-            made.have(unit % NUM_UNITS)
-            made.stream.release()
+        made.units(broken)  # what was read before serves
         for _ in range(2):  # it stays until somebody starts again
             with pytest.raises(StorageError, match=r"[ab]\.bin"):
                 made.stream.wait()
@@ -267,9 +280,7 @@ def test_wrong_bytes_are_noticed_where_they_are_checked(checked: bool, number: i
     storage = FaultyStorage(MemoryStorage(FILES), {number: wrong_bytes})
     with streamed(storage, checked=checked) as made:
         broken = (number - 1) // 2
-        for unit in range(broken):
-            made.have(unit % NUM_UNITS)
-            made.stream.release()
+        made.units(broken)
         if checked:
             name = f"layer {broken % NUM_UNITS}"
             with pytest.raises(StorageError, match=f"{A}: the bytes of {name} are not what they were; fetch"):
@@ -295,9 +306,7 @@ def test_a_restart_in_the_middle_of_a_read() -> None:
 def test_a_pass_that_ends_early_keeps_what_was_read_for_the_next() -> None:
     slow = SlowRead()
     with streamed(FaultyStorage(MemoryStorage(FILES), {4 * 2 + 4 * 2: slow}), num_buffers=4) as made:
-        for unit in range(4):
-            made.have(unit)
-            made.stream.release()
+        made.units(4)
         assert slow.begun.wait(30)  # units 4, 0, 1 are there, 2 is being read
         before = made.stream.bytes_read
         made.stream.restart()
@@ -308,23 +317,7 @@ def test_a_pass_that_ends_early_keeps_what_was_read_for_the_next() -> None:
         made.have(2)
 
 
-def test_closing_in_the_middle_of_a_read() -> None:
-    slow = SlowRead()
-    made = Streamed(FaultyStorage(MemoryStorage(FILES), {1: slow}))
-    assert slow.begun.wait(30)
-    closing = threading.Thread(target=made.stream.close)
-    closing.start()
-    slow.go.set()
-    closing.join(30)
-    assert not closing.is_alive()
-    assert not made.stream._thread.is_alive()
-    assert made.stream.ready()
-    with pytest.raises(RuntimeError, match="closed"):
-        made.stream.wait()
-    made.stream.close()  # again does nothing
-
-
-def test_closing_wakes_who_waits() -> None:
+def test_closing_in_the_middle_of_a_read_wakes_who_waits() -> None:
     slow, raised = SlowRead(), []
     made = Streamed(FaultyStorage(MemoryStorage(FILES), {1: slow}))
     assert slow.begun.wait(30)
@@ -334,15 +327,18 @@ def test_closing_wakes_who_waits() -> None:
             made.stream.wait()
         raised.append(True)
 
-    waiting = threading.Thread(target=wait)
+    waiting, closing = threading.Thread(target=wait), threading.Thread(target=made.stream.close)
     waiting.start()
-    closing = threading.Thread(target=made.stream.close)
     closing.start()
     waiting.join(30)  # although the read goes on
     assert raised == [True]
     slow.go.set()
     closing.join(30)
     assert not closing.is_alive()
+    assert not made.stream._thread.is_alive()
+    assert made.stream.ready()
+    wait()
+    made.stream.close()  # again does nothing
 
 
 def test_only_waiting_that_waits_is_counted() -> None:
@@ -490,8 +486,7 @@ def test_an_interruption_anywhere_does_not_misplace_a_layer(
 def test_a_feed_counts_looked_up_rows_and_closes_its_stream() -> None:
     with streamed() as made:
         feed = SequentialFeed(made.stream, NUM_UNITS)
-        assert holds(made.buffers[feed.take(0)], 0)
-        feed.give_back()
+        made.feed(feed, 1)
         feed.close()
         before = made.stream.bytes_read
         feed.row_bytes += 100
@@ -504,14 +499,10 @@ def test_an_error_of_the_stream_ends_the_pass_and_the_next_one_tries_again() -> 
     storage = FaultyStorage(MemoryStorage(FILES), {7: read_error})  # read when unit 0 was given back
     with streamed(storage, num_buffers=3) as made:
         feed = SequentialFeed(made.stream, NUM_UNITS)
-        for unit in (0, 1, 2):
-            assert holds(made.buffers[feed.take(unit)], unit)
-            feed.give_back()
+        made.feed(feed, 3)
         with pytest.raises(StorageError, match="made up"):
             feed.take(3)
-        for unit in range(NUM_UNITS):
-            assert holds(made.buffers[feed.take(unit)], unit)
-            feed.give_back()
+        made.feed(feed)
 
 
 def test_what_failed_before_its_pass_began_is_tried_again() -> None:
@@ -519,10 +510,7 @@ def test_what_failed_before_its_pass_began_is_tried_again() -> None:
     with streamed(storage) as made:
         while not made.stream.ready():  # nothing is there yet but the error
             time.sleep(0.001)
-        feed = SequentialFeed(made.stream, NUM_UNITS)
-        for unit in range(NUM_UNITS):
-            assert holds(made.buffers[feed.take(unit)], unit)
-            feed.give_back()
+        made.feed(SequentialFeed(made.stream, NUM_UNITS))
 
 
 def test_on_demand_any_unit_in_any_order() -> None:
@@ -537,35 +525,24 @@ def test_on_demand_any_unit_in_any_order() -> None:
 # -- rows --------------------------------------------------------------------------------------------------
 
 
-def matrix_of(tmp_path: Path, module: Any, wanted: mx.Dtype | None = None) -> Matrix:
-    """The module's parameters, stored in a file."""
-    parameters = dict(module.parameters())
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), parameters)
-    index = read_weights(tmp_path)
-    return Matrix(
-        module,
-        tuple(StoredParameter(module, name, index[name], wanted or parameters[name].dtype) for name in index),
-    )
+def reader_of(
+    tmp_path: Path, module: Any, wanted: mx.Dtype | None, feed: SequentialFeed | None = None, fault: int = 0
+) -> RowReader:
+    """Of the module's parameters, stored in a file."""
+    file = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(file), dict(module.parameters()))
+    stored = [
+        StoredParameter(module, extent.name, extent, module[extent.name].dtype if wanted is None else wanted)
+        for extent in read_tensors(file)
+    ]
+    storage = FaultyStorage(MemoryStorage({file: file.read_bytes()}), {fault: read_error})
+    return RowReader(Matrix(module, tuple(stored)), storage, feed)
 
 
-class Files(MemoryStorage):
-    """Reads the whole of any file anew."""
-
-    def __init__(self) -> None:
-        super().__init__({})
-
-    def read_into(self, file: Path, offset: int, out: memoryview) -> None:
-        out[:] = file.read_bytes()[offset : offset + len(out)]
-
-
-@pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("indices", [[0], [9, 0, 3], list(range(10))])
-def test_rows_are_those_of_the_matrix(tmp_path: Path, quantised: bool, indices: list[int]) -> None:
-    module: Any = nn.Embedding(10, 64)
-    if quantised:
-        module = module.to_quantized(32, 4)
-    reader = RowReader(matrix_of(tmp_path, module), Files())
-    rows = reader.rows(indices)
+def test_rows_are_those_of_a_quantised_matrix(tmp_path: Path, indices: list[int]) -> None:
+    module: Any = nn.Embedding(10, 64).to_quantized(32, 4)
+    rows = reader_of(tmp_path, module, None).rows(indices)
     assert set(rows) == set(module.parameters())
     for name, array in module.parameters().items():
         assert rows[name].dtype == array.dtype
@@ -576,8 +553,7 @@ def test_rows_are_converted_and_counted(tmp_path: Path) -> None:
     module = nn.Embedding(10, 64)
     module.weight = module.weight.astype(mx.float16)
     feed, _ = simulated()
-    reader = RowReader(matrix_of(tmp_path, module, mx.float32), Files(), feed)
-    rows = reader.rows([4, 5])
+    rows = reader_of(tmp_path, module, mx.float32, feed).rows([4, 5])
     assert mx.array_equal(rows["weight"], module.weight[4:6].astype(mx.float32))
     assert rows["weight"].dtype == mx.float32
     assert feed.row_bytes == feed.bytes_read == 2 * 64 * 2
@@ -585,8 +561,7 @@ def test_rows_are_converted_and_counted(tmp_path: Path) -> None:
 
 def test_a_row_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     module = nn.Embedding(10, 64)
-    storage = FaultyStorage(Files(), {2: read_error})
-    reader = RowReader(matrix_of(tmp_path, module), storage)
+    reader = reader_of(tmp_path, module, mx.float32, fault=2)
     with pytest.raises(StorageError, match=r"model\.safetensors: cannot be read \(made up\)"):
         reader.rows([1, 2, 3])
     assert mx.array_equal(reader.rows([1])["weight"], module.weight[1:2])

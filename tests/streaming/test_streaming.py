@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +12,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from llmcad_mlx import Engine, UsageError, load
+from llmcad_mlx import UsageError, load
 from llmcad_mlx.errors import BudgetError, ModelError, StorageError
 from llmcad_mlx.streaming import build as assembly
-from llmcad_mlx.streaming import weights as parts
-from tests.support.architecture_configs import build, config_of
-from tests.support.tiny import tiny_llama
-from tests.support.tiny_folder import VOCAB, copy_folder, make_folder, tiny_environment, write_folder
+from llmcad_mlx.streaming.storage import FileStorage
+from tests.support.tiny_folder import copy_folder, family_folder, make_folder
 
 PROMPT = "then the other one ran in and then the other one"
-TIED = {"tie_word_embeddings": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_environment(tmp_path_factory.mktemp("home")), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "SMALL_BYTES", 0)  # the matrices of a tiny model are all small
-        yield
-
-
-def _family(path: Path, name: str, **changes: Any) -> Path:
-    """A folder of a family's tiny random model; a vocabulary as large as the tokenizer's."""
-    changes = {"vocab_size": VOCAB, **changes}
-    model = build(name, **changes)
-    return write_folder(path, model, {**config_of(name), **changes})
-
-
-def _quantised(path: Path, group_size: int = 32) -> Path:
-    model = tiny_llama(3, layers=5, vocab=VOCAB)
-    nn.quantize(model, group_size=group_size, bits=4)
-    mx.eval(model.parameters())
-    args = {k: v for k, v in vars(model.args).items() if v is not None and k != "layer_types"}  # type: ignore[arg-type]
-    quantization = {"group_size": group_size, "bits": 4}
-    return write_folder(path, model, {**args, "max_position_embeddings": 512, "quantization": quantization})
-
+pytestmark = pytest.mark.usefixtures("tiny_home", "streams_small_matrices")
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "llama": lambda path: make_folder(path, layers=6),
-    "quantised": _quantised,
-    "tied": lambda path: _family(path, "qwen2", **TIED),
-    "experts": lambda path: _family(path, "qwen3_moe"),
-    "windows": lambda path: _family(path, "gemma3_text"),
+    "quantised": lambda path: make_folder(path, seed=3, layers=5, bits=4),
+    "tied": lambda path: family_folder(path, "qwen2", tie_word_embeddings=True),
+    "experts": lambda path: family_folder(path, "qwen3_moe"),
+    "windows": lambda path: family_folder(path, "gemma3_text"),
 }
 
 
@@ -73,18 +47,14 @@ def reference(folder: Path) -> dict[float, list[int]]:
         return {t: engine.generate(PROMPT, max_tokens=24, temperature=t, seed=5).tokens for t in (0.0, 0.8)}
 
 
-def _total(engine: Engine) -> int:
-    assert engine.pair.plan is not None
-    return engine.pair.plan.pinned_bytes + engine.pair.plan.streamed_bytes
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_streamed_text_is_the_resident_text(
     folder: Path, reference: dict[float, list[int]], share: float, temperature: float
 ) -> None:
     with load(folder, "ngram", pinned=0) as engine:
-        pinned = round(share * _total(engine))
+        assert engine.pair.plan is not None
+        pinned = round(share * (engine.pair.plan.pinned_bytes + engine.pair.plan.streamed_bytes))
     with load(folder, "ngram", pinned=pinned) as engine:
         plan = engine.pair.plan
         assert plan is not None
@@ -158,22 +128,19 @@ def test_a_prompt_longer_than_the_planned_context_is_refused(llama: Path) -> Non
 
 
 def test_a_model_stored_in_another_form_is_told_to_convert(tmp_path: Path) -> None:
-    """mlx-lm joins or splits tensors of such a folder when it loads them, so they cannot be read in place."""
-    folder = make_folder(tmp_path / "foreign", layers=2)
+    """mlx-lm joins the experts of such a folder when it loads them, so they cannot be read in place."""
+    folder = family_folder(tmp_path / "foreign", "qwen3_moe")
     file = folder / "model.safetensors"
-    weights = mx.load(str(file))
-    weights["model.layers.0.self_attn.q_proj.weight"] = weights["model.layers.0.self_attn.q_proj.weight"][:, :32]
-    assert isinstance(weights, dict)
+    weights: Any = mx.load(str(file))
+    for name in [name for name in weights if ".switch_mlp." in name]:
+        for number, expert in enumerate(weights.pop(name)):
+            weights[name.replace("switch_mlp", f"experts.{number}")] = expert
     mx.save_safetensors(str(file), weights, {"format": "mlx"})
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=r"is stored in another form than .*`llmcad-mlx convert` makes a folder"):
         load(folder, None, pinned=0)
 
 
 # -- faults ------------------------------------------------------------------------------------------------
-
-
-def _truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
 
 
 def _replace(file: Path) -> None:
@@ -182,7 +149,11 @@ def _replace(file: Path) -> None:
     os.replace(other, file)
 
 
-@pytest.mark.parametrize("damage", [_truncate, _replace, Path.unlink], ids=["truncated", "replaced", "deleted"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda file: os.truncate(file, file.stat().st_size // 2), _replace, Path.unlink],
+    ids=["truncated", "replaced", "deleted"],
+)
 def test_a_file_that_changes_while_running_is_named(llama: Path, tmp_path: Path, damage: Any) -> None:
     folder = copy_folder(llama, tmp_path / "copy")
     file = folder / "model.safetensors"
@@ -203,8 +174,6 @@ def test_a_file_that_changes_while_running_is_named(llama: Path, tmp_path: Path,
 
 
 def test_a_generation_goes_on_after_a_read_error(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmcad_mlx.streaming.storage import FileStorage
-
     with load(llama, None) as engine:
         expected = engine.generate(PROMPT, max_tokens=12).tokens
     with load(llama, None, pinned=0) as engine:
@@ -231,7 +200,6 @@ def test_a_streamed_model_is_probed_on_a_few_layers(tmp_path: Path, monkeypatch:
         return probe(model)
 
     monkeypatch.setattr(assembly, "probe", noting)
-    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
     deep = make_folder(tmp_path / "deep", layers=7)
     with load(str(deep), pinned=0) as engine:
         engine.generate([1, 2, 3], max_tokens=4)

@@ -163,19 +163,21 @@ _LFM2 = {
 }
 _QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 
+_AS_COMMON = (
+    "bailing_moe", "bitnet", "cohere", "cohere2", "deepseek", "deepseek_v3", "dots1", "ernie4_5", "gemma",
+    "gemma2", "glm", "glm4", "glm4_moe_lite", "helium", "hunyuan_v1_dense", "internlm2", "internlm3", "Klear",
+    "mimo", "mixtral", "nanochat", "olmo2", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "seed_oss", "solar_open", "starcoder2", "talkie", "telechat3", "youtu_llm",
+)  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
-    "Klear": {"num_experts": 4},
+    **{family: {} for family in _AS_COMMON},
     "afm7": {"hidden_dim": 32, "num_layers": 3, "num_kv_reuse_layers": 1, "num_heads": 4, "num_kv_heads": 2},
     "afmoe": {"layer_types": _SLIDING_THEN_FULL, "num_dense_layers": 1},
     "apertus": {"post_norm": False, "qk_norm": True},
     "baichuan_m1": {"sliding_window_layers": [0], "conv_window": 2},
     "bailing_hybrid": {"layer_group_size": 2, "group_norm_size": 2},
-    "bailing_moe": {},
     "bailing_moe_linear": {"layer_group_size": 2, "group_norm_size": 2},
     "bailing_moe_v3": {"layer_group_size": 2, "moe_shared_expert_intermediate_size": 24, "head_dim": 32},
-    "bitnet": {},
-    "cohere": {},
-    "cohere2": {},
     "dbrx": {
         "d_model": 32,
         "n_layers": 2,
@@ -183,9 +185,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     },
-    "deepseek": {},
     "deepseek_v2": {"topk_method": "greedy", "rope_scaling": _YARN},
-    "deepseek_v3": {},
     "deepseek_v32": {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 6},
     "deepseek_v41": {
         "num_attention_heads": 4,
@@ -200,8 +200,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "index_topk": 4,
         "scoring_func": "sqrtsoftplus",
     },
-    "dots1": {},
-    "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
     "exaone": {"num_layers": 2},
     "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LG"},
@@ -214,8 +212,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_layer_indices": None,
     },
     "gear": {"layer_types": ["conv_mixer", "sliding_attention", "full_attention"], "num_hidden_layers": 3},
-    "gemma": {},
-    "gemma2": {},
     "gemma3": {"text_config": {"model_type": "gemma3_text"}},
     "gemma3_text": {"query_pre_attn_scalar": 8},
     "gemma3n": {
@@ -237,10 +233,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma4": {"text_config": _GEMMA4},
     "gemma4_text": _GEMMA4,
-    "glm": {},
-    "glm4": {},
     "glm4_moe": {"rope_scaling": None, "use_qk_norm": True},
-    "glm4_moe_lite": {},
     "glm_moe_dsa": {
         "index_head_dim": 16,
         "index_n_heads": 2,
@@ -262,7 +255,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "attention"],
         "shared_intermediate_size": 48,
     },
-    "helium": {},
     "hunyuan": {
         "moe_topk": 2,
         "num_shared_expert": 1,
@@ -272,9 +264,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "cla_share_factor": 2,
         "rope_scaling": {"alpha": 2.0, "factor": 1.0, "type": "dynamic"},
     },
-    "hunyuan_v1_dense": {},
-    "internlm2": {},
-    "internlm3": {},
     "iquestloopcoder": {"loop_window_size": WINDOW},
     "jamba": {
         **_MAMBA,
@@ -326,7 +315,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": _SLIDING_THEN_FULL,
         "rope_parameters": _ROPE_BY_TYPE,
     },
-    "mimo": {},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [1, 0],
         "moe_layer_freq": [0, 1],
@@ -359,7 +347,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": {**_SLIDING, "rope_parameters": _LLAMA4_SCALING},
     "mistral3": {"text_config": {"model_type": "ministral3", **_SLIDING, "rope_parameters": _LLAMA4_SCALING}},
     "mistral4": {"rope_parameters": _LLAMA4_SCALING},
-    "mixtral": {},
     "muse_glimmer": {"layer_types": _SLIDING_THEN_FULL},
     "muse_spark": {
         "text_config": {
@@ -374,7 +361,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         }
     },
     "nanbeige": {"num_loops": 2},
-    "nanochat": {},
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {
         "block_configs": [
@@ -394,10 +380,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hybrid_override_pattern": ["M", "*", "-"],
     },
     "olmo": {"d_model": 32, "n_layers": 2, "mlp_hidden_size": 48, "n_heads": 4, "embedding_size": VOCAB},
-    "olmo2": {},
     "olmo3": {"layer_types": _SLIDING_THEN_FULL},
     "olmo_hybrid": {"linear_allow_neg_eigval": True},
-    "olmoe": {},
     "openelm": {
         "num_transformer_layers": 2,
         "model_dim": 32,
@@ -406,8 +390,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_heads": [2, 2],
         "ffn_multipliers": [1.5, 2.0],
     },
-    "phi": {},
-    "phi3": {},
     "phi3small": {
         "dense_attention_every_n_layers": 2,
         "ff_intermediate_size": 48,
@@ -415,7 +397,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vocab_size": 100352,
         "blocksparse_block_size": 32,
     },
-    "phimoe": {},
     "phixtral": {
         "num_vocab": VOCAB,
         "model_dim": 32,
@@ -443,13 +424,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ],
     },
     "qwen": {"kv_channels": 8},
-    "qwen2": {},
-    "qwen2_moe": {},
     "qwen2_vl": {"text_config": {"model_type": "qwen2"}},
-    "qwen3": {},
     "qwen3_5": {"text_config": {"full_attention_interval": 2, "num_experts": 0}},
     "qwen3_5_moe": {"text_config": {"full_attention_interval": 2, **_QWEN_MOE}},
-    "qwen3_moe": {},
     "qwen3_next": {"full_attention_interval": 2},
     "qwen3_vl": {"text_config": {"model_type": "qwen3"}},
     "qwen3_vl_moe": {"text_config": {"model_type": "qwen3_moe"}},
@@ -467,15 +444,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "gate_low_rank_dim": 8,
         "decay_low_rank_dim": 8,
     },
-    "seed_oss": {},
     "smollm3": {"no_rope_layer_interval": 2},
-    "solar_open": {},
     "spark2_5": {
         "layer_types": _SLIDING_THEN_FULL,
         "rope_parameters": _ROPE_BY_TYPE,
     },
     "stablelm": {"use_qkv_bias": True},
-    "starcoder2": {},
     "step3p5": {
         "layer_types": _SLIDING_THEN_FULL,
         "num_attention_groups": 2,
@@ -485,26 +459,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_layers_enum": "1",
         "attention_other_setting": {"num_attention_heads": 4, "num_attention_groups": 2},
     },
-    "talkie": {},
-    "telechat3": {},
-    "youtu_llm": {},
 }
 
 MLX_LM_VERSION = "0.32.2"
 """The release whose model files are listed here."""
 
 NOT_MODELS = (
-    "activations",
-    "base",
-    "bitlinear_layers",
-    "cache",
-    "gated_delta",
-    "mla",
-    "pipeline",
-    "rope_utils",
-    "ssm",
+    "activations", "base", "bitlinear_layers", "cache", "gated_delta", "mla", "pipeline", "rope_utils", "ssm",
     "switch_layers",
-)
+)  # fmt: skip
 """Files of ``mlx_lm/models`` that hold parts of models."""
 
 METAL_ONLY = {
@@ -515,35 +478,11 @@ METAL_ONLY = {
 
 CHAIN = ("afm7", "gpt2", "gpt_bigcode", "llama4", "minimax_m3_vl", "nanochat", "talkie")
 PLAIN = (
-    "baichuan_m1",
-    "bailing_hybrid",
-    "bailing_moe_linear",
-    "bailing_moe_v3",
-    "deepseek_v41",
-    "falcon_h1",
-    "gear",
-    "granitemoehybrid",
-    "jamba",
-    "kimi_k3",
-    "kimi_linear",
-    "lfm2",
-    "lfm2-vl",
-    "lfm2_moe",
-    "longcat_flash_ngram",
-    "mamba",
-    "mamba2",
-    "nemotron_h",
-    "olmo",
-    "olmo_hybrid",
-    "phi3small",
-    "plamo2",
-    "prism_hadamard_qwen35",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_next",
-    "recurrent_gemma",
-    "rwkv7",
-)
+    "baichuan_m1", "bailing_hybrid", "bailing_moe_linear", "bailing_moe_v3", "deepseek_v41", "falcon_h1", "gear",
+    "granitemoehybrid", "jamba", "kimi_k3", "kimi_linear", "lfm2", "lfm2-vl", "lfm2_moe", "longcat_flash_ngram",
+    "mamba", "mamba2", "nemotron_h", "olmo", "olmo_hybrid", "phi3small", "plamo2", "prism_hadamard_qwen35",
+    "qwen3_5", "qwen3_5_moe", "qwen3_next", "recurrent_gemma", "rwkv7",
+)  # fmt: skip
 EXPECTED = dict.fromkeys(CHAIN, "chain") | dict.fromkeys(PLAIN, "plain")
 """What the families that take no trees run with; all others take trees."""
 

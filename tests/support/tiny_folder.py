@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -61,24 +62,36 @@ VOCAB = len(token_ids())
 
 
 def make_folder(
-    path: Path, *, seed: int = 0, noise: float = 0.0, context: int = 512, template: bool = True, **shape: Any
+    path: Path,
+    *,
+    seed: int = 0,
+    noise: float = 0.0,
+    context: int = 512,
+    template: bool = True,
+    bits: int | None = None,
+    **shape: Any,
 ) -> Path:
     """Write a llama folder and return it.
 
     `noise` moves the weights of the model of the same `seed`: a draft that is right now and then.
-    `context`: max_position_embeddings. `shape`: as for `tiny_llama`.
+    `context`: max_position_embeddings. `bits`: quantised. `shape`: as for `tiny_llama`.
     """
     model = tiny_llama(seed, vocab=VOCAB, **shape)
     if noise:
         mx.random.seed(seed + 1000)
         model.update(tree_map(lambda p: p + noise * mx.random.normal(p.shape), model.parameters()))
     args = {key: value for key, value in vars(model.args).items() if value is not None and key != "layer_types"}
-    return write_folder(path, model, {**args, "max_position_embeddings": context}, template)
+    return write_folder(path, model, {**args, "max_position_embeddings": context}, template, bits)
 
 
-def write_folder(path: Path, model: Any, config: dict[str, Any], template: bool = True) -> Path:
+def write_folder(
+    path: Path, model: Any, config: dict[str, Any], template: bool = True, bits: int | None = None
+) -> Path:
     """Write any model with this module's tokenizer; the model may have fewer tokens."""
     path.mkdir(parents=True)
+    if bits is not None:
+        nn.quantize(model, group_size=32, bits=bits)
+        config = {**config, "quantization": {"group_size": 32, "bits": bits}}
     mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     (path / "config.json").write_text(json.dumps({**config, "eos_token_id": EOS}))
     make_tokenizer().save(str(path / "tokenizer.json"))
@@ -92,6 +105,23 @@ def write_folder(path: Path, model: Any, config: dict[str, Any], template: bool 
     if template:
         (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return path
+
+
+def without_end(folder: Path) -> Path:
+    """Let the model never end a text by itself."""
+    for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
+        values = json.loads((folder / name).read_text())
+        del values[key]
+        (folder / name).write_text(json.dumps(values))
+    return folder
+
+
+def family_folder(path: Path, family: str, bits: int | None = None, **changes: Any) -> Path:
+    """Write a tiny random model of another family, with as many tokens as the tokenizer has."""
+    from tests.support.architecture_configs import build, config_of
+
+    changes = {"vocab_size": VOCAB, **changes}
+    return write_folder(path, build(family, **changes), {**config_of(family), **changes}, bits=bits)
 
 
 def make_tokenizer() -> Tokenizer:

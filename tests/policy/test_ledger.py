@@ -1,11 +1,13 @@
-"""Accounts of what speculation gains and costs."""
+"""What may be risked: prices of rows and draft steps, and accounts of what speculation gains and costs."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcad_mlx.policy.ledger import DraftAccount, LookupAccount
+from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.policy.ledger import DraftAccount, LookupAccount, Prices
 
 ROUNDS = st.lists(st.tuples(st.integers(1, 8), st.floats(-5.0, 5.0)), max_size=60)
 
@@ -93,3 +95,60 @@ def test_a_lookup_that_was_right_but_not_paid_for_earns_credit() -> None:
     account.book_missed(1)
     other.book(1, 0.0)
     assert account.balance > other.balance
+
+
+def measured(passes: dict[int, float], steps: dict[int, float] | None = None, max_nodes: int = 64) -> Prices:
+    costs = CostModel()
+    for rows, seconds in passes.items():
+        costs.verify.observe(rows, seconds)
+    for rows, seconds in (steps or {}).items():
+        costs.draft.observe(rows, seconds)
+    prices = Prices(costs, max_nodes)
+    prices.begin()
+    return prices
+
+
+def test_a_second_costs_what_it_yields() -> None:
+    prices = measured({1: 2.0, 4: 3.5}, {1: 0.5, 3: 0.7})
+    assert prices.rate == pytest.approx(0.5)  # tokens of plain decoding
+    assert prices.more_rows(1, 3) == pytest.approx(0.75)
+    assert prices.more_rows(1, 1) == pytest.approx(0.25)
+    assert prices.step(2) == pytest.approx(0.3)
+    assert prices.step(2, free_seconds=0.4) == pytest.approx(0.1)
+    assert prices.step(2, free_seconds=9.0) == 0.0
+
+
+def test_a_second_is_worth_what_rounds_have_yielded_lately_or_plain_decoding_does() -> None:
+    prices = measured({1: 1.0})
+
+    def rate_after(num_tokens: int, rounds: int = 1) -> float:
+        for _ in range(rounds):
+            prices.observe_round(num_tokens, 0.5)
+        prices.begin()
+        return prices.rate
+
+    assert rate_after(3) == 6.0
+    assert 2.0 < rate_after(1) < 6.0
+    assert rate_after(1, rounds=100) == pytest.approx(2.0, rel=1e-3)
+    assert rate_after(0, rounds=100) == 1.0
+    rate_after(3)
+    prices.forget_rounds()
+    prices.begin()
+    assert prices.rate == 1.0
+
+
+def test_prices_stand_until_the_next_round() -> None:
+    prices = measured({1: 1.0, 2: 1.5})
+    before = prices.more_rows(1, 1)
+    for _ in range(20):
+        prices._costs.verify.observe(2, 1.9)
+    assert prices.more_rows(1, 1) == before
+    prices.begin()
+    assert prices.more_rows(1, 1) == pytest.approx(0.9)
+
+
+def test_rows_beyond_the_largest_pass_cost_no_more() -> None:
+    """Where the tree is full, another row would take another's place."""
+    prices = measured({1: 1.0, 4: 2.0, 5: 2.5}, max_nodes=4)
+    assert prices.more_rows(4, 1) == pytest.approx(0.5)
+    assert prices.more_rows(4, 60) == prices.more_rows(9, 60) == pytest.approx(0.5)

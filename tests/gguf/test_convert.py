@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +13,6 @@ from gguf import GGMLQuantizationType as Kind
 
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files import bundle_writer
-from llmcad_mlx.files.atomic import DiskError
 from llmcad_mlx.gguf import weights as gguf_weights
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.reader import read_gguf_header
@@ -140,25 +137,6 @@ def test_existing_destination(tmp_path: Path) -> None:
 def test_options_are_checked(tmp_path: Path, bits: int, group_size: int) -> None:
     with pytest.raises(UsageError, match="is not one of"):
         convert_gguf(tmp_path / "any.gguf", tmp_path / "out", bits, group_size)
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    tiny = write_tiny_gguf(tmp_path / "tiny.gguf")
-    real, calls = os.pwrite, iter(range(1000))
-
-    def full(descriptor: int, data: bytes, offset: int) -> int:
-        if next(calls) > 5:
-            raise error
-        return real(descriptor, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", full)
-    expected = DiskError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected, match="the disk is full" if expected is DiskError else None):
-        convert_gguf(tiny, tmp_path / "out")
-    assert files_in(tmp_path) == ["tiny.gguf"]
 
 
 # --- real models ------------------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ from mlx_lm.utils import load_model, quantize_model
 
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files import atomic as disk
-from llmcad_mlx.files import atomic as new_folder
+from llmcad_mlx.files import atomic
 from llmcad_mlx.files.atomic import DiskError
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.store.convert import convert, convert_folder
@@ -43,7 +42,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _plenty_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "RESERVE_BYTES", 0)
+    monkeypatch.setattr(atomic, "RESERVE_BYTES", 0)
 
 
 def parameters(folder: Path) -> dict[str, mx.array]:
@@ -301,7 +300,7 @@ def test_rows_that_divide_into_no_groups(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_beforehand(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr(atomic, "RESERVE_BYTES", 1 << 60)
     with pytest.raises(DiskError, match=r"are needed for the model out, .* choose a folder on another disk"):
         convert_folder(stock, tmp_path / "out")
     assert left_over(tmp_path) == []
@@ -344,7 +343,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path, monkeypatc
     source = make_folder(tmp_path / "source", layers=8, hidden=256, heads=4)
     with pytest.raises(DiskError, match=r"are needed for the model out, 0\.00 GB are free"):
         convert_folder(source, small_disk / "out")
-    monkeypatch.setattr(new_folder, "require_free_space", lambda *_: None)
+    monkeypatch.setattr(atomic, "require_free_space", lambda *_: None)
     with pytest.raises(DiskError, match=r"out: the disk is full; make room or choose a folder on another disk"):
         convert_folder(source, small_disk / "out")
     assert left_over(small_disk) == []
@@ -354,15 +353,15 @@ def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path, monkeypatc
 KILLED_HALF_WAY = """
 import sys, time
 from pathlib import Path
-from llmcad_mlx.store import convert as mlx_folder
-real, calls = mlx_folder._write_array, iter(range(1000))
+from llmcad_mlx.store import convert
+real, calls = convert._write_array, iter(range(1000))
 def write(*arguments):
     if next(calls) == 10:
         print("half-way", flush=True)
         time.sleep(600)
     real(*arguments)
-mlx_folder._write_array = write
-mlx_folder.convert_folder(Path(sys.argv[1]), Path(sys.argv[2]))
+convert._write_array = write
+convert.convert_folder(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -375,7 +374,7 @@ def test_a_killed_conversion_leaves_no_destination_and_the_next_one_cleans_up(st
         (unfinished,) = tmp_path.iterdir()
         assert unfinished.name.startswith(f".out.partial-{process.pid}-")
         convert_folder(stock, tmp_path / "other")  # of another name: leaves it alone
-        with new_folder.new_folder(out, 0) as folder:  # of the same name: it lives, so it stays
+        with atomic.new_folder(out, 0) as folder:  # of the same name: it lives, so it stays
             assert unfinished.exists()
             assert folder != unfinished
         shutil.rmtree(out)
@@ -390,8 +389,8 @@ def test_a_killed_conversion_leaves_no_destination_and_the_next_one_cleans_up(st
 
 def test_of_two_conversions_to_one_destination_the_first_wins(tmp_path: Path) -> None:
     def both() -> None:
-        with new_folder.new_folder(tmp_path / "out", 0) as second:
-            with new_folder.new_folder(tmp_path / "out", 0) as first:
+        with atomic.new_folder(tmp_path / "out", 0) as second:
+            with atomic.new_folder(tmp_path / "out", 0) as first:
                 (first / "a").touch()
             (second / "b").touch()
 

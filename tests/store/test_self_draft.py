@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,13 @@ from llmcad_mlx.store import home_folder
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.copies import DerivedDraft
 from llmcad_mlx.store.names import find_pair
-from tests.support.tiny_folder import EOS, change_config, copy_folder, make_folder, tiny_environment
+from tests.support.tiny_folder import EOS, change_config, copy_folder, make_folder
+
+pytestmark = pytest.mark.usefixtures("own_home")
 
 PROMPT = [5, 9, 30, 31, 12]
 NUM_TOKENS = 60
 NO_END: dict[str, Any] = {"logit_bias": {EOS: -100.0}}
-
-
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(disk, "RESERVE_BYTES", 0)
-    with tiny_environment(tmp_path / "home"):
-        yield
 
 
 @pytest.fixture(scope="module")

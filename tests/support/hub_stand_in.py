@@ -55,16 +55,10 @@ class _Handler(BaseHTTPRequestHandler):
     hub: HubStandIn
     protocol_version = "HTTP/1.1"
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def _answer(self) -> None:
+    def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/").split("/")
         self.hub.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
         if path == ["api", "models"]:
@@ -75,6 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._repo("/".join(path[2:4]), path[4:])
         else:
             self._file("/".join(path[:2]), path[2:])
+
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server asks for
 
     def _repo(self, repo: str, rest: list[str]) -> None:
         files = self.hub.repos.get(repo)
@@ -119,20 +115,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start:])
 
     def _json(self, value: object) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self._reply(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    def _fail(self, status: int, code: str) -> None:
+        self._reply(status, {"X-Error-Code": code} if code else {}, b"")
+
+    def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
-
-    def _fail(self, status: int, code: str) -> None:
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
 
 
 def _entry(name: str, content: bytes) -> dict[str, object]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mlx_lm.utils import quantize_model, save_config
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.atomic import check_destination, new_folder
 from llmcad_mlx.files.bundle import FILE as MANIFEST
-from llmcad_mlx.files.bundle_writer import BundleWriter, plan_layers
+from llmcad_mlx.files.bundle_writer import BundleWriter
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, dtype_name
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
@@ -56,6 +55,26 @@ class NewWeights:
     """Of a trimmed head; None: the head is whole."""
 
 
+def convert(
+    source: str, dest: Path, bits: int | None = None, group_size: int | None = None, show_progress: bool = False
+) -> None:
+    """Make the bundle `dest` from a GGUF file, a model folder, a preset or a hub repository, fetched where needed.
+
+    Without `bits` and `group_size`: 4 bits, groups of 32 for GGUF files, whose 4-bit blocks have that size, and of
+    64 for folders. Errors as for `convert_gguf`, `convert_folder` and `resolve_target`.
+    """
+    check_destination(dest)  # before anything is fetched
+    path = Path(source).expanduser()
+    progress = progress_for(show_progress)
+    if path.is_file() or path.suffix == ".gguf":
+        bits, group_size = 4 if bits is None else bits, 32 if group_size is None else group_size
+        convert_gguf(path, dest, bits, group_size, progress=progress)
+        return
+    folder = resolve_target(source, show_progress)
+    name = folder.resolve().name if path.is_dir() else source
+    convert_folder(folder, dest, bits, group_size, name=name, progress=progress)
+
+
 def convert_folder(
     source: Path,
     dest: Path,
@@ -73,7 +92,9 @@ def convert_folder(
     DiskError when the bundle does not fit the disk.
     """
     check_destination(dest)
-    _check_options(bits, group_size)
+    for option, value, choices in (("bits", bits, BITS), ("group-size", group_size, GROUP_SIZES)):
+        if value is not None and value not in choices:
+            raise UsageError(f"--{option}: {value} is not one of {', '.join(map(str, choices))}")
     loaded = load_model_folder(source, lazy=True, alone=True)
     if not is_quantised(loaded.model):
         weights = quantised_weights(loaded, 4 if bits is None else bits, 64 if group_size is None else group_size)
@@ -101,13 +122,6 @@ def copy_extent(
         storage.read_into(extent.file, extent.offset + start, block)
         writer.write_bytes(name, start, block)
         advance(len(block))
-
-
-def _check_options(bits: int | None, group_size: int | None) -> None:
-    if bits is not None and bits not in BITS:
-        raise UsageError(f"--bits: {bits} is not one of {', '.join(map(str, BITS))}")
-    if group_size is not None and group_size not in GROUP_SIZES:
-        raise UsageError(f"--group-size: {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
 
 
 def is_quantised(model: Any) -> bool:
@@ -159,20 +173,17 @@ def write_weights(source: Path, dest: Path, weights: NewWeights, name: str | Non
     """Write `weights`, of the model in the folder `source`, to the bundle `dest`."""
     num_bytes = sum(spec.num_bytes for spec in weights.specs)
     num_side_bytes = sum(file.stat().st_size for file in _side_files(source))
-    storage = FileStorage()
-    with new_folder(dest, num_bytes + num_side_bytes) as folder, contextlib.closing(storage), _no_cache():
-        with (
-            progress.stage(f"writing {dest.name}", num_bytes) as advance,
-            BundleWriter(folder, weights.specs) as writer,
-        ):
-            for layer in plan_layers(weights.specs):
-                for spec in layer.specs:
-                    if spec.name in weights.copied:
-                        copy_extent(storage, weights.copied[spec.name], writer, spec.name, advance)
-                    else:
-                        _write_array(source, writer, spec, weights.computed.pop(spec.name))
-                        advance(spec.num_bytes)
-                mx.clear_cache()
+    with new_folder(dest, num_bytes + num_side_bytes) as folder, contextlib.ExitStack() as undo:
+        storage = undo.enter_context(contextlib.closing(FileStorage()))
+        undo.callback(mx.set_cache_limit, mx.set_cache_limit(0))  # MLX gives freed memory back at once
+        advance = undo.enter_context(progress.stage(f"writing {dest.name}", num_bytes))
+        with BundleWriter(folder, weights.specs) as writer:
+            for spec in weights.specs:
+                if spec.name in weights.copied:
+                    copy_extent(storage, weights.copied[spec.name], writer, spec.name, advance)
+                else:
+                    _write_array(source, writer, spec, weights.computed.pop(spec.name))
+                    advance(spec.num_bytes)
             writer.finish(name or source.resolve().name)
         if weights.config is None:
             shutil.copyfile(source / "config.json", folder / "config.json")
@@ -180,13 +191,10 @@ def write_weights(source: Path, dest: Path, weights: NewWeights, name: str | Non
             save_config(weights.config, folder / "config.json")
         copy_side_files(source, folder)
         if weights.draft_tokens is not None:
-            _write_tokens(folder / DRAFT_TOKENS, weights.draft_tokens)
-
-
-def _write_tokens(file: Path, tokens: TokenList) -> None:
-    with SafetensorsWriter(file, [TensorSpec("tokens", "I32", tokens.shape)]) as writer:
-        writer.write_bytes("tokens", 0, tokens.astype("<i4").tobytes())
-        writer.sync()
+            spec = TensorSpec("tokens", "I32", weights.draft_tokens.shape)
+            with SafetensorsWriter(folder / DRAFT_TOKENS, [spec]) as file:
+                file.write_bytes("tokens", 0, weights.draft_tokens.astype("<i4").tobytes())
+                file.sync()
 
 
 def _write_array(source: Path, writer: BundleWriter, spec: TensorSpec, array: mx.array) -> None:
@@ -206,39 +214,8 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-@contextlib.contextmanager
-def _no_cache() -> Iterator[None]:
-    """MLX gives freed memory back at once."""
-    before = mx.set_cache_limit(0)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(before)
-
-
 def _side_files(source: Path) -> list[Path]:
     found = {file for pattern in _SIDE_FILES for file in source.glob(pattern) if file.is_file()}
     return sorted(
         file for file in found if file.name not in _OF_THE_OLD_FOLDER and not file.name.endswith(".index.json")
     )
-
-
-def convert(
-    source: str, dest: Path, bits: int | None = None, group_size: int | None = None, show_progress: bool = False
-) -> None:
-    """Make the bundle `dest` from a GGUF file, a model folder, a preset or a hub repository, fetched where needed.
-
-    Without `bits` and `group_size`: 4 bits, groups of 32 for GGUF files, whose 4-bit blocks have that size, and of
-    64 for folders. Errors as for `convert_gguf`, `convert_folder` and `resolve_target`.
-    """
-    check_destination(dest)  # before anything is fetched
-    path = Path(source).expanduser()
-    progress = progress_for(show_progress)
-    if path.is_file() or path.suffix == ".gguf":
-        convert_gguf(
-            path, dest, 4 if bits is None else bits, 32 if group_size is None else group_size, progress=progress
-        )
-        return
-    folder = resolve_target(source, show_progress)
-    name = folder.resolve().name if path.is_dir() else source
-    convert_folder(folder, dest, bits, group_size, name=name, progress=progress)

@@ -45,6 +45,15 @@ _HASH_BYTES = 4 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
+_REASONS = {
+    errors.GatedRepoError: "ask for access on the repository's page, then run `hf auth login`",
+    errors.RepositoryNotFoundError: "the hub has no such repository, or it is private; "
+    "check the name or run `hf auth login`",
+    errors.RevisionNotFoundError: "the hub has no such revision; check it on the repository's page",
+    errors.RemoteEntryNotFoundError: "the repository has no such file",
+}
+
+
 class HubUnreachableError(DownloadError):
     """The hub does not answer, or the environment says to stay offline."""
 
@@ -194,42 +203,29 @@ def _hub_errors(what: str, remedy: str) -> Iterator[None]:
     """Turn huggingface_hub's many exceptions into one line each; `remedy` is for a full disk."""
     try:
         yield
-    except errors.GatedRepoError:
-        raise DownloadError(f"{what}: ask for access on the repository's page, then run `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise DownloadError(
-            f"{what}: the hub has no such repository, or it is private; check the name or run `hf auth login`"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise DownloadError(f"{what}: the hub has no such revision; check it on the repository's page") from None
-    except errors.RemoteEntryNotFoundError:
-        raise DownloadError(f"{what}: the repository has no such file") from None
-    except errors.HFValidationError as error:
-        raise DownloadError(f"{what}: not a repository name ({_first_line(error)})") from None
-    except errors.HfHubHTTPError as error:
-        raise _refused(what, error) from None
-    except errors.LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, errors.HfHubHTTPError):
-            raise _refused(what, error.__cause__) from None
-        raise _unreachable(error.__cause__ or error) from None
-    except OSError as error:
+    except Exception as error:
+        known = next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), None)
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        if known is not None:
+            raise DownloadError(f"{what}: {known}") from None
+        if isinstance(cause, errors.HfHubHTTPError):
+            raise DownloadError(f"{what}: {_refusal(cause.response.status_code)}") from None
+        # Transport errors come from httpx or httpx2, whichever this huggingface_hub uses.
+        if isinstance(error, errors.LocalEntryNotFoundError) or type(error).__module__.startswith("httpx"):
+            raise _unreachable(cause or error) from None
+        if isinstance(error, errors.HFValidationError):
+            raise DownloadError(f"{what}: not a repository name ({_first_line(error)})") from None
+        if not isinstance(error, OSError):
+            raise
         if is_full(error):
             raise full_disk_error(error, what, remedy) from None
         raise DownloadError(f"{what}: {_first_line(error)}; run the command again to continue") from None
-    except Exception as error:
-        # Transport errors come from httpx or httpx2, whichever this huggingface_hub uses.
-        if not type(error).__module__.startswith("httpx"):
-            raise
-        raise _unreachable(error) from None
 
 
-def _refused(what: str, error: errors.HfHubHTTPError) -> DownloadError:
-    status = error.response.status_code
+def _refusal(status: int) -> str:
     if status in (401, 403):
-        return DownloadError(
-            f"{what}: the hub refuses access (status {status}); check the name or run `hf auth login`"
-        )
-    return DownloadError(f"{what}: the hub answered with status {status}; try again later")
+        return f"the hub refuses access (status {status}); check the name or run `hf auth login`"
+    return f"the hub answered with status {status}; try again later"
 
 
 def _unreachable(error: object) -> HubUnreachableError:

@@ -49,7 +49,7 @@ from tests.support.tiny_folder import EOS, change_config, copy_folder, make_fold
 from tests.support.tiny_folder import VOCAB as FOLDER_VOCAB
 from tests.test_lossless import FakeClock, make_engine, make_policy, plain, run
 
-ROOT = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[2]
 PROMPT = [5, 9, 30, 31, 12]
 NO_END: dict[str, Any] = {"logit_bias": {EOS: -100.0}}
 LIST = [0, 1, 5, 9, 12, 17, 23, 30, 31, 33, 40, 41, 58, 77, 90]
@@ -555,7 +555,7 @@ def test_from_the_command_line(target: Path, tmp_path: Path) -> None:
 
     def call(*words: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "convert.trim_vocabulary", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
 
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the one ran in and then the other one\n" * 20)

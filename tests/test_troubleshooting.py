@@ -37,8 +37,11 @@ def messages() -> list[str]:
 
 
 def is_a_message(heading: str) -> bool:
-    """Whether some message has the heading's words, the whole of them one after the other."""
-    words = [part for part in heading.strip("`").strip().split(VALUE) if part]
+    """Whether some message has the heading's words, the whole of them one after the other.
+
+    What a message is about (`…: ` in front) may be put before it elsewhere.
+    """
+    words = [part for part in heading.strip("`").strip().removeprefix(f"{VALUE}: ").split(VALUE) if part.strip()]
     pattern = re.compile(".*?".join(map(re.escape, words)), re.DOTALL)
     return any(pattern.search(message) for message in messages())
 

@@ -49,7 +49,7 @@ from tests.support.tiny_folder import EOS, change_config, copy_folder, make_fold
 from tests.support.tiny_folder import VOCAB as FOLDER_VOCAB
 from tests.test_lossless import FakeClock, make_engine, make_policy, plain, run
 
-SCRIPT = Path(__file__).parents[2] / "convert" / "trim_vocabulary.py"
+REPOSITORY = Path(__file__).parents[2]
 PROMPT = [5, 9, 30, 31, 12]
 NO_END: dict[str, Any] = {"logit_bias": {EOS: -100.0}}
 LIST = [0, 1, 5, 9, 12, 17, 23, 30, 31, 33, 40, 41, 58, 77, 90]
@@ -554,7 +554,8 @@ def test_from_the_command_line(target: Path, tmp_path: Path) -> None:
     """Made, examined and drafting; refused with one line where it cannot be."""
 
     def call(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True)
+        command = [sys.executable, "-m", "convert.trim_vocabulary", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
 
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the one ran in and then the other one\n" * 20)

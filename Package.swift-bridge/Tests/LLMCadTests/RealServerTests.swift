@@ -142,7 +142,7 @@ final class RealServerTests: XCTestCase {
         guard case .notFound = otherModel else { return XCTFail("\(String(describing: otherModel))") }
     }
 
-    private func metric(_ name: String, _ client: LLMCadClient) async throws -> Int {
+    private func metric(_ name: String, _ client: LLMCadClient) async throws -> Double {
         var request = URLRequest(url: client.endpoint.appendingPathComponent("metrics"))
         request.setValue("Bearer \(Self.key)", forHTTPHeaderField: "Authorization")
         var text = ""
@@ -150,7 +150,7 @@ final class RealServerTests: XCTestCase {
             text += String(decoding: data, as: UTF8.self)
         }
         let line = text.split(separator: "\n").first { $0.hasPrefix("llmcad_mlx_\(name) ") }
-        return try XCTUnwrap(line?.split(separator: " ").last.flatMap { Int($0) }, "\(name) in:\n\(text)")
+        return try XCTUnwrap(line?.split(separator: " ").last.flatMap { Double($0) }, "\(name) in:\n\(text)")
     }
 
     /// Options of a generation that only a cancellation ends early: end tokens are never chosen.
@@ -161,7 +161,7 @@ final class RealServerTests: XCTestCase {
     ) async throws {
         let before = try await metric("generated_tokens_total", client)
         try await generate()
-        var generated = 0
+        var generated = 0.0
         try await eventually("stopped", line: line) {
             generated = try await metric("generated_tokens_total", client) - before
             let running = try await metric("requests_running", client)

@@ -277,7 +277,7 @@ class CpuBlock(Adaptation):
         state = self._cpu_block
         h = np.array(np.asarray(x)[0], np.float32)  # a copy: the block works in place
         keys_and_values = cache.kernel_buffers(state.kv_heads, state.dim)
-        plan = cache.attention_plan()
+        plan = cache.owner.attention_plan(cache.window)
         attention_weights, mlp_weights, norms = state.weights(self)
         rotation = state.rotation.upto(int(plan.positions.max()))
         rows = (
@@ -323,7 +323,7 @@ def _agrees(block: Any, original: Any) -> bool:
     inputs = [mx.array(rng.standard_normal((1, n, hidden)).astype(np.float32)) for n in (9, 1)]
     try:
         for call in (type(block).__call__, original):
-            cache = LazyKVCache(1)
+            cache = LazyKVCache()
             parts = []
             for x in inputs:
                 slots = cache.append(None, x.shape[1])

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmcad_mlx.errors import GenerationError
-from llmcad_mlx.models.draft_folder import TokenList
+from llmcad_mlx.models.folder import TokenList
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
@@ -133,7 +133,7 @@ class ModelDrafter:
         """
         cache = model.new_cache()
         if not cache.can_rollback:
-            raise ValueError(f"a draft must be able to take tokens back; {model.reason}")
+            raise ValueError(f"a draft must be able to take tokens back; {model.report.reason}")
         self.model = model
         self.cache = cache
         self.rows_fed: int | None = 0

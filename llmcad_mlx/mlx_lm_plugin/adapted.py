@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.models.cache import LayerState
+from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.store.profile import PairProfile
 
@@ -35,9 +36,9 @@ class AdaptedModel:
             self.reason = f"its modules cannot be copied ({type(error).__name__}: {error})".splitlines()[0]
             return
         prepare_for_device(twin)
-        self.tree = TreeModel(twin, {})
+        self.tree = TreeModel(twin, {}, probe(twin))
         if self.tree.capability == "plain":
-            self.reason = self.tree.reason
+            self.reason = self.tree.report.reason
 
     def is_of(self, model: Module) -> bool:
         """Whether `model` still has the modules and weights it was adapted with."""

@@ -58,9 +58,10 @@ class AttentionPlan:
 
 
 class SlotTable:
-    """The slots of a sequence and of the token tree below it."""
+    """The slots of a sequence and of the token tree below it. linear: only chains may be appended."""
 
-    def __init__(self) -> None:
+    def __init__(self, linear: bool = False) -> None:
+        self.linear = linear
         self.length = 0
         """Number of committed tokens."""
         self.num_slots = 0
@@ -84,7 +85,7 @@ class SlotTable:
 
         ``parents[i]``: slot of token i's parent: the last committed slot (-1 means the same), an uncommitted
         slot, or an earlier slot of this append. None: a chain that continues the committed sequence.
-        Raises ValueError for any other parent.
+        Raises ValueError for any other parent, and for what is no chain where only chains may be appended.
         """
         if n < 1 or (parents is not None and len(parents) != n):
             raise ValueError(f"{n} tokens with {n if parents is None else len(parents)} parents")
@@ -98,7 +99,8 @@ class SlotTable:
             rows = self._checked_parents(parents, start)
             depths = self._depths(rows, start)
         chain = self._chain and bool(np.array_equal(rows, np.arange(start - 1, start + n - 1)))
-        self._accept_shape(chain)
+        if self.linear and not chain:
+            raise ValueError("this model takes chains only, not trees")
         self._parents[start : start + n] = rows
         self._positions[start : start + n] = depths
         self._chain = chain
@@ -215,9 +217,6 @@ class SlotTable:
             mask &= self.appended_positions()[:, None] - self._positions[None, : self.num_slots] < window
         return mask
 
-    def _accept_shape(self, chain: bool) -> None:
-        """Hook: refuse an append before it happens. ``chain``: all slots together are one line."""
-
     def _own_slots(self) -> tuple[Ints, ...]:
         """Per row: uncommitted ancestors and itself, in position order."""
         if self._own is None:
@@ -265,12 +264,11 @@ class SlotTable:
         self.num_slots = self.first_appended = max(keep, default=first - 1) + 1
         self._first_pending = first
         self._gone = frozenset(range(first, self.num_slots)).difference(keep)
-        self._chain = first == self.length and not self._gone and self._is_line(first, self.num_slots)
+        self._chain = first == self.length and not self._gone
+        if self._chain and first < self.num_slots:
+            kept = self._parents[first : self.num_slots]
+            self._chain = np.array_equal(kept, np.arange(first - 1, self.num_slots - 1))
         self._forget_append()
-
-    def _is_line(self, first: int, end: int) -> bool:
-        """Whether each of these slots is the child of the one before it."""
-        return first == end or np.array_equal(self._parents[first:end], np.arange(first - 1, end - 1))
 
     def _renumber(self, num_kept: int) -> None:
         """The owner has moved the live slots to [0, length), and the ``num_kept`` uncommitted ones, in ascending

@@ -384,7 +384,7 @@ _FORWARDS = (
 
 
 def block_outputs(block: Any) -> list[np.ndarray]:
-    cache = LazyKVCache(1)
+    cache = LazyKVCache()
     random = np.random.default_rng(1)
     outputs = []
     for parents, accepted in _FORWARDS:
@@ -464,7 +464,7 @@ def test_a_block_gives_a_row_the_same_bits_however_the_prompt_is_cut(bits: int |
     x = rows_of(64, 45)
     results = []
     for size in (45, 21, 20, 7, 1):
-        cache, parts = LazyKVCache(1), []
+        cache, parts = LazyKVCache(), []
         for start in range(0, 45, size):
             part = mx.array(x[None, start : start + size])
             slots = cache.append(None, part.shape[1])

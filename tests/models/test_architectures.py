@@ -23,7 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from llmcad_mlx.models.cache import LazyKVCache, PlainCache
 from llmcad_mlx.models.tree_model import TreeModel
-from tests.models.test_lazy_cache import RandomUse, gap
+from tests.models.test_lazy_cache import RandomUse, gap, tree_model_of
 from tests.support.architecture_configs import (
     EXPECTED,
     FAMILIES,
@@ -33,7 +33,6 @@ from tests.support.architecture_configs import (
     VOCAB,
     WINDOW,
     build,
-    config_of,
 )
 
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -96,7 +95,7 @@ class Sequential:
 
 def grow_and_check(tree_model: TreeModel, sequential: Sequential, length: int, seed: int) -> tuple[float, float]:
     """Random trees below a prompt of ``length`` tokens; returns difference and spread."""
-    use = RandomUse(tree_model, sequential, np.random.default_rng(seed), length)
+    use = RandomUse(tree_model, sequential, np.random.default_rng(seed), length, max_dead_share=0.3, min_dead=4)
     for _ in range(16):
         use.step()
     return use.difference, use.spread
@@ -150,7 +149,7 @@ def measure(name: str) -> Measured:
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     try:
-        tree_model = TreeModel(build(name), config_of(name), max_dead_share=0.3, min_dead=4)
+        tree_model = tree_model_of(name)
         check = {"tree": grow_and_check, "chain": chain_and_check, "plain": plain_and_check}[tree_model.capability]
         cache = tree_model.new_cache()
         windows = isinstance(cache, LazyKVCache) and any(store.window for store in cache.stores)
@@ -165,7 +164,7 @@ def measure(name: str) -> Measured:
         mx.set_default_device(device)
     return Measured(
         capability=tree_model.capability,
-        reason=tree_model.reason,
+        reason=tree_model.report.reason,
         pad_single=tree_model.report.pad_single,
         single_rows=tree_model.report.single_rows,
         windows=windows,
@@ -195,7 +194,7 @@ def test_metal_only_families_fail_in_mlx_lm_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama4", "nanochat"])
 def test_chain_families_refuse_trees_by_name(name: str) -> None:
-    tree_model = TreeModel(build(name), config_of(name))
+    tree_model = tree_model_of(name)
     cache = tree_model.new_cache()
     with pytest.raises(ValueError, match="chains only"):
         tree_model.forward([1, 2, 3], cache, [-1, 0, 0])
@@ -203,7 +202,7 @@ def test_chain_families_refuse_trees_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mamba", "qwen3_next"])
 def test_plain_families_refuse_what_they_cannot_take_back(name: str) -> None:
-    tree_model = TreeModel(build(name), config_of(name))
+    tree_model = tree_model_of(name)
     cache = tree_model.new_cache()
     with pytest.raises(ValueError, match="no trees"):
         tree_model.forward([1, 2, 3], cache, [-1, 0, 0])

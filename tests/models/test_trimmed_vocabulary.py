@@ -30,8 +30,8 @@ from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.loader import load_tree_model, plan_pair
-from llmcad_mlx.models.draft_folder import FILE, check_same_tokens
-from llmcad_mlx.models.folder import load_model_folder
+from llmcad_mlx.models.folder import DRAFT_TOKENS, check_same_tokens, load_model_folder
+from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.progress import NoProgress
@@ -154,7 +154,7 @@ def cut(seed: int, tokens: np.ndarray, noise: float = 0.0) -> TreeModel:
     model.lm_head = nn.Linear(weight.shape[1], len(tokens), bias=False)
     model.lm_head.weight = weight[mx.array(tokens)] + noise
     prepare_for_device(model)
-    return TreeModel(model, {"model_type": "llama", "max_position_embeddings": 4096})
+    return TreeModel(model, {"model_type": "llama", "max_position_embeddings": 4096}, probe(model))
 
 
 # -- the text stays the target's ---------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_an_embedding_of_another_width_is_refused(target: Path, tmp_path: Path) 
 
 
 def save(folder: Path, **arrays: mx.array) -> None:
-    mx.save_safetensors(str(folder / FILE), arrays)
+    mx.save_safetensors(str(folder / DRAFT_TOKENS), arrays)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -298,9 +298,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a matrix": (lambda f: save(f, tokens=mx.array([[1, 5]])), r"must be a list of int32, not int32 \(1, 2\)"),
     "empty": (lambda f: save(f, tokens=mx.zeros((0,), mx.int32)), r"must be a list of int32, not int32 \(0,\)"),
     "foreign": (lambda f: save(f, other=mx.array([1, 5])), "holds no tensor 'tokens'"),
-    "cut off": (lambda f: cut_off(f / FILE), "download it again"),
-    "no safetensors": (lambda f: replaced(f / FILE), "not a safetensors file, or cut off"),
-    "a folder": (lambda f: replaced(f / FILE, folder=True), "cannot be read"),
+    "cut off": (lambda f: cut_off(f / DRAFT_TOKENS), "download it again"),
+    "no safetensors": (lambda f: replaced(f / DRAFT_TOKENS), "not a safetensors file, or cut off"),
+    "a folder": (lambda f: replaced(f / DRAFT_TOKENS, folder=True), "cannot be read"),
 }
 
 
@@ -328,13 +328,13 @@ def test_damaged_lists_are_refused_in_one_line(target: Path, draft: Path, tmp_pa
     spoil(folder)
     with pytest.raises(ModelError, match=message) as error:
         load(target, folder)
-    assert f"damaged/{FILE}" in str(error.value)
+    assert f"damaged/{DRAFT_TOKENS}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_list_without_a_head_of_its_own_is_refused(target: Path, draft: Path, tmp_path: Path) -> None:
     folder = family(tmp_path / "tied", "qwen2", **TIED)
-    shutil.copy(draft / FILE, folder)
+    shutil.copy(draft / DRAFT_TOKENS, folder)
     with pytest.raises(ModelError, match=r"draft_tokens.safetensors: the model has no head of its own"):
         load(target, folder)
 
@@ -346,7 +346,7 @@ def test_tokens_that_the_target_has_no_text_for_are_not_proposed(target: Path, t
     padded.lm_head.weight = padded.lm_head.weight[:3]
     folder = write_folder(tmp_path / "padded", padded, {**args, "max_position_embeddings": 512})
     save(folder, tokens=mx.array([0, 1, FOLDER_VOCAB + 3]))
-    with pytest.raises(ModelError, match=rf"{FILE}: token {FOLDER_VOCAB + 3} is not in the vocabulary of"):
+    with pytest.raises(ModelError, match=rf"{DRAFT_TOKENS}: token {FOLDER_VOCAB + 3} is not in the vocabulary of"):
         load(target, folder)
 
 
@@ -452,7 +452,7 @@ def test_an_embedding_of_other_bits_gives_a_head_of_these(tmp_path: Path) -> Non
 
 def test_a_trimmed_draft_can_be_quantised(target: Path, draft: Path, tmp_path: Path) -> None:
     convert_folder(draft, tmp_path / "eight", 8, 32)
-    assert (tmp_path / "eight" / FILE).read_bytes() == (draft / FILE).read_bytes()
+    assert (tmp_path / "eight" / DRAFT_TOKENS).read_bytes() == (draft / DRAFT_TOKENS).read_bytes()
     with load(target, "none") as engine:
         expected = engine.generate(PROMPT, max_tokens=24, **NO_END).tokens
     with load(target, tmp_path / "eight") as engine:
@@ -466,9 +466,9 @@ def test_copies_are_kept_and_made_once(target: Path, tmp_path: Path) -> None:
     many, few = (DerivedDraft("source", tokens=count) for count in (15, 5))
     first = many.make(source)
     assert first.parent == tmp_path / "home" / "trimmed-drafts"
-    written = (first / FILE).stat().st_mtime_ns
+    written = (first / DRAFT_TOKENS).stat().st_mtime_ns
     assert many.make(source) == first
-    assert (first / FILE).stat().st_mtime_ns == written
+    assert (first / DRAFT_TOKENS).stat().st_mtime_ns == written
     other = few.make(source)
     assert other != first
     change_config(source, note=1)

@@ -76,12 +76,8 @@ def _arrays_in(value: Any, seen: set[int]) -> Iterator[mx.array]:
     seen.add(id(value))
     if isinstance(value, mx.array):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _arrays_in(inner, seen)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _arrays_in(inner, seen)
+    inside = list(value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ())
     if not isinstance(value, type | ModuleType) and hasattr(value, "__dict__"):
-        for inner in vars(value).values():
-            yield from _arrays_in(inner, seen)
+        inside += vars(value).values()
+    for inner in inside:
+        yield from _arrays_in(inner, seen)

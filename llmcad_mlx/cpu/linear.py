@@ -55,10 +55,6 @@ class WeightViews:
     __slots__ = ("_source", "_views")
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop the views."""
         self._source: Any = None
         self._views: Weights | None = None
 
@@ -104,7 +100,7 @@ class _OnKernels(Adaptation):
         return result + self["bias"] if "bias" in self else result
 
     def forget_weights(self) -> None:
-        self._cpu_weights.forget()
+        self._cpu_weights = WeightViews()
         super().forget_weights()
 
 
@@ -141,9 +137,8 @@ def _supported(layer: Any) -> bool:
     if "scales" not in layer:
         return weight.shape[1] % _CHUNK == 0 and weight.dtype in (mx.float32, mx.float16, mx.bfloat16)
     columns = weight.shape[1] * 32 // layer.bits
-    mode = getattr(layer, "mode", "affine")
     return (
-        mode == "affine"
+        getattr(layer, "mode", "affine") == "affine"
         and layer.bits in (4, 8)
         and layer.group_size in _SHIFTS
         and columns % max(_CHUNK, layer.group_size) == 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -31,24 +32,20 @@ class NodePositions:
     to ``arange(N)`` to give the positions, which is how models use a scalar offset.
     """
 
-    __slots__ = ("_absolute", "_relative", "positions")
-
     def __init__(self, positions: npt.NDArray[np.int32]) -> None:
         """positions: (N,) int32, the position (depth in the sequence) of each row."""
         self.positions = positions
-        self._absolute: mx.array | None = None
-        self._relative: mx.array | None = None
 
-    @property
+    @cached_property
     def absolute(self) -> mx.array:
         """(N,) int32, the positions."""
-        if self._absolute is None:
-            self._absolute = mx.array(self.positions)
-        return self._absolute
+        return mx.array(self.positions)
+
+    @cached_property
+    def _relative(self) -> mx.array:
+        return mx.array(self.positions - np.arange(len(self.positions), dtype=np.int32))
 
     def __mlx_array__(self) -> mx.array:
-        if self._relative is None:
-            self._relative = mx.array(self.positions - np.arange(len(self.positions), dtype=np.int32))
         return self._relative
 
     def __repr__(self) -> str:
@@ -85,34 +82,22 @@ class PerNodeRope(Adaptation):
     """A rope module that gives each row of a tree its own offset."""
 
     def __call__(self, x: mx.array, offset: Any = 0, *args: Any, **kwargs: Any) -> mx.array:
-        if isinstance(offset, int):
-            return super().__call__(x, offset, *args, **kwargs)
-        if isinstance(offset, NodePositions):
-            return self._rotate_rows(x, offset.absolute, offset.positions, args, kwargs)
-        num_rows = x.shape[-2]
-        if isinstance(offset, mx.array) and offset.shape == (num_rows,) and x.shape[0] == 1 < num_rows:
-            # A NodePositions that the model turned into an array (gemma4): see __mlx_array__.
-            return self._rotate_rows(x, offset + mx.arange(num_rows), None, args, kwargs)
-        return super().__call__(x, offset, *args, **kwargs)
-
-    def _rotate_rows(
-        self,
-        x: mx.array,
-        absolute: mx.array,
-        positions: npt.NDArray[np.int32] | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> mx.array:
-        """x: (1, ..., N, head_dim). The rows go to the batch axis, where each has its own offset."""
         rope: Callable[..., mx.array] = super().__call__
-        rows = x.swapaxes(0, -2)
+        if isinstance(offset, int):
+            return rope(x, offset, *args, **kwargs)
+        num_rows = x.shape[-2]
+        if isinstance(offset, NodePositions):
+            absolute = offset.absolute
+        elif isinstance(offset, mx.array) and offset.shape == (num_rows,) and x.shape[0] == 1 < num_rows:
+            # A NodePositions that the model turned into an array (gemma4): see __mlx_array__.
+            absolute = offset + mx.arange(num_rows)
+        else:
+            return rope(x, offset, *args, **kwargs)
+        rows = x.swapaxes(0, -2)  # to the batch axis, where each has its own offset
         try:
             rotated = rope(rows, absolute, *args, **kwargs)
         except (TypeError, ValueError):
             # The module needs a number (dynamic NTK compares it with a length): one call for each position.
-            if positions is None:
-                positions = np.array(absolute)
-            rotated = mx.concatenate(
-                [rope(rows[i : i + 1], int(p), *args, **kwargs) for i, p in enumerate(positions)]
-            )
+            places = enumerate(np.array(absolute).tolist())
+            rotated = mx.concatenate([rope(rows[i : i + 1], p, *args, **kwargs) for i, p in places])
         return rotated.swapaxes(0, -2)

@@ -341,13 +341,7 @@ def layer_kind(layer: Module) -> Hashable:
     return (parameters, tuple(settings))
 
 
-def representative_layers(layers: list[Module], at_least: int = 2) -> int:
-    """How many leading layers hold one of every kind."""
-    seen: set[Hashable] = set()
-    count = min(at_least, len(layers))
-    for number, layer in enumerate(layers, 1):
-        kind = layer_kind(layer)
-        if kind not in seen:
-            seen.add(kind)
-            count = max(count, number)
-    return count
+def representative_layers(layers: list[Module]) -> int:
+    """How many leading layers hold one of every kind; two at least, where there are two."""
+    firsts = {layer_kind(layer): number for number, layer in reversed(list(enumerate(layers, 1)))}
+    return max([min(2, len(layers)), *firsts.values()])

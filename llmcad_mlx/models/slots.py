@@ -8,7 +8,7 @@ waiting to be is dead; dead slots stay until their tail is dropped or the owner 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,7 @@ def most_capacity(num_slots: int) -> int:
     return grown_capacity(num_slots + SPARE_SLOTS, num_slots + SPARE_SLOTS)
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
+class AttentionPlan(NamedTuple):
     """Which slots the N rows of the present append see, for attention kernels that skip the mask.
 
     Row i sees the committed sequence from index ``first_visible[i]`` on, then its own slots: uncommitted
@@ -96,8 +95,7 @@ class SlotTable:
             rows[0] = self.last_slot
             depths = np.arange(self.length, self.length + n, dtype=np.int32)
         else:
-            rows = self._checked_parents(parents, start)
-            depths = self._depths(rows, start)
+            rows, depths = self._placed(parents, start)
         chain = self._chain and bool(np.array_equal(rows, np.arange(start - 1, start + n - 1)))
         if self.linear and not chain:
             raise ValueError("this model takes chains only, not trees")
@@ -235,23 +233,21 @@ class SlotTable:
                 self._own = tuple(np.array(paths[slot], np.int32) for slot in range(first, end))
         return self._own
 
-    def _checked_parents(self, parents: Sequence[int], start: int) -> Ints:
+    def _placed(self, parents: Sequence[int], start: int) -> tuple[Ints, Ints]:
+        """Slots of the parents of the rows from slot `start` on, checked, and the rows' positions."""
         rows = np.asarray(parents, np.int32)
         rows = np.where(rows == -1, np.int32(self.last_slot), rows)
         known = (rows >= self._first_pending) & (rows < np.arange(start, start + len(rows)))
         pending = known & ~np.isin(rows, list(self._gone)) if self._gone else known
         if not np.all(pending | (rows == self.last_slot)):
             raise ValueError("a parent is neither the last committed slot nor an earlier uncommitted one")
-        return rows
-
-    def _depths(self, parents: Ints, start: int) -> Ints:
         depths: list[int] = []
-        for parent in parents.tolist():
+        for parent in rows.tolist():
             if parent >= start:
                 depths.append(depths[parent - start] + 1)
             else:
                 depths.append(int(self._positions[parent]) + 1 if parent >= 0 else 0)
-        return np.array(depths, np.int32)
+        return rows, np.array(depths, np.int32)
 
     def _is_pending(self, slots: Ints) -> npt.NDArray[np.bool_]:
         """Which of ``slots`` are uncommitted, and not dead."""

@@ -30,6 +30,7 @@ from llmcad_mlx.cpu.kernels import (
     _sum_lanes,
     _void,
     call_vector,
+    pack_rows,
     tile_packed,
 )
 
@@ -204,18 +205,6 @@ def silu_times(gate, up, threads):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _pack_queries(q, first, count, head, scale):  # type: ignore[no-untyped-def]
-    """Rows [first, first + count) of one head of q, times `scale`, as (block, row, lane)."""
-    dim = q.shape[2]
-    packed = np.empty(count * dim, np.float32)
-    for m in range(count):
-        for c in range(dim // 16):
-            for i in range(16):
-                packed[(c * count + m) * 16 + i] = q[first + m, head, c * 16 + i] * scale
-    return packed
-
-
-@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
 def _softmax(scores, m, lowest, seen):  # type: ignore[no-untyped-def]
     """In place: row m of scores becomes the softmax over [lowest, seen), and 0 outside."""
     at, width = scores.ctypes.data + m * scores.strides[0], scores.shape[1]
@@ -267,7 +256,10 @@ def _attend(q, keys, values, plan, scale, out, item, prefix, longest):  # type: 
     first, last = tile * rows // tiles, (tile + 1) * rows // tiles
     count = last - first
     keys_of, values_of = keys[head // group], values[head // group]
-    packed = _pack_queries(q, first, count, head, scale)
+    packed = np.empty(count * dim, np.float32)
+    pack_rows(q[:, head], first, count, False, packed)
+    for i in range(packed.size):
+        packed[i] *= scale
     width = (longest + 31) // 16 * 16
     scores = np.empty((count, width), np.float32)
     at, step = scores.ctypes.data, scores.strides[0]

@@ -2,9 +2,8 @@
 
 MLX's CPU back end runs normalisation, rotation, softmax and activation one scalar at a time and hands each
 evaluation to another thread; on a 135M model that was 80 % of the time. A block of the usual build (RMS norm,
-grouped attention with rotary positions, SwiGLU) is therefore computed here as one call. Which blocks are of
-that build is found out by structure *and* by numbers: `install_cpu_blocks` runs each candidate against
-MLX's own code and keeps it only when they agree.
+grouped attention with rotary positions, SwiGLU) is therefore computed here as one call. Structure tells
+candidates, numbers decide: `install_cpu_blocks` keeps a block only where it agrees with MLX's own code.
 """
 
 from __future__ import annotations
@@ -286,10 +285,7 @@ def _is_candidate(block: Any) -> bool:
 
 
 def _agrees(block: Any, original: Any) -> bool:
-    """Run the block both ways over two forwards (a prompt, then single tokens) on random input.
-
-    original: MLX's ``__call__``.
-    """
+    """Run the block with its own and with MLX's ``__call__``, `original`: a random prompt, then a single token."""
     hidden = block.input_layernorm["weight"].shape[0]
     rng = np.random.default_rng(0)
     outputs: list[list[Floats]] = []
@@ -312,10 +308,8 @@ def _agrees(block: Any, original: Any) -> bool:
 
 
 def install_cpu_blocks(model: Module, loaded: Callable[[int], AbstractContextManager[None]] | None = None) -> int:
-    """Let the model's decoder blocks compute on the CPU kernels where both ways agree; returns how many.
-
-    loaded: see `cpu.use_cpu_blocks`.
-    """
+    """Let the model's decoder blocks compute on the CPU kernels where both ways agree; returns how many. loaded:
+    see `cpu.use_cpu_blocks`."""
     agreed: dict[Hashable, bool] = {}
     rotations: dict[Hashable, _Rotation] = {}
     count = 0

@@ -99,10 +99,8 @@ def _bytes_per_chunk(weight: Any) -> int:
 
 
 def _unpack(builder: Any, weight: Any, scale: Any, w_at: Any, s_at: Any, b_at: Any) -> tuple[Any, Any]:
-    """One chunk of a weight row as two float32 vectors, in the order `pack_rows` gives activations.
-
-    4-bit: even elements, then odd ones (low and high nibbles). Others: first half, second half.
-    """
+    """One chunk of a weight row as two float32 vectors, in the order of `pack_rows`: of 4 bits the even elements,
+    then the odd ones (low and high nibbles); of others the first half, then the second."""
     zero = _I64(0)
     if weight not in (types.uint32, types.uint8):
         kind = _VECTOR_OF[weight]
@@ -290,10 +288,8 @@ def _store_sums(typing, acc, step, out):  # type: ignore[no-untyped-def]
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def pack_rows(x: np.ndarray, first: int, rows: int, split: bool, out: np.ndarray) -> None:
-    """Pack activation rows (M, K) [first, first + rows) as (chunk, half, row, lane) into flat `out`.
-
-    `split` puts the even elements of each chunk in the first half and the odd ones in the second.
-    """
+    """Pack activation rows (M, K) [first, first + rows) as (chunk, half, row, lane) into flat `out`. `split` puts
+    the even elements of each chunk in the first half and the odd ones in the second."""
     chunks = x.shape[1] // 32
     for m in range(rows):
         for c in range(chunks):
@@ -357,10 +353,8 @@ def matmul_few(x, weight, scales, biases, shift, split, out):  # type: ignore[no
 
 @nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
 def matmul_few_three(x, first, second, third, out1, out2, out3):  # type: ignore[no-untyped-def]
-    """Three `matmul_few` of one input in one parallel region: waking threads costs more than a small product.
-
-    first, second, third: (weight, scales, biases, shift, split, bias) of equal `split`; the bias is not added.
-    """
+    """Three `matmul_few` of one input in one parallel region: waking threads costs more than a small product. All
+    are (weight, scales, biases, shift, split, bias) of equal `split`; the bias is not added."""
     w1, s1, b1, shift1, split, _ = first
     w2, s2, b2, shift2, _, _ = second
     w3, s3, b3, shift3, _, _ = third

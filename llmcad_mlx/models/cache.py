@@ -42,10 +42,7 @@ class UnsupportedCacheError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """A copy of one layer's state: keys (kv_heads, L, key_dim), values (kv_heads, L, value_dim).
-
-    The tokens are in position order, without dead slots and spare capacity.
-    """
+    """A copy of one layer's state, (kv_heads, L, dim) each: L tokens in position order, without dead slots."""
 
     keys: mx.array
     values: mx.array
@@ -92,10 +89,7 @@ class LayerCache:
         return offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store the announced rows; returns all slots.
-
-        keys, values: (1, kv_heads, N, head_dim), head_dim may differ. Returns them with ``num_slots`` for N.
-        """
+        """Store the announced rows, (1, kv_heads, N, head_dim) keys and values; returns those of all slots."""
         start, end = self.owner.first_appended, self.owner.num_slots
         if keys.shape[2] != end - start:
             raise RuntimeError(f"{keys.shape[2]} tokens forwarded, {end - start} announced with append")
@@ -119,10 +113,7 @@ class LayerCache:
         return self.keys[..., :end, :], self.values[..., :end, :]
 
     def kernel_buffers(self, kv_heads: int, dim: int) -> tuple[Floats, Floats]:
-        """Numpy keys and values with room for the announced rows, which the CPU kernels write themselves.
-
-        Pages that are never written take no memory.
-        """
+        """Numpy keys and values with room for the announced rows, which the CPU kernels write themselves."""
         capacity = self._needed_capacity(SPARE_SLOTS)
         if capacity:
             room = (kv_heads, capacity, dim)
@@ -136,9 +127,8 @@ class LayerCache:
         """What to grow to for the announced rows and `spare` more slots; 0 where there is room."""
         capacity = 0 if self.keys is None else self.keys.shape[-2]
         needed = self.owner.num_slots + spare
-        return (
-            0 if needed <= capacity else grown_capacity(max(needed, self.owner.expected_slots + spare), capacity)
-        )
+        wanted = max(needed, self.owner.expected_slots + spare)
+        return 0 if needed <= capacity else grown_capacity(wanted, capacity)
 
     def _moved(self, old: Any, new: Any) -> Any:
         """`new`, with what `old` holds before the announced rows."""
@@ -217,10 +207,8 @@ class LazyKVCache(SlotTable):
 
     @classmethod
     def like(cls, template: Sequence[object], linear: bool = False) -> LazyKVCache:
-        """A cache with the structure of ``template``, the list that ``make_prompt_cache(model)`` returns.
-
-        Raises UnsupportedCacheError for a state that cannot be rolled back.
-        """
+        """A cache with the structure of ``template``, the list that ``make_prompt_cache(model)`` returns. Raises
+        UnsupportedCacheError for a state that cannot be rolled back."""
         cache = cls((), linear)
         cache.layers = [cache._stand_in(entry) for entry in template]
         return cache

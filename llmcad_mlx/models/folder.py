@@ -49,12 +49,12 @@ _STAND_IN_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class TokenEmbedding:
-    """Where a model looks tokens up. The sizes are kept because a streamed module does not know them."""
+    """Where a model looks tokens up."""
 
     module: Any
     path: str
-    num_rows: int
     width: int
+    """Kept because a streamed module does not know it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,21 +179,16 @@ def _first_line(error: Exception) -> str:
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     """Rows of the full embedding by config.json, None where it does not say."""
-    for place in (config, config.get("text_config") or {}):
-        size = place.get("vocab_size")
-        if isinstance(size, int):
-            return size
-    return None
+    sizes = (place.get("vocab_size") for place in (config, config.get("text_config") or {}))
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 # --- what a draft may leave out
 
 
 def read_draft_tokens(folder: Path, vocab_size: int | None) -> TokenList | None:
-    """The token list of a draft's folder; None where it has none. vocab_size: the full model's, if known.
-
-    Raises ModelError naming the file for anything that is not such a list.
-    """
+    """The token list of a draft's folder; None where it has none. vocab_size: the full model's, if known. Raises
+    ModelError naming the file for anything that is not such a list."""
     file = folder / DRAFT_TOKENS
     if not file.exists():
         return None
@@ -228,11 +223,8 @@ def check_token_list(tokens: TokenList, vocab_size: int | None, where: str) -> N
 
 
 def check_same_tokens(target: Mapping[str, int], draft: Mapping[str, int]) -> None:
-    """Compare two token maps (text -> id), as a tokenizer's `get_vocab()` gives them.
-
-    The sizes of the logits may differ, padding has no tokens; but every id that either map names must name
-    the same text in both. Raises VocabularyError with the first differing token.
-    """
+    """Raise VocabularyError with the first token whose text differs in two token maps (text -> id), as
+    `get_vocab()` gives them. The sizes of the logits may differ: padding has no tokens."""
     if target == draft:
         return
     texts, draft_texts = ({id_: text for text, id_ in vocabulary.items()} for vocabulary in (target, draft))
@@ -252,11 +244,8 @@ def _shown(text: str | None) -> str:
 def head_path(model: Module) -> str | None:
     """Where the model keeps its head, a linear layer: "lm_head" in most; None where it has none of its own."""
     modules: Any = model.named_modules()
-    found = [
-        path
-        for path, module in modules
-        if path.rpartition(".")[2] == "lm_head" and isinstance(module, Linear | QuantizedLinear)
-    ]
+    linear = [path for path, module in modules if isinstance(module, Linear | QuantizedLinear)]
+    found = [path for path in linear if path.rpartition(".")[2] == "lm_head"]
     return found[0] if len(found) == 1 else None
 
 
@@ -290,12 +279,13 @@ def shares_embedding(config: Mapping[str, Any]) -> bool:
 def token_embedding(model: Module) -> TokenEmbedding | None:
     """The model's embedding with the most rows (others are of positions or token types); None: it has none."""
     modules: Any = model.named_modules()
-    found = []
-    for path, module in modules:
-        if isinstance(module, Embedding | QuantizedEmbedding):
-            width = module.dims if isinstance(module, QuantizedEmbedding) else module.weight.shape[1]
-            found.append(TokenEmbedding(module, path, module.weight.shape[0], width))
-    return max(found, key=lambda embedding: embedding.num_rows, default=None)
+    found = [(path, module) for path, module in modules if isinstance(module, Embedding | QuantizedEmbedding)]
+    if not found:
+        return None
+    path, module = max(found, key=lambda entry: entry[1].weight.shape[0])
+    return TokenEmbedding(
+        module, path, module.dims if isinstance(module, QuantizedEmbedding) else module.weight.shape[1]
+    )
 
 
 class _Lookup(Module):

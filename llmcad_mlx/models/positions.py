@@ -1,13 +1,9 @@
 """Per-node positions for mlx-lm models: siblings in a token tree share a position.
 
-mlx-lm models rotate with ``self.rope(x, offset=cache.offset)``: one offset for the whole call, row i of ``x``
-being at position ``offset + i``. For a tree our cache answers with a `NodePositions` instead of an int, and
-`install` teaches the model's rope modules what it means: rows move to the batch axis, where
-``mx.fast.rope`` takes one offset each.
-
-Anything else a model might do with the offset either stays right, because a `NodePositions` turns into the
-array r with ``arange(N) + r == positions``, or raises. So a model that this module does not understand
-fails loudly in the load-time probe instead of computing with wrong positions.
+mlx-lm models rotate with ``self.rope(x, offset=cache.offset)``, row i of ``x`` being at position ``offset + i``.
+For a tree our cache answers with a `NodePositions` instead of an int, and `install` teaches the model's rope
+modules what it means: rows move to the batch axis, where ``mx.fast.rope`` takes one offset each. Anything else a
+model might do with the offset stays right or raises: a model we do not understand fails in the load-time probe.
 """
 
 from __future__ import annotations
@@ -53,11 +49,8 @@ class NodePositions:
 
 
 def install(model: Module) -> None:
-    """Teach the rope modules of ``model`` to take a `NodePositions`.
-
-    An int offset, and an array with one offset per batch row, take the module's own code unchanged, so mlx-lm
-    can go on using the same model object. Installing twice is harmless; `uninstall` undoes it.
-    """
+    """Teach the rope modules of ``model`` to take a `NodePositions`; other offsets take the module's own code, so
+    mlx-lm can go on using the same model object. Installing twice is harmless; `uninstall` undoes it."""
     for module in _rope_modules(model):
         adapt(module, PerNodeRope)
 
@@ -69,10 +62,8 @@ def uninstall(model: Module) -> None:
 
 
 def _rope_modules(model: Module) -> list[Module]:
-    """Modules called as ``module(x, offset)``: nn.RoPE, mlx-lm's rope_utils and the ones in its model files.
-
-    Attention and decoder layers may take an offset too, but never as the argument right after ``x``.
-    """
+    """Modules called as ``module(x, offset)``: nn.RoPE, mlx-lm's rope_utils and the ones in its model files. Other
+    layers may take an offset too, but never as the argument right after ``x``."""
     modules: list[Module] = model.modules()
     signatures = ((module, inspect.signature(own_class(module).__call__)) for module in modules)
     return [module for module, signature in signatures if list(signature.parameters)[2:3] == ["offset"]]

@@ -149,11 +149,8 @@ class _Probe:
         return problem
 
     def _difference(self, found: Logits, pad_single: bool) -> float:
-        """To the model's own cache; if only rounding tells them apart, to plain decoding through ours.
-
-        Kernels that only our cache gets, and padded rows, round in their own way. What has to be equal to a
-        tree is plain decoding with the same kernels.
-        """
+        """To the model's own cache; if only rounding tells them apart, to plain decoding through ours, as kernels
+        that only our cache gets, and padded rows, round in their own way."""
         difference = _largest_difference(found, self.reference)
         if self.tolerance < difference <= _ROUNDING * self.range:
             difference = _largest_difference(found, self._plain_logits(pad_single))
@@ -284,18 +281,17 @@ _FORMAT = 1
 def cached_probe(
     model: Module, config: Mapping[str, Any], folder: Path, run: Callable[[Module], ProbeReport]
 ) -> ProbeReport:
-    """What `run(model)` found, kept in `folder` for the same model, versions and device.
-
-    A file that is missing or damaged means probing again.
-    """
+    """What `run(model)` found, kept in `folder` for the same model, versions and device, and found out again where
+    the file is missing or damaged."""
     file = folder / f"{_key(model, config)}.json"
-    report = _read(file)
-    if report is None:
+    try:
+        report = ProbeReport(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
         report = run(model)
         with contextlib.suppress(OSError):
             write_text(file, json.dumps(asdict(report)))
-    elif report.capability == "tree":
-        positions.install(model)  # as probing does
+    if report.capability == "tree":
+        positions.install(model)  # as probing has done
     return report
 
 
@@ -311,14 +307,6 @@ def _key(model: Module, config: Mapping[str, Any]) -> str:
         shapes,
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:24]
-
-
-def _read(file: Path) -> ProbeReport | None:
-    try:
-        report = ProbeReport(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-    return report if report.capability in ("tree", "chain", "plain") else None
 
 
 _NUMBERING = ("idx", "index", "layer_id", "number")

@@ -20,10 +20,8 @@ SPARE_SLOTS = 3  # the score kernel reads keys in fours and may touch three slot
 
 
 def grown_capacity(num_slots: int, capacity: int) -> int:
-    """Slots to make room for when `num_slots` are needed and there is room for `capacity`.
-
-    A quarter more at least, so that all growing together copies no more than a few times what there is.
-    """
+    """Slots to make room for when `num_slots` are needed and there is room for `capacity`: a quarter more at
+    least, so that all growing together copies no more than a few times what there is."""
     return -(-max(num_slots, capacity * 5 // 4) // _STEP) * _STEP
 
 
@@ -89,7 +87,11 @@ class SlotTable:
         if n < 1 or (parents is not None and len(parents) != n):
             raise ValueError(f"{n} tokens with {n if parents is None else len(parents)} parents")
         start = self.num_slots
-        self._reserve(start + n)
+        if start + n > len(self._live):
+            room = np.zeros(max(start + n - len(self._live), len(self._live)), np.int32)
+            self._live = np.concatenate([self._live, room])
+            self._parents = np.concatenate([self._parents, room])
+            self._positions = np.concatenate([self._positions, room])
         if parents is None:
             rows = np.arange(start - 1, start + n - 1, dtype=np.int32)
             rows[0] = self.last_slot
@@ -136,10 +138,7 @@ class SlotTable:
             self._settle()
 
     def truncate(self, length: int) -> None:
-        """Keep only the first ``length`` committed tokens and nothing uncommitted.
-
-        Raises ValueError when fewer are committed.
-        """
+        """Keep only the first ``length`` committed tokens. Raises ValueError when fewer are committed."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot keep {length} of {self.length} tokens")
         self.length = length
@@ -283,11 +282,3 @@ class SlotTable:
     def _forget_append(self) -> None:
         self._own = None
         self._plans = {}
-
-    def _reserve(self, num_slots: int) -> None:
-        missing = num_slots - len(self._live)
-        if missing > 0:
-            room = np.zeros(max(missing, len(self._live)), np.int32)
-            self._live = np.concatenate([self._live, room])
-            self._parents = np.concatenate([self._parents, room])
-            self._positions = np.concatenate([self._positions, room])

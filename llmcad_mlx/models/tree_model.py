@@ -128,11 +128,8 @@ class TreeModel:
         return LazyKVCache.like(make_prompt_cache(self.model), linear=self.capability == "chain")
 
     def forward(self, tokens: Sequence[int], cache: ModelCache, parents: Sequence[int] | None = None) -> Forward:
-        """Append ``tokens`` below ``parents`` (see `SlotTable.append`; None: a chain); compute their logits.
-
-        Nothing is evaluated yet, and nothing committed. Raises ValueError for parents that the capability
-        excludes.
-        """
+        """Append ``tokens`` below ``parents`` (see `SlotTable.append`); compute their logits, unevaluated. Raises
+        ValueError for parents that the capability excludes."""
         if self.report.single_rows and len(tokens) > 1:
             slots = cache.append(parents, len(tokens))
             rows = [self.model(mx.array([[token]]), cache=cache.layers)[0] for token in tokens]

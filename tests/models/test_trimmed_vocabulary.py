@@ -183,7 +183,7 @@ def test_folders_draft_in_memory_and_beside_a_streamed_target(
 SHARED: dict[str, Callable[[Path], Path]] = {
     "llama": lambda path: make_folder(path, layers=3),
     "tied": lambda path: family_folder(path, "qwen2", **TIED),
-    "quantised": lambda path: family_folder(path, "qwen2", bits=4, hidden_size=64, **TIED),
+    "quantised": lambda path: family_folder(path, "qwen2", bits=4, hidden_size=64, intermediate_size=64, **TIED),
     "scaled": lambda path: family_folder(path, "gemma3_text", max_position_embeddings=512),
 }
 

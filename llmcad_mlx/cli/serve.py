@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from llmcad_mlx.cli import options
-from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve import ServerSettings
 
 _DEFAULT = ServerSettings()
 
@@ -48,7 +48,9 @@ def serve(
     max_prompt_tokens: Annotated[
         int | None, typer.Option("--max-prompt-tokens", help="Most tokens of one prompt. Default: the context.")
     ] = None,
-    max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Largest request.")] = "4MB",
+    max_body: Annotated[
+        str, typer.Option("--max-body", metavar="SIZE", help="Largest request.")
+    ] = f"{_DEFAULT.max_body_bytes // 10**6}MB",
     prompt_cache: Annotated[
         str,
         typer.Option(
@@ -64,9 +66,8 @@ def serve(
     """Serve OpenAI's HTTP API, and a page to chat on, until Ctrl-C."""
     from llmcad_mlx.api import Engine
     from llmcad_mlx.loader import load_pair
-    from llmcad_mlx.serve.prompt_cache import cache_limit
     from llmcad_mlx.serve.server import LlmServer
-    from llmcad_mlx.serve.worker import public_name
+    from llmcad_mlx.serve.worker import cache_limit, public_name
     from llmcad_mlx.sizes import parse_size
 
     settings = ServerSettings(

@@ -18,7 +18,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from llmcad_mlx.cli import pull as pull_command
+from llmcad_mlx.cli.models import pull as pull_command
 from llmcad_mlx.errors import DownloadError, ModelError, UsageError
 from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
@@ -469,7 +469,7 @@ def test_preset_of_whole_repositories(
     assert pull.resolve_target("pair") == pulled.target
     assert pull.preset_draft("pair") == "pair"
     assert pull.resolve_draft("pair") == pulled.draft
-    pull_command.pull("pair")
+    pull_command("pair")
     assert capsys.readouterr().out.splitlines() == [str(pulled.target), str(pulled.draft)]
 
 
@@ -489,7 +489,7 @@ def test_preset_whose_repository_holds_no_model(hub: HubStandIn, repo_preset: Pr
 
 
 def test_list_says_which_machine_a_preset_is_for(repo_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
-    pull_command.pull(None, list_names=True)
+    pull_command(None, list_names=True)
     assert capsys.readouterr().out.splitlines() == [
         "pair: a test",
         "  target  org/large",
@@ -569,7 +569,7 @@ def test_resolve_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    pull_command.pull(None, list_names=True)
+    pull_command(None, list_names=True)
     printed = capsys.readouterr().out
     for preset in presets.list_presets():
         assert f"{preset.name}: {preset.summary}" in printed
@@ -578,7 +578,7 @@ def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_prints_the_folders(tiny_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
-    pull_command.pull("tiny")
+    pull_command("tiny")
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [str(home_folder() / "models" / "tiny" / "target")]
     assert "downloading tiny.gguf from the hub" in captured.err
@@ -586,4 +586,4 @@ def test_command_prints_the_folders(tiny_preset: Preset, capsys: pytest.CaptureF
 
 def test_command_needs_a_name() -> None:
     with pytest.raises(UsageError, match="name a preset"):
-        pull_command.pull(None)
+        pull_command(None)

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files import bundle_writer
-from llmcad_mlx.gguf import weights as gguf_weights
+from llmcad_mlx.gguf import convert as gguf_convert
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.store.pull import pull_part
@@ -27,7 +27,7 @@ def files_in(folder: Path) -> list[str]:
 def test_written_in_pieces_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = write_tiny_gguf(tmp_path / "tiny.gguf", Kind.Q5_0)
     convert_gguf(tiny, tmp_path / "whole")
-    monkeypatch.setattr(gguf_weights, "CHUNK_VALUES", HIDDEN * 7)
+    monkeypatch.setattr(gguf_convert, "CHUNK_VALUES", HIDDEN * 7)
     convert_gguf(tiny, tmp_path / "pieces")
     whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
     assert whole.read_bytes() == pieces.read_bytes()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.store.presets import NGRAM, DraftSource, FileSource, PackagedSource, list_presets
+from llmcad_mlx.store.presets import NGRAM, FileSource, PackagedSource, Source, list_presets
 
 
 def pull(
@@ -39,7 +39,7 @@ def pull(
 
 def _print_presets() -> None:
     for preset in list_presets():
-        sources: list[DraftSource] = [preset.target, *([preset.draft] if preset.draft else [])]
+        sources: list[Source] = [preset.target, *([preset.draft] if preset.draft else [])]
         print(f"{preset.name}: {preset.summary}")
         print(f"  target  {_where(preset.target)}")
         print(f"  draft   {_where(preset.draft) if preset.draft else NGRAM}")
@@ -52,13 +52,13 @@ def _print_presets() -> None:
         print(f"  {', '.join(facts)}")
 
 
-def _where(source: DraftSource) -> str:
+def _where(source: Source) -> str:
     if isinstance(source, PackagedSource):
         return f"{source.name}, which comes with this package"
     return f"{source.repo} {source.file}" if isinstance(source, FileSource) else source.repo
 
 
-def _download(sources: list[DraftSource]) -> list[str]:
+def _download(sources: list[Source]) -> list[str]:
     """Only where the sizes of all are known."""
     sources = [source for source in sources if not isinstance(source, PackagedSource)]
     sizes = [source.num_bytes for source in sources if isinstance(source, FileSource)]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files.atomic import new_folder
+from llmcad_mlx.files import new_folder
 from llmcad_mlx.gguf.model import FamilyModel, read_family
 from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.gguf.tokenizer import TokenIds, read_tokenizer
@@ -23,14 +23,12 @@ def convert_gguf(
     bits: int = 4,
     group_size: int = 32,
     *,
-    replace: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
 
     The folder appears complete or not at all. `bits` is one of 2, 3, 4, 5, 6, 8 and `group_size` of 32, 64,
-    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `groups`). `replace` an
-    existing folder, else it must be new or empty.
+    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `groups`). `dest` must be new or empty.
 
     Raises UsageError for an option or a destination that cannot be used, ModelError for a file that is not a
     GGUF model of a supported family or is damaged, DiskError when it does not fit the disk.
@@ -43,7 +41,7 @@ def convert_gguf(
     tokenizer = read_tokenizer(header)
     plan = plan_weights(header, model, bits, group_size)
     num_source_bytes = sum(tensor.source.num_bytes for tensor in plan)
-    with new_folder(dest, sum(tensor.num_bytes for tensor in plan), replace=replace) as folder:
+    with new_folder(dest, sum(tensor.num_bytes for tensor in plan)) as folder:
         with (progress or NoProgress()).stage(f"converting to {bits}-bit groups", num_source_bytes) as advance:
             write_weights(header, plan, folder, bits, group_size, advance)
         tokenizer.save(folder)

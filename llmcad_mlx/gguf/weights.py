@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files.bundle_writer import BundleWriter
+from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import TensorSpec
 from llmcad_mlx.gguf.groups import Bytes, NotFiniteError, group_rows, has_values, require_finite, values
 from llmcad_mlx.gguf.model import CONFIGURED, FamilyModel

@@ -36,7 +36,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.utils import dequantize_model
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files.atomic import check_destination
+from llmcad_mlx.files import check_destination
 from llmcad_mlx.files.safetensors import weight_files
 from llmcad_mlx.models.draft_folder import (
     TokenList,

@@ -21,13 +21,13 @@ from mlx_lm.utils import load_model
 
 from convert.trim_vocabulary import count_tokens
 from llmcad_mlx import Engine, load
+from llmcad_mlx import files as disk
 from llmcad_mlx.cli.main import run as run_cli
 from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.doctor import diagnose
 from llmcad_mlx.drafting import model as candidates
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
-from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.loader import load_tree_model, plan_pair
 from llmcad_mlx.models.draft_folder import FILE, check_same_tokens

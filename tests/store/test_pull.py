@@ -18,14 +18,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from llmcad_mlx import files as disk
 from llmcad_mlx.cli import pull as pull_command
 from llmcad_mlx.errors import DownloadError, ModelError, UsageError
-from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.progress import NoProgress, StreamProgress
 from llmcad_mlx.store import download, home_folder, presets, pull
-from llmcad_mlx.store import hub as hub_repo
 from llmcad_mlx.store.presets import FileSource, Mirror, Preset, RepoSource
 from tests.support.hub_stand_in import HubStandIn, hub_stand_in
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -135,7 +134,8 @@ def files_folder() -> Path:
 
 def only(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `preset` be the one that comes with the package."""
-    monkeypatch.setattr(presets, "parse_presets", lambda _: {preset.name: preset})
+    for module in (presets, pull_command):
+        monkeypatch.setattr(module, "list_presets", lambda: [preset])
 
 
 def no_leftovers() -> bool:
@@ -390,7 +390,7 @@ def test_repository_from_the_cache_when_the_hub_is_gone(hub: HubStandIn, monkeyp
 @pytest.fixture
 def large_repo(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> HubStandIn:
     """A repository whose weights count as large."""
-    monkeypatch.setattr(hub_repo, "RESUMABLE_BYTES", 10_000)
+    monkeypatch.setattr(download, "RESUMABLE_BYTES", 10_000)
     hub.repos["org/model"] = MODEL_FILES | {"model.safetensors": CONTENT}
     return hub
 
@@ -442,7 +442,7 @@ def test_a_disk_that_fills_up_during_a_repository(large_repo: HubStandIn, monkey
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub_repo, "http_get", full)
+    monkeypatch.setattr(download, "http_get", full)
     with pytest.raises(disk.DiskError, match=r"org/model: the disk is full; make room or set HF_HOME"):
         pull.pull_repo("org/model")
 

@@ -17,7 +17,7 @@ from mlx.nn.layers.base import Module
 
 from llmcad_mlx.cpu import unlisted_arrays, use_cpu_blocks, use_cpu_linears
 from llmcad_mlx.files.bundle import Bundle
-from llmcad_mlx.memory.plan import MemoryPlan, ModelSizes
+from llmcad_mlx.memory import MemoryPlan, ModelSizes
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import forget_weights, restore
 from llmcad_mlx.models.folder import LoadedModel

@@ -43,7 +43,6 @@ from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, 
 from llmcad_mlx.store.profile import Conditions, PairProfile
 from llmcad_mlx.store.pull import TABLE_SUFFIX
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
-from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
 from llmcad_mlx.verifying import Target
 
 
@@ -196,7 +195,7 @@ class PreparedTarget:
         mx.set_cache_limit(_MLX_CACHE_BYTES)
         loaded = load_model_folder(folder, lazy=True)
         bundle = _bundle(loaded) if options.verify else None
-        weights = Prepared(loaded, FileStorage(), probe_folder(), bundle)
+        weights = Prepared(loaded, probe_folder(), bundle)
         return cls(loaded, weights.model, real_tokens(loaded, weights.model), weights, None)
 
     def drafters(self, names: PairPaths, options: MemoryOptions) -> list[Drafter]:
@@ -229,10 +228,8 @@ class PlannedPair:
 
     def build(self) -> LoadedPair:
         """Bring in the weights that the plan pins, and begin to read the others."""
-        rate, prepared = self.options.read_bandwidth, self.target
-        feed = self.weights.build(
-            self.plan, lambda storage: storage if rate is None else ThrottledStorage(storage, rate)
-        )
+        prepared = self.target
+        feed = self.weights.build(self.plan, self.options.read_bandwidth)
         target = Target(prepared.model, prepared.vocab_size, feed, self.plan.prefill_chunk)
         if self.plan.budget_bytes is not None:
             self._make_room(target)

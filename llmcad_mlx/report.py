@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,11 @@ def stats_table(engine: Engine, stats: GenerationStats) -> Table:
     }
     if stats.streamed_bytes:
         rows["streamed"] = f"{format_size(stats.streamed_bytes)}{_emulated(engine, ',')}"
+    return rows_table(rows)
+
+
+def rows_table(rows: Mapping[str, str]) -> Table:
+    """Names and what is said of them, without a frame."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():
         table.add_row(name, value)

@@ -12,14 +12,12 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.styles import Style
 
 from llmcad_mlx.chat.commands import COMMANDS, SETTINGS
 from llmcad_mlx.chat.session import ChatSession
 from llmcad_mlx.report import status_line
-
-_STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"})
 
 
 def from_terminal(session: ChatSession, history: Path | None) -> None:
@@ -55,15 +53,8 @@ def from_pipe(session: ChatSession) -> None:
 def _prompt(history: Path | None, status: Callable[[], str]) -> PromptSession[str]:
     """Enter sends; Escape Enter, which is also what Alt-Enter sends, begins a new line. status: the line below."""
     keys = KeyBindings()
-
-    @keys.add("enter")
-    def send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     return PromptSession(
         history=_history(history),
         multiline=True,
@@ -72,7 +63,7 @@ def _prompt(history: Path | None, status: Callable[[], str]) -> PromptSession[st
         complete_while_typing=False,
         bottom_toolbar=status,
         prompt_continuation="... ",
-        style=_STYLE,
+        style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"}),
         enable_suspend=True,
     )
 
@@ -87,14 +78,12 @@ class _CarefulHistory(FileHistory):
 
 def _history(path: Path | None) -> History:
     """The history of `path`, which only its owner may read; one in memory where it cannot be opened."""
-    if path is None:
-        return InMemoryHistory()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError:
-        return InMemoryHistory()
-    return _CarefulHistory(str(path))
+    with suppress(OSError):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            return _CarefulHistory(str(path))
+    return InMemoryHistory()
 
 
 class CommandCompleter(Completer):

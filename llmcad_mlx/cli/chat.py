@@ -12,8 +12,6 @@ from llmcad_mlx.cli import options
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.settings import GenerationOptions, StopSettings
 
-_HISTORY_FILE = "chat_history"
-
 
 def chat(
     *,
@@ -60,9 +58,8 @@ def chat(
         if saved is not None:  # what was given counts more than what it was saved with
             session.load(saved, keep=tuple(options.given(command)))
         if plain is None:
-            from_terminal(session, None if no_history else home_folder() / _HISTORY_FILE)
+            from_terminal(session, None if no_history else home_folder() / "chat_history")
             return
         from_pipe(session)
-    if plain.num_errors:
-        count = plain.num_errors
+    if count := plain.num_errors:
         raise LlmcadError(f"{count} line{'' if count == 1 else 's'} could not be answered or obeyed; see above")

@@ -19,13 +19,13 @@ from prompt_toolkit.document import Document
 from rich.console import Console, RenderableType
 
 from llmcad_mlx import Engine, UsageError, load
-from llmcad_mlx.chat.commands import COMMANDS, Call, ChatSettings, parse
+from llmcad_mlx.chat.commands import COMMANDS, ChatSettings, parse
 from llmcad_mlx.chat.lines import CommandCompleter
-from llmcad_mlx.chat.screen import AnswerView, GrowingColours, GrowingMarkdown, TerminalAnswer, visible
+from llmcad_mlx.chat.screen import AnswerView, GrowingColours, GrowingMarkdown, TerminalAnswer, draw, visible
 from llmcad_mlx.chat.session import ChatSession, Conversation, Message
-from llmcad_mlx.chat.tree_view import draw
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.engine.round import RoundTree
+from llmcad_mlx.report import Answer
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.tree.walk import walk
@@ -61,7 +61,7 @@ class Chat(ChatSession):
         self.errors: list[str] = []
         self.stop_at: int | None = None
 
-    def answer(self, engine: Engine, settings: ChatSettings) -> AnswerView:
+    def answer(self, engine: Engine, settings: ChatSettings, answer: Answer) -> AnswerView:
         view, tokens = AnswerView(), count(1)
 
         def add(response: object) -> None:
@@ -126,13 +126,13 @@ def expected(engine: Engine, messages: list[dict[str, str]], **options: Any) -> 
     ("line", "call"),
     [
         ("hello", None), ("", None), (" /help me", None), ("what is 1/2?", None), ("a\n/quit", None),
-        ("/help", Call("help", "")), ("/quit ", Call("quit", "")), ("/bye", Call("quit", "")),
-        ("/?", Call("help", "")), ("/system  be brief, be\nkind ", Call("system", "be brief, be\nkind")),
-        ("/save my talk.chat", Call("save", "my talk.chat")),
-        ("/set temperature 0.5", Call("set", "temperature 0.5")),
+        ("/help", ("help", "")), ("/quit ", ("quit", "")), ("/bye", ("quit", "")),
+        ("/?", ("help", "")), ("/system  be brief, be\nkind ", ("system", "be brief, be\nkind")),
+        ("/save my talk.chat", ("save", "my talk.chat")),
+        ("/set temperature 0.5", ("set", "temperature 0.5")),
     ],
 )  # fmt: skip
-def test_commands_and_what_they_take(line: str, call: Call | None) -> None:
+def test_commands_and_what_they_take(line: str, call: tuple[str, str] | None) -> None:
     assert parse(line) == call
 
 

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -20,7 +19,6 @@ from llmcad_mlx.api import Engine, Response
 from llmcad_mlx.chat.commands import ChatSettings
 from llmcad_mlx.engine.round import ACCEPTED, PROVISIONAL, REJECTED, RoundTree
 from llmcad_mlx.report import Answer, status_line
-from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.tree.token_tree import MODEL, ROOT
 
 # C0, DEL and C1: with them a text could move the cursor, change colours or answer in the user's place.
@@ -114,7 +112,7 @@ class TerminalScreen:
 
     def answer(self, engine: Engine, settings: ChatSettings, _: Answer) -> AnswerView:
         text = GrowingColours() if settings.colour else GrowingMarkdown()
-        return TerminalAnswer(self._console, text, partial(status_line, engine))
+        return TerminalAnswer(self._console, text, engine)
 
     def show(self, what: RenderableType) -> None:
         self._console.print(what)
@@ -181,39 +179,30 @@ class GrowingColours:
 
 class TerminalAnswer(AnswerView):
     """What cannot change any more is printed and scrolls away; the rest, with a status line below, is redrawn in
-    place. So an answer may be longer than the screen, and nothing is printed twice.
+    place. So an answer may be longer than the screen, and nothing is printed twice."""
 
-    status: the line below, of the figures so far. clock: seconds.
-    """
-
-    def __init__(
-        self,
-        console: Console,
-        text: GrowingMarkdown | GrowingColours,
-        status: Callable[[GenerationStats | None], str],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._console, self._text, self._status, self._clock = console, text, status, clock
+    def __init__(self, console: Console, text: GrowingMarkdown | GrowingColours, engine: Engine) -> None:
+        self._console, self._text, self._engine = console, text, engine
         self._live = Live(
             console=console, auto_refresh=False, transient=True, vertical_overflow="crop",
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
-        self._started = self._drawn = clock()
+        self._started = self._drawn = time.monotonic()
 
     def __enter__(self) -> Self:
         self._live.start()
         return self
 
     def progress(self, done: int, total: int) -> None:
-        if self._clock() - self._started > _SHOW_PROGRESS_S:
+        if time.monotonic() - self._started > _SHOW_PROGRESS_S:
             self._draw(Text(f"reading: {done}/{total} tokens", "dim"))
 
     def add(self, response: Response) -> None:
         self._text.add(response)
-        if self._clock() - self._drawn < _REDRAW_S:
+        if time.monotonic() - self._drawn < _REDRAW_S:
             return
         rest = self._print_finished()
-        status = Text(self._status(response.stats), "dim", no_wrap=True, overflow="ellipsis")
+        status = Text(status_line(self._engine, response.stats), "dim", no_wrap=True, overflow="ellipsis")
         self._draw(status if rest is None else Group(_LastLines(rest), status))
 
     def end(self) -> None:
@@ -231,7 +220,7 @@ class TerminalAnswer(AnswerView):
 
     def _draw(self, shown: RenderableType) -> None:
         self._live.update(shown, refresh=True)
-        self._drawn = self._clock()
+        self._drawn = time.monotonic()
 
 
 class _LastLines:

@@ -90,14 +90,13 @@ class ChatSession:
         """
         try:
             call = parse(line)
-            if call is None:
-                if line.strip():
-                    self._answer((*self.conversation.messages, Message(USER, line.strip())))
-                return True
-            name, argument = call
-            if name == "quit":
-                return False
-            self._commands[name](argument)
+            if call is not None:
+                name, argument = call
+                if name == "quit":
+                    return False
+                self._commands[name](argument)
+            elif line.strip():
+                self._answer((*self.conversation.messages, Message(USER, line.strip())))
         except LlmcadError as error:
             self.screen.error(str(error))
         return True
@@ -123,8 +122,7 @@ class ChatSession:
         finally:
             text = "".join(answer.pieces)
             if complete or text:
-                said = Message(ASSISTANT, text, complete)
-                self.conversation = replace(asked, messages=(*messages, said))
+                self.conversation = replace(asked, messages=(*messages, Message(ASSISTANT, text, complete)))
         if answer.finish_reason == "length":
             limit, context = self.settings.options.stopping.max_tokens, self.engine.pair.context_length
             if answer.stats.generated_tokens == limit:

@@ -43,8 +43,7 @@ _OTHER_COMMAND_NAMES = {"exit": "quit", "bye": "quit", "?": "help"}  # as in oth
 
 
 def parse(line: str) -> tuple[str, str] | None:
-    """Name and argument of the command that a line is, None for a message. Raises UsageError for one that cannot
-    be."""
+    """A command's name and its argument, None for a message. Raises UsageError for a command that cannot be."""
     if not line.startswith("/"):
         return None
     name, _, argument = line[1:].strip().partition(" ")
@@ -85,8 +84,8 @@ class ChatSettings:
     def values(self) -> dict[str, Any]:
         """The options by name, as JSON takes them; without those that are off unless somebody sets them."""
         values, defaults = self.options.keywords(), GenerationOptions().keywords()
-        hidden = {name for name in _SHOWN_WHEN_SET if values[name] == defaults[name]}
-        return {name: values[name] for name in SETTINGS if name in values.keys() - hidden}
+        hidden = {COLOUR, *(name for name in _SHOWN_WHEN_SET if values[name] == defaults[name])}
+        return {name: values[name] for name in SETTINGS if name not in hidden}
 
     def with_values(self, values: Mapping[str, Any]) -> ChatSettings:
         """The settings with some options changed. Raises UsageError for one that cannot be."""

@@ -25,8 +25,6 @@ from llmcad_mlx.tree.token_tree import MODEL, ROOT
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _REDRAW_S = 0.08
 _SHOW_PROGRESS_S = 0.5
-_ROOM_BELOW = 3  # lines of the screen that the moving part leaves free
-_DRAFT_STYLE = "green"
 _MARKS = {ACCEPTED: ("✓", "bold green"), REJECTED: ("✗", "red"), PROVISIONAL: ("·", "yellow")}
 _MOST_NODES = 48  # more do not fit on a screen
 
@@ -165,7 +163,7 @@ class GrowingColours:
         self._text = Text()
 
     def add(self, response: Response) -> None:
-        self._text.append(visible(response.text), _DRAFT_STYLE if response.from_draft else None)
+        self._text.append(visible(response.text), "green" if response.from_draft else None)
 
     def finished(self) -> Iterator[RenderableType]:
         end = self._text.plain.rfind("\n")
@@ -230,7 +228,7 @@ class _LastLines:
         self._block = block
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        room = max(console.size.height - _ROOM_BELOW, 1)
+        room = max(console.size.height - 3, 1)  # leaves some of the screen free below
         lines = console.render_lines(self._block, options.update(height=None), pad=False)
         for line in lines[-room:]:
             yield from line

@@ -65,15 +65,13 @@ class ChatSession:
     `stats` and `round` are those of the last answer.
     """
 
-    def __init__(
-        self, engine: Engine, settings: ChatSettings, screen: Screen, conversation: Conversation | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, settings: ChatSettings, screen: Screen, system: str | None = None) -> None:
         """Raises UsageError for a model that cannot chat, and for options that this engine cannot heed."""
         if not engine.tokenizer.has_chat_template:
             raise UsageError("target: this model has no chat template; use `llmcad-mlx generate` with it")
         engine.check_options(settings.options)
         self.engine, self.settings, self.screen = engine, settings, screen
-        self.conversation = conversation or Conversation()
+        self.conversation = Conversation(system)
         self.stats: GenerationStats | None = None
         self.round: RoundTree | None = None
         self._commands: dict[str, Callable[[str], None]] = {
@@ -105,6 +103,7 @@ class ChatSession:
         """Answer the last one of `messages`, which become the conversation. Whatever ends the answer, what came of
         it joins them; where nothing came, the conversation stays as it was."""
         asked, answer, complete = replace(self.conversation, messages=messages), Answer(), False
+        context = f"the model's context of {self.engine.pair.context_length} tokens"
         try:
             with self.screen.answer(self.engine, self.settings, answer) as view:
                 for response in self.engine.stream_generate(
@@ -115,20 +114,17 @@ class ChatSession:
                     view.add(response)
             complete = True
         except ContextLengthError:
-            raise UsageError(
-                "the conversation no longer fits the model's context of "
-                f"{self.engine.pair.context_length} tokens; /undo or /clear"
-            ) from None
+            raise UsageError(f"the conversation no longer fits {context}; /undo or /clear") from None
         finally:
             text = "".join(answer.pieces)
             if complete or text:
                 self.conversation = replace(asked, messages=(*messages, Message(ASSISTANT, text, complete)))
         if answer.finish_reason == "length":
-            limit, context = self.settings.options.stopping.max_tokens, self.engine.pair.context_length
+            limit = self.settings.options.stopping.max_tokens
             if answer.stats.generated_tokens == limit:
                 self.screen.note(f"[cut at max_tokens {limit}; /set max_tokens -1 takes the limit away]")
             else:
-                self.screen.note(f"[the model's context of {context} tokens is full; /undo or /clear]")
+                self.screen.note(f"[{context} is full; /undo or /clear]")
         elif not text:
             self.screen.note("[the answer is empty]")
 
@@ -202,8 +198,7 @@ class ChatSession:
 
     def _help(self, _: str) -> None:
         self.screen.show(rows_table({f"/{c.name} {c.argument}".rstrip(): c.help for c in COMMANDS}))
-        for line in KEYS:
-            self.screen.show(line)
+        self.screen.show("\n".join(KEYS))
 
     def _set(self, argument: str) -> None:
         if not argument:

@@ -44,7 +44,7 @@ def chat(
     from llmcad_mlx.chat.commands import ChatSettings
     from llmcad_mlx.chat.lines import from_pipe, from_terminal
     from llmcad_mlx.chat.screen import PlainScreen, TerminalScreen
-    from llmcad_mlx.chat.session import ChatSession, Conversation
+    from llmcad_mlx.chat.session import ChatSession
     from llmcad_mlx.conversations.file import read_conversation
     from llmcad_mlx.loader import load_pair
     from llmcad_mlx.store import home_folder
@@ -54,7 +54,7 @@ def chat(
     plain = None if interactive else PlainScreen(json_output)
     with Engine(load_pair(pair.target, pair.draft, not json_output, memory)) as engine:
         settings = ChatSettings(chosen, show_accepted)
-        session = ChatSession(engine, settings, plain or TerminalScreen(), Conversation(system))
+        session = ChatSession(engine, settings, plain or TerminalScreen(), system)
         if saved is not None:  # what was given counts more than what it was saved with
             session.load(saved, keep=tuple(options.given(command)))
         if plain is None:

@@ -23,7 +23,7 @@ from llmcad_mlx.errors import DownloadError, ModelError, UsageError
 from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
-from llmcad_mlx.progress import NoProgress, StreamProgress
+from llmcad_mlx.progress import Progress
 from llmcad_mlx.store import download, home_folder, presets, pull
 from llmcad_mlx.store import hub as hub_repo
 from llmcad_mlx.store.presets import FileSource, Mirror, Preset, RepoSource
@@ -32,7 +32,7 @@ from tests.support.tiny_gguf import write_tiny_gguf
 
 CONTENT = random.Random(1).randbytes(50_000)
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody answers
-QUIET = NoProgress()
+QUIET = Progress()
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-class Interrupts(NoProgress):
+class Interrupts(Progress):
     """Ctrl-C once so many bytes were handled."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -236,7 +236,7 @@ def test_the_hub_continues_what_the_mirror_began(
 
 def test_mirror_serves_when_the_hub_is_down(mirrored: FileSource) -> None:
     report = io.StringIO()
-    file = download.fetch_file(mirrored, StreamProgress(report))
+    file = download.fetch_file(mirrored, Progress(report))
     assert file.read_bytes() == CONTENT
     assert no_leftovers()
     assert "using the mirror" in report.getvalue().splitlines()[1]

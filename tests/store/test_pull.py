@@ -103,6 +103,7 @@ class Interrupts(Progress):
     """Ctrl-C once so many bytes were handled."""
 
     def __init__(self, num_bytes: int) -> None:
+        super().__init__()
         self.left = num_bytes
 
     @contextmanager

@@ -35,7 +35,7 @@ from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.progress import NoProgress
+from llmcad_mlx.progress import Progress
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings
 from llmcad_mlx.store.convert import convert_folder
@@ -536,7 +536,7 @@ def test_tokens_are_counted_in_texts_and_shards(target: Path, tmp_path: Path) ->
     q, newline = (tokenizer.encode(c, add_special_tokens=False)[0] for c in "q\n")
     mx.save_safetensors(str(corpus / "inner" / "b.safetensors"), {"tokens": mx.array([q] * 5)})
     for path, expected in ((corpus, {z: 3, q: 5, newline: 3}), (corpus / "inner", {q: 5})):
-        counts = count_tokens([path], tokenizer, NoProgress())
+        counts = count_tokens([path], tokenizer, Progress())
         assert len(counts) == FOLDER_VOCAB
         assert {int(token): int(counts[token]) for token in np.flatnonzero(counts)} == expected
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfd")
@@ -551,7 +551,7 @@ def test_tokens_are_counted_in_texts_and_shards(target: Path, tmp_path: Path) ->
         ("missing", "no such file"),
     ):
         with pytest.raises(UsageError, match=f"--corpus: .*{name}: {message}"):
-            count_tokens([tmp_path / name], tokenizer, NoProgress())
+            count_tokens([tmp_path / name], tokenizer, Progress())
 
 
 def test_from_the_command_line(target: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from llmcad_mlx.gguf.model import FamilyModel, read_family
 from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.gguf.tokenizer import TokenIds, read_tokenizer
 from llmcad_mlx.gguf.weights import plan_weights, write_weights
-from llmcad_mlx.progress import NoProgress, Progress
+from llmcad_mlx.progress import Progress
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -42,7 +42,7 @@ def convert_gguf(
     plan = plan_weights(header, model, bits, group_size)
     num_source_bytes = sum(tensor.source.num_bytes for tensor in plan)
     with new_folder(dest, sum(tensor.num_bytes for tensor in plan)) as folder:
-        with (progress or NoProgress()).stage(f"converting to {bits}-bit groups", num_source_bytes) as advance:
+        with (progress or Progress()).stage(f"converting to {bits}-bit groups", num_source_bytes) as advance:
             write_weights(header, plan, folder, bits, group_size, advance)
         tokenizer.save(folder)
         _write_configs(folder, model, tokenizer.ids, bits, group_size)

@@ -27,7 +27,7 @@ from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
 from llmcad_mlx.models.draft_folder import TokenList
 from llmcad_mlx.models.folder import LoadedModel, load_model_folder, read_config
-from llmcad_mlx.progress import Advance, NoProgress, Progress, progress_for
+from llmcad_mlx.progress import Advance, Progress, progress_for
 from llmcad_mlx.store.pull import resolve_target
 from llmcad_mlx.streaming.storage import FileStorage
 
@@ -104,7 +104,7 @@ def convert_folder(
     else:
         weights = weights_of(loaded, loaded.model, None if _quantisation_is_mlx(loaded) else loaded.config)
     del loaded  # its arrays must be in `weights` alone
-    write_weights(source, dest, weights, name, progress or NoProgress())
+    write_weights(source, dest, weights, name, progress or Progress())
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

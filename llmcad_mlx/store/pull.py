@@ -14,7 +14,7 @@ from pathlib import Path
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.files import read_object
 from llmcad_mlx.gguf.convert import convert_gguf
-from llmcad_mlx.progress import NoProgress, Progress, progress_for
+from llmcad_mlx.progress import Progress, progress_for
 from llmcad_mlx.store import home_folder, locked
 from llmcad_mlx.store.download import fetch_file, fetch_hub_repo
 from llmcad_mlx.store.presets import (
@@ -75,7 +75,7 @@ def pull_part(name: str, part: str, progress: Progress | None = None, keep_sourc
     if not _complete(folder, source):
         with locked(folder):
             if not _complete(folder, source):
-                _fetch_and_convert(source, folder, progress or NoProgress(), keep_source)
+                _fetch_and_convert(source, folder, progress or Progress(), keep_source)
     return folder
 
 
@@ -84,7 +84,7 @@ def pull_repo(repo: str, revision: str | None = None, progress: Progress | None 
 
     Raises DownloadError when it cannot be had, ModelError when the repository holds no mlx-lm model.
     """
-    folder = fetch_hub_repo(repo, revision, progress or NoProgress())
+    folder = fetch_hub_repo(repo, revision, progress or Progress())
     if not (folder / "config.json").exists() or not any(folder.glob("model*.safetensors")):
         raise ModelError(
             f"{repo}: the repository has no config.json with model*.safetensors, so it is no mlx-lm model; "

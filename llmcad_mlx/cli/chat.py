@@ -12,8 +12,6 @@ from llmcad_mlx.cli import options
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.settings import GenerationOptions, StopSettings
 
-_HISTORY_FILE = "chat_history"
-
 
 def chat(
     *,
@@ -46,7 +44,7 @@ def chat(
     from llmcad_mlx.chat.commands import ChatSettings
     from llmcad_mlx.chat.lines import from_pipe, from_terminal
     from llmcad_mlx.chat.screen import PlainScreen, TerminalScreen
-    from llmcad_mlx.chat.session import ChatSession, Conversation
+    from llmcad_mlx.chat.session import ChatSession
     from llmcad_mlx.conversations.file import read_conversation
     from llmcad_mlx.loader import load_pair
     from llmcad_mlx.store import home_folder
@@ -56,13 +54,12 @@ def chat(
     plain = None if interactive else PlainScreen(json_output)
     with Engine(load_pair(pair.target, pair.draft, not json_output, memory)) as engine:
         settings = ChatSettings(chosen, show_accepted)
-        session = ChatSession(engine, settings, plain or TerminalScreen(), Conversation(system))
+        session = ChatSession(engine, settings, plain or TerminalScreen(), system)
         if saved is not None:  # what was given counts more than what it was saved with
             session.load(saved, keep=tuple(options.given(command)))
         if plain is None:
-            from_terminal(session, None if no_history else home_folder() / _HISTORY_FILE)
+            from_terminal(session, None if no_history else home_folder() / "chat_history")
             return
         from_pipe(session)
-    if plain.num_errors:
-        count = plain.num_errors
+    if count := plain.num_errors:
         raise LlmcadError(f"{count} line{'' if count == 1 else 's'} could not be answered or obeyed; see above")

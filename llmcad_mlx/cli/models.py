@@ -12,7 +12,7 @@ from typer import Argument, Exit, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.store.presets import NGRAM, DraftSource, FileSource, PackagedSource, list_presets
+from llmcad_mlx.store.presets import NGRAM, FileSource, PackagedSource, Source, list_presets
 
 if TYPE_CHECKING:
     from llmcad_mlx.doctor import Diagnosis
@@ -62,7 +62,7 @@ def _print_presets() -> None:
         print(f"  {', '.join(facts)}")
 
 
-def _where(source: DraftSource) -> str:
+def _where(source: Source) -> str:
     if isinstance(source, PackagedSource):
         return f"{source.name}, which comes with this package"
     return f"{source.repo} {source.file}" if isinstance(source, FileSource) else source.repo

@@ -25,7 +25,7 @@ from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of, cache_par
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files.atomic import full_disk_error, new_file, require_free_space
+from llmcad_mlx.files import full_disk_error, new_file, require_free_space
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec, dtype_name, header_bytes, read_header
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.machine import package_version

@@ -15,14 +15,14 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files.atomic import new_folder
-from llmcad_mlx.files.bundle_writer import BundleWriter
+from llmcad_mlx.files import new_folder
+from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import TensorSpec
 from llmcad_mlx.gguf.groups import Bytes, NotFiniteError, group_rows, has_values, require_finite, values
 from llmcad_mlx.gguf.model import CONFIGURED, FamilyModel, read_family
 from llmcad_mlx.gguf.reader import GgufHeader, GgufTensor, read_gguf_header, read_rows
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
-from llmcad_mlx.progress import Advance, NoProgress, Progress
+from llmcad_mlx.progress import Advance, Progress
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -50,14 +50,12 @@ def convert_gguf(
     bits: int = 4,
     group_size: int = 32,
     *,
-    replace: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
 
     The folder appears complete or not at all. `bits` is one of 2, 3, 4, 5, 6, 8 and `group_size` of 32, 64,
-    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `groups`). `replace` an
-    existing folder, else it must be new or empty.
+    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `groups`). `dest` must be new or empty.
 
     Raises UsageError for an option or a destination that cannot be used, ModelError for a file that is not a
     GGUF model of a supported family or is damaged, DiskError when it does not fit the disk.
@@ -70,9 +68,9 @@ def convert_gguf(
     tokenizer = read_tokenizer(header)
     plan = plan_weights(header, model, bits, group_size)
     specs = [spec for tensor in plan for spec in tensor.specs]
-    with new_folder(dest, sum(spec.num_bytes for spec in specs), replace=replace) as folder:
+    with new_folder(dest, sum(spec.num_bytes for spec in specs)) as folder:
         num_bytes = sum(tensor.source.num_bytes for tensor in plan)
-        stage = (progress or NoProgress()).stage(f"converting to {bits}-bit groups", num_bytes)
+        stage = (progress or Progress()).stage(f"converting to {bits}-bit groups", num_bytes)
         with stage as advance, BundleWriter(folder, specs) as writer:
             for tensor in plan:
                 _write_tensor(writer, header, tensor, bits, group_size, advance)

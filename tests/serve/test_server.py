@@ -388,8 +388,8 @@ def test_settings_that_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_addresses_of_this_machine_need_no_key() -> None:
-    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
-        assert ServerSettings(host=host).is_loopback
+    hosts = ("127.0.0.1", "127.1.2.3", "::1", "localhost")
+    assert [ServerSettings(host=host).api_key for host in hosts] == [None] * 4
 
 
 @pytest.fixture(scope="module")

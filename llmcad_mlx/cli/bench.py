@@ -10,7 +10,7 @@ import typer
 from llmcad_mlx.cli import options
 from llmcad_mlx.cli.measuring import command_line, measuring, publish
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.measure.variants import DEFAULT_VARIANTS, MLX_LM, parse_variants, variant_help
+from llmcad_mlx.measure.workload import DEFAULT_VARIANTS, MLX_LM, Workload, listed, parse_variants, variant_help
 from llmcad_mlx.settings import MemoryOptions, check_integer
 
 if TYPE_CHECKING:
@@ -75,10 +75,9 @@ def bench(
     else:
         from llmcad_mlx.loader import load_pair
         from llmcad_mlx.measure.bench import bench_report, run_benchmark
-        from llmcad_mlx.measure.runner import Workload
 
         workload = Workload.of(
-            prompts, domains, per_domain,
+            prompts, domains, per_domain=per_domain,
             repeat=repeat, warmup=warmup, max_tokens=max_tokens, temperature=temp, seed=seed,
         )  # fmt: skip
         chosen = parse_variants(_with_others(variants, compare))
@@ -95,7 +94,7 @@ def _with_others(variants: str, compare: str | None) -> str:
         return variants
     if compare != MLX_LM:
         raise UsageError(f"compare: {compare!r} is unknown; the one program to compare with is '{MLX_LM}'")
-    return variants if MLX_LM in [name.strip() for name in variants.split(",")] else f"{variants},{MLX_LM}"
+    return variants if MLX_LM in listed(variants) else f"{variants},{MLX_LM}"
 
 
 def _refuse_others(command: typer.Context, mode: str, used: Collection[str]) -> None:
@@ -118,9 +117,9 @@ def _growth(
 
 
 def _kernels(repeat: int, out: Path | None) -> Report:
-    from llmcad_mlx.measure.kernels import kernel_report, time_kernels
+    from llmcad_mlx.measure.growth import kernel_report, time_kernels
 
     check_integer("repeat", repeat, 1, 10_000)
     with measuring(out):
         times = time_kernels(repeat=repeat)
-    return kernel_report(times)
+    return kernel_report(times, command_line())

@@ -64,8 +64,8 @@ def tune(
     from llmcad_mlx.measure.tune import TunePlan, run_tune, tune_report
 
     plan = TunePlan.of(
-        DraftOptions.of(drafts, bits, trim), memory, prompts, per_domain,
-        repeat=repeat, warmup=warmup, max_tokens=max_tokens, temperature=temp, seed=seed,
+        DraftOptions.of(drafts, bits, trim), memory, prompts,
+        per_domain=per_domain, repeat=repeat, warmup=warmup, max_tokens=max_tokens, temperature=temp, seed=seed,
     )  # fmt: skip
     with measuring(out) as on_turn:
         done = run_tune(plan, target, not json_output, on_turn)

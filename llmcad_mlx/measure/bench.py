@@ -61,7 +61,7 @@ def run_benchmark(
     return Benchmark(variants, workload, target or DEFAULT_PRESET, pair, runs, interrupted)
 
 
-def bench_report(done: Benchmark, argv: Sequence[str]) -> Report:
+def bench_report(done: Benchmark) -> Report:
     """Tables, notes, plots, and in the document everything: bytes in bytes, times in seconds."""
     runs, work, pair, rate = done.runs, done.workload, done.pair, done.pair.options.read_bandwidth
     lines, wrong = summarise(runs, done.comparable, rate), run_mismatches(runs, done.comparable)
@@ -81,7 +81,6 @@ def bench_report(done: Benchmark, argv: Sequence[str]) -> Report:
     return Report.of_runs(
         "bench",
         f"{done.target}, draft {pair.draft_name}",
-        argv,
         rate,
         summary_tables(lines),
         _notes(done),

@@ -25,7 +25,7 @@ from llmcad_mlx.loader import LoadedPair, load_pair, release_free_memory
 from llmcad_mlx.measure import output
 from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, milliseconds, number
 from llmcad_mlx.measure.runner import OnTurn, until_interrupted
-from llmcad_mlx.memory.plan import MemoryPlan
+from llmcad_mlx.memory import MemoryPlan
 from llmcad_mlx.prompt import encode_prompt
 from llmcad_mlx.settings import MemoryOptions, check_integer
 from llmcad_mlx.sizes import format_size
@@ -212,7 +212,7 @@ class Growth:
 # -- report ----------------------------------------------------------------------------------------------
 
 
-def growth_report(done: Growth, argv: Sequence[str]) -> Report:
+def growth_report(done: Growth) -> Report:
     """A table and a picture for each question; in the document all passes: bytes in bytes, times in seconds."""
     rate, target = done.memory.read_bandwidth, done.target or DEFAULT_PRESET
     answered = {question: _figures(done, question) for question in QUESTIONS if done.of(question)}
@@ -226,7 +226,6 @@ def growth_report(done: Growth, argv: Sequence[str]) -> Report:
     return Report.of_runs(
         "growth",
         target,
-        argv,
         rate,
         [_table(question, found) for question, found in answered.items()],
         _notes(done),
@@ -412,7 +411,7 @@ def _kernels(
     return kernels
 
 
-def kernel_report(times: Sequence[KernelTime], argv: Sequence[str]) -> Report:
+def kernel_report(times: Sequence[KernelTime]) -> Report:
     """Every time in the document; a table with a line per row count, milliseconds and their ratio to one row for
     each kernel, and with the largest errors last."""
     subject = f"A {OUT_FEATURES}×{IN_FEATURES} matrix, 4 bits in groups of {GROUP_SIZE}"
@@ -433,4 +432,4 @@ def kernel_report(times: Sequence[KernelTime], argv: Sequence[str]) -> Report:
             row += [number(ms), number(ms / one if ms is not None and one else None)]
     table = Table("float32 times one 4-bit matrix", tuple(header), (*map(tuple, rows.values()), tuple(last)))
     document = {"times": [asdict(entry) for entry in times]}
-    return Report.of_runs("kernels", subject, argv, None, [table], notes, document)
+    return Report.of_runs("kernels", subject, None, [table], notes, document)

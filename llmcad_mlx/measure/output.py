@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -89,7 +90,6 @@ class Report:
         cls,
         name: str,
         subject: str,
-        argv: Sequence[str],
         read_bandwidth: float | None,
         tables: Sequence[Table],
         notes: Sequence[str],
@@ -97,10 +97,10 @@ class Report:
         interrupted: bool = False,
         **more: Any,
     ) -> Report:
-        """Of what `argv`, the whole command, has measured on models: machine, versions and command are added.
-        subject: for headings. read_bandwidth: emulated, in bytes per second. more: further fields."""
-        machine, device = this_machine(), device_name()
-        origin = {"format": 1, "argv": list(argv), "device": device, "machine": asdict(machine)}
+        """Of what was measured: machine, versions and the command that runs are added. subject: for headings.
+        read_bandwidth: emulated, in bytes per second. more: further fields."""
+        machine, device, argv = this_machine(), device_name(), ["llmcad-mlx", *sys.argv[1:]]
+        origin = {"format": 1, "argv": argv, "device": device, "machine": asdict(machine)}
         known = {"emulated": read_bandwidth is not None, "interrupted": interrupted, "notes": notes}
         versions = ", ".join(f"{name} {machine.versions[name]}" for name in ("mlx", "mlx-lm", "numba"))
         heading = (

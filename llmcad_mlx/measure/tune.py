@@ -37,8 +37,8 @@ from llmcad_mlx.measure.runner import (
     until_interrupted,
 )
 from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, by_domain
+from llmcad_mlx.memory import MemoryPlan
 from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds
-from llmcad_mlx.memory.plan import MemoryPlan
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size
@@ -488,7 +488,7 @@ def standing(name: str, fastest: str, runs: Sequence[Run]) -> Standing:
 # -- report ----------------------------------------------------------------------------------------------
 
 
-def tune_report(done: Tuning, argv: Sequence[str]) -> Report:
+def tune_report(done: Tuning) -> Report:
     """All candidates, the best first; then tokens per pass and speed by domain; and in the document everything:
     bytes in bytes, times in seconds, speeds in tokens per second."""
     lineup, plan, rate = done.lineup, done.plan, done.plan.memory.read_bandwidth
@@ -520,7 +520,6 @@ def tune_report(done: Tuning, argv: Sequence[str]) -> Report:
     return Report.of_runs(
         "tune",
         f"{lineup.target}: drafts",
-        argv,
         rate,
         _tables(done) if done.lines else [],
         _notes(done),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.engine.policies import make_policy
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.policy import Candidates, GrowthPolicy

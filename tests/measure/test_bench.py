@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure import runner
@@ -331,7 +331,7 @@ def test_mlx_lm_runs_on_a_copy_of_the_same_weights(pair: LoadedPair, prompts: Pa
     assert by_variant["mlx-lm"].tokens == by_variant["plain"].tokens
     assert len(by_variant["mlx-lm-draft"].tokens) == len(by_variant["plain"].tokens)
     assert by_variant["mlx-lm"].num_timed == len(by_variant["mlx-lm"].tokens) - 1
-    assert any("first token" in note for note in bench_report(done, []).notes)
+    assert any("first token" in note for note in bench_report(done).notes)
 
 
 def test_every_variant_has_its_drafters(pair: LoadedPair, prompts: Path) -> None:

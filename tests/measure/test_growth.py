@@ -163,7 +163,7 @@ def test_ctrl_c_keeps_the_questions_that_were_answered(folder: Path, monkeypatch
     done.measure()
     assert done.interrupted
     assert {p.question for p in done.points} == {"nodes"}
-    report = growth_report(done, [])
+    report = growth_report(done)
     assert report.interrupted
     assert report.notes[-1] == "Interrupted: not measured: bytes, context."
     assert len(report.tables) == 1
@@ -173,7 +173,7 @@ def test_ctrl_c_keeps_the_questions_that_were_answered(folder: Path, monkeypatch
 
 
 def test_the_table_has_median_extremes_ratio_computing_and_prediction() -> None:
-    by_bytes, by_nodes, by_context = growth_report(made_up(), []).tables
+    by_bytes, by_nodes, by_context = growth_report(made_up()).tables
     assert by_bytes.header == (
         "streamed", "median, ms", "min, ms", "max, ms", "× first", "computing, ms", "bytes/rate, ms",
     )  # fmt: skip
@@ -190,15 +190,15 @@ def test_the_table_has_median_extremes_ratio_computing_and_prediction() -> None:
 
 
 def test_only_an_emulated_rate_predicts_and_is_called_emulated() -> None:
-    report = growth_report(made_up(rate=None), [])
+    report = growth_report(made_up(rate=None))
     assert "bytes/rate, ms" not in report.tables[0].header
     assert {point["predicted_s"] for point in report.document["points"]} == {None}
     assert not any("emulated" in note for note in report.notes)
-    assert any("emulated at 100 MB/s" in note for note in growth_report(made_up(), []).notes)
+    assert any("emulated at 100 MB/s" in note for note in growth_report(made_up()).notes)
 
 
 def test_json_holds_every_pass(measured: Growth) -> None:
-    written = growth_report(measured, []).document
+    written = growth_report(measured).document
     assert (written["options"]["repeat"], written["options"]["read_bandwidth"]) == (3, 1e9)
     assert len(written["points"]) == len(measured.points)
     for point in written["points"]:
@@ -210,7 +210,7 @@ def test_json_holds_every_pass(measured: Growth) -> None:
 
 
 def drawn(done: Growth) -> Figure:
-    (plot,) = growth_report(done, []).plots
+    (plot,) = growth_report(done).plots
     assert plot.draw is not None
     figure = Figure()
     plot.draw(figure)
@@ -229,7 +229,7 @@ def test_only_questions_with_something_to_compare_are_drawn() -> None:
     assert labels == {"bytes / rate", "measured: median, min to max", "computing: waits left out"}
     done = made_up(interrupted=True)
     assert len(drawn(done).axes) == 1
-    nothing = growth_report(replace(done, points=done.points[:1]), [])
+    nothing = growth_report(replace(done, points=done.points[:1]))
     assert any("nothing to compare" in note for note in nothing.notes)
     assert nothing.plots[0].draw is None
 
@@ -242,7 +242,7 @@ def test_kernel_table_has_times_ratios_and_small_errors() -> None:
     assert (growth.OURS in {entry.kernel for entry in times}) == cpu_kernels_wanted()
     assert all(entry.error < 1e-5 for entry in times)
     assert {entry.rows for entry in times if entry.kernel == growth.MLX_DENSE} == {1, 4}
-    report = growth.kernel_report(times, [])
+    report = growth.kernel_report(times)
     (table,) = report.tables
     assert [row[0] for row in table.rows] == ["1", "4", "8", "largest error"]
     assert table.rows[0][2] == "1.0"

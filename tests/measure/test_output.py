@@ -51,7 +51,7 @@ def test_files_hold_what_is_printed_versions_and_the_command(
 
 def report_of(*plots: Plot) -> Report:
     table = Table.of("a title", [{"name": "x", "ms": "1.0"}, {"name": "longer", "ms": "22.0"}])
-    return Report.of_runs("mine", "tiny", ["llmcad-mlx", "mine"], 1e6, [table], ["A note."], {"a": 1}, plots=plots)
+    return Report.of_runs("mine", "tiny", 1e6, [table], ["A note."], {"a": 1}, plots=plots)
 
 
 def test_a_table_is_aligned_and_the_document_complete() -> None:

@@ -355,7 +355,7 @@ def test_a_candidate_that_cannot_be_loaded_or_fails_is_listed_and_the_rest_is_me
     assert {entry.draft for entry in report.lines} == {NEAR, NO_DRAFT}
     assert report.decision is not None
     assert report.decision.winner == NEAR
-    assert "Left out: wild: its logits are NaN." in tune_report(report, []).notes
+    assert "Left out: wild: its logits are NaN." in tune_report(report).notes
 
 
 def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured(
@@ -424,7 +424,7 @@ def test_an_interrupted_run_shows_what_was_measured_and_saves_nothing(
     assert len(tuning.runs) == 4  # three turns were a warm-up
     assert (tuning.decision, tuning.saved) == (None, None)
     assert find_choice(target, HERE) is None
-    report = tune_report(tuning, [])
+    report = tune_report(tuning)
     assert report.interrupted
     assert any("Interrupted after 4 generations: nothing is chosen" in note for note in report.notes)
     assert len(report.tables[0].rows) == 3

@@ -20,7 +20,6 @@ from llmcad_mlx.settings import DEFAULT_MAX_TOKENS, SamplingSettings, Speculatio
 
 _CONNECT_S = 10.0
 _SILENCE_S = 120.0  # a server that works says so every few seconds, while a request waits too
-_ENVIRONMENT_KEY = "LLMCAD_MLX_API_KEY"
 _COUNTED = (
     "target_passes", "drafted", "tested", "accepted", "streamed_bytes",
     "prompt_s", "decode_s", "draft_s", "verify_s", "io_wait_s",
@@ -29,7 +28,6 @@ _PASSED_ON = (
     "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "policy", "tree_nodes",
 )  # fmt: skip
-_HERE = ("max_tokens", "stop")
 _LOCAL_ONLY = (
     "on_progress", "on_round", "stop_tokens", "logits_processors", "repetition_context_size",
     "presence_context_size", "frequency_context_size", "pipeline", "tree", "fallback",
@@ -69,14 +67,15 @@ class RemoteEngine:
         no llmcad-mlx server answers there.
         """
         self.url = _checked_url(url)
-        key = api_key if api_key is not None else os.environ.get(_ENVIRONMENT_KEY)
-        headers = {} if key is None else {"Authorization": f"Bearer {_checked_key(key)}"}
+        key = api_key if api_key is not None else os.environ.get("LLMCAD_MLX_API_KEY")
+        if key is not None and not (key and all("!" <= letter <= "~" for letter in key)):
+            raise UsageError("api_key: give printable ASCII characters without spaces")
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
         # A connection for each request: one that was kept may close just when it is used again.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._client: httpx.Client | None = httpx.Client(
-            base_url=self.url, headers=headers, timeout=timeout, limits=limits
-        )
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
+        self._client: httpx.Client | None = client
         self._running: httpx.Response | None = None
         try:
             card = self._card()
@@ -156,7 +155,9 @@ class RemoteEngine:
         """The stream's events, to its end. Raises RemoteError when it breaks off."""
         events = EventSource(response).iter_sse()
         while True:
-            self._check_running(response)
+            self._open_client()
+            if self._running is not response:
+                raise UsageError("this generation ended when a newer one began; run one at a time")
             try:
                 event = next(events, None)
             except SSEError:
@@ -173,11 +174,6 @@ class RemoteEngine:
             if "error" in chunk:
                 raise self._refusal(500, chunk, {})
             yield chunk
-
-    def _check_running(self, response: httpx.Response) -> None:
-        self._open_client()
-        if self._running is not response:
-            raise UsageError("this generation ended when a newer one began; run one at a time")
 
     def _end_running(self) -> None:
         running, self._running = self._running, None
@@ -264,9 +260,8 @@ def _completion_request(prompt: Prompt, options: Mapping[str, Any]) -> tuple[str
     for name in options:
         if name in _LOCAL_ONLY:
             raise UsageError(f"{name}: an engine on another machine does not take it; leave it out")
-        if name not in (*_PASSED_ON, *_HERE):
-            known = ", ".join(sorted((*_PASSED_ON, *_HERE)))
-            raise UsageError(f"{name}: unknown option; the options are {known}")
+        if name not in (known := sorted((*_PASSED_ON, "max_tokens", "stop"))):
+            raise UsageError(f"{name}: unknown option; the options are {', '.join(known)}")
     SpeculationSettings(**{name: options[name] for name in ("policy", "tree_nodes") if name in options})
     stopping = StopSettings.of(options.get("max_tokens", DEFAULT_MAX_TOKENS), options.get("stop"))
     path, body = _prompt(prompt)
@@ -325,12 +320,6 @@ def _checked_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not is_plain:
         raise UsageError(f"target: {url!r} is not a server's address; give one like http://mac.local:8080")
     return url.rstrip("/").removesuffix("/v1")
-
-
-def _checked_key(key: str) -> str:
-    if not key or not all("!" <= letter <= "~" for letter in key):
-        raise UsageError("api_key: give printable ASCII characters without spaces")
-    return key
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ from llmcad_mlx.measure.runner import (
     total_stats,
 )
 from llmcad_mlx.measure.variants import MLX_LM, PLAIN, Variant, ablated, forced_nodes
-from llmcad_mlx.memory.plan import MemoryPlan
+from llmcad_mlx.memory import MemoryPlan
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.pull import DEFAULT_PRESET

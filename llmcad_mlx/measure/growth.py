@@ -21,7 +21,7 @@ from llmcad_mlx.loader import LoadedPair, load_pair, release_free_memory
 from llmcad_mlx.measure import output
 from llmcad_mlx.measure.output import Origin, Report, Table, milliseconds, number
 from llmcad_mlx.measure.runner import OnTurn
-from llmcad_mlx.memory.plan import MemoryPlan
+from llmcad_mlx.memory import MemoryPlan
 from llmcad_mlx.prompt import encode_prompt
 from llmcad_mlx.settings import MemoryOptions, check_integer
 from llmcad_mlx.sizes import format_size

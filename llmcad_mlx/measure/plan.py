@@ -14,8 +14,8 @@ from typing import Any
 
 from llmcad_mlx.loader import PlannedPair
 from llmcad_mlx.measure.output import NOTHING, Report, Table, milliseconds, number
+from llmcad_mlx.memory import MemoryPlan, streamed_choices
 from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds, larger_plans, smaller_drafts
-from llmcad_mlx.memory.plan import MemoryPlan, streamed_choices
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name, pair_profile_path

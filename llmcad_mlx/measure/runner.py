@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model
 
 from llmcad_mlx.api import Engine
 from llmcad_mlx.drafting import Drafter
-from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.output import share

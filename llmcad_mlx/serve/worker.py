@@ -20,7 +20,7 @@ from llmcad_mlx.api import Engine, Response
 from llmcad_mlx.engine.round import Round
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.machine import peak_rss_bytes
-from llmcad_mlx.report import generation_report
+from llmcad_mlx.report import Answer
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.serve.jobs import (
     FailedEvent,
@@ -138,7 +138,7 @@ class Generation:
 
     def _usage(self, reason: str) -> dict[str, Any]:
         options = self._job.request.options
-        report = generation_report(self._engine, "", self.tokens, reason, self.stats, options)
+        report = Answer(self.tokens, [], reason, self.stats).report(self._engine, options)
         names = list(report)
         speculation = {name: report[name] for name in names[names.index(_REPORT_FROM) :]}
         prompt, completion = self.stats.prompt_tokens, len(self.tokens)

@@ -19,15 +19,15 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import quantize_model, save_config
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files.atomic import check_destination, new_folder
+from llmcad_mlx.files import check_destination, new_folder
 from llmcad_mlx.files.bundle import FILE as MANIFEST
-from llmcad_mlx.files.bundle_writer import BundleWriter
+from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, dtype_name
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
 from llmcad_mlx.models.draft_folder import TokenList
 from llmcad_mlx.models.folder import LoadedModel, load_model_folder, read_config
-from llmcad_mlx.progress import Advance, NoProgress, Progress, progress_for
+from llmcad_mlx.progress import Advance, Progress, progress_for
 from llmcad_mlx.store.pull import resolve_target
 from llmcad_mlx.streaming.storage import FileStorage
 
@@ -104,7 +104,7 @@ def convert_folder(
     else:
         weights = weights_of(loaded, loaded.model, None if _quantisation_is_mlx(loaded) else loaded.config)
     del loaded  # its arrays must be in `weights` alone
-    write_weights(source, dest, weights, name, progress or NoProgress())
+    write_weights(source, dest, weights, name, progress or Progress())
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -126,11 +126,8 @@ def copy_extent(
 
 def is_quantised(model: Any) -> bool:
     """Whether some parameters are packed. Partly quantised models are left as they are, too."""
-    return any(array.dtype in (mx.uint8, mx.uint32) for array in _parameters(model).values())
-
-
-def _parameters(model: Any) -> dict[str, mx.array]:
-    return dict(tree_flatten(model.parameters()))
+    leaves: Any = tree_flatten(model.parameters())
+    return any(array.dtype in (mx.uint8, mx.uint32) for _, array in leaves)
 
 
 def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWeights:
@@ -154,7 +151,7 @@ def _quantisation_is_mlx(loaded: LoadedModel) -> bool:
 
 def weights_of(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> NewWeights:
     """What is to be written of `model`, whose arrays are let go; what is as in `loaded`'s files is copied."""
-    parameters = _parameters(model)
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # lets go of them
     unchanged = loaded.unchanged if _quantisation_is_mlx(loaded) else frozenset()
     specs: list[TensorSpec] = []

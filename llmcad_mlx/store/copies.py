@@ -36,7 +36,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.utils import dequantize_model
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files.atomic import check_destination
+from llmcad_mlx.files import check_destination
 from llmcad_mlx.files.safetensors import weight_files
 from llmcad_mlx.models.draft_folder import (
     TokenList,
@@ -47,7 +47,7 @@ from llmcad_mlx.models.draft_folder import (
     untied_head_path,
 )
 from llmcad_mlx.models.folder import LoadedModel, load_model_folder, read_config
-from llmcad_mlx.progress import NoProgress, Progress
+from llmcad_mlx.progress import Progress
 from llmcad_mlx.store import home_folder, locked
 from llmcad_mlx.store.convert import is_quantised, quantised_weights, weights_of, write_weights
 
@@ -116,7 +116,7 @@ class DerivedDraft:
             if not folder.exists():
                 for old in folder.parent.glob(f"{identity}-*-{what}"):
                     shutil.rmtree(old, ignore_errors=True)
-                self._write(source, folder, progress or NoProgress())
+                self._write(source, folder, progress or Progress())
         return folder
 
     def _write(self, source: Path, folder: Path, progress: Progress) -> None:
@@ -238,7 +238,7 @@ def write_trimmed_draft(source: Path, dest: Path, tokens: Iterable[int], progres
     weights = weights_of(replace(loaded, draft_tokens=rows), loaded.model, config)
     del loaded  # its arrays must be in `weights` alone
     name = f"{source.resolve().name} with {len(rows)} output tokens"
-    write_weights(source, dest, weights, name, progress or NoProgress())
+    write_weights(source, dest, weights, name, progress or Progress())
 
 
 def _trim(loaded: LoadedModel, tokens: TokenList) -> dict[str, Any]:

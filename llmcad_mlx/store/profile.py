@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcad_mlx.files.atomic import full_disk_error, write_text
+from llmcad_mlx.files import full_disk_error, read_object, write_text
 from llmcad_mlx.files.bundle import FILE, read_profile, write_profile
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
@@ -41,8 +41,8 @@ class PairProfile:
         self._path = path
         self.costs = CostModel()
         self.calibration = Calibration()
-        data = None if path is None else _read(path)
-        if data is None or data.get("version") != _FORMAT_VERSION:
+        data = {} if path is None else read_object(path)
+        if data.get("version") != _FORMAT_VERSION:
             return
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             costs = CostModel.from_dict(data.get("costs"))
@@ -126,8 +126,7 @@ def save_choice(target: Path, choice: DraftChoice) -> Path:
     """
     kept = [known for known in _choices(target) if known.conditions != choice.conditions]
     entries = [known.to_dict() for known in (*kept, choice)]
-    profile = read_profile(target)
-    if profile is not None and write_profile(target, {**profile, _CHOICES: entries}):
+    if write_profile(target, {**read_profile(target), _CHOICES: entries}):
         return target / FILE
     file = _choices_file(target)
     try:
@@ -140,8 +139,8 @@ def save_choice(target: Path, choice: DraftChoice) -> Path:
 def _choices(target: Path) -> list[DraftChoice]:
     """The bundle's, then those of the cache folder: a bundle may have become unwritable, or the reverse."""
     found: dict[Conditions, DraftChoice] = {}
-    for place in (read_profile(target), _read(_choices_file(target))):
-        entries = None if place is None else place.get(_CHOICES)
+    for place in (read_profile(target), read_object(_choices_file(target))):
+        entries = place.get(_CHOICES)
         for entry in entries if isinstance(entries, list) else ():
             choice = DraftChoice.of(entry)
             if choice is not None:
@@ -152,11 +151,3 @@ def _choices(target: Path) -> list[DraftChoice]:
 def _choices_file(target: Path) -> Path:
     digest = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]
     return home_folder() / "profiles" / f"{_CHOICES}-{digest}.json"
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.files import read_object
 from llmcad_mlx.gguf.convert import convert_gguf
-from llmcad_mlx.progress import NoProgress, Progress, progress_for
+from llmcad_mlx.progress import Progress, progress_for
 from llmcad_mlx.store import home_folder, locked
-from llmcad_mlx.store.download import fetch_file
-from llmcad_mlx.store.hub import fetch_hub_repo
+from llmcad_mlx.store.download import fetch_file, fetch_hub_repo
 from llmcad_mlx.store.presets import (
     NGRAM,
     FileSource,
@@ -51,10 +52,9 @@ def pull_preset(name: str, progress: Progress | None = None, keep_source: bool =
     Raises ModelError for an unknown preset or a file that cannot be converted, DownloadError when a file
     cannot be had or is not the one the preset names, DiskError when it does not fit the disk.
     """
-    preset = get_preset(name)
+    has_draft = get_preset(name).draft is not None
     target = pull_part(name, "target", progress, keep_source)
-    draft = None if preset.draft is None else pull_part(name, "draft", progress, keep_source)
-    return PulledPreset(target, draft)
+    return PulledPreset(target, pull_part(name, "draft", progress, keep_source) if has_draft else None)
 
 
 def pull_part(name: str, part: str, progress: Progress | None = None, keep_source: bool = False) -> Path:
@@ -75,7 +75,7 @@ def pull_part(name: str, part: str, progress: Progress | None = None, keep_sourc
     if not _complete(folder, source):
         with locked(folder):
             if not _complete(folder, source):
-                _fetch_and_convert(source, folder, progress or NoProgress(), keep_source)
+                _fetch_and_convert(source, folder, progress or Progress(), keep_source)
     return folder
 
 
@@ -84,7 +84,7 @@ def pull_repo(repo: str, revision: str | None = None, progress: Progress | None 
 
     Raises DownloadError when it cannot be had, ModelError when the repository holds no mlx-lm model.
     """
-    folder = fetch_hub_repo(repo, revision, progress or NoProgress())
+    folder = fetch_hub_repo(repo, revision, progress or Progress())
     if not (folder / "config.json").exists() or not any(folder.glob("model*.safetensors")):
         raise ModelError(
             f"{repo}: the repository has no config.json with model*.safetensors, so it is no mlx-lm model; "
@@ -95,7 +95,8 @@ def pull_repo(repo: str, revision: str | None = None, progress: Progress | None 
 
 def _fetch_and_convert(source: FileSource, folder: Path, progress: Progress, keep_source: bool) -> None:
     file = fetch_file(source, progress)
-    convert_gguf(file, folder, _BITS, _GROUP_SIZE, replace=True, progress=progress)
+    shutil.rmtree(folder, ignore_errors=True)  # of an older form, or damaged
+    convert_gguf(file, folder, _BITS, _GROUP_SIZE, progress=progress)
     (folder / MARKER).write_text(json.dumps(_marker(folder, source), indent=2) + "\n", encoding="utf-8")
     if not keep_source:
         file.unlink()
@@ -113,11 +114,7 @@ def _marker(folder: Path, source: FileSource) -> dict[str, object]:
 
 
 def _complete(folder: Path, source: FileSource) -> bool:
-    try:
-        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(found == _marker(folder, source))
+    return read_object(folder / MARKER) == _marker(folder, source)
 
 
 def resolve_target(spec: str, show_progress: bool = False) -> Path:
@@ -126,7 +123,7 @@ def resolve_target(spec: str, show_progress: bool = False) -> Path:
     Fetches and converts what is not there yet. Raises ModelError when `spec` is none of these, and the
     errors of `pull_part` and `pull_repo`.
     """
-    return _resolve(spec, "target", progress_for(show_progress))
+    return _resolve(spec, "target", show_progress)
 
 
 def resolve_draft(spec: str, show_progress: bool = False) -> Path:
@@ -138,8 +135,7 @@ def resolve_draft(spec: str, show_progress: bool = False) -> Path:
     if path.name.endswith(TABLE_SUFFIX) and path.is_file():
         return path
     preset = find_preset(spec)
-    has_draft = preset is not None and preset.draft is not None
-    return _resolve(spec, "draft" if has_draft else "target", progress_for(show_progress))
+    return _resolve(spec, "draft" if preset is not None and preset.draft is not None else "target", show_progress)
 
 
 def preset_draft(target: str) -> str:
@@ -148,7 +144,7 @@ def preset_draft(target: str) -> str:
     return NGRAM if preset is None or preset.draft is None else target
 
 
-def _resolve(spec: str, part: str, progress: Progress) -> Path:
+def _resolve(spec: str, part: str, show_progress: bool) -> Path:
     path = Path(spec).expanduser()
     if spec and path.is_dir():
         return path
@@ -158,6 +154,7 @@ def _resolve(spec: str, part: str, progress: Progress) -> Path:
         raise ModelError(f"{path}: GGUF files must be converted first: llmcad-mlx convert {path} {path.stem}")
     if path.is_file():
         raise ModelError(f"{spec}: is a file; give the model's folder")
+    progress = progress_for(show_progress)
     if find_preset(spec) is not None:
         return pull_part(spec, part, progress)
     if _REPOSITORY.fullmatch(spec):

@@ -19,13 +19,14 @@ from prompt_toolkit.document import Document
 from rich.console import Console, RenderableType
 
 from llmcad_mlx import Engine, UsageError, load
-from llmcad_mlx.chat.commands import COMMANDS, Call, ChatSettings, parse
+from llmcad_mlx.chat import screen
+from llmcad_mlx.chat.commands import COMMANDS, ChatSettings, parse
 from llmcad_mlx.chat.lines import CommandCompleter
-from llmcad_mlx.chat.screen import AnswerView, GrowingColours, GrowingMarkdown, TerminalAnswer, visible
+from llmcad_mlx.chat.screen import AnswerView, GrowingColours, GrowingMarkdown, TerminalAnswer, draw, visible
 from llmcad_mlx.chat.session import ChatSession, Conversation, Message
-from llmcad_mlx.chat.tree_view import draw
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.engine.round import RoundTree
+from llmcad_mlx.report import Answer
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.tree.walk import walk
@@ -61,7 +62,7 @@ class Chat(ChatSession):
         self.errors: list[str] = []
         self.stop_at: int | None = None
 
-    def answer(self, engine: Engine, settings: ChatSettings) -> AnswerView:
+    def answer(self, engine: Engine, settings: ChatSettings, answer: Answer) -> AnswerView:
         view, tokens = AnswerView(), count(1)
 
         def add(response: object) -> None:
@@ -126,13 +127,13 @@ def expected(engine: Engine, messages: list[dict[str, str]], **options: Any) -> 
     ("line", "call"),
     [
         ("hello", None), ("", None), (" /help me", None), ("what is 1/2?", None), ("a\n/quit", None),
-        ("/help", Call("help", "")), ("/quit ", Call("quit", "")), ("/bye", Call("quit", "")),
-        ("/?", Call("help", "")), ("/system  be brief, be\nkind ", Call("system", "be brief, be\nkind")),
-        ("/save my talk.chat", Call("save", "my talk.chat")),
-        ("/set temperature 0.5", Call("set", "temperature 0.5")),
+        ("/help", ("help", "")), ("/quit ", ("quit", "")), ("/bye", ("quit", "")),
+        ("/?", ("help", "")), ("/system  be brief, be\nkind ", ("system", "be brief, be\nkind")),
+        ("/save my talk.chat", ("save", "my talk.chat")),
+        ("/set temperature 0.5", ("set", "temperature 0.5")),
     ],
 )  # fmt: skip
-def test_commands_and_what_they_take(line: str, call: Call | None) -> None:
+def test_commands_and_what_they_take(line: str, call: tuple[str, str] | None) -> None:
     assert parse(line) == call
 
 
@@ -514,21 +515,22 @@ def test_accepted_draft_tokens_have_a_colour() -> None:
     )
 
 
-def test_an_answer_taller_than_the_screen_is_printed_once() -> None:
+def test_an_answer_taller_than_the_screen_is_printed_once(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    monkeypatch.setattr(screen, "_REDRAW_S", 0)
+    monkeypatch.setattr(screen, "_SHOW_PROGRESS_S", -1)
     out = io.StringIO()
     console = Console(file=out, width=40, height=6, color_system=None, force_terminal=True)
     lines = [f"- line {number}" for number in range(30)]
-    ticks = iter(range(10**6))
-    with TerminalAnswer(console, GrowingMarkdown(), lambda _: "12.0 tokens/s", lambda: next(ticks)) as view:
+    with TerminalAnswer(console, GrowingMarkdown(), engine) as view:
         view.progress(3, 9)
         for line in lines:
             view.add(token(line + "\n"))
         moving = out.getvalue()
     end = out.getvalue()[len(moving) :].rpartition("\x1b[2K")[2]
     assert "reading: 3/9 tokens" in moving
-    assert "12.0 tokens/s" in moving
+    assert "memory " in moving
     assert [row.strip(" •") for row in end.splitlines() if "line" in row] == [line[2:] for line in lines]
-    assert "tokens/s" not in end
+    assert "memory " not in end
 
 
 def test_a_models_text_cannot_steer_the_terminal() -> None:

@@ -16,7 +16,7 @@ import pytest
 from llmcad_mlx import Engine, Result, UsageError, load
 from llmcad_mlx.conversations.file import DIGEST, read_conversation
 from llmcad_mlx.conversations.snapshot import DRAFT, TARGET
-from llmcad_mlx.files.atomic import DiskError
+from llmcad_mlx.files import DiskError
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec, dtype_name
 from llmcad_mlx.models.cache import LazyKVCache
 from tests.support.architecture_configs import WINDOW

@@ -11,8 +11,8 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from llmcad_mlx.cpu import prepare_for_device
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import ChainPolicy, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llmcad_mlx.drafting import Drafter
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.engine.growth import make_policy
 from llmcad_mlx.engine.round import Round
 from llmcad_mlx.errors import UsageError

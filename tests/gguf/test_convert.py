@@ -12,8 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files import bundle_writer
-from llmcad_mlx.gguf import weights as gguf_weights
+from llmcad_mlx.gguf import convert as gguf_convert
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.store.pull import pull_part
@@ -27,7 +26,7 @@ def files_in(folder: Path) -> list[str]:
 def test_written_in_pieces_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = write_tiny_gguf(tmp_path / "tiny.gguf", Kind.Q5_0)
     convert_gguf(tiny, tmp_path / "whole")
-    monkeypatch.setattr(gguf_weights, "CHUNK_VALUES", HIDDEN * 7)
+    monkeypatch.setattr(gguf_convert, "CHUNK_VALUES", HIDDEN * 7)
     convert_gguf(tiny, tmp_path / "pieces")
     whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
     assert whole.read_bytes() == pieces.read_bytes()
@@ -36,7 +35,7 @@ def test_written_in_pieces_is_the_same_file(tmp_path: Path, monkeypatch: pytest.
 def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = write_tiny_gguf(tmp_path / "tiny.gguf")
     convert_gguf(tiny, tmp_path / "one")
-    monkeypatch.setattr(bundle_writer, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr("llmcad_mlx.files.bundle.MAX_FILE_BYTES", 20_000)
     convert_gguf(tiny, tmp_path / "many")
     names = sorted(file.name for file in (tmp_path / "many").glob("*.safetensors"))
     assert len(names) > 2
@@ -124,12 +123,9 @@ def test_existing_destination(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"already exists and is not empty; choose a new or empty folder"):
         convert_gguf(tiny, out)
     assert (out / "mine.txt").exists()
-    convert_gguf(tiny, out, replace=True)
-    assert not (out / "mine.txt").exists()
-    assert (out / "config.json").exists()
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
-        convert_gguf(tiny, tmp_path / "file", replace=True)
+        convert_gguf(tiny, tmp_path / "file")
     assert files_in(tmp_path) == ["file", "out", "tiny.gguf"]
 
 

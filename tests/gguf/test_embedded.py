@@ -16,7 +16,7 @@ import pytest
 import regex
 from transformers import AutoTokenizer
 
-from llmcad_mlx.progress import NoProgress
+from llmcad_mlx.progress import Progress
 from llmcad_mlx.store.download import fetch_file
 from llmcad_mlx.store.presets import FileSource, get_preset
 from llmcad_mlx.store.pull import pull_part
@@ -38,7 +38,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> gguf.GGUFReader:
     assert isinstance(source, FileSource)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMCAD_MLX_HOME", str(tmp_path_factory.mktemp("home")))
-        return gguf.GGUFReader(fetch_file(source, NoProgress()))
+        return gguf.GGUFReader(fetch_file(source, Progress()))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from mlx.utils import tree_flatten
 
-from llmcad_mlx.gguf import weights as gguf_weights
+from llmcad_mlx.gguf import convert as gguf_convert
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.groups import group_rows
 from llmcad_mlx.gguf.reader import read_gguf_header
@@ -115,7 +115,7 @@ def test_memory_is_that_of_a_few_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     """Matrices of 8 MB as float32 in steps of 256 KB: no part of the way holds a whole one."""
     wide = WIDE | {"intermediate_size": 1 << 13}
     write_family_gguf(tmp_path / "tiny.gguf", Family("llama", "llama", wide, kind=Kind.Q6_K))
-    monkeypatch.setattr(gguf_weights, "CHUNK_VALUES", 1 << 16)
+    monkeypatch.setattr(gguf_convert, "CHUNK_VALUES", 1 << 16)
     tracemalloc.start()
     try:
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")

@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.errors import LlmcadError, ModelError
-from llmcad_mlx.gguf.convert import convert_gguf
+from llmcad_mlx.gguf.convert import convert_gguf, plan_weights
 from llmcad_mlx.gguf.model import read_family
 from llmcad_mlx.gguf.reader import read_gguf_header, read_rows
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
-from llmcad_mlx.gguf.weights import plan_weights
 from tests.support.tiny_gguf import write_tiny_gguf
 
 
@@ -94,13 +93,13 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("number", "name"), [(31, "Q4_0_4_4"), (4, "Q4_2"), (999, "number 999")])
-def test_types_that_are_gone_or_unknown_are_named(tmp_path: Path, number: int, name: str) -> None:
+@pytest.mark.parametrize("number", [31, 999])
+def test_types_that_are_gone_or_unknown_are_named(tmp_path: Path, number: int) -> None:
     data = write_tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
     entry = data.index(b"blk.0.attn_v.weight") + len("blk.0.attn_v.weight")
     at = entry + 4 + 2 * 8  # the number of dimensions and both of them
     (tmp_path / "tiny.gguf").write_bytes(data[:at] + number.to_bytes(4, "little") + data[at + 4 :])
-    with pytest.raises(ModelError, match=rf"tensor 'blk.0.attn_v.weight' has type {name}, which is not"):
+    with pytest.raises(ModelError, match=rf"tensor 'blk.0.attn_v.weight' has type number {number}, which is not"):
         read_gguf_header(tmp_path / "tiny.gguf")
 
 
@@ -146,7 +145,7 @@ ARRAY = field(GGUFValueType.ARRAY)
         (start(1, 1 << 22), "1 tensors and 4194304 metadata fields"),
         (start(1 << 60, 1), "tensors cannot fit"),
         (start(0, 1) + field(GGUFValueType.STRING) + struct.pack("<Q", 1 << 29), "characters of text cannot fit"),
-        (start(0, 1) + struct.pack("<Q", 1 << 20), "takes 1048584 bytes"),
+        (start(0, 1) + struct.pack("<Q", 1 << 20), "takes 1048576 bytes"),
         (
             start(0, 1) + ARRAY + struct.pack("<IQ", GGUFValueType.UINT8, 1 << 25),
             "arrays hold more than 4194304 values",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmcad_mlx.cpu import cpu_kernels_wanted
-from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure import kernels, runner

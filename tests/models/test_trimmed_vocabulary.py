@@ -21,20 +21,21 @@ from mlx_lm.utils import load_model
 
 from convert.trim_vocabulary import count_tokens
 from llmcad_mlx import Engine, load
+from llmcad_mlx import files as disk
 from llmcad_mlx.cli.main import run as run_cli
 from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.doctor import diagnose
 from llmcad_mlx.drafting import model as candidates
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
-from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.loader import load_tree_model, plan_pair
 from llmcad_mlx.models.draft_folder import FILE, check_same_tokens
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.progress import NoProgress
+from llmcad_mlx.progress import Progress
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings
 from llmcad_mlx.store.convert import convert_folder
@@ -103,7 +104,7 @@ def sampler(temperature: float, vocab_size: int) -> TargetSampler:
 def on_device(logits: mx.array, positions: Any, own: TargetSampler, count: int, tokens: Any) -> Any:
     """What a GPU runs, on the CPU."""
     found = candidates._on_device(logits, positions, own, count, tokens)
-    return [candidates._named(row, tokens) for row in found]
+    return [Candidates(tokens[list(row.tokens)].tolist(), row.confidences) for row in found]
 
 
 @pytest.mark.parametrize("way", [candidates.top_candidates, on_device])
@@ -131,11 +132,14 @@ def test_candidates_are_the_full_ones_restricted_to_the_list(way: Any, temperatu
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("kept", [5, 7, 8, 13, 39])
-def test_a_trimmed_model_proposes_what_the_full_one_does_within_the_list(temperature: float, kept: int) -> None:
+def test_a_trimmed_model_proposes_what_the_full_one_does_within_the_list(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, kept: int
+) -> None:
     """Through the model and its kernels, at odd numbers of rows."""
+    monkeypatch.setattr(candidates, "_NUM_CANDIDATES", VOCAB)
     tokens = np.sort(np.random.default_rng(kept).choice(VOCAB, kept, replace=False)).astype(np.int32)
     proposals = []
-    for drafter in (ModelDrafter(tiny_tree_model(3), 40), ModelDrafter(cut(3, tokens), 40, tokens)):
+    for drafter in (ModelDrafter(tiny_tree_model(3)), ModelDrafter(cut(3, tokens), tokens)):
         drafter.begin([4, 7, 3, 9], sampler(temperature, VOCAB))
         proposals += drafter.expand(TokenTree(9, 3), [ROOT])
     full, own = proposals
@@ -532,7 +536,7 @@ def test_tokens_are_counted_in_texts_and_shards(target: Path, tmp_path: Path) ->
     q, newline = (tokenizer.encode(c, add_special_tokens=False)[0] for c in "q\n")
     mx.save_safetensors(str(corpus / "inner" / "b.safetensors"), {"tokens": mx.array([q] * 5)})
     for path, expected in ((corpus, {z: 3, q: 5, newline: 3}), (corpus / "inner", {q: 5})):
-        counts = count_tokens([path], tokenizer, NoProgress())
+        counts = count_tokens([path], tokenizer, Progress())
         assert len(counts) == FOLDER_VOCAB
         assert {int(token): int(counts[token]) for token in np.flatnonzero(counts)} == expected
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfd")
@@ -547,7 +551,7 @@ def test_tokens_are_counted_in_texts_and_shards(target: Path, tmp_path: Path) ->
         ("missing", "no such file"),
     ):
         with pytest.raises(UsageError, match=f"--corpus: .*{name}: {message}"):
-            count_tokens([tmp_path / name], tokenizer, NoProgress())
+            count_tokens([tmp_path / name], tokenizer, Progress())
 
 
 def test_from_the_command_line(target: Path, tmp_path: Path) -> None:

@@ -18,21 +18,20 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from llmcad_mlx.cli import pull as pull_command
+from llmcad_mlx import files as disk
+from llmcad_mlx.cli.models import pull as pull_command
 from llmcad_mlx.errors import DownloadError, ModelError, UsageError
-from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
-from llmcad_mlx.progress import NoProgress, StreamProgress
+from llmcad_mlx.progress import Progress
 from llmcad_mlx.store import download, home_folder, presets, pull
-from llmcad_mlx.store import hub as hub_repo
 from llmcad_mlx.store.presets import FileSource, Mirror, Preset, RepoSource
 from tests.support.hub_stand_in import HubStandIn, hub_stand_in
 from tests.support.tiny_gguf import write_tiny_gguf
 
 CONTENT = random.Random(1).randbytes(50_000)
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody answers
-QUIET = NoProgress()
+QUIET = Progress()
 
 
 @pytest.fixture(autouse=True)
@@ -99,10 +98,11 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-class Interrupts(NoProgress):
+class Interrupts(Progress):
     """Ctrl-C once so many bytes were handled."""
 
     def __init__(self, num_bytes: int) -> None:
+        super().__init__()
         self.left = num_bytes
 
     @contextmanager
@@ -135,7 +135,8 @@ def files_folder() -> Path:
 
 def only(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `preset` be the one that comes with the package."""
-    monkeypatch.setattr(presets, "parse_presets", lambda _: {preset.name: preset})
+    for module in ("store.presets", "cli.models"):
+        monkeypatch.setattr(f"llmcad_mlx.{module}.list_presets", lambda: [preset])
 
 
 def no_leftovers() -> bool:
@@ -236,7 +237,7 @@ def test_the_hub_continues_what_the_mirror_began(
 
 def test_mirror_serves_when_the_hub_is_down(mirrored: FileSource) -> None:
     report = io.StringIO()
-    file = download.fetch_file(mirrored, StreamProgress(report))
+    file = download.fetch_file(mirrored, Progress(report))
     assert file.read_bytes() == CONTENT
     assert no_leftovers()
     assert "using the mirror" in report.getvalue().splitlines()[1]
@@ -390,7 +391,7 @@ def test_repository_from_the_cache_when_the_hub_is_gone(hub: HubStandIn, monkeyp
 @pytest.fixture
 def large_repo(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> HubStandIn:
     """A repository whose weights count as large."""
-    monkeypatch.setattr(hub_repo, "RESUMABLE_BYTES", 10_000)
+    monkeypatch.setattr(download, "RESUMABLE_BYTES", 10_000)
     hub.repos["org/model"] = MODEL_FILES | {"model.safetensors": CONTENT}
     return hub
 
@@ -442,7 +443,7 @@ def test_a_disk_that_fills_up_during_a_repository(large_repo: HubStandIn, monkey
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub_repo, "http_get", full)
+    monkeypatch.setattr(download, "http_get", full)
     with pytest.raises(disk.DiskError, match=r"org/model: the disk is full; make room or set HF_HOME"):
         pull.pull_repo("org/model")
 
@@ -469,7 +470,7 @@ def test_preset_of_whole_repositories(
     assert pull.resolve_target("pair") == pulled.target
     assert pull.preset_draft("pair") == "pair"
     assert pull.resolve_draft("pair") == pulled.draft
-    pull_command.pull("pair")
+    pull_command("pair")
     assert capsys.readouterr().out.splitlines() == [str(pulled.target), str(pulled.draft)]
 
 
@@ -489,7 +490,7 @@ def test_preset_whose_repository_holds_no_model(hub: HubStandIn, repo_preset: Pr
 
 
 def test_list_says_which_machine_a_preset_is_for(repo_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
-    pull_command.pull(None, list_names=True)
+    pull_command(None, list_names=True)
     assert capsys.readouterr().out.splitlines() == [
         "pair: a test",
         "  target  org/large",
@@ -569,7 +570,7 @@ def test_resolve_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    pull_command.pull(None, list_names=True)
+    pull_command(None, list_names=True)
     printed = capsys.readouterr().out
     for preset in presets.list_presets():
         assert f"{preset.name}: {preset.summary}" in printed
@@ -578,7 +579,7 @@ def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_prints_the_folders(tiny_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
-    pull_command.pull("tiny")
+    pull_command("tiny")
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [str(home_folder() / "models" / "tiny" / "target")]
     assert "downloading tiny.gguf from the hub" in captured.err
@@ -586,4 +587,4 @@ def test_command_prints_the_folders(tiny_preset: Preset, capsys: pytest.CaptureF
 
 def test_command_needs_a_name() -> None:
     with pytest.raises(UsageError, match="name a preset"):
-        pull_command.pull(None)
+        pull_command(None)

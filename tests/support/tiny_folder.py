@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from llmcad_mlx.models.folder import load_model_folder
-from llmcad_mlx.progress import NoProgress
+from llmcad_mlx.progress import Progress
 from llmcad_mlx.store.convert import weights_of, write_weights
 from tests.support.tiny import tiny_llama
 
@@ -141,7 +141,7 @@ def copy_folder(folder: Path, path: Path) -> Path:
 def write_bundle(source: Path, dest: Path) -> None:
     """The model in the folder `source` as a bundle, its weights as they are."""
     loaded = load_model_folder(source, lazy=True, alone=True)
-    write_weights(source, dest, weights_of(loaded, loaded.model, None), None, NoProgress())
+    write_weights(source, dest, weights_of(loaded, loaded.model, None), None, Progress())
 
 
 def change_config(folder: Path, **changes: Any) -> None:

@@ -101,7 +101,7 @@ class Generation:
 
     def _tree(self, done: Round) -> dict[str, Any]:
         """The round as the contract has it: nodes as drafted, parents first."""
-        tree, bonus, plan = done.drafted, done.own_token, self._engine.pair.plan
+        tree, bonus, plan = done.drafted, done.bonus_token, self._engine.pair.plan
         nodes = [
             {
                 "id": token, "text": self._text_of(token), "parent": tree.parents[node],

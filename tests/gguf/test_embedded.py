@@ -181,3 +181,4 @@ def test_the_tokenizer_is_the_files_own(reader: gguf.GGUFReader, folder: Path) -
         ids = ours.encode(text, add_special_tokens=False)
         assert ids == reference.encode(text), text
         assert ours.decode(ids) == text
+    assert ours.encode("<|im_start|>user\n<|im_end|>") == [1, 4093, 198, 2]

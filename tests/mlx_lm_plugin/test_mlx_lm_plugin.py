@@ -23,7 +23,7 @@ from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_c
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from llmcad_mlx import UsageError, VocabularyError, mlx_lm_plugin
-from llmcad_mlx.engine.policies import make_policy
+from llmcad_mlx.engine.growth import make_policy
 from llmcad_mlx.mlx_lm_plugin import speculation
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModels
 from llmcad_mlx.mlx_lm_plugin.generation import generate, installed, stream_generate
@@ -57,8 +57,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees of eight nodes whatever they cost: on a tiny model plain decoding is faster."""
 
     def forced_policy(settings: SpeculationSettings, *learned: Any) -> Any:
-        *given, max_nodes = learned
-        return make_policy(SpeculationSettings(tree_nodes=min(8, max_nodes)), *given)
+        return make_policy(SpeculationSettings(tree_nodes=min(8, learned[-1])), *learned)
 
     monkeypatch.setattr(speculation, "make_policy", forced_policy)
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmcad_mlx.models.tree_model import ModelCache, TreeModel
-from llmcad_mlx.streaming.feed import Background, SequentialFeed
+from llmcad_mlx.streaming.modules import Background, SequentialFeed
 from llmcad_mlx.tree.token_tree import TokenTree
 
 

@@ -1,4 +1,4 @@
-"""Who proposes tokens: the interface of all drafters, and what those without a model have in common."""
+"""Who proposes tokens: the interface of all drafters."""
 
 from __future__ import annotations
 
@@ -75,38 +75,3 @@ class Drafter(Protocol):
 
     def truncate(self, length: int) -> None:
         """Only the first `length` tokens of the sequence are still true."""
-
-
-class LookupDrafter:
-    """A drafter without a model: the sequence is all it keeps, and a prompt is read in no time."""
-
-    model: TreeModel | None = None
-    cache: ModelCache | None = None
-    num_cached = 0
-    num_bytes = 0
-    _tokens: Sequence[int] = ()
-
-    @property
-    def rows_fed(self) -> int | None:
-        return 0
-
-    def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
-    ) -> None:
-        self._read(tokens)
-
-    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
-        self._read(tokens)
-        return False
-
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
-        self._read(tokens)
-
-    def _read(self, tokens: Sequence[int]) -> None:
-        self._tokens = tokens
-
-    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
-        """Nothing to do: `begin` gets what was accepted."""
-
-    def truncate(self, length: int) -> None:
-        """Nothing to do: the next sequence is read whole."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +18,7 @@ from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
 
 _CHUNKS = 256  # a row is cut into that many pieces to find its largest entries without sorting it
+_NUM_CANDIDATES = 8  # of a node
 _FED_WITH_NODES = 6  # missed tokens; more go through the model's body first, without the head
 _WINDOW = 32  # tokens read again after a long break
 
@@ -40,16 +41,12 @@ def top_candidates(
     if mx.default_device() == mx.cpu:
         rows = np.asarray(logits.astype(mx.float32))
         scores = [sampler.draft_scores(row, p, vocabulary) for row, p in zip(rows, positions, strict=True)]
-        return [_named(_best_of(row, count), vocabulary) for row in scores]
-    found = _on_device(logits, positions, sampler, count, vocabulary)
-    return [_named(row, vocabulary) for row in found]
-
-
-def _named(columns: Candidates, vocabulary: TokenList | None) -> Candidates:
-    """Candidates by token for those by column."""
+        found = [_best_of(row, count) for row in scores]
+    else:
+        found = _on_device(logits, positions, sampler, count, vocabulary)
     if vocabulary is None:
-        return columns
-    return Candidates(vocabulary[list(columns.tokens)].tolist(), columns.confidences)
+        return found
+    return [Candidates(vocabulary[list(each.tokens)].tolist(), each.confidences) for each in found]
 
 
 def _best_of(scores: npt.NDArray[np.float32], count: int) -> Candidates:
@@ -126,7 +123,7 @@ class ModelDrafter:
 
     source = MODEL
 
-    def __init__(self, model: TreeModel, num_candidates: int = 8, vocabulary: TokenList | None = None) -> None:
+    def __init__(self, model: TreeModel, vocabulary: TokenList | None = None) -> None:
         """vocabulary: the tokens of a trimmed head, see `top_candidates`.
 
         Raises ValueError for a model whose cache cannot roll back.
@@ -138,7 +135,6 @@ class ModelDrafter:
         self.cache = cache
         self.rows_fed: int | None = 0
         self._start = 0  # index in the sequence of the cache's first token
-        self._num_candidates = num_candidates
         self._vocabulary = vocabulary
         self._tokens: Sequence[int] = ()
         self._sampler: TargetSampler | None = None
@@ -187,7 +183,8 @@ class ModelDrafter:
 
     def _feed(self, tree: TokenTree, leaves: Sequence[int]) -> None:
         missed, caught_up = self._missed() if ROOT not in self._slots else ([], False)
-        nodes = self._unfed(tree, leaves)
+        needed = set(itertools.chain.from_iterable(tree.path(leaf) for leaf in leaves))
+        nodes = sorted(needed - self._slots.keys())  # the leaves and what is above them, parents first
         if self.model.capability == "chain":
             nodes = self._as_chain(tree, nodes)
         num_rows = len(missed) + len(nodes)
@@ -227,11 +224,6 @@ class ModelDrafter:
         self.cache.truncate(0)
         self._start = start
 
-    def _unfed(self, tree: TokenTree, leaves: Sequence[int]) -> list[int]:
-        """The nodes to feed, parents first: the leaves and their ancestors, without those that have slots."""
-        needed = set(itertools.chain.from_iterable(tree.path(leaf) for leaf in leaves))
-        return sorted(node for node in needed if node not in self._slots)
-
     def _as_chain(self, tree: TokenTree, nodes: Sequence[int]) -> list[int]:
         """For a model that takes no branches: the first nodes that go on with the line fed so far."""
         tip = max(self._slots, key=lambda node: tree.depths[node], default=ROOT)
@@ -246,7 +238,7 @@ class ModelDrafter:
         """Turn rows of logits (len(nodes), V) into candidates for the children of `nodes`."""
         assert self._sampler is not None
         positions = [tree.position(node) + 1 for node in nodes]
-        found = top_candidates(logits, positions, self._sampler, self._num_candidates, self._vocabulary)
+        found = top_candidates(logits, positions, self._sampler, _NUM_CANDIDATES, self._vocabulary)
         self._ready.update(zip(nodes, found, strict=True))
 
     def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
@@ -256,7 +248,10 @@ class ModelDrafter:
             self._carried = None if survivors is None else survivors.tree
             return  # most rounds, where drafting hardly pays
         fed = list(itertools.takewhile(lambda node: node in self._slots, path))
-        names = {} if survivors is None else _new_names(self._slots, survivors)
+        names: dict[int, int] = {}  # of those that survive, old to new
+        if survivors is not None:
+            news = {node: survivors.old_to_new[node] for node in self._slots}
+            names = {node: new for node, new in news.items() if new != DROPPED}
         kept = self.cache.commit(
             [*self._caught_up, *(self._slots[node] for node in fed)], [self._slots[node] for node in names]
         )
@@ -277,8 +272,3 @@ class ModelDrafter:
         if length <= self._start:
             self._restart(0)
         self.cache.truncate(min(length - self._start, self.cache.length))
-
-
-def _new_names(nodes: Iterable[int], survivors: Selection) -> dict[int, int]:
-    """Of `nodes`, those that survive: old name to new name."""
-    return {node: new for node in nodes if (new := survivors.old_to_new[node]) != DROPPED}

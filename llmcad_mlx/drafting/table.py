@@ -25,14 +25,15 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from llmcad_mlx.drafting import LookupDrafter
+from llmcad_mlx.drafting.lookup import LookupDrafter
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files.atomic import new_file
+from llmcad_mlx.files import new_file
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.tree.token_tree import TABLE, TokenTree
 
 FORMAT = "llmcad-ngram-table-1"
 
+_NUM_CANDIDATES = 8  # of a node
 _MOST_BUCKET_BITS = 24
 _HEAD = 3  # numbers of a block before its entries
 _SIZE_SHIFT, _KINDS_MASK = 16, 0xFFFF
@@ -191,14 +192,13 @@ class TableDrafter(LookupDrafter):
 
     source = TABLE
 
-    def __init__(self, table: NgramTable, num_candidates: int = 8) -> None:
+    def __init__(self, table: NgramTable) -> None:
         self.table = table
         self.num_bytes = table.num_bytes
-        self._num_candidates = num_candidates
 
     def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
         return [self._after(tree.path_tokens(leaf)) for leaf in leaves]
 
     def _after(self, path: Sequence[int]) -> Candidates:
         context = [*self._tokens[-self.table.order :], *path] if path else self._tokens
-        return Candidates(*self.table.candidates(context, self._num_candidates), TABLE)
+        return Candidates(*self.table.candidates(context, _NUM_CANDIDATES), TABLE)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llmcad_mlx.memory.plan import MemoryNeeds, MemoryPlan, make_plan
+from llmcad_mlx.memory import MemoryNeeds, MemoryPlan, make_plan
 
 _MORE = (25, 50, 100)  # per cent
 
@@ -97,7 +97,7 @@ def smaller_drafts(needs: MemoryNeeds, plan: MemoryPlan, pinned: int | None) -> 
     budget = plan.budget_bytes
     if not needs.draft_bytes or budget is None or not plan.streamed_bytes:
         return
-    kv_bytes = needs.draft_kv_bytes_per_token // 2
-    half = replace(needs, draft_bytes=needs.draft_bytes // 2, draft_kv_bytes_per_token=kv_bytes)
-    yield "draft half as large", make_plan(half, budget, pinned)
-    yield "no draft model", make_plan(needs.without_draft, budget, pinned)
+    half, half_kv = needs.draft_bytes // 2, needs.draft_kv_bytes_per_token // 2
+    for name, weights, kv in (("draft half as large", half, half_kv), ("no draft model", 0, 0)):
+        smaller = replace(needs, draft_bytes=weights, draft_kv_bytes_per_token=kv)
+        yield name, make_plan(smaller, budget, pinned)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.drafting import model as candidates
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.errors import GenerationError
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import Candidates

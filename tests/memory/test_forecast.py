@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from llmcad_mlx.memory import MemoryNeeds, ModelSizes, make_plan
 from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds, larger_plans
-from llmcad_mlx.memory.plan import MemoryNeeds, ModelSizes, make_plan
 
 MB = 10**6
 

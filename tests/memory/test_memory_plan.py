@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.errors import BudgetError
-from llmcad_mlx.memory.plan import (
+from llmcad_mlx.memory import (
     MemoryNeeds,
     MemoryPlan,
     ModelSizes,
@@ -209,7 +209,7 @@ def test_the_default_budget_is_a_share_of_the_machine() -> None:
 
 
 def test_without_a_draft_its_memory_pins() -> None:
-    needs = needs_of(sizes_of((20 * MB,) * 20), draft=90 * MB)
-    with_draft, without = make_plan(needs, 600 * MB), make_plan(needs.without_draft, 600 * MB)
+    sizes = sizes_of((20 * MB,) * 20)
+    with_draft, without = (make_plan(needs_of(sizes, draft), 600 * MB) for draft in (90 * MB, 0))
     assert without.draft_bytes == 0
     assert without.pinned_bytes >= with_draft.pinned_bytes + 40 * MB

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from llmcad_mlx.errors import ModelError, StorageError
 from llmcad_mlx.files.safetensors import read_tensors
-from llmcad_mlx.streaming.feed import OnDemandFeed, RowReader, SequentialFeed
+from llmcad_mlx.streaming.modules import OnDemandFeed, RowReader, SequentialFeed
 from llmcad_mlx.streaming.storage import Storage
 from llmcad_mlx.streaming.stream import Outlook, Read, ReadAhead, Unit, WeightStream
 from llmcad_mlx.streaming.weights import Matrix, StoredParameter

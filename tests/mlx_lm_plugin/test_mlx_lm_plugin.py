@@ -256,7 +256,14 @@ def test_num_draft_tokens_bounds_a_pass(loaded: Loaded, forced: None) -> None:
     assert text_of(responses) == text_of(list(stream_generate(*loaded, SECOND, max_tokens=30)))
 
 
-def test_prompt_cache_with_a_draft_model(loaded: Loaded, draft: Any, forced: None) -> None:
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_prompt_cache_with_a_draft_model(
+    loaded: Loaded, draft: Any, gives_up: bool, forced: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the draft, after a break, gives up the start of the text."""
+    if gives_up:
+        monkeypatch.setattr("llmcad_mlx.drafting.model._FED_WITH_NODES", 0)
+        monkeypatch.setattr("llmcad_mlx.drafting.model._WINDOW", 1)
     cache = make_prompt_cache(loaded[0]) + make_prompt_cache(draft)
     own, text = make_prompt_cache(loaded[0]), []
     for prompt in (PROMPT, SECOND, PROMPT):

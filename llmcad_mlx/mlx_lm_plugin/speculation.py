@@ -226,9 +226,7 @@ class Speculation:
             with mx.stream(self._request.stream):
                 owner.truncate(len(tokens))
                 cache = owner.cache
-                if (
-                    owner.num_cached > cache.length
-                ):  # a draft gave up the start; the caller still has the rows of it
+                if owner.num_cached < cache.length:  # a draft gave up the start; the caller has its rows
                     cache = owner.model.new_cache()
                     rows.put_into(cache)
                 owner.model.prefill(tokens[cache.length :], cache)

@@ -65,13 +65,7 @@ def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
         tokenizer, adds_bos = _sentencepiece(header, vocabulary), True
     else:
         raise ModelError(f"{header.path}: tokenizer kind {kind!r} is not supported (gpt2 and llama are)")
-    added = vocabulary.ids(TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-    tokenizer.add_tokens(  # found in text before it is split; control tokens vanish from decoded text
-        [
-            AddedToken(token, special=vocabulary.types[number] != TokenType.USER_DEFINED, normalized=False)
-            for token, number in added.items()
-        ]
-    )
+    tokenizer.add_tokens(vocabulary.added())
     ends = _ends(header, vocabulary)
     bos, pad = (_token_id(header, vocabulary, name) for name in ("bos", "padding"))
     named = {"bos": bos, "eos": ends[0], "pad": pad}
@@ -115,6 +109,12 @@ class _Vocabulary:
             for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
             if (kind in types if types else kind != TokenType.UNUSED)
         }
+
+    def added(self) -> list[AddedToken]:
+        """Tokens found in text before it is split; control tokens vanish from decoded text."""
+        found = self.ids(TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+        special = {token: self.types[number] != TokenType.USER_DEFINED for token, number in found.items()}
+        return [AddedToken(token, special=special[token], normalized=False) for token in found]
 
 
 def _read_vocabulary(header: GgufHeader) -> _Vocabulary:

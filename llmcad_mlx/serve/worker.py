@@ -98,7 +98,7 @@ class Generation:
         if not self._job.request.show_trees:
             return None
         self._num_rounds += 1
-        tree, bonus, plan = done.drafted, done.own_token, self._engine.pair.plan
+        tree, bonus, plan = done.drafted, done.bonus_token, self._engine.pair.plan
         nodes = [
             {
                 "id": token, "text": self._text_of(token), "parent": tree.parents[node],

@@ -7,6 +7,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,7 +136,8 @@ def field(kind: GGUFValueType, name: bytes = b"a") -> bytes:
     return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind)
 
 
-ARRAY = field(GGUFValueType.ARRAY)
+def array(kind: GGUFValueType, count: int) -> bytes:
+    return start(0, 1) + field(GGUFValueType.ARRAY) + struct.pack("<IQ", kind, count)
 
 
 @pytest.mark.parametrize(
@@ -146,18 +148,9 @@ ARRAY = field(GGUFValueType.ARRAY)
         (start(1 << 60, 1), "tensors cannot fit"),
         (start(0, 1) + field(GGUFValueType.STRING) + struct.pack("<Q", 1 << 29), "characters of text cannot fit"),
         (start(0, 1) + struct.pack("<Q", 1 << 20), "takes 1048576 bytes"),
-        (
-            start(0, 1) + ARRAY + struct.pack("<IQ", GGUFValueType.UINT8, 1 << 25),
-            "arrays hold more than 4194304 values",
-        ),
-        (
-            start(0, 1) + ARRAY + struct.pack("<IQ", GGUFValueType.UINT64, 1 << 26),
-            "67108864 values cannot fit",
-        ),
-        (
-            start(0, 1) + ARRAY + struct.pack("<IQ", GGUFValueType.STRING, (1 << 22) + 1),
-            "arrays hold more than 4194304 texts",
-        ),
+        (array(GGUFValueType.UINT8, 1 << 25), "arrays hold more than 4194304 values"),
+        (array(GGUFValueType.UINT64, 1 << 26), "67108864 values cannot fit"),
+        (array(GGUFValueType.STRING, (1 << 22) + 1), "arrays hold more than 4194304 texts"),
     ],
     ids=["tensors", "fields", "more tensors than bytes", "text", "name", "bytes", "numbers", "texts"],
 )
@@ -170,14 +163,9 @@ def test_counts_past_any_model(tmp_path: Path, head: bytes, message: str) -> Non
 
 
 def test_array_items_are_counted_over_all_fields(tmp_path: Path) -> None:
-    parts = [start(0, 3)]
-    for name in (b"a", b"b", b"c"):
-        parts += [
-            field(GGUFValueType.ARRAY, name),
-            struct.pack("<IQ", GGUFValueType.UINT8, 1 << 21),
-            bytes(1 << 21),
-        ]
-    path = sparse(tmp_path / "huge.gguf", b"".join(parts))
+    values = struct.pack("<IQ", GGUFValueType.UINT8, 1 << 21) + bytes(1 << 21)
+    fields = (field(GGUFValueType.ARRAY, name) + values for name in (b"a", b"b", b"c"))
+    path = sparse(tmp_path / "huge.gguf", start(0, 3) + b"".join(fields))
     with pytest.raises(ModelError, match="arrays hold more than"):
         read_gguf_header(path)
 
@@ -194,9 +182,10 @@ def test_array_items_are_counted_over_all_fields(tmp_path: Path) -> None:
         ("llama.rope.dimension_count", 2**31, "2147483648 rotated dimensions are not supported"),
         ("llama.rope.freq_base", 0.0, "rope.freq_base is missing or unusable"),
         ("general.architecture", "x" * 5000, "without general.architecture"),
+        ("llama.attention.head_count", list(range(100_000)), "head_count is missing or unusable"),
     ],
 )
-def test_sizes_no_tensor_bears_out(tmp_path: Path, key: str, value: float | str, message: str) -> None:
+def test_sizes_no_tensor_bears_out(tmp_path: Path, key: str, value: Any, message: str) -> None:
     """With the frequencies of Llama 3 in the file, which are computed for as many dimensions as it claims."""
 
     def frequencies(writer: GGUFWriter) -> None:
@@ -205,22 +194,5 @@ def test_sizes_no_tensor_bears_out(tmp_path: Path, key: str, value: float | str,
     header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=frequencies))
     header.metadata[key] = value
     with little_memory(), pytest.raises(ModelError, match=message) as caught:
-        read_family(header)
-    assert len(str(caught.value)) < 300
-
-
-def test_frequencies_for_other_heads(tmp_path: Path) -> None:
-    def edit(writer: GGUFWriter) -> None:
-        writer.add_tensor("rope_freqs.weight", np.ones(1 << 16, np.float32))
-
-    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=edit))
-    with pytest.raises(ModelError, match=r"'rope_freqs.weight' is \(65536,\), expected \(8,\)"):
-        read_family(header)
-
-
-def test_a_long_list_is_not_repeated_in_the_error(tmp_path: Path) -> None:
-    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
-    header.metadata["llama.attention.head_count"] = list(range(100_000))
-    with pytest.raises(ModelError, match="head_count is missing or unusable") as caught:
         read_family(header)
     assert len(str(caught.value)) < 300

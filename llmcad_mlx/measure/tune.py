@@ -38,8 +38,7 @@ from llmcad_mlx.measure.runner import (
     schedule,
     total_stats,
 )
-from llmcad_mlx.memory import MemoryPlan
-from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds
+from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings

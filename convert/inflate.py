@@ -23,8 +23,8 @@ from typing import Any
 
 from convert import exit_code_of
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files.atomic import check_destination, new_folder
-from llmcad_mlx.files.bundle_writer import BundleWriter, layer_index, plan_layers
+from llmcad_mlx.files import check_destination, new_folder
+from llmcad_mlx.files.bundle import BundleWriter, layer_index, plan_layers
 from llmcad_mlx.files.safetensors import TensorExtent, TensorSpec, WeightIndex, read_weights
 from llmcad_mlx.models.folder import read_config
 from llmcad_mlx.progress import Advance, Progress, progress_for

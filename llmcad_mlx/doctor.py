@@ -167,15 +167,8 @@ def _verify(path: Path, show_progress: bool) -> bool:
     if bundle is None:
         return False
     progress = progress_for(show_progress and sys.stderr.isatty())  # elsewhere a problem stays one line
-    done = 0
     with progress.stage(f"checking {path.name}", bundle.num_bytes) as advance:
-
-        def report(now: int, total: int) -> None:
-            nonlocal done
-            advance(now - done)
-            done = now
-
-        verify_bundle(path, report)
+        verify_bundle(path, advance)
     return True
 
 

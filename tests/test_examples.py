@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llmcad_mlx.measure.prompts import load_prompts
+from llmcad_mlx.measure.workload import load_prompts
 from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
 from tests.support.serving import loader, serving
 

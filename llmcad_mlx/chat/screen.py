@@ -255,8 +255,8 @@ def draw(picture: RoundTree, decode: Callable[[int], str]) -> RenderableType:
             (f"{mark} {text(tree.tokens[node])}", style), f" {tree.confidences[node]:.2f}", (source, "dim")
         )
         branches[node] = branches[tree.parents[node]].add(label)
-    if picture.own_token is not None:
-        branches[picture.last].add(Text(f"→ {text(picture.own_token)} the target's own", "bold cyan"))
+    if picture.bonus_token is not None:
+        branches[picture.last].add(Text(f"→ {text(picture.bonus_token)} the target's own", "bold cyan"))
     counts = [Text(f"{mark} {states[1:].count(state)} {state}", style) for state, (mark, style) in _MARKS.items()]
     legend = Text("  ").join(counts)
     if len(shown) < len(tree):

@@ -14,7 +14,14 @@ from typer import Argument, Context, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.measure.variants import DEFAULT_VARIANTS, MLX_LM, parse_variants, variant_help
+from llmcad_mlx.measure.workload import (
+    DEFAULT_VARIANTS,
+    MLX_LM,
+    Workload,
+    listed,
+    parse_variants,
+    variant_help,
+)
 from llmcad_mlx.settings import check_integer
 
 if TYPE_CHECKING:
@@ -83,12 +90,12 @@ def tune(
     from llmcad_mlx.measure.tune import TunePlan, run_tune, tune_report
 
     plan = TunePlan.of(
-        DraftOptions.of(drafts, bits, trim), memory, prompts, per_domain,
+        DraftOptions.of(drafts, bits, trim), memory, prompts, per_domain=per_domain,
         repeat=repeat, warmup=warmup, max_tokens=max_tokens, temperature=temp, seed=seed,
     )  # fmt: skip
     with _measuring(out) as on_turn:
         done = run_tune(plan, target, not json_output, on_turn)
-    _publish(tune_report(done, _command_line()), json_output, out)
+    _publish(tune_report(done), json_output, out)
 
 
 def bench(
@@ -126,7 +133,7 @@ def bench(
     """Compare ways of decoding on the same prompts, interleaved; prints medians, ratios and mismatches."""
     if kernels:
         _refuse_others(command, "kernels", _FOR_KERNELS)
-        from llmcad_mlx.measure.kernels import kernel_report, time_kernels
+        from llmcad_mlx.measure.growth import kernel_report, time_kernels
 
         check_integer("repeat", repeat, 1, 10_000)
         with _measuring(out):
@@ -138,21 +145,20 @@ def bench(
         passes = Growth(pair.target, memory, repeat)
         with _measuring(out) as on_turn:
             passes.measure(not json_output, on_turn)
-        report = growth_report(passes, _command_line())
+        report = growth_report(passes)
     else:
         from llmcad_mlx.loader import load_pair
         from llmcad_mlx.measure.bench import bench_report, run_benchmark
-        from llmcad_mlx.measure.runner import Workload
 
         workload = Workload.of(
-            prompts, domains, per_domain,
+            prompts, domains, per_domain=per_domain,
             repeat=repeat, warmup=warmup, max_tokens=max_tokens, temperature=temp, seed=seed,
         )  # fmt: skip
         chosen = parse_variants(_with_others(variants, compare))
         with _measuring(out) as on_turn:
             loaded = load_pair(pair.target, pair.draft, not json_output, memory)
             done = run_benchmark(chosen, workload, loaded, pair.target, on_turn)
-        report = bench_report(done, _command_line())
+        report = bench_report(done)
     _publish(report, json_output, out)
 
 
@@ -162,7 +168,7 @@ def _with_others(variants: str, compare: str | None) -> str:
         return variants
     if compare != MLX_LM:
         raise UsageError(f"compare: {compare!r} is unknown; the one program to compare with is '{MLX_LM}'")
-    return variants if MLX_LM in [name.strip() for name in variants.split(",")] else f"{variants},{MLX_LM}"
+    return variants if MLX_LM in listed(variants) else f"{variants},{MLX_LM}"
 
 
 def _refuse_others(command: Context, mode: str, used: tuple[str, ...]) -> None:
@@ -170,10 +176,6 @@ def _refuse_others(command: Context, mode: str, used: tuple[str, ...]) -> None:
     for name in options.given(command):
         if name not in (mode, *used):
             raise UsageError(f"{name.replace('_', '-')}: --{mode} makes no use of it; leave one of the two out")
-
-
-def _command_line() -> list[str]:
-    return ["llmcad-mlx", *sys.argv[1:]]
 
 
 def _publish(report: Report, json_output: bool, out: Path | None = None) -> None:

@@ -12,7 +12,7 @@ from typer import Argument, Exit, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.store.presets import NGRAM, DraftSource, FileSource, PackagedSource, list_presets
+from llmcad_mlx.store.presets import NGRAM, FileSource, PackagedSource, Source, list_presets
 
 if TYPE_CHECKING:
     from llmcad_mlx.doctor import Diagnosis
@@ -41,10 +41,8 @@ def pull(
     if "/" in name:
         print(pull_repo(name, progress=progress_for(True)))
         return
-    pulled = pull_preset(name, progress_for(True), keep_source)
-    print(pulled.target)
-    if pulled.draft is not None:
-        print(pulled.draft)
+    for folder in pull_preset(name, progress_for(True), keep_source):
+        print(folder)
 
 
 def _print_presets() -> None:
@@ -62,7 +60,7 @@ def _print_presets() -> None:
         print(f"  {', '.join(facts)}")
 
 
-def _where(source: DraftSource) -> str:
+def _where(source: Source) -> str:
     if isinstance(source, PackagedSource):
         return f"{source.name}, which comes with this package"
     return f"{source.repo} {source.file}" if isinstance(source, FileSource) else source.repo

@@ -12,7 +12,7 @@ from typing import Annotated
 from typer import Option
 
 from llmcad_mlx.cli import options
-from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve import ServerSettings
 
 _DEFAULT = ServerSettings()
 
@@ -42,7 +42,9 @@ def serve(
     max_prompt_tokens: Annotated[
         int | None, Option(help="Most tokens of one prompt. Default: the context.")
     ] = None,
-    max_body: Annotated[str, Option(metavar="SIZE", help="Largest request.")] = "4MB",
+    max_body: Annotated[
+        str, Option(metavar="SIZE", help="Largest request.")
+    ] = f"{_DEFAULT.max_body_bytes // 10**6}MB",
     prompt_cache: Annotated[
         str, Option(metavar="SIZE|auto", help="Memory for the caches of conversations that wait; 0 keeps none.")
     ] = "auto",
@@ -53,9 +55,8 @@ def serve(
     """Serve OpenAI's HTTP API, and a page to chat on, until Ctrl-C."""
     from llmcad_mlx.api import Engine
     from llmcad_mlx.loader import load_pair
-    from llmcad_mlx.serve.prompt_cache import cache_limit
     from llmcad_mlx.serve.server import LlmServer
-    from llmcad_mlx.serve.worker import public_name
+    from llmcad_mlx.serve.worker import cache_limit, public_name
     from llmcad_mlx.sizes import parse_size
 
     settings = ServerSettings(

@@ -25,7 +25,7 @@ from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of, cache_par
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files.atomic import full_disk_error, new_file, require_free_space
+from llmcad_mlx.files import full_disk_error, new_file, require_free_space
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec, dtype_name, header_bytes, read_header
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.machine import package_version
@@ -87,7 +87,7 @@ def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tok
                 for name, array in _arrays(part.model, part.cache.states(part.length)):
                     content: Any = np.asarray(array.reshape(-1).view(mx.uint8))
                     writer.write_bytes(name, 0, memoryview(content))
-            end = writer.extent(DIGEST).offset
+            end = writer.extents[DIGEST.name].offset
             writer.write_bytes(DIGEST.name, 0, _digest(file, end))
             writer.sync()
     except OSError as error:

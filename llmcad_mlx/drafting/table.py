@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files.atomic import new_file
+from llmcad_mlx.files import new_file
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.tree.token_tree import TABLE
 

@@ -15,7 +15,7 @@ from mlx_lm.sample_utils import greedy_sampler
 from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.engine.policies import make_policy
+from llmcad_mlx.engine.growth import make_policy
 from llmcad_mlx.engine.round import Round, run_round
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.engine.text import Piece, TextStream
@@ -226,9 +226,7 @@ class Speculation:
             with mx.stream(self._request.stream):
                 owner.truncate(len(tokens))
                 cache = owner.cache
-                if (
-                    owner.num_cached > cache.length
-                ):  # a draft gave up the start; the caller still has the rows of it
+                if owner.num_cached < cache.length:  # a draft gave up the start; the caller has its rows
                     cache = owner.model.new_cache()
                     rows.put_into(cache)
                 owner.model.prefill(tokens[cache.length :], cache)

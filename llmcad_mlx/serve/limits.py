@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.metrics import Metrics
-from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.protocol import ApiError, bad_request, error_response, internal_error, to_json
 
 _GONE = 499  # a client that did not wait; nobody reads it, the counters do
@@ -38,19 +38,15 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(415, "send the request with Content-Type: application/json", code="content_type")
-    limit = settings.max_body_bytes
-    body = bytearray()
-    pieces = request.stream()
-    if int(request.headers.get("content-length", "0")) > limit:  # a number: h11 lets nothing else through
-        await _discard(pieces)
-        raise _too_large(limit)
+    announced = int(request.headers.get("content-length", "0"))  # a number: h11 lets nothing else through
+    limit, body, pieces = settings.max_body_bytes, bytearray(), request.stream()
     try:
         async with asyncio.timeout(settings.body_s):
-            async for piece in pieces:
+            while max(announced, len(body)) <= limit:
+                piece = await anext(pieces, None)
+                if piece is None:
+                    return bytes(body)
                 body += piece
-                if len(body) > limit:
-                    await _discard(pieces)
-                    raise _too_large(limit)
     except TimeoutError:
         raise ApiError(
             408,
@@ -60,22 +56,19 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
         ) from None
     except ClientDisconnect:
         raise bad_request("the request's body ended early") from None
-    return bytes(body)
+    await _discard(pieces)
+    raise ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
 
 
 async def _discard(pieces: AsyncIterator[bytes]) -> None:
     """Read on a little: an answer to a client that still sends would be lost when the connection closes."""
     left = _MOST_DISCARDED
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(_DISCARDING_S):
             async for piece in pieces:
                 left -= len(piece)
                 if left < 0:
                     return
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
 
 
 class Gate:
@@ -117,7 +110,8 @@ class Gate:
         headers = Headers(scope=scope)
         if self._checks_host and not _is_local(headers.get("host")):
             return ApiError(400, "this server answers to localhost only; give it a key to serve other names")
-        if self._key is None or _is_open(scope["path"]):
+        # The page asks its user for the key, so it comes without one.
+        if self._key is None or scope["path"] in ("/", "/health") or scope["path"].startswith("/page/"):
             return None
         if hmac.compare_digest(headers.get("authorization", "").encode("latin-1"), self._key):
             return None
@@ -127,11 +121,6 @@ class Gate:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-
-
-def _is_open(path: str) -> bool:
-    """Whether a path needs no key. The page asks its user for the key, so it comes without one."""
-    return path in ("/", "/health") or path.startswith("/page/")
 
 
 def _is_local(host: str | None) -> bool:
@@ -195,8 +184,3 @@ class GuardedProtocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR):  # else there is an answer already
             self.transport.write(answer)
         self.transport.close()
-
-
-def protocol_with(header_s: float) -> type[GuardedProtocol]:
-    """The protocol with its own limit."""
-    return type("GuardedProtocol", (GuardedProtocol,), {"header_s": header_s})

@@ -19,9 +19,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import quantize_model, save_config
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files.atomic import check_destination, new_folder
+from llmcad_mlx.files import check_destination, new_folder
 from llmcad_mlx.files.bundle import FILE as MANIFEST
-from llmcad_mlx.files.bundle_writer import BundleWriter
+from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, dtype_name
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
@@ -126,11 +126,8 @@ def copy_extent(
 
 def is_quantised(model: Any) -> bool:
     """Whether some parameters are packed. Partly quantised models are left as they are, too."""
-    return any(array.dtype in (mx.uint8, mx.uint32) for array in _parameters(model).values())
-
-
-def _parameters(model: Any) -> dict[str, mx.array]:
-    return dict(tree_flatten(model.parameters()))
+    leaves: Any = tree_flatten(model.parameters())
+    return any(array.dtype in (mx.uint8, mx.uint32) for _, array in leaves)
 
 
 def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWeights:
@@ -139,7 +136,7 @@ def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWei
         with contextlib.redirect_stdout(io.StringIO()):  # it reports there
             model, config = quantize_model(loaded.model, loaded.config, group_size, bits)
     except ValueError as error:
-        raise ModelError(f"{loaded.path}: mlx-lm cannot quantise it ({_first_line(error)})") from None
+        raise ModelError(f"{loaded.path}: mlx-lm cannot quantise it ({str(error).splitlines()[0]})") from None
     if not is_quantised(model):
         raise UsageError(
             f"--group-size: no rows of {loaded.path} divide into groups of {group_size}; choose a smaller one"
@@ -154,7 +151,7 @@ def _quantisation_is_mlx(loaded: LoadedModel) -> bool:
 
 def weights_of(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> NewWeights:
     """What is to be written of `model`, whose arrays are let go; what is as in `loaded`'s files is copied."""
-    parameters = _parameters(model)
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # lets go of them
     unchanged = loaded.unchanged if _quantisation_is_mlx(loaded) else frozenset()
     specs: list[TensorSpec] = []
@@ -203,15 +200,11 @@ def _write_array(source: Path, writer: BundleWriter, spec: TensorSpec, array: mx
         flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
         mx.eval(flat)
     except RuntimeError as error:
-        what = f"{source}: {spec.name} cannot be read ({_first_line(error)})"
+        what = f"{source}: {spec.name} cannot be read ({str(error).splitlines()[0]})"
         raise ModelError(f"{what}; download the folder again") from None
     if not finite:
         raise ModelError(f"{source}: {spec.name} holds NaN or infinity; download the folder again")
     writer.write_bytes(spec.name, 0, memoryview(flat))  # type: ignore[arg-type]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _side_files(source: Path) -> list[Path]:

@@ -14,11 +14,10 @@ from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.policy import GrowthPolicy
+from llmcad_mlx.policy import ChainPolicy, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
@@ -189,6 +188,8 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     assert (stats.path_tested, stats.generated_tokens) == (seen.path_tested, seen.generated_tokens)
     assert stats.generated_tokens == len(engine.tokens) - len(PROMPT)
     assert (stats.survived, stats.provisional, stats.provisional_passes) == (seen.survived, 0, 0)
+    if isinstance(policy, ThroughputPolicy):  # nodes that it left out were the target's choice at times
+        assert seen.survived > 0
     assert stats.target_passes == verify.calls == 12
     assert stats.tokens_per_pass == stats.generated_tokens / 12
     assert stats.acceptance_rate == stats.accepted / stats.path_tested

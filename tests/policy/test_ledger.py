@@ -1,4 +1,4 @@
-"""What may be risked: prices of rows and draft steps, and accounts of what speculation gains and costs."""
+"""What may be risked and must be measured: prices, accounts of gains and losses, modes of rounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.policy.ledger import DraftAccount, LookupAccount, Prices
+from llmcad_mlx.policy.ledger import DraftAccount, LookupAccount, Mode, Prices, Schedule
 
 ROUNDS = st.lists(st.tuples(st.integers(1, 8), st.floats(-5.0, 5.0)), max_size=60)
 
@@ -152,3 +152,87 @@ def test_rows_beyond_the_largest_pass_cost_no_more() -> None:
     prices = measured({1: 1.0, 4: 2.0, 5: 2.5}, max_nodes=4)
     assert prices.more_rows(4, 1) == pytest.approx(0.5)
     assert prices.more_rows(4, 60) == prices.more_rows(9, 60) == pytest.approx(0.5)
+
+
+# -- modes of rounds ----------------------------------------------------------------------------------------
+
+
+def schedule(forced: bool = False, plain_rounds: int = 2, rounds_with_rows: int = 0) -> Schedule:
+    """After so many rounds without the model."""
+    costs = CostModel()
+    made = Schedule(costs, forced)
+    for rows in [1] * plain_rounds + [2] * rounds_with_rows:
+        costs.verify.observe(rows, float(rows))
+        costs.draft.observe(1, 0.1)
+        made.begin(new_text=False, broke=False)
+        made.verified(rows, 1, model_used=False, model_right=False)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("due", "broke", "mode"),
+    [
+        (False, False, Mode.ORDINARY),
+        (False, True, Mode.RESTING),
+        (True, False, Mode.PLAIN),
+        (True, True, Mode.PLAIN_RESTING),
+    ],
+)
+def test_a_round_begins_with_what_is_due(due: bool, broke: bool, mode: Mode) -> None:
+    made = schedule(rounds_with_rows=40 if due else 2)
+    made.begin(new_text=False, broke=broke)
+    assert made.mode is mode
+    made.begin(new_text=False, broke=broke)
+    assert made.mode is (Mode.PLAIN if due else Mode.ORDINARY)  # rest is for every other round at most
+    assert made.considers_model() is not due
+
+
+def test_trees_of_a_given_size_are_always_ordinary() -> None:
+    made = schedule(forced=True, rounds_with_rows=40)
+    made.begin(new_text=False, broke=True)
+    assert made.mode is Mode.ORDINARY
+
+
+def test_a_plain_pass_is_not_due_where_loading_hides_rows() -> None:
+    made = schedule(rounds_with_rows=40)
+    made._costs.verify.observe(2, 10.0, busy=0.1)
+    made.begin(new_text=False, broke=False)
+    assert made.mode is Mode.ORDINARY
+
+
+@pytest.mark.parametrize("broke", [False, True])
+def test_a_likely_second_row_is_tried_while_its_price_is_unknown(broke: bool) -> None:
+    made = schedule()
+    made.begin(new_text=False, broke=broke)
+    assert not made.tries_row(0.2, balance=1.0)
+    assert not made.tries_row(0.8, balance=0.0)
+    assert made.mode is (Mode.RESTING if broke else Mode.ORDINARY)
+    assert made.tries_row(0.8, balance=1.0)
+    assert made.mode is Mode.TRYING_ROW
+
+
+def test_a_round_that_tries_the_draft_stays_one_when_it_tries_row_rows() -> None:
+    made = schedule(plain_rounds=40)
+    made.begin(new_text=False, broke=False)
+    assert made.tries_model(balance=1.0)
+    assert made.mode is Mode.TRYING_DRAFT
+    assert made.tries_row(0.8, balance=1.0)
+    assert made.mode is Mode.TRYING_DRAFT
+
+
+def test_trials_in_vain_become_rare_and_one_that_helps_makes_them_frequent_again() -> None:
+    made = schedule(plain_rounds=40)
+    waits = []
+    for right in (False, False, False, True, False):
+        wait = 0
+        while not made.tries_model(balance=1.0):
+            made.verified(1, 1, model_used=False, model_right=False)
+            made.begin(new_text=False, broke=False)
+            wait += 1
+        waits.append(wait)
+        made.verified(2, 1, model_used=True, model_right=right)
+        made.begin(new_text=False, broke=False)
+        if right:  # used from then on, until it does not pay any more
+            made.verified(2, 2, model_used=True, model_right=True)
+            made.begin(new_text=False, broke=False)
+    assert waits == [0, 64, 128, 256, 32]

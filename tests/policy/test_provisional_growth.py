@@ -95,8 +95,6 @@ def test_the_papers_pipeline_keeps_one_continuation_of_the_best_branch() -> None
     assert list(policy.next_leaves(tree, MODEL)) == []  # four nodes
     assert policy.submit(tree).tree.tokens == [0, 1, 2, 3]
     order = []
-    assert list(policy.provisional_leaves(tree, NGRAM, 8)) == []
-    policy.begin(tree)
     while leaves := policy.provisional_leaves(tree, MODEL, 8):
         (leaf,) = leaves
         order.append(tree.path_tokens(leaf))

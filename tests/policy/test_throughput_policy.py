@@ -70,12 +70,12 @@ class World:
         policy, tree = self.policy, TokenTree(0, self.tokens)
         seconds = 0.0
         policy.begin(tree)
-        sources = policy.sources  # as the engine: others are not even asked
-        if self.ngram is not None and NGRAM in sources:
+        if self.ngram is not None:
             while leaves := policy.next_leaves(tree, NGRAM):
                 for leaf in leaves:
                     policy.add(tree, leaf, Candidates([50], [self.ngram], NGRAM))
-        while MODEL in sources and (leaves := policy.next_leaves(tree, MODEL)):
+        drafting = policy.wants(MODEL)  # as the engine: it is not even asked otherwise
+        while drafting and (leaves := policy.next_leaves(tree, MODEL)):
             took = self._noisy(self.draft_s(len(leaves)))
             policy.costs.draft.observe(len(leaves), took)
             seconds += took
@@ -360,12 +360,6 @@ def test_forced_growth_ends_when_nothing_is_proposed(source: str) -> None:
     assert (len(tree), batches) == (1, [[0]])
 
 
-@pytest.mark.parametrize("options", [{"tree_nodes": 0}, {"tree_nodes": -1}, {"max_nodes": 0}], ids=str)
-def test_sizes_below_one_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
-        ThroughputPolicy(CostModel(), Calibration(), **options)
-
-
 def test_growth_is_bounded_even_when_the_draft_is_certain() -> None:
     """A softmax of exactly 1.0 is common in repetitive text; more than `max_nodes` cannot be submitted."""
     costs = measured({1: 1.0, 8: 1.1, 64: 2.0}, {1: 0.05, 8: 0.06})
@@ -399,12 +393,12 @@ def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: l
     took = np.cumsum([1.0, *times])
     every = np.interp(range(1, 65), (1, 2, 8, 16, 64), took).tolist()
     costs = CostModel()
-    for _ in range(8):  # so often that no size needs another look
+    for _ in range(8):  # so often that no size needs another trial
         for rows, seconds in enumerate(every, 1):
             costs.verify.observe(rows, seconds)
     policy = ThroughputPolicy(costs, Calibration())
     policy._prices.observe_round(1, 1 / rate)
-    policy._draft_account.balance = 0.0  # nothing to spend on another look at a price
+    policy._draft_account.balance = 0.0  # nothing to spend on a trial
     random = np.random.default_rng(seed)
     tree = TokenTree(0)
     for token in range(1, size):

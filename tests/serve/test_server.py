@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from llmcad_mlx import Engine, UsageError
-from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve import ServerSettings
 from tests.support.serving import CHAT, NAME, Live, Scripted, events, loader, serving, streaming, without
 from tests.support.tiny_folder import CHAT_TEMPLATE, make_folder
 

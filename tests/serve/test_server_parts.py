@@ -16,63 +16,59 @@ from hypothesis import strategies as st
 from llmcad_mlx import Engine, UsageError, load
 from llmcad_mlx.errors import BudgetError
 from llmcad_mlx.loader import load_pair
+from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.answers import PartMaker, ToolListener
-from llmcad_mlx.serve.jobs import FairQueue, Job, QueueClosedError, QueueFullError, RoundEvent, TokenEvent
-from llmcad_mlx.serve.options import ServerSettings
-from llmcad_mlx.serve.prompt_cache import PromptCache, cache_limit
+from llmcad_mlx.serve.jobs import FairQueue, Job, RoundEvent, TokenEvent
 from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, RequestReader
-from llmcad_mlx.serve.worker import public_name
+from llmcad_mlx.serve.worker import PromptCache, cache_limit, public_name
 from llmcad_mlx.settings import GenerationOptions, MemoryOptions
 
 pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
-def taken(queue: FairQueue[str]) -> list[str]:
-    return [item for _ in range(len(queue)) if (item := queue.take()) is not None]
+def job(client: str) -> Any:
+    return SimpleNamespace(client=client)
+
+
+def taken(queue: FairQueue) -> list[str]:
+    return [item.client for _ in range(len(queue)) if (item := queue.take()) is not None]
 
 
 def test_who_comes_back_comes_after_the_others() -> None:
-    queue: FairQueue[str] = FairQueue(20)
+    queue = FairQueue(20)
     for client in ("a", "a", "b"):
-        queue.put(client, client)
-    assert queue.take() == "a"
-    queue.put("a", "late")
-    assert taken(queue) == ["b", "a", "late"]
+        queue.put(job(client))
+    assert queue.take() == job("a")
+    queue.put(job("a"))
+    assert taken(queue) == ["b", "a", "a"]
 
 
 def test_one_client_leaves_room_for_others() -> None:
-    queue: FairQueue[str] = FairQueue(4)
-    queue.put("a", "1")
-    queue.put("a", "2")
-    with pytest.raises(QueueFullError):
-        queue.put("a", "3")
-    queue.put("b", "4")
-    queue.put("c", "5")
-    with pytest.raises(QueueFullError):
-        queue.put("d", "6")
-    assert queue.remove("a", "2")
-    assert not queue.remove("a", "2")
-    queue.put("d", "6")
-    assert queue.close() == ["1", "4", "5", "6"]
-    with pytest.raises(QueueClosedError):
-        queue.put("a", "7")
+    queue = FairQueue(4)
+    assert [queue.put(job(client)) for client in "aaabcd"] == [True, True, False, True, True, False]
+    queue.remove(job("a"))
+    queue.remove(job("d"))  # its turn has come already
+    assert queue.put(job("d"))
+    assert [left.client for left in queue.close()] == ["a", "b", "c", "d"]
+    with pytest.raises(ApiError, match="shutting down"):
+        queue.put(job("a"))
 
 
 def test_closing_wakes_who_waits() -> None:
-    queue: FairQueue[str] = FairQueue(4)
-    got: list[str | None] = ["not yet"]
+    queue = FairQueue(4)
+    got: list[Job | None] = []
     waiter = threading.Thread(target=lambda: got.append(queue.take()))
     waiter.start()
     queue.close()
     waiter.join(10)
-    assert got == ["not yet", None]
+    assert got == [None]
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=30))
 def test_no_client_is_served_twice_while_another_waits(clients: list[str]) -> None:
-    queue: FairQueue[str] = FairQueue(100)
+    queue = FairQueue(100)
     for client in clients:
-        queue.put(client, client)
+        queue.put(job(client))
     order = taken(queue)
     assert sorted(order) == sorted(clients)
     for client in set(clients):
@@ -129,7 +125,7 @@ def test_calls_without_an_end_marker(size: int) -> None:
 
 
 def token(text: str, number: int = 5) -> TokenEvent:
-    return TokenEvent(number, text, False, None)
+    return TokenEvent(number, text, False)
 
 
 def test_every_token_and_every_tree_is_in_one_part() -> None:
@@ -160,9 +156,8 @@ def test_who_reads_too_slowly_is_cut_off() -> None:
 
     waiting, job = asyncio.run(fill())
     assert waiting < 1100
-    assert job.cancelled
-    assert job.reason is not None
-    assert job.reason.code == "slow_reader"
+    assert job.cancelled is not None
+    assert job.cancelled.code == "slow_reader"
 
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -271,7 +266,7 @@ def test_conversations_take_turns_and_keep_their_caches(engine: Engine) -> None:
                 assert reused >= len(so_far) - 1
                 expected = reference.generate([*so_far, 9, 8, 7], max_tokens=8, policy="plain").tokens
                 assert talks[index][len(so_far) + 3 :] == expected
-        assert len(talk.cache) == 2
+        assert talk.cache.nbytes > 0
 
 
 def test_a_conversation_that_begins_alike_is_kept_too(engine: Engine) -> None:
@@ -297,14 +292,13 @@ def test_the_limit_holds_whoever_asks(engine: Engine, order: list[int]) -> None:
     for start in order:
         talk.turn(prompt_of(start))
         assert talk.cache.nbytes <= limit
-    assert len(talk.cache) <= 2
 
 
 def test_without_room_nothing_is_kept(engine: Engine) -> None:
     talk = Talk(engine, PromptCache(0))
     first, _ = talk.turn(prompt_of(20))
     talk.turn(prompt_of(21))
-    assert len(talk.cache) == 0
+    assert talk.cache.nbytes == 0
     _, reused = talk.turn([*first, 9])
     assert reused < 10
 

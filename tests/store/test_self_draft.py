@@ -13,11 +13,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_model
 
+from llmcad_mlx import files as disk
 from llmcad_mlx import load
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files import atomic as disk
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.store import home_folder
 from llmcad_mlx.store.convert import convert_folder

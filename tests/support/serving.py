@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llmcad_mlx import Engine, load
 from llmcad_mlx.api import Response
-from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.server import LlmServer
 
 NAME = "tiny"

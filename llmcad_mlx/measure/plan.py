@@ -14,7 +14,6 @@ from typing import Any
 
 from llmcad_mlx.loader import PlannedPair
 from llmcad_mlx.measure.output import NOTHING, Report, Table, milliseconds, number
-<<<<<<< HEAD
 from llmcad_mlx.memory import (
     Measured,
     MemoryPlan,
@@ -24,11 +23,6 @@ from llmcad_mlx.memory import (
     smaller_drafts,
     streamed_choices,
 )
-from llmcad_mlx.policy.costs import CostModel
-=======
-from llmcad_mlx.memory import MemoryPlan, streamed_choices
-from llmcad_mlx.memory import Measured, ReadRate, Speeds, larger_plans, smaller_drafts
->>>>>>> main
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name, pair_profile_path
 from llmcad_mlx.store.profile import PairProfile

@@ -36,13 +36,8 @@ from llmcad_mlx.measure.runner import (
     total_stats,
     until_interrupted,
 )
-<<<<<<< HEAD
-from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
-=======
 from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, by_domain
-from llmcad_mlx.memory import MemoryPlan
-from llmcad_mlx.memory import Measured, ReadRate, Speeds
->>>>>>> main
+from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size

@@ -38,8 +38,7 @@ from llmcad_mlx.measure.runner import (
     until_interrupted,
 )
 from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, grouped
-from llmcad_mlx.memory import MemoryPlan
-from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds
+from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size

@@ -61,10 +61,8 @@ class Growth:
         self._begun.append(drafter)
 
     def draft(self, free_seconds: Callable[[], float] = lambda: 0.0) -> None:
-        """Ask the drafters in order, cheapest first, for as long as the policy wants more of each.
-
-        free_seconds: how long that delays nothing.
-        """
+        """Ask the drafters in order, cheapest first, while the policy wants more of each. free_seconds: how long that
+        delays nothing."""
         for drafter in self.drafters:
             while leaves := self.policy.next_leaves(self.tree, drafter.source, free_seconds()):
                 size = len(self.tree)

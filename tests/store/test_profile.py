@@ -150,11 +150,11 @@ def test_rounds_are_kept_with_the_profile(tmp_path: Path) -> None:
     assert PairProfile(tmp_path / "pair.json").costs.totals.tokens < again.costs.totals.rounds * 3
 
 
-def test_recent_rounds_count_most(tmp_path: Path) -> None:
-    rounds = RoundTotals()
+def test_recent_rounds_count_most() -> None:
+    costs = CostModel()
     for tokens in [1] * 500 + [5] * 500:
-        rounds.add(tokens, 4, 0.0)
-    assert rounds.tokens / rounds.rounds == pytest.approx(5, abs=0.05)
+        costs.observe_round(tokens, 0.0)
+    assert costs.totals.tokens / costs.totals.rounds == pytest.approx(5, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -254,3 +254,14 @@ def test_the_plain_rate_is_that_of_passes_with_one_row() -> None:
     assert costs.plain_rate == 0.0
     costs.verify.observe(1, 0.5)
     assert costs.plain_rate == 2.0
+
+
+def test_rounds_are_kept_and_recent_ones_count_most() -> None:
+    costs = CostModel()
+    for tokens in [1] * 500 + [5] * 500:
+        costs.observe_pass(8, 0.5, 0.2)
+        costs.observe_round(tokens, 0.6)
+    totals = CostModel.from_dict(json.loads(json.dumps(costs.to_dict()))).totals
+    assert totals == costs.totals
+    assert totals.tokens / totals.rounds == pytest.approx(5, abs=0.05)
+    assert (totals.rows / totals.rounds, totals.rest_s / totals.rounds) == pytest.approx((8, 0.1))

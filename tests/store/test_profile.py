@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmcad_mlx.policy.costs import CostModel, RoundTotals
+from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.store.profile import PairProfile, profile_path
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM
 
@@ -104,12 +104,3 @@ def test_every_pair_and_device_has_its_own_file(own_home: Path) -> None:
     assert len(paths) == 8
     assert {path.parent for path in paths} == {own_home / "profiles"}
     assert profile_path([target, draft], "cpu") in paths
-
-
-def test_recent_rounds_count_most() -> None:
-    rounds = RoundTotals()
-    for tokens in [1] * 500 + [5] * 500:
-        rounds.add(tokens, 4, 0.0)
-    assert rounds.tokens / rounds.rounds == pytest.approx(5, abs=0.05)
-    costs = learned(None).costs.totals
-    assert [n / costs.rounds for n in (costs.tokens, costs.rows, costs.rest_s)] == pytest.approx([3, 16, 0.3])

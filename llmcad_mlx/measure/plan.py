@@ -84,8 +84,8 @@ class Forecast:
     rate: ReadRate | None
     measured: Measured | None
     speeds: Speeds
-    larger: tuple[Alternative, ...]
-    drafts: tuple[Alternative, ...]
+    larger: Sequence[Alternative]
+    drafts: Sequence[Alternative]
 
 
 def make_forecast(pair: PlannedPair) -> Forecast:
@@ -96,18 +96,17 @@ def make_forecast(pair: PlannedPair) -> Forecast:
     elif reads := pair.weights.streamed_reads(pair.plan):
         rate = measure_read_rate(reads)
 
-    def alternatives(plans: Iterator[tuple[str, MemoryPlan]], drafted: bool) -> tuple[Alternative, ...]:
-        return tuple(
-            Alternative(name, plan, Speeds.of(plan.streamed_bytes, rate, measured, drafted))
-            for name, plan in plans
-        )
+    def speeds(plan: MemoryPlan, drafted: bool = True) -> Speeds:
+        return Speeds.of(plan.streamed_bytes, rate, measured, drafted)
 
+    larger = larger_plans(pair.needs, pair.plan)
+    drafts = smaller_drafts(pair.needs, pair.plan, pair.options.pinned)
     return Forecast(
         rate=rate,
         measured=measured,
-        speeds=Speeds.of(pair.plan.streamed_bytes, rate, measured),
-        larger=alternatives(larger_plans(pair.needs, pair.plan), drafted=True),
-        drafts=alternatives(smaller_drafts(pair.needs, pair.plan, pair.options.pinned), drafted=False),
+        speeds=speeds(pair.plan),
+        larger=[Alternative(name, plan, speeds(plan)) for name, plan in larger],
+        drafts=[Alternative(name, plan, speeds(plan, drafted=False)) for name, plan in drafts],
     )
 
 

@@ -246,18 +246,16 @@ def _megabytes(num_bytes: int | None) -> str:
 def _notes(pair: PlannedPair, forecast: Forecast) -> list[str]:
     """Where the figures come from."""
     plan = pair.plan
-    return [
-        *(["No budget is set: --memory 6GB sets one."] if plan.budget_bytes is None else []),
+    notes = ["No budget is set: --memory 6GB sets one."] if plan.budget_bytes is None else []
+    notes += [
         f"Room for {plan.context} tokens of context, trees of {plan.max_nodes} nodes, "
         f"prompt chunks of {plan.prefill_chunk} tokens.",
         _rate_note(forecast.rate),
         _measured_note(forecast.measured, plan),
-        *(
-            ["Larger budgets are spent as --pinned auto would."]
-            if forecast.larger and pair.options.pinned is not None
-            else []
-        ),
     ]
+    if forecast.larger and pair.options.pinned is not None:
+        notes.append("Larger budgets are spent as --pinned auto would.")
+    return notes
 
 
 def _rate_note(rate: ReadRate | None) -> str:

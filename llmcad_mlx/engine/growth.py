@@ -61,7 +61,7 @@ class Growth:
         self._begun.append(drafter)
 
     def draft(self, free_seconds: Callable[[], float] = lambda: 0.0) -> None:
-        """Ask the drafters in order, cheapest first, for as long as the policy wants more of each.
+        """Ask the drafters in order, cheapest first, while the policy wants more of each.
 
         free_seconds: how long that delays nothing.
         """
@@ -164,7 +164,7 @@ def prefill_steps(drafters: Sequence[Drafter], prompt: Sequence[int]) -> Callabl
     waiting = list(drafters)
 
     def step(seconds: float) -> bool:  # what is not read now is read afterwards, and takes as long
-        if waiting and not waiting[0].prefill_some(prompt, _PREFILL_STEP):
+        if waiting and not waiting[0].prefill(prompt, limit=_PREFILL_STEP):
             del waiting[0]
         return bool(waiting)
 

@@ -27,8 +27,7 @@ from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_
 from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, milliseconds, number
 from llmcad_mlx.measure.runner import EngineContender, OnTurn, PromptName, Run, Turn, total_stats
 from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, grouped
-from llmcad_mlx.memory import MemoryPlan
-from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds
+from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size

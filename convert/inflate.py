@@ -23,11 +23,11 @@ from typing import Any
 
 from convert import exit_code_of
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files.atomic import check_destination, new_folder
-from llmcad_mlx.files.bundle_writer import BundleWriter, layer_index, plan_layers
+from llmcad_mlx.files import check_destination, new_folder
+from llmcad_mlx.files.bundle import BundleWriter, layer_index, plan_layers
 from llmcad_mlx.files.safetensors import TensorExtent, TensorSpec, WeightIndex, read_weights
 from llmcad_mlx.models.folder import read_config
-from llmcad_mlx.progress import Advance, NoProgress, Progress, progress_for
+from llmcad_mlx.progress import Advance, Progress, progress_for
 from llmcad_mlx.sizes import parse_size
 from llmcad_mlx.store.convert import copy_extent, copy_side_files
 from llmcad_mlx.streaming.storage import FileStorage
@@ -80,7 +80,7 @@ def inflate(
         _write_config(folder, config, origin)
         copy_side_files(source, folder)
         specs = [tensor.spec for tensor in planned.values()]
-        stage = (progress or NoProgress()).stage(f"adding {num_added} layers", total)
+        stage = (progress or Progress()).stage(f"adding {num_added} layers", total)
         with stage as advance, BundleWriter(folder, specs) as writer:
             for layer in plan_layers(specs):
                 for spec in layer.specs:

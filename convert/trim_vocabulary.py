@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from convert import exit_code_of
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files.atomic import check_destination
+from llmcad_mlx.files import check_destination
 from llmcad_mlx.files.safetensors import read_tensors
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.progress import Progress, progress_for

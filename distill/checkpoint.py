@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from distill.corpus import Ids
 from distill.student import Student
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files.atomic import new_file, write_text
+from llmcad_mlx.files import new_file, write_text
 
 _CHECKPOINT, _LOG = "checkpoint.safetensors", "log.jsonl"
 

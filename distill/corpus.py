@@ -22,7 +22,7 @@ import numpy.typing as npt
 from distill.prompts import openings
 from distill.writing import Text, Writer
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files.atomic import new_file
+from llmcad_mlx.files import new_file
 
 Ids = npt.NDArray[np.int32]
 

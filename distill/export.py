@@ -23,7 +23,7 @@ from distill.checkpoint import TrainingSettings
 from distill.corpus import Ids
 from distill.student import Student
 from llmcad_mlx.drafting.table import vocabulary_hash
-from llmcad_mlx.files.atomic import new_folder
+from llmcad_mlx.files import new_folder
 from llmcad_mlx.models.folder import LoadedModel
 from llmcad_mlx.store.convert import copy_side_files
 

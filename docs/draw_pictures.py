@@ -90,7 +90,7 @@ def draw_tree(stream: dict[str, Any], file: Path) -> None:
         "root",
         *("kept" if n in tree["survivors"] else state for n, state in enumerate(tree["states"]) if n),
     ]
-    own = tree["own_token"]
+    own = tree["bonus_token"]
     bonus = next(
         (node for node in nodes if tree["parents"][node] == tree["last"] and tree["text"][node] == own), None
     )

@@ -97,7 +97,7 @@ def tree_of(done: Round, decode: Callable[[list[int]], str]) -> dict[str, Any]:
         "cumulative": tree.cumulative,
         "sources": tree.sources,
         "states": done.states(),
-        "own_token": None if done.own_token is None else decode([done.own_token]),
+        "bonus_token": None if done.bonus_token is None else decode([done.bonus_token]),
         "last": done.last,
         "survivors": [] if done.survivors is None else list(done.survivors.new_to_old),
     }

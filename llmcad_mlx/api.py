@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.generate import GenerationResponse
 
-from llmcad_mlx.conversations.file import SavedConversation, save_conversation
-from llmcad_mlx.conversations.restore import restore_caches
+from llmcad_mlx.conversations.file import SavedConversation, restore_caches, save_conversation
 from llmcad_mlx.conversations.snapshot import Snapshot, put_snapshot, take_snapshot
-from llmcad_mlx.drafting.user import OwnDrafter, Propose
-from llmcad_mlx.engine.policies import make_policy
+from llmcad_mlx.drafting.lookup import OwnDrafter, Propose
+from llmcad_mlx.engine.growth import make_policy
 from llmcad_mlx.engine.round import Round, run_round
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.engine.text import Piece, TextStream

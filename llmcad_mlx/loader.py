@@ -24,13 +24,13 @@ import mlx.core as mx
 
 from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.drafting import Drafter
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.ngram import NgramDrafter
-from llmcad_mlx.drafting.table import NgramCounts, NgramTable, TableDrafter, vocabulary_hash
+from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, vocabulary_hash
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.files.bundle import Bundle, read_bundle, verify_bundle
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
-from llmcad_mlx.memory.plan import MemoryNeeds, MemoryPlan, default_budget, make_plan
+from llmcad_mlx.memory import MemoryNeeds, MemoryPlan, default_budget, make_plan
 from llmcad_mlx.models.folder import (
     DRAFT_TOKENS,
     LoadedModel,
@@ -47,7 +47,6 @@ from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, 
 from llmcad_mlx.store.profile import Conditions, PairProfile
 from llmcad_mlx.store.pull import TABLE_SUFFIX
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
-from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
 from llmcad_mlx.verifying import Target
 
 
@@ -83,7 +82,7 @@ def _load_table(path: Path, target: LoadedModel) -> TableDrafter:
     counts = NgramCounts.load(path)
     if counts.vocabulary != vocabulary_hash(target.tokenizer.get_vocab()):
         raise VocabularyError(f"{path}: the table was made with other tokens than the target's; make one for it")
-    return TableDrafter(NgramTable(counts))
+    return TableDrafter(counts)
 
 
 def _load_drafter(path: Path, target: LoadedModel, vocab_size: int) -> ModelDrafter:
@@ -131,7 +130,6 @@ def probe_folder() -> Path:
 DEFAULT_CONTEXT = 4096  # tokens a plan makes room for
 MIN_CONTEXT = 1024  # what it makes room for where memory is short and nobody asked for more
 RESIDENT_MAX_NODES = 64
-STREAMED_MAX_NODES = 256
 _MLX_CACHE_BYTES = 16 << 20  # freed memory that MLX may keep under a budget
 
 
@@ -201,7 +199,7 @@ class PreparedTarget:
         mx.set_cache_limit(_MLX_CACHE_BYTES)
         loaded = load_model_folder(folder, lazy=True)
         bundle = _bundle(loaded) if options.verify else None
-        weights = Prepared(loaded, FileStorage(), probe_folder(), bundle)
+        weights = Prepared(loaded, probe_folder(), bundle)
         return cls(loaded, weights.model, real_tokens(loaded, weights.model), weights, None)
 
     def drafters(self, names: PairPaths, options: MemoryOptions) -> list[Drafter]:
@@ -234,10 +232,8 @@ class PlannedPair:
 
     def build(self) -> LoadedPair:
         """Bring in the weights that the plan pins, and begin to read the others."""
-        rate, prepared = self.options.read_bandwidth, self.target
-        feed = self.weights.build(
-            self.plan, lambda storage: storage if rate is None else ThrottledStorage(storage, rate)
-        )
+        prepared = self.target
+        feed = self.weights.build(self.plan, self.options.read_bandwidth)
         target = Target(prepared.model, prepared.vocab_size, feed, self.plan.prefill_chunk)
         if self.plan.budget_bytes is not None:
             self._make_room(target)
@@ -346,7 +342,6 @@ def _needs(prepared: Prepared, drafters: Sequence[Drafter], options: MemoryOptio
         runtime_bytes=max(resident_bytes() - weights - sizes.resident_bytes, 0) + options.reserved,
         draft_bytes=weights,
         draft_kv_bytes_per_token=sum(kv_bytes_per_token(model) for model in models),
-        max_nodes=STREAMED_MAX_NODES,
     )
 
 

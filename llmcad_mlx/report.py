@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,11 @@ from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name
+
+_FIGURES = (
+    "target_passes", "drafted", "tested", "accepted", "tokens_per_pass", "acceptance_rate", "prompt_s", "decode_s",
+    "tokens_per_s", "draft_s", "verify_s", "io_wait_s", "other_s", "streamed_bytes",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -34,50 +39,24 @@ class Answer:
         self.stats = response.stats or self.stats
 
     def report(self, engine: Engine, options: GenerationOptions) -> dict[str, Any]:
-        """As `generation_report`."""
-        text = "".join(self.pieces)
-        return generation_report(engine, text, self.tokens, self.finish_reason, self.stats, options)
-
-
-def generation_report(
-    engine: Engine,
-    text: str,
-    tokens: Sequence[int],
-    finish_reason: str | None,
-    stats: GenerationStats,
-    options: GenerationOptions,
-) -> dict[str, Any]:
-    """All keys of the contract. Bytes in bytes, times in seconds; a budget of null means no limit was set."""
-    plan = engine.pair.plan
-    return {
-        "text": text,
-        "tokens": list(tokens),
-        "finish_reason": finish_reason,
-        "prompt_tokens": stats.prompt_tokens,
-        "generated_tokens": len(tokens),
-        "seed": options.sampling.seed,
-        "policy": options.speculation.policy,
-        "device": device_name(),
-        "emulated": engine.pair.options.read_bandwidth is not None,
-        "target_passes": stats.target_passes,
-        "drafted": stats.drafted,
-        "tested": stats.tested,
-        "accepted": stats.accepted,
-        "tokens_per_pass": stats.tokens_per_pass,
-        "acceptance_rate": stats.acceptance_rate,
-        "prompt_s": stats.prompt_s,
-        "decode_s": stats.decode_s,
-        "tokens_per_s": stats.tokens_per_s,
-        "draft_s": stats.draft_s,
-        "verify_s": stats.verify_s,
-        "io_wait_s": stats.io_wait_s,
-        "other_s": stats.other_s,
-        "streamed_bytes": stats.streamed_bytes,
-        "budget_bytes": None if plan is None else plan.budget_bytes,
-        "pinned_bytes": engine.pair.target.model.weight_bytes if plan is None else plan.pinned_bytes,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_mlx_bytes": mx.get_peak_memory(),
-    }
+        """All keys of the contract. Bytes in bytes, times in seconds; a budget of null means no limit was set."""
+        plan = engine.pair.plan
+        return {
+            "text": "".join(self.pieces),
+            "tokens": self.tokens,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.stats.prompt_tokens,
+            "generated_tokens": len(self.tokens),
+            "seed": options.sampling.seed,
+            "policy": options.speculation.policy,
+            "device": device_name(),
+            "emulated": engine.pair.options.read_bandwidth is not None,
+            **{name: getattr(self.stats, name) for name in _FIGURES},
+            "budget_bytes": None if plan is None else plan.budget_bytes,
+            "pinned_bytes": engine.pair.target.model.weight_bytes if plan is None else plan.pinned_bytes,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_mlx_bytes": mx.get_peak_memory(),
+        }
 
 
 def closing_lines(engine: Engine, stats: GenerationStats) -> list[str]:
@@ -103,12 +82,10 @@ def closing_lines(engine: Engine, stats: GenerationStats) -> list[str]:
 
 def status_line(engine: Engine, stats: GenerationStats | None) -> str:
     """Tokens/s, tokens per pass, and peak memory against the budget."""
-    speed = (
-        ""
-        if stats is None
-        else f"{stats.tokens_per_s:.1f} tokens/s · {stats.tokens_per_pass:.2f} tokens per pass · "
-    )
-    return f"{speed}memory {_memory(engine)}"
+    memory = f"memory {_memory(engine)}"
+    if stats is None:
+        return memory
+    return f"{stats.tokens_per_s:.1f} tokens/s · {stats.tokens_per_pass:.2f} tokens per pass · {memory}"
 
 
 def stats_table(engine: Engine, stats: GenerationStats) -> Table:
@@ -126,6 +103,11 @@ def stats_table(engine: Engine, stats: GenerationStats) -> Table:
     }
     if stats.streamed_bytes:
         rows["streamed"] = f"{format_size(stats.streamed_bytes)}{_emulated(engine, ',')}"
+    return rows_table(rows)
+
+
+def rows_table(rows: Mapping[str, str]) -> Table:
+    """Names and what is said of them, without a frame."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():
         table.add_row(name, value)

@@ -1,7 +1,4 @@
-"""What a finished generation returns, from an engine here or on another machine.
-
-Counts and times of one generation.
-"""
+"""What a finished generation returns, from an engine here or on another machine: its text, counts and times."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from llmcad_mlx.models.cache import ModelCache
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.streaming.feed import Background, SequentialFeed
+from llmcad_mlx.streaming.modules import Background, SequentialFeed
 from llmcad_mlx.tree.token_tree import TokenTree
 
 
@@ -125,4 +125,4 @@ class Target:
     def close(self) -> None:
         """Stop reading."""
         if self.feed is not None:
-            self.feed.close()
+            self.feed.stream.close()

@@ -32,10 +32,10 @@ def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """As `tiny_home`, for each test its own; files are written however full the disk is."""
-    from llmcad_mlx.files import atomic
+    from llmcad_mlx import files
     from tests.support.tiny_folder import tiny_environment
 
-    monkeypatch.setattr(atomic, "RESERVE_BYTES", 0)
+    monkeypatch.setattr(files, "RESERVE_BYTES", 0)
     with tiny_environment(tmp_path / "home"):
         yield tmp_path / "home"
 

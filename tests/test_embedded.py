@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmcad_mlx import Engine
-from llmcad_mlx.measure.prompts import load_prompts
 from llmcad_mlx.measure.runner import EngineContender, variant_pair
-from llmcad_mlx.measure.variants import parse_variants
+from llmcad_mlx.measure.workload import load_prompts, parse_variants
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.store.presets import PackagedSource, get_preset
 from llmcad_mlx.store.pull import DEFAULT_PRESET

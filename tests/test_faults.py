@@ -20,9 +20,8 @@ from typing import Any
 
 import pytest
 
-from llmcad_mlx import Engine, load
+from llmcad_mlx import Engine, files, load
 from llmcad_mlx.cli.main import run
-from llmcad_mlx.files import atomic
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.store.convert import convert_folder
 from tests.memory_limit import NoCgroupError, limited_group
@@ -45,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("tiny_home", "streams_small_matrices", "_sm
 @pytest.fixture(scope="module")
 def _small_reserve() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic, "RESERVE_BYTES", 0)
+        patch.setattr(files, "RESERVE_BYTES", 0)
         yield
 
 
@@ -225,9 +224,9 @@ def lower_limit(group: Path, num_bytes: int) -> None:
 KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
-from llmcad_mlx.files import atomic
+from llmcad_mlx import files
 from llmcad_mlx.store import convert as mlx_folder
-atomic.RESERVE_BYTES = 0
+files.RESERVE_BYTES = 0
 name, count = sys.argv[3], int(sys.argv[4])
 real = getattr(os, name)
 calls = iter(range(1, 1000))

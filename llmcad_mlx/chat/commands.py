@@ -13,12 +13,11 @@ from llmcad_mlx.settings import GenerationOptions
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """`argument`: what may follow the name, for people; "" for nothing. `needed`: it must."""
+    """`argument`: what follows the name, for people: "" nothing, "[…]" may be left out."""
 
     name: str
     argument: str
     help: str
-    needed: bool = False
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -27,8 +26,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("clear", "", "forget all messages"),
     Command("undo", "", "take back the last message and its answer"),
     Command("regen", "", "answer the last message again, with the next seed"),
-    Command("save", "FILE", "write messages, settings and caches to a file", needed=True),
-    Command("load", "FILE", "go on with a saved conversation", needed=True),
+    Command("save", "FILE", "write messages, settings and caches to a file"),
+    Command("load", "FILE", "go on with a saved conversation"),
     Command("set", "[NAME VALUE]", "show or change settings: temperature, max_tokens, policy, colour, …"),
     Command("stats", "", "figures of the last answer"),
     Command("tree", "", "the token tree of the last round"),
@@ -43,16 +42,8 @@ KEYS = (
 _OTHER_COMMAND_NAMES = {"exit": "quit", "bye": "quit", "?": "help"}  # as in other chats
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A command as typed."""
-
-    name: str
-    argument: str
-
-
-def parse(line: str) -> Call | None:
-    """The command that a line is, None for a message. Raises UsageError, one line, for one that cannot be."""
+def parse(line: str) -> tuple[str, str] | None:
+    """A command's name and its argument, None for a message. Raises UsageError for a command that cannot be."""
     if not line.startswith("/"):
         return None
     name, _, argument = line[1:].strip().partition(" ")
@@ -64,9 +55,9 @@ def parse(line: str) -> Call | None:
         raise UsageError(f"/{name}: unknown command; {hint}")
     if argument and not command.argument:
         raise UsageError(f"/{name}: takes nothing, not {argument!r}")
-    if command.needed and not argument:
+    if not argument and command.argument and not command.argument.startswith("["):
         raise UsageError(f"/{name}: give a {command.argument.lower()}, like /{name} talk.chat")
-    return Call(name, argument)
+    return name, argument
 
 
 COLOUR = "colour"
@@ -93,8 +84,8 @@ class ChatSettings:
     def values(self) -> dict[str, Any]:
         """The options by name, as JSON takes them; without those that are off unless somebody sets them."""
         values, defaults = self.options.keywords(), GenerationOptions().keywords()
-        hidden = {name for name in _SHOWN_WHEN_SET if values[name] == defaults[name]}
-        return {name: values[name] for name in SETTINGS if name in values.keys() - hidden}
+        hidden = {COLOUR, *(name for name in _SHOWN_WHEN_SET if values[name] == defaults[name])}
+        return {name: values[name] for name in SETTINGS if name not in hidden}
 
     def with_values(self, values: Mapping[str, Any]) -> ChatSettings:
         """The settings with some options changed. Raises UsageError for one that cannot be."""
@@ -102,12 +93,18 @@ class ChatSettings:
 
     def typed(self, name: str, text: str) -> ChatSettings:
         """The settings with the one of that full name as it was typed. Raises UsageError for what is no value."""
-        value = _value(name, text)
+        kind: Any = SETTINGS[name]
+        value: Any
+        if _UNSET.get(name) == text:
+            value = None
+        elif kind is str:
+            value = text.replace("\\n", "\n")
+        else:
+            try:
+                value = _SWITCH[text] if kind is bool else kind(text)
+            except (ValueError, KeyError):
+                raise UsageError(f"{name}: {text!r} is {_NOT_A[kind]}") from None
         return replace(self, colour=value) if name == COLOUR else self.with_values({name: value})
-
-    def shown(self) -> dict[str, str]:
-        """Names and values, as `/set` takes them."""
-        return {name: self.text(name) for name in (*self.values(), COLOUR)}
 
     def text(self, name: str) -> str:
         """The value of the setting of that full name, as `/set` takes it."""
@@ -128,15 +125,3 @@ def setting_name(name: str) -> str:
         return name
     near = get_close_matches(name, SETTINGS, 1)
     raise UsageError(f"{name}: unknown option; " + (f"did you mean {near[0]}?" if near else "/set lists them"))
-
-
-def _value(name: str, text: str) -> Any:
-    kind = SETTINGS[name]
-    if _UNSET.get(name) == text:
-        return None
-    if kind is str:
-        return text.replace("\\n", "\n")
-    try:
-        return _SWITCH[text] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        raise UsageError(f"{name}: {text!r} is {_NOT_A[kind]}") from None

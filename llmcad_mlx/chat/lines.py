@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,14 +12,12 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.styles import Style
 
 from llmcad_mlx.chat.commands import COMMANDS, SETTINGS
 from llmcad_mlx.chat.session import ChatSession
 from llmcad_mlx.report import status_line
-
-_STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"})
 
 
 def from_terminal(session: ChatSession, history: Path | None) -> None:
@@ -29,11 +27,25 @@ def from_terminal(session: ChatSession, history: Path | None) -> None:
     """
     pair = session.engine.pair
     session.screen.note(f"[{pair.target_path.name}, draft {pair.draft_name}; /help lists the commands]")
-    prompt = _prompt(history, lambda: status_line(session.engine, session.stats))
+    keys = KeyBindings()
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))  # what Alt-Enter sends, too
+    prompt: PromptSession[str] = PromptSession(
+        [("class:prompt", ">>> ")],
+        history=_history(history),
+        multiline=True,
+        key_bindings=keys,
+        completer=CommandCompleter(),
+        complete_while_typing=False,
+        bottom_toolbar=lambda: status_line(session.engine, session.stats),
+        prompt_continuation="... ",
+        style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"}),
+        enable_suspend=True,
+    )
     going = True
     while going:
         try:
-            going = session.handle(prompt.prompt([("class:prompt", ">>> ")]))
+            going = session.handle(prompt.prompt())
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -52,31 +64,6 @@ def from_pipe(session: ChatSession) -> None:
             break
 
 
-def _prompt(history: Path | None, status: Callable[[], str]) -> PromptSession[str]:
-    """Enter sends; Escape Enter, which is also what Alt-Enter sends, begins a new line. status: the line below."""
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return PromptSession(
-        history=_history(history),
-        multiline=True,
-        key_bindings=keys,
-        completer=CommandCompleter(),
-        complete_while_typing=False,
-        bottom_toolbar=status,
-        prompt_continuation="... ",
-        style=_STYLE,
-        enable_suspend=True,
-    )
-
-
 class _CarefulHistory(FileHistory):
     """A disk that is full or read only is no reason to end a chat."""
 
@@ -87,32 +74,25 @@ class _CarefulHistory(FileHistory):
 
 def _history(path: Path | None) -> History:
     """The history of `path`, which only its owner may read; one in memory where it cannot be opened."""
-    if path is None:
-        return InMemoryHistory()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError:
-        return InMemoryHistory()
-    return _CarefulHistory(str(path))
+    with suppress(OSError):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            return _CarefulHistory(str(path))
+    return InMemoryHistory()
 
 
 class CommandCompleter(Completer):
     """Names of commands, then what may follow: files, or names of settings. Nothing in messages."""
 
     def __init__(self) -> None:
-        files = PathCompleter(expanduser=True)
-        self._after: dict[str, Completer] = {"save": files, "load": files, "set": WordCompleter([*SETTINGS])}
+        helps, files = {f"/{command.name}": command.help for command in COMMANDS}, PathCompleter(expanduser=True)
+        self._names = WordCompleter([*helps], meta_dict=helps, sentence=True)
+        self._after = {"/save": files, "/load": files, "/set": WordCompleter([*SETTINGS])}
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         """What the text before the cursor may go on with."""
-        text = document.text_before_cursor
-        name, blank, argument = text[1:].partition(" ")
-        if not text.startswith("/"):
-            return
+        name, blank, argument = document.text_before_cursor.partition(" ")
         if blank and name in self._after:
-            yield from self._after[name].get_completions(Document(argument), complete_event)
-        elif not blank:
-            for command in COMMANDS:
-                if command.name.startswith(name):
-                    yield Completion(f"/{command.name}", -len(text), display_meta=command.help)
+            return self._after[name].get_completions(Document(argument), complete_event)
+        return self._names.get_completions(document, complete_event) if name.startswith("/") else ()

@@ -1,4 +1,4 @@
-"""Where a chat is shown: a terminal, a stream of plain text, or a stream of JSON objects."""
+"""Where a chat is shown: a terminal, a stream of plain text, or a stream of JSON objects; and its token trees."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from functools import partial
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.text import Text
+from rich.tree import Tree
 
 from llmcad_mlx.api import Engine, Response
 from llmcad_mlx.chat.commands import ChatSettings
+from llmcad_mlx.engine.round import ACCEPTED, PROVISIONAL, REJECTED, RoundTree
 from llmcad_mlx.report import Answer, status_line
-from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.settings import GenerationOptions
+from llmcad_mlx.tree.token_tree import MODEL, ROOT
 
 # C0, DEL and C1: with them a text could move the cursor, change colours or answer in the user's place.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _REDRAW_S = 0.08
 _SHOW_PROGRESS_S = 0.5
-_ROOM_BELOW = 3  # lines of the screen that the moving part leaves free
-_DRAFT_STYLE = "green"
+_MARKS = {ACCEPTED: ("✓", "bold green"), REJECTED: ("✗", "red"), PROVISIONAL: ("·", "yellow")}
+_MOST_NODES = 48  # more do not fit on a screen
 
 
 def visible(text: str) -> str:
@@ -42,9 +40,7 @@ class AnswerView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
 
     def progress(self, done: int, total: int) -> None:
@@ -55,25 +51,6 @@ class AnswerView:
 
     def end(self) -> None:
         """No token follows."""
-
-
-class Screen(Protocol):
-    """What a session needs to be seen."""
-
-    def answer(self, engine: Engine, settings: ChatSettings) -> AbstractContextManager[AnswerView]:
-        """Show an answer, which is generated with these settings."""
-
-    def show(self, what: RenderableType) -> None:
-        """Show what a command has to say."""
-
-    def note(self, line: str) -> None:
-        """One line beside the conversation."""
-
-    def error(self, line: str) -> None:
-        """One line about what cannot be."""
-
-
-# --- Plain text and JSON ------------------------------------------------------------------------------------
 
 
 class PlainScreen:
@@ -90,16 +67,20 @@ class PlainScreen:
             color_system=None, force_terminal=False, width=100,
         )  # fmt: skip
 
-    def answer(self, engine: Engine, settings: ChatSettings) -> AnswerView:
-        return _JsonAnswer(engine, settings.options) if self._json_output else _PlainAnswer()
+    def answer(self, engine: Engine, settings: ChatSettings, answer: Answer) -> AnswerView:
+        """Show an answer, which is generated with these settings; `answer` is what there is of it."""
+        return _JsonAnswer(engine, settings, answer) if self._json_output else _PlainAnswer()
 
     def show(self, what: RenderableType) -> None:
+        """Show what a command has to say."""
         self._console.print(what)
 
     def note(self, line: str) -> None:
+        """One line beside the conversation."""
         print(line, file=sys.stderr, flush=True)
 
     def error(self, line: str) -> None:
+        """One line about what cannot be."""
         self.num_errors += 1
         print(f"error: {line}", file=sys.stderr, flush=True)
 
@@ -113,29 +94,23 @@ class _PlainAnswer(AnswerView):
 
 
 class _JsonAnswer(AnswerView):
-    def __init__(self, engine: Engine, options: GenerationOptions) -> None:
-        self._engine, self._options, self._answer = engine, options, Answer()
-
-    def add(self, response: Response) -> None:
-        self._answer.add(response)
+    def __init__(self, engine: Engine, settings: ChatSettings, answer: Answer) -> None:
+        self._engine, self._options, self._answer = engine, settings.options, answer
 
     def end(self) -> None:
         if self._answer.tokens:
             print(json.dumps(self._answer.report(self._engine, self._options)), flush=True)
 
 
-# --- A terminal ---------------------------------------------------------------------------------------------
-
-
 class TerminalScreen:
-    """Answers as Markdown, or with the colour as they are."""
+    """Answers as Markdown, or with the colour as they are. Methods as `PlainScreen`."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, markup=False, emoji=False)
 
-    def answer(self, engine: Engine, settings: ChatSettings) -> AnswerView:
+    def answer(self, engine: Engine, settings: ChatSettings, _: Answer) -> AnswerView:
         text = GrowingColours() if settings.colour else GrowingMarkdown()
-        return TerminalAnswer(self._console, text, partial(status_line, engine))
+        return TerminalAnswer(self._console, text, engine)
 
     def show(self, what: RenderableType) -> None:
         self._console.print(what)
@@ -145,6 +120,9 @@ class TerminalScreen:
 
     def error(self, line: str) -> None:
         self._console.print(line, style="red", soft_wrap=True)
+
+
+Screen = PlainScreen | TerminalScreen
 
 
 class GrowingMarkdown:
@@ -185,7 +163,7 @@ class GrowingColours:
         self._text = Text()
 
     def add(self, response: Response) -> None:
-        self._text.append(visible(response.text), _DRAFT_STYLE if response.from_draft else None)
+        self._text.append(visible(response.text), "green" if response.from_draft else None)
 
     def finished(self) -> Iterator[RenderableType]:
         end = self._text.plain.rfind("\n")
@@ -199,39 +177,30 @@ class GrowingColours:
 
 class TerminalAnswer(AnswerView):
     """What cannot change any more is printed and scrolls away; the rest, with a status line below, is redrawn in
-    place. So an answer may be longer than the screen, and nothing is printed twice.
+    place. So an answer may be longer than the screen, and nothing is printed twice."""
 
-    status: the line below, of the figures so far. clock: seconds.
-    """
-
-    def __init__(
-        self,
-        console: Console,
-        text: GrowingMarkdown | GrowingColours,
-        status: Callable[[GenerationStats | None], str],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._console, self._text, self._status, self._clock = console, text, status, clock
+    def __init__(self, console: Console, text: GrowingMarkdown | GrowingColours, engine: Engine) -> None:
+        self._console, self._text, self._engine = console, text, engine
         self._live = Live(
             console=console, auto_refresh=False, transient=True, vertical_overflow="crop",
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
-        self._started = self._drawn = clock()
+        self._started = self._drawn = time.monotonic()
 
     def __enter__(self) -> Self:
         self._live.start()
         return self
 
     def progress(self, done: int, total: int) -> None:
-        if self._clock() - self._started > _SHOW_PROGRESS_S:
+        if time.monotonic() - self._started > _SHOW_PROGRESS_S:
             self._draw(Text(f"reading: {done}/{total} tokens", "dim"))
 
     def add(self, response: Response) -> None:
         self._text.add(response)
-        if self._clock() - self._drawn < _REDRAW_S:
+        if time.monotonic() - self._drawn < _REDRAW_S:
             return
         rest = self._print_finished()
-        status = Text(self._status(response.stats), "dim", no_wrap=True, overflow="ellipsis")
+        status = Text(status_line(self._engine, response.stats), "dim", no_wrap=True, overflow="ellipsis")
         self._draw(status if rest is None else Group(_LastLines(rest), status))
 
     def end(self) -> None:
@@ -249,7 +218,7 @@ class TerminalAnswer(AnswerView):
 
     def _draw(self, shown: RenderableType) -> None:
         self._live.update(shown, refresh=True)
-        self._drawn = self._clock()
+        self._drawn = time.monotonic()
 
 
 class _LastLines:
@@ -259,8 +228,37 @@ class _LastLines:
         self._block = block
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        room = max(console.size.height - _ROOM_BELOW, 1)
+        room = max(console.size.height - 3, 1)  # leaves some of the screen free below
         lines = console.render_lines(self._block, options.update(height=None), pad=False)
         for line in lines[-room:]:
             yield from line
             yield Segment.line()
+
+
+def draw(picture: RoundTree, decode: Callable[[int], str]) -> RenderableType:
+    """The tree, best branches first, with each node's confidence; the surest ones where there are too many.
+
+    decode: from a token id to its text.
+    """
+
+    def text(token: int) -> str:
+        return repr(visible(decode(token)))
+
+    tree, states = picture.drafted, picture.states()
+    shown = set(tree.select(_MOST_NODES).new_to_old)
+    shown |= {node for node, state in enumerate(states) if state == ACCEPTED}
+    branches = {ROOT: Tree(Text(text(tree.tokens[ROOT]), "bold"))}
+    for node in sorted(shown - {ROOT}, key=lambda node: (tree.depths[node], -tree.cumulative[node])):
+        mark, style = _MARKS[states[node]]
+        source = "" if tree.sources[node] == MODEL else f" {tree.sources[node]}"
+        label = Text.assemble(
+            (f"{mark} {text(tree.tokens[node])}", style), f" {tree.confidences[node]:.2f}", (source, "dim")
+        )
+        branches[node] = branches[tree.parents[node]].add(label)
+    if picture.bonus_token is not None:
+        branches[picture.last].add(Text(f"→ {text(picture.bonus_token)} the target's own", "bold cyan"))
+    counts = [Text(f"{mark} {states[1:].count(state)} {state}", style) for state, (mark, style) in _MARKS.items()]
+    legend = Text("  ").join(counts)
+    if len(shown) < len(tree):
+        legend.append(f"  ({len(tree) - len(shown)} less likely ones not shown)", "dim")
+    return Group(branches[ROOT], legend)

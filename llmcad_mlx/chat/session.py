@@ -7,16 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from llmcad_mlx.api import Engine
-from llmcad_mlx.chat.commands import COMMANDS, KEYS, ChatSettings, parse, setting_name
-from llmcad_mlx.chat.screen import Screen
-from llmcad_mlx.chat.tree_view import draw
+from llmcad_mlx.chat.commands import COLOUR, COMMANDS, KEYS, ChatSettings, parse, setting_name
+from llmcad_mlx.chat.screen import Screen, draw
 from llmcad_mlx.conversations.file import SavedConversation, read_conversation
 from llmcad_mlx.engine.round import Round, RoundTree
 from llmcad_mlx.errors import ContextLengthError, LlmcadError, UsageError
-from llmcad_mlx.report import Answer, stats_table
+from llmcad_mlx.report import Answer, rows_table, stats_table
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sizes import format_size
 
@@ -54,11 +51,10 @@ class Conversation:
         if not isinstance(system, str | None) or not isinstance(entries, list) or len(entries) % 2:
             raise ValueError("not a conversation")
         messages = tuple(Message(**entry) for entry in entries)
-        for number, message in enumerate(messages):
-            if not isinstance(message.content, str) or not isinstance(message.complete, bool):
-                raise ValueError("not a message")
-            if message.role != (USER, ASSISTANT)[number % 2]:
-                raise ValueError("not messages that alternate")
+        if any(message.role != (USER, ASSISTANT)[number % 2] for number, message in enumerate(messages)):
+            raise ValueError("not messages that alternate")
+        if not all(isinstance(m.content, str) and isinstance(m.complete, bool) for m in messages):
+            raise ValueError("not messages")
         return cls(system, messages)
 
 
@@ -68,15 +64,13 @@ class ChatSession:
     `stats` and `round` are those of the last answer.
     """
 
-    def __init__(
-        self, engine: Engine, settings: ChatSettings, screen: Screen, conversation: Conversation | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, settings: ChatSettings, screen: Screen, system: str | None = None) -> None:
         """Raises UsageError for a model that cannot chat, and for options that this engine cannot heed."""
         if not engine.tokenizer.has_chat_template:
             raise UsageError("target: this model has no chat template; use `llmcad-mlx generate` with it")
         engine.check_options(settings.options)
         self.engine, self.settings, self.screen = engine, settings, screen
-        self.conversation = conversation or Conversation()
+        self.conversation = Conversation(system)
         self.stats: GenerationStats | None = None
         self.round: RoundTree | None = None
         self._commands: dict[str, Callable[[str], None]] = {
@@ -93,25 +87,24 @@ class ChatSession:
         """
         try:
             call = parse(line)
-            if call is None:
-                if line.strip():
-                    self._answer((*self.conversation.messages, Message(USER, line.strip())))
-                return True
-            if call.name == "quit":
-                return False
-            self._commands[call.name](call.argument)
+            if call is not None:
+                name, argument = call
+                if name == "quit":
+                    return False
+                self._commands[name](argument)
+            elif line.strip():
+                self._answer((*self.conversation.messages, Message(USER, line.strip())))
         except LlmcadError as error:
             self.screen.error(str(error))
         return True
-
-    # --- Answers --------------------------------------------------------------------------------------------
 
     def _answer(self, messages: tuple[Message, ...]) -> None:
         """Answer the last one of `messages`, which become the conversation. Whatever ends the answer, what came of
         it joins them; where nothing came, the conversation stays as it was."""
         asked, answer, complete = replace(self.conversation, messages=messages), Answer(), False
+        context = f"the model's context of {self.engine.pair.context_length} tokens"
         try:
-            with self.screen.answer(self.engine, self.settings) as view:
+            with self.screen.answer(self.engine, self.settings, answer) as view:
                 for response in self.engine.stream_generate(
                     asked.prompt(), view.progress, self._keep_round, options=self.settings.options
                 ):
@@ -120,28 +113,22 @@ class ChatSession:
                     view.add(response)
             complete = True
         except ContextLengthError:
-            raise UsageError(
-                "the conversation no longer fits the model's context of "
-                f"{self.engine.pair.context_length} tokens; /undo or /clear"
-            ) from None
+            raise UsageError(f"the conversation no longer fits {context}; /undo or /clear") from None
         finally:
             text = "".join(answer.pieces)
             if complete or text:
-                said = Message(ASSISTANT, text, complete)
-                self.conversation = replace(asked, messages=(*messages, said))
+                self.conversation = replace(asked, messages=(*messages, Message(ASSISTANT, text, complete)))
         if answer.finish_reason == "length":
-            self.screen.note(self._why_cut(answer.stats.generated_tokens))
+            limit = self.settings.options.stopping.max_tokens
+            if answer.stats.generated_tokens == limit:
+                self.screen.note(f"[cut at max_tokens {limit}; /set max_tokens -1 takes the limit away]")
+            else:
+                self.screen.note(f"[{context} is full; /undo or /clear]")
         elif not text:
             self.screen.note("[the answer is empty]")
 
     def _keep_round(self, done: Round) -> None:
         self.round = RoundTree(done.drafted, done.selection, done.walk)  # without its logits
-
-    def _why_cut(self, num_tokens: int) -> str:
-        limit = self.settings.options.stopping.max_tokens
-        if num_tokens == limit:
-            return f"[cut at max_tokens {limit}; /set max_tokens -1 takes the limit away]"
-        return f"[the model's context of {self.engine.pair.context_length} tokens is full; /undo or /clear]"
 
     def _regen(self, _: str) -> None:
         if not self.conversation.messages:
@@ -153,8 +140,6 @@ class ChatSession:
         else:
             self.screen.note("[temperature is 0, so the answer will be the same; /set temperature 0.7]")
         self._answer(self.conversation.messages[:-1])
-
-    # --- The conversation -----------------------------------------------------------------------------------
 
     def _system(self, text: str) -> None:
         if text:
@@ -210,16 +195,14 @@ class ChatSession:
         count = len(self.conversation.messages) // 2
         return f"{count} message{'' if count == 1 else 's'}"
 
-    # --- What is shown --------------------------------------------------------------------------------------
-
     def _help(self, _: str) -> None:
-        self._show_rows({f"/{c.name} {c.argument}".rstrip(): c.help for c in COMMANDS})
-        for line in KEYS:
-            self.screen.show(line)
+        self.screen.show(rows_table({f"/{c.name} {c.argument}".rstrip(): c.help for c in COMMANDS}))
+        self.screen.show("\n".join(KEYS))
 
     def _set(self, argument: str) -> None:
         if not argument:
-            self._show_rows(self.settings.shown())
+            names = (*self.settings.values(), COLOUR)
+            self.screen.show(rows_table({name: self.settings.text(name) for name in names}))
             return
         name, _, text = argument.partition(" ")
         name, text = setting_name(name), text.strip()
@@ -227,12 +210,6 @@ class ChatSession:
             raise UsageError(f"/set: give a name and a value, like /set {name} VALUE")
         self._change(self.settings.typed(name, text))
         self.screen.note(f"[{name} {self.settings.text(name)}]")
-
-    def _show_rows(self, rows: dict[str, str]) -> None:
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for name, value in rows.items():
-            table.add_row(name, value)
-        self.screen.show(table)
 
     def _stats(self, _: str) -> None:
         if self.stats is None:

@@ -6,27 +6,25 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Context, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.settings import GenerationOptions, StopSettings
 
-_HISTORY_FILE = "chat_history"
-
 
 def chat(
     *,
-    given: typer.Context,
-    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    command: Context,
+    system: Annotated[str | None, Option(help="System message.")] = None,
     load_file: Annotated[
-        Path | None, typer.Option("--load", metavar="FILE", help="Go on with a conversation that /save wrote.")
+        Path | None, Option("--load", metavar="FILE", help="Go on with a conversation that /save wrote.")
     ] = None,
     no_history: Annotated[
-        bool, typer.Option("--no-history", help="Do not keep what is typed for the next run.")
+        bool, Option("--no-history", help="Do not keep what is typed for the next run.")
     ] = False,
     show_accepted: Annotated[
-        bool, typer.Option("--show-accepted", help="Colour the tokens that the draft wrote; no Markdown then.")
+        bool, Option("--show-accepted", help="Colour the tokens that the draft wrote; no Markdown then.")
     ] = False,
     pair: options.Pair,
     memory: options.Memory,
@@ -46,7 +44,7 @@ def chat(
     from llmcad_mlx.chat.commands import ChatSettings
     from llmcad_mlx.chat.lines import from_pipe, from_terminal
     from llmcad_mlx.chat.screen import PlainScreen, TerminalScreen
-    from llmcad_mlx.chat.session import ChatSession, Conversation
+    from llmcad_mlx.chat.session import ChatSession
     from llmcad_mlx.conversations.file import read_conversation
     from llmcad_mlx.loader import load_pair
     from llmcad_mlx.store import home_folder
@@ -56,19 +54,12 @@ def chat(
     plain = None if interactive else PlainScreen(json_output)
     with Engine(load_pair(pair.target, pair.draft, not json_output, memory)) as engine:
         settings = ChatSettings(chosen, show_accepted)
-        session = ChatSession(engine, settings, plain or TerminalScreen(), Conversation(system))
-        if saved is not None:
-            session.load(saved, keep=_on_the_command_line(given))
+        session = ChatSession(engine, settings, plain or TerminalScreen(), system)
+        if saved is not None:  # what was given counts more than what it was saved with
+            session.load(saved, keep=tuple(options.given(command)))
         if plain is None:
-            from_terminal(session, None if no_history else home_folder() / _HISTORY_FILE)
+            from_terminal(session, None if no_history else home_folder() / "chat_history")
             return
         from_pipe(session)
-    if plain.num_errors:
-        count = plain.num_errors
+    if count := plain.num_errors:
         raise LlmcadError(f"{count} line{'' if count == 1 else 's'} could not be answered or obeyed; see above")
-
-
-def _on_the_command_line(context: typer.Context) -> tuple[str, ...]:
-    """Names of the options that were given, which count more than what a conversation was saved with."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return tuple(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")

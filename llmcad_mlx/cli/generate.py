@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
@@ -24,13 +24,11 @@ _SHOW_AFTER_S = 0.5
 
 def generate(
     *,
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; '-' reads standard input.", show_default=False)
-    ] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="Read the prompt from a file.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    prompt: Annotated[str | None, Argument(help="The prompt; '-' reads standard input.")] = None,
+    prompt_file: Annotated[Path | None, Option(help="Read the prompt from a file.")] = None,
+    system: Annotated[str | None, Option(help="System message.")] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Give the prompt to the model as it is, without chat template.")
+        bool, Option("--raw", help="Give the prompt to the model as it is, without chat template.")
     ] = False,
     pair: options.Pair,
     memory: options.VerifiedMemory,
@@ -38,7 +36,7 @@ def generate(
     max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS,
     sampling: options.PenalisedSampling,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be given again.")
+        list[str] | None, Option(metavar="TEXT", help="End before this text; may be given again.")
     ] = None,
     json_output: options.Json = False,
 ) -> None:
@@ -52,13 +50,23 @@ def generate(
     from llmcad_mlx.loader import load_pair
 
     with Engine(load_pair(pair.target, pair.draft, not json_output, memory)) as engine:
-        _answer(engine, text if raw else _as_chat(engine, text, system), chosen, json_output)
+        asked: Prompt = text
+        if not raw and engine.tokenizer.has_chat_template:
+            said = {"system": system, "user": text}
+            asked = [{"role": role, "content": content} for role, content in said.items() if content is not None]
+        elif system is not None:
+            raise UsageError("system: this model has no chat template, so it takes no system message")
+        _answer(engine, asked, chosen, json_output)
 
 
 def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_output: bool) -> None:
     from llmcad_mlx.report import Answer, closing_lines
 
     answer = Answer()
+
+    def finish() -> None:
+        print(json.dumps(answer.report(engine, chosen)) if json_output else "", flush=True)
+
     try:
         with closing(PromptProgress(enabled=not json_output)) as on_progress:
             for response in engine.stream_generate(prompt, on_progress, options=chosen):
@@ -70,15 +78,11 @@ def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_outp
         raise
     except BaseException as error:
         # What there is of the text is kept; the line that says what happened comes on a line of its own.
-        if answer.tokens and json_output and isinstance(error, KeyboardInterrupt):
-            print(json.dumps(answer.report(engine, chosen)), flush=True)
-        elif answer.tokens and not json_output:
-            print(flush=True)
+        if answer.tokens and (not json_output or isinstance(error, KeyboardInterrupt)):
+            finish()
         raise
-    if json_output:
-        print(json.dumps(answer.report(engine, chosen)), flush=True)
-    else:
-        print(flush=True)
+    finish()
+    if not json_output:
         for line in closing_lines(engine, answer.stats):
             print(line, file=sys.stderr)
 
@@ -104,16 +108,6 @@ class PromptProgress:
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         self._shown = self._enabled = False
-
-
-def _as_chat(engine: Engine, text: str, system: str | None) -> Prompt:
-    """The prompt as messages, or as text for a model without a chat template."""
-    if not engine.tokenizer.has_chat_template:
-        if system is not None:
-            raise UsageError("system: this model has no chat template, so it takes no system message")
-        return text
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    return [*messages, {"role": "user", "content": text}]
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

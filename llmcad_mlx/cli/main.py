@@ -13,27 +13,23 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import CallbackParam, Context, Exit, Option, Typer, TyperException
 from typer.completion import get_completion_inspect_parameters, install_callback, show_callback
 from typer.main import get_command
 
-from llmcad_mlx.cli.bench import bench
 from llmcad_mlx.cli.chat import chat
-from llmcad_mlx.cli.convert import convert
-from llmcad_mlx.cli.doctor import doctor
 from llmcad_mlx.cli.generate import generate
+from llmcad_mlx.cli.measure import bench, plan, tune
+from llmcad_mlx.cli.models import convert, doctor, pull
 from llmcad_mlx.cli.options import with_options
-from llmcad_mlx.cli.plan import plan
-from llmcad_mlx.cli.pull import pull
 from llmcad_mlx.cli.serve import serve
-from llmcad_mlx.cli.tune import tune
 from llmcad_mlx.errors import LlmcadError, UsageError
 
 NAME = "llmcad-mlx"
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
 _INSTALL, _SHOW = "--install-completion", "--show-completion"
 
-app = typer.Typer(
+app = Typer(
     name=NAME,
     help="Run a language model faster with a draft, without changing a token of its output.",
     pretty_exceptions_enable=False,
@@ -55,14 +51,7 @@ for command, in_short in COMMANDS.items():
     app.command(short_help=in_short)(with_options(command))
 
 
-class Shell(StrEnum):
-    """Whose completion was tried."""
-
-    bash = "bash"
-    zsh = "zsh"
-    fish = "fish"
-
-
+Shell = StrEnum("Shell", ["bash", "zsh", "fish"])  # those whose completion was tried
 # zsh runs the file when Tab is pressed for the first time, and takes what it defines for the second time only.
 _FIRST_TAB_IN_ZSH = """
 if [ "$funcstack[1]" = "_llmcad-mlx" ]; then
@@ -76,10 +65,10 @@ def _print_version(wanted: bool) -> None:
         from llmcad_mlx import __version__
 
         print(f"{NAME} {__version__}")
-        raise typer.Exit
+        raise Exit
 
 
-def _install(context: typer.Context, parameter: typer.CallbackParam, shell: Shell | None) -> None:
+def _install(context: Context, parameter: CallbackParam, shell: Shell | None) -> None:
     try:
         install_callback(context, parameter, shell)  # ends the program when it has installed something
     except SystemExit as done:
@@ -91,24 +80,18 @@ def _install(context: typer.Context, parameter: typer.CallbackParam, shell: Shel
 
 @app.callback()
 def _root(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes with every command."),
-    version: bool = typer.Option(
+    debug: bool = Option(False, "--debug", help="Show the traceback of an error; goes with every command."),
+    version: bool = Option(
         False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
     ),
-    install_completion: Annotated[
-        Shell | None,
-        typer.Option(
-            _INSTALL, metavar="[SHELL]", callback=_install, is_eager=True, expose_value=False,
-            help="Complete commands and options with Tab from now on, in this shell or in bash, zsh or fish.",
-        ),
-    ] = None,
-    show_completion: Annotated[
-        Shell | None,
-        typer.Option(
-            _SHOW, metavar="[SHELL]", callback=show_callback, is_eager=True, expose_value=False,
-            help="Print what does that, to put it somewhere yourself.",
-        ),
-    ] = None,
+    install_completion: Annotated[Shell | None, Option(
+        metavar="[SHELL]", callback=_install, is_eager=True, expose_value=False,
+        help="Complete commands and options with Tab from now on, in this shell or in bash, zsh or fish.",
+    )] = None,
+    show_completion: Annotated[Shell | None, Option(
+        metavar="[SHELL]", callback=show_callback, is_eager=True, expose_value=False,
+        help="Print what does that, to put it somewhere yourself.",
+    )] = None,
 ) -> None: ...  # fmt: skip
 
 
@@ -136,7 +119,7 @@ def run(argv: list[str]) -> int:
         print(_line(error), file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return INTERRUPTED
-        return USAGE if isinstance(error, UsageError | typer.TyperException) else FAILED
+        return USAGE if isinstance(error, UsageError | TyperException) else FAILED
 
 
 def _invoke(words: list[str]) -> int:
@@ -151,7 +134,7 @@ def _invoke(words: list[str]) -> int:
     try:
         with root.make_context(NAME, list(arguments)) as context:  # Typer uses its list up
             root.invoke(context)
-    except typer.Exit as done:
+    except Exit as done:
         return done.exit_code if words else USAGE
     finally:
         sys.stdout.flush()  # here, where a broken pipe is caught
@@ -175,7 +158,7 @@ def _line(error: BaseException) -> str:
     """The one line that says what happened."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, typer.TyperException):
+    if isinstance(error, TyperException):
         context = getattr(error, "ctx", None)
         return f"error: {_joined(error.format_message())}; see {context.command_path if context else NAME} --help"
     if isinstance(error, LlmcadError):

@@ -12,14 +12,14 @@ from functools import wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Context, Option
 
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings, SpeculationSettings
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object and nothing else.")]
 MaxTokens = Annotated[int, Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")]
 Temperature = Annotated[float, Option("--temp", help="Sampling temperature; 0 is greedy.")]
-Seed = Annotated[int, Option("--seed", help="Same seed, same text, under every policy.")]
+Seed = Annotated[int, Option(help="Same seed, same text, under every policy.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,60 +38,37 @@ class _Group:
     make: Callable[..., Any]
     options: Mapping[str, Any]
 
-    def parameters(self) -> list[Parameter]:
-        """The options as parameters of a command."""
-        known = signature(self.make).parameters
-        return [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=known[name].default, annotation=option)
-            for name, option in self.options.items()
-        ]
-
 
 _PAIR = {
     "target": Annotated[
-        str | None,
-        Option("--target", help="Model folder, hub repository or preset. Default: the embedded smollm2-135m."),
+        str | None, Option(help="Model folder, hub repository or preset. Default: the embedded smollm2-135m.")
     ],
     "draft": Annotated[
         str,
         Option(
-            "--draft",
             help="Draft model (like --target), n-gram table, 'ngram', 'none', 'auto' for what tune has chosen or "
             "the preset's own; 'self:4' (3, 2): the target in so many bits; '4bit:DRAFT' (2, 3, 8): a draft in "
-            "so many; 'trimmed:8192:DRAFT': a draft with so many output tokens.",
+            "so many; 'trimmed:8192:DRAFT': a draft with so many output tokens."
         ),
     ],
 }
 _MEMORY = {
     "memory": Annotated[
         str | None,
-        Option(
-            "--memory",
-            metavar="SIZE",
-            help="What the whole process may use, like 6GB; the target streams from the disk.",
-        ),
+        Option(metavar="SIZE", help="What the whole process may use, like 6GB; the target streams from the disk."),
     ],
-    "pinned": Annotated[
-        str, Option("--pinned", metavar="SIZE|auto", help="How much of a streamed target stays in memory.")
-    ],
-    "context": Annotated[
-        int | None, Option("--context", help="Tokens to make room for under a budget. Default: up to 4096.")
-    ],
+    "pinned": Annotated[str, Option(metavar="SIZE|auto", help="How much of a streamed target stays in memory.")],
+    "context": Annotated[int | None, Option(help="Tokens to make room for under a budget. Default: up to 4096.")],
     "read_bandwidth": Annotated[
         str | None,
-        Option(
-            "--read-bandwidth",
-            metavar="RATE",
-            help="Emulate slower storage, like 250MB/s; figures are marked emulated.",
-        ),
+        Option(metavar="RATE", help="Emulate slower storage, like 250MB/s; figures are marked emulated."),
     ],
 }
 _VERIFY = {"verify": Annotated[bool, Option("--verify", help="Check a bundle's bytes at load and on every read.")]}
 _SPECULATION = {
-    "policy": Annotated[str, Option("--policy", help="throughput, paper, chain or plain.")],
+    "policy": Annotated[str, Option(help="throughput, paper, chain or plain.")],
     "tree_nodes": Annotated[
-        int | None,
-        Option("--tree-nodes", help="Nodes per target pass, root included. Default: the policy chooses."),
+        int | None, Option(help="Nodes per target pass, root included. Default: the policy chooses.")
     ],
     "pipeline": Annotated[
         bool, Option("--pipeline/--no-pipeline", help="Draft on while the target's weights load.")
@@ -104,19 +81,15 @@ _SPECULATION = {
 }
 _SAMPLING = {
     "temperature": Temperature,
-    "top_p": Annotated[float, Option("--top-p", help="Nucleus sampling: 0.9 takes the likeliest 90%; 1 is off.")],
-    "top_k": Annotated[int, Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")],
-    "min_p": Annotated[float, Option("--min-p", help="Least probability, relative to the best; 0 is off.")],
+    "top_p": Annotated[float, Option(help="Nucleus sampling: 0.9 takes the likeliest 90%; 1 is off.")],
+    "top_k": Annotated[int, Option(help="Sample from the k most likely tokens; 0 is off.")],
+    "min_p": Annotated[float, Option(help="Least probability, relative to the best; 0 is off.")],
     "seed": Seed,
 }
 _PENALTIES = {
-    "repetition_penalty": Annotated[
-        float, Option("--repetition-penalty", help="Divides logits of recent tokens; 0 is off.")
-    ],
-    "presence_penalty": Annotated[float, Option("--presence-penalty", help="Taken off logits of recent tokens.")],
-    "frequency_penalty": Annotated[
-        float, Option("--frequency-penalty", help="The same, for each time a token occurred.")
-    ],
+    "repetition_penalty": Annotated[float, Option(help="Divides logits of recent tokens; 0 is off.")],
+    "presence_penalty": Annotated[float, Option(help="Taken off logits of recent tokens.")],
+    "frequency_penalty": Annotated[float, Option(help="The same, for each time a token occurred.")],
 }
 
 Pair = Annotated[PairOptions, _Group(PairOptions, _PAIR)]
@@ -135,7 +108,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         marks = getattr(parameter.annotation, "__metadata__", ())
         if marks and isinstance(marks[0], _Group):
             groups[name] = marks[0]
-            shown += marks[0].parameters()
+            known = signature(marks[0].make).parameters
+            shown += [
+                Parameter(option, Parameter.KEYWORD_ONLY, default=known[option].default, annotation=annotation)
+                for option, annotation in marks[0].options.items()
+            ]
         else:
             shown.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
 
@@ -150,3 +127,9 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = Signature(shown)  # type: ignore[attr-defined]
     call.__annotations__ = {}  # of `command`, which Typer would look at as well
     return call
+
+
+def given(command: Context) -> list[str]:
+    """Names of the parameters that were given on the command line."""
+    sources = {name: command.get_parameter_source(name) for name in command.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]

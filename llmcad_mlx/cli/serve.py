@@ -9,10 +9,10 @@ import sys
 from dataclasses import replace
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from llmcad_mlx.cli import options
-from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve import ServerSettings
 
 _DEFAULT = ServerSettings()
 
@@ -22,51 +22,41 @@ def serve(
     pair: options.Pair,
     memory: options.VerifiedMemory,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen at; any but this machine's own needs a key.")
+        str, Option(help="Address to listen at; any but this machine's own needs a key.")
     ] = _DEFAULT.host,
-    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0 takes a free one.")] = _DEFAULT.port,
-    api_key: Annotated[
-        str | None,
-        typer.Option("--api-key", envvar="LLMCAD_MLX_API_KEY", help="What clients must show.", show_default=False),
-    ] = None,
+    port: Annotated[int, Option(help="Port to listen at; 0 takes a free one.")] = _DEFAULT.port,
+    api_key: Annotated[str | None, Option(envvar="LLMCAD_MLX_API_KEY", help="What clients must show.")] = None,
     cors: Annotated[
-        list[str] | None,
-        typer.Option("--cors", metavar="ORIGIN", help="Origin whose pages may call; may be given again."),
+        list[str] | None, Option(metavar="ORIGIN", help="Origin whose pages may call; may be given again.")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="What the model is called. Default: the target's name.")
-    ] = None,
+    name: Annotated[str | None, Option(help="What the model is called. Default: the target's name.")] = None,
     temp: Annotated[
-        float, typer.Option("--temp", help="Sampling temperature of requests that give none; 0 is greedy.")
+        float, Option(help="Sampling temperature of requests that give none; 0 is greedy.")
     ] = _DEFAULT.temperature,
     max_tokens: Annotated[
         int,
-        typer.Option(
+        Option(
             "--max-tokens", "-m", help="Most tokens of one answer, and what a request gets that asks for no limit."
         ),
     ] = _DEFAULT.max_tokens,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option("--max-prompt-tokens", help="Most tokens of one prompt. Default: the context.")
+        int | None, Option(help="Most tokens of one prompt. Default: the context.")
     ] = None,
-    max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Largest request.")] = "4MB",
+    max_body: Annotated[
+        str, Option(metavar="SIZE", help="Largest request.")
+    ] = f"{_DEFAULT.max_body_bytes // 10**6}MB",
     prompt_cache: Annotated[
-        str,
-        typer.Option(
-            "--prompt-cache",
-            metavar="SIZE|auto",
-            help="Memory for the caches of conversations that wait; 0 keeps none.",
-        ),
+        str, Option(metavar="SIZE|auto", help="Memory for the caches of conversations that wait; 0 keeps none.")
     ] = "auto",
     max_queue: Annotated[
-        int, typer.Option("--max-queue", help="Requests that may wait; one client may hold half of the places.")
+        int, Option(help="Requests that may wait; one client may hold half of the places.")
     ] = _DEFAULT.max_queue,
 ) -> None:
     """Serve OpenAI's HTTP API, and a page to chat on, until Ctrl-C."""
     from llmcad_mlx.api import Engine
     from llmcad_mlx.loader import load_pair
-    from llmcad_mlx.serve.prompt_cache import cache_limit
     from llmcad_mlx.serve.server import LlmServer
-    from llmcad_mlx.serve.worker import public_name
+    from llmcad_mlx.serve.worker import cache_limit, public_name
     from llmcad_mlx.sizes import parse_size
 
     settings = ServerSettings(

@@ -20,10 +20,9 @@ TARGET, DRAFT = "target", "draft"
 
 @dataclass(frozen=True, slots=True)
 class CachePart:
-    """One model's cache in an engine, and how many of its tokens are worth keeping, all committed."""
+    """The cache of TARGET or DRAFT in an engine, and how many of its tokens are worth keeping, all committed."""
 
     model: str
-    """TARGET or DRAFT."""
     cache: ModelCache
     length: int
 
@@ -90,9 +89,8 @@ def put_snapshot(pair: LoadedPair, session: Session, snapshot: Snapshot | None) 
 
 
 def cache_of(pair: LoadedPair, model: str) -> ModelCache:
-    """The cache of TARGET or DRAFT. Raises ValueError where there is none that can be written."""
-    caches = [pair.target.cache] if model == TARGET else [drafter.cache for drafter in pair.drafters]
-    for cache in caches:
-        if cache is not None and cache.can_rollback:
+    """The cache of TARGET or DRAFT. Raises ValueError where there is none."""
+    for cache in [pair.target.cache] if model == TARGET else [drafter.cache for drafter in pair.drafters]:
+        if cache is not None:
             return cache
     raise ValueError(f"there is no {model} whose cache could be restored")

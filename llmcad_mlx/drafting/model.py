@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.errors import GenerationError
+from llmcad_mlx.models.cache import ModelCache
 from llmcad_mlx.models.folder import TokenList
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import Candidates
@@ -18,6 +20,7 @@ from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
 
 _CHUNKS = 256  # a row is cut into that many pieces to find its largest entries without sorting it
+_NUM_CANDIDATES = 8  # of a node
 _FED_WITH_NODES = 6  # missed tokens; more go through the model's body first, without the head
 _WINDOW = 32  # tokens read again after a long break
 
@@ -40,16 +43,12 @@ def top_candidates(
     if mx.default_device() == mx.cpu:
         rows = np.asarray(logits.astype(mx.float32))
         scores = [sampler.draft_scores(row, p, vocabulary) for row, p in zip(rows, positions, strict=True)]
-        return [_named(_best_of(row, count), vocabulary) for row in scores]
-    found = _on_device(logits, positions, sampler, count, vocabulary)
-    return [_named(row, vocabulary) for row in found]
-
-
-def _named(columns: Candidates, vocabulary: TokenList | None) -> Candidates:
-    """Candidates by token for those by column."""
+        found = [_best_of(row, count) for row in scores]
+    else:
+        found = _on_device(logits, positions, sampler, count, vocabulary)
     if vocabulary is None:
-        return columns
-    return Candidates(vocabulary[list(columns.tokens)].tolist(), columns.confidences)
+        return found
+    return [Candidates(vocabulary[list(each.tokens)].tolist(), each.confidences) for each in found]
 
 
 def _best_of(scores: npt.NDArray[np.float32], count: int) -> Candidates:
@@ -116,7 +115,7 @@ def _broken_draft() -> GenerationError:
     )
 
 
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """A small model with its own lazy KV cache.
 
     Nodes get a slot in the cache when they are fed, that is when they or a descendant are expanded. Accepted
@@ -125,8 +124,10 @@ class ModelDrafter:
     """
 
     source = MODEL
+    model: TreeModel
+    cache: ModelCache
 
-    def __init__(self, model: TreeModel, num_candidates: int = 8, vocabulary: TokenList | None = None) -> None:
+    def __init__(self, model: TreeModel, vocabulary: TokenList | None = None) -> None:
         """vocabulary: the tokens of a trimmed head, see `top_candidates`.
 
         Raises ValueError for a model whose cache cannot roll back.
@@ -136,11 +137,8 @@ class ModelDrafter:
             raise ValueError(f"a draft must be able to take tokens back; {model.report.reason}")
         self.model = model
         self.cache = cache
-        self.rows_fed: int | None = 0
         self._start = 0  # index in the sequence of the cache's first token
-        self._num_candidates = num_candidates
         self._vocabulary = vocabulary
-        self._tokens: Sequence[int] = ()
         self._sampler: TargetSampler | None = None
         self._slots: dict[int, int] = {}  # node -> slot
         self._ready: dict[int, Candidates] = {}  # proposals not asked for yet
@@ -149,29 +147,25 @@ class ModelDrafter:
 
     @property
     def num_cached(self) -> int:
-        """Committed tokens in the cache; 0 where they are not the first ones of the sequence."""
-        return 0 if self._start else self.cache.length
+        return 0 if self._start else self.cache.length  # 0 where they are not the first ones
 
     @property
     def num_bytes(self) -> int:
         return self.model.weight_bytes
 
     def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
-    ) -> None:
-        """Feed all but the last token, which is the first root."""
-        missing = self._unread(tokens)
-        self.model.prefill(missing, self.cache, on_progress=on_progress, should_stop=should_stop)
-
-    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
-        missing = self._unread(tokens)
-        self.model.prefill(missing[:limit], self.cache)
-        return len(missing) > limit
-
-    def _unread(self, prompt: Sequence[int]) -> Sequence[int]:
+        self,
+        tokens: Sequence[int],
+        on_progress: Callable[[int], None] = lambda done: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        limit: int | None = None,
+    ) -> bool:
+        """All but the last token, which is the first root."""
         if self._start:
             self._restart(0)
-        return prompt[self.cache.length : len(prompt) - 1]
+        missing = tokens[self.cache.length : len(tokens) - 1]
+        self.model.prefill(missing[:limit], self.cache, on_progress=on_progress, should_stop=should_stop)
+        return limit is not None and len(missing) > limit
 
     def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
         self._tokens, self._sampler = tokens, sampler
@@ -187,7 +181,8 @@ class ModelDrafter:
 
     def _feed(self, tree: TokenTree, leaves: Sequence[int]) -> None:
         missed, caught_up = self._missed() if ROOT not in self._slots else ([], False)
-        nodes = self._unfed(tree, leaves)
+        needed = set(itertools.chain.from_iterable(tree.path(leaf) for leaf in leaves))
+        nodes = sorted(needed - self._slots.keys())  # the leaves and what is above them, parents first
         if self.model.capability == "chain":
             nodes = self._as_chain(tree, nodes)
         num_rows = len(missed) + len(nodes)
@@ -203,7 +198,12 @@ class ModelDrafter:
             places[node] = first + offset
         result = self.model.forward(tokens, self.cache, parents)
         self._slots = places | self._slots
-        self._propose(tree, [ROOT, *nodes] if missed else nodes, result.logits[max(len(missed) - 1, 0) :])
+        logits = result.logits[max(len(missed) - 1, 0) :]
+        asked = [ROOT, *nodes] if missed else nodes
+        positions = [tree.position(node) + 1 for node in asked]
+        assert self._sampler is not None
+        found = top_candidates(logits, positions, self._sampler, _NUM_CANDIDATES, self._vocabulary)
+        self._ready.update(zip(asked, found, strict=True))
         if missed:
             self._caught_up = list(range(first, first + len(missed)))
 
@@ -227,11 +227,6 @@ class ModelDrafter:
         self.cache.truncate(0)
         self._start = start
 
-    def _unfed(self, tree: TokenTree, leaves: Sequence[int]) -> list[int]:
-        """The nodes to feed, parents first: the leaves and their ancestors, without those that have slots."""
-        needed = set(itertools.chain.from_iterable(tree.path(leaf) for leaf in leaves))
-        return sorted(node for node in needed if node not in self._slots)
-
     def _as_chain(self, tree: TokenTree, nodes: Sequence[int]) -> list[int]:
         """For a model that takes no branches: the first nodes that go on with the line fed so far."""
         tip = max(self._slots, key=lambda node: tree.depths[node], default=ROOT)
@@ -242,13 +237,6 @@ class ModelDrafter:
                 tip = node
         return line
 
-    def _propose(self, tree: TokenTree, nodes: Sequence[int], logits: mx.array) -> None:
-        """Turn rows of logits (len(nodes), V) into candidates for the children of `nodes`."""
-        assert self._sampler is not None
-        positions = [tree.position(node) + 1 for node in nodes]
-        found = top_candidates(logits, positions, self._sampler, self._num_candidates, self._vocabulary)
-        self._ready.update(zip(nodes, found, strict=True))
-
     def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
         """Keep the slots of accepted and surviving nodes that were fed; the others come with the next round."""
         if not self._slots and not self._caught_up:
@@ -256,7 +244,10 @@ class ModelDrafter:
             self._carried = None if survivors is None else survivors.tree
             return  # most rounds, where drafting hardly pays
         fed = list(itertools.takewhile(lambda node: node in self._slots, path))
-        names = {} if survivors is None else _new_names(self._slots, survivors)
+        names: dict[int, int] = {}  # of those that survive, old to new
+        if survivors is not None:
+            news = {node: survivors.old_to_new[node] for node in self._slots}
+            names = {node: new for node, new in news.items() if new != DROPPED}
         kept = self.cache.commit(
             [*self._caught_up, *(self._slots[node] for node in fed)], [self._slots[node] for node in names]
         )
@@ -277,8 +268,3 @@ class ModelDrafter:
         if length <= self._start:
             self._restart(0)
         self.cache.truncate(min(length - self._start, self.cache.length))
-
-
-def _new_names(nodes: Iterable[int], survivors: Selection) -> dict[int, int]:
-    """Of `nodes`, those that survive: old name to new name."""
-    return {node: new for node in nodes if (new := survivors.old_to_new[node]) != DROPPED}

@@ -51,13 +51,13 @@ class RoundTree:
         return states
 
     @property
-    def own_token(self) -> int | None:
+    def bonus_token(self) -> int | None:
         """The target's own token after the accepted path; None where the text ended before it."""
         return self.walk.tokens[-1] if len(self.walk.tokens) > self.walk.num_accepted else None
 
     @property
     def last(self) -> int:
-        """The drafted node that the target's own token follows."""
+        """The drafted node that the bonus token follows."""
         return self.selection.new_to_old[self.walk.last]
 
 
@@ -86,12 +86,15 @@ def run_round(
     growth.draft(session.target.free_seconds)
     selection = _submit(session, policy, growth.tree)
     verification = _verify(session, policy, selection.tree, growth, stats)
-    steps = walk(selection.tree, _chooser(session.tokens, verification, selection.tree, sampler), stop)
+
+    def choose(node: int, path: Sequence[int]) -> int:
+        position = selection.tree.position(node) + 1
+        return sampler.choose(verification.row(node), session.tokens, position, path)
+
+    steps = walk(selection.tree, choose, stop)
     policy.verified(selection.tree, steps)
     session.target.commit(verification, steps.nodes)
-    path = [selection.new_to_old[node] for node in steps.nodes]
-    survivors = growth.survivors(path, steps)
-    growth.commit(path, survivors)
+    survivors = growth.commit([selection.new_to_old[node] for node in steps.nodes], steps)
     carried = None if survivors is None else CarriedTree(survivors, policy, sampler.settings)
     session.end_round(steps.tokens, carried)
     done = Round(growth.tree, selection, steps, verification, survivors)
@@ -107,13 +110,16 @@ def run_round(
 
 def _begin(session: Session, policy: GrowthPolicy, sampler: TargetSampler, stats: GenerationStats) -> Growth:
     carried, session.carried = session.carried, None
-    survivors = carried.survivors if carried and carried.serves(policy, sampler.settings) else None
+    # Its ranks and figures hold for the policy and the sampling that it was drafted for.
+    serves = carried is not None and carried.policy is policy and carried.sampling == sampler.settings
+    survivors = carried.survivors if carried is not None and serves else None
     tree = survivors.tree if survivors else TokenTree(session.tokens[-1], len(session.tokens) - 1)
     policy.begin(tree, survivors)
     drafters = session.drafters_of(policy)
     growth = Growth(tree, drafters, session.tokens, sampler, policy, session.costs, stats, session.clock)
     if survivors is not None:
-        growth.begin_all()
+        for drafter in drafters:  # whoever drafted the nodes knows more of them than the tree does
+            growth.begin(drafter)
     return growth
 
 
@@ -123,7 +129,7 @@ def _submit(session: Session, policy: GrowthPolicy, tree: TokenTree) -> Selectio
     if session.target.capability == "plain":
         return tree.select(1)
     if session.target.capability == "chain":
-        return tree.keep_path([selection.new_to_old[node] for node in selection.tree.best_branch()])
+        return tree.keep([selection.new_to_old[node] for node in selection.tree.best_branch()])
     return selection
 
 
@@ -141,15 +147,6 @@ def _verify(
     stats.verify_s += busy
     stats.io_wait_s += waited
     return verification
-
-
-def _chooser(
-    tokens: Sequence[int], verification: Verification, tree: TokenTree, sampler: TargetSampler
-) -> Callable[[int, Sequence[int]], int]:
-    def choose(node: int, path_tokens: Sequence[int]) -> int:
-        return sampler.choose(verification.row(node), tokens, tree.position(node) + 1, path_tokens)
-
-    return choose
 
 
 def _count(done: Round, growth: Growth, stats: GenerationStats) -> None:

@@ -84,8 +84,7 @@ class Session:
 
     def drafters_of(self, policy: GrowthPolicy) -> list[Drafter]:
         """The drafters that a policy listens to at present, cheapest first."""
-        wanted = policy.sources
-        return [drafter for drafter in self.drafters if drafter.source in wanted]
+        return [drafter for drafter in self.drafters if policy.wants(drafter.source)]
 
     def resume(self, tokens: Sequence[int]) -> None:
         """The target's cache was filled from elsewhere, and holds `tokens`."""
@@ -101,7 +100,5 @@ class Session:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens both begin with."""
-    for index, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return index
-    return min(len(a), len(b))
+    differing = (index for index, (left, right) in enumerate(zip(a, b, strict=False)) if left != right)
+    return next(differing, min(len(a), len(b)))

@@ -1,7 +1,4 @@
-"""Tokens in, text out: detokenisation, stop strings and the reason a generation ended.
-
-Stop strings in streamed text, also where they cross token borders.
-"""
+"""Tokens in, text out: detokenisation, stop strings and the reason a generation ended."""
 
 from __future__ import annotations
 
@@ -9,62 +6,37 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmcad_mlx.errors import UsageError
 from llmcad_mlx.settings import StopSettings
 
 
-@dataclass(frozen=True, slots=True)
-class StopFeed:
-    """`emit`: text that is now safe to show. `matched`: a stop string is complete; the text is over."""
-
-    emit: str
-    matched: bool
-
-
 class StopStrings:
-    """Finds the first stop string in a stream of text pieces.
+    """Finds the first stop string in a stream of text pieces, also where it crosses their borders.
 
     First means complete first; of several that end at the same character, the longest. So the answer does
     not depend on how the text is cut, and is known with the character that completes it. Text before the
     stop string is emitted; the string itself and what follows are not.
+
+    `matched`: a stop string is complete; the text is over. `held`: text that may begin a stop string.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Raises UsageError when `stops` is not a list or tuple of non-empty strings."""
-        if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) and stop for stop in stops):
-            raise UsageError("stop: give a list of non-empty strings")
-        self._stops = tuple(dict.fromkeys(stops))
-        self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
-        self._matched = False
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self.held = ""
+        self.matched = False
 
-    def feed(self, text: str) -> StopFeed:
-        """Take the next piece. Only the longest tail that could begin a stop string is held back.
-
-        After a match every further piece is swallowed.
-        """
-        if self._matched:
-            return StopFeed("", True)
-        text = self._held + text
-        start = self._find(text)
-        if start is not None:
-            self._matched = True
-            self._held = ""
-            return StopFeed(text[:start], True)
-        keep = self._possible_start(text)
-        self._held = text[keep:]
-        return StopFeed(text[:keep], False)
-
-    def flush(self) -> str:
-        """The held text, at the end of the stream: it began like a stop string and was none."""
-        held, self._held = self._held, ""
-        return held
-
-    def _find(self, text: str) -> int | None:
-        """Where the stop string that is complete first begins."""
+    def feed(self, text: str) -> str:
+        """Take the next piece; returns what is now safe to show. Only the longest tail that could begin a stop
+        string is held back."""
+        if not self._stops:
+            return text
+        text = self.held + text
         starts = ((text.find(stop), len(stop)) for stop in self._stops)
         ends = [(start + length, start) for start, length in starts if start >= 0]
-        return min(ends)[1] if ends else None
+        self.matched = bool(ends)
+        shown = min(ends)[1] if ends else self._possible_start(text)
+        self.held = "" if ends else text[shown:]
+        return text[:shown]
 
     def _possible_start(self, text: str) -> int:
         """Start of the longest tail of `text` that is the beginning of a stop string."""
@@ -97,7 +69,7 @@ class TextStream:
         self._detokenizer = tokenizer.detokenizer
         self._detokenizer.reset()
         self._ends = set(eos_tokens) | settings.stop_tokens
-        self._stops = StopStrings(settings.stop_strings) if settings.stop_strings else None
+        self._stops = StopStrings(settings.stop_strings)
         self._left = limit
         self.finish_reason: str | None = None
         self._pieces: list[Piece] = []
@@ -106,32 +78,18 @@ class TextStream:
         """Take the next token; True when it is the last. `take` hands out its piece."""
         if self._left is not None:
             self._left -= 1
-        if token in self._ends:
-            return self._end(token, "", "stop")
-        self._detokenizer.add_token(token)
-        text = self._detokenizer.last_segment
-        if self._stops is not None:
-            feed = self._stops.feed(text)
-            if feed.matched:
+        detokenizer, stops, text = self._detokenizer, self._stops, ""
+        if token not in self._ends:
+            detokenizer.add_token(token)
+            text = stops.feed(detokenizer.last_segment)
+            if stops.matched:
                 self.finish_reason = "stop"
-                self._pieces.append(Piece(token, feed.emit, "stop"))
-                return True
-            text = feed.emit
-        if self._left == 0:
-            return self._end(token, text, "length")
-        self._pieces.append(Piece(token, text, None))
-        return False
-
-    def _end(self, token: int, text: str, reason: str) -> bool:
-        self._detokenizer.finalize()
-        rest = self._detokenizer.last_segment
-        if self._stops is not None:
-            feed = self._stops.feed(rest)
-            rest = feed.emit if feed.matched else feed.emit + self._stops.flush()
-            reason = "stop" if feed.matched else reason
-        self.finish_reason = reason
-        self._pieces.append(Piece(token, text + rest, reason))
-        return True
+        if self.finish_reason is None and (token in self._ends or self._left == 0):
+            detokenizer.finalize()
+            text += stops.feed(detokenizer.last_segment) + stops.held
+            self.finish_reason = "stop" if token in self._ends or stops.matched else "length"
+        self._pieces.append(Piece(token, text, self.finish_reason))
+        return self.finish_reason is not None
 
     def take(self) -> list[Piece]:
         """The pieces since the last call."""

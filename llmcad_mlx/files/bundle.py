@@ -5,11 +5,11 @@
  "layers": [{"name": "embedding" | "layer 0" | … | "rest" | "head",
              "tensors": [{"name", "file", "offset", "bytes", "dtype", "shape", "sha256"}, …],
              "bytes": …, "sha256": …}, …],
- "draft": {…} or null, "profile": {…}, "source": "…", "created_by": "llmcad-mlx 0.1.0"}
+ "draft": null, "profile": {}, "source": "…", "created_by": "llmcad-mlx 0.1.0"}
 ```
 Tensors are listed in the order in which they lie in their file, one after the other, so that a layer is one run
 of bytes. `sha256` of a layer is that of this run. `offset` counts from the start of the file; dtypes are those of
-safetensors. `profile` is what was measured with the bundle.
+safetensors. `source` is what it was made from; nothing reads `draft` and `profile`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmcad_mlx import __version__
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files.atomic import write_text
-from llmcad_mlx.files.safetensors import TensorExtent, WeightIndex, read_weights
+from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, WeightIndex, read_weights
 
 FILE = "llmcad.json"
 FORMAT = 1
+MAX_FILE_BYTES = 5 << 30
+SMALL_BYTES = 64 << 10
+"""Norms and biases stay in memory when a layer is streamed, so they lie behind what is read again and again."""
 
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _BLOCK_BYTES = 4 << 20
-
-OnProgress = Callable[[int, int], None]
-"""Called with the bytes done and all bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +71,9 @@ class BundleLayer:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """What `llmcad.json` says. `draft`: the draft that goes with the target; `profile`: what was measured."""
+    """What `llmcad.json` says of the weights."""
 
-    folder: Path
     layers: tuple[BundleLayer, ...]
-    draft: Mapping[str, Any] | None
-    profile: Mapping[str, Any]
-    source: str
-    created_by: str
 
     @property
     def num_bytes(self) -> int:
@@ -89,6 +86,9 @@ class Bundle:
         return {tensor.extent.name: tensor.sha256 for layer in self.layers for tensor in layer.tensors}
 
 
+# --- reading ------------------------------------------------------------------------------------------------
+
+
 def read_bundle(folder: Path, index: WeightIndex | None = None) -> Bundle | None:
     """The bundle in `folder`, None when there is no llmcad.json. Reads headers, not weights.
 
@@ -97,96 +97,11 @@ def read_bundle(folder: Path, index: WeightIndex | None = None) -> Bundle | None
     """
     file = folder / FILE
     try:
-        text = file.read_bytes()
+        content = json.loads(file.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror or error}); make the bundle again") from None
-    bundle = _parse(folder, text)
-    _check_extents(bundle, read_weights(folder) if index is None else index)
-    return bundle
-
-
-def verify_bundle(folder: Path, on_progress: OnProgress = lambda done, total: None) -> Bundle | None:
-    """Read every byte of the weights and compare it with the checksums; None when there are none.
-
-    Raises ModelError naming file and layer for bytes that were altered, and what `read_bundle` raises.
-    """
-    bundle = read_bundle(folder)
-    if bundle is None:
-        return None
-    done, total = 0, bundle.num_bytes
-    for layer in bundle.layers:
-        digest = hashlib.sha256()
-        for block in _blocks(layer):
-            digest.update(block)
-            done += len(block)
-            on_progress(done, total)
-        if digest.hexdigest() != layer.sha256:
-            raise ModelError(
-                f"{layer.file}: {layer.name} was altered (its sha256 is not the one in {FILE}); "
-                "fetch or convert the model again"
-            )
-    return bundle
-
-
-def write_manifest(bundle: Bundle) -> None:
-    """Write `llmcad.json` into the bundle's folder. Raises OSError."""
-    content = {
-        "format": FORMAT,
-        "layers": [_layer_entry(layer) for layer in bundle.layers],
-        "draft": bundle.draft,
-        "profile": bundle.profile,
-        "source": bundle.source,
-        "created_by": bundle.created_by,
-    }
-    (bundle.folder / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _layer_entry(layer: BundleLayer) -> dict[str, Any]:
-    tensors = [
-        {
-            "name": extent.name,
-            "file": extent.file.name,
-            "offset": extent.offset,
-            "bytes": extent.num_bytes,
-            "dtype": extent.dtype,
-            "shape": list(extent.shape),
-            "sha256": sha256,
-        }
-        for extent, sha256 in ((tensor.extent, tensor.sha256) for tensor in layer.tensors)
-    ]
-    return {"name": layer.name, "tensors": tensors, "bytes": layer.num_bytes, "sha256": layer.sha256}
-
-
-def _blocks(layer: BundleLayer) -> Iterator[bytes]:
-    left = layer.num_bytes
-    try:
-        with layer.file.open("rb", buffering=0) as stream:
-            stream.seek(layer.offset)
-            while left:
-                block = stream.read(min(_BLOCK_BYTES, left))
-                if not block:
-                    raise ModelError(f"{layer.file}: {layer.name} is cut off; fetch or convert the model again")
-                left -= len(block)
-                yield block
-    except OSError as error:
-        raise ModelError(f"{layer.file}: cannot be read ({error.strerror or error}); check the disk") from None
-
-
-# --- reading llmcad.json ------------------------------------------------------------------------------------
-
-_BUNDLE_KEYS = {"layers": list, "profile": dict, "source": str, "created_by": str}
-_LAYER_KEYS = {"name": str, "tensors": list, "sha256": str, "bytes": int}
-_TENSOR_KEYS = {
-    "name": str, "file": str, "offset": int, "bytes": int, "dtype": str, "shape": list, "sha256": str
-}  # fmt: skip
-
-
-def _parse(folder: Path, text: bytes) -> Bundle:
-    file = folder / FILE
-    try:
-        content = json.loads(text)
     except (ValueError, RecursionError):
         raise ModelError(f"{file}: cut off, or not valid JSON; make the bundle again") from None
     version = _checked(file, "the file", content, {"format": int})["format"]
@@ -195,35 +110,38 @@ def _parse(folder: Path, text: bytes) -> Bundle:
             f"{file}: bundle format {version} is not {FORMAT}; install the llmcad-mlx that wrote it, "
             "or make the bundle again"
         )
-    entry = _checked(file, "the file", content, _BUNDLE_KEYS)
-    draft = entry.get("draft")
-    if draft is not None and not isinstance(draft, dict):
-        raise _wrong(file, "draft", "the file")
-    layers = tuple(_layer(file, layer) for layer in entry["layers"])
-    return Bundle(folder, layers, draft, entry["profile"], entry["source"], entry["created_by"])
+    listed = _checked(file, "the file", content, {"layers": list})["layers"]
+    unlisted = dict(read_weights(folder) if index is None else index)
+    bundle = Bundle(tuple(_layer(file, layer, unlisted) for layer in listed))
+    for extent in unlisted.values():
+        raise ModelError(f"{extent.file}: {extent.name} is not listed in {FILE}; make the bundle again")
+    return bundle
 
 
-def _layer(file: Path, content: Any) -> BundleLayer:
+def _layer(file: Path, content: Any, unlisted: dict[str, TensorExtent]) -> BundleLayer:
+    """`content` as a layer; its tensors, which must be as the weight files have them, leave `unlisted`."""
     name = content.get("name") if isinstance(content, dict) else None
     where = name if isinstance(name, str) else "a layer"
-    entry = _checked(file, where, content, _LAYER_KEYS)
-    tensors = tuple(_tensor(file, f"a tensor of {where}", tensor) for tensor in entry["tensors"])
-    layer = BundleLayer(where, tensors, entry["sha256"])
+    entry = _checked(file, where, content, {"name": str, "tensors": list, "sha256": str, "bytes": int})
+    tensors = []
+    for listed in entry["tensors"]:
+        _checked(file, f"a tensor of {where}", listed, {"name": str, "file": str, "sha256": str})
+        extent = unlisted.pop(listed["name"], None)
+        if extent is None or {**listed, **_tensor_entry(extent, listed["sha256"])} != listed:
+            raise ModelError(
+                f"{file}: {listed['name']} of {where} does not lie in {listed['file']} as it says; "
+                "make the bundle again"
+            )
+        tensors.append(BundleTensor(extent, listed["sha256"]))
+    layer = BundleLayer(where, tuple(tensors), entry["sha256"])
     if not tensors or entry["bytes"] != layer.num_bytes:
         raise _wrong(file, "bytes", where)
     end = layer.offset
     for tensor in tensors:
-        if tensor.extent.file != layer.file or tensor.extent.offset != end:
+        if (tensor.extent.file, tensor.extent.offset) != (layer.file, end):
             raise ModelError(f"{file}: {where} is not one run of bytes; make the bundle again")
         end += tensor.extent.num_bytes
     return layer
-
-
-def _tensor(file: Path, where: str, content: Any) -> BundleTensor:
-    entry = _checked(file, where, content, _TENSOR_KEYS)
-    place, shape = file.parent / entry["file"], tuple(entry["shape"])
-    extent = TensorExtent(entry["name"], place, entry["offset"], entry["bytes"], entry["dtype"], shape)
-    return BundleTensor(extent, entry["sha256"])
 
 
 def _checked(file: Path, where: str, content: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
@@ -241,49 +159,180 @@ def _wrong(file: Path, key: str, where: str) -> ModelError:
     return ModelError(f"{file}: {key!r} of {where} is missing or wrong; make the bundle again")
 
 
-def _check_extents(bundle: Bundle, index: WeightIndex) -> None:
-    """Every tensor of the weight files must be listed once, as the files' own headers have it."""
-    seen: set[str] = set()
-    for layer in bundle.layers:
-        for tensor in layer.tensors:
-            extent = tensor.extent
-            if extent.name in seen or index.get(extent.name) != extent:
-                raise ModelError(
-                    f"{bundle.folder / FILE}: {extent.name} of {layer.name} does not lie in {extent.file.name} "
-                    "as it says; make the bundle again"
-                )
-            seen.add(extent.name)
-    left = next((name for name in index if name not in seen), None)
-    if left is not None:
-        raise ModelError(f"{index[left].file}: {left} is not listed in {FILE}; make the bundle again")
+def verify_bundle(folder: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> Bundle | None:
+    """Read every byte of the weights and compare it with the checksums; None when there are none.
 
-
-def read_profile(folder: Path) -> dict[str, Any] | None:
-    """The profile of the bundle in `folder`; None where there is no bundle, or its file cannot be read: then the
-    loader has its own words for it."""
-    content = _read(folder)
-    profile = None if content is None else content.get("profile")
-    return profile if isinstance(profile, dict) else None
-
-
-def write_profile(folder: Path, profile: Mapping[str, Any]) -> bool:
-    """Put `profile` in the place of the bundle's, whole or not at all; the rest of the file stays as it is.
-
-    False where there is no bundle, or its folder cannot be written.
+    advance: called with the bytes read since the last call. Raises ModelError naming file and layer for bytes that
+    were altered, and what `read_bundle` raises.
     """
-    content = _read(folder)
-    if content is None:
-        return False
-    try:
-        write_text(folder / FILE, json.dumps({**content, "profile": dict(profile)}, indent=1) + "\n")
-    except OSError:
-        return False
-    return True
+    bundle = read_bundle(folder)
+    for layer in () if bundle is None else bundle.layers:
+        digest, left = hashlib.sha256(), layer.num_bytes
+        try:
+            with layer.file.open("rb", buffering=0) as stream:
+                stream.seek(layer.offset)
+                while left:
+                    block = stream.read(min(_BLOCK_BYTES, left))
+                    if not block:
+                        remedy = "fetch or convert the model again"
+                        raise ModelError(f"{layer.file}: {layer.name} is cut off; {remedy}")
+                    digest.update(block)
+                    left -= len(block)
+                    advance(len(block))
+        except OSError as error:
+            raise ModelError(f"{layer.file}: cannot be read ({error.strerror or error}); check the disk") from None
+        if digest.hexdigest() != layer.sha256:
+            raise ModelError(
+                f"{layer.file}: {layer.name} was altered (its sha256 is not the one in {FILE}); "
+                "fetch or convert the model again"
+            )
+    return bundle
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) and isinstance(content.get("profile"), dict) else None
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """A layer's name and its tensors in the order in which they will lie in the file."""
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs)
+
+
+def layer_index(tensor: str) -> int | None:
+    """The decoder layer a tensor belongs to by its name, None for all others."""
+    found = _LAYER.search(tensor)
+    return int(found[1]) if found else None
+
+
+def plan_layers(specs: Iterable[TensorSpec]) -> list[LayerPlan]:
+    """Tensors by layer, in the order they are computed with: embedding, layers, rest (the last norm), head.
+
+    Within a layer the widest items come first, which aligns all of them, and small tensors come last.
+    """
+    groups: dict[tuple[int, int, str], list[TensorSpec]] = {}
+    for spec in specs:
+        groups.setdefault(_group(spec.name), []).append(spec)
+    return [
+        LayerPlan(name, tuple(sorted(group, key=lambda spec: (-spec.item_bytes, spec.num_bytes <= SMALL_BYTES))))
+        for (_, _, name), group in sorted(groups.items())
+    ]
+
+
+def _group(tensor: str) -> tuple[int, int, str]:
+    """Sorts into the order of `plan_layers`; the last item is the group's name."""
+    number = layer_index(tensor)
+    if number is not None:
+        return (1, number, f"layer {number}")
+    module = tensor.rpartition(".")[0].rpartition(".")[2] or tensor
+    if module in ("lm_head", "output", "embed_out", "head"):
+        return (3, 0, "head")
+    if "embed" in module or module in ("wte", "wpe"):
+        return (0, 0, "embedding")
+    return (2, 0, "rest")
+
+
+class BundleWriter:
+    """The weights of a bundle, written into an existing folder in any order; checksums are made on the way.
+
+    ```
+    with BundleWriter(folder, specs) as writer:
+        writer.write_bytes(name, 0, data)  # and so on, until every byte was written once
+        writer.finish(source)
+    ```
+    """
+
+    def __init__(self, folder: Path, specs: Iterable[TensorSpec]) -> None:
+        """Weights beyond 5 GB go into further files with an index; a layer is never split."""
+        self._folder = folder
+        self._layers = plan_layers(specs)
+        self._layer_of = {spec.name: layer for layer in self._layers for spec in layer.specs}
+        self._missing = {layer.name: layer.num_bytes for layer in self._layers}
+        self._finished: dict[str, dict[str, Any]] = {}  # as llmcad.json has them
+        self._files: dict[str, SafetensorsWriter] = {}  # by layer
+        shards: list[list[LayerPlan]] = []
+        room = 0
+        for layer in self._layers:
+            if not shards or layer.num_bytes > room:
+                shards.append([])
+                room = MAX_FILE_BYTES
+            shards[-1].append(layer)
+            room -= layer.num_bytes
+        with ExitStack() as opened:
+            for number, shard in enumerate(shards, 1):
+                name = f"model-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "model"
+                tensors = [spec for layer in shard for spec in layer.specs]
+                file = opened.enter_context(SafetensorsWriter(folder / f"{name}.safetensors", tensors))
+                self._files.update((layer.name, file) for layer in shard)
+            self._open = opened.pop_all()
+
+    def __enter__(self) -> BundleWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def write_bytes(self, name: str, start: int, data: bytes | memoryview) -> None:
+        """As `SafetensorsWriter.write_bytes`."""
+        layer = self._layer_of[name]
+        self._files[layer.name].write_bytes(name, start, data)
+        self._missing[layer.name] -= len(data)
+        if self._missing[layer.name] == 0 and data:
+            self._finished[layer.name] = self._layer_entry(layer)
+
+    def finish(self, source: str) -> None:
+        """Write `llmcad.json` and wait until all is on the disk. `source`: what the weights were made from.
+
+        Raises ValueError when bytes are missing, OSError when the disk is full.
+        """
+        for layer in self._layers:
+            if self._missing[layer.name]:
+                raise ValueError(f"{layer.name}: {self._missing[layer.name]} bytes were not written")
+            if layer.name not in self._finished:  # nothing but empty tensors
+                self._finished[layer.name] = self._layer_entry(layer)
+        files = set(self._files.values())
+        for file in files:
+            file.sync()
+        if len(files) > 1:
+            total = sum(layer.num_bytes for layer in self._layers)
+            weight_map = {name: self._files[layer.name].path.name for name, layer in self._layer_of.items()}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            self._write_json("model.safetensors.index.json", index)
+        layers = [self._finished[layer.name] for layer in self._layers]
+        content = {"format": FORMAT, "layers": layers, "draft": None, "profile": {}, "source": source}
+        self._write_json(FILE, {**content, "created_by": f"llmcad-mlx {__version__}"})
+
+    def _layer_entry(self, layer: LayerPlan) -> dict[str, Any]:
+        """With checksums from the file: its tensors may have been written in turns."""
+        file = self._files[layer.name]
+        whole = hashlib.sha256()
+        tensors = []
+        for spec in layer.specs:
+            extent, own = file.extents[spec.name], hashlib.sha256()
+            for start in range(0, extent.num_bytes, _BLOCK_BYTES):
+                block = file.read_bytes(extent.offset + start, min(_BLOCK_BYTES, extent.num_bytes - start))
+                own.update(block)
+                whole.update(block)
+            tensors.append(_tensor_entry(extent, own.hexdigest()))
+        sha256 = whole.hexdigest()
+        return {"name": layer.name, "tensors": tensors, "bytes": layer.num_bytes, "sha256": sha256}
+
+    def _write_json(self, name: str, content: object) -> None:
+        (self._folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _tensor_entry(extent: TensorExtent, sha256: str) -> dict[str, Any]:
+    return {
+        "name": extent.name,
+        "file": extent.file.name,
+        "offset": extent.offset,
+        "bytes": extent.num_bytes,
+        "dtype": extent.dtype,
+        "shape": list(extent.shape),
+        "sha256": sha256,
+    }

@@ -1,20 +1,47 @@
-"""A GGUF file becomes a bundle: an mlx-lm folder with checksums."""
+"""A GGUF file becomes a bundle: an mlx-lm folder with checksums, its weights written a few rows at a time."""
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files.atomic import new_folder
-from llmcad_mlx.gguf.model import FamilyModel, read_family
-from llmcad_mlx.gguf.reader import read_gguf_header
-from llmcad_mlx.gguf.tokenizer import TokenIds, read_tokenizer
-from llmcad_mlx.gguf.weights import plan_weights, write_weights
-from llmcad_mlx.progress import NoProgress, Progress
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten
+
+from llmcad_mlx.errors import ModelError, UsageError
+from llmcad_mlx.files import new_folder
+from llmcad_mlx.files.bundle import BundleWriter
+from llmcad_mlx.files.safetensors import TensorSpec
+from llmcad_mlx.gguf.groups import Bytes, NotFiniteError, group_rows, has_values, require_finite, values
+from llmcad_mlx.gguf.model import CONFIGURED, FamilyModel, read_family
+from llmcad_mlx.gguf.reader import GgufHeader, GgufTensor, read_gguf_header, read_rows
+from llmcad_mlx.gguf.tokenizer import read_tokenizer
+from llmcad_mlx.progress import Advance, Progress
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+CHUNK_VALUES = 1 << 22  # 16 MB as float32
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A GGUF tensor and what is written of it: a matrix's codes, scales and biases, or a vector.
+
+    heads_to_unpair: how many heads' rows must be put back in order. offset: taken from each value of a vector.
+    """
+
+    source: GgufTensor
+    specs: tuple[TensorSpec, ...]
+    heads_to_unpair: int
+    offset: float
 
 
 def convert_gguf(
@@ -23,14 +50,12 @@ def convert_gguf(
     bits: int = 4,
     group_size: int = 32,
     *,
-    replace: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
 
     The folder appears complete or not at all. `bits` is one of 2, 3, 4, 5, 6, 8 and `group_size` of 32, 64,
-    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `groups`). `replace` an
-    existing folder, else it must be new or empty.
+    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `groups`). `dest` must be new or empty.
 
     Raises UsageError for an option or a destination that cannot be used, ModelError for a file that is not a
     GGUF model of a supported family or is damaged, DiskError when it does not fit the disk.
@@ -42,22 +67,126 @@ def convert_gguf(
     model = read_family(header)
     tokenizer = read_tokenizer(header)
     plan = plan_weights(header, model, bits, group_size)
-    num_source_bytes = sum(tensor.source.num_bytes for tensor in plan)
-    with new_folder(dest, sum(tensor.num_bytes for tensor in plan), replace=replace) as folder:
-        with (progress or NoProgress()).stage(f"converting to {bits}-bit groups", num_source_bytes) as advance:
-            write_weights(header, plan, folder, bits, group_size, advance)
+    specs = [spec for tensor in plan for spec in tensor.specs]
+    with new_folder(dest, sum(spec.num_bytes for spec in specs)) as folder:
+        num_bytes = sum(tensor.source.num_bytes for tensor in plan)
+        stage = (progress or Progress()).stage(f"converting to {bits}-bit groups", num_bytes)
+        with stage as advance, BundleWriter(folder, specs) as writer:
+            for tensor in plan:
+                _write_tensor(writer, header, tensor, bits, group_size, advance)
+            writer.finish(source.name)
         tokenizer.save(folder)
-        _write_configs(folder, model, tokenizer.ids, bits, group_size)
+        quantization = {"group_size": group_size, "bits": bits, "mode": "affine"}
+        forms = {"torch_dtype": "float16", "quantization": quantization, "quantization_config": quantization}
+        config = {**model.config, **tokenizer.ids, **forms}
+        for name, content in (("generation_config.json", tokenizer.ids), ("config.json", config)):
+            text = json.dumps(content, indent=2, sort_keys=True)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _write_configs(folder: Path, model: FamilyModel, ids: TokenIds, bits: int, group_size: int) -> None:
-    quantization = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    tokens: dict[str, object] = {"eos_token_id": list(ids.ends)}
-    if ids.bos is not None:
-        tokens["bos_token_id"] = ids.bos
-    if ids.pad is not None:
-        tokens["pad_token_id"] = ids.pad
-    forms = {"torch_dtype": "float16", "quantization": quantization, "quantization_config": quantization}
-    for name, content in (("generation_config.json", tokens), ("config.json", model.config | tokens | forms)):
-        text = json.dumps(content, indent=2, sort_keys=True)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: int) -> list[PlannedTensor]:
+    """Every tensor of the model, each layer's together, so that one is complete before the next begins.
+
+    Raises ModelError naming a tensor that is missing, unexpected, of the wrong shape or type, or whose rows
+    do not divide into groups.
+    """
+    shapes = _model_shapes(model)
+    sources = {name: model.gguf_name(name) for name in shapes}
+    unknown = header.tensors.keys() - {*sources.values(), *CONFIGURED}
+    if unknown:
+        raise ModelError(f"{header.path}: tensor {min(unknown)!r} has no place in {model.config['model_type']}")
+    found = {name: header.tensors[source] for name, source in sources.items() if source in header.tensors}
+    missing = [name for name in shapes if name not in found]
+    if missing:
+        raise ModelError(f"{header.path}: {len(missing)} tensors are missing, the first for {missing[0]}")
+    plan = []
+    for name, tensor in found.items():
+        if tensor.shape != shapes[name]:
+            raise ModelError(f"{header.path}: tensor {tensor.name!r} is {tensor.shape}, expected {shapes[name]}")
+        specs = _specs(header, tensor, name, bits, group_size)
+        offset = model.family.norm_offset if name.endswith("norm.weight") else 0.0
+        plan.append(PlannedTensor(tensor, specs, model.heads_to_unpair(name), offset))
+    return plan
+
+
+def _model_shapes(model: FamilyModel) -> dict[str, tuple[int, ...]]:
+    """Parameter shapes of mlx-lm's own model for this configuration. Nothing is allocated: MLX is lazy."""
+    module = importlib.import_module(f"mlx_lm.models.{model.config['model_type']}")
+    instance = module.Model(module.ModelArgs.from_dict(model.config))
+    parameters: dict[str, mx.array] = dict(tree_flatten(instance.parameters()))
+    shapes = {name: tuple(array.shape) for name, array in parameters.items()}
+    if model.config["tie_word_embeddings"]:
+        shapes.pop("lm_head.weight", None)  # some models drop it only when they meet the weights
+    return shapes
+
+
+def _specs(
+    header: GgufHeader, tensor: GgufTensor, name: str, bits: int, group_size: int
+) -> tuple[TensorSpec, ...]:
+    if not has_values(tensor.kind):
+        raise ModelError(
+            f"{header.path}: tensor {tensor.name!r} has type {tensor.kind.name}, which is not supported"
+        )
+    if len(tensor.shape) == 1:
+        return (TensorSpec(name, "F16", tensor.shape),)
+    if tensor.columns % group_size:
+        raise ModelError(
+            f"{header.path}: tensor {tensor.name!r} has rows of {tensor.columns}, "
+            f"which do not divide into groups of {group_size}; choose another --group-size"
+        )
+    stem = name.removesuffix(".weight")
+    groups = (tensor.rows, tensor.columns // group_size)
+    return (
+        TensorSpec(name, "U32", (tensor.rows, tensor.columns * bits // 32)),
+        TensorSpec(f"{stem}.scales", "F16", groups),
+        TensorSpec(f"{stem}.biases", "F16", groups),
+    )
+
+
+def _write_tensor(
+    writer: BundleWriter, header: GgufHeader, tensor: PlannedTensor, bits: int, group_size: int, advance: Advance
+) -> None:
+    """`advance` counts the bytes of the source.
+
+    Raises ModelError for values that are not finite, OSError when the disk is full.
+    """
+    try:
+        for first, raw in _chunks(header, tensor):
+            for spec, part in zip(tensor.specs, _parts(tensor, raw, bits, group_size), strict=True):
+                writer.write_bytes(spec.name, first * part[0].nbytes, np.ascontiguousarray(part).tobytes())
+            advance(raw.nbytes)
+    except NotFiniteError:
+        what = f"{header.path}: tensor {tensor.source.name!r}"
+        raise ModelError(f"{what} holds NaN, or values float16 cannot hold") from None
+
+
+def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, Bytes]]:
+    """Raw rows in their final order with the index of the first. Rows move only within a head."""
+    tensor = planned.source
+    step = max(1, CHUNK_VALUES // tensor.columns)
+    unpair = planned.heads_to_unpair and len(tensor.shape) > 1
+    if unpair:
+        head_rows = tensor.rows // planned.heads_to_unpair
+        step = max(1, step // head_rows) * head_rows
+    for first in range(0, tensor.rows, step):
+        count = min(step, tensor.rows - first)
+        raw = read_rows(header.path, tensor, first, count)
+        yield first, _unpaired(raw, count // head_rows) if unpair else raw
+
+
+def _parts(planned: PlannedTensor, raw: Bytes, bits: int, group_size: int) -> tuple[npt.NDArray[Any], ...]:
+    """What is written of raw rows, for each of `planned.specs`. Raises NotFiniteError."""
+    tensor = planned.source
+    if len(tensor.shape) > 1:
+        groups = group_rows(raw, tensor.kind, bits, group_size)
+        return groups.codes, groups.scales, groups.biases
+    with np.errstate(over="ignore"):  # becomes infinite and is refused
+        vector = (values(raw, tensor.kind).reshape(-1) - np.float32(planned.offset)).astype(np.float16)
+    require_finite(vector)
+    return (_unpaired(vector, planned.heads_to_unpair) if planned.heads_to_unpair else vector,)
+
+
+def _unpaired(rows: npt.NDArray[Scalar], num_heads: int) -> npt.NDArray[Scalar]:
+    """Undo `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py: neighbours (2 i, 2 i + 1) to halves."""
+    pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

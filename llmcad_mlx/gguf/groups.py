@@ -25,8 +25,6 @@ from gguf.quants import Q4_K, dequantize
 SPAN_SHARES = (1.0, 0.9)
 NUM_REFITS = 2
 
-_NATIVE = (Kind.Q4_0, Kind.Q4_1, Kind.Q4_K)
-
 Bytes = npt.NDArray[np.uint8]
 Halves = npt.NDArray[np.float16]
 
@@ -52,12 +50,10 @@ def group_rows(raw: Bytes, kind: Kind, bits: int, group_size: int) -> Groups:
 
     Raises NotFiniteError, and NotImplementedError as `values` does.
     """
-    if kind not in _NATIVE or (bits, group_size) != (4, 32):
+    if kind not in (Kind.Q4_0, Kind.Q4_1, Kind.Q4_K) or (bits, group_size) != (4, 32):
         groups = _fitted(values(raw, kind), bits, group_size)
-    elif kind == Kind.Q4_K:
-        groups = _from_q4_k(raw)
     else:
-        groups = _from_q4_0(raw) if kind == Kind.Q4_0 else _from_q4_1(raw)
+        groups = _from_q4_k(raw) if kind == Kind.Q4_K else _from_q4(raw, has_offset=kind == Kind.Q4_1)
     require_finite(groups.scales)
     require_finite(groups.biases)
     return groups
@@ -77,10 +73,7 @@ def values(raw: Bytes, kind: Kind) -> npt.NDArray[np.float32]:
 
     Raises NotImplementedError for a type the `gguf` package has no dequantiser for.
     """
-    floats: npt.NDArray[np.float32] = (
-        raw.view(np.float64).astype(np.float32) if kind == Kind.F64 else dequantize(raw, kind)
-    )
-    return floats
+    return raw.view(np.float64).astype(np.float32) if kind == Kind.F64 else dequantize(raw, kind)
 
 
 def require_finite(array: npt.NDArray[Any]) -> None:
@@ -108,13 +101,9 @@ def _fitted(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Gro
     require_finite(weights)
     rows = weights.shape[0]
     groups = mx.array(weights).reshape(rows, -1, group_size)
-    codes, scale, bias, error = _fit(groups, SPAN_SHARES[0], 2**bits - 1)
-    for share in SPAN_SHARES[1:]:
-        other = _fit(groups, share, 2**bits - 1)
-        better = other[-1] < error
-        codes, scale, bias, error = (
-            mx.where(better, new, old) for new, old in zip(other, (codes, scale, bias, error), strict=True)
-        )
+    whole, narrow = (_fit(groups, share, 2**bits - 1) for share in SPAN_SHARES)
+    better = narrow[-1] < whole[-1]
+    codes, scale, bias = (mx.where(better, new, old) for new, old in zip(narrow[:-1], whole[:-1], strict=True))
     scales, biases = (np.array(part.astype(mx.float16))[..., 0] for part in (scale, bias))
     return Groups(_packed(np.array(codes.astype(mx.uint8)).reshape(rows, -1), bits), scales, biases)
 
@@ -154,20 +143,14 @@ def _least_squares(
 # --- kept -----------------------------------------------------------------------------------------------------
 
 
-def _from_q4_0(raw: Bytes) -> Groups:
-    """Block: d, 16 bytes. `w = d * (code - 8)`."""
-    blocks = raw.reshape(raw.shape[0], -1, 18)
-    scales = _halves(blocks[..., 0:2])
+def _from_q4(raw: Bytes, has_offset: bool) -> Groups:
+    """Q4_0: d, 16 bytes, `w = d * (code - 8)`; Q4_1, which has an offset: d, m, 16 bytes, `w = d * code + m`."""
+    begin = 4 if has_offset else 2
+    blocks = raw.reshape(raw.shape[0], -1, begin + 16)
+    codes, scales = _packed(_split_nibbles(blocks[..., begin:]), 4), _halves(blocks[..., 0:2])
     with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite and is refused
-        biases = scales * np.float16(-8)
-    return Groups(_packed(_split_nibbles(blocks[..., 2:]), 4), scales, biases)
-
-
-def _from_q4_1(raw: Bytes) -> Groups:
-    """Block: d, m, 16 bytes. `w = d * code + m`."""
-    blocks = raw.reshape(raw.shape[0], -1, 20)
-    codes = _packed(_split_nibbles(blocks[..., 4:]), 4)
-    return Groups(codes, _halves(blocks[..., 0:2]), _halves(blocks[..., 2:4]))
+        biases = _halves(blocks[..., 2:4]) if has_offset else scales * np.float16(-8)
+    return Groups(codes, scales, biases)
 
 
 def _from_q4_k(raw: Bytes) -> Groups:

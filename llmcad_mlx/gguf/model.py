@@ -41,12 +41,7 @@ LLAMA3_FACTORS = (8.0, 32.0)  # Llama 3.1 and 3.3; Llama 3.2
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 _ORIGINAL_CONTEXT = ".rope.scaling.original_context_length"
 # What llama.cpp multiplies YaRN's attention with; mlx-lm computes only the published factor.
-_YARN_PLAIN = {
-    ".rope.scaling.attn_factor": 1.0,
-    ".rope.scaling.yarn_attn_factor": 1.0,
-    ".rope.scaling.yarn_ext_factor": 1.0,
-    ".rope.scaling.yarn_log_multiplier": 0.0,
-}
+_YARN_PLAIN = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +65,14 @@ class _Family:
     arch: MODEL_ARCH
     model_type: str
     architecture: str
-    own_config: Callable[[GgufHeader, Dimensions], dict[str, object]]
+    own_config: Callable[[GgufHeader, Dimensions], dict[str, object]] = lambda header, sizes: {}
     """What config.json has beyond that of other families. Raises ModelError for what mlx-lm cannot compute."""
     scalings: tuple[str, ...] = ("llama3", "linear", "yarn")  # mlx-lm's `initialize_rope`
     """Rotary scalings that the model can compute, "longrope" perhaps among them."""
     rope_theta: float = 10000.0
     """Where the file does not say."""
+    heads_fill_hidden: bool = False
+    """mlx-lm's model takes the hidden size for the size of all heads."""
     paired_rows: bool = False
     """q and k rows are stored for rotating neighbours and must be put back for rotating halves."""
     norm_offset: float = 0.0
@@ -101,10 +98,6 @@ class FamilyModel:
         heads = {"q_proj": self.sizes.num_heads, "k_proj": self.sizes.num_kv_heads}
         return heads.get(name.split(".")[-2], 0) if self.family.paired_rows else 0
 
-    def offset_of(self, name: str) -> float:
-        """What must be taken from each value of this tensor."""
-        return self.family.norm_offset if name.endswith("norm.weight") else 0.0
-
 
 def read_family(header: GgufHeader) -> FamilyModel:
     """The mlx-lm model for a file.
@@ -125,16 +118,8 @@ def read_family(header: GgufHeader) -> FamilyModel:
         )
     if header.has(".expert_count") and header.integer(".expert_count"):
         raise ModelError(f"{header.path}: {header.family} with experts is not supported")
-    sizes = _read_dimensions(header)
-    config = _config(header, sizes, family) | family.own_config(header, sizes)
-    return FamilyModel(config, sizes, family, get_tensor_name_map(family.arch, sizes.num_layers))
-
-
-def _config(header: GgufHeader, sizes: Dimensions, family: _Family) -> dict[str, object]:
-    """What all families have in common."""
-    if "longrope" not in family.scalings and sizes.rotated != sizes.head_dim:
-        raise _rotation_error(header, sizes.head_dim, sizes.rotated)
-    config: dict[str, object] = {
+    sizes = _read_dimensions(header, family)
+    config = {
         "model_type": family.model_type,
         "architectures": [family.architecture],
         "hidden_size": sizes.hidden,
@@ -142,6 +127,9 @@ def _config(header: GgufHeader, sizes: Dimensions, family: _Family) -> dict[str,
         "intermediate_size": sizes.intermediate,
         "num_attention_heads": sizes.num_heads,
         "num_key_value_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
         "rms_norm_eps": header.number(".attention.layer_norm_rms_epsilon"),
         "vocab_size": sizes.vocab,
         "max_position_embeddings": header.positive(".context_length"),
@@ -149,16 +137,17 @@ def _config(header: GgufHeader, sizes: Dimensions, family: _Family) -> dict[str,
         "rope_traditional": False,
         "hidden_act": "gelu_pytorch_tanh" if family.model_type.startswith("gemma") else "silu",
         "tie_word_embeddings": HEAD not in header.tensors,
+        **_rope_scaling(header, sizes, family.scalings),
+        **family.own_config(header, sizes),
     }
-    scaling = _rope_scaling(header, sizes, family.scalings)
-    return config if scaling is None else config | {"rope_scaling": scaling}
+    return FamilyModel(config, sizes, family, get_tensor_name_map(family.arch, sizes.num_layers))
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------
 
 
-def _read_dimensions(header: GgufHeader) -> Dimensions:
-    """Raises ModelError for a size that is missing, absurd, or not that of the file's tensors."""
+def _read_dimensions(header: GgufHeader, family: _Family) -> Dimensions:
+    """Raises ModelError for a size that is missing, absurd, not that of the file's tensors, or not for mlx-lm."""
     hidden = header.positive(".embedding_length")
     num_layers = header.positive(".block_count")
     num_heads = header.positive(".attention.head_count")
@@ -173,8 +162,11 @@ def _read_dimensions(header: GgufHeader) -> Dimensions:
     vocab, _ = _matrix(header, EMBEDDING, hidden).shape
     _matrix(header, "blk.0.attn_output.weight", num_heads * head_dim)
     _matrix(header, "blk.0.ffn_down.weight", intermediate)
-    if header.positive(".attention.value_length", head_dim) != head_dim or rotated > head_dim or rotated % 2:
-        raise _rotation_error(header, head_dim, rotated)
+    whole = header.positive(".attention.value_length", head_dim) == head_dim and rotated % 2 == 0
+    if not whole or rotated > head_dim or (rotated < head_dim and "longrope" not in family.scalings):
+        raise ModelError(f"{header.path}: heads of {head_dim} with {rotated} rotated dimensions are not supported")
+    if family.heads_fill_hidden and head_dim * num_heads != hidden:
+        raise ModelError(f"{header.path}: {header.family} heads do not add up to the hidden size")
     return Dimensions(hidden, intermediate, vocab, num_layers, num_heads, num_kv_heads, head_dim, rotated)
 
 
@@ -190,58 +182,47 @@ def _matrix(header: GgufHeader, name: str, width: int) -> GgufTensor:
     return tensor
 
 
-def _rotation_error(header: GgufHeader, head_dim: int, rotated: int) -> ModelError:
-    return ModelError(f"{header.path}: heads of {head_dim} with {rotated} rotated dimensions are not supported")
-
-
-def _require_hidden_heads(header: GgufHeader, sizes: Dimensions) -> None:
-    """mlx-lm's model takes the hidden size for the size of all heads."""
-    if sizes.head_dim * sizes.num_heads != sizes.hidden:
-        raise ModelError(f"{header.path}: {header.family} heads do not add up to the hidden size")
-
-
 # --- rotary scaling -------------------------------------------------------------------------------------------
 
 
-def _rope_scaling(header: GgufHeader, sizes: Dimensions, kinds: tuple[str, ...]) -> dict[str, object] | None:
-    """mlx-lm's `rope_scaling`, one of `kinds`; None when positions are not scaled.
+def _rope_scaling(header: GgufHeader, sizes: Dimensions, kinds: tuple[str, ...]) -> dict[str, object]:
+    """mlx-lm's `rope_scaling`, one of `kinds`, as an entry of config.json; {} when positions are not scaled.
 
     Raises ModelError for another kind, and for numbers that mlx-lm's formulas do not give.
     """
     found = [name for name in sorted(CONFIGURED) if name in header.tensors]
     if found == [ROPE_FACTORS] and "llama3" in kinds:
-        return _llama3(header, sizes)
+        return {"rope_scaling": _llama3(header, sizes)}
     if found == sorted((LONG_FACTORS, SHORT_FACTORS)) and "longrope" in kinds:
-        return _longrope(header, sizes)
+        return {"rope_scaling": _longrope(header, sizes)}
     if found:
         raise ModelError(f"{header.path}: {header.family} with {' and '.join(found)} is not supported")
-    kind = header.text(".rope.scaling.type", "linear")  # llama.cpp's default too
+    kind = header.field(".rope.scaling.type", str, "linear")  # llama.cpp's default too
     factor = header.number(".rope.scaling.factor", 0.0)
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
-        return None
+        return {}
     if factor <= 0 or kind not in kinds or kind not in ("linear", "yarn"):
         known = " and ".join(name for name in ("linear", "yarn") if name in kinds) or "none"
         raise ModelError(
             f"{header.path}: {header.family} with rotary scaling {kind[:40]!r} by {factor:g} "
             f"is not supported ({known} is)"
         )
-    return {"type": "linear", "factor": factor} if kind == "linear" else _yarn(header, factor)
+    return {"rope_scaling": {"type": "linear", "factor": factor} if kind == "linear" else _yarn(header, factor)}
 
 
 def _yarn(header: GgufHeader, factor: float) -> dict[str, object]:
-    for key, plain in _YARN_PLAIN.items():
-        if header.number(key, plain) != plain:
-            raise header.wrong(key, header.number(key))
+    for name, plain in _YARN_PLAIN.items():
+        found = header.number(f".rope.scaling.{name}", plain)
+        if found != plain:
+            raise header.wrong(f".rope.scaling.{name}", found)
     context = header.positive(_ORIGINAL_CONTEXT)
-    scaling: dict[str, object] = {
+    betas = [name for name in ("beta_fast", "beta_slow") if header.has(f".rope.scaling.yarn_{name}")]
+    return {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": context,
+        **{name: header.above_zero(f".rope.scaling.yarn_{name}") for name in betas},
     }
-    for name in ("beta_fast", "beta_slow"):
-        if header.has(f".rope.scaling.yarn_{name}"):
-            scaling[name] = header.above_zero(f".rope.scaling.yarn_{name}")
-    return scaling
 
 
 def _llama3(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
@@ -278,8 +259,8 @@ def _longrope(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
     long, short = (_factors(header, name, sizes) for name in (LONG_FACTORS, SHORT_FACTORS))
     return {
         "type": "longrope",
-        "long_factor": [shortest_float32(float(number)) for number in long],
-        "short_factor": [shortest_float32(float(number)) for number in short],
+        "long_factor": [shortest_float32(number) for number in long],
+        "short_factor": [shortest_float32(number) for number in short],
     }
 
 
@@ -302,31 +283,8 @@ def _factors(header: GgufHeader, name: str, sizes: Dimensions) -> npt.NDArray[np
 # --- families -------------------------------------------------------------------------------------------------
 
 
-def _llama(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
-    return {
-        "head_dim": sizes.head_dim,
-        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
-    }
-
-
-def _smollm3(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
-    """Every fourth layer does not rotate; its rows are paired like the others'."""
-    return _llama(header, sizes) | {"no_rope_layer_interval": 4}
-
-
-def _qwen2(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
-    _require_hidden_heads(header, sizes)
-    return {}
-
-
-def _qwen3(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
-    return {"head_dim": sizes.head_dim}
-
-
 def _gemma2(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
     return {
-        "head_dim": sizes.head_dim,
         "query_pre_attn_scalar": _query_scalar(sizes, layers_of_27b=46),
         "attn_logit_softcapping": header.above_zero(".attn_logit_softcapping", 50.0),
         "final_logit_softcapping": header.above_zero(".final_logit_softcapping", 30.0),
@@ -339,7 +297,6 @@ def _gemma3(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
     if header.number(".final_logit_softcapping", 0.0):
         raise ModelError(f"{header.path}: gemma3 with capped logits is not supported")
     config: dict[str, object] = {
-        "head_dim": sizes.head_dim,
         "query_pre_attn_scalar": _query_scalar(sizes, layers_of_27b=62),
         "rope_local_base_freq": header.above_zero(".rope.freq_base_swa", 10000.0),
         "sliding_window_pattern": 1,
@@ -356,7 +313,6 @@ def _query_scalar(sizes: Dimensions, layers_of_27b: int) -> int:
 
 
 def _phi3(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
-    _require_hidden_heads(header, sizes)
     share = sizes.rotated / sizes.head_dim
     if int(sizes.head_dim * share) != sizes.rotated:  # as mlx-lm computes it
         raise header.wrong(".rope.dimension_count", sizes.rotated)
@@ -368,20 +324,19 @@ FAMILIES: Mapping[str, _Family] = {
     MODEL_ARCH_NAMES[family.arch]: family
     for family in (
         # Mistral and SmolLM2 come as llama, too.
-        _Family(MODEL_ARCH.LLAMA, "llama", "LlamaForCausalLM", _llama, paired_rows=True),
-        _Family(MODEL_ARCH.QWEN2, "qwen2", "Qwen2ForCausalLM", _qwen2),
-        _Family(MODEL_ARCH.QWEN3, "qwen3", "Qwen3ForCausalLM", _qwen3),
-        _Family(MODEL_ARCH.GEMMA2, "gemma2", "Gemma2ForCausalLM", _gemma2, scalings=(), norm_offset=1.0),
+        _Family(MODEL_ARCH.LLAMA, "llama", "LlamaForCausalLM", paired_rows=True),
+        _Family(MODEL_ARCH.QWEN2, "qwen2", "Qwen2ForCausalLM", heads_fill_hidden=True),
+        _Family(MODEL_ARCH.QWEN3, "qwen3", "Qwen3ForCausalLM"),
+        _Family(MODEL_ARCH.GEMMA2, "gemma2", "Gemma2ForCausalLM", _gemma2, (), norm_offset=1.0),
+        _Family(MODEL_ARCH.GEMMA3, "gemma3_text", "Gemma3ForCausalLM", _gemma3, ("linear",), 1e6, norm_offset=1.0),
+        _Family(MODEL_ARCH.PHI3, "phi3", "Phi3ForCausalLM", _phi3, ("longrope",), heads_fill_hidden=True),
+        # Every fourth layer does not rotate; its rows are paired like the others'.
         _Family(
-            MODEL_ARCH.GEMMA3,
-            "gemma3_text",
-            "Gemma3ForCausalLM",
-            _gemma3,
-            scalings=("linear",),
-            rope_theta=1e6,
-            norm_offset=1.0,
+            MODEL_ARCH.SMOLLM3,
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            lambda header, sizes: {"no_rope_layer_interval": 4},
+            paired_rows=True,
         ),
-        _Family(MODEL_ARCH.PHI3, "phi3", "Phi3ForCausalLM", _phi3, scalings=("longrope",)),
-        _Family(MODEL_ARCH.SMOLLM3, "smollm3", "SmolLM3ForCausalLM", _smollm3, paired_rows=True),
     )
 }

@@ -33,8 +33,7 @@ MIN_TENSOR_BYTES = 24  # empty name, no dimensions, type, offset
 # Far above any real model; a header past them is hostile and would only fill the memory.
 MAX_HEADER_BYTES = 1 << 26  # tokens, scores and merges of the largest vocabularies: 20 MB
 MAX_ARRAY_ITEMS = 1 << 22  # over the whole header; 262,144 tokens with their merges: 1.3 million
-MAX_FIELDS = 1 << 16
-MAX_TENSORS = 1 << 16
+MAX_ENTRIES = 1 << 16  # fields, tensors
 MAX_NAME_BYTES = 1 << 10
 MAX_FAMILY_LENGTH = 64  # errors repeat it
 
@@ -46,11 +45,6 @@ _SCALAR_FORMATS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
     GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.UINT64: "Q",
     GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
-}  # fmt: skip
-# Types ggml once had and has given up; files with them are still about.
-_WITHDRAWN_KINDS = {
-    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
-    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
 }  # fmt: skip
 
 
@@ -96,20 +90,19 @@ class GgufHeader:
     def has(self, key: str) -> bool:
         return self._full(key) in self.metadata
 
-    def text(self, key: str, default: str | None = None) -> str:
-        return self._typed(key, str, default)
-
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        return self._typed(key, bool, default)
+    def field(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """A value of exactly this type."""
+        value = self.metadata.get(self._full(key), default)
+        if type(value) is not kind:
+            raise self.wrong(key, value)
+        return value
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number. A per-layer array of equal numbers counts as that number."""
         value = self.metadata.get(self._full(key))
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            first = value[0]
-            if isinstance(first, int) and not isinstance(first, bool):
-                return first
-        return self._typed(key, int, default)
+        if isinstance(value, list) and value and type(value[0]) is int and value.count(value[0]) == len(value):
+            return value[0]
+        return self.field(key, int, default)
 
     def positive(self, key: str, default: int | None = None) -> int:
         value = self.integer(key, default)
@@ -119,7 +112,7 @@ class GgufHeader:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A float32 field as the shortest decimal that is the same float32: 1e-06, not 9.99999997e-07."""
-        value = self._typed(key, float, default)
+        value = self.field(key, float, default)
         if not math.isfinite(value):
             raise self.wrong(key, value)
         return shortest_float32(value)
@@ -148,20 +141,12 @@ class GgufHeader:
     def _full(self, key: str) -> str:
         return self.family + key if key.startswith(".") else key
 
-    def _typed(self, key: str, kind: type[T], default: T | None) -> T:
-        value = self.metadata.get(self._full(key), default)
-        if type(value) is not kind:
-            raise self.wrong(key, value)
-        return value
-
 
 def shortest_float32(value: float) -> float:
-    """The shortest decimal that is the same float32."""
-    for digits in range(1, 10):
-        short = float(f"{value:.{digits}g}")
-        if abs(short - value) <= abs(value) * 2**-25:
-            return short
-    return value
+    """The shortest decimal that is the same float32; `value` itself where it is none."""
+    if abs(value) > np.finfo(np.float32).max:
+        return value
+    return float(str(np.float32(value)))
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -172,9 +157,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(path, _Cursor(data))
-    except _DamageError as damage:
-        raise ModelError(f"{path}: damaged or cut-off GGUF file: {damage}; fetch it again") from None
+            return _parse(_Cursor(path, data))
     except ValueError as error:  # mmap of an empty file
         raise ModelError(f"{path}: not a GGUF file ({error})") from None
     except OSError as error:
@@ -198,78 +181,78 @@ def read_rows(path: Path, tensor: GgufTensor, first: int, count: int) -> npt.NDA
 # --- parsing --------------------------------------------------------------------------------------------------
 
 
-class _DamageError(Exception):
-    """The header contradicts the file; the message says where."""
-
-
-def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
+def _parse(cursor: _Cursor) -> GgufHeader:
+    path = cursor.path
     magic = struct.pack("<I", cursor.integer("I"))
     if magic != MAGIC:
         raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r}, not {MAGIC!r})")
     version = cursor.integer("I")
     if version not in VERSIONS:
         raise ModelError(f"{path}: GGUF version {version:#x} is not supported (little-endian 2 and 3 are)")
-    num_tensors = cursor.count("Q", MIN_TENSOR_BYTES, "tensors")
-    num_fields = cursor.count("Q", MIN_FIELD_BYTES, "metadata fields")
-    if num_tensors > MAX_TENSORS or num_fields > MAX_FIELDS:
-        raise _DamageError(f"it claims {num_tensors} tensors and {num_fields} metadata fields")
+    num_tensors = cursor.count(MIN_TENSOR_BYTES, "tensors")
+    num_fields = cursor.count(MIN_FIELD_BYTES, "metadata fields")
+    if max(num_tensors, num_fields) > MAX_ENTRIES:
+        raise cursor.damage(f"it claims {num_tensors} tensors and {num_fields} metadata fields")
     metadata: dict[str, Value] = {}
     for _ in range(num_fields):
-        key = cursor.name()
+        key = cursor.text(MAX_NAME_BYTES)
         if key in metadata:
-            raise _DamageError(f"metadata field {key!r} occurs twice")
+            raise cursor.damage(f"metadata field {key!r} occurs twice")
         metadata[key] = cursor.value()
-    listed = [_tensor(path, cursor) for _ in range(num_tensors)]
+    listed = [_tensor(cursor) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise _DamageError(f"its alignment is {alignment!r}")
+        raise cursor.damage(f"its alignment is {alignment!r}")
     start = (cursor.at + alignment - 1) // alignment * alignment
-    return GgufHeader(path, metadata, _placed(listed, start, cursor.size))
+    tensors: dict[str, GgufTensor] = {}
+    for entry in listed:
+        tensor = replace(entry, offset=start + entry.offset)
+        end = tensor.offset + tensor.num_bytes
+        if end > cursor.size:
+            raise cursor.damage(f"tensor {entry.name!r} ends at byte {end} of a file of {cursor.size} bytes")
+        if entry.name in tensors:
+            raise cursor.damage(f"tensor {entry.name!r} occurs twice")
+        tensors[entry.name] = tensor
+    return GgufHeader(path, metadata, tensors)
 
 
-def _tensor(path: Path, cursor: _Cursor) -> GgufTensor:
+def _tensor(cursor: _Cursor) -> GgufTensor:
     """A tensor's entry; `offset` still counts from the start of the data."""
-    name = cursor.name()
+    name = cursor.text(MAX_NAME_BYTES)
     num_dimensions = cursor.integer("I")
     if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-        raise _DamageError(f"tensor {name!r} has {num_dimensions} dimensions")
+        raise cursor.damage(f"tensor {name!r} has {num_dimensions} dimensions")
     shape = tuple(cursor.integer("Q") for _ in range(num_dimensions))[::-1]
     number = cursor.integer("I")
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        withdrawn = _WITHDRAWN_KINDS.get(number, f"number {number}")
         raise ModelError(
-            f"{path}: tensor {name!r} has type {withdrawn}, which is not supported; quantise the model anew"
+            f"{cursor.path}: tensor {name!r} has type number {number}, which is not supported; "
+            "quantise the model anew"
         ) from None
     offset = cursor.integer("Q")
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % block:
-        raise _DamageError(f"tensor {name!r} of type {kind.name} has shape {shape}")
+        raise cursor.damage(f"tensor {name!r} of type {kind.name} has shape {shape}")
     return GgufTensor(name, kind, shape, offset, math.prod(shape) // block * block_bytes)
 
 
-def _placed(listed: list[GgufTensor], start: int, size: int) -> dict[str, GgufTensor]:
-    tensors: dict[str, GgufTensor] = {}
-    for entry in listed:
-        tensor = replace(entry, offset=start + entry.offset)
-        end = tensor.offset + tensor.num_bytes
-        if end > size:
-            raise _DamageError(f"tensor {entry.name!r} ends at byte {end} of a file of {size} bytes")
-        if entry.name in tensors:
-            raise _DamageError(f"tensor {entry.name!r} occurs twice")
-        tensors[entry.name] = tensor
-    return tensors
-
-
 class _Cursor:
-    """Reads forward through the mapped file, never past its end or what a header may hold."""
+    """Reads forward through the mapped file, never past its end or what a header may hold.
 
-    def __init__(self, data: mmap.mmap) -> None:
+    The methods raise ModelError for a header that contradicts the file.
+    """
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
         self._data = data
         self._items_left = MAX_ARRAY_ITEMS
         self.at = 0
         self.size = len(data)
+
+    def damage(self, what: str) -> ModelError:
+        return ModelError(f"{self.path}: damaged or cut-off GGUF file: {what}; fetch it again")
 
     def _left(self) -> int:
         return min(self.size, MAX_HEADER_BYTES) - self.at
@@ -277,7 +260,7 @@ class _Cursor:
     def scalar(self, code: str) -> int | float | bool:
         size = struct.calcsize("<" + code)
         if size > self._left():
-            raise _DamageError(f"it ends where a value is expected, at byte {self.at}")
+            raise self.damage(f"it ends where a value is expected, at byte {self.at}")
         (value,) = struct.unpack_from("<" + code, self._data, self.at)
         self.at += size
         result: int | float | bool = value
@@ -286,29 +269,24 @@ class _Cursor:
     def integer(self, code: str) -> int:
         return int(self.scalar(code))
 
-    def count(self, code: str, min_bytes: int, what: str) -> int:
+    def count(self, min_bytes: int, what: str) -> int:
         """A number of things that take at least `min_bytes` each: more than fit in the file is damage."""
-        number = self.integer(code)
+        number = self.integer("Q")
         if number * min_bytes > self._left():
-            raise _DamageError(f"{number} {what} cannot fit")
+            raise self.damage(f"{number} {what} cannot fit")
         return number
 
-    def name(self) -> str:
-        """The name of a field or tensor. Errors repeat it, so it may not be long."""
-        start = self.at
-        name = self.text()
-        if self.at - start > MAX_NAME_BYTES:
-            raise _DamageError(f"a name at byte {start} takes {self.at - start} bytes")
-        return name
-
-    def text(self) -> str:
-        length = self.count("Q", 1, "characters of text")
+    def text(self, most: int = MAX_HEADER_BYTES) -> str:
+        """Errors repeat the name of a field or tensor, so `most` of its bytes is little."""
+        length = self.count(1, "characters of text")
+        if length > most:
+            raise self.damage(f"a name at byte {self.at} takes {length} bytes")
         raw = self._data[self.at : self.at + length]
         self.at += length
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise _DamageError(f"text at byte {self.at - length} is not UTF-8") from None
+            raise self.damage(f"text at byte {self.at - length} is not UTF-8") from None
 
     def value(self) -> Value:
         kind = self._value_type()
@@ -321,23 +299,19 @@ class _Cursor:
         try:
             return GGUFValueType(number)
         except ValueError:
-            raise _DamageError(f"metadata type {number} is unknown") from None
+            raise self.damage(f"metadata type {number} is unknown") from None
 
     def _array(self, kind: GGUFValueType) -> list[Scalar]:
         if kind == GGUFValueType.ARRAY:
-            raise _DamageError("it holds nested metadata arrays")
-        if kind == GGUFValueType.STRING:
-            return [self.text() for _ in range(self._items(8, "texts"))]
-        code = _SCALAR_FORMATS[kind]
-        size = struct.calcsize("<" + code)
-        number = self._items(size, "values")
+            raise self.damage("it holds nested metadata arrays")
+        code, what = _SCALAR_FORMATS.get(kind, "Q"), "texts" if kind == GGUFValueType.STRING else "values"
+        size = struct.calcsize(code)
+        number = self.count(size, what)
+        if number > self._items_left:
+            raise self.damage(f"its metadata arrays hold more than {MAX_ARRAY_ITEMS} {what}")
+        self._items_left -= number
+        if kind == GGUFValueType.STRING:  # each begins with its length
+            return [self.text() for _ in range(number)]
         values = list(struct.unpack_from(f"<{number}{code}", self._data, self.at))
         self.at += number * size
         return values
-
-    def _items(self, min_bytes: int, what: str) -> int:
-        number = self.count("Q", min_bytes, what)
-        if number > self._items_left:
-            raise _DamageError(f"its metadata arrays hold more than {MAX_ARRAY_ITEMS} {what}")
-        self._items_left -= number
-        return number

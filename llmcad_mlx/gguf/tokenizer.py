@@ -11,10 +11,12 @@ every way to join two pieces into a third is a merge, best score first: what tra
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
+from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llmcad_mlx.errors import ModelError
@@ -29,43 +31,24 @@ _END_TEXTS = (
 )  # fmt: skip
 
 
-class TokenType(IntEnum):
-    """Values of tokenizer.ggml.token_type."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-@dataclass(frozen=True, slots=True)
-class TokenIds:
-    """Ids for config.json. `ends` holds every token that ends a turn, the file's own first."""
-
-    bos: int | None
-    ends: tuple[int, ...]
-    pad: int | None
-
-
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
-    """A tokenizer and what goes with it. `settings` is tokenizer_config.json without the chat template."""
+    """A tokenizer and what goes with it.
+
+    settings: tokenizer_config.json. ids: for config.json, and generation_config.json, with every token that ends a
+    turn, the file's own first.
+    """
 
     tokenizer: Tokenizer
-    settings: dict[str, object]
-    chat_template: str | None
-    ids: TokenIds
+    settings: dict[str, Any]
+    ids: Mapping[str, object]
 
     def save(self, folder: Path) -> None:
-        """Write the files transformers loads; the template as its own file and, for older readers, inside."""
+        """Write the files transformers loads; the template inside and, for newer readers, as its own file."""
         self.tokenizer.save(str(folder / "tokenizer.json"))
-        settings = dict(self.settings)
-        if self.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-            settings["chat_template"] = self.chat_template
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        if "chat_template" in self.settings:
+            (folder / "chat_template.jinja").write_text(self.settings["chat_template"], encoding="utf-8")
+        text = json.dumps(self.settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -75,24 +58,38 @@ def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
     Raises ModelError for a tokenizer kind or pre-tokenizer that is not known, and for damaged fields.
     """
     vocabulary = _read_vocabulary(header)
-    kind = header.text("tokenizer.ggml.model")
+    kind = header.field("tokenizer.ggml.model", str)
     if kind == "gpt2":
-        splitter = _splitter(header)
-        tokenizer, adds_bos = _byte_level(header, vocabulary, splitter), splitter.adds_bos
+        tokenizer, adds_bos = _byte_level(header, vocabulary)
     elif kind == "llama":
         tokenizer, adds_bos = _sentencepiece(header, vocabulary), True
     else:
         raise ModelError(f"{header.path}: tokenizer kind {kind!r} is not supported (gpt2 and llama are)")
     tokenizer.add_tokens(vocabulary.added())
-    ids = _token_ids(header, vocabulary)
-    adds_bos = ids.bos is not None and header.flag("tokenizer.ggml.add_bos_token", adds_bos)
-    if adds_bos and ids.bos is not None:
-        bos = vocabulary.tokens[ids.bos]
+    ends = _ends(header, vocabulary)
+    bos, pad = (_token_id(header, vocabulary, name) for name in ("bos", "padding"))
+    named = {"bos": bos, "eos": ends[0], "pad": pad}
+    known = {name: number for name, number in named.items() if number is not None}
+    texts = {f"{name}_token": vocabulary.tokens[number] for name, number in known.items()}
+    adds_bos = bos is not None and header.field("tokenizer.ggml.add_bos_token", bool, adds_bos)
+    if adds_bos:
+        text = texts["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, ids.bos)]
+            single=[text, "$A"], pair=[text, "$A", f"{text}:1", "$B:1"], special_tokens=[(text, bos)]
         )
-    template = header.text("tokenizer.chat_template", "") or None
-    return GgufTokenizer(tokenizer, _settings(header, vocabulary, ids, adds_bos), template, ids)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": adds_bos,
+        "add_eos_token": False,
+        **texts,
+        "model_max_length": header.positive(".context_length"),
+    }
+    template = header.field("tokenizer.chat_template", str, "")
+    if template:
+        settings["chat_template"] = template
+    ids = {**{f"{name}_token_id": number for name, number in known.items()}, "eos_token_id": ends}
+    return GgufTokenizer(tokenizer, settings, ids)
 
 
 # --- vocabulary -----------------------------------------------------------------------------------------------
@@ -116,10 +113,8 @@ class _Vocabulary:
     def added(self) -> list[AddedToken]:
         """Tokens found in text before it is split; control tokens vanish from decoded text."""
         found = self.ids(TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-        return [
-            AddedToken(token, special=self.types[number] != TokenType.USER_DEFINED, normalized=False)
-            for token, number in found.items()
-        ]
+        special = {token: self.types[number] != TokenType.USER_DEFINED for token, number in found.items()}
+        return [AddedToken(token, special=special[token], normalized=False) for token in found]
 
 
 def _read_vocabulary(header: GgufHeader) -> _Vocabulary:
@@ -137,39 +132,25 @@ def _read_vocabulary(header: GgufHeader) -> _Vocabulary:
     return vocabulary
 
 
-def _token_ids(header: GgufHeader, vocabulary: _Vocabulary) -> TokenIds:
-    def named(name: str) -> int | None:
-        key = f"tokenizer.ggml.{name}_token_id"
-        if not header.has(key):
-            return None
-        number = header.integer(key)
-        if not 0 <= number < len(vocabulary.tokens):
-            raise header.wrong(key, number)
-        return number
+def _token_id(header: GgufHeader, vocabulary: _Vocabulary, name: str) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    if not header.has(key):
+        return None
+    number = header.integer(key)
+    if not 0 <= number < len(vocabulary.tokens):
+        raise header.wrong(key, number)
+    return number
 
+
+def _ends(header: GgufHeader, vocabulary: _Vocabulary) -> list[int]:
+    """Every token that ends a turn, the file's own first."""
     control = vocabulary.ids(TokenType.CONTROL)
-    found = [named("eos"), named("eot"), named("eom"), *(control.get(text) for text in _END_TEXTS)]
-    ends = tuple(dict.fromkeys(number for number in found if number is not None))
+    named = [_token_id(header, vocabulary, name) for name in ("eos", "eot", "eom")]
+    found = [*named, *(control.get(text) for text in _END_TEXTS)]
+    ends = list(dict.fromkeys(number for number in found if number is not None))
     if not ends:
         raise header.wrong("tokenizer.ggml.eos_token_id", None)
-    return TokenIds(bos=named("bos"), ends=ends, pad=named("padding"))
-
-
-def _settings(header: GgufHeader, vocabulary: _Vocabulary, ids: TokenIds, adds_bos: bool) -> dict[str, object]:
-    def text(number: int | None) -> str | None:
-        return None if number is None else vocabulary.tokens[number]
-
-    settings: dict[str, object] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "add_bos_token": adds_bos,
-        "add_eos_token": False,
-        "bos_token": text(ids.bos),
-        "eos_token": text(ids.ends[0]),
-        "pad_token": text(ids.pad),
-        "model_max_length": header.positive(".context_length"),
-    }
-    return {key: value for key, value in settings.items() if value is not None}
+    return ends
 
 
 # --- byte-level BPE -------------------------------------------------------------------------------------------
@@ -231,16 +212,16 @@ _SPLITTERS = {
 }
 
 
-def _splitter(header: GgufHeader) -> _Splitter:
-    name = header.text("tokenizer.ggml.pre", "gpt-2")
-    if name not in _SPLITTERS:
+def _byte_level(header: GgufHeader, vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
+    """The tokenizer, without bos, and whether its texts begin with bos where the file does not say.
+
+    Raises ModelError for an unknown pre-tokenizer, and for a merge of tokens that are not there.
+    """
+    name = header.field("tokenizer.ggml.pre", str, "gpt-2")
+    splitter = _SPLITTERS.get(name)
+    if splitter is None:
         known = ", ".join(_SPLITTERS)
         raise ModelError(f"{header.path}: pre-tokenizer {name!r} is not supported (supported: {known})")
-    return _SPLITTERS[name]
-
-
-def _byte_level(header: GgufHeader, vocabulary: _Vocabulary, splitter: _Splitter) -> Tokenizer:
-    """The tokenizer, without bos. Raises ModelError for a merge of tokens that are not there."""
     ids = vocabulary.ids()
     merges = []
     for text in header.items("tokenizer.ggml.merges", str):
@@ -253,7 +234,7 @@ def _byte_level(header: GgufHeader, vocabulary: _Vocabulary, splitter: _Splitter
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitter.build()
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return tokenizer, splitter.adds_bos
 
 
 # --- SentencePiece BPE ----------------------------------------------------------------------------------------
@@ -273,7 +254,7 @@ def _sentencepiece(header: GgufHeader, vocabulary: _Vocabulary) -> Tokenizer:
             byte_fallback=TokenType.BYTE in vocabulary.types,
         )
     )
-    prefixed = header.flag("tokenizer.ggml.add_space_prefix", True)
+    prefixed = header.field("tokenizer.ggml.add_space_prefix", bool, True)
     begin = [normalizers.Prepend(SPACE)] if prefixed else []
     end = [decoders.Strip(" ", 1, 0)] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", SPACE)])
@@ -285,10 +266,10 @@ def _sentencepiece(header: GgufHeader, vocabulary: _Vocabulary) -> Tokenizer:
 
 def _merges(pieces: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """All (left, right) whose parts and whole are `pieces`, by falling score of the whole."""
-    found: list[tuple[float, int, int, str, str]] = []
-    for token, number in pieces.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in pieces and right in pieces:
-                found.append((-scores[number], pieces[left], pieces[right], left, right))
-    return [(left, right) for _, _, _, left, right in sorted(found)]
+    found = sorted(
+        (-scores[number], pieces[left], pieces[right], left, right)
+        for token, number in pieces.items()
+        for left, right in ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        if left in pieces and right in pieces
+    )
+    return [(left, right) for _, _, _, left, right in found]

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import mlx.core as mx
 
 from llmcad_mlx.loader import LoadedPair
-from llmcad_mlx.measure import output
-from llmcad_mlx.measure.output import NOTHING, Origin, Report, Table, number, percent, share
-from llmcad_mlx.measure.runner import (
-    OnTurn,
-    Outcome,
-    Run,
-    Workload,
-    encode_prompts,
-    make_contenders,
-    run_interleaved,
-    run_mismatches,
-    total_stats,
-)
-from llmcad_mlx.measure.variants import MLX_LM, PLAIN, Variant, ablated, forced_nodes
-from llmcad_mlx.memory.plan import MemoryPlan
-from llmcad_mlx.settings import MemoryOptions
+from llmcad_mlx.measure import output, runner
+from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, number, share
+from llmcad_mlx.measure.runner import OnTurn, Run, total_stats
+from llmcad_mlx.measure.workload import MLX_LM, PLAIN, Variant, Workload, grouped
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.pull import DEFAULT_PRESET
 
@@ -37,15 +23,15 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """All that was measured, and on what. `memory_plan`: None where nothing is streamed."""
+    """What was measured, and on what. `target`: its name for people. `interrupted`: Ctrl-C came before the last
+    run."""
 
-    variants: tuple[Variant, ...]
+    variants: Sequence[Variant]
     workload: Workload
     target: str
-    draft: str
-    memory: MemoryOptions
-    memory_plan: MemoryPlan | None
-    outcome: Outcome
+    pair: LoadedPair
+    runs: Sequence[Run]
+    interrupted: bool
 
     @property
     def comparable(self) -> bool:
@@ -54,52 +40,44 @@ class Benchmark:
 
 
 def run_benchmark(
-    variants: Sequence[Variant],
-    workload: Workload,
-    pair: LoadedPair,
-    target: str | None = None,
-    on_turn: OnTurn = lambda name, total: None,
+    variants: Sequence[Variant], workload: Workload, pair: LoadedPair, target: str | None, on_turn: OnTurn
 ) -> Benchmark:
-    """Run all variants on a loaded pair; `target` is its name for people, `on_turn` as in `run_interleaved`.
+    """Run all variants on a loaded pair; `target` is its name for people, `on_turn` as in `take_turns`. Ctrl-C
+    ends it early with what was done. Raises UsageError for a variant that the pair cannot run."""
+    runs: list[Run] = []
+    turns = runner.take_turns(
+        runner.make_contenders(variants, pair), runner.encode_prompts(workload.prompts, pair), workload, on_turn
+    )
+    interrupted = runner.until_interrupted(turns, runs)
+    return Benchmark(variants, workload, target or DEFAULT_PRESET, pair, runs, interrupted)
 
-    Raises UsageError for a variant that the pair cannot run.
-    """
-    contenders = make_contenders(variants, pair)
-    outcome = run_interleaved(contenders, encode_prompts(workload.prompts, pair), workload, on_turn)
-    name = target or DEFAULT_PRESET
-    return Benchmark(tuple(variants), workload, name, pair.draft_name, pair.options, pair.plan, outcome)
 
-
-def bench_report(done: Benchmark, argv: Sequence[str]) -> Report:
+def bench_report(done: Benchmark) -> Report:
     """Tables, notes, plots, and in the document everything: bytes in bytes, times in seconds."""
-    origin, notes, runs, rate = Origin(argv), _notes(done), done.outcome.runs, done.memory.read_bandwidth
-    lines, wrong = summarise(runs, done.comparable, rate), run_mismatches(runs, done.comparable)
-    named = f"{done.target}, draft {done.draft}"
+    runs, work, pair, rate = done.runs, done.workload, done.pair, done.pair.options.read_bandwidth
+    lines, wrong = summarise(runs, done.comparable, rate), runner.run_mismatches(runs, done.comparable)
     document = {
-        **origin.to_json(),
         "target": done.target,
-        "draft": done.draft,
+        "draft": pair.draft_name,
         "options": {
             "variants": [variant.name for variant in done.variants],
-            "prompts": [f"{prompt.domain}/{prompt.name}" for prompt in done.workload.prompts],
-            **done.workload.to_json(),
-            **asdict(done.memory),
+            "prompts": [f"{prompt.domain}/{prompt.name}" for prompt in work.prompts],
+            **work.to_json(),
+            **asdict(pair.options),
         },
-        "emulated": rate is not None,
-        "memory_plan": None if done.memory_plan is None else asdict(done.memory_plan),
-        "interrupted": done.outcome.interrupted,
-        "notes": notes,
+        "memory_plan": None if pair.plan is None else asdict(pair.plan),
         "summary": [asdict(line) for line in lines],
         "runs": [_run_json(run, count) for run, count in zip(runs, wrong, strict=True)],
     }
-    return Report(
+    return Report.of_runs(
         "bench",
+        f"{done.target}, draft {pair.draft_name}",
+        rate,
         summary_tables(lines),
-        notes,
+        _notes(done),
         document,
-        heading=f"# {named}\n\n{origin.to_markdown()}",
-        draw=partial(write_plots, lines, f"{named}{output.emulated_rate(rate, '; reads ')}"),
-        interrupted=done.outcome.interrupted,
+        plots=plots_of(lines),
+        interrupted=done.interrupted,
     )
 
 
@@ -132,23 +110,33 @@ def _run_json(run: Run, mismatches: int | None) -> dict[str, Any]:
 
 def _notes(done: Benchmark) -> list[str]:
     """What a reader of the figures must know."""
-    work = done.workload
+    work, plan = done.workload, done.pair.plan
     notes = [
-        f"Prompts: {len(work.prompts)}; repetitions: {work.repeat}; at most {work.max_tokens} tokens; "
-        f"temperature {work.temperature:g}. All variants interleaved in one process; speeds are medians, "
-        "ratios medians of the ratios at the same prompt and repetition. Wrong tokens differ from plain's, of all."
+        f"Prompts: {len(work.prompts)}; {work.summary} All variants interleaved in one process; speeds are "
+        "medians, ratios medians of the ratios at the same prompt and repetition. Wrong tokens differ from "
+        "plain's, of all."
     ]
-    if done.memory_plan is not None:
-        rate = output.emulated_rate(done.memory.read_bandwidth, ", ")
+    if plan is not None:
+        rate = output.emulated_rate(done.pair.options.read_bandwidth, ", ")
         notes.append(
-            f"Target: {format_size(done.memory_plan.pinned_bytes)} pinned, "
-            f"{format_size(done.memory_plan.streamed_bytes)} read on each pass{rate}."
+            f"Target: {format_size(plan.pinned_bytes)} pinned, "
+            f"{format_size(plan.streamed_bytes)} read on each pass{rate}."
             + (" All speeds are emulated." if rate else "")
             + " Waits: the processor has nothing to do while weights load. Survived: passes after which something "
             "drafted meanwhile was left to start with. A: tokens per pass, B: read rate, W: bytes per pass."
         )
     if any(variant.is_mlx_lm for variant in done.variants):
-        notes += _mlx_lm_notes(done.comparable)
+        notes.append(
+            "mlx-lm computes the first token with the prompt, so its decoding speed leaves that token out. "
+            "Its tokens may differ from plain's by rounding."
+        )
+        if mx.default_device() == mx.cpu:
+            notes.append(
+                "On this CPU mlx-lm runs on weights cast to float32, which favours it: MLX's CPU matmul is many "
+                "times slower in 16 bits."
+            )
+        if not done.comparable:
+            notes.append("Above temperature 0 mlx-lm draws other random numbers; its text is not compared.")
     if any(variant.name == PLAIN for variant in done.variants):
         notes.append(
             "Worst prompt: the least, over prompts, of the median ratio over repetitions. Break-even: the tokens "
@@ -156,23 +144,8 @@ def _notes(done: Benchmark) -> list[str]:
         )
     else:
         notes.append("Without the variant 'plain' there is nothing to compare texts and speeds with.")
-    if done.outcome.interrupted:
-        notes.append(f"Interrupted: only {len(done.outcome.runs)} generations were done.")
-    return notes
-
-
-def _mlx_lm_notes(comparable: bool) -> list[str]:
-    notes = [
-        "mlx-lm computes the first token with the prompt, so its decoding speed leaves that token out. "
-        "Its tokens may differ from plain's by rounding."
-    ]
-    if mx.default_device() == mx.cpu:
-        notes.append(
-            "On this CPU mlx-lm runs on weights cast to float32, which favours it: MLX's CPU matmul is many "
-            "times slower in 16 bits."
-        )
-    if not comparable:
-        notes.append("Above temperature 0 mlx-lm draws other random numbers; its text is not compared.")
+    if done.interrupted:
+        notes.append(f"Interrupted: only {len(done.runs)} generations were done.")
     return notes
 
 
@@ -189,8 +162,8 @@ class VariantSummary:
     both variants ran. `tokens_per_pass` and `acceptance_rate` are totals divided by totals, the shares parts of
     all decoding seconds. `survival_rate`: of the passes in which the draft went on while the target waited, those
     that left it something to start the next round with. `bound_share`: speed as a share of A·B/W, with A tokens
-    per pass, W bytes read per pass and B the emulated read rate. `mismatches` counts the tokens that differ from
-    plain decoding's at the same place, of `num_compared`.
+    per pass, W bytes read per pass and B the emulated read rate: reading's part of the time. `mismatches` counts
+    the tokens that differ from plain decoding's at the same place, of `num_compared`.
     """
 
     variant: str
@@ -224,10 +197,8 @@ def summarise(
     comparable: whether mlx-lm's text should equal ours, which above temperature 0 it does not. read_bandwidth:
     emulated bytes per second.
     """
-    domains = list(dict.fromkeys(run.place.domain for run in runs))
-    groups = {ALL: list(runs)}
-    if len(domains) > 1:
-        groups |= {domain: [run for run in runs if run.place.domain == domain] for domain in domains}
+    by_domain = grouped(runs, lambda run: run.place.domain)
+    groups = {ALL: list(runs)} | (by_domain if len(by_domain) > 1 else {})
     return [
         _summary(variant, domain, members, comparable, read_bandwidth)
         for domain, members in groups.items()
@@ -248,13 +219,12 @@ def _summary(
     variant: str, domain: str, runs: Sequence[Run], comparable: bool, read_bandwidth: float | None
 ) -> VariantSummary:
     own = [run for run in runs if run.variant == variant]
-    told = [
-        (run, wrong)
-        for run, wrong in zip(runs, run_mismatches(runs, comparable), strict=True)
-        if run.variant == variant and wrong is not None
-    ]
-    stats = total_stats(own)
-    decode_s = sum(run.generation.decode_s for run in own if run.generation.stats is not None)
+    stats, (mismatches, num_compared) = total_stats(own), runner.count_mismatches(runs, variant, comparable)
+    done = [run.generation for run in own]
+    decode_s, all_s = sum(g.decode_s for g in done if g.stats is not None), sum(g.decode_s for g in done)
+    num_bytes = sum(g.stats.target_passes * g.pass_bytes for g in done if g.stats is not None)
+    prompts = grouped(runs, lambda run: run.place.name).values()
+    each = [_median(ratios(group, variant, PLAIN, "tokens_per_s")) for group in prompts]
     draft, verify, wait = (share(s, decode_s) for s in (stats.draft_s, stats.verify_s, stats.io_wait_s))
     return VariantSummary(
         variant=variant,
@@ -263,7 +233,7 @@ def _summary(
         num_tokens=sum(len(run.generation.tokens) for run in own),
         tokens_per_s=_median(run.tokens_per_s for run in own),
         tokens_per_s_vs_plain=_median(ratios(runs, variant, PLAIN, "tokens_per_s")),
-        worst_prompt_vs_plain=_worst_prompt(runs, variant),
+        worst_prompt_vs_plain=min((ratio for ratio in each if ratio is not None), default=None),
         tokens_per_s_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, "tokens_per_s")),
         prompt_tokens_per_s=_median(run.prompt_tokens_per_s for run in own),
         prompt_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, "prompt_tokens_per_s")),
@@ -274,19 +244,11 @@ def _summary(
         verify_share=verify,
         wait_share=wait,
         survival_rate=share(stats.survived, stats.provisional_passes),
-        bound_share=None if read_bandwidth is None else _bound_share(own, read_bandwidth),
+        bound_share=None if read_bandwidth is None else share(num_bytes / read_bandwidth, all_s) or None,
         other_share=max(1.0 - sum(part or 0.0 for part in (draft, verify, wait)), 0.0) if decode_s > 0.0 else None,
-        mismatches=sum(wrong for _, wrong in told) if told else None,
-        num_compared=sum(len(run.generation.tokens) for run, _ in told),
+        mismatches=mismatches if num_compared else None,
+        num_compared=num_compared,
     )
-
-
-def _worst_prompt(runs: Sequence[Run], variant: str) -> float | None:
-    by_prompt: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        by_prompt.setdefault((run.place.domain, run.place.prompt), []).append(run)
-    found = [_median(ratios(members, variant, PLAIN, "tokens_per_s")) for members in by_prompt.values()]
-    return min((ratio for ratio in found if ratio is not None), default=None)
 
 
 def _break_even(runs: Sequence[Run], own: Sequence[Run]) -> float | None:
@@ -299,16 +261,13 @@ def _break_even(runs: Sequence[Run], own: Sequence[Run]) -> float | None:
     return None if pass_s is None or token_s is None else share(pass_s, token_s)
 
 
-def _bound_share(runs: Sequence[Run], read_bandwidth: float) -> float | None:
-    """Speed over A·B/W is the time that reading takes over the time that decoding took."""
-    done = [run.generation for run in runs]
-    num_bytes = sum(g.stats.target_passes * g.pass_bytes for g in done if g.stats is not None)
-    return share(num_bytes / read_bandwidth, sum(g.decode_s for g in done)) or None
-
-
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
+
+
+def _percent(part: float | None) -> str:
+    return NOTHING if part is None else f"{part:.0%}"
 
 
 def summary_tables(lines: Sequence[VariantSummary]) -> list[Table]:
@@ -323,32 +282,31 @@ def summary_tables(lines: Sequence[VariantSummary]) -> list[Table]:
 def _cells(line: VariantSummary, lines: Sequence[VariantSummary]) -> dict[str, str]:
     """A row by header; what none of `lines` has something for is left out."""
     names = {other.variant for other in lines}
-    cells = {"variant": line.variant, "tokens per s": number(line.tokens_per_s)}
-    if PLAIN in names:
-        cells["× plain"] = number(line.tokens_per_s_vs_plain, 2)
-        cells["worst prompt"] = number(line.worst_prompt_vs_plain, 2)
-    if MLX_LM in names:
-        cells["× mlx-lm"] = number(line.tokens_per_s_vs_mlx_lm, 2)
-    cells["tokens per pass"] = number(line.tokens_per_pass, 2)
-    if PLAIN in names:
-        cells["break-even"] = number(line.break_even, 2)
-    cells["accepted"] = percent(line.acceptance_rate)
-    cells |= {"draft": percent(line.draft_share), "verify": percent(line.verify_share)}
-    cells["other"] = percent(line.other_share)
-    if any(other.wait_share for other in lines):
-        cells |= {"waits": percent(line.wait_share), "survived": percent(line.survival_rate)}
-    if any(other.bound_share for other in lines):
-        cells["of A·B/W"] = percent(line.bound_share)
-    cells["prompt tokens per s"] = number(line.prompt_tokens_per_s, 0)
-    if MLX_LM in names:
-        cells["prompt × mlx-lm"] = number(line.prompt_vs_mlx_lm, 1)
-    cells["wrong tokens"] = NOTHING if line.mismatches is None else f"{line.mismatches}/{line.num_compared}"
-    return cells
+    plain, theirs = PLAIN in names, MLX_LM in names
+    waits, bound = (any(getattr(other, name) for other in lines) for name in ("wait_share", "bound_share"))
+    columns = (
+        (True, "tokens per s", number(line.tokens_per_s)),
+        (plain, "× plain", number(line.tokens_per_s_vs_plain, 2)),
+        (plain, "worst prompt", number(line.worst_prompt_vs_plain, 2)),
+        (theirs, "× mlx-lm", number(line.tokens_per_s_vs_mlx_lm, 2)),
+        (True, "tokens per pass", number(line.tokens_per_pass, 2)),
+        (plain, "break-even", number(line.break_even, 2)),
+        (True, "accepted", _percent(line.acceptance_rate)),
+        (True, "draft", _percent(line.draft_share)),
+        (True, "verify", _percent(line.verify_share)),
+        (True, "other", _percent(line.other_share)),
+        (waits, "waits", _percent(line.wait_share)),
+        (waits, "survived", _percent(line.survival_rate)),
+        (bound, "of A·B/W", _percent(line.bound_share)),
+        (True, "prompt tokens per s", number(line.prompt_tokens_per_s, 0)),
+        (theirs, "prompt × mlx-lm", number(line.prompt_vs_mlx_lm, 1)),
+    )
+    wrong = NOTHING if line.mismatches is None else f"{line.mismatches}/{line.num_compared}"
+    shown = {header: cell for known, header, cell in columns if known}
+    return {"variant": line.variant, **shown, "wrong tokens": wrong}
 
 
 # -- plots -----------------------------------------------------------------------------------------------
-
-Lines = Sequence[VariantSummary]
 
 _SHARES = (
     ("verify", "verify", output.BLUE, "white"),
@@ -356,56 +314,34 @@ _SHARES = (
     ("wait", "wait for weights", output.SKY, "black"),
     ("other", "other", output.GREY, "black"),
 )
-_BOUND = "tokens per pass × read rate / bytes per pass"
 _NARROW = 7.0  # per cent; a narrower part has no room for its figure
 _LONG_NAME = 22  # letters
 
 
-def write_plots(lines: Lines, subtitle: str, folder: Path) -> None:
-    """Draw what there is to see of `lines`, over all domains, into `folder`; `subtitle` says what was measured.
-
-    Plots with nothing to show are not written, and removed where an earlier run left them. Raises ImportError
-    where matplotlib is missing.
-    """
+def plots_of(lines: Sequence[VariantSummary]) -> list[Plot]:
+    """Speeds, and where the time goes, over all domains."""
     overall = [line for line in lines if line.domain == ALL]
-    for name, title, chosen, draw in (
-        ("tokens_per_s", "Decoding speed", _with("tokens_per_s", overall), _draw_speed),
-        ("time_split", "Where decoding time goes", _with("verify_share", overall), _draw_split),
-        ("tokens_per_pass", "Tokens per target pass by tree size", _of_trees(overall), _draw_nodes),
-        ("ablation", "What each part of a policy contributes", _of_ablation(overall), _draw_ablation),
-        ("bound", f"Speed as a share of A·B/W: {_BOUND}", _with("bound_share", overall), _draw_bound),
-    ):
-        file, figure = folder / f"{name}.png", output.new_figure(title, subtitle)
-        if chosen:
-            draw(figure, chosen)
-            figure.savefig(file, dpi=150)
-        else:
-            file.unlink(missing_ok=True)
+    timed = [line for line in overall if line.tokens_per_s is not None]
+    split = [line for line in overall if line.verify_share is not None]
+    return [
+        Plot("tokens_per_s", "Decoding speed", partial(_draw_speed, timed) if timed else None),
+        Plot("time_split", "Where decoding time goes", partial(_draw_split, split) if split else None),
+    ]
 
 
-def _bars(figure: Any, num_rows: int) -> Any:
-    return output.bar_panels(figure, 1.6 + 0.4 * num_rows)[0]
-
-
-def _short(line: VariantSummary) -> str:
-    """A long name on two lines."""
-    head, dash, rest = line.variant.partition("-no-")
-    return f"{head}\n{dash}{rest}" if len(line.variant) > _LONG_NAME else line.variant
-
-
-def _draw_speed(figure: Any, lines: Lines) -> None:
-    axes = _bars(figure, len(lines))
-    bars = axes.barh([_short(line) for line in lines], [line.tokens_per_s for line in lines], color=output.BLUE)
+def _draw_speed(lines: Sequence[VariantSummary], figure: Any) -> None:
+    (axes,) = output.bar_panels(figure, 1.6 + 0.4 * len(lines))
+    bars = axes.barh(_names(lines), [line.tokens_per_s for line in lines], color=output.BLUE)
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.set_xlabel("tokens/s (median over runs)")
 
 
-def _draw_split(figure: Any, lines: Lines) -> None:
-    axes = _bars(figure, len(lines))
+def _draw_split(lines: Sequence[VariantSummary], figure: Any) -> None:
+    (axes,) = output.bar_panels(figure, 1.6 + 0.4 * len(lines))
     left = [0.0] * len(lines)
     for part, label, colour, ink in _SHARES:
         shares = [100.0 * (getattr(line, f"{part}_share") or 0.0) for line in lines]
-        bars = axes.barh([_short(line) for line in lines], shares, left=left, label=label, color=colour)
+        bars = axes.barh(_names(lines), shares, left=left, label=label, color=colour)
         figures = [f"{share:.0f}" if share >= _NARROW else "" for share in shares]
         axes.bar_label(bars, figures, label_type="center", color=ink, fontsize=9)
         left = [a + b for a, b in zip(left, shares, strict=True)]
@@ -414,81 +350,7 @@ def _draw_split(figure: Any, lines: Lines) -> None:
     output.legend_below(figure)
 
 
-def _draw_nodes(figure: Any, lines: Lines) -> None:
-    figure.set_size_inches(6.0, 4.0)
-    axes = figure.subplots()
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for line in lines:
-        points = curves.setdefault(line.variant.partition(":")[0], [])
-        points.append((forced_nodes(line.variant) or 0, line.tokens_per_pass or 0.0))
-    for (kind, points), colour in zip(
-        sorted(curves.items(), reverse=True), (output.BLUE, output.ORANGE), strict=False
-    ):
-        nodes, tokens = zip(*sorted(points), strict=True)
-        axes.plot(nodes, tokens, "o-", color=colour, label=f"{kind}:N")
-        for x, y in points:
-            axes.annotate(f"{y:.2f}", (x, y), xytext=(5, -11), textcoords="offset points", fontsize=9)
-    most = [max(figures) for figures in zip(*itertools.chain(*curves.values()), strict=True)]
-    axes.set(xlabel="nodes in every pass", ylabel="tokens per pass, bonus included")
-    axes.set(xlim=(0, 1.15 * most[0]), ylim=(0, 1.15 * most[1]))
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-
-
-def _draw_ablation(figure: Any, lines: Lines) -> None:
-    """Each policy whole and without its parts: speed, and what a pass yields, which no machine disturbs."""
-    found: dict[str, dict[str, VariantSummary]] = {}
-    plain = next((line for line in lines if line.variant == PLAIN), None)
-    for line in lines:
-        if (parts := ablated(line.variant)) is not None:
-            label = "no " + ",\nno ".join(parts.missing) if parts.missing else "whole"
-            found.setdefault(label, {})[parts.policy] = line
-    policies = list(dict.fromkeys(policy for row in found.values() for policy in row))
-    height = 0.8 / len(policies)
-    panels = output.bar_panels(figure, 1.6 + 0.8 * len(found), 2, width=10.0)
-    for axes, attribute, label, digits in (
-        (panels[0], "tokens_per_s", "tokens/s (median over runs)", "%.1f"),
-        (panels[1], "tokens_per_pass", "tokens per pass", "%.2f"),
-    ):
-        for index, (policy, colour) in enumerate(zip(policies, (output.ORANGE, output.BLUE), strict=False)):
-            rows = [(place, row[policy]) for place, row in enumerate(found.values()) if policy in row]
-            at = [place + (index - (len(policies) - 1) / 2) * height for place, _ in rows]
-            values = [getattr(line, attribute) or 0.0 for _, line in rows]
-            bars = axes.barh(at, values, height, color=colour, label=policy)
-            axes.bar_label(bars, fmt=digits, padding=3, fontsize=9)
-        if plain is not None and getattr(plain, attribute):
-            axes.axvline(getattr(plain, attribute), color="black", linestyle="--", linewidth=1, label=PLAIN)
-        axes.set_xlabel(label)
-    panels[0].set_yticks(range(len(found)), list(found))
-    output.legend_below(figure)
-
-
-def _draw_bound(figure: Any, lines: Lines) -> None:
-    axes = _bars(figure, len(lines))
-    shares = [100.0 * (line.bound_share or 0.0) for line in lines]
-    bars = axes.barh([_short(line) for line in lines], shares, color=output.BLUE)
-    # Inside the bars where there is room: the line at 100 would cross them.
-    for inside, place, ink in ((True, "center", "white"), (False, "edge", "black")):
-        figures = [f"{share:.0f}" if (share >= _NARROW) is inside else "" for share in shares]
-        axes.bar_label(bars, figures, label_type=place, color=ink, fontsize=9)
-    axes.axvline(100, color="black", linestyle="--", linewidth=1)
-    axes.set_xlim(0, 1.05 * max(100.0, *shares))
-    axes.set_xlabel("%; at 100, reading weights takes all the time")
-
-
-def _with(attribute: str, lines: Lines) -> Lines:
-    return [line for line in lines if getattr(line, attribute) is not None]
-
-
-def _of_trees(lines: Lines) -> Lines:
-    found = [line for line in _with("tokens_per_pass", lines) if forced_nodes(line.variant) is not None]
-    return found if len(found) > 1 else []
-
-
-def _of_ablation(lines: Lines) -> Lines:
-    """Policies that ran both whole and without a part, and plain decoding for comparison; [] without any."""
-    found = [(line, parts) for line in lines if (parts := ablated(line.variant)) is not None]
-    whole = {parts.policy for _, parts in found if not parts.missing}
-    lacking = {parts.policy for _, parts in found if parts.missing}
-    chosen = [line for line, parts in found if parts.policy in whole & lacking]
-    return [*(line for line in lines if line.variant == PLAIN), *chosen] if chosen else []
+def _names(lines: Sequence[VariantSummary]) -> list[str]:
+    """Of the variants, long ones on two lines."""
+    names = [line.variant for line in lines]
+    return [name.replace("-no-", "\n-no-", 1) if len(name) > _LONG_NAME else name for name in names]

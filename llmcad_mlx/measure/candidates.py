@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
+from llmcad_mlx.measure.workload import listed
 from llmcad_mlx.models.folder import DRAFT_TOKENS, load_model_folder, read_config, vocabulary_size
 from llmcad_mlx.store.copies import BITS, SELF_BITS, DerivedDraft, stored_bits
 from llmcad_mlx.store.names import AUTO_DRAFT, NGRAM_DRAFT, NO_DRAFT, PairPaths, pair_with_draft
@@ -29,32 +30,19 @@ class DraftOptions:
     @classmethod
     def of(cls, drafts: str | None, bits: str, trim: str) -> DraftOptions:
         """Check what the command line was given. Raises UsageError naming the option."""
-        return cls(None if drafts is None else _names(drafts), _bits(bits), _tokens(trim))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise UsageError("drafts: none given; name some, separated by commas, or leave the option out")
-    for name in names:
-        DerivedDraft.parse(name)
-    return tuple(names)
-
-
-def _bits(text: str) -> tuple[int, ...]:
-    known = {str(bits): bits for bits in BITS}
-    names = [] if text == NONE else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise UsageError(f"bits: {name!r} is not one of {', '.join(known)}, or {NONE}")
-    return tuple(dict.fromkeys(known[name] for name in names))
-
-
-def _tokens(text: str) -> tuple[int, ...]:
-    names = [] if text == NONE else [name.strip() for name in text.split(",")]
-    if not all(name.isascii() and name.isdigit() and int(name) for name in names):
-        raise UsageError(f"trim: {text!r} is not a list of numbers of tokens like 4096,8192, or {NONE}")
-    return tuple(dict.fromkeys(int(name) for name in names))
+        names = None if drafts is None else tuple(dict.fromkeys(listed(drafts)))
+        if names == ():
+            raise UsageError("drafts: none given; name some, separated by commas, or leave the option out")
+        for name in names or ():
+            DerivedDraft.parse(name)
+        known = [str(number) for number in BITS]
+        widths, sizes = ([] if text == NONE else [*map(str.strip, text.split(","))] for text in (bits, trim))
+        for name in widths:
+            if name not in known:
+                raise UsageError(f"bits: {name!r} is not one of {', '.join(known)}, or {NONE}")
+        if not all(name.isascii() and name.isdigit() and int(name) for name in sizes):
+            raise UsageError(f"trim: {trim!r} is not a list of numbers of tokens like 4096,8192, or {NONE}")
+        return cls(names, tuple(dict.fromkeys(map(int, widths))), tuple(dict.fromkeys(map(int, sizes))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +52,17 @@ class Candidate:
     name: str
     names: PairPaths
 
-    @property
-    def label(self) -> str:
-        """Short, for people."""
-        return short_name(self.name)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A draft that is no candidate, or has stopped being one, and why."""
-
-    name: str
-    reason: str
-
 
 @dataclass(frozen=True, slots=True)
 class Lineup:
     """A target and the drafts that were looked for: the candidates are found, not loaded; the last one is "none",
-    which the others are compared with. `incumbent`: the draft chosen before, if one was."""
+    which the others are compared with. `failures`: why a draft is no candidate. `incumbent`: the draft chosen
+    before, if one was."""
 
     target: str
     target_path: Path
     candidates: tuple[Candidate, ...]
-    failures: tuple[Failure, ...] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
     incumbent: str | None = None
 
 
@@ -105,75 +81,59 @@ def find_candidates(
 
     A draft that cannot be had is among the failures.
     """
-    search = _Search(target_path, show_progress)
-    given = _default(target, target_path, incumbent) if options.names is None else options.names
-    for name in [_lasting(preset_draft(target) if name == AUTO_DRAFT else name) for name in given]:
-        search.add(name)
-    for candidate in list(search.found.values()):
-        for name in _smaller(candidate, options.bits):
-            search.add(name)
-    for candidate in list(search.found.values()):
-        for name in _trimmed(candidate, options.tokens):
-            search.add(name)
-    search.found.pop(NO_DRAFT, None)
+    found: dict[str, Candidate] = {}
+    failures: dict[str, str] = {}
+
+    def add(names: Iterable[str]) -> None:
+        """Find drafts, each once."""
+        for name in names:
+            if name in found or name in failures:
+                continue
+            try:
+                found[name] = Candidate(name, pair_with_draft(target_path, name, show_progress))
+            except LlmcadError as error:
+                failures[name] = str(error)
+
+    given = options.names
+    if given is None:
+        copies = (str(DerivedDraft(None, bits)) for bits in _fewer(SELF_BITS, target_path))
+        given = (*filter(None, [incumbent]), preset_draft(target), NGRAM_DRAFT, *copies)
+    add(_lasting(preset_draft(target) if name == AUTO_DRAFT else name) for name in given)
+    for candidate in list(found.values()):
+        add(_smaller(candidate, options.bits))
+    for candidate in list(found.values()):
+        add(_trimmed(candidate, options.tokens))
+    found.pop(NO_DRAFT, None)
     plain = Candidate(NO_DRAFT, pair_with_draft(target_path, NO_DRAFT, show_progress))
-    return Lineup(target, target_path, (*search.found.values(), plain), tuple(search.failures), incumbent)
+    return Lineup(target, target_path, (*found.values(), plain), failures, incumbent)
 
 
-class _Search:
-    """Candidates by name, and what could not be had."""
-
-    def __init__(self, target_path: Path, show_progress: bool) -> None:
-        self._target_path = target_path
-        self._show_progress = show_progress
-        self.found: dict[str, Candidate] = {}
-        self.failures: list[Failure] = []
-
-    def add(self, name: str) -> None:
-        """Find the draft, once."""
-        if name in self.found or name in {failure.name for failure in self.failures}:
-            return
-        try:
-            self.found[name] = Candidate(name, pair_with_draft(self._target_path, name, self._show_progress))
-        except LlmcadError as error:
-            self.failures.append(Failure(name, str(error)))
-
-
-def _default(target: str, target_path: Path, incumbent: str | None) -> Iterator[str]:
-    if incumbent is not None:
-        yield incumbent
-    yield preset_draft(target)
-    yield NGRAM_DRAFT
-    present = _bits_of(target_path)
-    yield from (str(DerivedDraft(None, bits)) for bits in sorted(SELF_BITS, reverse=True) if bits < present)
-
-
-def _smaller(candidate: Candidate, bits: Sequence[int]) -> Iterator[str]:
+def _smaller(candidate: Candidate, bits: Sequence[int]) -> list[str]:
     """Names of the copies of a draft model that have fewer bits."""
     path, name = candidate.names.draft_path, candidate.name
     if path is None or not path.is_dir() or DerivedDraft.parse(name) is not None:
-        return
-    present = _bits_of(path)
-    yield from (str(DerivedDraft(name, bits=number)) for number in sorted(bits, reverse=True) if number < present)
+        return []
+    return [str(DerivedDraft(name, bits=number)) for number in _fewer(bits, path)]
 
 
-def _trimmed(candidate: Candidate, tokens: Sequence[int]) -> Iterator[str]:
+def _trimmed(candidate: Candidate, tokens: Sequence[int]) -> list[str]:
     """Names of the copies of a draft model that propose fewer tokens."""
     path, derived = candidate.names.draft_path, DerivedDraft.parse(candidate.name)
     if path is None or not path.is_dir() or (derived is not None and derived.tokens is not None):
-        return
+        return []
     if (path / DRAFT_TOKENS).exists():
-        return
+        return []
     present = vocabulary_size(read_config(path)) or 0
-    yield from (str(DerivedDraft(candidate.name, tokens=number)) for number in tokens if 2 * number < present)
+    return [str(DerivedDraft(candidate.name, tokens=number)) for number in tokens if 2 * number < present]
 
 
-def _bits_of(folder: Path) -> int:
-    """0 for a model that cannot be quantised."""
+def _fewer(bits: Sequence[int], folder: Path) -> list[int]:
+    """Those of `bits` that the model in `folder` has more than, most first; none if it cannot be quantised."""
     try:
-        return stored_bits(load_model_folder(folder, lazy=True, alone=True))
+        present = stored_bits(load_model_folder(folder, lazy=True, alone=True))
     except ModelError:
-        return 0
+        return []
+    return [number for number in sorted(bits, reverse=True) if number < present]
 
 
 def _lasting(name: str) -> str:

@@ -1,31 +1,35 @@
-"""`bench --growth`: how the cost of one target pass grows with the bytes it reads, with the tree's nodes,
-and with the context.
+"""`bench --growth` and `bench --kernels`: how the cost of single steps grows.
 
-Times single passes of a loaded target over random trees of any size, after a context of any length.
+Of one target pass with the bytes it reads, with the tree's nodes and with the context: passes of a loaded target
+over random trees of any size, after a context of any length. Of one 4-bit matrix multiplication with its rows, by
+MLX's kernels and, on a Linux CPU, ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
+import mlx.core as mx
 import numpy as np
+from mlx.nn.layers.quantized import QuantizedLinear
 
+from llmcad_mlx.cpu import cpu_kernels_wanted, prepare_for_device
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair, release_free_memory
 from llmcad_mlx.measure import output
-from llmcad_mlx.measure.output import Origin, Report, Table, milliseconds, number
-from llmcad_mlx.measure.runner import OnTurn
-from llmcad_mlx.memory.plan import MemoryPlan
+from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, milliseconds, number
+from llmcad_mlx.measure.runner import OnTurn, until_interrupted
+from llmcad_mlx.memory import MemoryPlan
 from llmcad_mlx.prompt import encode_prompt
 from llmcad_mlx.settings import MemoryOptions, check_integer
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.names import NO_DRAFT
+from llmcad_mlx.store.names import NO_DRAFT, device_name
 from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import TokenTree
 
@@ -62,20 +66,6 @@ class GrowthPoint:
     context: int
     passes: tuple[TimedPass, ...]
 
-    @property
-    def value(self) -> int:
-        """What the question lets grow: bytes, nodes or tokens."""
-        return {"bytes": self.streamed_bytes, "nodes": self.nodes, "context": self.context}[self.question]
-
-    @property
-    def seconds(self) -> list[float]:
-        return [timed.seconds for timed in self.passes]
-
-    @property
-    def computing_s(self) -> float:
-        """The median without the waits."""
-        return median(timed.seconds - timed.wait_s for timed in self.passes)
-
 
 class PassTimer:
     """Times passes of one loaded target over random trees, after a text that repeats itself."""
@@ -87,7 +77,10 @@ class PassTimer:
         self.few_nodes = 1 if kind == "plain" else min(FEW_NODES, pair.max_nodes)
         room = pair.context_length or CONTEXTS[-1] + self.few_nodes
         check_room(room)
-        self.contexts = _that_fit(CONTEXTS, room - self.few_nodes)
+        most = room - self.few_nodes
+        self.contexts = [length for length in CONTEXTS if length <= most]
+        if len(self.contexts) < len(CONTEXTS) and most > self.contexts[-1] * _WORTH_IT:
+            self.contexts.append(most)
         self.short_context = max(length for length in self.contexts if length <= SHORT_CONTEXT)
         most = 1 if kind == "plain" else min(pair.max_nodes, room - self.short_context)
         self.node_counts = [count for count in NODES if count <= most]
@@ -137,14 +130,6 @@ def random_tree(num_nodes: int, vocab_size: int, line: bool = False) -> TokenTre
     return tree
 
 
-def _that_fit(lengths: Sequence[int], most: int) -> list[int]:
-    """The lengths up to `most`, and `most` itself where it is much longer than the last that fits."""
-    fitting = [length for length in lengths if length <= most]
-    if len(fitting) < len(lengths) and most > fitting[-1] * _WORTH_IT:
-        fitting.append(most)
-    return fitting
-
-
 def check_room(context: int) -> None:
     """Raises UsageError where `context` tokens are too few to measure growth."""
     if context < MIN_CONTEXT:
@@ -172,48 +157,40 @@ class Growth:
 
     def of(self, question: Question) -> list[GrowthPoint]:
         """The points of one question, from small to large."""
-        return sorted((p for p in self.points if p.question == question), key=lambda point: point.value)
+        points = (point for point in self.points if point.question == question)
+        return sorted(points, key=lambda point: (point.streamed_bytes, point.nodes, point.context))
 
     def measure(self, show_progress: bool = False, on_turn: OnTurn = lambda name, total: None) -> None:
-        """Measure nodes and context on the target as `memory` says, bytes with several amounts pinned.
+        """Measure nodes and context on the target as `memory` says, bytes with several amounts pinned, one target
+        loaded at a time. show_progress is for downloads; on_turn is called up to `NUM_STEPS` times. Ctrl-C ends it
+        early with the questions that were answered. Raises the errors of `load_pair` and `PassTimer`."""
+        self.interrupted = until_interrupted(self._answers(show_progress, on_turn), self.points)
 
-        One target is loaded at a time. show_progress is for downloads; on_turn is called up to `NUM_STEPS` times.
-        Ctrl-C ends it early with the questions that were answered. Raises the errors of `load_pair` and
-        `PassTimer`.
-        """
-        try:
-            with self._loaded(self.memory, show_progress) as pair:
-                self.memory_plan = pair.plan
-                self.points += self._answer(pair, "nodes", "nodes", on_turn)
-                self.points += self._answer(pair, "context", "context", on_turn)
-                label = f"{PINNED_SHARES[0]}% pinned"
-                whole = self._answer(pair, "bytes", label, on_turn) if self.memory.pinned is None else []
-            self.points += self._over_amounts(whole, on_turn)
-        except KeyboardInterrupt:
-            if not self.points:
-                raise
-            self.interrupted = True
+    def _answers(self, show_progress: bool, on_turn: OnTurn) -> Iterator[list[GrowthPoint]]:
+        """The points of one question after the other."""
 
-    def _over_amounts(self, whole: list[GrowthPoint], on_turn: OnTurn) -> list[GrowthPoint]:
-        """The same passes with shares of what can be pinned; amounts that come to the same layers count once.
+        def answer(pair: LoadedPair, question: Question, label: str) -> list[GrowthPoint]:
+            on_turn(label, NUM_STEPS)
+            return PassTimer(pair).answer(question, self.repeat)
 
-        whole: what was measured with all of it pinned; []: not yet.
-        """
-
-        def at(percent: int, pinned: int | None) -> list[GrowthPoint]:
+        def with_pinned(percent: int, pinned: int | None) -> list[GrowthPoint]:
             with self._loaded(replace(self.memory, pinned=pinned)) as pair:
-                return self._answer(pair, "bytes", f"{percent}% pinned", on_turn)
+                return answer(pair, "bytes", f"{percent}% pinned")
 
         most_pinned, *between, nothing = PINNED_SHARES
-        points = [*(whole or at(most_pinned, None)), *at(nothing, 0)]
+        whole: list[GrowthPoint] = []
+        with self._loaded(self.memory, show_progress) as pair:
+            self.memory_plan = pair.plan
+            yield answer(pair, "nodes", "nodes")
+            yield answer(pair, "context", "context")
+            if self.memory.pinned is None:
+                whole = answer(pair, "bytes", f"{most_pinned}% pinned")
+        points = [*(whole or with_pinned(most_pinned, None)), *with_pinned(nothing, 0)]
         pinnable = points[1].streamed_bytes - points[0].streamed_bytes
         for percent in between:
-            points += at(percent, pinnable * percent // 100)
-        return list({point.streamed_bytes: point for point in points}.values())
-
-    def _answer(self, pair: LoadedPair, question: Question, label: str, on_turn: OnTurn) -> list[GrowthPoint]:
-        on_turn(label, NUM_STEPS)
-        return PassTimer(pair).answer(question, self.repeat)
+            points += with_pinned(percent, pinnable * percent // 100)
+        # Amounts that come to the same layers count once.
+        yield list({point.streamed_bytes: point for point in points}.values())
 
     @contextmanager
     def _loaded(self, memory: MemoryOptions, show_progress: bool = False) -> Iterator[LoadedPair]:
@@ -228,82 +205,77 @@ class Growth:
 # -- report ----------------------------------------------------------------------------------------------
 
 
-def growth_report(done: Growth, argv: Sequence[str]) -> Report:
+def growth_report(done: Growth) -> Report:
     """A table and a picture for each question; in the document all passes: bytes in bytes, times in seconds."""
-    origin, notes, rate = Origin(argv), _notes(done), done.memory.read_bandwidth
-    answered = [question for question in QUESTIONS if done.of(question)]
-    target = done.target or DEFAULT_PRESET
+    rate, target = done.memory.read_bandwidth, done.target or DEFAULT_PRESET
+    answered = {question: _figures(done, question) for question in QUESTIONS if done.of(question)}
     document = {
-        **origin.to_json(),
         "target": target,
         "options": {"repeat": done.repeat, **asdict(done.memory)},
-        "emulated": rate is not None,
         "memory_plan": None if done.memory_plan is None else asdict(done.memory_plan),
-        "interrupted": done.interrupted,
-        "notes": notes,
-        "points": [
-            {**asdict(point), **figures}
-            for question in answered
-            for point, figures in zip(done.of(question), _figures(done, question), strict=True)
-        ],
+        "points": [figures for found in answered.values() for figures in found],
     }
-    return Report(
+    drawn = {question: found for question, found in answered.items() if len(found) > 1}
+    return Report.of_runs(
         "growth",
-        [_table(done, question) for question in answered],
-        notes,
+        target,
+        rate,
+        [_table(question, found) for question, found in answered.items()],
+        _notes(done),
         document,
-        heading=f"# {target}\n\n{origin.to_markdown()}",
-        draw=partial(_draw, done, f"{target}{output.emulated_rate(rate, ', reads ')}"),
+        plots=[Plot("growth", "Time of one target pass", partial(_draw, drawn) if drawn else None)],
         interrupted=done.interrupted,
     )
 
 
-def _figures(done: Growth, question: Question) -> list[dict[str, float | None]]:
-    """What a question's points come to. `predicted_s`: what reading alone takes at the emulated rate."""
+def _figures(done: Growth, question: Question) -> list[dict[str, Any]]:
+    """A question's points, and what they come to. `computing_s`: the median without the waits; `predicted_s`: what
+    reading alone takes at the emulated rate."""
     points, rate = done.of(question), done.memory.read_bandwidth
-    first = median(points[0].seconds)
+    seconds = [[timed.seconds for timed in point.passes] for point in points]
     return [
         {
-            "median_s": median(point.seconds),
-            "min_s": min(point.seconds),
-            "max_s": max(point.seconds),
-            "computing_s": point.computing_s,
-            "ratio_to_first": output.share(median(point.seconds), first),
+            **asdict(point),
+            "median_s": median(taken),
+            "min_s": min(taken),
+            "max_s": max(taken),
+            "computing_s": median(timed.seconds - timed.wait_s for timed in point.passes),
+            "ratio_to_first": output.share(median(taken), median(seconds[0])),
             "predicted_s": None if rate is None else point.streamed_bytes / rate,
         }
-        for point in points
+        for point, taken in zip(points, seconds, strict=True)
     ]
 
 
-def _table(done: Growth, question: Question) -> Table:
-    points, rows = done.of(question), []
-    read, nodes, context = _fixed(points[0]).values()
+def _table(question: Question, found: Sequence[dict[str, Any]]) -> Table:
+    read, nodes, context = _in_words(found[0]).values()
     title, name = {
         "bytes": (f"bytes read, {nodes} after {context}", "streamed"),
         "nodes": (f"nodes, after {context}, {read}", "nodes"),
         "context": (f"tokens in the cache, {nodes}, {read}", "context"),
     }[question]
-    for point, figures in zip(points, _figures(done, question), strict=True):
+    ms, rows = partial(milliseconds, suffix=""), []
+    for point in found:
         row = {
-            name: format_size(point.value) if question == "bytes" else str(point.value),
-            "median, ms": milliseconds(figures["median_s"], suffix=""),
-            "min, ms": milliseconds(figures["min_s"], suffix=""),
-            "max, ms": milliseconds(figures["max_s"], suffix=""),
-            "× first": number(figures["ratio_to_first"], 2),
-            "computing, ms": milliseconds(figures["computing_s"], suffix=""),
+            name: format_size(point["streamed_bytes"]) if question == "bytes" else str(point[question]),
+            "median, ms": ms(point["median_s"]),
+            "min, ms": ms(point["min_s"]),
+            "max, ms": ms(point["max_s"]),
+            "× first": number(point["ratio_to_first"], 2),
+            "computing, ms": ms(point["computing_s"]),
         }
-        if question == "bytes" and done.memory.read_bandwidth is not None:
-            row["bytes/rate, ms"] = milliseconds(figures["predicted_s"], suffix="")
+        if question == "bytes" and point["predicted_s"] is not None:
+            row["bytes/rate, ms"] = ms(point["predicted_s"])
         rows.append(row)
     return Table.of(f"One target pass by {title}", rows)
 
 
-def _fixed(point: GrowthPoint) -> dict[Question, str]:
-    """What a point has of each, in words."""
+def _in_words(point: dict[str, Any]) -> dict[Question, str]:
+    """What a point has of each."""
     return {
-        "bytes": f"{format_size(point.streamed_bytes)} read",
-        "nodes": "1 node" if point.nodes == 1 else f"{point.nodes} nodes",
-        "context": f"{point.context} tokens",
+        "bytes": f"{format_size(point['streamed_bytes'])} read",
+        "nodes": "1 node" if point["nodes"] == 1 else f"{point['nodes']} nodes",
+        "context": f"{point['context']} tokens",
     }
 
 
@@ -330,37 +302,127 @@ def _notes(done: Growth) -> list[str]:
     return notes
 
 
-def _draw(done: Growth, subtitle: str, folder: Path) -> None:
-    """Milliseconds of a pass, a panel for each question with several points; without any, an earlier plot goes."""
-    file, figure = folder / "growth.png", output.new_figure("Time of one target pass", subtitle)
-    drawn = [question for question in QUESTIONS if len(done.of(question)) > 1]
-    if not drawn:
-        file.unlink(missing_ok=True)
-        return
-    figure.set_size_inches(0.8 + 3.4 * len(drawn), 3.8)
-    for axes, question in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        _draw_question(axes, done, question)
+def _draw(answered: dict[Question, list[dict[str, Any]]], figure: Any) -> None:
+    """Milliseconds of a pass, a panel for each question."""
+    figure.set_size_inches(0.8 + 3.4 * len(answered), 3.8)
+    panels = figure.subplots(1, len(answered), squeeze=False)[0]
+    for axes, (question, found) in zip(panels, answered.items(), strict=True):
+        x = [point["streamed_bytes"] / 1e6 if question == "bytes" else point[question] for point in found]
+        names = ("median_s", "min_s", "max_s", "computing_s", "predicted_s")
+        y, low, high, computing, bound = ([1e3 * (point[name] or 0.0) for point in found] for name in names)
+        spread = [[a - b for a, b in zip(*pair, strict=True)] for pair in ((y, low), (high, y))]
+        axes.errorbar(
+            x, y, spread, fmt="o-", color=output.BLUE, ecolor="black", capsize=3, markersize=4,
+            label="measured: median, min to max",
+        )  # fmt: skip
+        if computing != y:
+            axes.plot(x, computing, "s:", color=output.SKY, markersize=4, label="computing: waits left out")
+        most = max(high)
+        if question == "bytes" and any(bound):
+            axes.plot(x, bound, "--", color=output.ORANGE, label="bytes / rate")
+            most = max(*high, *bound)
+        axes.set_title(
+            ", ".join(text for name, text in _in_words(found[0]).items() if name != question), fontsize=9
+        )
+        labels = {"bytes": "read per pass, MB", "nodes": "nodes", "context": "tokens in the cache"}
+        axes.set(xlabel=labels[question], ylabel="ms per pass", xlim=(0, 1.05 * max(x)), ylim=(0, 1.1 * most))
+        axes.grid(alpha=0.3)
     output.legend_below(figure)
-    figure.savefig(file, dpi=150)
 
 
-def _draw_question(axes: Any, done: Growth, question: Question) -> None:
-    points, figures = done.of(question), _figures(done, question)
-    x = [point.value / (1e6 if question == "bytes" else 1.0) for point in points]
-    names = ("median_s", "min_s", "max_s", "computing_s", "predicted_s")
-    y, low, high, computing, bound = ([1e3 * (line[name] or 0.0) for line in figures] for name in names)
-    spread = [[a - b for a, b in zip(*pair, strict=True)] for pair in ((y, low), (high, y))]
-    axes.errorbar(
-        x, y, spread, fmt="o-", color=output.BLUE, ecolor="black", capsize=3, markersize=4,
-        label="measured: median, min to max",
-    )  # fmt: skip
-    if computing != y:
-        axes.plot(x, computing, "s:", color=output.SKY, markersize=4, label="computing: waits left out")
-    most = max(high)
-    if question == "bytes" and any(bound):
-        axes.plot(x, bound, "--", color=output.ORANGE, label="bytes / rate")
-        most = max(*high, *bound)
-    axes.set_title(", ".join(text for name, text in _fixed(points[0]).items() if name != question), fontsize=9)
-    labels = {"bytes": "read per pass, MB", "nodes": "nodes", "context": "tokens in the cache"}
-    axes.set(xlabel=labels[question], ylabel="ms per pass", xlim=(0, 1.05 * max(x)), ylim=(0, 1.1 * most))
-    axes.grid(alpha=0.3)
+# -- kernels ---------------------------------------------------------------------------------------------
+
+ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128)
+DENSE_ROWS = (1, 4, 16)  # the reference BLAS behind it is slow
+OUT_FEATURES, IN_FEATURES = 8192, 2048
+GROUP_SIZE, BITS = 64, 4
+MLX_QUANTIZED, MLX_DENSE, OURS = "MLX 4-bit", "MLX dense", "ours 4-bit"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTime:
+    """One kernel at one row count: median milliseconds, and the largest error as a share of the largest value
+    of the product in float64."""
+
+    kernel: str
+    rows: int
+    ms: float
+    error: float
+
+
+def time_kernels(
+    rows: Sequence[int] = ROWS, repeat: int = 3, shape: tuple[int, int] = (OUT_FEATURES, IN_FEATURES)
+) -> list[KernelTime]:
+    """Time all kernels there are, interleaved: `repeat` times all row counts, each kernel in turn.
+
+    shape: (output, input) features of the weight. All in float32 on the default device.
+    """
+    rng = np.random.default_rng(0)
+    weight = mx.array(rng.standard_normal(shape, dtype=np.float32) / np.sqrt(np.float32(shape[1])))
+    packed = mx.quantize(weight, GROUP_SIZE, BITS)
+    dense = mx.dequantize(*packed, GROUP_SIZE, BITS)
+    mx.eval(dense)
+    kernels = _kernels(packed, dense)
+    inputs = {count: mx.array(rng.standard_normal((count, shape[1]), dtype=np.float32)) for count in rows}
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for name, matmul in kernels.items():  # warm up; ours also loads a compiled kernel for each kind of row count
+        for count in rows if name == OURS else rows[:1]:
+            mx.eval(matmul(inputs[count]))
+    for _ in range(repeat):
+        for count in rows:
+            for name, matmul in kernels.items():
+                if name != MLX_DENSE or count in DENSE_ROWS:
+                    started = time.perf_counter()
+                    mx.eval(matmul(inputs[count]))
+                    seconds.setdefault((name, count), []).append(time.perf_counter() - started)
+    exact = np.asarray(dense, np.float64)
+    found = []
+    for (name, count), times in seconds.items():
+        reference = np.asarray(inputs[count], np.float64) @ exact.T
+        error = np.abs(np.asarray(kernels[name](inputs[count])) - reference).max() / np.abs(reference).max()
+        found.append(KernelTime(name, count, 1e3 * median(times), float(error)))
+    return found
+
+
+def _kernels(
+    packed: tuple[mx.array, mx.array, mx.array], dense: mx.array
+) -> dict[str, Callable[[mx.array], mx.array]]:
+    """The kernels by name. Ours is a layer as models use it, with its way from MLX to numpy and back.
+
+    packed: as `mx.quantize` gives them; dense (N, K): the same weight in float32.
+    """
+    kernels: dict[str, Callable[[mx.array], mx.array]] = {
+        MLX_QUANTIZED: lambda x: mx.quantized_matmul(x, *packed, transpose=True, group_size=GROUP_SIZE, bits=BITS),
+        MLX_DENSE: lambda x: x @ dense.T,
+    }
+    if cpu_kernels_wanted():
+        num_out, num_in = dense.shape
+        layer = QuantizedLinear(num_in, num_out, False, GROUP_SIZE, BITS)
+        layer.weight, layer.scales, layer.biases = packed
+        prepare_for_device(layer)
+        kernels[OURS] = layer
+    return kernels
+
+
+def kernel_report(times: Sequence[KernelTime]) -> Report:
+    """Every time in the document; a table with a line per row count, milliseconds and their ratio to one row for
+    each kernel, and with the largest errors last."""
+    subject = f"A {OUT_FEATURES}×{IN_FEATURES} matrix, 4 bits in groups of {GROUP_SIZE}"
+    notes = [
+        f"{subject}, float32 activations, on {device_name()}. Errors are relative to the largest value of the "
+        "product in float64."
+    ]
+    if not cpu_kernels_wanted():
+        notes.append("Our kernels are for Linux CPUs only; on this device models run on MLX's own.")
+    found = {(entry.kernel, entry.rows): entry.ms for entry in times}
+    header, last = ["rows"], ["largest error"]
+    rows = {entry.rows: [str(entry.rows)] for entry in times}
+    for name in dict.fromkeys(entry.kernel for entry in times):
+        header += [f"{name}, ms", "× 1 row"]
+        last += [f"{max(entry.error for entry in times if entry.kernel == name):.0e}", NOTHING]
+        for count, row in rows.items():
+            ms, one = found.get((name, count)), found.get((name, 1))
+            row += [number(ms), number(ms / one if ms is not None and one else None)]
+    table = Table("float32 times one 4-bit matrix", tuple(header), (*map(tuple, rows.values()), tuple(last)))
+    document = {"times": [asdict(entry) for entry in times]}
+    return Report.of_runs("kernels", subject, None, [table], notes, document)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,17 +13,16 @@ from rich import box
 from rich.table import Table as RichTable
 
 from llmcad_mlx.errors import LlmcadError, UsageError
-from llmcad_mlx.machine import Machine, this_machine
+from llmcad_mlx.machine import this_machine
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name
 
 NOTHING = "–"
 NO_PLOTS = "plots: matplotlib is not installed; get it with: pip install 'llmcad-mlx[bench]'"
-FORMAT_VERSION = 1
 
 # Okabe and Ito's colours, which differ for colour-blind eyes and in grey.
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-SKY, RED, YELLOW, GREY = "#56B4E9", "#D55E00", "#F0E442", "#BBBBBB"
+BLUE, ORANGE, SKY, GREY = "#0072B2", "#E69F00", "#56B4E9", "#BBBBBB"
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", SKY, "#D55E00", "#F0E442", GREY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,66 +61,81 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where figures come from: `argv` is the whole command."""
+class Plot:
+    """A picture. `draw` gets an empty Matplotlib figure; None: there is nothing to show."""
 
-    argv: Sequence[str] = ()
-    device: str = field(default_factory=device_name)
-    machine: Machine = field(default_factory=this_machine)
-
-    def to_json(self) -> dict[str, Any]:
-        """What every document of figures begins with."""
-        return {
-            "format": FORMAT_VERSION,
-            "argv": list(self.argv),
-            "device": self.device,
-            "machine": asdict(self.machine),
-        }
-
-    def to_markdown(self) -> str:
-        """Processor, cores, device, the versions that matter most, and the command."""
-        machine = self.machine
-        versions = ", ".join(f"{name} {machine.versions.get(name)}" for name in ("mlx", "mlx-lm", "numba"))
-        return (
-            f"{machine.cpu}, {machine.num_cores} cores, {self.device}; Python {machine.python}, {versions}\n\n"
-            f"    {' '.join(self.argv)}\n\n"
-        )
+    name: str
+    title: str
+    draw: Callable[[Any], None] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a command has found. `name`: of its files. `document`: one JSON object. `heading`: Markdown above the
-    tables of the file.
-
-    draw: writes pictures into a folder, and removes those of an earlier run that have nothing to show now; raises
-    ImportError without Matplotlib. interrupted: Ctrl-C came before all was measured. problem: what else failed.
-    """
+    tables of the file. `subtitle`: of the plots. `interrupted`: Ctrl-C came before all was measured. `problem`:
+    what else failed."""
 
     name: str
     tables: Sequence[Table]
     notes: Sequence[str]
     document: Mapping[str, Any]
     heading: str = ""
-    draw: Callable[[Path], None] | None = None
-    interrupted: bool = False
-    problem: LlmcadError | None = None
+    plots: Sequence[Plot] = field(default=(), kw_only=True)
+    subtitle: str = field(default="", kw_only=True)
+    interrupted: bool = field(default=False, kw_only=True)
+    problem: LlmcadError | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of_runs(
+        cls,
+        name: str,
+        subject: str,
+        read_bandwidth: float | None,
+        tables: Sequence[Table],
+        notes: Sequence[str],
+        document: Mapping[str, Any],
+        interrupted: bool = False,
+        **more: Any,
+    ) -> Report:
+        """Of what was measured: machine, versions and the command that runs are added. subject: for headings.
+        read_bandwidth: emulated, in bytes per second. more: further fields."""
+        machine, device, argv = this_machine(), device_name(), ["llmcad-mlx", *sys.argv[1:]]
+        origin = {"format": 1, "argv": argv, "device": device, "machine": asdict(machine)}
+        known = {"emulated": read_bandwidth is not None, "interrupted": interrupted, "notes": notes}
+        versions = ", ".join(f"{name} {machine.versions[name]}" for name in ("mlx", "mlx-lm", "numba"))
+        heading = (
+            f"# {subject}\n\n"
+            f"{machine.cpu}, {machine.num_cores} cores, {device}; Python {machine.python}, {versions}\n\n"
+            f"    {' '.join(argv)}\n\n"
+        )
+        subtitle = f"{subject}{emulated_rate(read_bandwidth, '; reads ')}"
+        whole = {**origin, **document, **known}
+        return cls(name, tables, notes, whole, heading, subtitle=subtitle, interrupted=interrupted, **more)
 
     def to_markdown(self) -> str:
         """Tables, then the notes as a list."""
         return "\n".join([*(table.to_markdown() for table in self.tables), *(f"- {note}" for note in self.notes)])
 
     def write(self, folder: Path) -> str | None:
-        """Write the JSON, Markdown and picture files; returns a message where there can be no pictures, else
-        None."""
+        """Write the JSON, Markdown and picture files, and remove the pictures of an earlier run that have nothing
+        to show now; returns a message where there can be no pictures, else None."""
         make_folder(folder)
         text = json.dumps(self.document, indent=1) + "\n"
         (folder / f"{self.name}.json").write_text(text, encoding="utf-8")
         (folder / f"{self.name}.md").write_text(f"{self.heading}{self.to_markdown()}\n", encoding="utf-8")
-        try:
-            if self.draw is not None:
-                self.draw(folder)
-        except ImportError:
-            return NO_PLOTS
+        for plot in self.plots:
+            try:
+                from matplotlib.figure import Figure
+            except ImportError:
+                return NO_PLOTS
+            file = folder / f"{plot.name}.png"
+            if plot.draw is None:
+                file.unlink(missing_ok=True)
+                continue
+            figure = Figure(layout="constrained")
+            figure.suptitle(f"{plot.title}\n{self.subtitle}", fontsize=11)
+            plot.draw(figure)
+            figure.savefig(file, dpi=150)
         return None
 
 
@@ -142,11 +157,6 @@ def number(value: float | None, digits: int = 1, suffix: str = "") -> str:
     return NOTHING if value is None else f"{value:.{digits}f}{suffix}"
 
 
-def percent(share: float | None) -> str:
-    """A share of 1, or a dash where there is none."""
-    return NOTHING if share is None else f"{share:.0%}"
-
-
 def milliseconds(seconds: float | None, digits: int = 1, suffix: str = " ms") -> str:
     """Seconds as milliseconds, or a dash where there are none."""
     return number(None if seconds is None else 1e3 * seconds, digits, suffix)
@@ -157,13 +167,7 @@ def emulated_rate(read_bandwidth: float | None, before: str = "") -> str:
     return "" if read_bandwidth is None else f"{before}emulated at {format_size(int(read_bandwidth))}/s"
 
 
-def new_figure(title: str, subtitle: str) -> Any:
-    """An empty Matplotlib figure; `subtitle` says what was measured. Raises ImportError."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    figure.suptitle(f"{title}\n{subtitle}" if subtitle else title, fontsize=11)
-    return figure
+# -- plots -----------------------------------------------------------------------------------------------
 
 
 def bar_panels(figure: Any, height: float, num_panels: int = 1, width: float = 7.5) -> Any:
@@ -180,11 +184,6 @@ def bar_panels(figure: Any, height: float, num_panels: int = 1, width: float = 7
 
 def legend_below(figure: Any) -> None:
     """One legend for all panels, each label once."""
-    handles = {
-        label: handle
-        for axes in figure.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=max(len(handles), 1), frameon=False
-    )
+    found = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    handles = {label: handle for pairs in found for handle, label in pairs}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)

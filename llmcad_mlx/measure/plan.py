@@ -1,6 +1,6 @@
 """What `plan` shows: what memory is spent on, the speed to expect, what more memory or a smaller draft would buy.
 
-The formulas are those of `memory.forecast`. W, the bytes of a pass, comes from the plan; the read rate B from the
+The formulas are those of `memory`. W, the bytes of a pass, comes from the plan; the read rate B from the
 options or from reading some of them; A, C, D and N are what this pair's own rounds were like on this machine.
 """
 
@@ -14,9 +14,15 @@ from typing import Any
 
 from llmcad_mlx.loader import PlannedPair
 from llmcad_mlx.measure.output import NOTHING, Report, Table, milliseconds, number
-from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds, larger_plans, smaller_drafts
-from llmcad_mlx.memory.plan import MemoryPlan, streamed_choices
-from llmcad_mlx.policy.costs import CostModel
+from llmcad_mlx.memory import (
+    Measured,
+    MemoryPlan,
+    ReadRate,
+    Speeds,
+    larger_plans,
+    smaller_drafts,
+    streamed_choices,
+)
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name, pair_profile_path
 from llmcad_mlx.store.profile import PairProfile
@@ -79,33 +85,35 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A planned pair's future. `larger`: with more memory; `drafts`: with other drafts, whose tokens per pass are
-    not known."""
+    """A planned pair's future. `rate`: None where nothing is read. `larger`: with more memory; `drafts`: with
+    other drafts, whose tokens per pass are not known."""
 
     rate: ReadRate | None
-    """None: nothing is read."""
     measured: Measured | None
     speeds: Speeds
-    larger: tuple[Alternative, ...]
-    drafts: tuple[Alternative, ...]
+    larger: Sequence[Alternative]
+    drafts: Sequence[Alternative]
 
 
 def make_forecast(pair: PlannedPair) -> Forecast:
     """Predict. Reads some of the streamed weights where no rate was given. Raises StorageError."""
-    rate, measured = _read_rate(pair), find_measured(pair)
+    given, measured, rate = pair.options.read_bandwidth, find_measured(pair), None
+    if given is not None:
+        rate = ReadRate(given, emulated=True)
+    elif reads := pair.weights.streamed_reads(pair.plan):
+        rate = measure_read_rate(reads)
 
-    def alternatives(plans: Iterator[tuple[str, MemoryPlan]], drafted: bool) -> tuple[Alternative, ...]:
-        return tuple(
-            Alternative(name, plan, Speeds.of(plan.streamed_bytes, rate, measured, drafted))
-            for name, plan in plans
-        )
+    def speeds(plan: MemoryPlan, drafted: bool = True) -> Speeds:
+        return Speeds.of(plan.streamed_bytes, rate, measured, drafted)
 
+    larger = larger_plans(pair.needs, pair.plan)
+    drafts = smaller_drafts(pair.needs, pair.plan, pair.options.pinned)
     return Forecast(
         rate=rate,
         measured=measured,
-        speeds=Speeds.of(pair.plan.streamed_bytes, rate, measured),
-        larger=alternatives(larger_plans(pair.needs, pair.plan), drafted=True),
-        drafts=alternatives(smaller_drafts(pair.needs, pair.plan, pair.options.pinned), drafted=False),
+        speeds=speeds(pair.plan),
+        larger=[Alternative(name, plan, speeds(plan)) for name, plan in larger],
+        drafts=[Alternative(name, plan, speeds(plan, drafted=False)) for name, plan in drafts],
     )
 
 
@@ -113,35 +121,24 @@ def find_measured(pair: PlannedPair) -> Measured | None:
     """From the saved profile of this way of running, or of the most similar one that has run."""
     plan, rate = pair.plan, pair.options.read_bandwidth
     near = sorted(streamed_choices(pair.needs.sizes), key=lambda size: abs(size - plan.streamed_bytes))
-    ways: list[tuple[int | None, float | None]] = [(size, rate) for size in near]
-    if rate is not None:
-        ways += [(size, None) for size in near]
+    ways: list[tuple[int | None, float | None]] = [
+        (size, given) for given in dict.fromkeys((rate, None)) for size in near
+    ]
     for streamed, bandwidth in (*ways, (None, None)):
         costs = PairProfile(pair_profile_path(pair.names, streamed, bandwidth)).costs
-        if costs.totals.rounds and costs.computing:
-            return _measured(costs, streamed)
+        totals = costs.totals
+        if totals.rounds and costs.computing:
+            nodes = totals.rows / totals.rounds
+            return Measured(
+                tokens_per_pass=totals.tokens / totals.rounds,
+                nodes=nodes,
+                pass_s=costs.computing.predict(max(round(nodes), 1)),
+                plain_pass_s=costs.computing.predict(1),
+                rest_s=totals.rest_s / totals.rounds,
+                draft_step_s=costs.draft.predict(1) if costs.draft else None,
+                streamed_bytes=streamed,
+            )
     return None
-
-
-def _measured(costs: CostModel, streamed: int | None) -> Measured:
-    totals = costs.totals
-    nodes = totals.rows / totals.rounds
-    return Measured(
-        tokens_per_pass=totals.tokens / totals.rounds,
-        nodes=nodes,
-        pass_s=costs.computing.predict(max(round(nodes), 1)),
-        plain_pass_s=costs.computing.predict(1),
-        rest_s=totals.rest_s / totals.rounds,
-        draft_step_s=costs.draft.predict(1) if costs.draft else None,
-        streamed_bytes=streamed,
-    )
-
-
-def _read_rate(pair: PlannedPair) -> ReadRate | None:
-    if pair.options.read_bandwidth is not None:
-        return ReadRate(pair.options.read_bandwidth, emulated=True)
-    reads = pair.weights.streamed_reads(pair.plan)
-    return measure_read_rate(reads) if reads else None
 
 
 # -- report ----------------------------------------------------------------------------------------------
@@ -156,17 +153,16 @@ def plan_report(pair: PlannedPair, forecast: Forecast) -> Report:
         "draft": names.draft_name,
         "device": device_name(),
         "emulated": pair.options.read_bandwidth is not None,
-        **_plan_json(plan),
-        "parts": dict(budget_parts(pair)),
+        **_plan_json(plan, forecast.speeds),
+        "parts": budget_parts(pair),
         "num_layers": len(pair.needs.sizes.layer_bytes),
         "pinned_layers": list(plan.pinned_layers),
         "pin_head": plan.pin_head,
         "pin_embedding": plan.pin_embedding,
         "read_rate": None if forecast.rate is None else asdict(forecast.rate),
         "measured": None if forecast.measured is None else asdict(forecast.measured),
-        "tokens_per_s": asdict(forecast.speeds),
-        "larger": [_alternative_json(row) for row in forecast.larger],
-        "drafts": [_alternative_json(row) for row in forecast.drafts],
+        "larger": [{"name": row.name, **_plan_json(row.plan, row.speeds)} for row in forecast.larger],
+        "drafts": [{"name": row.name, **_plan_json(row.plan, row.speeds)} for row in forecast.drafts],
     }
     return Report("plan", _tables(pair, forecast), _notes(pair, forecast), document)
 
@@ -177,35 +173,39 @@ _PLAN_FIELDS = (
 )  # fmt: skip
 
 
-def _plan_json(plan: MemoryPlan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in _PLAN_FIELDS}
+def _plan_json(plan: MemoryPlan, speeds: Speeds) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in _PLAN_FIELDS} | {"tokens_per_s": asdict(speeds)}
 
 
-def _alternative_json(row: Alternative) -> dict[str, Any]:
-    return {"name": row.name, **_plan_json(row.plan), "tokens_per_s": asdict(row.speeds)}
-
-
-def budget_parts(pair: PlannedPair) -> list[tuple[str, int]]:
+def budget_parts(pair: PlannedPair) -> dict[str, int]:
     """What the plan adds up to, part by part."""
     plan, sizes = pair.plan, pair.needs.sizes
-    layers = sum(sizes.layer_bytes[number] for number in plan.pinned_layers)
-    embedding = sizes.embedding_bytes * plan.pin_embedding
-    return [
-        ("interpreter and libraries", plan.runtime_bytes),
-        ("draft weights", plan.draft_bytes - plan.draft_kv_bytes),
-        ("draft KV", plan.draft_kv_bytes),
-        ("target KV", plan.kv_bytes),
-        ("logits and activations", plan.work_bytes),
-        ("stream buffers", plan.buffer_bytes),
-        ("small weights", plan.resident_bytes),
-        ("pinned layers", layers),
-        *([] if sizes.tied else [("pinned head", sizes.head_bytes * plan.pin_head)]),
-        ("pinned embedding, also the head" if sizes.tied else "pinned embedding", embedding),
-    ]
+    head = {} if sizes.tied else {"pinned head": sizes.head_bytes * plan.pin_head}
+    embedding = "pinned embedding, also the head" if sizes.tied else "pinned embedding"
+    return {
+        "interpreter and libraries": plan.runtime_bytes,
+        "draft weights": plan.draft_bytes - plan.draft_kv_bytes,
+        "draft KV": plan.draft_kv_bytes,
+        "target KV": plan.kv_bytes,
+        "logits and activations": plan.work_bytes,
+        "stream buffers": plan.buffer_bytes,
+        "small weights": plan.resident_bytes,
+        "pinned layers": sum(sizes.layer_bytes[number] for number in plan.pinned_layers),
+        **head,
+        embedding: sizes.embedding_bytes * plan.pin_embedding,
+    }
 
 
 def _tables(pair: PlannedPair, forecast: Forecast) -> list[Table]:
-    plan, tables = pair.plan, [_budget_table(pair), _speed_table(pair, forecast)]
+    plan, speeds = pair.plan, _figures(forecast.speeds)
+    names = (
+        "speculative, A / (max(W/B, C) + D)",
+        "at most, A·B/W",
+        "plain, 1 / max(W/B, C)",
+        "plain streamer at most, B/W",
+    )
+    title = "predicted speed (emulated)" if pair.options.read_bandwidth else "predicted speed"
+    tables = [_budget_table(pair), Table(title, ("", "tokens per s"), tuple(zip(names, speeds, strict=True)))]
     if forecast.larger:
         header = ("memory", "budget", "pinned", "streamed per pass", "tokens per s", "at most", "plain", "at most")
         rows = []
@@ -225,32 +225,20 @@ def _tables(pair: PlannedPair, forecast: Forecast) -> list[Table]:
 
 
 def _budget_table(pair: PlannedPair) -> Table:
-    plan, num_layers = pair.plan, len(pair.needs.sizes.layer_bytes)
+    plan = pair.plan
     details = {
         "draft KV": f"{plan.context} tokens",
         "target KV": f"{plan.context} tokens",
         "stream buffers": f"{plan.num_buffers}" if plan.buffer_bytes else NOTHING,
-        "pinned layers": f"{len(plan.pinned_layers)} of {num_layers}",
+        "pinned layers": f"{len(plan.pinned_layers)} of {len(pair.needs.sizes.layer_bytes)}",
     }
-    sizes = budget_parts(pair)
+    sizes, total = budget_parts(pair), plan.total_bytes
     if plan.budget_bytes is not None:
-        sizes.append(("spare", plan.spare_bytes))
-    total = plan.total_bytes if plan.budget_bytes is None else plan.budget_bytes
-    sizes += [("total", total), ("streamed per pass", plan.streamed_bytes)]
+        sizes, total = sizes | {"spare": plan.spare_bytes}, plan.budget_bytes
+    sizes |= {"total": total, "streamed per pass": plan.streamed_bytes}
     title = f"{pair.names.target_path.name}, draft {pair.names.draft_name}"
-    rows = tuple((name, details.get(name, ""), _megabytes(size)) for name, size in sizes)
+    rows = tuple((name, details.get(name, ""), _megabytes(size)) for name, size in sizes.items())
     return Table(title, ("memory", "", "size"), rows)
-
-
-def _speed_table(pair: PlannedPair, forecast: Forecast) -> Table:
-    names = (
-        "speculative, A / (max(W/B, C) + D)",
-        "at most, A·B/W",
-        "plain, 1 / max(W/B, C)",
-        "plain streamer at most, B/W",
-    )
-    title = "predicted speed (emulated)" if pair.options.read_bandwidth else "predicted speed"
-    return Table(title, ("", "tokens per s"), tuple(zip(names, _figures(forecast.speeds), strict=True)))
 
 
 def _figures(speeds: Speeds) -> list[str]:
@@ -264,9 +252,8 @@ def _megabytes(num_bytes: int | None) -> str:
 
 def _notes(pair: PlannedPair, forecast: Forecast) -> list[str]:
     """Where the figures come from."""
-    plan, notes = pair.plan, []
-    if plan.budget_bytes is None:
-        notes.append("No budget is set: --memory 6GB sets one.")
+    plan = pair.plan
+    notes = ["No budget is set: --memory 6GB sets one."] if plan.budget_bytes is None else []
     notes += [
         f"Room for {plan.context} tokens of context, trees of {plan.max_nodes} nodes, "
         f"prompt chunks of {plan.prefill_chunk} tokens.",

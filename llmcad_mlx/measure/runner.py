@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -20,24 +20,39 @@ from mlx_lm.utils import load_model
 
 from llmcad_mlx.api import Engine
 from llmcad_mlx.drafting import Drafter
-from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure.output import share
-from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts, mixed_by_domain
-from llmcad_mlx.measure.variants import MLX_LM_DRAFT, PLAIN, Variant
+from llmcad_mlx.measure.workload import MLX_LM_DRAFT, PLAIN, BenchPrompt, Variant, Workload
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.settings import GenerationOptions, SpeculationSettings, check_integer
+from llmcad_mlx.settings import GenerationOptions, SpeculationSettings
 from llmcad_mlx.store.names import NO_DRAFT
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
 
+PromptName = tuple[str, str]
+"""Domain and name."""
 WARM_UP = -1
 """The repetition of a warm-up."""
 OnTurn = Callable[[str, int], None]
 """Called before each step with its name and the number of all steps."""
+Found = TypeVar("Found")
+
+
+def until_interrupted(steps: Iterable[Iterable[Found]], found: list[Found]) -> bool:
+    """Do the steps, adding to `found` what each gives; whether Ctrl-C ended them early. Raises KeyboardInterrupt
+    where nothing was found yet."""
+    try:
+        for step in steps:
+            found += step
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +82,10 @@ class Place:
     domain: str
     prompt: str
     repetition: int
+
+    @property
+    def name(self) -> PromptName:
+        return self.domain, self.prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,54 +127,16 @@ def run_mismatches(runs: Sequence[Run], comparable: bool = True, reference: str 
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What every contender has to do: `repeat` times all prompts, after the first `warmup` of them."""
-
-    prompts: tuple[BenchPrompt, ...]
-    options: GenerationOptions
-    repeat: int
-    warmup: int
-
-    @classmethod
-    def of(
-        cls,
-        file: Path | None,
-        domains: str,
-        per_domain: int | None,
-        least_per_domain: int = 1,
-        *,
-        repeat: int,
-        warmup: int,
-        **options: Any,
-    ) -> Workload:
-        """Check what the command line was given: `domains` separated by commas, `options` as for
-        `GenerationOptions.of`.
-
-        Raises UsageError naming the option, and the errors of `load_prompts`.
-        """
-        checked = GenerationOptions.of(**options)
-        if checked.stopping.max_tokens < 1:
-            raise UsageError("max_tokens: a benchmark needs a limit; give 1 or more")
-        check_integer("repeat", repeat, 1, 10_000)
-        check_integer("warmup", warmup, 0, 10_000)
-        if per_domain is not None:
-            check_integer("per_domain", per_domain, least_per_domain, 10_000)
-        names = [name.strip() for name in domains.split(",") if name.strip()]
-        return cls(tuple(mixed_by_domain(load_prompts(file, names, per_domain))), checked, repeat, warmup)
-
-    @property
-    def max_tokens(self) -> int:
-        return self.options.stopping.max_tokens
-
-    @property
-    def temperature(self) -> float:
-        return self.options.sampling.temperature
-
-    def to_json(self) -> dict[str, Any]:
-        """Without the prompts."""
-        sampling = {"temperature": self.temperature, "seed": self.options.sampling.seed}
-        return {"repeat": self.repeat, "warmup": self.warmup, "max_tokens": self.max_tokens, **sampling}
+def count_mismatches(
+    runs: Sequence[Run], variant: str, comparable: bool = True, reference: str = PLAIN
+) -> tuple[int, int]:
+    """How many tokens of a variant are not the reference's, and how many were compared."""
+    told = [
+        (wrong, len(run.generation.tokens))
+        for run, wrong in zip(runs, run_mismatches(runs, comparable, reference), strict=True)
+        if run.variant == variant and wrong is not None
+    ]
+    return sum(wrong for wrong, _ in told), sum(length for _, length in told)
 
 
 class Contender(Protocol):
@@ -169,19 +150,11 @@ class Contender(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedPrompt:
-    """A prompt as the tokens that every contender is given."""
-
-    prompt: BenchPrompt
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Turn:
     """One generation to do."""
 
     contender: Contender
-    prompt: EncodedPrompt
+    prompt: BenchPrompt
     place: Place
     order: int
 
@@ -196,16 +169,18 @@ class Turn:
         return Run(self.contender.name, self.place, self.order, generation)
 
 
-def encode_prompts(prompts: Sequence[BenchPrompt], pair: LoadedPair) -> list[EncodedPrompt]:
-    """Each prompt as a user message in the model's chat template, or as text where it has none."""
+def encode_prompts(prompts: Sequence[BenchPrompt], pair: LoadedPair) -> list[BenchPrompt]:
+    """With their tokens: each a user message in the model's chat template, or text where it has none."""
     engine = Engine(pair)
     chat = bool(getattr(pair.tokenizer, "chat_template", None))
     texts: list[Any] = [[{"role": "user", "content": p.text}] if chat else p.text for p in prompts]
-    return [EncodedPrompt(prompt, tuple(engine.encode(text))) for prompt, text in zip(prompts, texts, strict=True)]
+    return [
+        replace(prompt, tokens=tuple(engine.encode(text))) for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def schedule(
-    contenders: Sequence[Contender], prompts: Sequence[EncodedPrompt], repetitions: range, warmup: int
+    contenders: Sequence[Contender], prompts: Sequence[BenchPrompt], repetitions: range, warmup: int
 ) -> Iterator[Turn]:
     """All turns, in order: `warmup` prompts, then in each repetition all prompts, each for all contenders.
 
@@ -215,65 +190,39 @@ def schedule(
     rounds = [(WARM_UP, index % len(prompts), index) for index in range(warmup)]
     rounds += [(repetition, n, repetition + n) for repetition in repetitions for n in range(len(prompts))]
     for repetition, number, shift in rounds:
-        encoded = prompts[number]
-        place = Place(encoded.prompt.domain, encoded.prompt.name, repetition)
+        prompt = prompts[number]
+        place = Place(prompt.domain, prompt.name, repetition)
         for order in range(len(contenders)):
-            yield Turn(contenders[(order + shift) % len(contenders)], encoded, place, order)
+            yield Turn(contenders[(order + shift) % len(contenders)], prompt, place, order)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """`runs` in the order they were done; `interrupted`: Ctrl-C came before the last."""
-
-    runs: list[Run]
-    interrupted: bool
-
-
-def run_interleaved(
-    contenders: Sequence[Contender],
-    prompts: Sequence[EncodedPrompt],
-    workload: Workload,
-    on_turn: OnTurn = lambda name, total: None,
-) -> Outcome:
-    """Do all turns; warm-up runs are not kept. on_turn gets the contender's name before each generation.
-
-    Ctrl-C ends it early with what was done, except in the warm-up, where there is nothing to show.
-    """
+def take_turns(
+    contenders: Sequence[Contender], prompts: Sequence[BenchPrompt], workload: Workload, on_turn: OnTurn
+) -> Iterator[list[Run]]:
+    """Do all turns, giving the run of each, nothing for a warm-up. on_turn gets the contender's name."""
     turns = list(schedule(contenders, prompts, range(workload.repeat), workload.warmup))
-    runs: list[Run] = []
-    try:
-        for turn in turns:
-            on_turn(turn.contender.name, len(turns))
-            run = turn.run(workload.options)
-            if not turn.warms_up:
-                runs.append(run)
-    except KeyboardInterrupt:
-        if not runs:
-            raise
-        return Outcome(runs, interrupted=True)
-    return Outcome(runs, interrupted=False)
+    for turn in turns:
+        on_turn(turn.contender.name, len(turns))
+        run = turn.run(workload.options)
+        yield [] if turn.warms_up else [run]
 
 
 class EngineContender:
     """Our engine with one speculation setting. What it learns about costs is kept from run to run."""
 
     def __init__(self, name: str, pair: LoadedPair, settings: SpeculationSettings) -> None:
-        self.name = name
-        self._pair = pair
-        self._engine = Engine(pair)
-        self._settings = settings
+        self.name, self._engine, self._settings = name, Engine(pair), settings
 
     def generate(self, prompt: Sequence[int], options: GenerationOptions) -> Generation:
         self._engine.restore(None)  # no prompt is taken over from the run before
+        options = replace(options, speculation=self._settings)
         tokens, stats = [], GenerationStats()
         started = time.perf_counter()
-        for response in self._engine.stream_generate(
-            list(prompt), options=replace(options, speculation=self._settings)
-        ):
+        for response in self._engine.stream_generate(list(prompt), options=options):
             tokens.append(response.token)
             stats = response.stats or stats
         seconds = time.perf_counter() - started
-        plan = self._pair.plan
+        plan = self._engine.pair.plan
         return Generation(
             tokens=tuple(tokens),
             num_timed=len(tokens),
@@ -285,14 +234,14 @@ class EngineContender:
         )
 
 
+@dataclass(frozen=True, slots=True)
 class MlxLmContender:
     """mlx-lm's own generation, with or without its draft model."""
 
-    def __init__(self, name: str, model: Module | None, tokenizer: Any, draft_model: Module | None) -> None:
-        self.name = name
-        self._model = model
-        self._tokenizer = tokenizer
-        self._draft_model = draft_model
+    name: str
+    model: Module | None
+    tokenizer: Any
+    draft_model: Module | None
 
     def generate(self, prompt: Sequence[int], options: GenerationOptions) -> Generation:
         mx.random.seed(options.sampling.seed)
@@ -300,11 +249,11 @@ class MlxLmContender:
         prompt_s = 0.0
         started = time.perf_counter()
         for response in stream_generate(
-            self._model,
-            self._tokenizer,
+            self.model,
+            self.tokenizer,
             list(prompt),
             options.stopping.max_tokens,
-            draft_model=self._draft_model,
+            draft_model=self.draft_model,
             sampler=make_sampler(options.sampling.temperature),
         ):
             if not tokens:
@@ -326,8 +275,7 @@ class WrongDrafter:
     """
 
     def __init__(self, inner: Drafter, vocab_size: int) -> None:
-        self.inner = inner
-        self.vocab_size = vocab_size
+        self.inner, self.vocab_size = inner, vocab_size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.resources import as_file, files
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,25 +22,13 @@ import mlx.core as mx
 
 from llmcad_mlx.errors import LlmcadError, UsageError
 from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
-from llmcad_mlx.measure import output
+from llmcad_mlx.measure import output, runner
 from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates, short_name
-from llmcad_mlx.measure.output import NOTHING, Origin, Report, Table, milliseconds, number
-from llmcad_mlx.measure.prompts import ALL_DOMAINS, BenchPrompt
-from llmcad_mlx.measure.runner import (
-    EncodedPrompt,
-    EngineContender,
-    OnTurn,
-    Run,
-    Workload,
-    encode_prompts,
-    run_mismatches,
-    schedule,
-    total_stats,
-)
-from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds
-from llmcad_mlx.memory.plan import MemoryPlan
+from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, milliseconds, number
+from llmcad_mlx.measure.runner import EngineContender, OnTurn, PromptName, Run, Turn, total_stats
+from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, grouped
+from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import NO_DRAFT, pair_profile_path
@@ -50,10 +37,9 @@ from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
 
 LEAST_NOISE = 0.03
 _HOPELESS = 5  # times as long as without a draft: like weights in bits that the processor has no kernels for
+_PACKAGED = Path(__file__).with_name("tune_prompts.toml")
 
 OpenPair = Callable[[Candidate], LoadedPair]
-PromptName = tuple[str, str]
-"""Domain and name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,53 +54,34 @@ class TunePlan:
     measured: frozenset[PromptName]
 
     @classmethod
-    def of(
-        cls,
-        drafts: DraftOptions,
-        memory: MemoryOptions,
-        prompts: Path | None,
-        per_domain: int | None,
-        max_tokens: int,
-        **work: Any,
-    ) -> TunePlan:
+    def of(cls, drafts: DraftOptions, memory: MemoryOptions, prompts: Path | None, **work: Any) -> TunePlan:
         """Check what the command line was given; `work` as `Workload.of` takes it. Raises UsageError naming the
         option."""
-        if max_tokens < 2:
+        workload = Workload.of(prompts or _PACKAGED, ALL_DOMAINS, 2, **work)
+        if workload.options.stopping.max_tokens < 2:
             raise UsageError("max_tokens: to be measured a draft needs a limit of 2 or more")
-        with as_file(files("llmcad_mlx.measure").joinpath("tune_prompts.toml")) as packaged:
-            workload = Workload.of(prompts or packaged, ALL_DOMAINS, per_domain, 2, max_tokens=max_tokens, **work)
         return cls(drafts, memory, workload, *split(workload.prompts))
 
-    @property
-    def domains(self) -> list[str]:
-        """Of the prompts, in their order."""
-        return list(dict.fromkeys(prompt.domain for prompt in self.workload.prompts))
 
-
-def split(prompts: Sequence[BenchPrompt]) -> tuple[frozenset[PromptName], frozenset[PromptName]]:
+def split(prompts: Sequence[BenchPrompt]) -> list[frozenset[PromptName]]:
     """The first, third, … prompt of each domain, which calibrate, and the others, which are measured. Raises
     UsageError for a domain of one prompt."""
-    by_domain: dict[str, list[PromptName]] = {}
-    for prompt in prompts:
-        by_domain.setdefault(prompt.domain, []).append((prompt.domain, prompt.name))
-    for domain, names in by_domain.items():
-        if len(names) < 2:
+    halves: tuple[set[PromptName], set[PromptName]] = set(), set()
+    for domain, members in grouped(prompts, lambda prompt: prompt.domain).items():
+        if len(members) < 2:
             raise UsageError(
                 f"prompts: {domain} has one prompt; tune needs two of each domain or more: one half predicts, "
                 "the other is measured"
             )
-    calibrating, measured = (
-        frozenset(name for names in by_domain.values() for name in names[half::2]) for half in (0, 1)
-    )
-    return calibrating, measured
+        for rank, prompt in enumerate(members):
+            halves[rank % 2].add((domain, prompt.name))
+    return [frozenset(half) for half in halves]
 
 
 # -- candidates → measured → decided → saved ------------------------------------------------------------
 
 
-def run_tune(
-    plan: TunePlan, target: str | None, show_progress: bool, on_turn: OnTurn = lambda label, total: None
-) -> Tuning:
+def run_tune(plan: TunePlan, target: str | None, show_progress: bool, on_turn: OnTurn) -> Tuning:
     """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies.
 
     Raises the errors of `load_pair` for the target; those of a draft are in the result.
@@ -123,7 +90,12 @@ def run_tune(
     target_path = resolve_target(name, show_progress)
     choice = find_choice(target_path, conditions(plan.memory))
     incumbent = None if choice is None else choice.draft
-    tuning = Tuning.of(plan, find_candidates(name, target_path, plan.drafts, incumbent, show_progress))
+    lineup = find_candidates(name, target_path, plan.drafts, incumbent, show_progress)
+    if is_planned([candidate.names for candidate in lineup.candidates], plan.memory):
+        tuning = Tuning(plan, lineup, False, lambda candidate: load_names(candidate.names, plan.memory))
+    else:
+        shared = PreparedTarget.in_memory(target_path)
+        tuning = Tuning(plan, lineup, True, lambda candidate: shared.build(candidate.names))
     tuning.measure(on_turn)
     tuning.decide()
     tuning.save()
@@ -170,14 +142,9 @@ class Tuning:
     saved: Path | None = None
     problem: LlmcadError | None = None
 
-    @classmethod
-    def of(cls, plan: TunePlan, lineup: Lineup) -> Tuning:
-        """All candidates share one target where they fit into memory together."""
-        together = not is_planned([candidate.names for candidate in lineup.candidates], plan.memory)
-        if not together:
-            return cls(plan, lineup, together, lambda candidate: load_names(candidate.names, plan.memory))
-        shared = PreparedTarget.in_memory(lineup.target_path)
-        return cls(plan, lineup, together, lambda candidate: shared.build(candidate.names))
+    @property
+    def winner(self) -> str | None:
+        return None if self.decision is None else self.decision.winner
 
     def measure(self, on_turn: OnTurn = lambda label, total: None) -> None:
         """Let the candidates answer the same prompts, interleaved.
@@ -187,19 +154,21 @@ class Tuning:
         anything was.
         """
         work, candidates = self.plan.workload, self.lineup.candidates
-        self.failures |= {failure.name: failure.reason for failure in self.lineup.failures}
+        self.failures |= self.lineup.failures
         planned = list(sittings(candidates, work.repeat, self.together))
         num_turns = sum(len(who) * (work.warmup + len(when) * len(work.prompts)) for who, when in planned)
-        try:
-            for who, repetitions in planned:
-                self._sit(who, repetitions, lambda label: on_turn(label, num_turns))
-        except KeyboardInterrupt:
-            if not self.runs:
-                raise
-            self.interrupted = True
+        runs = (
+            run
+            for who, repetitions in planned
+            for run in self._sit(who, repetitions, lambda label: on_turn(label, num_turns))
+        )
+        self.interrupted = runner.until_interrupted(runs, self.runs)
 
-    def _sit(self, who: Sequence[Candidate], repetitions: range, on_turn: Callable[[str], None]) -> None:
+    def _sit(
+        self, who: Sequence[Candidate], repetitions: range, on_turn: Callable[[str], None]
+    ) -> Iterator[list[Run]]:
         """Load candidates, let them do their turns, and free them."""
+        work = self.plan.workload
         pairs: list[LoadedPair] = []
         contenders: list[EngineContender] = []
         try:
@@ -212,8 +181,8 @@ class Tuning:
                 except (LlmcadError, MemoryError) as error:
                     self._fail(candidate.name, error)
             if contenders:
-                prompts = encode_prompts(self.plan.workload.prompts, pairs[0])
-                self._take_turns(contenders, prompts, repetitions, on_turn)
+                prompts = runner.encode_prompts(work.prompts, pairs[0])
+                yield from self._do(runner.schedule(contenders, prompts, repetitions, work.warmup), on_turn)
         finally:
             contenders.clear()
             for pair in pairs:
@@ -229,14 +198,9 @@ class Tuning:
         own = replace(pair, profile=self.seats[candidate.name].profile)
         return EngineContender(candidate.name, own, SpeculationSettings())
 
-    def _take_turns(
-        self,
-        contenders: Sequence[EngineContender],
-        prompts: Sequence[EncodedPrompt],
-        repetitions: range,
-        on_turn: Callable[[str], None],
-    ) -> None:
-        for turn in schedule(contenders, prompts, repetitions, self.plan.workload.warmup):
+    def _do(self, turns: Iterable[Turn], on_turn: Callable[[str], None]) -> Iterator[list[Run]]:
+        """The turns of those that have not failed; what a warm-up took is noted."""
+        for turn in turns:
             name = turn.contender.name
             on_turn(short_name(name))
             if not turn.warms_up and (reason := self._hopeless(name)) is not None:
@@ -249,10 +213,10 @@ class Tuning:
                 self._fail(name, error)
                 continue
             if turn.warms_up:
-                stats = run.generation.stats or run.generation
+                stats = total_stats([run])
                 self.seats[name].warm_ups.append(stats.prompt_s + stats.decode_s)
             else:
-                self.runs.append(run)
+                yield [run]
 
     def _hopeless(self, name: str) -> str | None:
         """Why a candidate is not worth measuring: it took many times as long as no draft for every answer of the
@@ -261,9 +225,8 @@ class Tuning:
         times = list(zip(self.seats[name].warm_ups, plain, strict=False))
         if not times or any(own <= _HOPELESS * without for own, without in times):
             return None
-        return (
-            f"its warm-up took {times[-1][0]:.1f} s for an answer that takes {times[-1][1]:.1f} s without a draft"
-        )
+        own, without = times[-1]
+        return f"its warm-up took {own:.1f} s for an answer that takes {without:.1f} s without a draft"
 
     def _fail(self, name: str, error: LlmcadError | MemoryError) -> None:
         if name == NO_DRAFT:
@@ -280,8 +243,8 @@ class Tuning:
             if name in self.failures or not any(run.variant == name for run in self.runs):
                 continue
             line = candidate_figures(self.plan, seat, self.runs)
+            wrong = f"{line.mismatches} of {line.num_compared} tokens are not the target's own"
             if line.mismatches and mx.default_device() == mx.cpu:
-                wrong = f"{line.mismatches} of {line.num_compared} tokens are not the target's own"
                 self.failures[name] = f"{wrong}; please report this"
             else:
                 self.lines.append(line)
@@ -294,16 +257,16 @@ class Tuning:
         run."""
         if self.decision is None:
             return
-        winner, options = self.decision.winner, self.plan.memory
-        for line in self.lines:
-            seat = self.seats[line.draft]
+        options, speeds = self.plan.memory, {line.draft: line.tokens_per_s or 0.0 for line in self.lines}
+        for name in speeds:
+            seat = self.seats[name]
             streamed = None if seat.plan is None else seat.plan.streamed_bytes
             kept = PairProfile(pair_profile_path(seat.candidate.names, streamed, options.read_bandwidth))
             kept.costs, kept.calibration = seat.profile.costs, seat.profile.calibration
             kept.save()
-        speed = next(line.tokens_per_s for line in self.lines if line.draft == winner)
+        winner = self.decision.winner
+        choice = DraftChoice(winner, conditions(options), speeds[winner])
         try:
-            choice = DraftChoice(winner, conditions(options), speed or 0.0)
             self.saved = save_choice(self.lineup.target_path, choice)
         except LlmcadError as error:
             self.problem = error
@@ -373,18 +336,14 @@ class DomainFigures:
     tokens_per_pass: float | None
     tokens_per_s: float | None
 
-    @classmethod
-    def of(cls, total: GenerationStats) -> DomainFigures:
-        return cls(total.tokens_per_pass or None, total.tokens_per_s or None)
-
 
 @dataclass(frozen=True, slots=True)
 class CandidateFigures:
     """One candidate. None: not known (yet).
 
     `tokens_per_pass` is of all prompts, `tokens_per_s` of the measured half. Speeds leave out reading the prompt,
-    of which `prompt_s` is the median. `mismatches` counts the tokens of all runs that are not the target's own, of
-    `num_compared`.
+    of which `prompt_s` is the median. `difference`: predicted over measured, less one. `mismatches` counts the
+    tokens of all runs that are not the target's own, of `num_compared`.
     """
 
     draft: str
@@ -394,66 +353,58 @@ class CandidateFigures:
     pinned_bytes: int | None
     tokens_per_pass: float | None
     prediction: Prediction | None
+    predicted_tokens_per_s: float | None
     tokens_per_s: float | None
+    difference: float | None
     prompt_s: float | None
     domains: dict[str, DomainFigures]
     num_runs: int
     mismatches: int
     num_compared: int
 
-    @property
-    def predicted_tokens_per_s(self) -> float | None:
-        return None if self.prediction is None else self.prediction.tokens_per_s
-
-    @property
-    def difference(self) -> float | None:
-        """Predicted over measured, less one; None without either."""
-        if self.predicted_tokens_per_s is None or not self.tokens_per_s:
-            return None
-        return self.predicted_tokens_per_s / self.tokens_per_s - 1.0
-
 
 def candidate_figures(plan: TunePlan, seat: Seat, runs: Sequence[Run]) -> CandidateFigures:
     """One candidate's figures; `runs` are those of all candidates."""
-    told = [
-        (run, wrong)
-        for run, wrong in zip(runs, run_mismatches(runs, reference=NO_DRAFT), strict=True)
-        if run.variant == seat.candidate.name
-    ]
-    own = [run for run, _ in told]
-    middle, costs, memory = median_runs(own), seat.profile.costs, seat.plan
+    name, costs, memory = seat.candidate.name, seat.profile.costs, seat.plan
+    own = [run for run in runs if run.variant == name]
+    middle, (mismatches, num_compared) = median_runs(own), runner.count_mismatches(runs, name, reference=NO_DRAFT)
     streamed = 0 if memory is None else memory.streamed_bytes
-    calibrating = among(middle, plan.calibrating)
-    by_domain = {domain: [run for run in middle if run.place.domain == domain] for domain in plan.domains}
+    prediction = Prediction.of(among(middle, plan.calibrating), costs, streamed, plan.memory.read_bandwidth)
+    predicted = None if prediction is None else prediction.tokens_per_s
+    measured = total_stats(among(middle, plan.measured)).tokens_per_s or None
+    domains = {}
+    for domain in dict.fromkeys(prompt.domain for prompt in plan.workload.prompts):
+        total = total_stats(run for run in middle if run.place.domain == domain)
+        domains[domain] = DomainFigures(total.tokens_per_pass or None, total.tokens_per_s or None)
     return CandidateFigures(
-        draft=seat.candidate.name,
+        draft=name,
         draft_bytes=seat.draft_bytes,
         draft_step_s=costs.draft.predict(1) if costs.draft else None,
         streamed_bytes=streamed,
         pinned_bytes=None if memory is None else memory.pinned_bytes,
         tokens_per_pass=total_stats(middle).tokens_per_pass or None,
-        prediction=Prediction.of(calibrating, costs, streamed, plan.memory.read_bandwidth),
-        tokens_per_s=total_stats(among(middle, plan.measured)).tokens_per_s or None,
+        prediction=prediction,
+        predicted_tokens_per_s=predicted,
+        tokens_per_s=measured,
+        difference=None if predicted is None or measured is None else predicted / measured - 1.0,
         prompt_s=median([run.generation.prompt_s for run in own]),
-        domains={domain: DomainFigures.of(total_stats(group)) for domain, group in by_domain.items()},
+        domains=domains,
         num_runs=len(own),
-        mismatches=sum(wrong or 0 for _, wrong in told),
-        num_compared=sum(len(run.generation.tokens) for run, wrong in told if wrong is not None),
+        mismatches=mismatches,
+        num_compared=num_compared,
     )
 
 
 def median_runs(runs: Iterable[Run]) -> list[Run]:
     """For each prompt the run of median speed, the faster of two."""
-    by_prompt: dict[PromptName, list[Run]] = {}
-    for run in runs:
-        by_prompt.setdefault((run.place.domain, run.place.prompt), []).append(run)
-    groups = [sorted(group, key=lambda run: -total_stats([run]).tokens_per_s) for group in by_prompt.values()]
-    return [group[(len(group) - 1) // 2] for group in groups]
+    groups = grouped(runs, lambda run: run.place.name).values()
+    ordered = [sorted(group, key=lambda run: -total_stats([run]).tokens_per_s) for group in groups]
+    return [group[(len(group) - 1) // 2] for group in ordered]
 
 
 def among(runs: Iterable[Run], prompts: frozenset[PromptName]) -> list[Run]:
     """The runs of `prompts`."""
-    return [run for run in runs if (run.place.domain, run.place.prompt) in prompts]
+    return [run for run in runs if run.place.name in prompts]
 
 
 # -- decided ---------------------------------------------------------------------------------------------
@@ -467,10 +418,6 @@ class Standing:
     ratio: float
     noise: float
 
-    def within(self, times: float) -> bool:
-        """Whether it comes within so many times its noise."""
-        return self.ratio >= 1.0 - times * self.noise
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -480,8 +427,6 @@ class Decision:
     fastest: str
     tied: tuple[str, ...]
     standings: tuple[Standing, ...]
-    stays: bool
-    """Whether an earlier choice was confirmed."""
 
 
 def decide(lines: Sequence[CandidateFigures], runs: Sequence[Run], incumbent: str | None) -> Decision | None:
@@ -499,10 +444,10 @@ def decide(lines: Sequence[CandidateFigures], runs: Sequence[Run], incumbent: st
     fastest = max(speeds, key=lambda name: speeds[name])
     sizes = {line.draft: line.draft_bytes for line in lines}
     standings = sorted((standing(name, fastest, runs) for name in speeds), key=lambda entry: -entry.ratio)
-    tied = [entry.name for entry in standings if entry.name == fastest or entry.within(1.0)]
-    stays = any(entry.name == incumbent and entry.within(2.0) for entry in standings)
+    tied = [entry.name for entry in standings if entry.name == fastest or entry.ratio >= 1.0 - entry.noise]
+    stays = any(entry.name == incumbent and entry.ratio >= 1.0 - 2.0 * entry.noise for entry in standings)
     winner = incumbent if stays and incumbent is not None else min(tied, key=lambda name: sizes[name])
-    return Decision(winner, fastest, tuple(tied), tuple(standings), winner == incumbent)
+    return Decision(winner, fastest, tuple(tied), tuple(standings))
 
 
 def standing(name: str, fastest: str, runs: Sequence[Run]) -> Standing:
@@ -522,62 +467,46 @@ def standing(name: str, fastest: str, runs: Sequence[Run]) -> Standing:
 # -- report ----------------------------------------------------------------------------------------------
 
 
-def tune_report(done: Tuning, argv: Sequence[str]) -> Report:
+def tune_report(done: Tuning) -> Report:
     """All candidates, the best first; then tokens per pass and speed by domain; and in the document everything:
     bytes in bytes, times in seconds, speeds in tokens per second."""
-    origin, notes, lineup, plan, work = Origin(argv), _notes(done), done.lineup, done.plan, done.plan.workload
-    emulated = output.emulated_rate(plan.memory.read_bandwidth, "; reads ")
+    lineup, plan, rate = done.lineup, done.plan, done.plan.memory.read_bandwidth
+    standings = {} if done.decision is None else {entry.name: asdict(entry) for entry in done.decision.standings}
     document = {
-        **origin.to_json(),
         "target": lineup.target,
         "target_path": str(lineup.target_path),
-        "emulated": bool(emulated),
         "options": {
             "drafts": None if plan.drafts.names is None else list(plan.drafts.names),
             "bits": list(plan.drafts.bits),
             "trim": list(plan.drafts.tokens),
             "calibrated_on": [f"{domain}/{name}" for domain, name in sorted(plan.calibrating)],
             "measured_on": [f"{domain}/{name}" for domain, name in sorted(plan.measured)],
-            **work.to_json(),
+            **plan.workload.to_json(),
             **asdict(plan.memory),
         },
         "together": done.together,
-        "interrupted": done.interrupted,
-        "winner": _winner(done),
+        "winner": done.winner,
         "incumbent": lineup.incumbent,
         "tied": [] if done.decision is None else list(done.decision.tied),
         "saved": None if done.saved is None else str(done.saved),
-        "candidates": [_candidate_json(done, line) for line in done.lines],
+        "candidates": [asdict(line) | {"standing": standings.get(line.draft)} for line in done.lines],
         "failed": [{"draft": name, "reason": reason} for name, reason in done.failures.items()],
-        "notes": notes,
-        "runs": [_run_json(run) for run in done.runs],
+        "runs": [
+            {"draft": run.variant, **asdict(run.place), "order": run.order, **asdict(total_stats([run]))}
+            for run in done.runs
+        ],
     }
-    return Report(
+    return Report.of_runs(
         "tune",
-        _tables(done),
-        notes,
+        f"{lineup.target}: drafts",
+        rate,
+        _tables(done) if done.lines else [],
+        _notes(done),
         document,
-        heading=f"# {lineup.target}: drafts\n\n{origin.to_markdown()}",
-        draw=partial(_draw, done, f"{short_name(lineup.target)}{emulated}"),
+        plots=[Plot("tune", "Drafts measured by tune", partial(_draw, done) if done.lines else None)],
         interrupted=done.interrupted,
         problem=done.problem,
     )
-
-
-def _candidate_json(done: Tuning, line: CandidateFigures) -> dict[str, Any]:
-    standings = () if done.decision is None else done.decision.standings
-    return {
-        **asdict(line),
-        "predicted_tokens_per_s": line.predicted_tokens_per_s,
-        "difference": line.difference,
-        "standing": next((asdict(entry) for entry in standings if entry.name == line.draft), None),
-    }
-
-
-def _run_json(run: Run) -> dict[str, Any]:
-    stats = run.generation.stats
-    row: dict[str, Any] = {"draft": run.variant, **asdict(run.place), "order": run.order}
-    return row | ({} if stats is None else asdict(stats))
 
 
 def _tables(done: Tuning) -> list[Table]:
@@ -586,12 +515,11 @@ def _tables(done: Tuning) -> list[Table]:
         named, domains = {"draft": short_name(line.draft)}, line.domains.items()
         per_pass.append(named | {name: number(figures.tokens_per_pass, 2) for name, figures in domains})
         speed.append(named | {name: number(figures.tokens_per_s) for name, figures in domains})
-    if not done.lines:
-        return []
-    title = f"drafts for {short_name(done.lineup.target)}"
     emulated = "" if done.plan.memory.read_bandwidth is None else " (emulated)"
     return [
-        Table.of(f"{title}{emulated}", [_cells(done, line) for line in done.lines]),
+        Table.of(
+            f"drafts for {short_name(done.lineup.target)}{emulated}", [_cells(done, line) for line in done.lines]
+        ),
         Table.of("tokens per pass", per_pass),
         Table.of("tokens per s, both halves", speed),
     ]
@@ -601,7 +529,7 @@ def _cells(done: Tuning, line: CandidateFigures) -> dict[str, str]:
     """A row of the table of all candidates, by header."""
     plain = next((other.tokens_per_s for other in done.lines if other.draft == NO_DRAFT), None)
     ratio = line.tokens_per_s / plain if plain and line.tokens_per_s is not None else None
-    label = short_name(line.draft) + (" (chosen)" if line.draft == _winner(done) else "")
+    label = short_name(line.draft) + (" (chosen)" if line.draft == done.winner else "")
     cells = {"draft": label, "memory": format_size(line.draft_bytes)}
     if line.pinned_bytes is not None:
         cells |= {"pinned": format_size(line.pinned_bytes), "read per pass": format_size(line.streamed_bytes)}
@@ -619,21 +547,16 @@ def _cells(done: Tuning, line: CandidateFigures) -> dict[str, str]:
     return cells
 
 
-def _winner(done: Tuning) -> str | None:
-    return None if done.decision is None else done.decision.winner
-
-
 def _notes(done: Tuning) -> list[str]:
     """What a reader of the figures must know."""
-    plan, work = done.plan, done.plan.workload
+    plan, decision = done.plan, done.decision
     where = (
         "all in memory together, interleaved by prompt"
         if done.together
         else "loaded one after the other, in every repetition anew"
     )
     notes = [
-        f"Prompts: {len(plan.calibrating)} predict, {len(plan.measured)} are measured; "
-        f"repetitions: {work.repeat}; at most {work.max_tokens} tokens; temperature {work.temperature:g}. "
+        f"Prompts: {len(plan.calibrating)} predict, {len(plan.measured)} are measured; {plan.workload.summary} "
         f"Candidates {where}. A prompt counts with its median repetition; speeds are all tokens over all seconds.",
         "Predicted: A / (max(W/B, C) + D) with tokens per pass A, computing C and the rest of a round D from the "
         "prompts that predict; measured: the speed on the others. Reading the prompt comes on top.",
@@ -642,61 +565,42 @@ def _notes(done: Tuning) -> list[str]:
         notes.append(f"Reads are {output.emulated_rate(plan.memory.read_bandwidth)}.")
     notes += [f"Left out: {name}: {reason}." for name, reason in done.failures.items()]
     if done.interrupted:
-        notes.append(f"Interrupted after {len(done.runs)} generations: nothing is chosen, nothing saved.")
-    elif done.decision is None:
-        notes.append("Nothing was measured: nothing is chosen.")
-    else:
-        notes += _decision_notes(done.decision, done.saved)
-    return notes
-
-
-def _decision_notes(decision: Decision, saved: Path | None) -> list[str]:
-    notes, winner = [], short_name(decision.winner)
+        return [*notes, f"Interrupted after {len(done.runs)} generations: nothing is chosen, nothing saved."]
+    if decision is None:
+        return [*notes, "Nothing was measured: nothing is chosen."]
+    winner, fastest = short_name(decision.winner), short_name(decision.fastest)
     others = [short_name(name) for name in decision.tied if name != decision.winner]
-    if decision.stays and decision.winner != decision.fastest:
+    if done.lineup.incumbent == decision.winner != decision.fastest:
         notes.append(
-            f"{winner} was chosen before and stays: it falls short of {short_name(decision.fastest)} by less than "
-            "twice the noise."
+            f"{winner} was chosen before and stays: it falls short of {fastest} by less than twice the noise."
         )
     elif others:
         notes.append(
             f"Within the noise (at least {LEAST_NOISE:.0%}) as fast: {', '.join(others)}; the smallest draft wins."
         )
-    if saved is not None:
-        notes.append(f"Saved in {saved}: --draft auto means {winner} from now on.")
+    if done.saved is not None:
+        notes.append(f"Saved in {done.saved}: --draft auto means {winner} from now on.")
     return notes
 
 
-_COLOURS = (
-    output.BLUE, output.ORANGE, output.GREEN, output.PINK, output.SKY, output.RED, output.YELLOW, output.GREY,
-)  # fmt: skip
-
-
-def _draw(done: Tuning, subtitle: str, folder: Path) -> None:
-    """Speed, predicted and measured, and tokens per pass by domain; without lines an earlier plot is removed."""
-    lines, domains, figure = (
-        done.lines,
-        done.plan.domains,
-        output.new_figure("Drafts measured by tune", subtitle),
-    )
-    if not lines:
-        (folder / "tune.png").unlink(missing_ok=True)
-        return
+def _draw(done: Tuning, figure: Any) -> None:
+    """Speed, predicted and measured, and tokens per pass by domain."""
+    lines = done.lines
     speed, per_pass = output.bar_panels(figure, 2.0 + 0.75 * len(lines), 2, width=10.0)
     rows = range(len(lines))
-    colours = [output.ORANGE if line.draft == _winner(done) else output.BLUE for line in lines]
+    colours = [output.ORANGE if line.draft == done.winner else output.BLUE for line in lines]
     bars = speed.barh(rows, [line.tokens_per_s or 0.0 for line in lines], 0.6, color=colours)
     speed.bar_label(bars, fmt="%.1f", padding=6)
     known = [(line.predicted_tokens_per_s, row) for row, line in enumerate(lines) if line.predicted_tokens_per_s]
     if known:
         speed.plot(*zip(*known, strict=True), "k|", markersize=22, markeredgewidth=2)
-    speed.set_xlabel("tokens/s; black line: predicted" + ("" if _winner(done) is None else "; orange: chosen"))
+    speed.set_xlabel("tokens/s; black line: predicted" + ("" if done.winner is None else "; orange: chosen"))
     speed.set_yticks(rows, [short_name(line.draft) for line in lines])
+    domains = list(lines[0].domains)
     height = 0.8 / len(domains)
     for index, domain in enumerate(domains):
         at = [row + (index - (len(domains) - 1) / 2) * height for row in rows]
         values = [line.domains[domain].tokens_per_pass or 0.0 for line in lines]
-        per_pass.barh(at, values, height, color=_COLOURS[index % len(_COLOURS)], label=domain)
+        per_pass.barh(at, values, height, color=output.COLOURS[index % len(output.COLOURS)], label=domain)
     per_pass.set_xlabel("tokens per pass of the target")
     output.legend_below(figure)
-    figure.savefig(folder / "tune.png", dpi=150)

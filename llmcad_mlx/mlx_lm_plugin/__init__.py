@@ -25,21 +25,14 @@ from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
 
-TESTED = ">=0.32.2,<0.33"  # mlx-lm's internals move between minor versions
+_TESTED = ">=0.32.2,<0.33"  # mlx-lm's internals move between minor versions
+_FOUND = metadata.version("mlx-lm")
 
-
-def check_mlx_lm(version: str | None = None) -> None:
-    """Raise ImportError, one line, unless mlx-lm (`version`; None: the installed one) is in the tested range."""
-    if version is None:
-        version = metadata.version("mlx-lm")
-    if not SpecifierSet(TESTED).contains(version, prereleases=True):
-        raise ImportError(
-            f"llmcad_mlx.mlx_lm_plugin is tested with mlx-lm {TESTED}, not {version}; "
-            f"run: pip install 'mlx-lm{TESTED}'"
-        )
-
-
-check_mlx_lm()
+if not SpecifierSet(_TESTED).contains(_FOUND, prereleases=True):
+    raise ImportError(
+        f"llmcad_mlx.mlx_lm_plugin is tested with mlx-lm {_TESTED}, not {_FOUND}; "
+        f"run: pip install 'mlx-lm{_TESTED}'"
+    )
 
 from llmcad_mlx.mlx_lm_plugin.generation import generate, installed, stream_generate  # noqa: E402
 

@@ -9,7 +9,6 @@ from importlib import import_module
 
 from llmcad_mlx.errors import LlmcadError
 
-_DONE, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
 _HELP = """usage: python -m llmcad_mlx.mlx_lm_plugin {generate,chat,server} [options]
 
 Runs mlx-lm's own command of that name with token-tree drafting; the options are mlx-lm's (--help after the
@@ -23,32 +22,28 @@ def main(words: list[str]) -> int:
 
     if words[:1] in (["-h"], ["--help"]):
         print(_HELP)
-        return _DONE
+        return 0
     if not words or words[0] not in COMMANDS:
         given = f"{words[0]!r} is none of" if words else "give one of"
         print(f"llmcad_mlx.mlx_lm_plugin: {given} the commands {', '.join(COMMANDS)}", file=sys.stderr)
-        return _USAGE
-    _tell_on_stderr()
-    sys.argv = [f"mlx_lm.{words[0]}", *words[1:]]
-    try:
-        with installed():
-            import_module(f"mlx_lm.{words[0]}").main()
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except LlmcadError as error:
-        print(f"llmcad_mlx.mlx_lm_plugin: {error}", file=sys.stderr)
-        return _FAILED
-    return _DONE
-
-
-def _tell_on_stderr() -> None:
-    """mlx-lm's commands show no acceptance: the plugin's own log does, whatever they do with logging."""
+        return 2
+    # mlx-lm's commands show no acceptance: the plugin's own log does, whatever they do with logging.
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("llmcad-mlx: %(message)s"))
     logger = logging.getLogger("llmcad_mlx.mlx_lm_plugin")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    sys.argv = [f"mlx_lm.{words[0]}", *words[1:]]
+    try:
+        with installed():
+            import_module(f"mlx_lm.{words[0]}").main()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except LlmcadError as error:
+        print(f"llmcad_mlx.mlx_lm_plugin: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

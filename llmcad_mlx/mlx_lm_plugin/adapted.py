@@ -12,98 +12,86 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
 from llmcad_mlx.cpu import prepare_for_device
-from llmcad_mlx.models.cache import LayerState
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.store.profile import PairProfile
 
 
+class LeftToMlxLmError(Exception):
+    """What only mlx-lm's own function can do; the message says why."""
+
+
 class AdaptedModel:
     """A second set of modules, made ready for trees, over the weights of the user's model.
 
-    `reason` says why the model can verify no draft, "" if it can.
+    `reason` says why the model can verify no draft, "" if it can. Only then are there `logits_dtype` of its head,
+    and `states`, how the twin keeps each layer's rows; both are found out by a forward.
     """
 
     def __init__(self, model: Module) -> None:
-        self.reason = ""
-        self._parts = _parts(model)  # held, so that no new array can get an old one's identity
+        self._model = weakref.ref(model)
+        self.parts = _parts(model)  # held, so that no new array can get an old one's identity
         self._profiles: weakref.WeakKeyDictionary[AdaptedModel, PairProfile] = weakref.WeakKeyDictionary()
         self._own_profile = PairProfile(None)
-        self._rows_dtype: mx.Dtype | None = None
+        shared = {id(part): part for part in self.parts if isinstance(part, mx.array)}
         try:
-            twin = _twin(model)
+            twin = copy.deepcopy(model, shared)
         except Exception as error:  # a module may hold anything, and say anything when it is copied
             self.reason = f"its modules cannot be copied ({type(error).__name__}: {error})".splitlines()[0]
             return
         prepare_for_device(twin)
         self.tree = TreeModel(twin, {}, probe(twin))
-        if self.tree.capability == "plain":
-            self.reason = self.tree.report.reason
-
-    def is_of(self, model: Module) -> bool:
-        """Whether `model` still has the modules and weights it was adapted with."""
-        now = _parts(model)
-        return len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
+        self.reason = self.tree.report.reason if self.tree.capability == "plain" else ""
+        if self.reason:
+            return
+        cache = self.tree.new_cache()
+        first = self.tree.forward([0], cache)
+        cache.commit(first.slots)
+        self.logits_dtype = first.logits.dtype
+        self.states = list(cache.states(1))
 
     def with_prefill_chunk(self, chunk: int | None) -> TreeModel:
         """The tree model, reading prompts `chunk` tokens at a time (None: as it likes)."""
-        if chunk is None:
-            return self.tree
-        return TreeModel(self.tree.model, {}, self.tree.report, prefill_chunk=chunk)
+        return TreeModel(self.tree.model, {}, self.tree.report, chunk or self.tree.prefill_chunk)
 
     def profile(self, draft: AdaptedModel | None) -> PairProfile:
         """What was learned about the pair in this process; the same object each time."""
         return self._own_profile if draft is None else self._profiles.setdefault(draft, PairProfile(None))
 
-    def rows_dtype(self, model: Module) -> mx.Dtype:
-        """What the user's `model` itself keeps keys and values in, found out by a forward of it."""
-        if self._rows_dtype is None:
-            cache = make_prompt_cache(model)
-            model(mx.array([[0]]), cache=cache)
-            self._rows_dtype = cache[0].keys.dtype
-        return self._rows_dtype
-
     @cached_property
-    def states(self) -> list[LayerState | None]:
-        """How the twin keeps each layer's rows, found out by a forward; for models that are not "plain"."""
-        cache = self.tree.new_cache()
-        self.tree.prefill([0], cache)
-        return list(cache.states(1))
-
-    @cached_property
-    def logits_dtype(self) -> mx.Dtype:
-        """What the model's head gives."""
-        return self.tree.forward([0], self.tree.new_cache()).logits.dtype
+    def rows_dtype(self) -> mx.Dtype:
+        """What the user's model itself keeps keys and values in, found out by a forward of it."""
+        model: Any = self._model()
+        cache = make_prompt_cache(model)
+        model(mx.array([[0]]), cache=cache)
+        dtype: mx.Dtype = cache[0].keys.dtype
+        return dtype
 
 
 class AdaptedModels:
     """The adapted models of those in use; a model's is dropped with it."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Module], AdaptedModel]] = {}
+        self._known: dict[int, AdaptedModel] = {}
 
     def of(self, model: Module) -> AdaptedModel:
-        """The model's, made at first use and again when its weights or modules are others than then."""
-        key = id(model)
-        known = self._known.get(key)
-        if known is not None and known[0]() is model and known[1].is_of(model):
-            return known[1]
-        adapted = AdaptedModel(model)
-        self._known[key] = (weakref.ref(model, lambda _: self._known.pop(key, None)), adapted)
+        """The model's, made at first use and again when its weights or modules are others than then.
+
+        Raises LeftToMlxLmError for a model that can verify no draft.
+        """
+        adapted = self._known.get(id(model))
+        if adapted is None or [*map(id, adapted.parts)] != [*map(id, _parts(model))]:
+            self._known[id(model)] = adapted = AdaptedModel(model)
+            weakref.finalize(model, self._known.pop, id(model), None)
+        if adapted.reason:
+            raise LeftToMlxLmError(adapted.reason)
         return adapted
 
 
-def _parts(model: Module) -> list[Any]:
+def _parts(model: Any) -> list[Any]:
     """Every module's class and arrays, in order."""
     parts: list[Any] = []
-    untyped: Any = model
-    for module in untyped.modules():
+    for module in model.modules():
         parts.append(type(module))
         parts.extend(value for value in module.values() if isinstance(value, mx.array))
     return parts
-
-
-def _twin(model: Module) -> Module:
-    """A copy of the modules that shares the arrays."""
-    shared = {id(part): part for part in _parts(model) if isinstance(part, mx.array)}
-    return copy.deepcopy(model, shared)

@@ -33,7 +33,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from llmcad_mlx.files.atomic import write_text
+from llmcad_mlx.files import write_text
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import computes_in_float32
 from llmcad_mlx.models.cache import Capability, LazyKVCache, UnsupportedCacheError

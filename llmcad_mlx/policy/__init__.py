@@ -1,8 +1,8 @@
-"""How a tree is grown: the interface between the engine's round and a growth policy."""
+"""How a tree is grown: the interface between the engine's round and a growth policy, and the simplest policy."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,27 +42,21 @@ class GrowthPolicy(Protocol):
     A policy keeps what it learns from round to round, so one policy serves one session at a time.
     """
 
-    @property
-    def sources(self) -> Collection[str]:
-        """The drafters it wants; others are not even given the prompt."""
+    pipelined: bool
+    """Whether drafters work while the target waits for weights, and nodes that survive a round are used."""
 
-    @property
-    def pipelined(self) -> bool:
-        """Whether drafters work while the target waits for weights, and nodes that survive a round are used."""
+    def wants(self, source: str) -> bool:
+        """Whether the drafter `source` is to work at present; others are not even given the prompt."""
 
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
         """Start a round. `tree` is a lone root, or what survived: the last round's tree below its bonus token.
-
-        `survivors`: how the nodes of `tree`, which is its tree, were called in the last round.
-        """
+        `survivors`, whose tree it is then, says how its nodes were called in that round."""
 
     def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
-        """Nodes for the drafter `source` to expand in one batched step; empty: it is done for this round.
+        """Nodes for the drafter `source` to expand in one batched step; empty: it is done for this round. No
+        drafter is asked for a node twice in a round.
 
         free_seconds: how long drafting delays nothing, because the target's weights are still being read.
-
-        When all drafters are done, the round falls back to the target. No drafter is asked for a node
-        twice in a round.
         """
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
@@ -83,3 +77,47 @@ class GrowthPolicy(Protocol):
 
     def finished(self, num_tokens: int, seconds: float) -> None:
         """Learn from the round's outcome: `num_tokens` emitted in `seconds` of wall time, all included."""
+
+
+class ChainPolicy:
+    """`source` drafts `length` tokens in a line, the most likely each time; 0 is plain decoding. For comparison:
+    mlx-lm's way.
+
+    It drafts nothing provisionally; `pipelined` lets the draft read the prompt while the target does.
+    """
+
+    def __init__(self, length: int, source: str = MODEL, pipelined: bool = True) -> None:
+        self.length = length
+        self.source = source
+        self.pipelined = pipelined
+        self._tip: int | None = 0
+
+    def wants(self, source: str) -> bool:
+        return source == self.source and self.length > 0
+
+    def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
+        self._tip = len(tree) - 1
+
+    def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
+        """The tip of the chain, until it is long enough."""
+        if self._tip is None or tree.depths[self._tip] >= self.length:
+            return []
+        leaf, self._tip = self._tip, None
+        return [leaf]
+
+    def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
+        if candidates.tokens:
+            confidence = candidates.confidences[0]
+            self._tip = tree.add(leaf, candidates.tokens[0], confidence, candidates.source)
+
+    def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
+        return []
+
+    def submit(self, tree: TokenTree) -> Selection:
+        return tree.select(len(tree))
+
+    def verified(self, tree: TokenTree, walk: Walk) -> None:
+        """Nothing to learn."""
+
+    def finished(self, num_tokens: int, seconds: float) -> None:
+        """Nothing to learn."""

@@ -1,7 +1,7 @@
 """The default policy: best-first growth, stopped where one more step earns fewer tokens than it costs.
 
-What to expand is decided here. What may be risked, and at which price, is the ledger's; when a round measures
-instead of earning is the schedule's.
+What to expand is decided here; the ledger says what may be risked, at which price, and when a round measures
+instead of earning.
 
 Everything is priced in tokens: a second is worth the tokens that decoding yields in it. Maximising tokens minus
 price times seconds, with the achieved rate as the price, maximises the rate itself (Dinkelbach's method for
@@ -11,19 +11,16 @@ DySpec reach the same rule).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.policy.ledger import EXPLORE, DraftAccount, LookupAccount, Prices, Ranking
-from llmcad_mlx.policy.schedule import Mode, Schedule
-from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TABLE, Selection, TokenTree
+from llmcad_mlx.policy.ledger import EXPLORE, DraftAccount, LookupAccount, Mode, Prices, Ranking, Schedule
+from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
 DEFAULT_MAX_NODES = 64
-_PROVISIONAL = 4  # times the nodes of a pass may be expanded in a tree that grows while the target waits
-_MIN_PROVISIONAL = 64
 _MAX_WIDTH = 8  # leaves of a draft step
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
@@ -38,7 +35,7 @@ _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, f
 
 def provisional_nodes(max_nodes: int) -> int:
     """Nodes a drafter may have expanded in a tree that grows while the target, given `max_nodes`, waits."""
-    return max(_PROVISIONAL * max_nodes, _MIN_PROVISIONAL)
+    return max(4 * max_nodes, 64)
 
 
 class ThroughputPolicy:
@@ -46,7 +43,7 @@ class ThroughputPolicy:
 
     `costs` and `calibration` are the engine's, shared so that they can be saved. With `tree_nodes` the tree is
     grown to exactly the best that many nodes, whatever the costs say; otherwise `max_nodes` bounds a pass.
-    `lookups`: the sources that cost next to nothing; the model is the one that is priced.
+    Steps of the model are priced; other drafters cost next to nothing.
     Without `branching`, for the ablation, only the best candidate of a leaf is kept and one branch is submitted.
     """
 
@@ -59,11 +56,7 @@ class ThroughputPolicy:
         *,
         branching: bool = True,
         pipelined: bool = True,
-        lookups: Collection[str] = (NGRAM, TABLE),
     ) -> None:
-        for name, value in (("tree_nodes", tree_nodes), ("max_nodes", max_nodes)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
         self.costs = costs
         self.calibration = calibration
         self.tree_nodes = tree_nodes
@@ -71,12 +64,10 @@ class ThroughputPolicy:
         self.max_width = _MAX_WIDTH if branching else 1
         self.max_provisional = provisional_nodes(self.max_nodes)
         self.pipelined = pipelined
-        self._lookups = frozenset(lookups)
-        self._all_sources = self._lookups | {MODEL}
         self._kept_children = _KEPT_CHILDREN if branching else 1
         self._branching = branching
         self._expanded: dict[str, set[int]] = {}
-        self._tree: TokenTree | None = None
+        self._tree = TokenTree(0)  # of the present round
         self._gain = 0.7  # acceptance probability that expanding a certain leaf has added, lately
         self._model_used = False  # for any node of this round's tree
         self._next_root = -1  # position of the next round's root if the text goes on
@@ -86,16 +77,15 @@ class ThroughputPolicy:
         self._schedule = Schedule(costs, forced=tree_nodes is not None)
         self._prices = Prices(costs, self.max_nodes)
 
-    @property
-    def sources(self) -> frozenset[str]:
+    def wants(self, source: str) -> bool:
         """All drafters; those that only look up while drafting with the model does not pay."""
-        drafting = self._draft_account.drafting or self.tree_nodes is not None
-        return self._all_sources if drafting else self._lookups
-
-    # -- growth ------------------------------------------------------------------------------------------
+        return source != MODEL or self._draft_account.drafting or self.tree_nodes is not None
 
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
-        self._expanded = {} if survivors is None else _renamed(self._expanded, survivors)
+        before, self._expanded = self._expanded, {}
+        if survivors is not None:
+            for source, nodes in before.items():
+                self._expanded[source] = {survivors.old_to_new[node] for node in nodes} - {DROPPED}
         self._tree = tree
         self._prices.begin()
         self._ranking = None
@@ -110,7 +100,7 @@ class ThroughputPolicy:
             return []
         expanded = self._expanded.setdefault(source, set())
         if self.tree_nodes is not None:
-            leaves = self._unfilled(tree, expanded)
+            leaves = self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
         elif source == MODEL:
             leaves = self._paying(tree, expanded, free_seconds)
             self._model_used = self._model_used or bool(leaves)
@@ -124,10 +114,6 @@ class ThroughputPolicy:
         if len(fresh) > 1:
             fresh.sort(key=tree.cumulative.__getitem__, reverse=True)
         return fresh[:count]
-
-    def _unfilled(self, tree: TokenTree, expanded: set[int]) -> list[int]:
-        """Nodes whose children could still enter the best `tree_nodes`: those that are in them now."""
-        return self._with_room(tree, self._best_unexpanded(tree, expanded, self.max_width), self.max_nodes)
 
     @staticmethod
     def _with_room(tree: TokenTree, leaves: list[int], num_nodes: int) -> list[int]:
@@ -217,36 +203,30 @@ class ThroughputPolicy:
         self._model_used = self._model_used or (source == MODEL and bool(leaves))
         return leaves
 
-    # -- verification ------------------------------------------------------------------------------------
-
     def submit(self, tree: TokenTree) -> Selection:
         """The best nodes, as many as maximise expected tokens minus the price of the target pass."""
         if self._branching:
             return tree.select(self._worth(self._ranked(tree)))
         branch = tree.best_branch()
-        return tree.keep_path(branch[: self._worth(self._prices.rank([tree.cumulative[node] for node in branch]))])
+        return tree.keep(branch[: self._worth(self._prices.rank([tree.cumulative[node] for node in branch]))])
 
     def _worth(self, ranking: Ranking) -> int:
         """How many nodes to submit, of those that are ranked."""
         if self.tree_nodes is not None:
             return self.tree_nodes
-        if len(ranking.probabilities) == 1 or self._schedule.mode.one_row:
+        probabilities, rows = ranking.probabilities, ranking.rows
+        if len(probabilities) == 1 or self._schedule.mode.one_row:
             return 1
-        rows = self._wanted(ranking)
+        if ranking.net < _LEAST_NET or sum(probabilities[:rows]) - 1.0 < _LEAST_GAIN:
+            rows = 1
+        elif 1 < rows < len(probabilities) and self._schedule.is_new(rows + 1):
+            rows += 1  # measure the next size too: a single disturbed observation would rule it out for good
         if self._model_used:
             balance = self._draft_account.balance
         else:
             balance = self._lookup_account.balance
             rows = self._lookup_account.affordable(rows, self._prices)
-        return 2 if rows == 1 and self._schedule.looks_at_two(ranking.probabilities[1], balance) else rows
-
-    def _wanted(self, ranking: Ranking) -> int:
-        best = ranking.rows
-        if ranking.net < _LEAST_NET or sum(ranking.probabilities[:best]) - 1.0 < _LEAST_GAIN:
-            return 1
-        # Measure the next size too: a single disturbed observation would rule it out for good.
-        more = 1 < best < len(ranking.probabilities) and self._schedule.is_new(best + 1)
-        return best + 1 if more else best
+        return 2 if rows == 1 and self._schedule.tries_row(probabilities[1], balance) else rows
 
     def _ranked(self, tree: TokenTree) -> Ranking:
         """The tree's nodes: asked for several times between two changes of it."""
@@ -256,34 +236,22 @@ class ThroughputPolicy:
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from every candidate the target's choices have judged, also those not submitted."""
-        self._next_root = tree.root_position + len(walk.tokens)
-        drafted = self._tree if self._tree is not None else tree
-        self._book_lookups(drafted, tree, walk)
+        drafted, rows, num_tokens = self._tree, len(tree), len(walk.tokens)
+        self._next_root = tree.root_position + num_tokens
+        missed = False
+        if self._lookup_account.declined and rows == 1:
+            likeliest = max(drafted.children(ROOT), key=drafted.confidences.__getitem__)
+            missed = drafted.tokens[likeliest] == walk.tokens[0]
+        risked = rows > 1 and not self._model_used and self._schedule.mode is not Mode.TRYING_ROW
+        net = walk.num_accepted - self._prices.more_rows(1, rows - 1) if risked else 0.0
+        self._lookup_account.book(num_tokens, net, missed)
         model_right = self._model_used and any(tree.sources[node] == MODEL for node in walk.nodes)
-        self._schedule.verified(len(tree), len(walk.tokens), self._model_used, model_right)
+        self._schedule.verified(rows, num_tokens, self._model_used, model_right)
         self.calibration.observe_choices(drafted, walk.tokens)
 
-    def _book_lookups(self, drafted: TokenTree, submitted: TokenTree, walk: Walk) -> None:
-        account, rows = self._lookup_account, len(submitted)
-        if account.declined and rows == 1:
-            likeliest = max(drafted.children(ROOT), key=drafted.confidences.__getitem__)
-            if drafted.tokens[likeliest] == walk.tokens[0]:
-                account.book_missed(len(walk.tokens))
-                return
-        risked = rows > 1 and not self._model_used and self._schedule.mode is not Mode.LOOKING
-        account.book(len(walk.tokens), walk.num_accepted - self._prices.more_rows(1, rows - 1) if risked else 0.0)
-
     def finished(self, num_tokens: int, seconds: float) -> None:
-        """The round is over: `num_tokens` emitted in `seconds`, everything included."""
         self._prices.observe_round(num_tokens, seconds)
         account, was_drafting = self._draft_account, self._draft_account.drafting
         account.book(num_tokens, num_tokens - seconds * self.costs.plain_rate if self._model_used else None)
         if was_drafting and not account.drafting:
             self._prices.forget_rounds()
-
-
-def _renamed(expanded: Mapping[str, set[int]], survivors: Selection) -> dict[str, set[int]]:
-    """The new names of those nodes that survive."""
-    return {
-        source: {survivors.old_to_new[node] for node in nodes} - {DROPPED} for source, nodes in expanded.items()
-    }

@@ -23,10 +23,7 @@ def ngram_confidence(match_length: int) -> float:
 
     `m/(m + 1.5)`: 0.40, 0.57, 0.67, 0.73, 0.77 for 1 to 5, 0.87 for 10. A guess with the right shape, so
     it weighs only 4 pseudo-observations and `Calibration` replaces it with what it sees.
-    Raises ValueError for a match shorter than one token.
     """
-    if match_length < 1:
-        raise ValueError(f"match_length is {match_length}; an n-gram match has at least 1 token")
     return match_length / (match_length + 1.5)
 
 
@@ -57,19 +54,13 @@ class Calibration:
         ]
 
     def observe(self, confidence: float, source: str, accepted: bool) -> None:
-        """Count one candidate that the target tested. `confidence` is the drafter's raw figure.
-
-        Raises ValueError for a confidence outside [0, 1] or NaN.
-        """
-        if not 0.0 <= confidence <= 1.0:
-            raise ValueError(f"observed confidence is {confidence}; it must be in [0, 1]")
+        """Count one candidate that the target tested. `confidence` is the drafter's raw figure, in [0, 1]."""
         if source not in self._tested:
-            self._tested[source] = [0.0] * NUM_BUCKETS
-            self._accepted[source] = [0.0] * NUM_BUCKETS
+            self._tested[source], self._accepted[source] = [0.0] * NUM_BUCKETS, [0.0] * NUM_BUCKETS
         bucket = bisect_right(BUCKET_EDGES, confidence)
         tested, accepts = self._tested[source], self._accepted[source]
         tested[bucket] = tested[bucket] * self._decay + 1.0
-        accepts[bucket] = accepts[bucket] * self._decay + (1.0 if accepted else 0.0)
+        accepts[bucket] = accepts[bucket] * self._decay + accepted
 
     def observe_choices(self, tree: TokenTree, tokens: Sequence[int]) -> None:
         """Count every child, in the drafted `tree`, of the nodes at which the target chose `tokens`.
@@ -103,14 +94,11 @@ class Calibration:
         if data.get("edges") != list(BUCKET_EDGES):
             raise ValueError("calibration: made with other confidence buckets")
         sources = data.get("sources")
-        if not isinstance(sources, Mapping):
-            raise ValueError("calibration: 'sources' is missing or not a mapping")
+        if not isinstance(sources, Mapping) or not all(isinstance(counts, Mapping) for counts in sources.values()):
+            raise ValueError("calibration: 'sources' is missing or not a mapping to counts")
         calibration = cls()
         for source, counts in sources.items():
-            if not isinstance(source, str) or not isinstance(counts, Mapping):
-                raise ValueError(f"calibration: source {source!r} holds no counts")
-            tested = _counts(counts.get("tested"), source, "tested")
-            accepted = _counts(counts.get("accepted"), source, "accepted")
+            tested, accepted = (_counts(counts.get(name), source, name) for name in ("tested", "accepted"))
             if any(right > all_ for right, all_ in zip(accepted, tested, strict=True)):
                 raise ValueError(f"calibration: {source!r} has more accepted than tested")
             calibration._tested[source], calibration._accepted[source] = tested, accepted
@@ -118,12 +106,7 @@ class Calibration:
 
 
 def _counts(values: Any, source: str, name: str) -> list[float]:
-    if (
-        not isinstance(values, Sequence)
-        or isinstance(values, str)
-        or len(values) != NUM_BUCKETS
-        or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        or not all(math.isfinite(v) and v >= 0 for v in values)
-    ):
+    numbers = values if isinstance(values, list) else []
+    if len(numbers) != NUM_BUCKETS or not all(isinstance(n, float) and 0.0 <= n < math.inf for n in numbers):
         raise ValueError(f"calibration: {name!r} of {source!r} must be {NUM_BUCKETS} numbers >= 0")
-    return [float(v) for v in values]
+    return numbers

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from statistics import median_low
 from typing import Any
 
@@ -18,6 +18,7 @@ _FIRST_LIMIT = 2.5  # times the prediction, for the first observation of a row c
 _WAITING = 0.5  # a forward computes for less than this share of its time where it waits for weights
 _MOST_HIDDEN = 1024
 _ROW_SHARE = 0.1  # cost of one more row, relative to a single row, before any was measured
+_STEPS = ("draft", "verify", "computing")
 
 
 @dataclass(slots=True)
@@ -29,23 +30,6 @@ class RoundTotals:
     tokens: float = 0.0
     rows: float = 0.0
     rest_s: float = 0.0
-
-    def add(self, tokens: int, rows: int, rest_s: float) -> None:
-        """Count one round."""
-        self.rounds = self.rounds * _DECAY + 1.0
-        self.tokens = self.tokens * _DECAY + tokens
-        self.rows = self.rows * _DECAY + rows
-        self.rest_s = self.rest_s * _DECAY + rest_s
-
-    @classmethod
-    def from_dict(cls, data: Any) -> RoundTotals:
-        """Read what `asdict` gave. Raises ValueError for anything else."""
-        names = [entry.name for entry in fields(cls)]
-        if not isinstance(data, Mapping) or set(data) != set(names):
-            raise ValueError("rounds: not what was saved")
-        if not all(isinstance(data[name], float) and 0.0 <= data[name] < float("inf") for name in names):
-            raise ValueError("rounds: not numbers")
-        return cls(**data)
 
 
 class StepTimes:
@@ -60,13 +44,12 @@ class StepTimes:
         self._medians: dict[int, float] = {}  # of `_seen`; sorting anew what has not changed would be felt
         self._read: set[int] = set()  # counts known from `from_dict` alone
         self._rows: list[int] = []
-        self._fitted: dict[int, float] | None = {}  # None: to be made when somebody asks
+        self._fitted: dict[int, float] | None = None  # None: to be made when somebody asks
         self._row_seconds = 0.0  # at most, for a row beyond the hidden ones
         self.hidden_rows = 0
 
     def observe(self, rows: int, seconds: float, busy: float | None = None) -> None:
-        """One forward of `rows` rows took `seconds`, `busy` of them computing (all, if not given). Raises
-        ValueError for rows < 1 or negative seconds.
+        """One forward of `rows` rows took `seconds`, `busy` of them computing (all, if not given).
 
         Computing grows at most in proportion to the rows, so the last forward's waiting tells how many more
         would have found room in it.
@@ -74,8 +57,6 @@ class StepTimes:
         A first observation far above what its neighbours suggest is cut to a multiple of that: it may have
         compiled a kernel, and believing it would keep the policy from ever trying that count again.
         """
-        if rows < 1 or not 0.0 <= seconds < float("inf"):
-            raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
         busy = seconds if busy is None else min(max(busy, seconds / _MOST_HIDDEN), seconds)
         self._row_seconds = busy / rows
         self.hidden_rows = int(rows * seconds / busy) if busy < _WAITING * seconds else 0
@@ -86,11 +67,12 @@ class StepTimes:
             self._seen[rows].clear()
         if rows not in self._seen:
             insort(self._rows, rows)
-        self._seen.setdefault(rows, deque(maxlen=_REMEMBERED)).append(seconds)
-        median = median_low(self._seen[rows])
-        before = self._medians.get(rows)
+            self._seen[rows] = deque(maxlen=_REMEMBERED)
+        seen = self._seen[rows]
+        seen.append(seconds)
+        before, median = self._medians.get(rows), median_low(seen)
         self._medians[rows] = median
-        if before != median or len(self._seen[rows]) < _REMEMBERED:
+        if before != median or len(seen) < _REMEMBERED:
             self._refit(rows, median)
 
     def times_seen(self, rows: int) -> int:
@@ -125,22 +107,13 @@ class StepTimes:
         if at == len(self._rows):
             if self.hidden_rows > low:
                 return low_s + self._row_seconds * max(rows - self.hidden_rows, 0)
-            return low_s + self._slope_after_last() * (rows - low)
+            first = self._rows[0]
+            slope = fitted[first] * _ROW_SHARE / (1 + _ROW_SHARE * (first - 1))  # as assumed
+            if first != low:
+                slope = max((low_s - fitted[first]) / (low - first), slope * 0.1)
+            return low_s + slope * (rows - low)
         high = self._rows[at]
         return low_s + (fitted[high] - low_s) * (rows - low) / (high - low)
-
-    def _slope_after_last(self) -> float:
-        fitted, first, last = self._times(), self._rows[0], self._rows[-1]
-        assumed = fitted[first] * _ROW_SHARE / (1 + _ROW_SHARE * (first - 1))
-        if first == last:
-            return assumed
-        return max((fitted[last] - fitted[first]) / (last - first), assumed * 0.1)
-
-    def _times(self) -> dict[int, float]:
-        """Seconds by row count, for each of `_rows`."""
-        if self._fitted is None:
-            self._fitted = self._fit()
-        return self._fitted
 
     def _refit(self, rows: int, median: float) -> None:
         """Now that `rows` rows take `median`: most often that changes no other's time."""
@@ -156,7 +129,10 @@ class StepTimes:
         else:
             self._fitted = None
 
-    def _fit(self) -> dict[int, float]:
+    def _times(self) -> dict[int, float]:
+        """Seconds by row count, for each of `_rows`."""
+        if self._fitted is not None:
+            return self._fitted
         # Fewer rows never take more time. Where they seem to, noise says so: neighbours are pooled until the
         # order is right (isotonic regression), each weighing as much as it was observed.
         pooled: list[tuple[float, int, int]] = []  # seconds, observations, row counts in the pool
@@ -168,7 +144,8 @@ class StepTimes:
                 seen, size = seen + weight, size + others
             pooled.append((seconds, seen, size))
         each = (seconds for seconds, _, size in pooled for _ in range(size))
-        return dict(zip(self._rows, each, strict=True))
+        self._fitted = dict(zip(self._rows, each, strict=True))
+        return self._fitted
 
     def to_dict(self) -> dict[str, float]:
         """JSON-able seconds by row count, as `predict` gives them."""
@@ -181,15 +158,12 @@ class StepTimes:
         if not isinstance(data, Mapping):
             raise ValueError("step times are not a mapping")
         for rows, seconds in data.items():
-            if not isinstance(seconds, float):
-                raise ValueError(f"step time of {rows} rows is {seconds!r}, not a number of seconds")
-            if int(rows) < 1 or not 0.0 <= seconds < float("inf"):
-                raise ValueError(f"a step of {rows} rows cannot take {seconds} s")
+            if int(rows) < 1 or not isinstance(seconds, float) or not 0.0 <= seconds < float("inf"):
+                raise ValueError(f"a step of {rows} rows cannot take {seconds!r} s")
             times._seen[int(rows)] = deque([seconds], maxlen=_REMEMBERED)
             times._medians[int(rows)] = seconds
             times._read.add(int(rows))
         times._rows = sorted(times._seen)
-        times._fitted = None
         return times
 
 
@@ -197,8 +171,7 @@ class CostModel:
     """Draft step and target pass times, and what rounds are like. The round books them, whatever its policy;
     policies only read.
 
-    `verify`: seconds of passes, waiting included; `computing`: the same without waiting for weights; `totals`
-    count the rounds whose passes came through `observe_pass`.
+    `verify`: seconds of passes, waiting included; `computing`: the same without waiting for weights.
     """
 
     def __init__(self) -> None:
@@ -206,7 +179,7 @@ class CostModel:
         self.verify = StepTimes()
         self.computing = StepTimes()
         self.totals = RoundTotals()
-        self._last_pass: tuple[int, float] | None = None  # rows and seconds, until its round was counted
+        self._last_pass = 0, 0.0  # rows and seconds
 
     def observe_pass(self, rows: int, seconds: float, busy: float) -> None:
         """A target pass over `rows` nodes took `seconds`, `busy` of them computing."""
@@ -216,10 +189,11 @@ class CostModel:
 
     def observe_round(self, num_tokens: int, seconds: float) -> None:
         """A round gave `num_tokens` tokens in `seconds`, everything included."""
-        if self._last_pass is not None:
-            rows, pass_s = self._last_pass
-            self._last_pass = None
-            self.totals.add(num_tokens, rows, max(seconds - pass_s, 0.0))
+        (rows, pass_s), totals = self._last_pass, self.totals
+        totals.rounds = totals.rounds * _DECAY + 1.0
+        totals.tokens = totals.tokens * _DECAY + num_tokens
+        totals.rows = totals.rows * _DECAY + rows
+        totals.rest_s = totals.rest_s * _DECAY + max(seconds - pass_s, 0.0)
 
     @property
     def plain_rate(self) -> float:
@@ -229,16 +203,20 @@ class CostModel:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""
-        times = {"draft": self.draft, "verify": self.verify, "computing": self.computing}
-        return {name: part.to_dict() for name, part in times.items()} | {"rounds": asdict(self.totals)}
+        times = {name: getattr(self, name).to_dict() for name in _STEPS}
+        return times | {"rounds": asdict(self.totals)}
 
     @classmethod
     def from_dict(cls, data: Any) -> CostModel:
         """Read what `to_dict` wrote. Raises ValueError for anything else."""
-        parts = ("draft", "verify", "computing", "rounds")
-        if not isinstance(data, Mapping) or not set(parts) <= set(data):
-            raise ValueError(f"cost model: one of {', '.join(parts)} is missing")
+        if not isinstance(data, Mapping) or not {*_STEPS, "rounds"} <= set(data):
+            raise ValueError(f"cost model: one of {', '.join(_STEPS)}, rounds is missing")
         model = cls()
-        model.draft, model.verify, model.computing = (StepTimes.from_dict(data[name]) for name in parts[:3])
-        model.totals = RoundTotals.from_dict(data["rounds"])
+        model.draft, model.verify, model.computing = (StepTimes.from_dict(data[name]) for name in _STEPS)
+        rounds = data["rounds"]
+        if not isinstance(rounds, Mapping) or set(rounds) != set(asdict(model.totals)):
+            raise ValueError("rounds: not what was saved")
+        if not all(isinstance(value, float) and 0.0 <= value < float("inf") for value in rounds.values()):
+            raise ValueError("rounds: not numbers")
+        model.totals = RoundTotals(**rounds)
         return model

@@ -42,30 +42,30 @@ class PaperPolicy:
         fallback: bool = True,
         pipelined: bool = True,
     ) -> None:
-        if max_nodes < 1:
-            raise ValueError(f"max_nodes is {max_nodes}; the root alone is 1")
-        self.sources = frozenset({source})
+        self.source = source
         self.max_nodes = max_nodes
         self.branching = branching
         self.fallback = fallback
         self.pipelined = pipelined
         self.alpha = INITIAL_ALPHA if fallback else 0.0
         self._tips: list[int] = []
-        self._asked: dict[str, set[int]] = {}
+        self._asked: set[int] = set()
         self._provisional: int | None = None  # candidates that may still be added; None before the fallback
+
+    def wants(self, source: str) -> bool:
+        return source == self.source
 
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
         self._tips = tree.leaves()
-        self._asked = {}
+        self._asked = set()
         self._provisional = None
 
     def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """The tip of the branch with the largest deficit; none when the tree is full or not trusted.
 
-        A tip that a drafter was asked for and is still a tip got no candidates: it is left to others.
+        A tip that was asked for and is still a tip got no candidates.
         """
-        asked = self._asked.setdefault(source, set())
-        tips = [tip for tip in self._tips if tip not in asked]
+        tips = [tip for tip in self._tips if tip not in self._asked]
         if not tips or len(tree) >= self.max_nodes:
             return []
         cumulative, depths = tree.cumulative, tree.depths
@@ -74,15 +74,14 @@ class PaperPolicy:
             return []
         share = (len(tree) - 1) / total
         tip = max(tips, key=lambda tip: share * cumulative[tip] - depths[tip])  # ties: the oldest branch
-        asked.add(tip)
+        self._asked.add(tip)
         return [tip]
 
     def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
         """The tip of the branch that was the most likely one at the fallback."""
         if self._provisional is None:
-            asked = self._asked.get(source, set())
-            tips = [tip for tip in self._tips if tip not in asked]
-            self._tips = [max(tips, key=tree.cumulative.__getitem__)] if tips and source in self.sources else []
+            tips = [tip for tip in self._tips if tip not in self._asked]
+            self._tips = [max(tips, key=tree.cumulative.__getitem__)] if tips else []
             self._provisional = self.max_nodes
         if self._provisional == 0 or width < 1:
             return []
@@ -115,15 +114,11 @@ class PaperPolicy:
         if not walk.refused:
             self.alpha *= 0.5
             return
-        num_all = tree.depths[_branch_tip(tree, walk.last)]
+        tip = walk.last
+        while children := tree.children(tip):  # the best candidate continues the branch
+            tip = max(children, key=tree.confidences.__getitem__)
+        num_all = tree.depths[tip]
         self.alpha = (num_all - walk.num_accepted) / num_all
 
     def finished(self, num_tokens: int, seconds: float) -> None:
         """The paper's policy learns nothing from time."""
-
-
-def _branch_tip(tree: TokenTree, node: int) -> int:
-    """The tip of the branch that runs through `node`: below it, best candidates continue the branch."""
-    while children := tree.children(node):
-        node = max(children, key=lambda child: tree.confidences[child])
-    return node

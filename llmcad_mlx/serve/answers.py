@@ -7,16 +7,17 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
-from starlette.responses import Response
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from llmcad_mlx.serve.jobs import (
-    FailedEvent,
     FairQueue,
     FinishedEvent,
     Job,
@@ -26,17 +27,19 @@ from llmcad_mlx.serve.jobs import (
     TokenEvent,
     TokenLogprob,
 )
-from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, JsonResponse, to_json
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, JsonResponse, shutting_down, to_json
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """Plain text, and finished tool calls as OpenAI has them (without "index")."""
+class Part:
+    """Plain text, finished tool calls (without OpenAI's "index"), their tokens, and the tree of their round."""
 
     text: str = ""
     calls: Sequence[Json] = ()
+    tokens: Sequence[TokenEvent] = ()
+    tree: Json | None = None
 
 
 class ToolListener:
@@ -57,14 +60,14 @@ class ToolListener:
         self._inside = False
         self._after_call = False
 
-    def feed(self, text: str) -> Heard:
-        """Take the next piece of text."""
+    def feed(self, text: str) -> Part:
+        """What the next piece of text adds."""
         self._buffer += text
         shown: list[str] = []
         calls: list[Json] = []
         while (marker := (self._end or self._start) if self._inside else self._start) in self._buffer:
             before, _, self._buffer = self._buffer.partition(marker)
-            heard = self._close(before, self._end) if self._inside else Heard(self._visible(before))
+            heard = self._close(before, self._end) if self._inside else Part(self._visible(before))
             shown.append(heard.text)
             calls.extend(heard.calls)
             self._inside = not self._inside or not self._end  # without an end marker, the next call has begun
@@ -72,20 +75,20 @@ class ToolListener:
             keep = _possible_start(self._buffer, self._start)
             shown.append(self._visible(self._buffer[:keep]))
             self._buffer = self._buffer[keep:]
-        return Heard("".join(shown), calls)
+        return Part("".join(shown), calls)
 
-    def finish(self) -> Heard:
+    def finish(self) -> Part:
         """The end of the text: a call without its end is taken as it is."""
-        return self._close(self._buffer, "") if self._inside else Heard(self._visible(self._buffer))
+        return self._close(self._buffer, "") if self._inside else Part(self._visible(self._buffer))
 
-    def _close(self, text: str, end: str) -> Heard:
+    def _close(self, text: str, end: str) -> Part:
         try:
             parsed = self._parse(text, self._tools)
             calls = [_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # parsers of many hands, fed with whatever a model wrote
-            return Heard(self._start + text + end)
+            return Part(self._start + text + end)
         self._after_call = True
-        return Heard(calls=calls)
+        return Part(calls=calls)
 
     def _visible(self, text: str) -> str:
         """Without the white space after a call, which is no text."""
@@ -100,29 +103,14 @@ def _call(parsed: Json) -> Json:
         raise ValueError("a call without a name")
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return {
-        "id": str(parsed.get("id") or f"call_{secrets.token_hex(12)}"),
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+    call_id = str(parsed.get("id") or f"call_{secrets.token_hex(12)}")
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _possible_start(text: str, marker: str) -> int:
     """Where the longest tail of `text` begins that could be the beginning of `marker`."""
-    for start in range(max(0, len(text) - len(marker) + 1), len(text)):
-        if marker.startswith(text[start:]):
-            return start
-    return len(text)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Text or tool calls, the tokens they came with, and the tree of the round they belong to."""
-
-    text: str
-    calls: Sequence[Json]
-    tokens: Sequence[TokenEvent]
-    tree: Json | None
+    starts = range(max(0, len(text) - len(marker) + 1), len(text))
+    return next((start for start in starts if marker.startswith(text[start:])), len(text))
 
 
 class PartMaker:
@@ -139,33 +127,27 @@ class PartMaker:
         self._tree: Json | None = None
 
     def round(self, event: RoundEvent) -> Iterator[Part]:
-        """The parts of a round."""
         if self._tree is not None:
-            yield self._part(Heard())
+            yield self._part(Part())
         self._tree = event.tree
         for token in event.tokens:
             self._held.append(token)
-            heard = Heard(token.text) if self._tools is None else self._tools.feed(token.text)
+            heard = Part(token.text) if self._tools is None else self._tools.feed(token.text)
             if heard.text or heard.calls:
                 yield self._part(heard)
 
     def finish(self) -> Part:
         """What is left at the end; it may be empty."""
-        return self._part(Heard() if self._tools is None else self._tools.finish())
+        return self._part(Part() if self._tools is None else self._tools.finish())
 
-    def _part(self, heard: Heard) -> Part:
-        tokens, self._held = self._held, []
-        tree, self._tree = self._tree, None
-        return Part(heard.text, heard.calls, tokens, tree)
-
-
-def make_answer(request: GenerationRequest, model: str) -> Answer:
-    """The answer to a request, still empty."""
-    return ChatAnswer(request, model) if request.kind == "chat" else CompletionAnswer(request, model)
+    def _part(self, heard: Part) -> Part:
+        part = replace(heard, tokens=self._held, tree=self._tree)
+        self._held, self._tree = [], None
+        return part
 
 
 class Answer(ABC):
-    """The shape of one kind of answer; an answer's objects share id and time."""
+    """The shape of one kind of answer, whole or in chunks, which share id and time."""
 
     object_name: str
     chunk_name: str
@@ -176,6 +158,7 @@ class Answer(ABC):
         self._model = model
         self._id = f"{self.id_prefix}-{secrets.token_hex(16)}"
         self._created = int(time.time())
+        self._num_calls = 0
 
     def opening(self) -> list[Json]:
         """Chunks before any text."""
@@ -192,24 +175,40 @@ class Answer(ABC):
             "".join(part.text for part in parts),
             [call for part in parts for call in part.calls],
             [token for part in parts for token in part.tokens],
-            None,
         )
         choice = self._choice(joined, finished.finish_reason, is_whole=True)
         trees = [part.tree for part in parts if part.tree is not None]
         speculation = self._speculation(joined.tokens, rounds=trees)
         return self._object(self.object_name, [choice], usage=finished.usage, **speculation)
 
-    def usage_chunk(self, finished: FinishedEvent) -> Json:
-        """The chunk without choices that ends a stream with usage."""
-        return self._object(self.chunk_name, [], usage=finished.usage)
+    def closing(self, part: Part, finished: FinishedEvent) -> list[Json]:
+        """The last chunks: what is left of the text, and the usage where asked for."""
+        chunks = [self.chunk(part, finished.finish_reason)]
+        if self._request.include_usage:
+            chunks.append(self._object(self.chunk_name, [], usage=finished.usage))
+        return chunks
+
+    def _choice(self, part: Part, finish_reason: str | None, *, is_whole: bool) -> Json:
+        said = self._said(part, is_whole)
+        self._num_calls += len(part.calls)
+        has_logprobs = self._request.top_logprobs is not None and len(part.tokens) > 0
+        return {
+            "index": 0,
+            **said,
+            "logprobs": self._logprobs(part.tokens) if has_logprobs else None,
+            "finish_reason": "tool_calls" if self._num_calls and finish_reason == "stop" else finish_reason,
+        }
 
     @abstractmethod
-    def _choice(self, part: Part, finish_reason: str | None, *, is_whole: bool) -> Json: ...
+    def _said(self, part: Part, is_whole: bool) -> Json:
+        """The part's text and calls; `_num_calls` came before them."""
+
+    @abstractmethod
+    def _logprobs(self, tokens: Sequence[TokenEvent]) -> Json: ...
 
     def _chunk(self, choices: list[Json], **more: Any) -> Json:
-        if self._request.include_usage:
-            more = {"usage": None, **more}
-        return self._object(self.chunk_name, choices, **more)
+        usage = {"usage": None} if self._request.include_usage else {}
+        return self._object(self.chunk_name, choices, **usage, **more)
 
     def _object(self, name: str, choices: list[Json], **more: Any) -> Json:
         head = {"id": self._id, "object": name, "created": self._created, "model": self._model}
@@ -222,42 +221,39 @@ class Answer(ABC):
             found = {"tokens": told, **found}
         return {"speculation": found} if found else {}
 
-    def _shows_logprobs(self, part: Part) -> bool:
-        return self._request.top_logprobs is not None and len(part.tokens) > 0
-
 
 class ChatAnswer(Answer):
     """chat.completion and its chunks."""
 
     object_name, chunk_name, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
-    _num_calls = 0
 
     def opening(self) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])]
 
-    def _choice(self, part: Part, finish_reason: str | None, *, is_whole: bool) -> Json:
-        said = self._message(part) if is_whole else self._delta(part)
-        self._num_calls += len(part.calls)
-        return {
-            "index": 0,
-            "message" if is_whole else "delta": said,
-            "logprobs": _chat_logprobs(part.tokens) if self._shows_logprobs(part) else None,
-            "finish_reason": "tool_calls" if self._num_calls and finish_reason == "stop" else finish_reason,
-        }
-
-    def _delta(self, part: Part) -> Json:
+    def _said(self, part: Part, is_whole: bool) -> Json:
+        if is_whole:
+            text = part.text.rstrip() or None if part.calls else part.text
+            calls: Json = {"tool_calls": part.calls} if part.calls else {}
+            return {"message": {"role": "assistant", "content": text, "refusal": None, **calls}}
         delta: Json = {"content": part.text} if part.text else {}
         if part.calls:
             numbered = enumerate(part.calls, self._num_calls)
             delta["tool_calls"] = [{"index": index, **call} for index, call in numbered]
-        return delta
+        return {"delta": delta}
 
-    def _message(self, part: Part) -> Json:
-        if not part.calls:
-            return {"role": "assistant", "content": part.text, "refusal": None}
-        text = part.text.rstrip() or None
-        return {"role": "assistant", "content": text, "refusal": None, "tool_calls": part.calls}
+    def _logprobs(self, tokens: Sequence[TokenEvent]) -> Json:
+        content = []
+        for token in tokens:
+            own, *top = map(_logprob, token.logprobs)
+            content.append({**own, "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+
+def _logprob(entry: TokenLogprob) -> Json:
+    # A token may be part of a character: then its text is a stand-in, and its bytes are not known.
+    known = None if "\ufffd" in entry.text else list(entry.text.encode())
+    return {"token": entry.text, "logprob": entry.logprob, "bytes": known}
 
 
 class CompletionAnswer(Answer):
@@ -266,139 +262,93 @@ class CompletionAnswer(Answer):
     object_name, chunk_name, id_prefix = "text_completion", "text_completion", "cmpl"
     _offset = 0
 
-    def _choice(self, part: Part, finish_reason: str | None, *, is_whole: bool) -> Json:
-        logprobs = self._logprobs(part.tokens) if self._shows_logprobs(part) else None
-        return {"index": 0, "text": part.text, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _said(self, part: Part, is_whole: bool) -> Json:
+        return {"text": part.text}
 
     def _logprobs(self, tokens: Sequence[TokenEvent]) -> Json:
         """The older form: lists side by side, with where each token's text begins."""
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token.text)
+        ends = [*accumulate((len(token.text) for token in tokens), initial=self._offset)]
+        self._offset = ends.pop()
         return {
-            "tokens": [_known(token).text for token in tokens],
-            "token_logprobs": [_known(token).logprob for token in tokens],
-            "top_logprobs": [{top.text: top.logprob for top in token.top_logprobs} for token in tokens],
-            "text_offset": offsets,
+            "tokens": [token.logprobs[0].text for token in tokens],
+            "token_logprobs": [token.logprobs[0].logprob for token in tokens],
+            "top_logprobs": [{top.text: top.logprob for top in token.logprobs[1:]} for token in tokens],
+            "text_offset": ends,
         }
 
 
-def _chat_logprobs(tokens: Sequence[TokenEvent]) -> Json:
-    content = []
-    for token in tokens:
-        top = [_logprob(other) for other in token.top_logprobs]
-        content.append({**_logprob(_known(token)), "top_logprobs": top})
-    return {"content": content, "refusal": None}
-
-
-def _known(token: TokenEvent) -> TokenLogprob:
-    assert token.logprob is not None  # asked for, so the worker looked
-    return token.logprob
-
-
-def _logprob(entry: TokenLogprob) -> Json:
-    # A token may be part of a character: then its text is a stand-in, and its bytes are not known.
-    known = "\ufffd" not in entry.text
-    return {
-        "token": entry.text,
-        "logprob": entry.logprob,
-        "bytes": list(entry.text.encode()) if known else None,
-    }
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection."""
-
-
-async def _progress(
-    job: Job, queue: FairQueue[Job], receive: Receive, silence_s: float
-) -> AsyncGenerator[Progress | None]:
-    """A job's events to its end, None after every `silence_s` without one. Close it when you leave it.
-
-    Raises ClientGoneError, and the ApiError of a job that failed. Whoever leaves before the job has ended (the
-    client gone, an error, the server going down) cancels it: it loses its place in the queue, or its generation
-    ends within the round.
-    """
-    gone = asyncio.create_task(_wait_until_gone(receive))
-    coming = asyncio.create_task(job.events.get())
-    has_ended = False
-    try:
-        while not has_ended:
-            done, _ = await asyncio.wait({coming, gone}, timeout=silence_s, return_when=asyncio.FIRST_COMPLETED)
-            if gone in done:
-                raise ClientGoneError
-            if not done:
-                yield None
-                continue
-            event = coming.result()
-            has_ended = isinstance(event, FinishedEvent | FailedEvent)
-            if isinstance(event, FailedEvent):
-                raise event.error
-            if not has_ended:
-                coming = asyncio.create_task(job.events.get())
-            yield event
-    finally:
-        gone.cancel()
-        coming.cancel()
-        if not has_ended:
-            job.cancel()
-            queue.remove(job.client, job)
-
-
-async def _wait_until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 _DONE = b"data: [DONE]\n\n"
-_GONE = 499  # nobody reads it; the counters do
 _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
-class GenerationResponse(Response):
+@dataclass(frozen=True, slots=True)
+class GenerationResponse:
     """Waits for a job's answer and sends it, streamed or whole.
 
     The status is known when the job's turn has come; a stream that has waited `keepalive_s` for that begins
     without, and says what goes wrong later as an event of its own.
     """
 
-    def __init__(
-        self, job: Job, queue: FairQueue[Job], answer: Answer, parts: PartMaker, keepalive_s: float
-    ) -> None:
-        super().__init__()
-        self._job = job
-        self._queue = queue
-        self._answer = answer
-        self._parts = parts
-        self._keepalive_s = keepalive_s
+    job: Job
+    queue: FairQueue
+    answer: Answer
+    parts: PartMaker
+    keepalive_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_stream = self._job.request.stream
-        async with aclosing(_progress(self._job, self._queue, receive, self._keepalive_s)) as progress:
-            try:
-                if is_stream:
+        async with aclosing(self._progress(receive)) as progress:
+            with suppress(ClientDisconnect, OSError):  # servers differ in what a send to nobody does
+                if self.job.request.stream:
                     await self._stream(progress, send)
                 else:
                     await JsonResponse(await self._whole(progress))(scope, receive, send)
-            except (ClientGoneError, OSError):  # servers differ in what a send to nobody does
-                if not is_stream:
-                    await Response(status_code=_GONE)(scope, receive, send)
+
+    async def _progress(self, receive: Receive) -> AsyncGenerator[Progress | None]:
+        """The job's events to its end, None after every `keepalive_s` without one. Close it when you leave it.
+
+        Raises ClientDisconnect, and the ApiError of a job that failed. Whoever leaves before the job has ended
+        (the client gone, an error, the server going down) cancels it: it loses its place in the queue, or its
+        generation ends within the round.
+        """
+        gone = asyncio.create_task(_wait_until_gone(receive))
+        coming = asyncio.create_task(self.job.events.get())
+        has_ended = False
+        try:
+            while not has_ended:
+                done, _ = await asyncio.wait({coming, gone}, timeout=self.keepalive_s, return_when=FIRST_COMPLETED)
+                if gone in done:
+                    raise ClientDisconnect
+                if not done:
+                    yield None
+                    continue
+                event = coming.result()
+                has_ended = isinstance(event, FinishedEvent | ApiError)
+                if isinstance(event, ApiError):
+                    raise event
+                if not has_ended:
+                    coming = asyncio.create_task(self.job.events.get())
+                yield event
+        finally:
+            gone.cancel()
+            coming.cancel()
+            if not has_ended:
+                self.job.cancel(shutting_down())
+                self.queue.remove(self.job)
 
     async def _whole(self, progress: AsyncIterator[Progress | None]) -> Json:
         made: list[Part] = []
         async for event in progress:
             if isinstance(event, RoundEvent):
-                made.extend(self._parts.round(event))
+                made.extend(self.parts.round(event))
             elif isinstance(event, FinishedEvent):
-                return self._answer.whole([*made, self._parts.finish()], event)
+                return self.answer.whole([*made, self.parts.finish()], event)
         raise AssertionError("a job ends with an event")
 
     async def _stream(self, progress: AsyncIterator[Progress | None], send: Send) -> None:
         await anext(progress)  # raises what keeps it from beginning
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         try:
-            await _send_piece(send, _events(self._answer.opening()))
+            await _send_piece(send, _events(self.answer.opening()))
             async for event in progress:
                 await _send_piece(send, self._piece(event))
         except ApiError as error:
@@ -407,16 +357,20 @@ class GenerationResponse(Response):
 
     def _piece(self, event: Progress | None) -> bytes:
         """What a stream gets for an event; nothing for a round that shows nothing."""
-        if event is None:
-            return b": still working\n\n"
-        if isinstance(event, PromptEvent):
-            return b": prompt %d of %d\n\n" % (event.done, event.total)
-        if isinstance(event, RoundEvent):
-            return _events([self._answer.chunk(part) for part in self._parts.round(event)])
-        chunks = [self._answer.chunk(self._parts.finish(), event.finish_reason)]
-        if self._job.request.include_usage:
-            chunks.append(self._answer.usage_chunk(event))
-        return _events(chunks) + _DONE
+        match event:
+            case None:
+                return b": still working\n\n"
+            case PromptEvent():
+                return b": prompt %d of %d\n\n" % (event.done, event.total)
+            case RoundEvent():
+                return _events([self.answer.chunk(part) for part in self.parts.round(event)])
+            case FinishedEvent():
+                return _events(self.answer.closing(self.parts.finish(), event)) + _DONE
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _send_piece(send: Send, piece: bytes) -> None:

@@ -12,9 +12,9 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, bad_request
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, bad_request, shutting_down
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token, the text it added ("" when held back), and the likeliest tokens where asked for."""
+    """One generated token and the text it added ("" when held back).
+
+    `logprobs`, where asked for: the token's own, then those of the likeliest tokens.
+    """
 
     token: int
     text: str
     from_draft: bool
-    finish_reason: str | None
-    logprob: TokenLogprob | None = None
-    top_logprobs: Sequence[TokenLogprob] = ()
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +63,8 @@ class FinishedEvent:
     usage: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class FailedEvent:
-    """The end, without an answer."""
-
-    error: ApiError
-
-
 Progress = RoundEvent | PromptEvent | FinishedEvent
-Event = Progress | FailedEvent
-
+Event = Progress | ApiError  # an error is the end, without an answer
 
 _MAX_BACKLOG = 1024  # events a client may be behind: each may hold a tree of hundreds of nodes
 
@@ -80,7 +73,7 @@ _MAX_BACKLOG = 1024  # events a client may be behind: each may hold a tree of hu
 class Job:
     """A request with its prompt's tokens. `events` belong to the loop, everything else may be read anywhere.
 
-    A cancelled job's generation ends before its next round.
+    `cancelled`: why the generation ends before its next round, which a client that is still there is told.
     """
 
     request: GenerationRequest
@@ -88,94 +81,76 @@ class Job:
     client: str
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    cancelled: bool = False
-    reason: ApiError | None = None
-    """What a client that is still there is told when the job is cancelled."""
+    cancelled: ApiError | None = None
 
     def send(self, event: Event) -> None:
         """Hand an event to the loop; called by the worker."""
-        if self.events.qsize() > _MAX_BACKLOG and not isinstance(event, FailedEvent):
+        if self.events.qsize() > _MAX_BACKLOG and not isinstance(event, ApiError):
             self.cancel(bad_request("the answer is read too slowly", code="slow_reader"))
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-    def cancel(self, reason: ApiError | None = None) -> None:
+    def cancel(self, reason: ApiError) -> None:
         """End the generation within its round, or before it has begun."""
-        self.reason = self.reason or reason
-        self.cancelled = True
+        self.cancelled = self.cancelled or reason
 
 
-Item = TypeVar("Item")
+class FairQueue:
+    """Jobs of several clients, handed out round robin: one from each client that has any, then the next.
 
-
-class QueueFullError(Exception):
-    """No place is free for this client."""
-
-
-class QueueClosedError(Exception):
-    """Nothing is taken any more."""
-
-
-class FairQueue(Generic[Item]):
-    """Items of several clients, handed out round robin: one from each client that has any, then the next.
-
-    Safe to use from several threads. `limit`: most items that wait. One client may hold half of the places (but
+    Safe to use from several threads. `limit`: most jobs that wait. One client may hold half of the places (but
     always one), so that a client with many requests leaves room for the others.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._per_client = max(1, limit // 2)
-        self._waiting: OrderedDict[str, deque[Item]] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
 
     def __len__(self) -> int:
         with self._changed:
-            return self._size()
+            return sum(map(len, self._waiting.values()))
 
-    def _size(self) -> int:
-        return sum(map(len, self._waiting.values()))
-
-    def put(self, client: str, item: Item) -> None:
-        """Add at the end of the client's line. Raises QueueFullError or QueueClosedError."""
+    def put(self, job: Job) -> bool:
+        """Add at the end of the client's line; False where it has no place. Raises ApiError (503) once closed."""
         with self._changed:
             if self._closed:
-                raise QueueClosedError
-            if self._size() >= self._limit or len(self._waiting.get(client, ())) >= self._per_client:
-                raise QueueFullError
-            self._waiting.setdefault(client, deque()).append(item)
+                raise shutting_down()
+            if len(self) >= self._limit or len(self._waiting.get(job.client, ())) >= self._per_client:
+                return False
+            self._waiting.setdefault(job.client, deque()).append(job)
             self._changed.notify()
+            return True
 
-    def take(self) -> Item | None:
-        """Wait for the next item; None once the queue is closed."""
+    def take(self) -> Job | None:
+        """Wait for the next job; None once the queue is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._waiting)
             if self._closed:
                 return None
             client, line = self._waiting.popitem(last=False)
-            item = line.popleft()
+            job = line.popleft()
             if line:
                 self._waiting[client] = line  # at the end: the others come first
-            return item
+            return job
 
-    def remove(self, client: str, item: Item) -> bool:
-        """Take an item out before its turn; False when its turn has come already."""
+    def remove(self, job: Job) -> None:
+        """Take a job out, unless its turn has come already."""
         with self._changed:
-            line = self._waiting.get(client)
-            if line is None or item not in line:
-                return False
-            line.remove(item)
-            if not line:
-                del self._waiting[client]
-            return True
+            line = self._waiting.get(job.client, deque())
+            if job in line:
+                line.remove(job)
+                if not line:
+                    del self._waiting[job.client]
 
-    def close(self) -> list[Item]:
+    def close(self) -> list[Job]:
         """End: `take` returns None from now on. Returns what was still waiting."""
         with self._changed:
             self._closed = True
-            left = [item for line in self._waiting.values() for item in line]
+            left = [job for line in self._waiting.values() for job in line]
             self._waiting.clear()
             self._changed.notify_all()
             return left

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 from collections.abc import AsyncIterator, Collection
 from urllib.parse import urlsplit
 
@@ -19,8 +18,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from llmcad_mlx.serve import ServerSettings, is_loopback
 from llmcad_mlx.serve.metrics import Metrics
-from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.protocol import ApiError, bad_request, error_response, internal_error, to_json
 
 _GONE = 499  # a client that did not wait; nobody reads it, the counters do
@@ -38,19 +37,15 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(415, "send the request with Content-Type: application/json", code="content_type")
-    limit = settings.max_body_bytes
-    body = bytearray()
-    pieces = request.stream()
-    if int(request.headers.get("content-length", "0")) > limit:  # a number: h11 lets nothing else through
-        await _discard(pieces)
-        raise _too_large(limit)
+    announced = int(request.headers.get("content-length", "0"))  # a number: h11 lets nothing else through
+    limit, body, pieces = settings.max_body_bytes, bytearray(), request.stream()
     try:
         async with asyncio.timeout(settings.body_s):
-            async for piece in pieces:
+            while max(announced, len(body)) <= limit:
+                piece = await anext(pieces, None)
+                if piece is None:
+                    return bytes(body)
                 body += piece
-                if len(body) > limit:
-                    await _discard(pieces)
-                    raise _too_large(limit)
     except TimeoutError:
         raise ApiError(
             408,
@@ -60,22 +55,19 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
         ) from None
     except ClientDisconnect:
         raise bad_request("the request's body ended early") from None
-    return bytes(body)
+    await _discard(pieces)
+    raise ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
 
 
 async def _discard(pieces: AsyncIterator[bytes]) -> None:
     """Read on a little: an answer to a client that still sends would be lost when the connection closes."""
     left = _MOST_DISCARDED
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(_DISCARDING_S):
             async for piece in pieces:
                 left -= len(piece)
                 if left < 0:
                     return
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body may have {limit} bytes at most", code="body_too_large", headers=_CLOSE)
 
 
 class Gate:
@@ -87,7 +79,7 @@ class Gate:
         self._paths = frozenset(paths)
         self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
         # A web page whose name resolves to this machine would be of the same origin; only its Host gives it away.
-        self._checks_host = settings.is_loopback and self._key is None
+        self._checks_host = is_loopback(settings.host) and self._key is None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -106,7 +98,7 @@ class Gate:
             app = self._app if refusal is None else error_response(refusal)
             await app(scope, receive, noting)
         except Exception as error:
-            told = internal_error(error)
+            told = error if isinstance(error, ApiError) else internal_error(error)
             if not status:
                 await error_response(told)(scope, receive, noting)
         finally:
@@ -117,7 +109,8 @@ class Gate:
         headers = Headers(scope=scope)
         if self._checks_host and not _is_local(headers.get("host")):
             return ApiError(400, "this server answers to localhost only; give it a key to serve other names")
-        if self._key is None or _is_open(scope["path"]):
+        # The page asks its user for the key, so it comes without one.
+        if self._key is None or scope["path"] in ("/", "/health") or scope["path"].startswith("/page/"):
             return None
         if hmac.compare_digest(headers.get("authorization", "").encode("latin-1"), self._key):
             return None
@@ -129,27 +122,15 @@ class Gate:
         )
 
 
-def _is_open(path: str) -> bool:
-    """Whether a path needs no key. The page asks its user for the key, so it comes without one."""
-    return path in ("/", "/health") or path.startswith("/page/")
-
-
 def _is_local(host: str | None) -> bool:
     """Whether a Host header names this machine; without one, no browser asks."""
     if host is None:
         return True
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
-
-
-def _refusal(status: bytes, message: str, code: str) -> bytes:
-    """A whole answer, for what never becomes a request."""
-    body = to_json(bad_request(message, code=code).body)
-    head = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    return head % (status, len(body)) + body
+    return name.endswith(".localhost") or is_loopback(name)
 
 
 class GuardedProtocol(H11Protocol):
@@ -175,28 +156,24 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _start(self) -> None:
-        self._timer = self.loop.call_later(self.header_s, self._give_up)
+        told = (b"408 Request Timeout", "the request's head came too slowly", "slow_head")
+        self._timer = self.loop.call_later(self.header_s, self._refuse, *told)
 
     def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _give_up(self) -> None:
-        self._refuse(_refusal(b"408 Request Timeout", "the request's head came too slowly", "slow_head"))
-
     def send_400_response(self, msg: str) -> None:
         """What uvicorn does with what is not HTTP."""
-        self._refuse(_refusal(b"400 Bad Request", "this is not a valid HTTP request", "invalid_http"))
+        self._refuse(b"400 Bad Request", "this is not a valid HTTP request", "invalid_http")
 
-    def _refuse(self, answer: bytes) -> None:
+    def _refuse(self, status: bytes, message: str, code: str) -> None:
+        """A whole answer, for what never becomes a request."""
         if self.transport.is_closing():
             return
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR):  # else there is an answer already
-            self.transport.write(answer)
+            body = to_json(bad_request(message, code=code).body)
+            head = b"Connection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\n" + head + body)
         self.transport.close()
-
-
-def protocol_with(header_s: float) -> type[GuardedProtocol]:
-    """The protocol with its own limit."""
-    return type("GuardedProtocol", (GuardedProtocol,), {"header_s": header_s})

@@ -46,7 +46,8 @@ class Metrics:
         peak = self._gauge("peak_resident_memory_bytes", "Most memory the process ever had.")
         peak.set_function(lambda: max(peak_rss_bytes(), resident_bytes()))
         self._num_generations = 0
-        self._mean_s = 1.0
+        self.mean_generation_s = 1.0
+        """How long the last ten or so generations took."""
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(_PREFIX + name, text, registry=self._registry)
@@ -60,12 +61,7 @@ class Metrics:
         for attribute, total in self._totals.items():
             total.inc(getattr(stats, attribute))
         self._num_generations += 1
-        self._mean_s += (seconds - self._mean_s) / min(self._num_generations, 10)
-
-    @property
-    def mean_generation_s(self) -> float:
-        """How long the last ten or so generations took."""
-        return self._mean_s
+        self.mean_generation_s += (seconds - self.mean_generation_s) / min(self._num_generations, 10)
 
     def text(self, num_waiting: int, num_running: int) -> bytes:
         """All metrics, with the queue as it is now."""

@@ -30,17 +30,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.limits import read_body
-from llmcad_mlx.serve.options import ServerSettings
 from llmcad_mlx.serve.protocol import JsonResponse, read_record
 
-_INDEX = "index.html"
-_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
-}
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -157,22 +151,6 @@ def _coloured(code: str, language: str) -> str:
     return html.getvalue()
 
 
-@dataclass(frozen=True, slots=True)
-class _PageFile:
-    """One file: its bytes, its content type and the tag that changes with its bytes."""
-
-    content: bytes
-    media_type: str
-    tag: str
-
-    def answer(self, request: Request) -> Response:
-        """The file, or 304 for a browser that has it."""
-        headers = {**_HEADERS, "ETag": self.tag}
-        if request.headers.get("if-none-match") == self.tag:
-            return Response(status_code=304, headers=headers)
-        return Response(self.content, headers=headers, media_type=self.media_type)
-
-
 def page_routes(settings: ServerSettings) -> list[Route]:
     """Routes for `/`, for `/page/NAME`, and for `/markdown`, which takes {"text"} and gives {"blocks"}.
 
@@ -182,14 +160,14 @@ def page_routes(settings: ServerSettings) -> list[Route]:
     files = _read_files()
     markdown = Markdown()
 
-    async def index(request: Request) -> Response:
-        return files[_INDEX].answer(request)
-
     async def page_file(request: Request) -> Response:
-        found = files.get(request.path_params["name"])
+        found = files.get(request.path_params.get("name", "index.html"))
         if found is None:
             raise HTTPException(404, "the page has no such file")
-        return found.answer(request)
+        tag = found.headers["ETag"]
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers={**_HEADERS, "ETag": tag})
+        return found
 
     async def render(request: Request) -> Response:
         text = read_record(MarkdownText, await read_body(request, settings)).text
@@ -197,15 +175,16 @@ def page_routes(settings: ServerSettings) -> list[Route]:
         told = [{"length": len(one.source.encode("utf-16-le")) // 2, "html": one.html} for one in blocks]
         return JsonResponse({"blocks": told})
 
-    return [Route("/", index), Route("/page/{name}", page_file), Route("/markdown", render, methods=["POST"])]
+    return [Route("/", page_file), Route("/page/{name}", page_file), Route("/markdown", render, methods=["POST"])]
 
 
-def _read_files() -> dict[str, _PageFile]:
+def _read_files() -> dict[str, Response]:
+    """The answer for each file, with a tag that changes with its bytes."""
     files = {}
     for entry in resources.files("llmcad_mlx.serve").joinpath("page").iterdir():
         suffix = entry.name[entry.name.rfind(".") :]
         if suffix in _TYPES and entry.is_file():
             content = entry.read_bytes()
             tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-            files[entry.name] = _PageFile(content, _TYPES[suffix], tag)
+            files[entry.name] = Response(content, headers={**_HEADERS, "ETag": tag}, media_type=_TYPES[suffix])
     return files

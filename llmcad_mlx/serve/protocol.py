@@ -31,7 +31,7 @@ from starlette.responses import Response
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt
-from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.settings import GenerationOptions, PolicyName
 
 _log = logging.getLogger(__name__)
@@ -268,10 +268,10 @@ class GenerationRequest:
     user: str = ""
 
 
-_ENGINE_OPTIONS = (
+_ENGINE_OPTIONS = {
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "stop", "seed", "policy", "tree_nodes",
-)  # fmt: skip
+}  # fmt: skip
 
 
 class RequestReader:
@@ -318,28 +318,28 @@ class RequestReader:
         if asked.stream_options is not None and not asked.stream:
             raise bad_request("stream_options: goes with stream only", "stream_options")
         shown = asked.speculation
+        options = {
+            "temperature": self._settings.temperature,
+            # Drawn, not fixed: who asks twice at a temperature expects two answers. 53 bits stay exact everywhere.
+            "seed": secrets.randbits(53),
+            "max_tokens": max_tokens or self._settings.max_tokens,
+            **asked.model_dump(include=_ENGINE_OPTIONS, exclude_none=True),
+        }
+        if asked.logit_bias is not None:
+            options["logit_bias"] = {int(token): value for token, value in asked.logit_bias.items()}
+        try:
+            checked = GenerationOptions.of(**options)
+        except UsageError as error:
+            raise refused(error) from None
         return GenerationRequest(
             **own,
-            options=self._options(asked, max_tokens),
+            options=checked,
             stream=bool(asked.stream),
             include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
             show_tokens=shown.tokens if isinstance(shown, Speculation) else bool(shown),
             show_trees=shown.trees if isinstance(shown, Speculation) else bool(shown),
             user=asked.user or "",
         )
-
-    def _options(self, asked: _Request, max_tokens: int | None) -> GenerationOptions:
-        options = {name: value for name in _ENGINE_OPTIONS if (value := getattr(asked, name)) is not None}
-        options.setdefault("temperature", self._settings.temperature)
-        # Drawn, not fixed: who asks twice at a temperature expects two answers. 53 bits stay exact everywhere.
-        options.setdefault("seed", secrets.randbits(53))
-        options["max_tokens"] = max_tokens or self._settings.max_tokens
-        if asked.logit_bias is not None:
-            options["logit_bias"] = {int(token): value for token, value in asked.logit_bias.items()}
-        try:
-            return GenerationOptions.of(**options)
-        except UsageError as error:
-            raise refused(error) from None
 
 
 def refused(error: UsageError) -> ApiError:

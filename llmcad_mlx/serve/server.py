@@ -1,27 +1,49 @@
-"""The server as a whole: a socket, a worker with the model, uvicorn between them, and an orderly end."""
+"""The server as a whole: a socket, a worker with the model, HTTP routes between them, and an orderly end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import signal
+import math
 import socket
 import threading
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from llmcad_mlx import __version__
 from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.serve.app import Api
-from llmcad_mlx.serve.jobs import FairQueue, Job
-from llmcad_mlx.serve.limits import protocol_with
-from llmcad_mlx.serve.metrics import Metrics
-from llmcad_mlx.serve.options import ServerSettings
-from llmcad_mlx.serve.prompt_cache import PromptCache
+from llmcad_mlx.prompt import encode_prompt
+from llmcad_mlx.serve import ServerSettings
+from llmcad_mlx.serve.answers import ChatAnswer, CompletionAnswer, GenerationResponse, PartMaker, ToolListener
+from llmcad_mlx.serve.jobs import Job
+from llmcad_mlx.serve.limits import Gate, GuardedProtocol, read_body
+from llmcad_mlx.serve.metrics import CONTENT_TYPE, Metrics
+from llmcad_mlx.serve.page import page_routes
+from llmcad_mlx.serve.protocol import (
+    ApiError,
+    GenerationRequest,
+    JsonResponse,
+    RequestReader,
+    bad_request,
+    error_response,
+    shutting_down,
+)
 from llmcad_mlx.serve.worker import Ending, ServedModel, Worker
 
 _log = logging.getLogger(__name__)
@@ -29,6 +51,7 @@ _MAX_HEAD_BYTES = 32 << 10
 _MAX_CONNECTIONS = 1000
 _IDLE_S = 30
 _LINGER_S = 5  # how long answers that were broken off may take to reach their clients
+_MOST_RETRY_S = 60
 
 
 class LlmServer:
@@ -42,12 +65,9 @@ class LlmServer:
     def __init__(self, settings: ServerSettings, load: Callable[[], Engine], name: str) -> None:
         """`load` runs on the worker's thread. `name`: what the model is called towards clients."""
         self._settings = settings
-        self._queue: FairQueue[Job] = FairQueue(settings.max_queue)
         self._metrics = Metrics()
-        cache = PromptCache(settings.prompt_cache_bytes)
-        self._worker = Worker(load, self._queue, self._metrics, name, cache)
+        self._worker = Worker(load, settings, self._metrics, name)
         self._socket: socket.socket | None = None
-        self._model: ServedModel | None = None
         self._uvicorn: _Uvicorn | None = None
         self.url = ""
         """Where the server is, after `start`."""
@@ -59,20 +79,13 @@ class LlmServer:
         port = self._socket.getsockname()[1]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         try:
-            self._model = self._worker.start()
+            model = self._worker.start()
         except BaseException:
             self._socket.close()
             raise
-        return self._model
-
-    def run(self) -> Ending:
-        """Serve until told to stop. Raises KeyboardInterrupt when told so twice: a generation may still run."""
-        if self._socket is None or self._model is None:
-            raise RuntimeError("start the server before running it")
-        api = Api(self._settings, self._model, self._worker, self._queue, self._metrics)
         config = uvicorn.Config(
-            api.asgi(),
-            http=protocol_with(self._settings.header_s),
+            Api(self._settings, model, self._worker, self._metrics).asgi(),
+            http=type("Guarded", (GuardedProtocol,), {"header_s": self._settings.header_s}),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -85,66 +98,46 @@ class LlmServer:
             timeout_graceful_shutdown=_LINGER_S,
         )
         self._uvicorn = _Uvicorn(config, self._worker)
-        try:
+        return model
+
+    def run(self) -> Ending:
+        """Serve until told to stop. Raises KeyboardInterrupt when told so twice: a generation may still run."""
+        if self._socket is None or self._uvicorn is None:
+            raise RuntimeError("start the server before running it")
+        with self._socket:
             self._uvicorn.run(sockets=[self._socket])
-        finally:
-            api.close()
-            self._socket.close()
         if self._uvicorn.force_exit:
             raise KeyboardInterrupt
-        return self._uvicorn.wait_for_worker()
+        return self._uvicorn.ending.result()
 
     def stop(self) -> None:
         """Make `run` return; from any thread."""
         if self._uvicorn is not None:
-            self._uvicorn.stop()
+            self._uvicorn.should_exit = True
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn, with signals that end generations too and leave the exit code alone."""
+    """uvicorn, whose end is the worker's too, and which leaves the exit code alone."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
         self._worker = worker
-        self._ending: Future[Ending] = Future()
-        # On a thread of its own: that may last a round, and the event loop has answers to send.
-        self._closing = threading.Thread(target=self._close, name="closing", daemon=True)
-
-    def _close(self) -> None:
-        self._ending.set_result(self._worker.close())
-
-    def stop(self) -> None:
-        """Refuse what waits, break off what runs, then end."""
-        self.should_exit = True
-        if self._closing.ident is None:
-            self._closing.start()
-
-    def wait_for_worker(self) -> Ending:
-        """After `run`: close the worker, if that was not done yet."""
-        self.stop()
-        return self._ending.result()
+        self.ending: Future[Ending] = Future()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            self.force_exit = True
-        else:
-            _log.warning("shutting down; once more to leave at once")
-            self.stop()
+        """The first signal ends it in order, the second at once; uvicorn would raise them again at the end."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """uvicorn raises its signals again when it is done, which would be the program's exit code."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # a test's, or somebody's own program: signals are its business
-            return
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse what waits, break off what runs, send the last answers."""
+        _log.warning("shutting down; once more to leave at once")
+        # On a thread of its own: that may last a round, and the event loop has answers to send.
+        threading.Thread(target=self._end, name="closing", daemon=True).start()
+        await super().shutdown(sockets)
+
+    def _end(self) -> None:
+        self.ending.set_result(self._worker.close())
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -160,3 +153,187 @@ def _bind(host: str, port: int) -> socket.socket:
         server.close()
         raise UsageError(f"port: {host}:{port} cannot be used: {error.strerror}; give another --port") from None
     return server
+
+
+class Api:
+    """The endpoints of one served model."""
+
+    def __init__(self, settings: ServerSettings, model: ServedModel, worker: Worker, metrics: Metrics) -> None:
+        self._settings = settings
+        self._model = model
+        self._worker = worker
+        self._metrics = metrics
+        self._reader = RequestReader(settings, model.name)
+        self._card = {
+            "id": model.name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "llmcad-mlx",
+            "context_length": model.context_length,
+            "draft": model.draft,
+        }
+        # A tokenizer encodes for one at a time; not on the worker's thread, which may be busy for minutes.
+        self._encoding = asyncio.Lock()
+
+    def asgi(self) -> Starlette:
+        """The application."""
+        routes = [
+            Route("/v1/chat/completions", partial(self.generation, self._reader.chat), methods=["POST"]),
+            Route("/v1/completions", partial(self.generation, self._reader.completion), methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/openapi.json", self.openapi),
+            *page_routes(self._settings),
+        ]
+        paths = [route.path for route in routes if "{" not in route.path]
+        gate = Middleware(Gate, settings=self._settings, metrics=self._metrics, paths=paths)
+        # Outermost, so that a page that may call the server can also read what it is refused for.
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(self._settings.cors),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
+        app = Starlette(
+            routes=routes,
+            middleware=[cors, gate] if self._settings.cors else [gate],
+            exception_handlers={HTTPException: _on_http_error},
+        )
+        app.router.redirect_slashes = False
+        return app
+
+    async def generation(self, read: Callable[[bytes], GenerationRequest], request: Request) -> GenerationResponse:
+        if not self._worker.is_alive:
+            raise shutting_down()
+        wanted, name = read(await read_body(request, self._settings)), self._model.name
+        tools = None
+        if wanted.tools is not None:
+            if not self._model.tokenizer.has_tool_calling:
+                raise bad_request(f"tools: {name} has no chat template for tools; leave them out", "tools")
+            tools = ToolListener(self._model.tokenizer, wanted.tools)
+        async with self._encoding:
+            prompt = await asyncio.to_thread(self._encode, wanted)
+        client = f"{request.client.host if request.client else ''} {wanted.user}"
+        job, queue = Job(wanted, prompt, client, asyncio.get_running_loop()), self._worker.queue
+        if not queue.put(job):
+            wait = math.ceil(len(queue) * self._metrics.mean_generation_s)
+            retry_after = {"Retry-After": str(min(max(wait, 1), _MOST_RETRY_S))}
+            raise ApiError(429, "too many requests are waiting", code="queue_full", headers=retry_after)
+        answer = ChatAnswer(wanted, name) if wanted.kind == "chat" else CompletionAnswer(wanted, name)
+        return GenerationResponse(job, queue, answer, PartMaker(tools), self._settings.keepalive_s)
+
+    def _encode(self, wanted: GenerationRequest) -> list[int]:
+        """The prompt's tokens. Raises ApiError for one that is malformed or too long."""
+        field = "messages" if wanted.kind == "chat" else "prompt"
+        try:
+            tokens = encode_prompt(wanted.prompt, self._model.tokenizer, self._model.vocab_size, wanted.tools)
+        except UsageError as error:
+            raise bad_request(str(error), field) from None
+        context, limit = self._model.context_length, self._settings.max_prompt_tokens
+        # One place must be left for an answer.
+        most = min((n for n in (None if context is None else context - 1, limit) if n is not None), default=None)
+        if most is not None and len(tokens) > most:
+            message = f"the prompt has {len(tokens)} tokens, and there is room for {most}; shorten it"
+            raise bad_request(message, field, "context_length_exceeded")
+        return tokens
+
+    async def models(self, request: Request) -> Response:
+        return JsonResponse({"object": "list", "data": [self._card]})
+
+    async def one_model(self, request: Request) -> Response:
+        if request.path_params["name"] != self._model.name:
+            raise ApiError(404, f"only {self._model.name} is served here", param="model", code="model_not_found")
+        return JsonResponse(self._card)
+
+    async def health(self, request: Request) -> Response:
+        status, code = ("ok", 200) if self._worker.is_alive else ("unavailable", 503)
+        return JsonResponse({"status": status}, code)
+
+    async def metrics(self, request: Request) -> Response:
+        text = self._metrics.text(len(self._worker.queue), self._worker.num_running)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
+
+    async def openapi(self, request: Request) -> Response:
+        return JsonResponse(_openapi_document(self._reader, needs_key=self._settings.api_key is not None))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: an unknown path, a wrong method."""
+    assert isinstance(error, HTTPException)
+    told = {404: "there is nothing here; see /openapi.json", 405: "this method is not allowed here"}
+    message = told.get(error.status_code, error.detail)
+    return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+class _ErrorObject(BaseModel):
+    """Why a request is refused; `param` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: _ErrorObject
+
+
+class Answer(BaseModel):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
+    speculation: dict[str, Any] | None = None
+
+
+def _openapi_document(reader: RequestReader, needs_key: bool) -> dict[str, Any]:
+    """An OpenAPI 3.1 document of the whole server."""
+    chat, completion = reader.chat_model, reader.completion_model
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in (chat, completion, Answer, Error)],
+        ref_template="#/components/schemas/{model}",
+    )
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "llmcad-mlx", "version": __version__},
+        "paths": {
+            "/v1/chat/completions": {"post": _generation("Answer a conversation.", chat)},
+            "/v1/completions": {"post": _generation("Continue a text.", completion)},
+            "/v1/models": {"get": _get("The model that is served.")},
+            "/health": {"get": {**_get("Whether the server works."), "security": []}},
+            "/metrics": {"get": _get("Counters, as Prometheus reads them.", "text/plain", "string")},
+            "/openapi.json": {"get": _get("This document.")},
+        },
+        "components": {"schemas": schemas["$defs"]},
+    }
+    if needs_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def _generation(summary: str, request: type[BaseModel]) -> dict[str, Any]:
+    content = {**_content(Answer), "text/event-stream": {"schema": {"type": "string"}}}
+    operation = _operation(summary, "The answer, whole or as server-sent events.", content)
+    return {**operation, "requestBody": {"required": True, "content": _content(request)}}
+
+
+def _get(summary: str, media_type: str = "application/json", kind: str = "object") -> dict[str, Any]:
+    return _operation(summary, "It is.", {media_type: {"schema": {"type": kind}}})
+
+
+def _operation(summary: str, said: str, content: dict[str, Any]) -> dict[str, Any]:
+    refused = {"description": "A refusal; the message says why.", "content": _content(Error)}
+    return {
+        "summary": summary,
+        "responses": {"200": {"description": said, "content": content}, "default": refused},
+    }
+
+
+def _content(model: type[BaseModel]) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}

@@ -8,44 +8,38 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmcad_mlx.api import Engine, Response
+from llmcad_mlx.conversations.snapshot import Snapshot
 from llmcad_mlx.engine.round import Round
+from llmcad_mlx.engine.session import common_prefix
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.machine import peak_rss_bytes
-from llmcad_mlx.report import generation_report
+from llmcad_mlx.machine import peak_rss_bytes, physical_memory_bytes
+from llmcad_mlx.report import Answer
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.serve.jobs import (
-    FailedEvent,
-    FairQueue,
-    FinishedEvent,
-    Job,
-    PromptEvent,
-    RoundEvent,
-    TokenEvent,
-    TokenLogprob,
-)
+from llmcad_mlx.serve import ServerSettings
+from llmcad_mlx.serve.jobs import FairQueue, FinishedEvent, Job, PromptEvent, RoundEvent, TokenEvent, TokenLogprob
 from llmcad_mlx.serve.metrics import Metrics
-from llmcad_mlx.serve.prompt_cache import PromptCache
-from llmcad_mlx.serve.protocol import internal_error, refused, shutting_down
+from llmcad_mlx.serve.protocol import ApiError, internal_error, refused, shutting_down
+from llmcad_mlx.sizes import parse_size
 from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import COMMITTED
 
 _log = logging.getLogger(__name__)
-_POLL_S = 0.2  # how soon a Ctrl-C is noticed while a model loads
 _REPORT_FROM = "seed"  # the report's keys before it are said elsewhere in OpenAI's answer
 _LEAST_LOGPROB = -9999.0  # what OpenAI gives for a token that cannot come; JSON has no infinity
-
-
-class CancelledError(Exception):
-    """The job was cancelled; its generation is over."""
+_CACHE_SHARE = 0.05  # of the budget, or of the machine's memory
+_MOST_CACHE = 1 << 30
+_WORTH_KEEPING = 32  # tokens; fewer are read again faster than they are copied there and back
 
 
 class Generation:
@@ -57,14 +51,14 @@ class Generation:
         self.has_begun = False  # whether the engine has left what it was at before
         self._engine = engine
         self._job = job
-        self._latest: Round | None = None
         self._num_rounds = 0
-        self._texts: dict[int, str] = {}
+        self._text_of: Callable[[int], str] = cache(lambda token: str(engine.tokenizer.decode([token])))
 
     def run(self) -> FinishedEvent:
         """Generate to the end. Raises CancelledError, and what the engine raises."""
+        rounds: list[Round] = []
         responses = self._engine.stream_generate(
-            self._job.prompt, self._on_progress, self._on_round, options=self._job.request.options
+            self._job.prompt, self._on_progress, rounds.append, options=self._job.request.options
         )
         batch: list[TokenEvent] = []
         reason = "stop"
@@ -73,50 +67,38 @@ class Generation:
             self.tokens.append(response.token)
             batch.append(self._token(response))
             reason = response.finish_reason or reason
-            if self._latest is not None and len(batch) == len(self._latest.walk.tokens):
-                self._send_round(self._latest, batch)
-                self._latest, batch = None, []
-                self._check_cancelled()
+            if rounds and len(batch) == len(rounds[-1].walk.tokens):
+                self._job.send(RoundEvent(batch, self._tree(rounds.pop())))
+                batch = []
+                self.check_cancelled()
         return FinishedEvent(reason, self._usage(reason))
 
     def _on_progress(self, done: int, total: int) -> None:
         self.has_begun = True
-        self._check_cancelled()
+        self.check_cancelled()
         self._job.send(PromptEvent(done, total))
 
-    def _on_round(self, done: Round) -> None:
-        self._latest = done
-
-    def _check_cancelled(self) -> None:
-        if self._job.cancelled:
+    def check_cancelled(self) -> None:
+        """Raise CancelledError once the job is cancelled."""
+        if self._job.cancelled is not None:
             raise CancelledError
 
     def _token(self, response: Response) -> TokenEvent:
-        own: TokenLogprob | None = None
-        top: tuple[TokenLogprob, ...] = ()
+        logprobs: list[TokenLogprob] = []
         if (count := self._job.request.top_logprobs) is not None:
             row = np.asarray(response.logprobs)[: self._engine.pair.vocab_size]
-            own = self._logprob(response.token, row)
-            order = np.argsort(-row, kind="stable")[:count] if count else ()
-            top = tuple(self._logprob(int(token), row) for token in order)
-        return TokenEvent(response.token, response.text, response.from_draft, response.finish_reason, own, top)
+            likeliest = np.argsort(-row, kind="stable")[:count].tolist() if count else []
+            for token in (response.token, *likeliest):
+                logprob = max(float(row[token]), _LEAST_LOGPROB)
+                logprobs.append(TokenLogprob(token, self._text_of(token), logprob))
+        return TokenEvent(response.token, response.text, response.from_draft, logprobs)
 
-    def _logprob(self, token: int, row: Any) -> TokenLogprob:
-        return TokenLogprob(token, self._text_of(token), max(float(row[token]), _LEAST_LOGPROB))
-
-    def _text_of(self, token: int) -> str:
-        if token not in self._texts:
-            self._texts[token] = str(self._engine.tokenizer.decode([token]))
-        return self._texts[token]
-
-    def _send_round(self, done: Round, tokens: list[TokenEvent]) -> None:
-        tree = self._tree(done) if self._job.request.show_trees else None
+    def _tree(self, done: Round) -> dict[str, Any] | None:
+        """The round as the contract has it, where asked for: nodes as drafted, parents first."""
+        if not self._job.request.show_trees:
+            return None
         self._num_rounds += 1
-        self._job.send(RoundEvent(tokens, tree))
-
-    def _tree(self, done: Round) -> dict[str, Any]:
-        """The round as the contract has it: nodes as drafted, parents first."""
-        tree, bonus, plan = done.drafted, done.own_token, self._engine.pair.plan
+        tree, bonus, plan = done.drafted, done.bonus_token, self._engine.pair.plan
         nodes = [
             {
                 "id": token, "text": self._text_of(token), "parent": tree.parents[node],
@@ -127,7 +109,7 @@ class Generation:
             for node, (token, state) in enumerate(zip(tree.tokens, done.states(), strict=True))
         ]  # fmt: skip
         return {
-            "index": self._num_rounds,
+            "index": self._num_rounds - 1,
             "nodes": nodes,
             "bonus": None if bonus is None else {"id": bonus, "text": self._text_of(bonus)},
             "tokens_per_s": self.stats.tokens_per_s,
@@ -138,9 +120,8 @@ class Generation:
 
     def _usage(self, reason: str) -> dict[str, Any]:
         options = self._job.request.options
-        report = generation_report(self._engine, "", self.tokens, reason, self.stats, options)
-        names = list(report)
-        speculation = {name: report[name] for name in names[names.index(_REPORT_FROM) :]}
+        report = Answer(self.tokens, [], reason, self.stats).report(self._engine, options)
+        speculation = dict(dropwhile(lambda figure: figure[0] != _REPORT_FROM, report.items()))
         prompt, completion = self.stats.prompt_tokens, len(self.tokens)
         return {
             "prompt_tokens": prompt,
@@ -149,6 +130,63 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": self.stats.reused_tokens},
             "speculation": speculation,
         }
+
+
+class PromptCache:
+    """The caches of several conversations: the engine keeps one, the others wait here as copies.
+
+    A request that goes on with one of them reads only what is new, whoever asked in between. The copies take at
+    most `limit_bytes`; the least recently used goes first.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._kept: list[Snapshot] = []  # the latest last
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(snapshot.nbytes for snapshot in self._kept)
+
+    def switch(self, engine: Engine, prompt: Sequence[int]) -> None:
+        """Bring the engine to the conversation that `prompt` goes on with.
+
+        What the engine would lose by it is kept, if there is room.
+        """
+        present = engine.tokens
+        common = common_prefix(present, prompt)
+        best = max(self._kept, key=lambda kept: common_prefix(kept.tokens, prompt), default=None)
+        found = 0 if best is None else common_prefix(best.tokens, prompt)
+        if best is not None and found < common + _WORTH_KEEPING:
+            best = None
+        lost = len(present) - (common if best is None else 0)
+        if lost >= _WORTH_KEEPING:
+            self._keep(engine, len(present), best)
+        if best is None:
+            return
+        engine.restore(best)
+        self._kept = [kept for kept in self._kept if kept is not best]
+        if len(best.tokens) - found >= _WORTH_KEEPING:
+            self._kept.append(best)  # another conversation that begins alike; it may go on too
+
+    def _keep(self, engine: Engine, num_tokens: int, needed: Snapshot | None) -> None:
+        """Copy the `num_tokens` that the engine holds; `needed` stays, whatever has to go for it."""
+        # Known beforehand, so that the limit holds.
+        caches = [engine.pair.target.cache, *(drafter.cache for drafter in engine.pair.drafters)]
+        size = num_tokens * sum(cache.slot_nbytes for cache in caches if cache is not None and cache.can_rollback)
+        if size + (0 if needed is None else needed.nbytes) > self._limit:
+            return
+        for oldest in [kept for kept in self._kept if kept is not needed]:
+            if self.nbytes + size <= self._limit:
+                break
+            self._kept.remove(oldest)
+        snapshot = engine.snapshot()
+        if snapshot is None:
+            return
+        # A copy that begins another is the same conversation, earlier.
+        tokens = snapshot.tokens
+        self._kept = [kept for kept in self._kept if common_prefix(kept.tokens, tokens) < len(kept.tokens)]
+        self._kept.append(snapshot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,20 +212,13 @@ class Ending:
 class Worker:
     """Owns the engine. `load` runs on the worker's thread, and what it raises comes out of `start`."""
 
-    def __init__(
-        self,
-        load: Callable[[], Engine],
-        queue: FairQueue[Job],
-        metrics: Metrics,
-        name: str,
-        prompt_cache: PromptCache,
-    ) -> None:
-        """`name`: what the model is called towards clients. `prompt_cache`: of conversations that wait."""
+    def __init__(self, load: Callable[[], Engine], settings: ServerSettings, metrics: Metrics, name: str) -> None:
+        """`name`: what the model is called towards clients."""
+        self.queue = FairQueue(settings.max_queue)
         self._load = load
-        self._queue = queue
         self._metrics = metrics
         self._name = name
-        self._prompt_cache = prompt_cache
+        self._prompt_cache = PromptCache(settings.prompt_cache_bytes)
         self._model: Future[ServedModel] = Future()
         self._running: Job | None = None
         # A daemon: an interrupt while a model loads must not wait for the rest of it.
@@ -196,8 +227,6 @@ class Worker:
     def start(self) -> ServedModel:
         """Load the model and begin to serve the queue. Raises what loading raises."""
         self._thread.start()
-        while not wait([self._model], _POLL_S).done:
-            pass
         return self._model.result()
 
     @property
@@ -215,10 +244,10 @@ class Worker:
 
         Clients are told at once; what blocks is the round. Call it off the event loop.
         """
-        waiting, running = self._queue.close(), self._running
+        waiting, running = self.queue.close(), self._running
         for job in waiting if running is None else [*waiting, running]:
             job.cancel(shutting_down())
-            job.send(FailedEvent(shutting_down()))
+            job.send(shutting_down())
         self._thread.join()
         return Ending(int(running is not None), len(waiting))
 
@@ -232,7 +261,7 @@ class Worker:
             return
         self._model.set_result(model)
         with engine:
-            while (job := self._queue.take()) is not None:
+            while (job := self.queue.take()) is not None:
                 self._running = job
                 try:
                     self._serve(engine, job)
@@ -243,33 +272,40 @@ class Worker:
     def _serve(self, engine: Engine, job: Job) -> None:
         generation = Generation(engine, job)
         started = time.perf_counter()
-        end = self._generate(generation, engine, job)
+        end: FinishedEvent | ApiError
+        try:
+            generation.check_cancelled()
+            self._prompt_cache.switch(engine, job.prompt)
+            end = generation.run()
+        except CancelledError:
+            end = job.cancelled or shutting_down()
+        except Exception as error:
+            # Only what a client can change is said to it; files and code are the log's business.
+            end = refused(error) if isinstance(error, UsageError) else internal_error(error)
         if generation.has_begun:  # counted before the client hears of the end, so that it finds itself counted
             self._metrics.count_generation(generation.stats, time.perf_counter() - started)
             _log.info("%s: %s", job.request.kind, _summary(generation, end))
         job.send(end)
 
-    def _generate(self, generation: Generation, engine: Engine, job: Job) -> FinishedEvent | FailedEvent:
-        """Generate; returns how it ended."""
-        try:
-            if job.cancelled:
-                raise CancelledError
-            self._prompt_cache.switch(engine, job.prompt)
-            return generation.run()
-        except CancelledError:
-            return FailedEvent(job.reason or shutting_down())
-        except Exception as error:
-            # Only what a client can change is said to it; files and code are the log's business.
-            return FailedEvent(refused(error) if isinstance(error, UsageError) else internal_error(error))
 
-
-def _summary(generation: Generation, end: FinishedEvent | FailedEvent) -> str:
+def _summary(generation: Generation, end: FinishedEvent | ApiError) -> str:
     stats = generation.stats
     why = end.finish_reason if isinstance(end, FinishedEvent) else "broken off"
     return (
         f"{stats.prompt_tokens} prompt tokens ({stats.reused_tokens} cached), {len(generation.tokens)} generated, "
         f"{stats.tokens_per_s:.1f} tokens/s, {stats.tokens_per_pass:.2f} per pass, {why}"
     )
+
+
+def cache_limit(size: str, budget_bytes: int | None) -> int:
+    """Bytes for copies: "auto" is a twentieth of the budget, else of the machine's memory, but not above 1 GiB.
+
+    Raises UsageError for what is no size.
+    """
+    if size != "auto":
+        return parse_size(size, "prompt-cache")
+    memory = physical_memory_bytes() if budget_bytes is None else budget_bytes
+    return min(round(memory * _CACHE_SHARE), _MOST_CACHE)
 
 
 def public_name(name: str | None) -> str:

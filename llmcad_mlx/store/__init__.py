@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from llmcad_mlx.files.atomic import full_disk_error
+from llmcad_mlx.files import full_disk_error
 
 
 def home_folder() -> Path:

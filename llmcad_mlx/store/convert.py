@@ -19,13 +19,13 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import quantize_model, save_config
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files.atomic import check_destination, new_folder
+from llmcad_mlx.files import check_destination, new_folder
 from llmcad_mlx.files.bundle import FILE as MANIFEST
-from llmcad_mlx.files.bundle_writer import BundleWriter
+from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, dtype_name
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.models.folder import DRAFT_TOKENS, LoadedModel, TokenList, load_model_folder, read_config
-from llmcad_mlx.progress import Advance, NoProgress, Progress, progress_for
+from llmcad_mlx.progress import Advance, Progress, progress_for
 from llmcad_mlx.store.pull import resolve_target
 from llmcad_mlx.streaming.storage import FileStorage
 
@@ -102,7 +102,7 @@ def convert_folder(
     else:
         weights = weights_of(loaded, loaded.model, None if _quantisation_is_mlx(loaded) else loaded.config)
     del loaded  # its arrays must be in `weights` alone
-    write_weights(source, dest, weights, name, progress or NoProgress())
+    write_weights(source, dest, weights, name, progress or Progress())
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -124,11 +124,8 @@ def copy_extent(
 
 def is_quantised(model: Any) -> bool:
     """Whether some parameters are packed. Partly quantised models are left as they are, too."""
-    return any(array.dtype in (mx.uint8, mx.uint32) for array in _parameters(model).values())
-
-
-def _parameters(model: Any) -> dict[str, mx.array]:
-    return dict(tree_flatten(model.parameters()))
+    leaves: Any = tree_flatten(model.parameters())
+    return any(array.dtype in (mx.uint8, mx.uint32) for _, array in leaves)
 
 
 def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWeights:
@@ -137,7 +134,7 @@ def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWei
         with contextlib.redirect_stdout(io.StringIO()):  # it reports there
             model, config = quantize_model(loaded.model, loaded.config, group_size, bits)
     except ValueError as error:
-        raise ModelError(f"{loaded.path}: mlx-lm cannot quantise it ({_first_line(error)})") from None
+        raise ModelError(f"{loaded.path}: mlx-lm cannot quantise it ({str(error).splitlines()[0]})") from None
     if not is_quantised(model):
         raise UsageError(
             f"--group-size: no rows of {loaded.path} divide into groups of {group_size}; choose a smaller one"
@@ -152,7 +149,7 @@ def _quantisation_is_mlx(loaded: LoadedModel) -> bool:
 
 def weights_of(loaded: LoadedModel, model: Any, config: dict[str, Any] | None) -> NewWeights:
     """What is to be written of `model`, whose arrays are let go; what is as in `loaded`'s files is copied."""
-    parameters = _parameters(model)
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # lets go of them
     unchanged = loaded.unchanged if _quantisation_is_mlx(loaded) else frozenset()
     specs: list[TensorSpec] = []
@@ -201,15 +198,11 @@ def _write_array(source: Path, writer: BundleWriter, spec: TensorSpec, array: mx
         flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
         mx.eval(flat)
     except RuntimeError as error:
-        what = f"{source}: {spec.name} cannot be read ({_first_line(error)})"
+        what = f"{source}: {spec.name} cannot be read ({str(error).splitlines()[0]})"
         raise ModelError(f"{what}; download the folder again") from None
     if not finite:
         raise ModelError(f"{source}: {spec.name} holds NaN or infinity; download the folder again")
     writer.write_bytes(spec.name, 0, memoryview(flat))  # type: ignore[arg-type]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _side_files(source: Path) -> list[Path]:

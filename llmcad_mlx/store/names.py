@@ -37,7 +37,10 @@ def find_pair(
     memory options. Raises the errors of `resolve_target` and `pair_with_draft`.
     """
     target_name = DEFAULT_PRESET if target is None else target
-    _check_draft(draft)
+    if draft is not None:  # before anything is looked for
+        if not isinstance(draft, str) or not draft:
+            raise UsageError(f"draft: {draft!r} is not a folder, repository, preset, 'ngram', 'self:4' or 'none'")
+        DerivedDraft.parse(draft)
     target_path = resolve_target(target_name, show_progress)
     if draft != AUTO_DRAFT:
         return pair_with_draft(target_path, draft, show_progress)
@@ -55,9 +58,8 @@ def find_pair(
 def pair_with_draft(target_path: Path, draft: str | None, show_progress: bool) -> PairPaths:
     """The target in a folder with a draft that is not "auto", which is fetched or made where it is not there.
 
-    Raises the errors of `resolve_draft` and `DerivedDraft.make`.
+    Raises the errors of `resolve_draft`, `DerivedDraft.parse` and `make`.
     """
-    _check_draft(draft)
     if draft is None or draft in (NO_DRAFT, NGRAM_DRAFT):
         return PairPaths(target_path, draft or NO_DRAFT, None)
     derived = DerivedDraft.parse(draft)
@@ -72,14 +74,6 @@ def pair_with_draft(target_path: Path, draft: str | None, show_progress: bool) -
     return PairPaths(target_path, draft, derived.make(source, progress_for(show_progress)))
 
 
-def _check_draft(draft: str | None) -> None:
-    """Raises UsageError for what can name no draft, before anything is looked for."""
-    if draft is not None and (not isinstance(draft, str) or not draft):
-        raise UsageError(f"draft: {draft!r} is not a folder, repository, preset, 'ngram', 'self:4' or 'none'")
-    if draft is not None:
-        DerivedDraft.parse(draft)
-
-
 def pair_profile_path(pair: PairPaths, streamed_bytes: int | None, read_bandwidth: float | None) -> Path:
     """Step times depend on what is streamed and how fast, so each way of running has a profile of its own.
 
@@ -91,8 +85,6 @@ def pair_profile_path(pair: PairPaths, streamed_bytes: int | None, read_bandwidt
 
 def device_name() -> str:
     """What computes, for people: "Apple M3 Pro (gpu)", "cpu"."""
-    device = mx.default_device()
-    if device == mx.cpu:
+    if mx.default_device() == mx.cpu:
         return "cpu"
-    info = mx.device_info()
-    return f"{info.get('device_name', 'gpu')} (gpu)"
+    return f"{mx.device_info().get('device_name', 'gpu')} (gpu)"

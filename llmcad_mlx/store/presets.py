@@ -1,10 +1,8 @@
-"""Presets: models known by name, read from presets.toml beside this file and checked."""
+"""Presets: models known by name, read from presets.toml beside this file, which says what each entry means."""
 
 from __future__ import annotations
 
-import re
 import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,17 +11,6 @@ from typing import Any
 from llmcad_mlx.errors import ModelError
 
 NGRAM = "ngram"
-
-_NUMBERS = ("memory_bytes", "num_bytes", "parts")
-_PATTERNS = {
-    "repo": r"[\w.-]+/[\w.-]+",
-    "file": r"[\w.-]+\.gguf",
-    "sha256": r"[0-9a-f]{64}",
-    "packaged": r"\w[\w.-]*",
-    "package": r"[a-z0-9]([a-z0-9-]|\{n\})*",
-    "version": r"[0-9][0-9a-z.]*",
-}
-"""What a text must be; it is part of a file's name, an address or an argument of pip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +53,7 @@ class PackagedSource:
         return Path(str(files("llmcad_mlx").joinpath("data", self.name)))
 
 
-Source = FileSource | RepoSource
-DraftSource = Source | PackagedSource
+Source = FileSource | RepoSource | PackagedSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +69,14 @@ class Preset:
     license: str
     memory_bytes: int
     target: Source
-    draft: DraftSource | None
+    draft: Source | None
     machine: str | None = None
-
-
-class PresetError(ModelError):
-    """The preset file has a missing, unknown or impossible entry."""
 
 
 def list_presets() -> list[Preset]:
     """All presets that come with the package."""
-    text = files("llmcad_mlx.store").joinpath("presets.toml").read_text(encoding="utf-8")
-    return list(parse_presets(text).values())
+    tables = tomllib.loads(files("llmcad_mlx.store").joinpath("presets.toml").read_text(encoding="utf-8"))
+    return [_preset(name, **table) for name, table in tables.items()]
 
 
 def find_preset(name: str) -> Preset | None:
@@ -110,72 +92,19 @@ def get_preset(name: str) -> Preset:
     return preset
 
 
-def parse_presets(text: str) -> dict[str, Preset]:
-    """Presets by name from TOML.
-
-    Raises PresetError naming the entry that is missing, unknown, or not what it should be.
-    """
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PresetError(f"presets.toml: {error}") from None
-    return {name: _preset(name, table) for name, table in tables.items()}
+def _preset(name: str, target: dict[str, Any], draft: Any, **facts: Any) -> Preset:
+    draft_source = None if draft == NGRAM else _source(**draft)
+    return Preset(name, target=_source(**target), draft=draft_source, **facts)
 
 
-def _preset(name: str, table: object) -> Preset:
-    keys = ("summary", "license", "memory_bytes")
-    entries = _entries(name, table, *keys, optional=("machine",), nested=("target", "draft"))
-    draft = entries.pop("draft", None)
-    target = _source(f"{name}.target", entries.pop("target", None))
-    return Preset(
-        name, target=target, draft=None if draft == NGRAM else _draft_source(f"{name}.draft", draft), **entries
-    )
+def _source(packaged: str = "", mirror: dict[str, Any] | None = None, **entries: Any) -> Source:
+    if packaged:
+        return PackagedSource(packaged)
+    if "file" not in entries:
+        return RepoSource(**entries)
+    return FileSource(**entries, mirror=None if mirror is None else _mirror(**mirror))
 
 
-def _draft_source(where: str, table: object) -> DraftSource:
-    if isinstance(table, Mapping) and "packaged" in table:
-        return PackagedSource(_entries(where, table, "packaged")["packaged"])
-    return _source(where, table)
-
-
-def _source(where: str, table: object) -> Source:
-    if isinstance(table, Mapping) and "file" in table:
-        keys = ("repo", "revision", "file", "num_bytes", "sha256")
-        entries = _entries(where, table, *keys, nested=("mirror",))
-        mirror = entries.pop("mirror", None)
-        return FileSource(**entries, mirror=None if mirror is None else _mirror(f"{where}.mirror", mirror))
-    return RepoSource(**_entries(where, table, "repo", "revision"))
-
-
-def _mirror(where: str, table: object) -> Mirror:
-    entries = _entries(where, table, "package", "version", "parts", "member")
-    package, version, parts = entries["package"], entries["version"], entries["parts"]
-    if parts > 1 and "{n}" not in package:
-        raise PresetError(f"presets.toml: {where}.package has no {{n}} for {parts} parts")
-    names = [package.replace("{n}", str(number)) for number in range(1, parts + 1)]
-    return Mirror(tuple(f"{name}=={version}" for name in names), entries["member"])
-
-
-def _entries(
-    where: str, table: object, *keys: str, optional: Sequence[str] = (), nested: Sequence[str] = ()
-) -> dict[str, Any]:
-    """All of `keys`, perhaps some of the others, and no more. `nested` ones are checked by the caller."""
-    if not isinstance(table, Mapping):
-        raise PresetError(f"presets.toml: {where} is not a table")
-    for key in (*keys, *(key for key in optional if key in table)):
-        _check(f"{where}.{key}", key, table.get(key))
-    unknown = [key for key in table if key not in (*keys, *optional, *nested)]
-    if unknown:
-        raise PresetError(f"presets.toml: {where} has unknown entries: {', '.join(unknown)}")
-    return dict(table)
-
-
-def _check(where: str, key: str, value: object) -> None:
-    kind = int if key in _NUMBERS else str
-    if type(value) is not kind or not value:
-        raise PresetError(f"presets.toml: {where} is missing or not a {kind.__name__}: {value!r}")
-    if isinstance(value, int) and value < 1:
-        raise PresetError(f"presets.toml: {where} is {value}, not positive")
-    pattern = _PATTERNS.get(key, ".*")
-    if isinstance(value, str) and not re.fullmatch(pattern, value, re.DOTALL):
-        raise PresetError(f"presets.toml: {where} is {value!r}, which does not match {pattern}")
+def _mirror(package: str, version: str, parts: int, member: str) -> Mirror:
+    names = (package.replace("{n}", str(number)) for number in range(1, parts + 1))
+    return Mirror(tuple(f"{name}=={version}" for name in names), member)

@@ -1,9 +1,8 @@
 """What was learned about models on this machine, kept between runs; none of it affects the text.
 
-Of a pair: step times and calibration, in `profiles/<models and device>.json` of the cache folder. Of a target:
-the draft that `llmcad-mlx tune` chose, which is what `--draft auto` means from then on. It stands in the profile
-of the target's bundle under "drafts"; for a target that is none, or that cannot be written, in
-`profiles/drafts-<target>.json`. A list, the newest last:
+Of a pair: step times and calibration, in `profiles/<models and device>.json` of the cache folder. Of a target: the
+drafts that `llmcad-mlx tune` chose, which are what `--draft auto` means from then on, one for each way of running,
+as `drafts` in `profiles/drafts-<target>.json`, the newest last:
 ```
 {"draft": "ngram", "device": "cpu", "memory": null, "pinned": null, "read_bandwidth": null, "tokens_per_s": 70.1}
 ```
@@ -20,14 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcad_mlx.files.atomic import full_disk_error, write_text
-from llmcad_mlx.files.bundle import FILE, read_profile, write_profile
+from llmcad_mlx.files import full_disk_error, read_object, write_text
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.store import home_folder
 
 _FORMAT_VERSION = 2
-_CHOICES = "drafts"
 
 
 class PairProfile:
@@ -41,8 +38,8 @@ class PairProfile:
         self._path = path
         self.costs = CostModel()
         self.calibration = Calibration()
-        data = None if path is None else _read(path)
-        if data is None or data.get("version") != _FORMAT_VERSION:
+        data = {} if path is None else read_object(path)
+        if data.get("version") != _FORMAT_VERSION:
             return
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             costs = CostModel.from_dict(data.get("costs"))
@@ -126,37 +123,20 @@ def save_choice(target: Path, choice: DraftChoice) -> Path:
     """
     kept = [known for known in _choices(target) if known.conditions != choice.conditions]
     entries = [known.to_dict() for known in (*kept, choice)]
-    profile = read_profile(target)
-    if profile is not None and write_profile(target, {**profile, _CHOICES: entries}):
-        return target / FILE
     file = _choices_file(target)
     try:
-        write_text(file, json.dumps({"target": str(target.resolve()), _CHOICES: entries}))
+        write_text(file, json.dumps({"target": str(target.resolve()), "drafts": entries}))
     except OSError as error:
         raise full_disk_error(error, file) from None
     return file
 
 
 def _choices(target: Path) -> list[DraftChoice]:
-    """The bundle's, then those of the cache folder: a bundle may have become unwritable, or the reverse."""
-    found: dict[Conditions, DraftChoice] = {}
-    for place in (read_profile(target), _read(_choices_file(target))):
-        entries = None if place is None else place.get(_CHOICES)
-        for entry in entries if isinstance(entries, list) else ():
-            choice = DraftChoice.of(entry)
-            if choice is not None:
-                found[choice.conditions] = choice
-    return list(found.values())
+    entries = read_object(_choices_file(target)).get("drafts")
+    found = [DraftChoice.of(entry) for entry in entries] if isinstance(entries, list) else []
+    return [choice for choice in found if choice is not None]
 
 
 def _choices_file(target: Path) -> Path:
     digest = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]
-    return home_folder() / "profiles" / f"{_CHOICES}-{digest}.json"
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+    return home_folder() / "profiles" / f"drafts-{digest}.json"

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+import shutil
 from pathlib import Path
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.files import read_object
 from llmcad_mlx.gguf.convert import convert_gguf
-from llmcad_mlx.progress import NoProgress, Progress, progress_for
+from llmcad_mlx.progress import Progress, progress_for
 from llmcad_mlx.store import home_folder, locked
-from llmcad_mlx.store.download import fetch_file
-from llmcad_mlx.store.hub import fetch_hub_repo
+from llmcad_mlx.store.download import fetch_file, fetch_hub_repo
 from llmcad_mlx.store.presets import (
     NGRAM,
     FileSource,
@@ -36,46 +36,38 @@ _BITS, _GROUP_SIZE = 4, 32
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
-@dataclass(frozen=True, slots=True)
-class PulledPreset:
-    """Folders that `mlx_lm.load` opens. `draft` is None when the n-gram drafter serves, a file for a table."""
+def pull_preset(name: str, progress: Progress | None = None, keep_source: bool = False) -> list[Path]:
+    """Fetch a preset's target and its draft, if it has one; convert GGUF files; return at once where that is done.
 
-    target: Path
-    draft: Path | None
-
-
-def pull_preset(name: str, progress: Progress | None = None, keep_source: bool = False) -> PulledPreset:
-    """Fetch a preset's target and draft, convert GGUF files; return at once where that is done.
-
-    `keep_source` leaves the fetched GGUF files in the cache folder.
+    What is returned is a folder that `mlx_lm.load` opens, or an n-gram table's file. `keep_source` leaves the
+    fetched GGUF files in the cache folder.
     Raises ModelError for an unknown preset or a file that cannot be converted, DownloadError when a file
     cannot be had or is not the one the preset names, DiskError when it does not fit the disk.
     """
-    preset = get_preset(name)
-    target = pull_part(name, "target", progress, keep_source)
-    draft = None if preset.draft is None else pull_part(name, "draft", progress, keep_source)
-    return PulledPreset(target, draft)
+    parts = ["target", "draft"] if get_preset(name).draft is not None else ["target"]
+    return [pull_part(name, part, progress, keep_source) for part in parts]
 
 
 def pull_part(name: str, part: str, progress: Progress | None = None, keep_source: bool = False) -> Path:
-    """The folder of a preset's `part`, "target" or "draft"; of the hub's cache where it is a whole repository. A
-    draft that comes with the package is a file.
-
-    Errors as for `pull_preset`.
-    """
+    """As `pull_preset`, for one part: "target", or where there is one "draft"."""
     preset = get_preset(name)
     source = preset.target if part == "target" else preset.draft
-    if source is None:
-        raise ModelError(f"{name}: this preset has no draft model; use --draft ngram")
+    assert source is not None
     if isinstance(source, PackagedSource):
         return source.path
     if isinstance(source, RepoSource):
         return pull_repo(source.repo, source.revision, progress)
     folder = home_folder() / "models" / name / part
-    if not _complete(folder, source):
-        with locked(folder):
-            if not _complete(folder, source):
-                _fetch_and_convert(source, folder, progress or NoProgress(), keep_source)
+    if _complete(folder, source):
+        return folder
+    with locked(folder):
+        if not _complete(folder, source):
+            file = fetch_file(source, progress or Progress())
+            shutil.rmtree(folder, ignore_errors=True)  # of an older form, or damaged
+            convert_gguf(file, folder, _BITS, _GROUP_SIZE, progress=progress)
+            (folder / MARKER).write_text(json.dumps(_marker(folder, source), indent=2) + "\n", encoding="utf-8")
+            if not keep_source:
+                file.unlink()
     return folder
 
 
@@ -84,21 +76,13 @@ def pull_repo(repo: str, revision: str | None = None, progress: Progress | None 
 
     Raises DownloadError when it cannot be had, ModelError when the repository holds no mlx-lm model.
     """
-    folder = fetch_hub_repo(repo, revision, progress or NoProgress())
+    folder = fetch_hub_repo(repo, revision, progress or Progress())
     if not (folder / "config.json").exists() or not any(folder.glob("model*.safetensors")):
         raise ModelError(
             f"{repo}: the repository has no config.json with model*.safetensors, so it is no mlx-lm model; "
             "a GGUF file must be downloaded and converted with `llmcad-mlx convert`"
         )
     return folder
-
-
-def _fetch_and_convert(source: FileSource, folder: Path, progress: Progress, keep_source: bool) -> None:
-    file = fetch_file(source, progress)
-    convert_gguf(file, folder, _BITS, _GROUP_SIZE, replace=True, progress=progress)
-    (folder / MARKER).write_text(json.dumps(_marker(folder, source), indent=2) + "\n", encoding="utf-8")
-    if not keep_source:
-        file.unlink()
 
 
 def _marker(folder: Path, source: FileSource) -> dict[str, object]:
@@ -113,11 +97,7 @@ def _marker(folder: Path, source: FileSource) -> dict[str, object]:
 
 
 def _complete(folder: Path, source: FileSource) -> bool:
-    try:
-        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(found == _marker(folder, source))
+    return read_object(folder / MARKER) == _marker(folder, source)
 
 
 def resolve_target(spec: str, show_progress: bool = False) -> Path:
@@ -126,7 +106,7 @@ def resolve_target(spec: str, show_progress: bool = False) -> Path:
     Fetches and converts what is not there yet. Raises ModelError when `spec` is none of these, and the
     errors of `pull_part` and `pull_repo`.
     """
-    return _resolve(spec, "target", progress_for(show_progress))
+    return _resolve(spec, "target", show_progress)
 
 
 def resolve_draft(spec: str, show_progress: bool = False) -> Path:
@@ -137,9 +117,7 @@ def resolve_draft(spec: str, show_progress: bool = False) -> Path:
     path = Path(spec).expanduser()
     if path.name.endswith(TABLE_SUFFIX) and path.is_file():
         return path
-    preset = find_preset(spec)
-    has_draft = preset is not None and preset.draft is not None
-    return _resolve(spec, "draft" if has_draft else "target", progress_for(show_progress))
+    return _resolve(spec, "target" if preset_draft(spec) == NGRAM else "draft", show_progress)
 
 
 def preset_draft(target: str) -> str:
@@ -148,7 +126,7 @@ def preset_draft(target: str) -> str:
     return NGRAM if preset is None or preset.draft is None else target
 
 
-def _resolve(spec: str, part: str, progress: Progress) -> Path:
+def _resolve(spec: str, part: str, show_progress: bool) -> Path:
     path = Path(spec).expanduser()
     if spec and path.is_dir():
         return path
@@ -158,6 +136,7 @@ def _resolve(spec: str, part: str, progress: Progress) -> Path:
         raise ModelError(f"{path}: GGUF files must be converted first: llmcad-mlx convert {path} {path.stem}")
     if path.is_file():
         raise ModelError(f"{spec}: is a file; give the model's folder")
+    progress = progress_for(show_progress)
     if find_preset(spec) is not None:
         return pull_part(spec, part, progress)
     if _REPOSITORY.fullmatch(spec):

@@ -6,8 +6,10 @@ measured on a few layers read on demand; `Prepared.build` brings in what the pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,75 +18,94 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from llmcad_mlx.cpu import unlisted_arrays, use_cpu_blocks, use_cpu_linears
-from llmcad_mlx.files.bundle import Bundle
-from llmcad_mlx.memory.plan import MemoryPlan, ModelSizes
+from llmcad_mlx.errors import StorageError
+from llmcad_mlx.files.bundle import FILE, Bundle
+from llmcad_mlx.files.safetensors import TensorExtent
+from llmcad_mlx.memory import MemoryPlan, ModelSizes
 from llmcad_mlx.models import positions
-from llmcad_mlx.models.adapt import forget_weights, restore
+from llmcad_mlx.models.adapt import adapt, forget_weights, restore
 from llmcad_mlx.models.folder import LoadedModel
 from llmcad_mlx.models.probe import cached_probe, probe, representative_layers
 from llmcad_mlx.models.tree_model import ProbeReport, TreeModel, body_of
-from llmcad_mlx.streaming.checksums import Checksums
-from llmcad_mlx.streaming.feed import OnDemandFeed, RowReader, SequentialFeed
 from llmcad_mlx.streaming.modules import (
+    OnDemandFeed,
+    RowReader,
+    SequentialFeed,
     Streamed,
+    StreamedEmbedding,
+    StreamedHead,
+    StreamedLayer,
     StreamedUnit,
     Views,
     WeightFeed,
-    let_go,
-    stream_embedding,
-    stream_head,
-    stream_layer,
 )
-from llmcad_mlx.streaming.storage import Storage
-from llmcad_mlx.streaming.stream import Read, WeightStream
-from llmcad_mlx.streaming.weights import PlacedUnit, StoredParameter, StreamParts
+from llmcad_mlx.streaming.storage import FileStorage, Storage, ThrottledStorage
+from llmcad_mlx.streaming.stream import Read, Unit, WeightStream
+from llmcad_mlx.streaming.weights import PlacedUnit, StreamParts
+
+_CHECKED_BYTES = 4 << 20  # at a time
 
 
 class Prepared:
     """A lazily loaded model, checked; of its large weights nothing is in memory."""
 
-    def __init__(self, loaded: LoadedModel, storage: Storage, probes: Path, bundle: Bundle | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, probes: Path, bundle: Bundle | None = None) -> None:
         """probes: folder of `cached_probe`. bundle: check all that is read against its checksums, everything once
         now. Raises ModelError for a model that cannot be streamed, StorageError for altered weights."""
         self.loaded = loaded
-        self.storage = storage
-        self._checksums = None if bundle is None else Checksums(bundle, storage)
+        self.storage = FileStorage()
+        self._checksums = None if bundle is None else Checksums(bundle, self.storage)
         model: Any = loaded.model
         use_cpu_linears(model)
         self.parts = StreamParts.of(loaded)
         placed = self.parts.all_units()
         if self._checksums is not None:  # before the model is judged by what it computes
-            self._checksums.check_all([each.unit for each in placed])
+            self._checksums.check_all(placed)
         mx.eval([module[name] for module, name in self.parts.resident], unlisted_arrays(model))
         with self._read_on_demand(placed):
-            self.model = TreeModel(
-                model, loaded.config, cached_probe(model, loaded.config, probes, _probe_leading)
-            )
-            self._kv_bytes_per_token = self._measure_kv_bytes()
-        for matrix in self.parts.embeddings:  # a draft may look tokens up in it before `build`
-            stream_embedding(matrix.module, RowReader(matrix, storage))
+            report = cached_probe(model, loaded.config, probes, _probe_leading)
+            self.model = TreeModel(model, loaded.config, report)
+            with _leading_layers(model) as count:
+                self._kv_bytes_per_token = kv_bytes_per_token(self.model) * len(self.parts.layers) // count
+        self._attach((), (), self.storage)  # a draft may look tokens up before `build`
 
     @contextmanager
     def _read_on_demand(self, placed: Sequence[PlacedUnit]) -> Iterator[None]:
         """Let modules read their weights whenever they compute, into one buffer. Afterwards they have none."""
         parts, model = self.parts, self.loaded.model
-        buffer = mx.zeros((max(each.unit.buffer_bytes for each in placed),), mx.uint8)
-        feed = OnDemandFeed([each.unit for each in placed], _writable(buffer), self.storage)
-        units = _streamed_units(placed, [buffer], feed)
+        buffers, (memory,) = _buffers_for(placed, 1)
+        feed = OnDemandFeed(placed, memory, self.storage)
+        units = _streamed_units(placed, buffers, feed)
         use_cpu_blocks(model, lambda number: units[number].loaded())
-        _attach(parts, range(len(parts.layers)), units)
-        _attach_rows(parts, units[len(parts.layers) :], self.storage, None)
+        self._attach(range(len(parts.layers)), units, self.storage)
         yield
         for module in (*parts.modules, *(matrix.module for matrix in parts.matrices)):
             restore(module, Streamed)
         for unit in units:
-            let_go(unit)
+            unit.let_go()
         forget_weights(model)
 
-    def _measure_kv_bytes(self) -> int:
-        """Bytes of one token's keys and values in all layers, from those of the leading ones."""
-        with _leading_layers(self.loaded.model) as count:
-            return kv_bytes_per_token(self.model) * len(self.parts.layers) // count
+    def _attach(
+        self,
+        layers: Sequence[int],
+        units: Sequence[StreamedUnit],
+        rows_from: Storage | None,
+        feed: SequentialFeed | None = None,
+    ) -> None:
+        """Let modules take their weights from `units`: one for each of `layers`, then the head's.
+
+        rows_from: where embeddings look rows up, which `feed` counts; None: they are in memory.
+        """
+        parts, pieces = self.parts, units[len(layers) :]
+        for number, unit in zip(layers, units, strict=False):
+            adapt(parts.modules[number], StreamedLayer, _unit=unit)
+        if pieces and parts.head is not None:
+            adapt(parts.head.module, StreamedHead, _pieces=pieces)
+        if rows_from is None:
+            return
+        for matrix in parts.embeddings:
+            own = pieces if matrix is parts.head_matrix else ()
+            adapt(matrix.module, StreamedEmbedding, _rows=RowReader(matrix, rows_from, feed), _pieces=own)
 
     @property
     def sizes(self) -> ModelSizes:
@@ -102,53 +123,42 @@ class Prepared:
             widest=max((shape[-2] for shape in shapes), default=0),
         )
 
-    def build(self, plan: MemoryPlan, stream_from: Callable[[Storage], Storage]) -> SequentialFeed | None:
+    def build(self, plan: MemoryPlan, read_bandwidth: float | None) -> SequentialFeed | None:
         """Make the model ready under `plan`; returns what feeds its passes, None where they read nothing.
 
-        stream_from: wraps the storage that passes read from (slower, faulty, …).
+        read_bandwidth: bytes per second at which passes read, to emulate slower storage.
         """
-        parts = self.parts
-        for matrix in parts.embeddings:
+        for matrix in self.parts.embeddings:
             restore(matrix.module, Streamed)
         self._pin(plan)
-        placed, layers = self._streamed(plan), self._streamed_layers(plan)
-        if not placed:
-            if not plan.pin_embedding:
-                _attach_rows(parts, (), self.storage, None)
-            return None
-        buffers = [
-            mx.zeros((max(each.unit.buffer_bytes for each in placed),), mx.uint8) for _ in range(plan.num_buffers)
-        ]
-        storage = stream_from(self.storage)
-        sequence = [each.unit for each in placed]
-        if self._checksums is not None:
-            sequence = self._checksums.marked(sequence)
-        views = [_writable(buffer) for buffer in buffers]
-        feed = SequentialFeed(WeightStream(sequence, views, storage), len(placed))
-        units = _streamed_units(placed, buffers, feed)
-        for unit in units:
-            unit.bind(0)  # lets go of the lazily loaded arrays
-        _attach(parts, layers, units)
-        if not plan.pin_embedding:
-            _attach_rows(parts, units[len(layers) :], storage, feed)
+        layers, placed = self._streamed(plan)
+        storage: Storage = self.storage
+        units, feed = list[StreamedUnit](), None
+        if placed:
+            if read_bandwidth is not None:
+                storage = ThrottledStorage(storage, read_bandwidth)
+            sequence = placed if self._checksums is None else self._checksums.marked(placed)
+            buffers, memory = _buffers_for(placed, plan.num_buffers)
+            feed = SequentialFeed(WeightStream(sequence, memory, storage), len(placed))
+            units = _streamed_units(placed, buffers, feed)
+            for unit in units:
+                unit.bind(0)  # lets go of the lazily loaded arrays
+        self._attach(layers, units, None if plan.pin_embedding else storage, feed)
         return feed
 
     def streamed_reads(self, plan: MemoryPlan) -> list[Read]:
         """What a pass under `plan` reads, in order."""
-        return [read for each in self._streamed(plan) for read in each.unit.reads]
+        return [read for unit in self._streamed(plan)[1] for read in unit.reads]
 
-    def _streamed(self, plan: MemoryPlan) -> list[PlacedUnit]:
-        pinned = plan.pin_embedding if self.parts.tied else plan.pin_head
-        return self.parts.units(self._streamed_layers(plan), 0 if pinned else plan.head_pieces)
-
-    def _streamed_layers(self, plan: MemoryPlan) -> list[int]:
-        pinned = set(plan.pinned_layers)
-        return [number for number in range(len(self.parts.layers)) if number not in pinned]
+    def _streamed(self, plan: MemoryPlan) -> tuple[list[int], list[PlacedUnit]]:
+        """The layers that are not pinned, and all that a pass reads."""
+        layers = [number for number in range(len(self.parts.layers)) if number not in plan.pinned_layers]
+        return layers, self.parts.units(layers, 0 if plan.pin_head else plan.head_pieces)
 
     def _pin(self, plan: MemoryPlan) -> None:
         """Read what the plan keeps in memory."""
         parts = self.parts
-        kept: list[StoredParameter] = [p for number in plan.pinned_layers for p in parts.layers[number]]
+        kept = [p for number in plan.pinned_layers for p in parts.layers[number]]
         if plan.pin_embedding:
             kept += [p for matrix in parts.embeddings for p in matrix.parameters]
         if parts.head is not None and plan.pin_head:
@@ -158,34 +168,76 @@ class Prepared:
             view = _writable(data)
             self.storage.read_into(p.extent.file, p.extent.offset, view)
             if self._checksums is not None:
-                self._checksums.check_tensor(p.extent, view)
+                self._checksums.compare(p.extent, hashlib.sha256(view).hexdigest())
             p.module[p.name] = data.view(p.stored).reshape(p.extent.shape).astype(p.wanted)
             mx.eval(p.module[p.name])
 
 
-def _streamed_units(
-    placed: Sequence[PlacedUnit], buffers: Sequence[mx.array], feed: WeightFeed
-) -> list[StreamedUnit]:
-    views: Views = {}
-    return [StreamedUnit(number, each.places, buffers, feed, views) for number, each in enumerate(placed)]
+class Checksums:
+    """Compares what `storage` reads of a bundle with the bundle's checksums, one for each tensor.
+
+    What is streamed is not always a whole tensor: a piece of the head is some rows of several. So every byte is
+    read once at load. On the way the tensors are compared with the bundle, and each unit gets a checksum of its
+    own, with which the stream compares every later read of it.
+    """
+
+    def __init__(self, bundle: Bundle, storage: Storage) -> None:
+        self._storage = storage
+        self._known = bundle.tensor_sha256
+        self._units: dict[tuple[Read, ...], str] = {}
+        extents = [tensor.extent for layer in bundle.layers for tensor in layer.tensors]
+        self._extents = [extent for extent in extents if extent.num_bytes]
+        self._buffer = memoryview(bytearray(_CHECKED_BYTES))
+
+    def check_all(self, units: Sequence[Unit]) -> None:
+        """Read `units`, then all that is in none of them. Raises StorageError as `marked` does."""
+        self.marked(units)
+        read = {(part.file, part.offset) for unit in units for part in unit.reads}
+        for extent in self._extents:
+            if (extent.file, extent.offset) not in read:
+                self.marked([Unit(extent.name, (Read(extent.file, extent.offset, extent.num_bytes, 0),))])
+
+    def marked(self, units: Sequence[Unit]) -> list[Unit]:
+        """`units` with the checksums of their bytes, read now unless they were before.
+
+        A tensor's parts must follow each other among `units`, from its first byte to its last. Raises StorageError
+        naming file and tensor for bytes that are not the bundle's, and what reading raises.
+        """
+        # By the place of the byte to be read next.
+        unfinished = {(extent.file, extent.offset): (extent, hashlib.sha256()) for extent in self._extents}
+        for unit in units:
+            if unit.reads in self._units:
+                continue
+            whole = hashlib.sha256()
+            for read in unit.reads:
+                extent, digest = unfinished.pop((read.file, read.offset))
+                end = read.offset + read.num_bytes
+                for start in range(read.offset, end, _CHECKED_BYTES):
+                    block = self._buffer[: min(_CHECKED_BYTES, end - start)]
+                    self._storage.read_into(read.file, start, block)
+                    whole.update(block)
+                    digest.update(block)
+                if end < extent.offset + extent.num_bytes:
+                    unfinished[read.file, end] = extent, digest
+                else:
+                    self.compare(extent, digest.hexdigest())
+            self._units[unit.reads] = whole.hexdigest()
+        return [replace(unit, sha256=self._units[unit.reads]) for unit in units]
+
+    def compare(self, extent: TensorExtent, sha256: str) -> None:
+        """`sha256` is that of the tensor at `extent`, read. Raises StorageError where it is not the bundle's."""
+        if sha256 != self._known[extent.name]:
+            raise StorageError(
+                f"{extent.file}: {extent.name} was altered (its sha256 is not the one in {FILE}); "
+                "fetch or convert the model again"
+            )
 
 
-def _attach(parts: StreamParts, layers: Sequence[int], units: Sequence[StreamedUnit]) -> None:
-    """Let modules take their weights from `units`: one for each of `layers`, then the head's."""
-    for number, unit in zip(layers, units, strict=False):
-        stream_layer(parts.modules[number], unit)
-    pieces = units[len(layers) :]
-    if pieces and parts.head is not None:
-        stream_head(parts.head.module, pieces)
-
-
-def _attach_rows(
-    parts: StreamParts, pieces: Sequence[StreamedUnit], storage: Storage, feed: SequentialFeed | None
-) -> None:
-    """Let embeddings look rows up in the files; one that is the head takes its weights from `pieces`, too."""
-    for matrix in parts.embeddings:
-        own = pieces if parts.tied and matrix is parts.head_matrix else ()
-        stream_embedding(matrix.module, RowReader(matrix, storage, feed), own)
+def _buffers_for(placed: Sequence[PlacedUnit], count: int) -> tuple[list[mx.array], list[memoryview]]:
+    """Buffers (B,) uint8 that hold any of the units, and their memory."""
+    size = max((read.buffer_offset + read.num_bytes for unit in placed for read in unit.reads), default=0)
+    buffers = [mx.zeros((size,), mx.uint8) for _ in range(count)]
+    return buffers, [_writable(buffer) for buffer in buffers]
 
 
 def _writable(array: mx.array) -> memoryview:
@@ -193,6 +245,13 @@ def _writable(array: mx.array) -> memoryview:
     mx.eval(array)
     view: Any = np.asarray(array)
     return memoryview(view)
+
+
+def _streamed_units(
+    placed: Sequence[PlacedUnit], buffers: Sequence[mx.array], feed: WeightFeed
+) -> list[StreamedUnit]:
+    views: Views = {}
+    return [StreamedUnit(number, each.places, buffers, feed, views) for number, each in enumerate(placed)]
 
 
 def _probe_leading(model: Module) -> ProbeReport:

@@ -1,4 +1,4 @@
-"""Modules of an mlx-lm model whose weights are in memory only while they compute.
+"""Modules of an mlx-lm model whose weights are in memory only while they compute, and the feeds that bring them.
 
 The model's own code stays as it is: an adaptation fetches the module's weights before the call, evaluates what
 depends on them, and gives the memory back. So any mlx-lm architecture streams, its decoder layers whole, its head
@@ -10,19 +10,144 @@ before every call; nothing is copied and nothing allocated.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
-from llmcad_mlx.models.adapt import Adaptation, adapt
-from llmcad_mlx.streaming.feed import OnDemandFeed, RowReader, SequentialFeed
-from llmcad_mlx.streaming.weights import Placement
+from llmcad_mlx.errors import ModelError
+from llmcad_mlx.models.adapt import Adaptation
+from llmcad_mlx.streaming.storage import Storage
+from llmcad_mlx.streaming.stream import Unit, WeightStream
+from llmcad_mlx.streaming.weights import Matrix, Placement
+
+_LAST_WEIGHT = 0.25  # of the last unit's computing time, against those before
+
+Background = Callable[[float], bool]
+"""Does one step of other work, of about so many seconds at most; False when there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnDemandFeed:
+    """Reads each unit when it is asked for, into the only buffer. Any order."""
+
+    units: Sequence[Unit]
+    buffer: memoryview
+    storage: Storage
+
+    def take(self, unit: int) -> int:
+        """Read `unit`; returns the index of the buffer that holds it."""
+        for read in self.units[unit].reads:
+            end = read.buffer_offset + read.num_bytes
+            self.storage.read_into(read.file, read.offset, self.buffer[read.buffer_offset : end])
+        return 0
+
+    def give_back(self) -> None:
+        """Nothing reads ahead."""
+
+
+class SequentialFeed:
+    """Takes units from a stream in the order in which a pass uses them; works on something else meanwhile."""
+
+    def __init__(
+        self, stream: WeightStream, num_units: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.stream = stream
+        self._num_units = num_units
+        self._clock = clock
+        self._background: Background | None = None
+        self._taken_at: float | None = None
+        self._unit_s = 0.0  # computing with one unit, lately
+        self.row_bytes = 0
+        """Bytes of rows that were looked up."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far, looked-up rows included."""
+        return self.stream.bytes_read + self.row_bytes
+
+    @contextmanager
+    def working(self, background: Background | None) -> Iterator[None]:
+        """Call `background` as long as a unit is not there yet and it finds something to do.
+
+        Wherever the last pass of the block ends, the next one's first units are read from then on.
+        """
+        self._background = background
+        try:
+            yield
+        finally:
+            self._background = self._taken_at = None
+        if self.stream.next_unit != 0:  # a prompt's pass needs no head
+            self.stream.restart()
+
+    def free_seconds(self) -> float:
+        """How long something else may be done before this pass takes longer.
+
+        Where reading the rest takes longer than computing with it, time is free as long as reading goes on: until
+        all buffers are full but for the time it takes to empty one. Otherwise only until the next unit is there.
+        """
+        outlook = self.stream.outlook()
+        if not self._unit_s:
+            return outlook.ready
+        slack = outlook.rest - self._unit_s * (self._num_units - self.stream.next_unit)
+        return max(outlook.ready, min(slack, outlook.idle - self._unit_s), 0.0)
+
+    def take(self, unit: int) -> int:
+        """Wait until `unit`, the next in order, is in memory; returns the index of the buffer that holds it.
+
+        Raises ModelError for a model that takes its layers in another order, and what reading raised.
+        """
+        if unit == 0:
+            # The last pass may have been broken off anywhere; a read that failed since is tried again.
+            self.stream.restart()
+        elif unit != self.stream.next_unit:
+            raise ModelError(
+                f"this model uses its layers in another order than they are listed (unit {unit} where "
+                f"{self.stream.next_unit} was due), so it cannot be streamed; give it memory for all its weights"
+            )
+        if self._taken_at is not None:  # computing with the last unit took until now
+            seconds = self._clock() - self._taken_at
+            self._unit_s += (seconds - self._unit_s) * (_LAST_WEIGHT if self._unit_s else 1.0)
+        while self._background is not None and not self.stream.ready():
+            if not self._background(self.free_seconds()):
+                break
+        buffer = self.stream.wait()
+        self._taken_at = self._clock()
+        return buffer
+
+    def give_back(self) -> None:
+        """The unit that was taken first is no longer needed."""
+        self.stream.release()
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """Reads rows of an embedding from the files. `feed` counts the bytes."""
+
+    matrix: Matrix
+    storage: Storage
+    feed: SequentialFeed | None = None
+
+    def rows(self, indices: Sequence[int]) -> dict[str, mx.array]:
+        """The rows `indices` of every parameter, by name."""
+        found = {}
+        for p in self.matrix.parameters:
+            row_bytes = p.extent.num_bytes // self.matrix.num_rows
+            data = bytearray(row_bytes * len(indices))
+            for place, index in enumerate(indices):
+                part = memoryview(data)[place * row_bytes : (place + 1) * row_bytes]
+                self.storage.read_into(p.extent.file, p.extent.offset + index * row_bytes, part)
+            array = mx.array(np.frombuffer(data, np.uint8)).view(p.stored)
+            found[p.name] = array.reshape(len(indices), *p.extent.shape[1:]).astype(p.wanted)
+            if self.feed is not None:
+                self.feed.row_bytes += len(data)
+        return found
+
 
 WeightFeed = OnDemandFeed | SequentialFeed
 
@@ -39,13 +164,13 @@ class StreamedUnit:
     buffers: Sequence[mx.array]
     """uint8, the stream's buffers."""
     feed: WeightFeed
-    views: Views = field(default_factory=dict)
+    views: Views
     """Made so far. Units that lie alike in the buffers share them: a deep model has tens of thousands."""
 
     _layout: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
-        self._layout = tuple((place.offset, place.shape, place.stored) for place in self.placements)
+        self._layout = tuple((place.offset, place.shape, place.parameter.stored) for place in self.placements)
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
@@ -61,16 +186,20 @@ class StreamedUnit:
         """Let the modules' parameters be views into buffer `index`, whatever it holds."""
         key = index, self._layout
         if key not in self.views:
-            self.views[key] = [self._view(self.buffers[index], place) for place in self.placements]
+            parts = ((self.buffers[index][p.offset : p.offset + p.num_bytes], p) for p in self.placements)
+            views = [part.view(place.parameter.stored).reshape(place.shape) for part, place in parts]
+            mx.eval(views)
+            self.views[key] = views
         for place, view in zip(self.placements, self.views[key], strict=True):
-            # Not cached: a converted copy would be resident memory.
-            place.module[place.name] = view if place.stored == place.wanted else view.astype(place.wanted)
+            p = place.parameter  # not cached as converted: a copy would be resident memory
+            p.module[p.name] = view if p.stored == p.wanted else view.astype(p.wanted)
 
-    @staticmethod
-    def _view(buffer: mx.array, place: Placement) -> mx.array:
-        view = buffer[place.offset : place.offset + place.num_bytes].view(place.stored).reshape(place.shape)
-        mx.eval(view)
-        return view
+    def let_go(self) -> None:
+        """Let nothing refer to the buffers any more; the modules are of no use until they get weights again."""
+        self.buffers, self.views = (), {}
+        for place in self.placements:
+            p = place.parameter
+            p.module[p.name] = mx.zeros(place.shape, p.wanted)  # never evaluated: takes no memory
 
 
 class Streamed(Adaptation):
@@ -141,26 +270,3 @@ class StreamedEmbedding(Streamed):
 
     def as_linear(self, x: mx.array) -> mx.array:
         return _by_pieces(self, super().as_linear, x)  # type: ignore[misc]
-
-
-def stream_layer(layer: Module, unit: StreamedUnit) -> None:
-    """Let a decoder layer's weights come with `unit`."""
-    adapt(layer, StreamedLayer, _unit=unit)
-
-
-def stream_head(head: Module, pieces: Sequence[StreamedUnit]) -> None:
-    """Let the rows of a linear layer come with `pieces`, in order."""
-    adapt(head, StreamedHead, _pieces=pieces)
-
-
-def stream_embedding(embedding: Module, rows: RowReader, pieces: Sequence[StreamedUnit] = ()) -> None:
-    """Look an embedding's rows up with `rows`; as the model's head its rows come with `pieces`."""
-    adapt(embedding, StreamedEmbedding, _rows=rows, _pieces=pieces)
-
-
-def let_go(unit: StreamedUnit) -> None:
-    """Let nothing refer to the unit's buffers any more; its modules are of no use until they get weights again."""
-    unit.buffers = ()
-    unit.views = {}
-    for place in unit.placements:
-        place.module[place.name] = mx.zeros(place.shape, place.wanted)  # never evaluated: takes no memory

@@ -30,18 +30,6 @@ class TokenTree:
     root: "committed").
     """
 
-    __slots__ = (
-        "_children",
-        "confidences",
-        "cumulative",
-        "depths",
-        "parents",
-        "raw_confidences",
-        "root_position",
-        "sources",
-        "tokens",
-    )
-
     def __init__(self, root_token: int, root_position: int = 0) -> None:
         """`root_position` is the root token's index in the whole sequence."""
         self.root_position = root_position
@@ -81,7 +69,11 @@ class TokenTree:
                 self.confidences[node] = confidence
                 self.raw_confidences[node] = raw
                 self.sources[node] = source
-                self._refresh_cumulative(node)
+                pending = [node]
+                while pending:
+                    below = pending.pop()
+                    self.cumulative[below] = self.cumulative[self.parents[below]] * self.confidences[below]
+                    pending.extend(self._children[below].values())
             return node
         node = len(self.tokens)
         siblings[token] = node
@@ -94,13 +86,6 @@ class TokenTree:
         self.sources.append(source)
         self._children.append({})
         return node
-
-    def _refresh_cumulative(self, node: int) -> None:
-        pending = [node]
-        while pending:
-            node = pending.pop()
-            self.cumulative[node] = self.cumulative[self.parents[node]] * self.confidences[node]
-            pending.extend(self._children[node].values())
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that holds `token`, or None."""
@@ -123,8 +108,7 @@ class TokenTree:
         while node != ROOT:
             path.append(node)
             node = self.parents[node]
-        path.reverse()
-        return path
+        return path[::-1]
 
     def path_tokens(self, node: int) -> list[int]:
         """Tokens of `path(node)`."""
@@ -153,14 +137,12 @@ class TokenTree:
             raise ValueError(f"cannot select {num_nodes} nodes; the root alone is 1")
         size = len(self.tokens)
         if num_nodes == 1:
-            return Selection(
-                TokenTree(self.tokens[ROOT], self.root_position), [ROOT] + [DROPPED] * (size - 1), [ROOT]
-            )
+            return self.keep([ROOT])
         if num_nodes >= size:
-            return self._keep(list(range(size)))
+            return self.keep(list(range(size)))
         cumulative = self.cumulative
         by_confidence = sorted(range(size), key=lambda node: -cumulative[node])  # sort is stable
-        return self._keep(sorted(by_confidence[:num_nodes]))
+        return self.keep(sorted(by_confidence[:num_nodes]))
 
     def reroot(self, node: int) -> Selection:
         """The subtree below `node` as a tree of its own, with `node` as its root.
@@ -175,19 +157,16 @@ class TokenTree:
             if inside[self.parents[descendant]]:
                 inside[descendant] = True
                 kept.append(descendant)
-        return self._keep(kept)
+        return self.keep(kept)
 
-    def keep_path(self, nodes: Sequence[int]) -> Selection:
-        """The tree of `nodes` alone: the root, then one branch downwards."""
-        return self._keep(list(nodes))
-
-    def _keep(self, kept: list[int]) -> Selection:
-        """A new tree of the nodes `kept`: ascending, the first the new root, the rest its descendants."""
-        root = kept[0]
+    def keep(self, nodes: Sequence[int]) -> Selection:
+        """A tree of `nodes` alone: ascending, the first the new root, the rest its descendants, all with their
+        parents."""
+        root = nodes[0]
         tree = TokenTree(self.tokens[root], self.root_position + self.depths[root])
         old_to_new = [DROPPED] * len(self.tokens)
         old_to_new[root] = ROOT
-        for node in kept[1:]:
+        for node in nodes[1:]:
             old_to_new[node] = tree.add(
                 old_to_new[self.parents[node]],
                 self.tokens[node],
@@ -195,7 +174,7 @@ class TokenTree:
                 self.sources[node],
                 self.raw_confidences[node],
             )
-        return Selection(tree, old_to_new, kept)
+        return Selection(tree, old_to_new, nodes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import pytest
 from llmcad_mlx import Engine, Result, UsageError, load
 from llmcad_mlx.conversations.file import DIGEST, read_conversation
 from llmcad_mlx.conversations.snapshot import DRAFT, TARGET
-from llmcad_mlx.files.atomic import DiskError
+from llmcad_mlx.files import DiskError
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec, dtype_name
 from llmcad_mlx.models.cache import LazyKVCache
 from tests.support.architecture_configs import WINDOW
@@ -47,6 +47,11 @@ def first_turn(engine: Engine, **options: Any) -> list[dict[str, str]]:
 
 def second_turn(engine: Engine, messages: list[dict[str, str]], **options: Any) -> Result:
     return engine.generate(messages, **OPTIONS, **options)
+
+
+def model_drafter(engine: Engine) -> Any:
+    (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
+    return drafter
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +102,8 @@ def test_a_loaded_conversation_goes_on_as_it_would_have(
         stored = read_conversation(file)
         assert stored.data == DATA
         assert engine.restore_conversation(stored) == []
-        (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
         assert stored.cache is not None
-        assert drafter.num_cached == stored.cache["lengths"][DRAFT] > 2 * WINDOW
+        assert model_drafter(engine).num_cached == stored.cache["lengths"][DRAFT] > 2 * WINDOW
         assert engine.pair.target.num_cached == stored.cache["lengths"][TARGET] == len(stored.cache["tokens"])
         loaded = second_turn(engine, messages, **options)
         engine.restore(None)
@@ -295,8 +299,7 @@ def test_another_draft_reads_again_and_the_target_does_not(
     with load(folder, other) as engine:
         (line,) = engine.restore_conversation(read_conversation(saved))
         assert line.startswith("the draft's saved cache is not used: the model computes other values")
-        (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
-        assert drafter.num_cached == 0
+        assert model_drafter(engine).num_cached == 0
         result = second_turn(engine, messages)
     assert (result.tokens, result.stats.reused_tokens > 0) == (tokens, True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -11,15 +12,14 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from llmcad_mlx.cpu import prepare_for_device
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.ngram import NgramDrafter
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.policy import GrowthPolicy
+from llmcad_mlx.policy import ChainPolicy, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
@@ -74,33 +74,6 @@ TARGETS: dict[str, Callable[[], Target]] = {
 }
 
 
-def interrupt(engine: Rounds, place: str, call: int, after: bool) -> Callable[[int], bool]:
-    """Let the `call`-th visit to `place` raise KeyboardInterrupt; returns the `stop` to run rounds with."""
-    if place == "stop":
-        calls = [0]
-
-        def stop(token: int) -> bool:
-            calls[0] += 1
-            if calls[0] == call:
-                raise KeyboardInterrupt
-            return False
-    else:
-        owner, name = {
-            "verify": (engine.target, "verify"),
-            "expand": (engine.drafters[0], "expand"),
-            "model expand": (engine.drafters[-1], "expand"),
-            "target commit": (engine.target, "commit"),
-            "drafter commit": (engine.drafters[-1], "commit"),
-            "policy": (engine.policy, "verified"),
-        }[place]
-        Interrupting(owner, name, call, after)
-
-        def stop(token: int) -> bool:
-            return False
-
-    return stop
-
-
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("place", PLACES)
@@ -113,9 +86,19 @@ def test_an_interrupted_round_leaves_a_state_to_start_from(
     engine.begin(PROMPT)
     if goes_on:
         engine.decode(5)
-    stop = interrupt(engine, place, call, after)
+    caller = SimpleNamespace(stop=lambda token: False)
+    owner, name = {
+        "verify": (engine.target, "verify"),
+        "expand": (engine.drafters[0], "expand"),
+        "model expand": (engine.drafters[-1], "expand"),
+        "target commit": (engine.target, "commit"),
+        "drafter commit": (engine.drafters[-1], "commit"),
+        "policy": (engine.policy, "verified"),
+        "stop": (caller, "stop"),
+    }[place]
+    Interrupting(owner, name, call, after)
     with pytest.raises(KeyboardInterrupt):
-        engine.decode(200, stop=stop)
+        engine.decode(200, stop=caller.stop)
     if goes_on:
         engine.decode(30)
     kept = list(engine.tokens)
@@ -190,6 +173,8 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     assert (stats.path_tested, stats.generated_tokens) == (seen.path_tested, seen.generated_tokens)
     assert stats.generated_tokens == len(engine.tokens) - len(PROMPT)
     assert (stats.survived, stats.provisional, stats.provisional_passes) == (seen.survived, 0, 0)
+    if isinstance(policy, ThroughputPolicy):  # nodes that it left out were the target's choice at times
+        assert seen.survived > 0
     assert stats.target_passes == verify.calls == 12
     assert stats.tokens_per_pass == stats.generated_tokens / 12
     assert stats.acceptance_rate == stats.accepted / stats.path_tested
@@ -202,17 +187,6 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     # What the policy prices with is what the clock said.
     assert engine.costs.verify.predict(len(submitted)) == 4.0
     assert engine.costs.draft.predict(1) == 1.0
-
-
-def test_prompt_progress_counts_up_to_the_prompt() -> None:
-    engine = Rounds(None, [], ChainPolicy(0))
-    seen: list[tuple[int, int]] = []
-    prompt = [(3 * i) % VOCAB for i in range(1200)]
-    engine.begin(prompt, on_progress=lambda done, total: seen.append((done, total)))
-    assert [total for _, total in seen] == [1200] * len(seen)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert (seen[0][0], seen[-1][0]) == (0, 1200)
-    assert len(seen) > 3
 
 
 def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
@@ -311,16 +285,3 @@ def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -
     engine.begin(edited, stats)
     assert stats.reused_tokens == 0
     assert engine.decode(8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", edited, 8)
-
-
-@pytest.mark.parametrize("edited", [False, True])
-def test_such_a_model_survives_an_interruption(edited: bool) -> None:
-    engine = Rounds(Target(family("mamba"), FAMILY_VOCAB), [], ChainPolicy(0))
-    engine.begin(PROMPT)
-    engine.decode(4, greedy(FAMILY_VOCAB))
-    Interrupting(engine.target, "verify", 1, True)
-    with pytest.raises(KeyboardInterrupt):
-        engine.round(greedy(FAMILY_VOCAB), GenerationStats())
-    prompt = [*PROMPT[:5], 8] if edited else [*engine.tokens, 3, 4]
-    engine.begin(prompt)
-    assert engine.decode(8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", prompt, 8)

@@ -1,4 +1,4 @@
-"""Choosing the target's token: mlx-lm's semantics, position-keyed noise, checked options."""
+"""Choosing the target's token: mlx-lm's semantics, noise that is really Gumbel, checked options."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import sample_utils
 
-from llmcad_mlx.errors import GenerationError, UsageError
-from llmcad_mlx.sampling import TargetSampler
+from llmcad_mlx.errors import GenerationError
+from llmcad_mlx.sampling import TargetSampler, gumbel
 from llmcad_mlx.settings import SamplingSettings
-from llmcad_mlx.tree.noise import gumbel
 
 VOCAB = 40
 
@@ -184,11 +183,6 @@ def test_a_draft_equal_to_the_target_ranks_its_token_first(seed: int, temperatur
     assert chooser.draft_scores(chooser.logprobs(row)[:30], position).shape == (30,)
 
 
-def test_logprobs_are_normalised() -> None:
-    logprobs = TargetSampler.logprobs(random_row(3) + 500)
-    assert np.exp(logprobs.astype(np.float64)).sum() == pytest.approx(1.0, abs=1e-6)
-
-
 def test_masked_logits_do_not_warn() -> None:
     row = random_row(0)
     row[5:] = np.finfo(np.float32).min
@@ -213,36 +207,6 @@ def test_too_few_logits_are_refused() -> None:
         sampler(41).choose(random_row(0), [], 0)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        *[("temperature", value) for value in (-0.1, math.nan, math.inf, True, "1", None)],
-        *[("temperature", value) for value in (1e-9, 1e39, 10**40)],
-        *[("top_p", value) for value in (0.0, -0.5, 1.01, math.nan, False, "0.9")],
-        *[("top_k", value) for value in (-1, 2.0, True, None)],
-        *[("min_p", value) for value in (-0.01, 1.5, math.nan, True)],
-        *[("seed", value) for value in (-1, 2**64, 1.0, None, True)],
-        *[("repetition_penalty", value) for value in (-1.0, math.nan, None, True)],
-        *[("presence_penalty", value) for value in (math.inf, "x")],
-        *[("frequency_penalty", value) for value in (math.nan, False)],
-        *[("repetition_context_size", value) for value in (0, 1.5, True)],
-        *[("presence_context_size", value) for value in (0, -1)],
-        *[("frequency_context_size", value) for value in (0, None)],
-        *[("logit_bias", value) for value in ([1], {"1": 1.0}, {-1: 1.0}, {1: math.nan}, {1: True})],
-        *[("logits_processors", value) for value in (None, [3], print)],
-    ],
-)
-def test_bad_options_are_named(option: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"^{option}") as error:
-        SamplingSettings(**{option: value})
-    assert "\n" not in str(error.value)
-
-
-def test_bias_outside_the_vocabulary_is_refused() -> None:
-    with pytest.raises(UsageError, match="token 40 is not in the vocabulary of 40"):
-        sampler(logit_bias={40: 1.0})
-
-
 def test_settings_are_frozen_and_own_their_values() -> None:
     bias = {1: 2.0}
     processors = [lambda tokens, logits: logits]
@@ -253,3 +217,70 @@ def test_settings_are_frozen_and_own_their_values() -> None:
     assert len(options.logits_processors) == 1
     with pytest.raises(AttributeError):
         options.temperature = 1.0  # type: ignore[misc]
+
+
+# -- noise -------------------------------------------------------------------------------------------------
+
+KEYS = st.integers(0, 2**64 - 1)
+KNOWN_0_0 = [3.3421805, 4.4555497, 0.05485566, 1.2856264]
+REFINED = 18.483095
+KNOWN_MAX_7 = [1.7618314, 2.553191, 0.35195962, -0.63781506]
+
+
+@given(KEYS, KEYS, st.integers(0, 5000), st.integers(0, 20000))
+@settings(max_examples=50)
+def test_first_entries_do_not_depend_on_size(seed: int, position: int, short: int, more: int) -> None:
+    vector = gumbel(seed, position, short + more)
+    assert vector.shape == (short + more,)
+    assert vector.dtype == np.float32
+    np.testing.assert_array_equal(gumbel(seed, position, short), vector[:short])
+
+
+def test_known_values_stay() -> None:
+    """Seeds are a promise to users: the stream must not change between releases."""
+    np.testing.assert_allclose(gumbel(0, 0, 4), KNOWN_0_0, rtol=1e-5)
+    np.testing.assert_allclose(gumbel(2**64 - 1, 7, 4), KNOWN_MAX_7, rtol=1e-5)
+    refined = gumbel(1, 292, 140_947)  # its last one is of the lowest 256 of 2^32 steps
+    assert refined[-1] == pytest.approx(REFINED, rel=1e-6)
+
+
+def test_moments_and_finiteness() -> None:
+    sample = np.concatenate([gumbel(11, position, 151_936) for position in range(20)]).astype(np.float64)
+    assert np.isfinite(sample).all()
+    error = math.pi / math.sqrt(6 * len(sample))
+    assert abs(sample.mean() - np.euler_gamma) < 4 * error
+    assert abs(sample.var() - math.pi**2 / 6) < 0.02
+
+
+def test_neighbouring_positions_and_seeds_are_uncorrelated() -> None:
+    base = gumbel(5, 100, 100_000)
+    for other in (gumbel(5, 101, 100_000), gumbel(6, 100, 100_000), gumbel(100, 5, 100_000)):
+        assert abs(np.corrcoef(base, other)[0, 1]) < 4 / math.sqrt(100_000)
+
+
+def test_upper_tail_is_not_cut() -> None:
+    """P(g > x) = 1 − exp(−exp(−x)): counts far out in the tail, past where 24-bit uniforms would end."""
+    num_vectors, size = 400, 151_936
+    vectors = (gumbel(1, position, size) for position in range(num_vectors))
+    tail = np.concatenate([vector[vector > 10] for vector in vectors])
+    for threshold in (10.0, 12.0, 14.0):
+        expected = num_vectors * size * -math.expm1(-math.exp(-threshold))
+        assert abs((tail > threshold).sum() - expected) < 4 * math.sqrt(expected)
+    assert len(np.unique(tail)) > 0.98 * len(tail)
+    assert tail.max() > 16.7
+
+
+def test_the_last_positions_are_kept_and_shared() -> None:
+    chooser = sampler(10, seed=3)
+    first = chooser.noise_at(0)
+    np.testing.assert_array_equal(first, gumbel(3, 0, 10))
+    with pytest.raises(ValueError, match="read-only"):
+        first += 1
+    for position in range(1, 16):
+        chooser.noise_at(position)
+    assert chooser.noise_at(0) is first
+    for position in range(16, 32):
+        chooser.noise_at(position)
+    again = chooser.noise_at(0)
+    assert again is not first
+    np.testing.assert_array_equal(again, first)

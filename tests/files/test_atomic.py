@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmcad_mlx.files.atomic import new_file, write_text
+from llmcad_mlx.files import new_file, write_text
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

@@ -7,6 +7,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.errors import LlmcadError, ModelError
-from llmcad_mlx.gguf.convert import convert_gguf
+from llmcad_mlx.gguf.convert import convert_gguf, plan_weights
 from llmcad_mlx.gguf.model import read_family
 from llmcad_mlx.gguf.reader import read_gguf_header, read_rows
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
-from llmcad_mlx.gguf.weights import plan_weights
 from tests.support.tiny_gguf import write_tiny_gguf
 
 
@@ -94,13 +94,13 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("number", "name"), [(31, "Q4_0_4_4"), (4, "Q4_2"), (999, "number 999")])
-def test_types_that_are_gone_or_unknown_are_named(tmp_path: Path, number: int, name: str) -> None:
+@pytest.mark.parametrize("number", [31, 999])
+def test_types_that_are_gone_or_unknown_are_named(tmp_path: Path, number: int) -> None:
     data = write_tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
     entry = data.index(b"blk.0.attn_v.weight") + len("blk.0.attn_v.weight")
     at = entry + 4 + 2 * 8  # the number of dimensions and both of them
     (tmp_path / "tiny.gguf").write_bytes(data[:at] + number.to_bytes(4, "little") + data[at + 4 :])
-    with pytest.raises(ModelError, match=rf"tensor 'blk.0.attn_v.weight' has type {name}, which is not"):
+    with pytest.raises(ModelError, match=rf"tensor 'blk.0.attn_v.weight' has type number {number}, which is not"):
         read_gguf_header(tmp_path / "tiny.gguf")
 
 
@@ -136,7 +136,8 @@ def field(kind: GGUFValueType, name: bytes = b"a") -> bytes:
     return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind)
 
 
-ARRAY = field(GGUFValueType.ARRAY)
+def array(kind: GGUFValueType, count: int) -> bytes:
+    return start(0, 1) + field(GGUFValueType.ARRAY) + struct.pack("<IQ", kind, count)
 
 
 @pytest.mark.parametrize(
@@ -146,19 +147,10 @@ ARRAY = field(GGUFValueType.ARRAY)
         (start(1, 1 << 22), "1 tensors and 4194304 metadata fields"),
         (start(1 << 60, 1), "tensors cannot fit"),
         (start(0, 1) + field(GGUFValueType.STRING) + struct.pack("<Q", 1 << 29), "characters of text cannot fit"),
-        (start(0, 1) + struct.pack("<Q", 1 << 20), "takes 1048584 bytes"),
-        (
-            start(0, 1) + ARRAY + struct.pack("<IQ", GGUFValueType.UINT8, 1 << 25),
-            "arrays hold more than 4194304 values",
-        ),
-        (
-            start(0, 1) + ARRAY + struct.pack("<IQ", GGUFValueType.UINT64, 1 << 26),
-            "67108864 values cannot fit",
-        ),
-        (
-            start(0, 1) + ARRAY + struct.pack("<IQ", GGUFValueType.STRING, (1 << 22) + 1),
-            "arrays hold more than 4194304 texts",
-        ),
+        (start(0, 1) + struct.pack("<Q", 1 << 20), "takes 1048576 bytes"),
+        (array(GGUFValueType.UINT8, 1 << 25), "arrays hold more than 4194304 values"),
+        (array(GGUFValueType.UINT64, 1 << 26), "67108864 values cannot fit"),
+        (array(GGUFValueType.STRING, (1 << 22) + 1), "arrays hold more than 4194304 texts"),
     ],
     ids=["tensors", "fields", "more tensors than bytes", "text", "name", "bytes", "numbers", "texts"],
 )
@@ -171,14 +163,9 @@ def test_counts_past_any_model(tmp_path: Path, head: bytes, message: str) -> Non
 
 
 def test_array_items_are_counted_over_all_fields(tmp_path: Path) -> None:
-    parts = [start(0, 3)]
-    for name in (b"a", b"b", b"c"):
-        parts += [
-            field(GGUFValueType.ARRAY, name),
-            struct.pack("<IQ", GGUFValueType.UINT8, 1 << 21),
-            bytes(1 << 21),
-        ]
-    path = sparse(tmp_path / "huge.gguf", b"".join(parts))
+    values = struct.pack("<IQ", GGUFValueType.UINT8, 1 << 21) + bytes(1 << 21)
+    fields = (field(GGUFValueType.ARRAY, name) + values for name in (b"a", b"b", b"c"))
+    path = sparse(tmp_path / "huge.gguf", start(0, 3) + b"".join(fields))
     with pytest.raises(ModelError, match="arrays hold more than"):
         read_gguf_header(path)
 
@@ -195,9 +182,10 @@ def test_array_items_are_counted_over_all_fields(tmp_path: Path) -> None:
         ("llama.rope.dimension_count", 2**31, "2147483648 rotated dimensions are not supported"),
         ("llama.rope.freq_base", 0.0, "rope.freq_base is missing or unusable"),
         ("general.architecture", "x" * 5000, "without general.architecture"),
+        ("llama.attention.head_count", list(range(100_000)), "head_count is missing or unusable"),
     ],
 )
-def test_sizes_no_tensor_bears_out(tmp_path: Path, key: str, value: float | str, message: str) -> None:
+def test_sizes_no_tensor_bears_out(tmp_path: Path, key: str, value: Any, message: str) -> None:
     """With the frequencies of Llama 3 in the file, which are computed for as many dimensions as it claims."""
 
     def frequencies(writer: GGUFWriter) -> None:
@@ -206,22 +194,5 @@ def test_sizes_no_tensor_bears_out(tmp_path: Path, key: str, value: float | str,
     header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=frequencies))
     header.metadata[key] = value
     with little_memory(), pytest.raises(ModelError, match=message) as caught:
-        read_family(header)
-    assert len(str(caught.value)) < 300
-
-
-def test_frequencies_for_other_heads(tmp_path: Path) -> None:
-    def edit(writer: GGUFWriter) -> None:
-        writer.add_tensor("rope_freqs.weight", np.ones(1 << 16, np.float32))
-
-    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", edit=edit))
-    with pytest.raises(ModelError, match=r"'rope_freqs.weight' is \(65536,\), expected \(8,\)"):
-        read_family(header)
-
-
-def test_a_long_list_is_not_repeated_in_the_error(tmp_path: Path) -> None:
-    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
-    header.metadata["llama.attention.head_count"] = list(range(100_000))
-    with pytest.raises(ModelError, match="head_count is missing or unusable") as caught:
         read_family(header)
     assert len(str(caught.value)) < 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,8 @@ def test_text_is_cut_as_each_family_does(tmp_path: Path, pre: str, pieces: list[
     ],
 )
 def test_unusable_fields_are_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
         tokenizer_of(tmp_path, **fields)
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -157,7 +157,6 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> sentencepiece.SentencePiece
 def test_scored_pieces_give_sentencepiece_ids(tmp_path: Path, spm: sentencepiece.SentencePieceProcessor) -> None:
     ids = range(spm.vocab_size())
     types = [2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1 for i in ids]
-
     tokenizer = tokenizer_of(
         tmp_path,
         model="llama",
@@ -175,30 +174,12 @@ def test_scored_pieces_give_sentencepiece_ids(tmp_path: Path, spm: sentencepiece
 # --- real models ------------------------------------------------------------------------------------------
 
 
-def round_trip(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for text in CORPUS:
-        assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
-
-
-@pytest.mark.embedded
-def test_embedded_tokenizer() -> None:
-    folder = pull_part("smollm2-135m", "target")
-    round_trip(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.encode("Hello world 12") == EMBEDDED_IDS
-    assert tokenizer.encode("<|im_start|>user\n<|im_end|>") == [1, 4093, 198, 2]
-
-
-EMBEDDED_IDS = [19556, 905, 216, 33, 34]
-
-
 @pytest.mark.large
 @pytest.mark.parametrize("part", ["target", "draft"])
 def test_qwen_tokenizer(part: str) -> None:
-    folder = pull_part("qwen2.5-coder-1.5b", part)
-    round_trip(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(pull_part("qwen2.5-coder-1.5b", part))
+    for text in CORPUS:
+        assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
     assert tokenizer.encode("Hello world") == [9707, 1879]
     assert tokenizer.encode("<|im_start|>user\n") == [151644, 872, 198]
     assert len(tokenizer) == 151665  # as in the publisher's tokenizer.json: no padding entries

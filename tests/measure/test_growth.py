@@ -1,8 +1,7 @@
-"""`bench --growth`: what is measured, and what is made of it. Tiny models, no time is asserted."""
+"""`bench --growth`, `--kernels`: what is measured, and what is made of it. Tiny models, no time is asserted."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
 from llmcad_mlx.measure import growth
@@ -89,7 +89,18 @@ def test_streamed_bytes_go_from_nothing_to_all_in_steps_of_layers(measured: Grow
         assert (streamed[0], streamed[-1]) == (0, pair.plan.streamed_bytes)
 
 
-def test_given_pinned_bytes_hold_for_nodes_and_context_while_bytes_still_grow(folder: Path) -> None:
+def test_given_pinned_bytes_hold_for_nodes_and_context_while_bytes_still_grow(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One target is held at a time."""
+    held: list[LoadedPair] = []
+
+    def counted(*arguments: Any) -> LoadedPair:
+        assert not any(hasattr(pair, "target") for pair in held)
+        held.append(load_pair(*arguments))
+        return held[-1]
+
+    monkeypatch.setattr(growth, "load_pair", counted)
     done = Growth(str(folder), MemoryOptions(pinned=0), repeat=1)
     steps: list[str] = []
     done.measure(on_turn=lambda name, total: steps.append(f"{name} of {total}"))
@@ -98,6 +109,7 @@ def test_given_pinned_bytes_hold_for_nodes_and_context_while_bytes_still_grow(fo
     assert done.of("bytes")[0].streamed_bytes == 0
     names = ["nodes", "context", *(f"{share}% pinned" for share in PINNED_SHARES)]
     assert sorted(steps) == sorted(f"{name} of {len(names)}" for name in names)
+    assert len(held) == 1 + len(PINNED_SHARES)
 
 
 def test_a_timed_pass_reads_the_whole_target_once_more(folder: Path) -> None:
@@ -117,25 +129,6 @@ def test_a_timed_pass_reads_the_whole_target_once_more(folder: Path) -> None:
         assert pair.target.num_cached == 40
 
 
-def test_one_target_is_held_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[int] = []
-    most: list[int] = []
-    load = growth.load_pair
-
-    def counted(*arguments: Any) -> LoadedPair:
-        pair = load(*arguments)
-        close = pair.target.close
-        held.append(1)
-        most.append(len(held))
-        monkeypatch.setattr(pair.target, "close", lambda: (held.pop(), close()))
-        return pair
-
-    monkeypatch.setattr(growth, "load_pair", counted)
-    Growth(str(folder), MemoryOptions(), repeat=1).measure()
-    assert not held
-    assert set(most) == {1}
-
-
 def test_trees_are_random_but_the_same_every_time() -> None:
     trees = [random_tree(count, 40) for count in NODES]
     assert [len(tree) for tree in trees] == list(NODES)
@@ -152,46 +145,35 @@ def test_a_short_context_leaves_out_what_does_not_fit(folder: Path) -> None:
         assert timer.node_counts == [1, 2, 4, 8, 16]
 
 
-@pytest.mark.parametrize("context", [1, 127])
-def test_too_little_context_is_refused_before_and_after_loading(folder: Path, context: int) -> None:
-    with pytest.raises(UsageError, match="context"):
-        Growth(None, MemoryOptions(context=context))
-    with (
-        loaded(folder, context=context) as pair,
-        pytest.raises(UsageError, match=f"context: room for {context} tokens"),
-    ):
+def test_too_little_context_is_refused_after_loading_too(folder: Path) -> None:
+    with loaded(folder, context=127) as pair, pytest.raises(UsageError, match="context: room for 127 tokens"):
         PassTimer(pair)
 
 
 def test_ctrl_c_keeps_the_questions_that_were_answered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = PassTimer.answer
 
-    def interrupt_at(question: str) -> Growth:
-        def answered(timer: PassTimer, asked: Any, repeat: int) -> list[GrowthPoint]:
-            if asked == question:
-                raise KeyboardInterrupt
-            return answer(timer, asked, repeat)
+    def answered(timer: PassTimer, asked: Any, repeat: int) -> list[GrowthPoint]:
+        if asked == "context":
+            raise KeyboardInterrupt
+        return answer(timer, asked, repeat)
 
-        monkeypatch.setattr(PassTimer, "answer", answered)
-        done = Growth(str(folder), MemoryOptions(), repeat=1)
-        done.measure()
-        return done
-
-    done = interrupt_at("context")
+    monkeypatch.setattr(PassTimer, "answer", answered)
+    done = Growth(str(folder), MemoryOptions(), repeat=1)
+    done.measure()
     assert done.interrupted
     assert {p.question for p in done.points} == {"nodes"}
-    report = growth_report(done, [])
+    report = growth_report(done)
+    assert report.interrupted
     assert report.notes[-1] == "Interrupted: not measured: bytes, context."
     assert len(report.tables) == 1
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_at("nodes")
 
 
 # -- tables, JSON, files -----------------------------------------------------------------------------------
 
 
 def test_the_table_has_median_extremes_ratio_computing_and_prediction() -> None:
-    by_bytes, by_nodes, by_context = growth_report(made_up(), []).tables
+    by_bytes, by_nodes, by_context = growth_report(made_up()).tables
     assert by_bytes.header == (
         "streamed", "median, ms", "min, ms", "max, ms", "× first", "computing, ms", "bytes/rate, ms",
     )  # fmt: skip
@@ -205,104 +187,54 @@ def test_the_table_has_median_extremes_ratio_computing_and_prediction() -> None:
     ]
     assert "bytes/rate, ms" not in by_nodes.header + by_context.header
     assert "16 nodes after 256 tokens" in by_bytes.title
+    first = growth_report(made_up()).document["points"][1]
+    assert first["passes"][0] == {"seconds": 0.9, "wait_s": 0.1}
+    assert (first["question"], first["median_s"], first["predicted_s"]) == ("bytes", 0.5, 0.3)
 
 
-def test_without_an_emulated_rate_nothing_is_predicted_and_nothing_called_emulated() -> None:
-    report = growth_report(made_up(rate=None), [])
+def test_only_an_emulated_rate_predicts_and_is_called_emulated() -> None:
+    report = growth_report(made_up(rate=None))
     assert "bytes/rate, ms" not in report.tables[0].header
     assert {point["predicted_s"] for point in report.document["points"]} == {None}
     assert not any("emulated" in note for note in report.notes)
-    assert not report.document["emulated"]
-    emulated = growth_report(made_up(), [])
-    assert any("emulated at 100 MB/s" in note for note in emulated.notes)
-    assert emulated.document["emulated"]
+    assert any("emulated at 100 MB/s" in note for note in growth_report(made_up()).notes)
 
 
-def test_json_holds_every_pass_versions_and_the_command(measured: Growth, tmp_path: Path) -> None:
-    report = growth_report(measured, ["llmcad-mlx", "bench", "--growth"])
-    assert report.write(tmp_path / "new" / "out") is None
-    written = json.loads((tmp_path / "new" / "out" / "growth.json").read_text())
-    assert written["argv"] == ["llmcad-mlx", "bench", "--growth"]
-    assert written["options"]["repeat"] == 3
-    assert written["options"]["read_bandwidth"] == 1e9
-    assert len(written["points"]) == len(measured.points)
-    for point in written["points"]:
-        seconds = sorted(timed["seconds"] for timed in point["passes"])
-        assert [point["min_s"], point["median_s"], point["max_s"]] == seconds
-        assert point["predicted_s"] == pytest.approx(point["streamed_bytes"] / 1e9)
-    firsts = {p["question"]: p for p in reversed(written["points"])}
-    assert {p["ratio_to_first"] for p in firsts.values()} == {1.0}
-    assert (tmp_path / "new" / "out" / "growth.png").read_bytes().startswith(b"\x89PNG")
-    assert "| streamed" in (tmp_path / "new" / "out" / "growth.md").read_text()
+def drawn(done: Growth) -> Figure:
+    (plot,) = growth_report(done).plots
+    assert plot.draw is not None
+    figure = Figure()
+    plot.draw(figure)
+    return figure
 
 
-def test_only_questions_with_something_to_compare_are_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **more: (drawn.append(figure), save(figure, *args))
-    )
-    assert growth_report(made_up(), []).write(tmp_path) is None
-    (figure,) = drawn
+def test_only_questions_with_something_to_compare_are_drawn() -> None:
+    figure = drawn(made_up())
     assert [axes.get_xlabel() for axes in figure.axes] == ["read per pass, MB", "nodes", "tokens in the cache"]
     lines = {line.get_label(): [list(data) for data in line.get_data()] for line in figure.axes[0].lines}
     assert lines["bytes / rate"] == [[0.0, 30.0], [0.0, 300.0]]
     assert lines["computing: waits left out"] == [[0.0, 30.0], [150.0, 400.0]]
-    assert len(figure.axes[1].lines) < len(figure.axes[0].lines)
     assert all((axes.get_xlim()[0], axes.get_ylim()[0]) == (0.0, 0.0) for axes in figure.axes)
     assert figure.axes[0].get_ylim()[1] > 900
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert labels == {"bytes / rate", "measured: median, min to max", "computing: waits left out"}
     done = made_up(interrupted=True)
-    assert growth_report(done, []).write(tmp_path) is None
-    assert len(drawn[1].axes) == 1
-    nothing = growth_report(replace(done, points=done.points[:1]), [])
+    assert len(drawn(done).axes) == 1
+    nothing = growth_report(replace(done, points=done.points[:1]))
     assert any("nothing to compare" in note for note in nothing.notes)
-    assert nothing.write(tmp_path) is None
-    assert not (tmp_path / "growth.png").exists(), "the plot of an earlier run"
+    assert nothing.plots[0].draw is None
 
 
-# -- command line ------------------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------------------------
 
 
-def test_a_pipe_gets_markdown_or_json_and_out_gets_files(
-    folder: Path, tmp_path: Path, output: Any, document: Any
-) -> None:
-    words = ["bench", "--growth", "--target", folder, "--repeat", 1]
-    found = document(*words)
-    assert found["target"] == str(folder)
-    assert {p["question"] for p in found["points"]} == {"bytes", "nodes", "context"}
-    shown, _ = output(*words, "--out", tmp_path / "out")
-    assert "| nodes |" in shown
-    assert "| context |" in shown
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["growth.json", "growth.md", "growth.png"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "option"),
-    [
-        (["--growth", "--draft", "auto"], "draft"),
-        (["--growth", "--variants", "plain"], "variants"),
-        (["--growth", "--max-tokens", "8"], "max-tokens"),
-        (["--growth", "--per-domain", "1"], "per-domain"),
-        (["--growth", "--warmup", "1"], "warmup"),
-        (["--growth", "--temp", "0"], "temp"),
-        (["--growth", "--seed", "1"], "seed"),
-        (["--growth", "--kernels"], "growth"),
-        (["--kernels", "--memory", "1GB"], "memory"),
-        (["--kernels", "--target", "x"], "target"),
-        (["--growth", "--repeat", "0"], "repeat"),
-        (["--growth", "--context", "100"], "context"),
-        (["--growth", "--memory", "much"], "memory"),
-    ],
-)
-def test_options_that_do_not_go_together_end_with_2_and_one_line(
-    arguments: list[str], option: str, output: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(growth, "load_pair", lambda *_: pytest.fail("loaded"))
-    out, err = output("bench", *arguments, code=2)
-    assert out == ""
-    assert err.startswith(f"error: {option}: ")
-    assert err.count("\n") == 1
+def test_kernel_table_has_times_ratios_and_small_errors() -> None:
+    times = growth.time_kernels(rows=(1, 4, 8), repeat=1, shape=(64, 128))
+    assert (growth.OURS in {entry.kernel for entry in times}) == cpu_kernels_wanted()
+    assert all(entry.error < 1e-5 for entry in times)
+    assert {entry.rows for entry in times if entry.kernel == growth.MLX_DENSE} == {1, 4}
+    report = growth.kernel_report(times)
+    (table,) = report.tables
+    assert [row[0] for row in table.rows] == ["1", "4", "8", "largest error"]
+    assert table.rows[0][2] == "1.0"
+    assert len(report.document["times"]) == len(times)

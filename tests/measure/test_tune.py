@@ -6,18 +6,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmcad_mlx import load
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import GenerationError, ModelError, UsageError
 from llmcad_mlx.loader import LoadedPair, conditions, load_names
-from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates
-from llmcad_mlx.measure.prompts import BenchPrompt, load_prompts
+from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates, short_name
 from llmcad_mlx.measure.runner import EngineContender, Generation, Run, total_stats
 from llmcad_mlx.measure.tune import (
     CandidateFigures,
@@ -30,9 +29,10 @@ from llmcad_mlx.measure.tune import (
     split,
     tune_report,
 )
+from llmcad_mlx.measure.workload import BenchPrompt, load_prompts
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.settings import GenerationOptions, MemoryOptions
+from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, pair_profile_path
 from llmcad_mlx.store.profile import Conditions, PairProfile, find_choice
@@ -84,7 +84,7 @@ def test_the_packaged_prompts_cover_four_domains_and_are_not_those_drafts_are_ju
 
 def test_half_of_each_domain_predicts_the_other() -> None:
     halves = split([BenchPrompt(d, n, "x") for d, names in (("a", "123"), ("b", "12")) for n in names])
-    assert halves == ({("a", "1"), ("a", "3"), ("b", "1")}, {("a", "2"), ("b", "2")})
+    assert halves == [{("a", "1"), ("a", "3"), ("b", "1")}, {("a", "2"), ("b", "2")}]
     with pytest.raises(UsageError, match="prompts: a has one prompt"):
         split([BenchPrompt("a", "1", "x")])
 
@@ -92,14 +92,18 @@ def test_half_of_each_domain_predicts_the_other() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("max_tokens", 1), ("max_tokens", -1), ("repeat", 0), ("warmup", -1), ("per_domain", 1), ("drafts", " ,"),
-        ("drafts", "ngram,self:9"), ("drafts", "5bit:x"), ("drafts", "trimmed:9:5bit:x"), ("bits", "5"),
-        ("bits", ""), ("trim", "few"), ("trim", "0"), ("trim", ""), ("temperature", -1.0),
+        ("max_tokens", 1), ("per_domain", 1), ("drafts", " ,"), ("drafts", "ngram,self:9"), ("drafts", "5bit:x"),
+        ("drafts", "trimmed:9:5bit:x"), ("bits", "5"), ("bits", ""), ("trim", "few"), ("trim", "0"), ("trim", ""),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_refused_by_name(prompts: Path, option: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"{option.rstrip('s')}"):
         plan_of(prompts, **{option: value})
+
+
+def test_lists_of_drafts_bits_and_tokens_are_read_each_entry_once(prompts: Path) -> None:
+    plan = plan_of(prompts, "ngram, self:4,ngram", "8,2", "4096, 8192,4096")
+    assert plan.drafts == DraftOptions(("ngram", "self:4"), (8, 2), (4096, 8192))
 
 
 # -- arithmetic ------------------------------------------------------------------------------------------
@@ -127,6 +131,7 @@ def test_a_resident_prediction_is_tokens_per_pass_over_computing_and_the_rest() 
     assert (found.measured.pass_s, found.measured.rest_s) == (pytest.approx(0.2), pytest.approx(0.15))
     assert found.read_rate is None
     assert found.tokens_per_s == pytest.approx(3.0 / 0.35)
+    assert Prediction.of([made_up("x", target_passes=0)], CostModel(), 0, None) is None
 
 
 @pytest.mark.parametrize(("bandwidth", "pass_s"), [(100.0, 1.0), (10_000.0, 0.1), (None, 0.4)])
@@ -139,11 +144,6 @@ def test_a_streamed_pass_takes_what_is_longer_reading_or_computing(bandwidth: fl
     assert found.read_rate.emulated is (bandwidth is not None)
 
 
-def test_without_calibrating_runs_nothing_is_predicted() -> None:
-    assert Prediction.of([], CostModel(), 0, None) is None
-    assert Prediction.of([made_up("x", target_passes=0)], CostModel(), 0, None) is None
-
-
 def test_a_disturbed_repetition_does_not_count() -> None:
     done = [made_up("x", "1", i, seconds) for i, seconds in enumerate((1.0, 9.0, 1.2))]
     done += [made_up("x", "2", i, seconds) for i, seconds in enumerate((7.0, 2.0, 1.0))]
@@ -153,7 +153,7 @@ def test_a_disturbed_repetition_does_not_count() -> None:
 
 
 def line(name: str, speed: float | None, size: int = 0) -> CandidateFigures:
-    return CandidateFigures(name, size, None, 0, None, 2.0, None, speed, 0.1, {}, 3, 0, 60)
+    return CandidateFigures(name, size, None, 0, None, 2.0, None, None, speed, None, 0.1, {}, 3, 0, 60)
 
 
 def race(
@@ -200,10 +200,7 @@ def test_what_was_chosen_before_stays_within_twice_the_noise() -> None:
     assert race(times, {"old": 100}, incumbent="old").winner == "old"
     assert race({"old": [1.08] * 3, "new": [1.0] * 3}, incumbent="old").winner == "new"
     assert race(times, incumbent="gone").winner == "new"
-
-
-def test_nothing_measured_nothing_decided() -> None:
-    assert decide([line("a", None)], [], None) is None
+    assert decide([line("a", None)], [], "a") is None
 
 
 # -- measuring on a simulated clock ----------------------------------------------------------------------
@@ -231,51 +228,54 @@ class TimedDrafter(ModelDrafter):
 
 
 class Stage:
-    """Opens candidates whose times are simulated; `open` are in memory now."""
+    """Opens candidates whose times are simulated: "near2" is another one like "near", at a step time of its own.
 
-    def __init__(self, target: Path, drafts: dict[str, Path], step_s: dict[str, float]) -> None:
-        self.target, self.step_s = target, step_s
+    `change`: called with each candidate's name and pair.
+    """
+
+    def __init__(self, models: Path, target: Path, prompts: Path, **step_s: float) -> None:
+        self.target, self.prompts, self.step_s = target, prompts, step_s
         self.clock = SimulatedClock()
         self.opened: list[str] = []
-        self.candidates = tuple(
-            Candidate(name, PairPaths(target, name, path)) for name, path in drafts.items()
-        ) + tuple(Candidate(name, PairPaths(target, name, None)) for name in ("ngram", NO_DRAFT))
+        self.change: Callable[[str, Any], None] = lambda name, pair: None
+        paths = {name: models / name.rstrip("2") for name in step_s} | {"ngram": None, NO_DRAFT: None}
+        self.candidates = tuple(Candidate(name, PairPaths(target, name, path)) for name, path in paths.items())
 
-    def tuning(self, plan: TunePlan, open_pair: Any = None, incumbent: str | None = None) -> Tuning:
+    def tuning(self, incumbent: str | None = None, together: bool = True, **changes: Any) -> Tuning:
         lineup = Lineup("tiny", self.target, self.candidates, incumbent=incumbent)
-        return Tuning(plan, lineup, True, open_pair or self)
+        return Tuning(plan_of(self.prompts, **changes), lineup, together, self.open)
 
-    def tuned(self, plan: TunePlan, open_pair: Any = None, incumbent: str | None = None) -> Tuning:
+    def tuned(self, **changes: Any) -> Tuning:
         """All but saved."""
-        tuning = self.tuning(plan, open_pair, incumbent)
+        tuning = self.tuning(**changes)
         tuning.measure()
         tuning.decide()
         return tuning
 
-    def __call__(self, candidate: Candidate) -> LoadedPair:
+    def open(self, candidate: Candidate) -> LoadedPair:
         self.opened.append(candidate.name)
         pair = load_names(candidate.names, MemoryOptions())
         pair.clock = self.clock
         pair.target = TimedTarget(pair.target.model, pair.vocab_size)
         pair.target.clock = self.clock
-        pair.drafters = [self._timed(drafter, candidate.name) for drafter in pair.drafters]
+        for index, drafter in enumerate(pair.drafters):
+            if isinstance(drafter, ModelDrafter):
+                timed = TimedDrafter(drafter.model)
+                timed.clock, timed.step_s = self.clock, self.step_s[candidate.name]
+                pair.drafters[index] = timed
+        self.change(candidate.name, pair)
         return pair
 
-    def _timed(self, drafter: Any, name: str) -> Any:
-        if not isinstance(drafter, ModelDrafter):
-            return drafter
-        timed = TimedDrafter(drafter.model)
-        timed.clock, timed.step_s = self.clock, self.step_s[name]
-        return timed
+
+@pytest.fixture
+def staged(models: Path, target: Path, prompts: Path) -> Callable[..., Stage]:
+    """A stage with drafts of these step times."""
+    return partial(Stage, models, target, prompts)
 
 
-def stage_of(models: Path, target: Path, **step_s: float) -> Stage:
-    return Stage(target, {name: models / name.rstrip("2") for name in step_s}, step_s)
-
-
-def test_the_draft_with_the_highest_measured_speed_wins(models: Path, target: Path, prompts: Path) -> None:
-    stage = stage_of(models, target, near=0.01, near2=0.09, wild=0.01)
-    report = stage.tuned(plan_of(prompts))
+def test_the_draft_with_the_highest_measured_speed_wins(staged: Any) -> None:
+    stage = staged(near=0.01, near2=0.09, wild=0.01)
+    report = stage.tuned()
     assert report.decision is not None
     assert report.decision.winner == NEAR
     found = {entry.draft: entry for entry in report.lines}
@@ -292,13 +292,13 @@ def test_the_draft_with_the_highest_measured_speed_wins(models: Path, target: Pa
         assert set(entry.domains) == {"chat", "code"}
 
 
-def test_the_same_draft_wins_twice_in_a_row(models: Path, target: Path, prompts: Path) -> None:
+def test_the_same_draft_wins_twice_in_a_row(staged: Any, target: Path) -> None:
     """Two that hardly differ, once each the faster one by a hair."""
     winners = []
     for steps in ({"near": 0.0100, "near2": 0.0101}, {"near": 0.0101, "near2": 0.0100}):
-        stage = stage_of(models, target, **steps)
+        stage = staged(**steps)
         choice = find_choice(target, HERE)
-        report = stage.tuned(plan_of(prompts), incumbent=None if choice is None else choice.draft)
+        report = stage.tuned(incumbent=None if choice is None else choice.draft)
         assert report.decision is not None
         assert set(report.decision.tied) == {"near", "near2"}
         report.save()
@@ -313,25 +313,18 @@ def test_candidates_are_interleaved_by_prompt_or_by_repetition() -> None:
     assert apart == [("a", [0]), ("b", [0]), ("c", [0]), ("b", [1]), ("c", [1]), ("a", [1])]
 
 
-def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
-    models: Path, target: Path, prompts: Path
-) -> None:
-    stage = stage_of(models, target, near=0.01)
-    alive: list[LoadedPair] = []
-    most = 0
+def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(staged: Any) -> None:
+    stage = staged(near=0.01)
+    pairs: list[LoadedPair] = []
 
-    def open_pair(candidate: Candidate) -> LoadedPair:
-        nonlocal most
-        pair = stage(candidate)
-        alive.append(pair)
-        most = max(most, sum(hasattr(pair, "target") for pair in alive))
-        return pair
+    def alone(name: str, pair: LoadedPair) -> None:
+        assert not any(hasattr(earlier, "target") for earlier in pairs)
+        pairs.append(pair)
 
+    stage.change = alone
     turns: list[int] = []
-    tuning = stage.tuning(plan_of(prompts), open_pair)
-    tuning.together = False
+    tuning = stage.tuning(together=False)
     tuning.measure(lambda label, total: turns.append(total))
-    assert most == 1
     assert len(tuning.runs) == 3 * 2 * 4
     assert turns == [3 * 2 * (1 + 4)] * turns[0]
     assert {run.place.repetition for run in tuning.runs} == {0, 1}
@@ -343,9 +336,9 @@ def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
 
 
 def test_a_candidate_that_cannot_be_loaded_or_fails_is_listed_and_the_rest_is_measured(
-    models: Path, target: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    staged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = stage_of(models, target, near=0.01, wild=0.01)
+    stage = staged(near=0.01, wild=0.01)
     generate, calls = EngineContender.generate, []
 
     def failing(self: EngineContender, prompt: Any, sampling: Any) -> Generation:
@@ -354,63 +347,56 @@ def test_a_candidate_that_cannot_be_loaded_or_fails_is_listed_and_the_rest_is_me
             raise GenerationError("its logits are NaN")
         return generate(self, prompt, sampling)
 
-    def open_pair(candidate: Candidate) -> LoadedPair:
-        if candidate.name == "ngram":
+    def full(name: str, pair: LoadedPair) -> None:
+        if name == "ngram":
             raise MemoryError
-        return stage(candidate)
 
+    stage.change = full
     monkeypatch.setattr(EngineContender, "generate", failing)
-    report = stage.tuned(plan_of(prompts), open_pair)
+    report = stage.tuned()
     assert report.failures == {WILD: "its logits are NaN", "ngram": "there is not enough memory"}
     assert calls.count(WILD) == 3
     assert {entry.draft for entry in report.lines} == {NEAR, NO_DRAFT}
     assert report.decision is not None
     assert report.decision.winner == NEAR
-    assert "Left out: wild: its logits are NaN." in tune_report(report, []).notes
+    assert "Left out: wild: its logits are NaN." in tune_report(report).notes
 
 
-def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured(
-    models: Path, target: Path, prompts: Path
-) -> None:
+def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured(staged: Any) -> None:
     """Reading the prompt counts here, which no speed of decoding shows."""
-    stage = stage_of(models, target, near=0.01, near2=0.01)
+    stage = staged(near=0.01, near2=0.01)
 
-    def open_pair(candidate: Candidate) -> LoadedPair:
-        pair = stage(candidate)
-        if candidate.name == "near2":
-            for drafter in pair.drafters:
-                read = drafter.prefill
+    def slow(name: str, pair: LoadedPair) -> None:
+        for drafter in pair.drafters if name == "near2" else ():
 
-                def slowly(*args: Any, read: Any = read) -> None:
-                    stage.clock.now += 20.0
-                    read(*args)
+            def slowly(*args: Any, read: Any = drafter.prefill) -> None:
+                stage.clock.now += 20.0
+                read(*args)
 
-                drafter.prefill = slowly  # type: ignore[method-assign]
-        return pair
+            drafter.prefill = slowly  # type: ignore[method-assign]
 
-    report = stage.tuned(plan_of(prompts, warmup=2), open_pair)
+    stage.change = slow
+    report = stage.tuned(warmup=2)
     assert set(report.failures) == {"near2"}
     took = r"its warm-up took 4\d\.\d s for an answer that takes \d\.\d s without a draft"
     assert re.fullmatch(took, report.failures["near2"])
     assert not [run for run in report.runs if run.variant == "near2"]
-    unscreened = stage.tuned(plan_of(prompts, warmup=0, repeat=1), open_pair)
+    unscreened = stage.tuned(warmup=0, repeat=1)
     found = {entry.draft: entry for entry in unscreened.lines}
     assert found["near2"].prompt_s == pytest.approx(40.0)  # the n-gram drafter is slow here, too
     assert found[NEAR].prompt_s == 0.0
 
 
 @pytest.mark.skipif(not cpu_kernels_wanted(), reason="elsewhere rounding may decide near-ties")
-def test_a_candidate_with_another_text_is_left_out(models: Path, target: Path, prompts: Path) -> None:
-    stage = stage_of(models, target, near=0.001)
+def test_a_candidate_with_another_text_is_left_out(staged: Any, models: Path) -> None:
+    stage = staged(near=0.001)
 
-    def open_pair(candidate: Candidate) -> LoadedPair:
-        pair = stage(candidate)
-        if candidate.name == NEAR:  # verifies with another model
-            other = load_names(PairPaths(models / WILD, NO_DRAFT, None), MemoryOptions())
-            pair.target = other.target
-        return pair
+    def verify_with_another(name: str, pair: LoadedPair) -> None:
+        if name == NEAR:
+            pair.target = load_names(PairPaths(models / WILD, NO_DRAFT, None), MemoryOptions()).target
 
-    report = stage.tuned(plan_of(prompts), open_pair)
+    stage.change = verify_with_another
+    report = stage.tuned()
     assert set(report.failures) == {NEAR}
     assert "tokens are not the target's own" in report.failures[NEAR]
     assert NEAR not in {entry.draft for entry in report.lines}
@@ -418,42 +404,39 @@ def test_a_candidate_with_another_text_is_left_out(models: Path, target: Path, p
     assert report.decision.winner != NEAR
 
 
-def test_a_target_that_fails_ends_it(models: Path, target: Path, prompts: Path) -> None:
-    stage = stage_of(models, target, near=0.01)
+def test_a_target_that_fails_ends_it(staged: Any) -> None:
+    stage = staged(near=0.01)
 
-    def open_pair(candidate: Candidate) -> LoadedPair:
-        if candidate.name == NO_DRAFT:
+    def damaged(name: str, pair: LoadedPair) -> None:
+        if name == NO_DRAFT:
             raise ModelError("the target is damaged")
-        return stage(candidate)
 
+    stage.change = damaged
     with pytest.raises(ModelError, match="the target is damaged"):
-        stage.tuned(plan_of(prompts), open_pair)
+        stage.tuned()
 
 
 def test_an_interrupted_run_shows_what_was_measured_and_saves_nothing(
-    models: Path, target: Path, prompts: Path, interrupt_at: Any
+    staged: Any, target: Path, interrupt_at: Any
 ) -> None:
-    stage = stage_of(models, target, near=0.01)
+    stage = staged(near=0.01)
     interrupt_at(8)
-    tuning = stage.tuned(plan_of(prompts))
+    tuning = stage.tuned()
     tuning.save()
     assert len(tuning.runs) == 4  # three turns were a warm-up
     assert (tuning.decision, tuning.saved) == (None, None)
     assert find_choice(target, HERE) is None
-    report = tune_report(tuning, [])
+    report = tune_report(tuning)
     assert report.interrupted
     assert any("Interrupted after 4 generations: nothing is chosen" in note for note in report.notes)
     assert len(report.tables[0].rows) == 3
-    interrupt_at(1)
-    with pytest.raises(KeyboardInterrupt):  # in the warm-up: there is nothing to show
-        stage.tuned(plan_of(prompts))
 
 
 # -- what is tried ---------------------------------------------------------------------------------------
 
 
 def names_of(found: Lineup) -> list[str]:
-    return [candidate.label for candidate in found.candidates]
+    return [short_name(candidate.name) for candidate in found.candidates]
 
 
 def look(target: Path, *names: object, incumbent: str | None = None, **copies: tuple[int, ...]) -> Lineup:
@@ -479,7 +462,7 @@ def test_draft_models_are_tried_in_fewer_bits(
     given = (models / NEAR, tmp_path / "eight", "auto", "nowhere/at-all-", "none")
     found = look(target, *given, bits=(4, 8))
     assert names_of(found) == ["near", "eight", "ngram", "8bit:near", "4bit:near", "4bit:eight", "none"]
-    assert [failure.name for failure in found.failures] == ["nowhere/at-all-"]
+    assert list(found.failures) == ["nowhere/at-all-"]
     path = found.candidates[5].names.draft_path
     assert path is not None
     config = json.loads((path / "config.json").read_text())
@@ -499,21 +482,14 @@ def test_draft_models_in_all_bits_are_tried_with_fewer_output_tokens(models: Pat
         "none",
     ]  # fmt: skip
     assert not found.failures
-    paths = {candidate.label: candidate.names.draft_path for candidate in found.candidates}
-    for name in ("trimmed:30:near", "trimmed:30:4bit:near"):
-        path = paths[name]
-        assert path is not None
-        loaded = load_model_folder(path, lazy=True, alone=True)
-        assert loaded.draft_tokens is not None
-        assert len(loaded.draft_tokens) == 30
-    again = find_pair(str(target), f"trimmed:30:4bit:{near}", False)
-    assert again.draft_path == paths["trimmed:30:4bit:near"]
+    paths = {short_name(candidate.name): candidate.names.draft_path for candidate in found.candidates}
+    made = paths["trimmed:30:4bit:near"]
+    assert made is not None
+    tokens = load_model_folder(made, lazy=True, alone=True).draft_tokens
+    assert tokens is not None
+    assert len(tokens) == 30
+    assert find_pair(str(target), f"trimmed:30:4bit:{near}", False).draft_path == made
     assert len(look(target, paths["trimmed:30:near"], tokens=(20,)).candidates) == 2  # it is trimmed already
-    with load(target, draft="none") as plain, load(target, draft=f"trimmed:30:4bit:{near}") as engine:
-        expected = plain.generate([5, 9, 30, 31, 12], max_tokens=40)
-        result = engine.generate([5, 9, 30, 31, 12], max_tokens=40, policy="chain")
-    assert result.tokens == expected.tokens
-    assert result.stats.drafted > 0
 
 
 # -- command line ----------------------------------------------------------------------------------------
@@ -543,7 +519,6 @@ def test_the_choice_is_printed_saved_and_used(
     assert all(set(entry) == CANDIDATE_KEYS for entry in found["candidates"])
     assert [entry["draft"] for entry in found["failed"]] == [str(models / "missing")]
     assert found["winner"] in {entry["draft"] for entry in found["candidates"]}
-    assert found["emulated"] is found["interrupted"] is False
     assert found["incumbent"] is None
     assert found["together"] is True
     assert len(found["runs"]) == 3 * 4
@@ -576,15 +551,6 @@ def test_under_a_budget_candidates_come_one_after_the_other(
     assert "the smallest that works is" in output(*words("--memory", "1MB"), code=2)[1]
 
 
-def test_out_gets_json_markdown_and_a_plot(words: Any, models: Path, tmp_path: Path, output: Any) -> None:
-    out = tmp_path / "new" / "out"
-    shown, _ = output(*words("--drafts", models / NEAR, "--out", out))
-    assert sorted(file.name for file in out.iterdir()) == ["tune.json", "tune.md", "tune.png"]
-    assert (out / "tune.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((out / "tune.json").read_text())["format"] == 1
-    assert shown.strip() in (out / "tune.md").read_text()
-
-
 def test_a_choice_that_cannot_be_saved_is_printed_and_an_error(words: Any, own_home: Path, output: Any) -> None:
     own_home.mkdir(exist_ok=True)
     (own_home / "profiles").write_text("a file where the folder should be")
@@ -594,25 +560,5 @@ def test_a_choice_that_cannot_be_saved_is_printed_and_an_error(words: Any, own_h
     assert "profiles" in err
 
 
-@pytest.mark.parametrize(
-    "more",
-    [["--bits", "7"], ["--drafts", ","], ["--repeat", "0"], ["--prompts", "/no/such/file"], ["--per-domain", "1"],
-     ["--memory", "much"], ["--max-tokens", "1"]],
-)  # fmt: skip
-def test_bad_options_end_with_2_before_anything_is_loaded(more: list[str], output: Any) -> None:
-    assert output("tune", "/nowhere", *more, code=2)[1].startswith("error: ")
-
-
 def test_a_target_that_is_not_there_is_named(output: Any) -> None:
     assert "/nowhere" in output("tune", "/nowhere", code=1)[1]
-
-
-def test_the_plan_is_what_the_options_say(prompts: Path) -> None:
-    changes = {"bits": "8,2", "trim": "4096, 8192,4096", "temperature": 0.5, "seed": 9, "per_domain": 2}
-    plan = plan_of(prompts, drafts="ngram, self:4,ngram", **changes)
-    assert plan.drafts == DraftOptions(("ngram", "self:4"), (8, 2), (4096, 8192))
-    assert plan.workload.options == GenerationOptions.of(max_tokens=40, temperature=0.5, seed=9)
-    assert (plan.workload.repeat, plan.workload.warmup) == (2, 1)
-    assert [(p.domain, p.name) for p in plan.workload.prompts] == [
-        ("chat", "1"), ("code", "1"), ("chat", "2"), ("code", "2"),
-    ]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -44,12 +43,11 @@ def loaded(folder: Path) -> Loaded:
     return model, tokenizer
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "llmcad_mlx.mlx_lm_plugin", *words]
+COMMAND = [sys.executable, "-m", "llmcad_mlx.mlx_lm_plugin"]
 
 
-def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*words), input=stdin, capture_output=True, text=True, timeout=120, check=False)
+def run(*command: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -73,17 +71,15 @@ def test_the_embedded_model_beside_mlx_lm(loaded: Loaded, temperature: float) ->
         }
         found.append(list(function(*loaded, "The sea is", max_tokens=12, **options)))
     for ours, theirs in zip(*found, strict=True):
-        assert ours.text == theirs.text
-        assert ours.token == theirs.token
-        assert ours.finish_reason == theirs.finish_reason
-        assert (ours.prompt_tokens, ours.generation_tokens) == (theirs.prompt_tokens, theirs.generation_tokens)
+        for name in ("text", "token", "finish_reason", "prompt_tokens", "generation_tokens"):
+            assert getattr(ours, name) == getattr(theirs, name), name
         assert ours.logprobs.shape == theirs.logprobs.shape
         assert np.allclose(np.array(ours.logprobs), np.array(theirs.logprobs), atol=1e-2)
 
 
 @pytest.mark.embedded
 def test_generate_command(loaded: Loaded, folder: Path) -> None:
-    done = run("generate", "--model", str(folder), "--prompt", COUNT, "-m", "24", "--verbose", "False")
+    done = run(*COMMAND, "generate", "--model", str(folder), "--prompt", COUNT, "-m", "24", "--verbose", "False")
     assert done.stdout == answer(loaded, COUNT, 24) + "\n"
     tokens, passes, accepted = map(int, SPECULATED.findall(done.stderr)[0])
     assert tokens <= 24
@@ -93,7 +89,7 @@ def test_generate_command(loaded: Loaded, folder: Path) -> None:
 @pytest.mark.embedded
 def test_chat_command(loaded: Loaded, folder: Path) -> None:
     """Two turns: the second one builds on the cache that the first one left."""
-    done = run("chat", "--model", str(folder), "-m", "16", stdin=f"My name is Ada.\n{COUNT}\nq\n")
+    done = run(*COMMAND, "chat", "--model", str(folder), "-m", "16", stdin=f"My name is Ada.\n{COUNT}\nq\n")
     assert answer(loaded, "My name is Ada.", 16) in done.stdout
     told = [int(number) for number in re.findall(r"(\d+) tokens · ", done.stdout)]
     assert told == [int(tokens) for tokens, _, _ in SPECULATED.findall(done.stderr)]
@@ -105,8 +101,8 @@ def serving(folder: Path) -> Iterator[tuple[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = command("server", "--model", str(folder), "--port", str(port))
-    server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ)
+    words = [*COMMAND, "server", "--model", str(folder), "--port", str(port)]
+    server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(600):
             assert server.poll() is None, server.stderr.read() if server.stderr else ""
@@ -142,18 +138,13 @@ def test_server_command(loaded: Loaded, folder: Path) -> None:
 
 @pytest.mark.embedded
 def test_the_drop_in_example() -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "mlx_lm_drop_in.py"], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, EXAMPLES / "mlx_lm_drop_in.py")
     assert re.search(r"\n\d+ tokens at [\d.]+ tokens/s, \d+ of them drafted\n$", done.stdout)
 
 
 def test_commands_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["lora"]) == 2
-    assert main([]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
+    assert (main(["lora"]), main([])) == (2, 2)
+    assert capsys.readouterr().err.splitlines() == [
         "llmcad_mlx.mlx_lm_plugin: 'lora' is none of the commands generate, chat, server",
         "llmcad_mlx.mlx_lm_plugin: give one of the commands generate, chat, server",
     ]

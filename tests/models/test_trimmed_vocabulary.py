@@ -26,6 +26,7 @@ from llmcad_mlx.loader import load_tree_model, plan_pair
 from llmcad_mlx.models.folder import DRAFT_TOKENS, check_same_tokens
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings
@@ -54,7 +55,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trimmed(source: Path, dest: Path, tokens: Sequence[int] = LIST) -> Path:
-    write_trimmed_draft(source, dest, tokens)
+    write_trimmed_draft(source, dest, np.array(sorted(tokens), np.int32))
     return dest
 
 
@@ -77,7 +78,7 @@ def without_embedding(folder: Path) -> Path:
 def on_device(logits: mx.array, positions: Any, own: TargetSampler, count: int, tokens: Any) -> Any:
     """What a GPU runs, on the CPU."""
     found = candidates._on_device(logits, positions, own, count, tokens)
-    return [candidates._named(row, tokens) for row in found]
+    return [Candidates(tokens[list(row.tokens)].tolist(), row.confidences) for row in found]
 
 
 @pytest.mark.parametrize("way", [candidates.top_candidates, on_device])

@@ -18,8 +18,8 @@ import pytest
 
 from llmcad_mlx import Engine
 from llmcad_mlx.drafting import Drafter
-from llmcad_mlx.engine.policies import make_policy
-from llmcad_mlx.measure.prompts import load_prompts
+from llmcad_mlx.engine.growth import make_policy
+from llmcad_mlx.measure.workload import load_prompts
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings, SpeculationSettings

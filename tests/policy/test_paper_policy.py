@@ -6,25 +6,21 @@ import pytest
 
 from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
-from llmcad_mlx.tree.token_tree import MODEL, NGRAM, ROOT, TokenTree
+from llmcad_mlx.tree.token_tree import MODEL, ROOT, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
 Table = dict[tuple[int, ...], Candidates]
 
 
-def expand(policy: GrowthPolicy, tree: TokenTree, table: Table, source: str = MODEL) -> list[int]:
-    """Let one drafter, whose candidates come from a table by path, do its part. Returns expanded leaves."""
+def grow(policy: GrowthPolicy, tree: TokenTree, table: Table) -> list[int]:
+    """Let a drafter whose candidates come from a table by path do its part. Returns expanded leaves."""
+    policy.begin(tree)
     expanded = []
-    while leaves := policy.next_leaves(tree, source):
+    while leaves := policy.next_leaves(tree, MODEL):
         for leaf in leaves:
             expanded.append(leaf)
             policy.add(tree, leaf, table.get(tuple(tree.path_tokens(leaf)), Candidates([], [])))
     return expanded
-
-
-def grow(policy: GrowthPolicy, tree: TokenTree, table: Table) -> list[int]:
-    policy.begin(tree)
-    return expand(policy, tree, table)
 
 
 def chain(length: int) -> TokenTree:
@@ -84,8 +80,6 @@ def test_node_limit_counts_the_root() -> None:
         expanded = grow(PaperPolicy(max_nodes), tree, table)
         assert len(tree) == max_nodes
         assert (not expanded) == (max_nodes == 1)
-    with pytest.raises(ValueError, match="max_nodes is 0"):
-        PaperPolicy(0)
 
 
 @pytest.mark.parametrize(
@@ -114,17 +108,6 @@ def test_continues_from_a_tree_that_already_has_branches() -> None:
     policy = PaperPolicy(max_nodes=4)
     assert grow(policy, tree, {(1,): Candidates([3], [0.5])}) == [a]
     assert tree.path_tokens(3) == [1, 3]
-
-
-def test_second_drafter_goes_on_where_the_first_had_nothing_to_say() -> None:
-    policy = PaperPolicy(max_nodes=10)
-    tree = TokenTree(0)
-    policy.begin(tree)
-    lookup = {(): Candidates([1], [0.6], NGRAM), (1,): Candidates([2], [0.5], NGRAM)}
-    assert expand(policy, tree, lookup, NGRAM) == [0, 1, 2]  # node 2 has no candidates
-    assert expand(policy, tree, {(1, 2): Candidates([3], [0.9])}) == [2, 3]
-    assert tree.path_tokens(3) == [1, 2, 3]
-    assert tree.sources[1:] == [NGRAM, NGRAM, MODEL]
 
 
 def test_alpha_update_is_the_printed_formula() -> None:
@@ -160,3 +143,26 @@ def test_alpha_stays_without_drafts_and_halves_when_a_stop_cut_a_right_branch() 
     tree = chain(4)
     policy.verified(tree, walk_along(tree, [1, 2], stopped=True))
     assert policy.alpha == 0.005
+
+
+def test_the_papers_pipeline_keeps_one_continuation_of_the_best_branch() -> None:
+    policy = PaperPolicy(4)
+    tree = TokenTree(0)
+    policy.begin(tree)
+    policy.next_leaves(tree, MODEL)
+    policy.add(tree, ROOT, Candidates([1, 2], [0.4, 0.35]))
+    policy.next_leaves(tree, MODEL)
+    policy.add(tree, 1, Candidates([3], [0.5]))
+    assert list(policy.next_leaves(tree, MODEL)) == []  # four nodes
+    assert policy.submit(tree).tree.tokens == [0, 1, 2, 3]
+    order = []
+    while leaves := policy.provisional_leaves(tree, MODEL, 8):
+        (leaf,) = leaves
+        order.append(tree.path_tokens(leaf))
+        policy.add(tree, leaf, Candidates([7, 8], [0.6, 0.35]))
+    assert order == [[2], [2, 7], [2, 7, 7], [2, 7, 7, 7]]  # 2 is likelier than 3 below 1
+    assert len(tree) == 8  # no branch for 8, and no more candidates than a pass has nodes
+    survivors = tree.reroot(2)
+    policy.begin(survivors.tree, survivors)
+    assert policy.next_leaves(survivors.tree, MODEL) == []  # full already
+    assert len(policy.submit(survivors.tree).tree) == 4

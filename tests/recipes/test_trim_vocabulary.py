@@ -19,7 +19,7 @@ from convert.trim_vocabulary import count_tokens
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.models.folder import DRAFT_TOKENS, load_model_folder
-from llmcad_mlx.progress import NoProgress
+from llmcad_mlx.progress import Progress
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.copies import usual_tokens, write_trimmed_draft
 from tests.support.tiny_folder import VOCAB, family_folder, make_folder, write_folder
@@ -116,7 +116,7 @@ def test_tokens_are_counted_in_texts_and_shards(folder: Path, tmp_path: Path) ->
     (corpus / "image.png").write_bytes(b"\xff")
     z, q, newline = (tokenizer.encode(c, add_special_tokens=False)[0] for c in "zq\n")
     mx.save_safetensors(str(corpus / "inner" / "b.safetensors"), {"tokens": mx.array([q] * 5)})
-    counts = count_tokens([corpus], tokenizer, NoProgress())
+    counts = count_tokens([corpus], tokenizer, Progress())
     assert len(counts) == VOCAB
     assert {int(token): int(counts[token]) for token in np.flatnonzero(counts)} == {z: 3, q: 5, newline: 3}
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfd")
@@ -131,7 +131,7 @@ def test_tokens_are_counted_in_texts_and_shards(folder: Path, tmp_path: Path) ->
         ("missing", "no such file"),
     ):
         with pytest.raises(UsageError, match=f"--corpus: .*{name}: {message}"):
-            count_tokens([tmp_path / name], tokenizer, NoProgress())
+            count_tokens([tmp_path / name], tokenizer, Progress())
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pygments.lexers import get_all_lexers
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.page import Markdown, page_routes
 
 FOLDER = resources.files("llmcad_mlx.serve").joinpath("page")

@@ -10,11 +10,10 @@ from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.engine.round import Round, run_round
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.policy import GrowthPolicy
+from llmcad_mlx.policy import ChainPolicy, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import SamplingSettings

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from llmcad_mlx.serve.options import ServerSettings
+from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.page import page_routes
 
 Step = bytes | threading.Event | None

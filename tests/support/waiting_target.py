@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from mlx.nn.layers.base import Module
 
+from llmcad_mlx.models.adapt import Adaptation, adapt
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.streaming.feed import SequentialFeed
-from llmcad_mlx.streaming.modules import StreamedUnit, stream_layer
+from llmcad_mlx.streaming.modules import SequentialFeed, StreamedLayer, StreamedUnit
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying import Target, Verification
 from tests.support.simulated_stream import SimulatedClock, SimulatedStream
@@ -52,6 +51,17 @@ class WaitingTarget(Target):
             self.steps += 1
 
 
+class TakesTime(Adaptation):
+    """A module whose calls take `_row_s` on the clock for each row."""
+
+    _clock: SimulatedClock
+    _row_s: float
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        self._clock.now += self._row_s * x.shape[-2]
+        return super().__call__(x, *args, **kwargs)
+
+
 def simulated_target(
     clock: SimulatedClock,
     *,
@@ -70,17 +80,6 @@ def simulated_target(
     feed = SequentialFeed(stream, layers + 1, clock)
     inner: Any = model.model
     for number, module in enumerate([*inner.layers, inner.lm_head]):
-        _charge(module, clock, row_s)
-        stream_layer(module, StreamedUnit(number, (), (), feed))
+        adapt(module, TakesTime, _clock=clock, _row_s=row_s)
+        adapt(module, StreamedLayer, _unit=StreamedUnit(number, (), (), feed, {}))
     return Target(model, VOCAB, feed, prefill_chunk)
-
-
-def _charge(module: Module, clock: SimulatedClock, row_s: float) -> None:
-    """Let each call of `module` take time."""
-    kind: Any = type(module)
-
-    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        clock.now += row_s * x.shape[-2]
-        return kind.__call__(self, x, *args, **kwargs)
-
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})

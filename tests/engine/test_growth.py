@@ -1,4 +1,4 @@
-"""Drafting while the target waits: what is drafted, what survives, and whom the seconds are charged to."""
+"""Who grows a tree: policies by their settings, drafting while the target waits, what survives, whose seconds."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 
 from llmcad_mlx.drafting import Drafter
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.ngram import NgramDrafter
+from llmcad_mlx.engine.growth import make_policy
 from llmcad_mlx.engine.round import Round
-from llmcad_mlx.policy import Candidates, GrowthPolicy
+from llmcad_mlx.errors import UsageError
+from llmcad_mlx.policy import Candidates, ChainPolicy, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.policy.fixed import ChainPolicy
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.tree.token_tree import ROOT, Selection, TokenTree
-from llmcad_mlx.verifying import Target, Verification
+from llmcad_mlx.settings import SpeculationSettings
+from llmcad_mlx.tree.token_tree import NGRAM, ROOT, Selection, TokenTree
+from llmcad_mlx.verifying import Target
 from tests.support.rounds import PROMPT, Charged, Rounds, forced, model, sampler_of
 from tests.support.simulated_stream import SimulatedClock
 from tests.support.tiny import VOCAB
@@ -138,17 +140,6 @@ def test_a_carried_tree_is_dropped_when_anything_changes(change: str) -> None:
     assert seen == [None]
 
 
-def test_what_was_drafted_but_not_submitted_serves_a_resident_target_too() -> None:
-    """The target's token after the accepted path is often one the policy left out."""
-    drafter = ModelDrafter(model(0.3))
-    engine = engine_of(forced(3), [drafter], Target(model(), VOCAB))
-    stats = GenerationStats()
-    engine.begin(PROMPT, stats)
-    sizes = [0 if done.survivors is None else 1 for done in run(engine, 60, stats)]
-    assert sum(sizes) > 5
-    assert (stats.provisional, stats.provisional_passes, stats.hidden_draft_s) == (0, 0, 0.0)
-
-
 @pytest.mark.parametrize("make", [lambda: ChainPolicy(3), lambda: forced(6, pipelined=False)])
 def test_a_chain_or_without_the_pipeline_nothing_is_drafted_provisionally(
     make: Callable[[], GrowthPolicy],
@@ -163,56 +154,6 @@ def test_a_chain_or_without_the_pipeline_nothing_is_drafted_provisionally(
 # -- whose seconds -----------------------------------------------------------------------------------------
 
 
-class ChargedTarget(WaitingTarget):
-    """After its background it blocks for 8 s, then computes for 2 s and 0.5 s a row."""
-
-    def __init__(self, clock: SimulatedClock, most: int) -> None:
-        super().__init__(model(), VOCAB, most=most)
-        self.clock = clock
-        self.blocked_s = 0.0
-        self.read = 0
-
-    @property
-    def io_wait_s(self) -> float:
-        return self.blocked_s
-
-    @property
-    def streamed_bytes(self) -> int:
-        return self.read
-
-    def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
-        done = super().verify(tree, background)
-        self.blocked_s += 8.0
-        self.read += 1000
-        self.clock.now += 8.0 + 2.0 + 0.5 * len(tree)
-        return done
-
-
-def test_seconds_are_charged_to_who_spent_them() -> None:
-    clock = SimulatedClock()
-    drafter, target = ModelDrafter(model()), ChargedTarget(clock, most=5)
-    engine = engine_of(forced(4), [drafter], target, clock)
-    Charged(drafter, "expand", clock, 1.0)
-    stats = GenerationStats()
-    target.read = 777  # the prompt's
-    engine.begin(PROMPT, stats)
-    passes: list[float] = []
-    engine.costs.observe_pass = lambda rows, seconds, busy: passes.append(seconds)  # type: ignore[method-assign]
-    for _ in range(6):
-        before = clock.now
-        in_front = stats.draft_s - stats.hidden_draft_s
-        engine.round(stats=stats)
-        in_front = stats.draft_s - stats.hidden_draft_s - in_front
-        # The pass took what it took, hidden drafting included: that stands where waiting stood.
-        assert passes[-1] == clock.now - before - in_front
-    assert stats.hidden_draft_s == target.steps > 6
-    assert stats.io_wait_s == 6 * 8.0
-    assert stats.verify_s == 6 * 4.0
-    assert stats.streamed_bytes == 6 * 1000
-    assert stats.decode_s == stats.draft_s + stats.verify_s + stats.io_wait_s
-    assert stats.other_s == 0.0
-
-
 @pytest.mark.parametrize("target", [Target, WaitingTarget])
 def test_lookups_take_no_drafting_time(target: type[Target]) -> None:
     """Nor must they teach the cost model that a draft step takes none."""
@@ -225,25 +166,6 @@ def test_lookups_take_no_drafting_time(target: type[Target]) -> None:
     assert not engine.costs.draft
 
 
-@pytest.mark.parametrize("pipelined", [True, False])
-def test_the_draft_reads_the_prompt_while_the_target_does(pipelined: bool) -> None:
-    prompt = [(7 * i) % VOCAB for i in range(400)]
-    drafter = ModelDrafter(model())
-    target = WaitingTarget(model(), VOCAB, most=4)
-    engine = engine_of(forced(4, pipelined=pipelined), [NgramDrafter(), drafter], target)
-    lengths: list[int] = []
-    prefill = drafter.prefill
-
-    def noting(*args: Any) -> None:
-        lengths.append(drafter.cache.length)
-        prefill(*args)
-
-    drafter.prefill = noting  # type: ignore[method-assign]
-    engine.begin(prompt)
-    assert lengths == [3 * 64 if pipelined else 0]  # the first step was the lookup's
-    assert drafter.cache.length == 399
-
-
 def test_a_given_up_draft_is_left_alone_in_the_background() -> None:
     policy = ThroughputPolicy(CostModel(), Calibration())
     drafter = ModelDrafter(model())
@@ -253,3 +175,73 @@ def test_a_given_up_draft_is_left_alone_in_the_background() -> None:
     stats = GenerationStats()
     run(engine, 5, stats)
     assert (stats.drafted, drafter.cache.num_slots) == (0, 0)
+
+
+# -- policies by their settings ----------------------------------------------------------------------------
+
+
+def policy_of(max_nodes: int = 64, **options: Any) -> GrowthPolicy:
+    return make_policy(SpeculationSettings(**options), [NgramDrafter()], CostModel(), Calibration(), max_nodes)
+
+
+def drafted(policy: GrowthPolicy, confidence: float = 0.6) -> TokenTree:
+    """One round's tree when every leaf has two candidates of which the second is above the paper's threshold."""
+    tree = TokenTree(0)
+    policy.begin(tree)
+    while leaves := policy.next_leaves(tree, NGRAM):
+        for leaf in leaves:
+            policy.add(tree, leaf, Candidates([1, 2], [confidence, 0.35], NGRAM))
+    return policy.submit(tree).tree
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes"),
+    [
+        ({"policy": "paper", "fallback": False}, 9),
+        ({"policy": "paper", "fallback": False, "tree_nodes": 5}, 5),
+        ({"fallback": False}, 16),
+        ({"fallback": False, "tree_nodes": 6}, 6),
+        ({"tree_nodes": 7}, 7),
+        ({"policy": "chain"}, 5),
+        ({"policy": "chain", "tree_nodes": 3}, 3),
+        ({"policy": "plain"}, 1),
+    ],
+    ids=str,
+)
+def test_a_fixed_number_of_nodes_is_drafted(options: dict[str, Any], nodes: int) -> None:
+    assert len(drafted(policy_of(**options))) == nodes
+    assert len(drafted(policy_of(**options), confidence=0.0)) in (nodes, 1)  # 1: no candidate is worth a place
+
+
+def test_the_papers_fallback_ends_drafting_where_confidence_does() -> None:
+    policy = policy_of(policy="paper", tree_nodes=64)
+    assert isinstance(policy, PaperPolicy)
+    policy.alpha = 0.3
+    assert len(drafted(policy)) < 12
+    assert len(drafted(policy_of(policy="paper", tree_nodes=64, fallback=False))) == 64
+
+
+@pytest.mark.parametrize(
+    "options", [{"policy": "paper"}, {"policy": "paper", "fallback": False}, {"tree_nodes": 6}]
+)
+def test_without_trees_one_branch_is_submitted(options: dict[str, Any]) -> None:
+    tree = drafted(policy_of(tree=False, **options))
+    assert tree.parents == list(range(-1, len(tree) - 1))
+    assert len(tree) > 4
+    branchy = drafted(policy_of(**options))
+    assert branchy.parents != list(range(-1, len(branchy) - 1))
+
+
+def test_the_pipeline_and_the_largest_pass_reach_the_policy() -> None:
+    for name in ("throughput", "paper", "chain", "plain"):
+        assert policy_of(policy=name).pipelined
+        assert not policy_of(policy=name, pipeline=False).pipelined
+    policies = policy_of(), policy_of(256), policy_of(256, tree_nodes=32)
+    assert [p.max_nodes for p in policies if isinstance(p, ThroughputPolicy)] == [64, 256, 32]
+
+
+@pytest.mark.parametrize("policy", ["chain", "plain"])
+@pytest.mark.parametrize("name", ["tree", "fallback"])
+def test_what_a_policy_does_not_have_cannot_be_switched_off(policy: Any, name: str) -> None:
+    with pytest.raises(UsageError, match=f"^{name}: the {policy} policy"):
+        SpeculationSettings(policy, **{name: False})

@@ -30,7 +30,7 @@ from distill.progress import MISSING, Bars, plot_training
 from distill.table import make_counts, tokens_per_pass
 from distill.training import digest_of, train
 from distill.writing import Writer
-from llmcad_mlx.drafting.table import NgramTable, vocabulary_hash
+from llmcad_mlx.drafting.table import TableDrafter, vocabulary_hash
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import load_tree_model
 from llmcad_mlx.models.folder import load_model_folder
@@ -53,7 +53,7 @@ def table(args: argparse.Namespace) -> None:
     texts = [tokens for shard in shards for tokens, _ in shard]
     counts = make_counts(texts, args.order, vocabulary_hash(tokenizer.get_vocab()))
     counts.save(args.dest)
-    made = NgramTable(counts)
+    made = TableDrafter(counts)
     print(f"{args.dest}: {sum(map(len, texts)):,} tokens of {len(texts):,} texts, {made.num_bytes / 1e6:.1f} MB")
     for nodes in (4, 16, 64):
         reached = tokens_per_pass(made, unseen, nodes)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.corpus import Ids
-from llmcad_mlx.drafting.table import NgramCounts, NgramTable, context_hashes
+from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, context_hashes
 
 _MOST_ENTRIES = 8  # kept of a context
 _MOST_COUNT = 2**16 - 1
@@ -106,7 +106,7 @@ def _first_of_each(chosen: npt.NDArray[np.bool_], keys: npt.NDArray[np.uint32]) 
     return places[np.diff(keys[places].astype(np.int64), prepend=-1) != 0]
 
 
-def tokens_per_pass(table: NgramTable, texts: Iterable[tuple[Ids, int]], num_nodes: int) -> float:
+def tokens_per_pass(table: TableDrafter, texts: Iterable[tuple[Ids, int]], num_nodes: int) -> float:
     """Generated tokens per pass with the best `num_nodes` nodes, root included, where the target chooses the text.
 
     texts: tokens, and how many of them were given.
@@ -123,7 +123,7 @@ def tokens_per_pass(table: NgramTable, texts: Iterable[tuple[Ids, int]], num_nod
     return tokens / passes if passes else 0.0
 
 
-def _best_paths(table: NgramTable, tokens: Sequence[int], count: int) -> set[tuple[int, ...]]:
+def _best_paths(table: TableDrafter, tokens: Sequence[int], count: int) -> set[tuple[int, ...]]:
     """The `count` paths of the largest probability: best-first, as the policy grows its trees."""
     context = list(tokens[-table.order :])
     found: set[tuple[int, ...]] = set()

@@ -22,13 +22,16 @@ from llmcad_mlx.store import home_folder
 
 @dataclass(frozen=True, slots=True)
 class ModelFindings:
-    """What loading a model showed. `max_difference`: of tree to sequential logits, 0.0 is bit for bit."""
+    """What loading a model showed.
+
+    `checksums_verified`: every byte of the weights was compared with its checksum; None: a stock folder has none.
+    `drafts_only`: why this can only be a draft; "" where it can also be a target. `max_difference`: of tree to
+    sequential logits, 0.0 is bit for bit. `num_host_layers` run on the CPU kernels' decoder block.
+    """
 
     path: str
     checksums_verified: bool | None
-    """Every byte of the weights was compared with its checksum; None: a stock folder has none."""
     drafts_only: str
-    """Why this can only be a draft; "" where it can also be a target."""
     capability: str
     reason: str
     max_difference: float
@@ -36,7 +39,6 @@ class ModelFindings:
     context_length: int | None
     num_layers: int
     num_host_layers: int
-    """Layers that run on the CPU kernels' decoder block."""
     weight_bytes: int
     load_s: float
     probe_s: float
@@ -44,16 +46,15 @@ class ModelFindings:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All findings; `problems` has a line for each thing that is broken."""
+    """All findings; `problems` has a line for each thing that is broken. `device`: what MLX computes on, None when
+    it does not. `mlx_lm_tested`: the tested versions, e.g. "<0.33,>=0.32.2"."""
 
     machine: Machine
     device: str | None
-    """What MLX computes on, None when it does not."""
     host_kernels: bool
     models_folder: Path
     models_folder_free_bytes: int | None
     mlx_lm_tested: str
-    """The tested versions, e.g. "<0.33,>=0.32.2"."""
     model: ModelFindings | None
     problems: tuple[str, ...]
 
@@ -69,11 +70,13 @@ def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis
     A preset or repository that is not there yet is fetched first. Nothing is raised for what is broken; it
     becomes a line of `problems`.
     """
-    machine, home = this_machine(), home_folder()
+    machine, home, tested = this_machine(), home_folder(), supported_versions("mlx-lm")
     device, host_kernels, problem = _examine_backend()
-    tested = supported_versions("mlx-lm")
-    problems = [line for line in (problem, _version_problem(machine.versions["mlx-lm"], tested)) if line]
-    findings = None
+    problems, findings = [problem] if problem else [], None
+    installed = machine.versions["mlx-lm"]
+    if installed is None or not SpecifierSet(tested).contains(installed, prereleases=True):
+        what = "not installed" if installed is None else f"version {installed} is not tested"
+        problems.append(f"mlx-lm: {what}; install it with: pip install 'mlx-lm{tested}'")
     if model is not None and device is not None:
         try:
             findings = _examine_model(model, show_progress)
@@ -81,16 +84,12 @@ def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis
             problems.append(f"model: {_line(error)}")
         except Exception as error:
             problems.append(f"model: {model}: cannot be loaded ({type(error).__name__}: {_line(error)})")
-    return Diagnosis(
-        machine=machine,
-        device=device,
-        host_kernels=host_kernels,
-        models_folder=home,
-        models_folder_free_bytes=_free_bytes(home),
-        mlx_lm_tested=tested,
-        model=findings,
-        problems=tuple(problems),
-    )
+    free = None
+    for place in (home, *home.parents):  # where it is or would be created
+        with suppress(OSError):
+            free = shutil.disk_usage(place).free
+            break
+    return Diagnosis(machine, device, host_kernels, home, free, tested, findings, tuple(problems))
 
 
 def supported_versions(package: str) -> str:
@@ -102,48 +101,45 @@ def supported_versions(package: str) -> str:
     return ""
 
 
-def _version_problem(installed: str | None, tested: str) -> str | None:
-    if installed is not None and SpecifierSet(tested).contains(installed, prereleases=True):
-        return None
-    what = "not installed" if installed is None else f"version {installed} is not tested"
-    return f"mlx-lm: {what}; install it with: pip install 'mlx-lm{tested}'"
-
-
 def _examine_backend() -> tuple[str | None, bool, str | None]:
     """Import MLX, compute something, and import what the CPU kernels need: the device, None where MLX does not
     work, whether the kernels do, and the problem, if there is one."""
+    device = None
+    what = "mlx: does not work"
     try:
         mx = importlib.import_module("mlx.core")
         mx.eval(mx.ones((2, 2)) @ mx.ones((2, 2)))
-    except Exception as error:  # a broken native library fails in its own ways
-        return None, False, f"mlx: does not work ({_line(error)}); install it again"
-    try:
+        what = "llmcad-mlx: does not load"
         importlib.import_module("llmcad_mlx.loader")  # and with it all that a model needs
+        wanted: bool = importlib.import_module("llmcad_mlx.cpu").cpu_kernels_wanted()
         device = importlib.import_module("llmcad_mlx.store.names").device_name()
-        wanted = importlib.import_module("llmcad_mlx.cpu").cpu_kernels_wanted()
-    except Exception as error:
-        return None, False, f"llmcad-mlx: does not load ({_line(error)}); install it again"
-    try:
+        what = "host kernels: numba does not work"
         if wanted:
             importlib.import_module("llmcad_mlx.cpu.kernels")
-    except Exception as error:
-        return device, False, f"host kernels: numba does not work ({_line(error)}); install it again"
+    except Exception as error:  # a broken native library fails in its own ways
+        return device, False, f"{what} ({_line(error)}); install it again"
     return device, wanted, None
 
 
 def _examine_model(name: str, show_progress: bool) -> ModelFindings:
     """Raises what loading raises. Nothing is loaded from a bundle whose bytes were altered."""
+    from llmcad_mlx.files.bundle import read_bundle, verify_bundle
     from llmcad_mlx.loader import load_tree_model
     from llmcad_mlx.models.adapt import computes_in_float32
+    from llmcad_mlx.progress import progress_for
     from llmcad_mlx.store.pull import resolve_target
 
     path = resolve_target(name, show_progress)
-    is_bundle = _verify(path, show_progress)
+    bundle = read_bundle(path)
+    if bundle is not None:
+        progress = progress_for(show_progress and sys.stderr.isatty())  # elsewhere a problem stays one line
+        with progress.stage(f"checking {path.name}", bundle.num_bytes) as advance:
+            verify_bundle(path, advance)
     started = time.perf_counter()
     loaded, model = load_tree_model(path, alone=True)
     return ModelFindings(
         path=str(path),
-        checksums_verified=True if is_bundle else None,
+        checksums_verified=None if bundle is None else True,
         drafts_only=loaded.drafts_only,
         capability=model.capability,
         reason=model.reason,
@@ -156,30 +152,6 @@ def _examine_model(name: str, show_progress: bool) -> ModelFindings:
         load_s=time.perf_counter() - started - model.report.seconds,
         probe_s=model.report.seconds,
     )
-
-
-def _verify(path: Path, show_progress: bool) -> bool:
-    """Whether `path` is a bundle. Raises ModelError naming file and layer when its bytes were altered."""
-    from llmcad_mlx.files.bundle import read_bundle, verify_bundle
-    from llmcad_mlx.progress import progress_for
-
-    bundle = read_bundle(path)
-    if bundle is None:
-        return False
-    progress = progress_for(show_progress and sys.stderr.isatty())  # elsewhere a problem stays one line
-    with progress.stage(f"checking {path.name}", bundle.num_bytes) as advance:
-        verify_bundle(path, advance)
-    return True
-
-
-def _free_bytes(folder: Path) -> int | None:
-    """Free space where `folder` is or would be created."""
-    for place in (folder, *folder.parents):
-        try:
-            return shutil.disk_usage(place).free
-        except OSError:
-            continue
-    return None
 
 
 def _line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
-from llmcad_mlx.drafting.table import NgramCounts, NgramTable, TableDrafter, vocabulary_hash
+from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, vocabulary_hash
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.files.bundle import Bundle, read_bundle, verify_bundle
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
@@ -78,7 +78,7 @@ def _load_table(path: Path, target: LoadedModel) -> TableDrafter:
     counts = NgramCounts.load(path)
     if counts.vocabulary != vocabulary_hash(target.tokenizer.get_vocab()):
         raise VocabularyError(f"{path}: the table was made with other tokens than the target's; make one for it")
-    return TableDrafter(NgramTable(counts))
+    return TableDrafter(counts)
 
 
 def _load_drafter(path: Path, target: LoadedModel, vocab_size: int) -> ModelDrafter:

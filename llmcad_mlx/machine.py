@@ -19,16 +19,15 @@ PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Facts for people. `versions` has a package's version, None where it is not installed."""
+    """Facts for people. `num_cores`: processors this process may use. `available_bytes`: memory that could be
+    taken now without swapping. `versions` has a package's version, None where it is not installed."""
 
     platform: str
     python: str
     cpu: str
     num_cores: int
-    """Processors this process may use."""
     memory_bytes: int
     available_bytes: int
-    """Memory that could be taken without swapping, now."""
     versions: dict[str, str | None]
 
 

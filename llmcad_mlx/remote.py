@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -66,7 +66,11 @@ class RemoteEngine:
         Raises UsageError for an address or key that cannot be one, or that the server refuses, RemoteError when
         no llmcad-mlx server answers there.
         """
-        self.url = _checked_url(url)
+        parts = urlsplit(url)
+        is_plain = parts.hostname and not (parts.query or parts.fragment or parts.username)
+        if parts.scheme not in ("http", "https") or not is_plain:
+            raise UsageError(f"target: {url!r} is not a server's address; give one like http://mac.local:8080")
+        self.url = url.rstrip("/").removesuffix("/v1")
         key = api_key if api_key is not None else os.environ.get("LLMCAD_MLX_API_KEY")
         if key is not None and not (key and all("!" <= letter <= "~" for letter in key)):
             raise UsageError("api_key: give printable ASCII characters without spaces")
@@ -74,8 +78,7 @@ class RemoteEngine:
         timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
         # A connection for each request: one that was kept may close just when it is used again.
         limits = httpx.Limits(max_keepalive_connections=0)
-        client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
-        self._client: httpx.Client | None = client
+        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
         self._running: httpx.Response | None = None
         try:
             card = self._card()
@@ -95,10 +98,8 @@ class RemoteEngine:
     def close(self) -> None:
         """End a running generation and the connection. A closed engine cannot generate; closing it again does
         nothing."""
-        client, self._client = self._client, None
         self._end_running()
-        if client is not None:
-            client.close()
+        self._client.close()
 
     def generate(self, prompt: Prompt, **options: Any) -> Result:
         """Generate to the end; options as for `stream_generate`."""
@@ -119,7 +120,7 @@ class RemoteEngine:
         from here, ContextLengthError for a prompt that is too long, RemoteError when the server is busy, goes away
         or cannot be reached.
         """
-        self._open_client()
+        self._check_open()
         path, body = _completion_request(prompt, options)
         return self._run(path, {"model": self.model, **body})
 
@@ -155,7 +156,7 @@ class RemoteEngine:
         """The stream's events, to its end. Raises RemoteError when it breaks off."""
         events = EventSource(response).iter_sse()
         while True:
-            self._open_client()
+            self._check_open()
             if self._running is not response:
                 raise UsageError("this generation ended when a newer one began; run one at a time")
             try:
@@ -180,26 +181,24 @@ class RemoteEngine:
         if running is not None:
             running.close()
 
-    def _open_client(self) -> httpx.Client:
-        if self._client is None:
+    def _check_open(self) -> None:
+        if self._client.is_closed:
             raise UsageError("this engine is closed; load it again")
-        return self._client
 
     def _card(self) -> dict[str, Any]:
         """What the server says of its model."""
         with self._asked("GET", "/v1/models") as response:
-            listed = self._object(self._text(response)).get("data")
-        card = listed[0] if isinstance(listed, list) and listed else None
-        if not isinstance(card, dict) or card.get("owned_by") != "llmcad-mlx":
-            raise self._stranger()
-        return card
+            match self._object(self._text(response)):
+                case {"data": [{"owned_by": "llmcad-mlx"} as card, *_]}:
+                    return dict(card)
+        raise self._stranger()
 
     @contextmanager
     def _asked(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:
         """An answer of 200, its body still to be read."""
-        client = self._open_client()
+        self._check_open()
         try:
-            response = client.send(client.build_request(method, path, **content), stream=True)
+            response = self._client.send(self._client.build_request(method, path, **content), stream=True)
         except httpx.TimeoutException:
             raise RemoteError(f"{self.url}: no answer in time; check the address and the network") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -221,13 +220,10 @@ class RemoteEngine:
         return response.text
 
     def _object(self, text: str) -> dict[str, Any]:
-        try:
-            found = json.loads(text)
-        except ValueError:
-            raise self._stranger() from None
-        if not isinstance(found, dict):
-            raise self._stranger()
-        return found
+        with suppress(ValueError):
+            if isinstance(found := json.loads(text), dict):
+                return found
+        raise self._stranger()
 
     def _refusal(self, status: int, answer: Mapping[str, Any], headers: Mapping[str, str]) -> Exception:
         """The error that says what the server said."""
@@ -312,14 +308,6 @@ def _fill(stats: GenerationStats, usage: Mapping[str, Any]) -> None:
     stats.generated_tokens = usage["completion_tokens"]
     rate = counted["acceptance_rate"]
     stats.path_tested = round(stats.accepted / rate) if rate else 0
-
-
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    is_plain = parts.hostname and not (parts.query or parts.fragment or parts.username)
-    if parts.scheme not in ("http", "https") or not is_plain:
-        raise UsageError(f"target: {url!r} is not a server's address; give one like http://mac.local:8080")
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def _first_line(error: Exception) -> str:

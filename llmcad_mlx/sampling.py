@@ -26,6 +26,7 @@ from llmcad_mlx.settings import LogitsProcessor, SamplingSettings
 
 Row: TypeAlias = npt.NDArray[np.float32]
 
+_PENALTIES = ("repetition", "presence", "frequency")
 _HEAD = 1024  # top-p looks at this many tokens before it sorts them all
 _COARSE_LIMIT = 256
 _VECTOR = 1024
@@ -49,7 +50,7 @@ class TargetSampler:
         self.settings = settings
         self.vocab_size = vocab_size
         self._processors = _make_processors(settings)
-        contexts = [getattr(settings, f"{kind}_context_size") for kind in ("repetition", "presence", "frequency")]
+        contexts = [getattr(settings, f"{kind}_context_size") for kind in _PENALTIES]
         # How many of the last tokens the processors see: mlx-lm's own need no more than their context.
         self._history = None if settings.logits_processors else max(contexts)
         self._noise: dict[int, Row] = {}  # of the last few positions
@@ -68,7 +69,14 @@ class TargetSampler:
         history = [*tokens, *path] if self._processors else ()
         row = self.processed(logits, history)
         best = int(row.argmax())  # of a NaN if there is one
-        _check_peak(float(row[best]))
+        peak = float(row[best])
+        if peak == -math.inf:
+            raise GenerationError("every token is ruled out; check logit_bias and logits_processors")
+        if not math.isfinite(peak):
+            raise GenerationError(
+                f"the target's logits contain {'NaN' if math.isnan(peak) else 'infinity'}; "
+                "the model file is damaged, its precision too low, or a logits processor is wrong"
+            )
         if self.settings.temperature == 0.0:
             return best
         return int(self._perturbed(self._filter(self.logprobs(row)), position).argmax())
@@ -77,8 +85,14 @@ class TargetSampler:
         """The row (vocab_size,) after penalties, bias and custom processors."""
         row = _as_row(logits)
         if self._processors:
-            recent = tokens if self._history is None else tokens[-self._history :]
-            row = _run_processors(self._processors, row, recent)
+            recent = mx.array(list(tokens if self._history is None else tokens[-self._history :]), dtype=mx.int32)
+            given = mx.array(row)[None]  # a copy: mlx-lm's penalties write into what they are given
+            for processor in self._processors:
+                given = processor(recent, given)
+                if not isinstance(given, mx.array) or given.shape != (1, len(row)):
+                    name = getattr(processor, "__name__", type(processor).__name__)
+                    raise GenerationError(f"logits processor {name} must return logits of shape (1, {len(row)})")
+            row = _as_row(given[0])
         if len(row) < self.vocab_size:
             raise GenerationError(
                 f"the target gave {len(row)} logits for a vocabulary of {self.vocab_size}; "
@@ -138,48 +152,19 @@ class TargetSampler:
         return logprobs
 
 
-def _check_peak(peak: float) -> None:
-    """Refuse a row by its largest logit, which is NaN if any is."""
-    if math.isfinite(peak):
-        return
-    if peak == -math.inf:
-        raise GenerationError("every token is ruled out; check logit_bias and logits_processors")
-    raise GenerationError(
-        f"the target's logits contain {'NaN' if math.isnan(peak) else 'infinity'}; "
-        "the model file is damaged, its precision too low, or a logits processor is wrong"
-    )
-
-
 def _as_row(logits: Row | mx.array) -> Row:
     if isinstance(logits, mx.array):
         logits = np.asarray(logits.astype(mx.float32))
     return np.asarray(logits, dtype=np.float32)
 
 
-def _run_processors(processors: Sequence[LogitsProcessor], row: Row, tokens: Sequence[int]) -> Row:
-    history = mx.array(list(tokens), dtype=mx.int32)
-    logits = mx.array(row)[None]  # a copy: mlx-lm's penalties write into what they are given
-    for processor in processors:
-        logits = processor(history, logits)
-        if not isinstance(logits, mx.array) or logits.shape != (1, len(row)):
-            name = getattr(processor, "__name__", type(processor).__name__)
-            raise GenerationError(f"logits processor {name} must return logits of shape (1, {len(row)})")
-    return _as_row(logits[0])
-
-
 def _make_processors(settings: SamplingSettings) -> tuple[LogitsProcessor, ...]:
-    # A repetition penalty of 1 multiplies by 1: leaving it out keeps the greedy path.
-    repetition = 0.0 if settings.repetition_penalty == 1.0 else settings.repetition_penalty
-    penalties = make_logits_processors(
-        logit_bias=dict(settings.logit_bias) if settings.logit_bias else None,
-        repetition_penalty=repetition,
-        repetition_context_size=settings.repetition_context_size,
-        presence_penalty=settings.presence_penalty,
-        presence_context_size=settings.presence_context_size,
-        frequency_penalty=settings.frequency_penalty,
-        frequency_context_size=settings.frequency_context_size,
-    )
-    return (*penalties, *settings.logits_processors)
+    names = [f"{kind}_{what}" for kind in _PENALTIES for what in ("penalty", "context_size")]
+    options = {name: getattr(settings, name) for name in names}
+    if settings.repetition_penalty == 1.0:  # it multiplies by 1: leaving it out keeps the greedy path
+        options["repetition_penalty"] = 0.0
+    bias = dict(settings.logit_bias) if settings.logit_bias else None
+    return (*make_logits_processors(bias, **options), *settings.logits_processors)
 
 
 def _keep_top_p(logprobs: Row, top_p: float) -> None:
@@ -239,17 +224,13 @@ def _fill(block: Row, generator: np.random.Philox, key: npt.NDArray[np.uint64], 
     block *= np.float32(2.0**-32)
     if words.min() < _COARSE_LIMIT:
         for index in np.flatnonzero(words < _COARSE_LIMIT).tolist():
-            block[index] = _refined(key, start + index, int(words[index]))
+            # 64 more bits, from a part of the counter that nothing else uses
+            counter = np.array([start + index, 0, 0, 1], dtype=np.uint64)
+            fraction = (int(np.random.Philox(key=key, counter=counter).random_raw()) + 0.5) * 2.0**-64
+            block[index] = (int(words[index]) + fraction) * 2.0**-32
     np.minimum(block, np.float32(1.0 - 2.0**-24), out=block)
     np.negative(block, out=block)
     np.log1p(block, out=block)
     np.negative(block, out=block)
     np.log(block, out=block)
     np.negative(block, out=block)
-
-
-def _refined(key: npt.NDArray[np.uint64], index: int, word: int) -> float:
-    """The uniform for a coarse `word` with 64 more bits, from a part of the counter nothing else uses."""
-    counter = np.array([index, 0, 0, 1], dtype=np.uint64)
-    fraction = (int(np.random.Philox(key=key, counter=counter).random_raw()) + 0.5) * 2.0**-64
-    return (word + fraction) * 2.0**-32

@@ -124,4 +124,4 @@ class Target:
     def close(self) -> None:
         """Stop reading."""
         if self.feed is not None:
-            self.feed.close()
+            self.feed.stream.close()

@@ -75,8 +75,7 @@ def model_files(folder: Path) -> list[Path]:
     pulled = pull_preset(PRESET, progress_for(True), keep_source=not kept.exists())
     if not kept.exists():
         shutil.move(fetch_file(source, progress_for(True)), kept)
-    folders = [pulled.target, pulled.draft]
-    return [kept, *(file for each in folders if each for file in each.glob("*.safetensors"))]
+    return [kept, *(file for each in pulled for file in each.glob("*.safetensors"))]
 
 
 def theirs(command: str, file: Path, tokens: int, options: Sequence[str] = ()) -> Contender:

@@ -1,4 +1,4 @@
-"""What lies in examples/ can be used as it is: the programs run, on the embedded model or a real server."""
+"""What lies in examples/ can be used as it is: the programs run, on the embedded model or without a server."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llmcad_mlx.measure.workload import load_prompts
-from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
-from tests.support.serving import loader, serving
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -94,20 +91,6 @@ def test_mlx_lm_drop_in() -> None:
     drafted = re.search(r"(\d+) tokens at \d+\.\d tokens/s, (\d+) of them drafted\n$", text)
     assert drafted is not None
     assert 0 < int(drafted[2]) < int(drafted[1])
-
-
-@pytest.fixture(scope="module")
-def server_address() -> Iterator[str]:
-    with serving(loader(resolve_target(DEFAULT_PRESET)), api_key="a-key-for-the-test") as live:
-        yield live.url
-
-
-@pytest.mark.embedded
-def test_ipad_client(server_address: str) -> None:
-    question = "What is the capital of France?"
-    text = printed_by("ipad_client.py", server_address, question, LLMCAD_MLX_API_KEY="a-key-for-the-test")
-    assert "Paris" in text
-    assert re.search(r"\n\d+ tokens in \d+ passes of the target, far away\n$", text)
 
 
 def test_ipad_client_without_a_server_says_what_is_missing() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcad_mlx.drafting import Drafter
-from llmcad_mlx.drafting.lookup import LookupDrafter, NgramDrafter
+from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.policy import Candidates, ChainPolicy, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
@@ -35,7 +35,7 @@ def model(seed: int, kernels: bool, noise: float = 0.0):
     return tiny_tree_model(seed, cpu_kernels=kernels, noise=noise)
 
 
-class RandomDrafter(LookupDrafter):
+class RandomDrafter(Drafter):
     """Proposes random tokens, or always the same wrong one: trees no real draft would grow."""
 
     source = MODEL

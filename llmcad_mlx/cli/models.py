@@ -41,10 +41,8 @@ def pull(
     if "/" in name:
         print(pull_repo(name, progress=progress_for(True)))
         return
-    pulled = pull_preset(name, progress_for(True), keep_source)
-    print(pulled.target)
-    if pulled.draft is not None:
-        print(pulled.draft)
+    for folder in pull_preset(name, progress_for(True), keep_source):
+        print(folder)
 
 
 def _print_presets() -> None:

@@ -87,7 +87,7 @@ def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tok
                 for name, array in _arrays(part.model, part.cache.states(part.length)):
                     content: Any = np.asarray(array.reshape(-1).view(mx.uint8))
                     writer.write_bytes(name, 0, memoryview(content))
-            end = writer.extent(DIGEST).offset
+            end = writer.extents[DIGEST.name].offset
             writer.write_bytes(DIGEST.name, 0, _digest(file, end))
             writer.sync()
     except OSError as error:

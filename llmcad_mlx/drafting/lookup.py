@@ -5,52 +5,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.models.cache import ModelCache
-from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.calibration import ngram_confidence
-from llmcad_mlx.sampling import TargetSampler
-from llmcad_mlx.tree.token_tree import NGRAM, Selection, TokenTree
+from llmcad_mlx.tree.token_tree import NGRAM
 
 _MIN_MATCH = 2  # a single token says too little about the next
 _MAX_MATCH = 32  # longer matches are not surer
 _MAX_PLACES = 8  # most recent earlier places that are compared
 
 
-class LookupDrafter:
-    """A drafter without a model: the sequence is all it keeps, and a prompt is read in no time."""
-
-    model: TreeModel | None = None
-    cache: ModelCache | None = None
-    num_cached = 0
-    num_bytes = 0
-    rows_fed: int | None = 0
-    _tokens: Sequence[int] = ()
-
-    def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
-    ) -> None:
-        self._read(tokens)
-
-    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
-        self._read(tokens)
-        return False
-
-    def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
-        self._read(tokens)
-
-    def _read(self, tokens: Sequence[int]) -> None:
-        self._tokens = tokens
-
-    def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
-        """Nothing to do: `begin` gets what was accepted."""
-
-    def truncate(self, length: int) -> None:
-        """Nothing to do: the next sequence is read whole."""
-
-
-class NgramDrafter(LookupDrafter):
+class NgramDrafter(Drafter):
     """Looks the last tokens of a branch up in prompt and output, and proposes what came next there.
 
     An index from each pair of tokens to the places after it grows with the sequence. Of the latest places, each is
@@ -70,18 +36,17 @@ class NgramDrafter(LookupDrafter):
                 self._places.setdefault(tuple(self._tokens[end - _MIN_MATCH : end]), []).append(end)
             self._tokens.append(tokens[end])
 
-    def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
-        return [self._lookup(tree, leaf) for leaf in leaves]
-
-    def _lookup(self, tree: TokenTree, leaf: int) -> Candidates:
-        """Candidates below `leaf`: the surest as `ngram_confidence` of its match says, others share the rest."""
-        branch = self._tokens[-_MAX_MATCH:] + tree.path_tokens(leaf)
+    def _after(self, branch: list[int]) -> Candidates:
+        """The surest as `ngram_confidence` of its match says, others share the rest."""
+        branch = self._tokens[-_MAX_MATCH:] + branch
         places = self._places.get(tuple(branch[-_MIN_MATCH:]))
         if not places or len(branch) < _MIN_MATCH:
             return Candidates((), (), NGRAM)
         best: dict[int, int] = {}
         for place in reversed(places[-_MAX_PLACES:]):
-            token, length = self._tokens[place], self._match_length(branch, place)
+            token, length, limit = self._tokens[place], _MIN_MATCH, min(len(branch), place, _MAX_MATCH)
+            while length < limit and branch[-1 - length] == self._tokens[place - 1 - length]:
+                length += 1
             if length > best.get(token, 0):
                 best[token] = length
         ranked = sorted(best, key=best.__getitem__, reverse=True)  # stable: ties stay as they came
@@ -90,13 +55,6 @@ class NgramDrafter(LookupDrafter):
             confidences.append(ngram_confidence(best[token]) * left)
             left -= confidences[-1]
         return Candidates(ranked, confidences, NGRAM)
-
-    def _match_length(self, branch: Sequence[int], place: int) -> int:
-        """How many tokens before `place` equal the end of `branch`."""
-        length, limit = _MIN_MATCH, min(len(branch), place, _MAX_MATCH)
-        while length < limit and branch[-1 - length] == self._tokens[place - 1 - length]:
-            length += 1
-        return length
 
     def truncate(self, length: int) -> None:
         for end in range(len(self._tokens) - 1, max(length, _MIN_MATCH) - 1, -1):
@@ -108,8 +66,8 @@ Propose = Callable[[list[int]], Iterable[tuple[int, float]]]
 """From all tokens so far, prompt included, to (next token, how sure in 0 to 1), best first; none: no idea."""
 
 
-class OwnDrafter(LookupDrafter):
-    """Asks `propose` below every leaf, and checks what it says."""
+class OwnDrafter(Drafter):
+    """Asks `propose` below every leaf. Raises UsageError naming the drafter for a proposal that is none."""
 
     rows_fed = None  # its seconds are counted as drafting, but no model's step is priced by them
 
@@ -118,13 +76,9 @@ class OwnDrafter(LookupDrafter):
         self._propose = propose
         self._vocab_size = vocab_size
 
-    def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
-        """Raises UsageError naming the drafter for a proposal that is none."""
-        return [self._ask([*self._tokens, *tree.path_tokens(leaf)]) for leaf in leaves]
-
-    def _ask(self, tokens: list[int]) -> Candidates:
+    def _after(self, branch: list[int]) -> Candidates:
         found: dict[int, float] = {}
-        for proposal in self._propose(tokens):
+        for proposal in self._propose([*self._tokens, *branch]):
             token, confidence = self._checked(proposal)
             found.setdefault(token, confidence)
         ranked = sorted(found, key=found.__getitem__, reverse=True)

@@ -10,7 +10,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.errors import GenerationError
+from llmcad_mlx.models.cache import ModelCache
 from llmcad_mlx.models.draft_folder import TokenList
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import Candidates
@@ -113,7 +115,7 @@ def _broken_draft() -> GenerationError:
     )
 
 
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """A small model with its own lazy KV cache.
 
     Nodes get a slot in the cache when they are fed, that is when they or a descendant are expanded. Accepted
@@ -122,6 +124,8 @@ class ModelDrafter:
     """
 
     source = MODEL
+    model: TreeModel
+    cache: ModelCache
 
     def __init__(self, model: TreeModel, vocabulary: TokenList | None = None) -> None:
         """vocabulary: the tokens of a trimmed head, see `top_candidates`.
@@ -133,10 +137,8 @@ class ModelDrafter:
             raise ValueError(f"a draft must be able to take tokens back; {model.reason}")
         self.model = model
         self.cache = cache
-        self.rows_fed: int | None = 0
         self._start = 0  # index in the sequence of the cache's first token
         self._vocabulary = vocabulary
-        self._tokens: Sequence[int] = ()
         self._sampler: TargetSampler | None = None
         self._slots: dict[int, int] = {}  # node -> slot
         self._ready: dict[int, Candidates] = {}  # proposals not asked for yet
@@ -145,29 +147,25 @@ class ModelDrafter:
 
     @property
     def num_cached(self) -> int:
-        """Committed tokens in the cache; 0 where they are not the first ones of the sequence."""
-        return 0 if self._start else self.cache.length
+        return 0 if self._start else self.cache.length  # 0 where they are not the first ones
 
     @property
     def num_bytes(self) -> int:
         return self.model.weight_bytes
 
     def prefill(
-        self, tokens: Sequence[int], on_progress: Callable[[int], None], should_stop: Callable[[], bool]
-    ) -> None:
-        """Feed all but the last token, which is the first root."""
-        missing = self._unread(tokens)
-        self.model.prefill(missing, self.cache, on_progress=on_progress, should_stop=should_stop)
-
-    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
-        missing = self._unread(tokens)
-        self.model.prefill(missing[:limit], self.cache)
-        return len(missing) > limit
-
-    def _unread(self, prompt: Sequence[int]) -> Sequence[int]:
+        self,
+        tokens: Sequence[int],
+        on_progress: Callable[[int], None] = lambda done: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        limit: int | None = None,
+    ) -> bool:
+        """All but the last token, which is the first root."""
         if self._start:
             self._restart(0)
-        return prompt[self.cache.length : len(prompt) - 1]
+        missing = tokens[self.cache.length : len(tokens) - 1]
+        self.model.prefill(missing[:limit], self.cache, on_progress=on_progress, should_stop=should_stop)
+        return limit is not None and len(missing) > limit
 
     def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:
         self._tokens, self._sampler = tokens, sampler
@@ -200,7 +198,12 @@ class ModelDrafter:
             places[node] = first + offset
         result = self.model.forward(tokens, self.cache, parents)
         self._slots = places | self._slots
-        self._propose(tree, [ROOT, *nodes] if missed else nodes, result.logits[max(len(missed) - 1, 0) :])
+        logits = result.logits[max(len(missed) - 1, 0) :]
+        asked = [ROOT, *nodes] if missed else nodes
+        positions = [tree.position(node) + 1 for node in asked]
+        assert self._sampler is not None
+        found = top_candidates(logits, positions, self._sampler, _NUM_CANDIDATES, self._vocabulary)
+        self._ready.update(zip(asked, found, strict=True))
         if missed:
             self._caught_up = list(range(first, first + len(missed)))
 
@@ -233,13 +236,6 @@ class ModelDrafter:
                 line.append(node)
                 tip = node
         return line
-
-    def _propose(self, tree: TokenTree, nodes: Sequence[int], logits: mx.array) -> None:
-        """Turn rows of logits (len(nodes), V) into candidates for the children of `nodes`."""
-        assert self._sampler is not None
-        positions = [tree.position(node) + 1 for node in nodes]
-        found = top_candidates(logits, positions, self._sampler, _NUM_CANDIDATES, self._vocabulary)
-        self._ready.update(zip(nodes, found, strict=True))
 
     def commit(self, tree: TokenTree, path: Sequence[int], survivors: Selection | None = None) -> None:
         """Keep the slots of accepted and surviving nodes that were fed; the others come with the next round."""

@@ -25,11 +25,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from llmcad_mlx.drafting.lookup import LookupDrafter
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.files import new_file
 from llmcad_mlx.policy import Candidates
-from llmcad_mlx.tree.token_tree import TABLE, TokenTree
+from llmcad_mlx.tree.token_tree import TABLE
 
 FORMAT = "llmcad-ngram-table-1"
 
@@ -53,13 +53,9 @@ def context_hash(tokens: Sequence[int]) -> int:
 
 def context_hashes(tokens: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
     """`context_hash` of each row of `tokens` (N, length) uint64."""
-    value = np.full(len(tokens), tokens.shape[1], np.uint64)
-    with np.errstate(over="ignore"):
-        for column in tokens.T:
-            value = (value + column + np.uint64(1)) * np.uint64(_STEP)
-            value ^= value >> np.uint64(32)
-        mixed: npt.NDArray[np.uint64] = (value * np.uint64(_MIX)) >> np.uint64(32)
-    return mixed.astype(np.uint32)
+    columns: Any = tokens.T  # arithmetic with them is that of the hash, modulo 2^64
+    hashes: Any = context_hash(columns)
+    return hashes.astype(np.uint32)  # type: ignore[no-any-return]
 
 
 def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
@@ -78,16 +74,13 @@ class NgramCounts:
 
     def __post_init__(self) -> None:
         arrays, starts = self.arrays, self.arrays["starts"]
-        contexts, singles = len(arrays["keys"]), len(arrays["single_keys"])
+        sizes, kinds = np.diff(starts.astype(np.int64)), arrays["kinds"]  # which share a number in a block
         if not (
-            len(starts) == contexts + 1
-            and len(arrays["totals"]) == len(arrays["kinds"]) == contexts
+            len(starts) - 1 == len(arrays["keys"]) == len(arrays["totals"]) == len(kinds)
             and len(arrays["counts"]) == len(arrays["tokens"]) == int(starts[-1])
-            and len(arrays["single_tokens"]) == singles
-            and bool((np.diff(starts.astype(np.int64)) >= 0).all())
-            and bool((np.diff(starts.astype(np.int64)) <= _KINDS_MASK).all())
-            and bool((arrays["kinds"] <= _KINDS_MASK).all())  # it shares a number with the count of entries
-            and bool((arrays["kinds"] > 0).all())
+            and len(arrays["single_tokens"]) == len(arrays["single_keys"])
+            and bool(((sizes >= 0) & (sizes <= _KINDS_MASK)).all())
+            and bool(((kinds > 0) & (kinds <= _KINDS_MASK)).all())
             and self.order >= 2
         ):
             raise ValueError("the arrays of the n-gram table do not fit together")
@@ -114,8 +107,8 @@ class NgramCounts:
             mx.save_safetensors(file, {name: mx.array(a) for name, a in self.arrays.items()}, metadata)
 
 
-class NgramTable:
-    """Candidates after a context, with probabilities.
+class TableDrafter(Drafter):
+    """Looks the last tokens of a branch up in a table that was made once, for this target.
 
     A lookup costs as much as the memory it touches, all of it cold after a pass over the target's weights. So
     all that is known of a context lies in one block of `_blocks` uint32: key, C, T with the number of entries
@@ -123,9 +116,10 @@ class NgramTable:
     tells where those begin whose keys have the same upper bits, one or two of them.
     """
 
+    source = TABLE
+
     def __init__(self, counts: NgramCounts) -> None:
         self.order = counts.order
-        self.vocabulary = counts.vocabulary
         num_contexts = len(counts.arrays["keys"]) + len(counts.arrays["single_keys"])
         bits = min(num_contexts.bit_length(), _MOST_BUCKET_BITS)
         self._shift = 32 - bits
@@ -133,8 +127,11 @@ class NgramTable:
 
     @property
     def num_bytes(self) -> int:
-        """In memory."""
         return self._buckets.nbytes + self._blocks.nbytes
+
+    def _after(self, branch: list[int]) -> Candidates:
+        context = [*self._tokens[-self.order :], *branch] if branch else self._tokens
+        return Candidates(*self.candidates(context, _NUM_CANDIDATES), TABLE)
 
     def candidates(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:
         """At most `count` tokens after the end of `tokens`, best first, and their probabilities."""
@@ -163,7 +160,7 @@ class NgramTable:
 
 
 def _blocks(arrays: Mapping[str, npt.NDArray[Any]], bits: int) -> tuple[memoryview, memoryview]:
-    """Buckets (2^bits + 1,) uint32 and blocks, see `NgramTable`; as Python integers, for which a memoryview is
+    """Buckets (2^bits + 1,) uint32 and blocks, see `TableDrafter`; as Python integers, for which a memoryview is
     faster than numpy."""
     keys = np.concatenate([arrays["keys"], arrays["single_keys"]])
     order = np.argsort(keys, kind="stable")
@@ -185,20 +182,3 @@ def _blocks(arrays: Mapping[str, npt.NDArray[Any]], bits: int) -> tuple[memoryvi
     prefixes = np.arange((1 << bits) + 1, dtype=np.uint64) << np.uint64(32 - bits)
     buckets = bounds[np.searchsorted(keys.astype(np.uint64), prefixes)].astype(np.uint32)
     return buckets.data, blocks.data
-
-
-class TableDrafter(LookupDrafter):
-    """Looks the last tokens of a branch up in a table that was made once, for this target."""
-
-    source = TABLE
-
-    def __init__(self, table: NgramTable) -> None:
-        self.table = table
-        self.num_bytes = table.num_bytes
-
-    def expand(self, tree: TokenTree, leaves: Sequence[int]) -> list[Candidates]:
-        return [self._after(tree.path_tokens(leaf)) for leaf in leaves]
-
-    def _after(self, path: Sequence[int]) -> Candidates:
-        context = [*self._tokens[-self.table.order :], *path] if path else self._tokens
-        return Candidates(*self.table.candidates(context, _NUM_CANDIDATES), TABLE)

@@ -108,20 +108,19 @@ class Growth:
         self.stats.drafted += len(self.tree) - size
         return seconds
 
-    def commit(self, path: Sequence[int], survivors: Selection | None) -> None:
-        """Tell those who took part what was accepted and what goes on, see `Drafter.commit`."""
-        for drafter in self._begun:
-            drafter.commit(self.tree, path, survivors)
+    def commit(self, path: Sequence[int], steps: Walk) -> Selection | None:
+        """Tell those who took part what was accepted and what goes on, see `Drafter.commit`.
 
-    def survivors(self, path: Sequence[int], steps: Walk) -> Selection | None:
-        """What is drafted below the bonus token, its node the new root; None when it was not drafted.
-
+        Returns what is drafted below the bonus token, its node the new root; None when it was not drafted.
         `path`: the accepted nodes of `tree`, top down.
         """
-        if steps.stopped or not self.policy.pipelined:
-            return None
-        node = self.tree.child(path[-1] if path else ROOT, steps.tokens[-1])
-        return None if node is None else self.tree.reroot(node)
+        survivors = None
+        if self.policy.pipelined and not steps.stopped:
+            node = self.tree.child(path[-1] if path else ROOT, steps.tokens[-1])
+            survivors = None if node is None else self.tree.reroot(node)
+        for drafter in self._begun:
+            drafter.commit(self.tree, path, survivors)
+        return survivors
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +164,7 @@ def prefill_steps(drafters: Sequence[Drafter], prompt: Sequence[int]) -> Callabl
     waiting = list(drafters)
 
     def step(seconds: float) -> bool:  # what is not read now is read afterwards, and takes as long
-        if waiting and not waiting[0].prefill_some(prompt, _PREFILL_STEP):
+        if waiting and not waiting[0].prefill(prompt, limit=_PREFILL_STEP):
             del waiting[0]
         return bool(waiting)
 

@@ -94,9 +94,7 @@ def run_round(
     steps = walk(selection.tree, choose, stop)
     policy.verified(selection.tree, steps)
     session.target.commit(verification, steps.nodes)
-    path = [selection.new_to_old[node] for node in steps.nodes]
-    survivors = growth.survivors(path, steps)
-    growth.commit(path, survivors)
+    survivors = growth.commit([selection.new_to_old[node] for node in steps.nodes], steps)
     carried = None if survivors is None else CarriedTree(survivors, policy, sampler.settings)
     session.end_round(steps.tokens, carried)
     done = Round(growth.tree, selection, steps, verification, survivors)

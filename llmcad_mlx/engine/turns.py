@@ -11,12 +11,11 @@ from llmcad_mlx.errors import UsageError
 
 
 class Turn:
-    """A generation's claim to the engine, from its first step to its end; made by the thread that asks for it."""
+    """A generation's claim to the engine, from its first step to its end; made by the thread that asks for it.
+    `latest`: the thread of its last step."""
 
     def __init__(self) -> None:
-        self.creator = threading.current_thread()
-        self.latest = self.creator
-        """The thread of its last step."""
+        self.creator = self.latest = threading.current_thread()
 
 
 class Turns:

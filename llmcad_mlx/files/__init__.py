@@ -102,9 +102,17 @@ def new_folder(dest: Path, num_bytes: int) -> Iterator[Path]:
     prefix = f".{dest.name}.partial-"
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(dest.parent, prefix)
+        for leftover in dest.parent.iterdir():
+            with suppress(OSError):
+                if leftover.name.startswith(prefix) and (lock := _lock(leftover)) is not None:
+                    shutil.rmtree(leftover, ignore_errors=True)
+                    os.close(lock)
         require_free_space(dest.parent, num_bytes, f"the model {dest.name}", _REMEDY)
-        folder, lock = _locked_folder(dest.parent, prefix)
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=dest.parent))
+            lock = _lock(folder)
+            if lock is not None and folder.exists():  # else another process has taken it for a leftover
+                break
         try:
             yield folder
             folder.chmod(0o755)
@@ -125,32 +133,17 @@ def check_destination(dest: Path) -> None:
         raise UsageError(f"{dest}: already exists and is not empty; choose a new or empty folder")
 
 
-def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
-    """A new folder, and a descriptor whose lock says that its maker lives; it ends with the process."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
-        lock = os.open(folder, os.O_RDONLY)
-        if _try_lock(lock) and folder.exists():  # else another process took it for a leftover
-            return folder, lock
-        os.close(lock)
+def _lock(folder: Path) -> int | None:
+    """A descriptor whose lock says that the maker of `folder` lives; it ends with the process.
 
-
-def _try_lock(descriptor: int) -> bool:
+    None where another process has the lock. Raises OSError.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)  # some network disks have no locks
-    return True
-
-
-def _remove_leftovers(parent: Path, prefix: str) -> None:
-    for entry in parent.iterdir():
-        if not entry.name.startswith(prefix) or not entry.is_dir():
-            continue
-        with suppress(OSError):
-            lock = os.open(entry, os.O_RDONLY)
-            try:
-                if _try_lock(lock):
-                    shutil.rmtree(entry, ignore_errors=True)
-            finally:
-                os.close(lock)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # some network disks have no locks
+    return descriptor

@@ -5,11 +5,11 @@
  "layers": [{"name": "embedding" | "layer 0" | … | "rest" | "head",
              "tensors": [{"name", "file", "offset", "bytes", "dtype", "shape", "sha256"}, …],
              "bytes": …, "sha256": …}, …],
- "draft": null, "profile": {…}, "source": "…", "created_by": "llmcad-mlx 0.1.0"}
+ "draft": null, "profile": {}, "source": "…", "created_by": "llmcad-mlx 0.1.0"}
 ```
 Tensors are listed in the order in which they lie in their file, one after the other, so that a layer is one run
 of bytes. `sha256` of a layer is that of this run. `offset` counts from the start of the file; dtypes are those of
-safetensors. `profile` is what was measured with the bundle, `source` what it was made from.
+safetensors. `source` is what it was made from; nothing reads `draft` and `profile`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 
 from llmcad_mlx import __version__
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files import read_object, write_text
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, WeightIndex, read_weights
 
 FILE = "llmcad.json"
@@ -128,7 +127,7 @@ def _layer(file: Path, content: Any, unlisted: dict[str, TensorExtent]) -> Bundl
     for listed in entry["tensors"]:
         _checked(file, f"a tensor of {where}", listed, {"name": str, "file": str, "sha256": str})
         extent = unlisted.pop(listed["name"], None)
-        if extent is None or {**listed, **_tensor_entry(BundleTensor(extent, listed["sha256"]))} != listed:
+        if extent is None or {**listed, **_tensor_entry(extent, listed["sha256"])} != listed:
             raise ModelError(
                 f"{file}: {listed['name']} of {where} does not lie in {listed['file']} as it says; "
                 "make the bundle again"
@@ -188,28 +187,6 @@ def verify_bundle(folder: Path, advance: Callable[[int], None] = lambda num_byte
                 "fetch or convert the model again"
             )
     return bundle
-
-
-def read_profile(folder: Path) -> dict[str, Any]:
-    """The profile of the bundle in `folder`; empty where there is no bundle, or its file cannot be read: then the
-    loader has its own words for it."""
-    profile = read_object(folder / FILE).get("profile")
-    return profile if isinstance(profile, dict) else {}
-
-
-def write_profile(folder: Path, profile: Mapping[str, Any]) -> bool:
-    """Put `profile` in the place of the bundle's, whole or not at all; the rest of the file stays as it is.
-
-    False where there is no bundle, or its folder cannot be written.
-    """
-    content = read_object(folder / FILE)
-    if not isinstance(content.get("profile"), dict):
-        return False
-    try:
-        write_text(folder / FILE, json.dumps({**content, "profile": dict(profile)}, indent=1) + "\n")
-    except OSError:
-        return False
-    return True
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -276,9 +253,16 @@ class BundleWriter:
         self._layers = plan_layers(specs)
         self._layer_of = {spec.name: layer for layer in self._layers for spec in layer.specs}
         self._missing = {layer.name: layer.num_bytes for layer in self._layers}
-        self._finished: dict[str, BundleLayer] = {}
+        self._finished: dict[str, dict[str, Any]] = {}  # as llmcad.json has them
         self._files: dict[str, SafetensorsWriter] = {}  # by layer
-        shards = _shards(self._layers)
+        shards: list[list[LayerPlan]] = []
+        room = 0
+        for layer in self._layers:
+            if not shards or layer.num_bytes > room:
+                shards.append([])
+                room = MAX_FILE_BYTES
+            shards[-1].append(layer)
+            room -= layer.num_bytes
         with ExitStack() as opened:
             for number, shard in enumerate(shards, 1):
                 name = f"model-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "model"
@@ -299,7 +283,7 @@ class BundleWriter:
         self._files[layer.name].write_bytes(name, start, data)
         self._missing[layer.name] -= len(data)
         if self._missing[layer.name] == 0 and data:
-            self._finished[layer.name] = self._checked(layer)
+            self._finished[layer.name] = self._layer_entry(layer)
 
     def finish(self, source: str) -> None:
         """Write `llmcad.json` and wait until all is on the disk. `source`: what the weights were made from.
@@ -310,7 +294,7 @@ class BundleWriter:
             if self._missing[layer.name]:
                 raise ValueError(f"{layer.name}: {self._missing[layer.name]} bytes were not written")
             if layer.name not in self._finished:  # nothing but empty tensors
-                self._finished[layer.name] = self._checked(layer)
+                self._finished[layer.name] = self._layer_entry(layer)
         files = set(self._files.values())
         for file in files:
             file.sync()
@@ -319,48 +303,30 @@ class BundleWriter:
             weight_map = {name: self._files[layer.name].path.name for name, layer in self._layer_of.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self._write_json("model.safetensors.index.json", index)
-        layers = [_layer_entry(self._finished[layer.name]) for layer in self._layers]
+        layers = [self._finished[layer.name] for layer in self._layers]
         content = {"format": FORMAT, "layers": layers, "draft": None, "profile": {}, "source": source}
         self._write_json(FILE, {**content, "created_by": f"llmcad-mlx {__version__}"})
 
-    def _checked(self, layer: LayerPlan) -> BundleLayer:
-        """Checksums of a layer, from the file: its tensors may have been written in turns."""
+    def _layer_entry(self, layer: LayerPlan) -> dict[str, Any]:
+        """With checksums from the file: its tensors may have been written in turns."""
         file = self._files[layer.name]
         whole = hashlib.sha256()
         tensors = []
         for spec in layer.specs:
-            extent, own = file.extent(spec), hashlib.sha256()
+            extent, own = file.extents[spec.name], hashlib.sha256()
             for start in range(0, extent.num_bytes, _BLOCK_BYTES):
                 block = file.read_bytes(extent.offset + start, min(_BLOCK_BYTES, extent.num_bytes - start))
                 own.update(block)
                 whole.update(block)
-            tensors.append(BundleTensor(extent, own.hexdigest()))
-        return BundleLayer(layer.name, tuple(tensors), whole.hexdigest())
+            tensors.append(_tensor_entry(extent, own.hexdigest()))
+        sha256 = whole.hexdigest()
+        return {"name": layer.name, "tensors": tensors, "bytes": layer.num_bytes, "sha256": sha256}
 
     def _write_json(self, name: str, content: object) -> None:
         (self._folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _shards(layers: Iterable[LayerPlan]) -> list[list[LayerPlan]]:
-    """Layers by file."""
-    shards: list[list[LayerPlan]] = []
-    room = 0
-    for layer in layers:
-        if not shards or layer.num_bytes > room:
-            shards.append([])
-            room = MAX_FILE_BYTES
-        shards[-1].append(layer)
-        room -= layer.num_bytes
-    return shards
-
-
-def _layer_entry(layer: BundleLayer) -> dict[str, Any]:
-    tensors = [_tensor_entry(tensor) for tensor in layer.tensors]
-    return {"name": layer.name, "tensors": tensors, "bytes": layer.num_bytes, "sha256": layer.sha256}
-
-
-def _tensor_entry(tensor: BundleTensor) -> dict[str, Any]:
-    extent = tensor.extent
+def _tensor_entry(extent: TensorExtent, sha256: str) -> dict[str, Any]:
     return {
         "name": extent.name,
         "file": extent.file.name,
@@ -368,5 +334,5 @@ def _tensor_entry(tensor: BundleTensor) -> dict[str, Any]:
         "bytes": extent.num_bytes,
         "dtype": extent.dtype,
         "shape": list(extent.shape),
-        "sha256": tensor.sha256,
+        "sha256": sha256,
     }

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -199,20 +200,21 @@ class SafetensorsWriter:
     def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         """metadata: entries for the header beside `format`. Raises OSError."""
         self.path = path
-        self._specs = {spec.name: spec for spec in specs}
+        self.extents: dict[str, TensorExtent] = {}
+        """Where the tensors' bytes lie, by name."""
         header: dict[str, object] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
-        starts: dict[str, int] = {}
-        end = 0
-        for spec in specs:
-            starts[spec.name], end = end, end + spec.num_bytes
-            offsets = [starts[spec.name], end]
-            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+        starts = [0, *accumulate(spec.num_bytes for spec in specs)]
+        for spec, start, end in zip(specs, starts, starts[1:], strict=False):
+            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-        self._offsets = {name: 8 + len(text) + start for name, start in starts.items()}
+        for spec, start in zip(specs, starts, strict=False):
+            offset = 8 + len(text) + start
+            extent = TensorExtent(spec.name, path, offset, spec.num_bytes, spec.dtype, spec.shape)
+            self.extents[spec.name] = extent
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._write(0, len(text).to_bytes(8, "little") + text)
-        os.ftruncate(self._descriptor, 8 + len(text) + end)
+        os.ftruncate(self._descriptor, 8 + len(text) + starts[-1])
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -220,18 +222,15 @@ class SafetensorsWriter:
     def __exit__(self, *error: object) -> None:
         os.close(self._descriptor)
 
-    def extent(self, spec: TensorSpec) -> TensorExtent:
-        """Where a tensor's bytes lie."""
-        return TensorExtent(spec.name, self.path, self._offsets[spec.name], spec.num_bytes, spec.dtype, spec.shape)
-
     def write_bytes(self, name: str, start: int, data: bytes | memoryview) -> None:
         """Write `data` from byte `start` of tensor `name` on.
 
         Raises ValueError when it goes past the tensor's end, OSError when the disk is full.
         """
-        if start + len(data) > self._specs[name].num_bytes:
-            raise ValueError(f"{name}: {len(data)} bytes at {start} go past its {self._specs[name].num_bytes}")
-        self._write(self._offsets[name] + start, data)
+        extent = self.extents[name]
+        if start + len(data) > extent.num_bytes:
+            raise ValueError(f"{name}: {len(data)} bytes at {start} go past its {extent.num_bytes}")
+        self._write(extent.offset + start, data)
 
     def read_bytes(self, offset: int, num_bytes: int) -> bytes:
         """What was written at `offset` of the file."""

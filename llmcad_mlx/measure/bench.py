@@ -16,7 +16,6 @@ from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, number, shar
 from llmcad_mlx.measure.runner import (
     OnTurn,
     Run,
-    by_prompt,
     count_mismatches,
     encode_prompts,
     make_contenders,
@@ -25,7 +24,7 @@ from llmcad_mlx.measure.runner import (
     total_stats,
     until_interrupted,
 )
-from llmcad_mlx.measure.workload import MLX_LM, PLAIN, Variant, Workload
+from llmcad_mlx.measure.workload import MLX_LM, PLAIN, Variant, Workload, grouped
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.pull import DEFAULT_PRESET
 
@@ -206,10 +205,8 @@ def summarise(
     comparable: whether mlx-lm's text should equal ours, which above temperature 0 it does not. read_bandwidth:
     emulated bytes per second.
     """
-    domains = list(dict.fromkeys(run.place.domain for run in runs))
-    groups = {ALL: list(runs)}
-    if len(domains) > 1:
-        groups |= {domain: [run for run in runs if run.place.domain == domain] for domain in domains}
+    by_domain = grouped(runs, lambda run: run.place.domain)
+    groups = {ALL: list(runs)} | (by_domain if len(by_domain) > 1 else {})
     return [
         _summary(variant, domain, members, comparable, read_bandwidth)
         for domain, members in groups.items()
@@ -234,7 +231,8 @@ def _summary(
     done = [run.generation for run in own]
     decode_s, all_s = sum(g.decode_s for g in done if g.stats is not None), sum(g.decode_s for g in done)
     num_bytes = sum(g.stats.target_passes * g.pass_bytes for g in done if g.stats is not None)
-    by_place = [_median(ratios(group, variant, PLAIN, "tokens_per_s")) for group in by_prompt(runs).values()]
+    prompts = grouped(runs, lambda run: run.place.name).values()
+    each = [_median(ratios(group, variant, PLAIN, "tokens_per_s")) for group in prompts]
     draft, verify, wait = (share(s, decode_s) for s in (stats.draft_s, stats.verify_s, stats.io_wait_s))
     return VariantSummary(
         variant=variant,
@@ -243,7 +241,7 @@ def _summary(
         num_tokens=sum(len(run.generation.tokens) for run in own),
         tokens_per_s=_median(run.tokens_per_s for run in own),
         tokens_per_s_vs_plain=_median(ratios(runs, variant, PLAIN, "tokens_per_s")),
-        worst_prompt_vs_plain=min((ratio for ratio in by_place if ratio is not None), default=None),
+        worst_prompt_vs_plain=min((ratio for ratio in each if ratio is not None), default=None),
         tokens_per_s_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, "tokens_per_s")),
         prompt_tokens_per_s=_median(run.prompt_tokens_per_s for run in own),
         prompt_vs_mlx_lm=_median(ratios(runs, variant, MLX_LM, "prompt_tokens_per_s")),
@@ -292,27 +290,28 @@ def summary_tables(lines: Sequence[VariantSummary]) -> list[Table]:
 def _cells(line: VariantSummary, lines: Sequence[VariantSummary]) -> dict[str, str]:
     """A row by header; what none of `lines` has something for is left out."""
     names = {other.variant for other in lines}
-    cells = {"variant": line.variant, "tokens per s": number(line.tokens_per_s)}
-    if PLAIN in names:
-        cells["× plain"] = number(line.tokens_per_s_vs_plain, 2)
-        cells["worst prompt"] = number(line.worst_prompt_vs_plain, 2)
-    if MLX_LM in names:
-        cells["× mlx-lm"] = number(line.tokens_per_s_vs_mlx_lm, 2)
-    cells["tokens per pass"] = number(line.tokens_per_pass, 2)
-    if PLAIN in names:
-        cells["break-even"] = number(line.break_even, 2)
-    cells["accepted"] = _percent(line.acceptance_rate)
-    cells |= {"draft": _percent(line.draft_share), "verify": _percent(line.verify_share)}
-    cells["other"] = _percent(line.other_share)
-    if any(other.wait_share for other in lines):
-        cells |= {"waits": _percent(line.wait_share), "survived": _percent(line.survival_rate)}
-    if any(other.bound_share for other in lines):
-        cells["of A·B/W"] = _percent(line.bound_share)
-    cells["prompt tokens per s"] = number(line.prompt_tokens_per_s, 0)
-    if MLX_LM in names:
-        cells["prompt × mlx-lm"] = number(line.prompt_vs_mlx_lm, 1)
-    cells["wrong tokens"] = NOTHING if line.mismatches is None else f"{line.mismatches}/{line.num_compared}"
-    return cells
+    plain, theirs = PLAIN in names, MLX_LM in names
+    waits, bound = (any(getattr(other, name) for other in lines) for name in ("wait_share", "bound_share"))
+    columns = (
+        (True, "tokens per s", number(line.tokens_per_s)),
+        (plain, "× plain", number(line.tokens_per_s_vs_plain, 2)),
+        (plain, "worst prompt", number(line.worst_prompt_vs_plain, 2)),
+        (theirs, "× mlx-lm", number(line.tokens_per_s_vs_mlx_lm, 2)),
+        (True, "tokens per pass", number(line.tokens_per_pass, 2)),
+        (plain, "break-even", number(line.break_even, 2)),
+        (True, "accepted", _percent(line.acceptance_rate)),
+        (True, "draft", _percent(line.draft_share)),
+        (True, "verify", _percent(line.verify_share)),
+        (True, "other", _percent(line.other_share)),
+        (waits, "waits", _percent(line.wait_share)),
+        (waits, "survived", _percent(line.survival_rate)),
+        (bound, "of A·B/W", _percent(line.bound_share)),
+        (True, "prompt tokens per s", number(line.prompt_tokens_per_s, 0)),
+        (theirs, "prompt × mlx-lm", number(line.prompt_vs_mlx_lm, 1)),
+    )
+    wrong = NOTHING if line.mismatches is None else f"{line.mismatches}/{line.num_compared}"
+    shown = {header: cell for known, header, cell in columns if known}
+    return {"variant": line.variant, **shown, "wrong tokens": wrong}
 
 
 # -- plots -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What `plan` shows: what memory is spent on, the speed to expect, what more memory or a smaller draft would buy.
 
-The formulas are those of `memory.forecast`. W, the bytes of a pass, comes from the plan; the read rate B from the
+The formulas are those of `memory`. W, the bytes of a pass, comes from the plan; the read rate B from the
 options or from reading some of them; A, C, D and N are what this pair's own rounds were like on this machine.
 """
 
@@ -14,8 +14,15 @@ from typing import Any
 
 from llmcad_mlx.loader import PlannedPair
 from llmcad_mlx.measure.output import NOTHING, Report, Table, milliseconds, number
-from llmcad_mlx.memory import MemoryPlan, streamed_choices
-from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds, larger_plans, smaller_drafts
+from llmcad_mlx.memory import (
+    Measured,
+    MemoryPlan,
+    ReadRate,
+    Speeds,
+    larger_plans,
+    smaller_drafts,
+    streamed_choices,
+)
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name, pair_profile_path
 from llmcad_mlx.store.profile import PairProfile

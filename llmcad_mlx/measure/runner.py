@@ -33,6 +33,8 @@ from llmcad_mlx.store.names import NO_DRAFT
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.tree.token_tree import NGRAM, TokenTree
 
+PromptName = tuple[str, str]
+"""Domain and name."""
 WARM_UP = -1
 """The repetition of a warm-up."""
 OnTurn = Callable[[str, int], None]
@@ -81,6 +83,10 @@ class Place:
     prompt: str
     repetition: int
 
+    @property
+    def name(self) -> PromptName:
+        return self.domain, self.prompt
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -107,14 +113,6 @@ def total_stats(runs: Iterable[Run]) -> GenerationStats:
     found = [run.generation.stats for run in runs if run.generation.stats is not None]
     names = [field.name for field in fields(GenerationStats)]
     return GenerationStats(**{name: sum(getattr(s, name) for s in found) for name in names})
-
-
-def by_prompt(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
-    """The runs of each prompt, by its domain and name."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.place.domain, run.place.prompt), []).append(run)
-    return groups
 
 
 def run_mismatches(runs: Sequence[Run], comparable: bool = True, reference: str = PLAIN) -> list[int | None]:

@@ -28,17 +28,17 @@ from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, milliseconds
 from llmcad_mlx.measure.runner import (
     EngineContender,
     OnTurn,
+    PromptName,
     Run,
-    by_prompt,
+    Turn,
     count_mismatches,
     encode_prompts,
     schedule,
     total_stats,
     until_interrupted,
 )
-from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, by_domain
-from llmcad_mlx.memory import MemoryPlan
-from llmcad_mlx.memory.forecast import Measured, ReadRate, Speeds
+from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, grouped
+from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size
@@ -51,8 +51,6 @@ _HOPELESS = 5  # times as long as without a draft: like weights in bits that the
 _PACKAGED = Path(__file__).with_name("tune_prompts.toml")
 
 OpenPair = Callable[[Candidate], LoadedPair]
-PromptName = tuple[str, str]
-"""Domain and name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +77,16 @@ class TunePlan:
 def split(prompts: Sequence[BenchPrompt]) -> list[frozenset[PromptName]]:
     """The first, third, … prompt of each domain, which calibrate, and the others, which are measured. Raises
     UsageError for a domain of one prompt."""
-    groups = by_domain(prompts)
-    for domain, members in groups.items():
+    halves: tuple[set[PromptName], set[PromptName]] = set(), set()
+    for domain, members in grouped(prompts, lambda prompt: prompt.domain).items():
         if len(members) < 2:
             raise UsageError(
                 f"prompts: {domain} has one prompt; tune needs two of each domain or more: one half predicts, "
                 "the other is measured"
             )
-    halves = ([p for members in groups.values() for p in members[half::2]] for half in (0, 1))
-    return [frozenset((prompt.domain, prompt.name) for prompt in half) for half in halves]
+        for rank, prompt in enumerate(members):
+            halves[rank % 2].add((domain, prompt.name))
+    return [frozenset(half) for half in halves]
 
 
 # -- candidates → measured → decided → saved ------------------------------------------------------------
@@ -180,25 +179,21 @@ class Tuning:
         self, who: Sequence[Candidate], repetitions: range, on_turn: Callable[[str], None]
     ) -> Iterator[list[Run]]:
         """Load candidates, let them do their turns, and free them."""
+        work = self.plan.workload
         pairs: list[LoadedPair] = []
         contenders: list[EngineContender] = []
         try:
             for candidate in who:
-                name = candidate.name
-                if name in self.failures:
+                if candidate.name in self.failures:
                     continue
                 try:
                     pairs.append(self.open_pair(candidate))
+                    contenders.append(self._seated(candidate, pairs[-1]))
                 except (LlmcadError, MemoryError) as error:
-                    self._fail(name, error)
-                    continue
-                drafters, plan = pairs[-1].drafters, pairs[-1].plan
-                self.seats.setdefault(name, Seat(candidate, sum(drafter.num_bytes for drafter in drafters), plan))
-                # What was learned in an earlier sitting goes on; nothing is saved meanwhile.
-                own = replace(pairs[-1], profile=self.seats[name].profile)
-                contenders.append(EngineContender(name, own, SpeculationSettings()))
+                    self._fail(candidate.name, error)
             if contenders:
-                yield from self._take_turns(contenders, pairs[0], repetitions, on_turn)
+                prompts = encode_prompts(work.prompts, pairs[0])
+                yield from self._do(schedule(contenders, prompts, repetitions, work.warmup), on_turn)
         finally:
             contenders.clear()
             for pair in pairs:
@@ -206,15 +201,17 @@ class Tuning:
             pairs.clear()
             release_free_memory()
 
-    def _take_turns(
-        self,
-        contenders: Sequence[EngineContender],
-        pair: LoadedPair,
-        repetitions: range,
-        on_turn: Callable[[str], None],
-    ) -> Iterator[list[Run]]:
-        work = self.plan.workload
-        for turn in schedule(contenders, encode_prompts(work.prompts, pair), repetitions, work.warmup):
+    def _seated(self, candidate: Candidate, pair: LoadedPair) -> EngineContender:
+        """Ready to generate. What was learned in an earlier sitting goes on; nothing is saved meanwhile."""
+        if candidate.name not in self.seats:
+            draft_bytes = sum(drafter.num_bytes for drafter in pair.drafters)
+            self.seats[candidate.name] = Seat(candidate, draft_bytes, pair.plan)
+        own = replace(pair, profile=self.seats[candidate.name].profile)
+        return EngineContender(candidate.name, own, SpeculationSettings())
+
+    def _do(self, turns: Iterable[Turn], on_turn: Callable[[str], None]) -> Iterator[list[Run]]:
+        """The turns of those that have not failed; what a warm-up took is noted."""
+        for turn in turns:
             name = turn.contender.name
             on_turn(short_name(name))
             if not turn.warms_up and (reason := self._hopeless(name)) is not None:
@@ -222,7 +219,7 @@ class Tuning:
             if name in self.failures:
                 continue
             try:
-                run = turn.run(work.options)
+                run = turn.run(self.plan.workload.options)
             except (LlmcadError, MemoryError) as error:
                 self._fail(name, error)
                 continue
@@ -239,9 +236,8 @@ class Tuning:
         times = list(zip(self.seats[name].warm_ups, plain, strict=False))
         if not times or any(own <= _HOPELESS * without for own, without in times):
             return None
-        return (
-            f"its warm-up took {times[-1][0]:.1f} s for an answer that takes {times[-1][1]:.1f} s without a draft"
-        )
+        own, without = times[-1]
+        return f"its warm-up took {own:.1f} s for an answer that takes {without:.1f} s without a draft"
 
     def _fail(self, name: str, error: LlmcadError | MemoryError) -> None:
         if name == NO_DRAFT:
@@ -258,8 +254,8 @@ class Tuning:
             if name in self.failures or not any(run.variant == name for run in self.runs):
                 continue
             line = candidate_figures(self.plan, seat, self.runs)
+            wrong = f"{line.mismatches} of {line.num_compared} tokens are not the target's own"
             if line.mismatches and mx.default_device() == mx.cpu:
-                wrong = f"{line.mismatches} of {line.num_compared} tokens are not the target's own"
                 self.failures[name] = f"{wrong}; please report this"
             else:
                 self.lines.append(line)
@@ -280,10 +276,9 @@ class Tuning:
             kept.costs, kept.calibration = seat.profile.costs, seat.profile.calibration
             kept.save()
         winner = self.decision.winner
+        choice = DraftChoice(winner, conditions(options), speeds[winner])
         try:
-            self.saved = save_choice(
-                self.lineup.target_path, DraftChoice(winner, conditions(options), speeds[winner])
-            )
+            self.saved = save_choice(self.lineup.target_path, choice)
         except LlmcadError as error:
             self.problem = error
 
@@ -389,7 +384,7 @@ def candidate_figures(plan: TunePlan, seat: Seat, runs: Sequence[Run]) -> Candid
     predicted = None if prediction is None else prediction.tokens_per_s
     measured = total_stats(among(middle, plan.measured)).tokens_per_s or None
     domains = {}
-    for domain in by_domain(plan.workload.prompts):
+    for domain in dict.fromkeys(prompt.domain for prompt in plan.workload.prompts):
         total = total_stats(run for run in middle if run.place.domain == domain)
         domains[domain] = DomainFigures(total.tokens_per_pass or None, total.tokens_per_s or None)
     return CandidateFigures(
@@ -413,15 +408,14 @@ def candidate_figures(plan: TunePlan, seat: Seat, runs: Sequence[Run]) -> Candid
 
 def median_runs(runs: Iterable[Run]) -> list[Run]:
     """For each prompt the run of median speed, the faster of two."""
-    groups = [
-        sorted(group, key=lambda run: -total_stats([run]).tokens_per_s) for group in by_prompt(runs).values()
-    ]
-    return [group[(len(group) - 1) // 2] for group in groups]
+    groups = grouped(runs, lambda run: run.place.name).values()
+    ordered = [sorted(group, key=lambda run: -total_stats([run]).tokens_per_s) for group in groups]
+    return [group[(len(group) - 1) // 2] for group in ordered]
 
 
 def among(runs: Iterable[Run], prompts: frozenset[PromptName]) -> list[Run]:
     """The runs of `prompts`."""
-    return [run for run in runs if (run.place.domain, run.place.prompt) in prompts]
+    return [run for run in runs if run.place.name in prompts]
 
 
 # -- decided ---------------------------------------------------------------------------------------------
@@ -434,10 +428,6 @@ class Standing:
     name: str
     ratio: float
     noise: float
-
-    def within(self, times: float) -> bool:
-        """Whether it comes within so many times its noise."""
-        return self.ratio >= 1.0 - times * self.noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,8 +455,8 @@ def decide(lines: Sequence[CandidateFigures], runs: Sequence[Run], incumbent: st
     fastest = max(speeds, key=lambda name: speeds[name])
     sizes = {line.draft: line.draft_bytes for line in lines}
     standings = sorted((standing(name, fastest, runs) for name in speeds), key=lambda entry: -entry.ratio)
-    tied = [entry.name for entry in standings if entry.name == fastest or entry.within(1.0)]
-    stays = any(entry.name == incumbent and entry.within(2.0) for entry in standings)
+    tied = [entry.name for entry in standings if entry.name == fastest or entry.ratio >= 1.0 - entry.noise]
+    stays = any(entry.name == incumbent and entry.ratio >= 1.0 - 2.0 * entry.noise for entry in standings)
     winner = incumbent if stays and incumbent is not None else min(tied, key=lambda name: sizes[name])
     return Decision(winner, fastest, tuple(tied), tuple(standings))
 
@@ -617,7 +607,7 @@ def _draw(done: Tuning, figure: Any) -> None:
         speed.plot(*zip(*known, strict=True), "k|", markersize=22, markeredgewidth=2)
     speed.set_xlabel("tokens/s; black line: predicted" + ("" if done.winner is None else "; orange: chosen"))
     speed.set_yticks(rows, [short_name(line.draft) for line in lines])
-    domains = by_domain(done.plan.workload.prompts)
+    domains = list(lines[0].domains)
     height = 0.8 / len(domains)
     for index, domain in enumerate(domains):
         at = [row + (index - (len(domains) - 1) / 2) * height for row in rows]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.settings import GenerationOptions, PolicyName, SpeculationSettings, check_integer
@@ -16,6 +16,8 @@ PLAIN, PLAIN_EQUAL, MLX_LM, MLX_LM_DRAFT = "plain", "plain-equal", "mlx-lm", "ml
 ABLATION = "ablation"
 DEFAULT_VARIANTS = "plain,chain,paper,throughput"
 
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 Drafters = Literal["all", "draft", "ngram", "wrong", "none"]
 
 _ADAPTIVE: tuple[PolicyName, ...] = ("paper", "throughput")
@@ -153,17 +155,17 @@ def load_prompts(
     return [prompt for domain in dict.fromkeys(domains) for prompt in found[domain][:per_domain]]
 
 
-def by_domain(prompts: Sequence[BenchPrompt]) -> dict[str, list[BenchPrompt]]:
-    """The prompts of each domain, in their order."""
-    groups: dict[str, list[BenchPrompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.domain, []).append(prompt)
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """The items of each key, in their order."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
 def mixed_by_domain(prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
     """The first prompt of each domain, then the second of each, …: a short warm-up meets several domains."""
-    ranks = zip_longest(*by_domain(prompts).values())
+    ranks = zip_longest(*grouped(prompts, lambda prompt: prompt.domain).values())
     return [prompt for rank in ranks for prompt in rank if prompt is not None]
 
 

@@ -21,8 +21,6 @@ from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTre
 from llmcad_mlx.tree.walk import Walk
 
 DEFAULT_MAX_NODES = 64
-_PROVISIONAL = 4  # times the nodes of a pass may be expanded in a tree that grows while the target waits
-_MIN_PROVISIONAL = 64
 _MAX_WIDTH = 8  # leaves of a draft step
 _KEPT_CHILDREN = 8  # candidates of a leaf worth remembering
 _MIN_CONFIDENCE = 1e-3  # a child less likely than this is not worth a place in the tree
@@ -37,7 +35,7 @@ _LEAST_PROVISIONAL = 0.005  # probability that the text passes through a node, f
 
 def provisional_nodes(max_nodes: int) -> int:
     """Nodes a drafter may have expanded in a tree that grows while the target, given `max_nodes`, waits."""
-    return max(_PROVISIONAL * max_nodes, _MIN_PROVISIONAL)
+    return max(4 * max_nodes, 64)
 
 
 class ThroughputPolicy:
@@ -86,9 +84,10 @@ class ThroughputPolicy:
     # -- growth ------------------------------------------------------------------------------------------
 
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
-        names = [] if survivors is None else survivors.old_to_new
-        before = {} if survivors is None else self._expanded
-        self._expanded = {source: {names[node] for node in nodes} - {DROPPED} for source, nodes in before.items()}
+        before, self._expanded = self._expanded, {}
+        if survivors is not None:
+            for source, nodes in before.items():
+                self._expanded[source] = {survivors.old_to_new[node] for node in nodes} - {DROPPED}
         self._tree = tree
         self._prices.begin()
         self._ranking = None
@@ -241,25 +240,20 @@ class ThroughputPolicy:
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from every candidate the target's choices have judged, also those not submitted."""
-        self._next_root = tree.root_position + len(walk.tokens)
-        drafted = self._tree
-        self._book_lookups(drafted, tree, walk)
+        drafted, rows, num_tokens = self._tree, len(tree), len(walk.tokens)
+        self._next_root = tree.root_position + num_tokens
+        missed = False
+        if self._lookup_account.declined and rows == 1:
+            likeliest = max(drafted.children(ROOT), key=drafted.confidences.__getitem__)
+            missed = drafted.tokens[likeliest] == walk.tokens[0]
+        risked = rows > 1 and not self._model_used and self._schedule.mode is not Mode.TRYING_ROW
+        net = walk.num_accepted - self._prices.more_rows(1, rows - 1) if risked else 0.0
+        self._lookup_account.book(num_tokens, net, missed)
         model_right = self._model_used and any(tree.sources[node] == MODEL for node in walk.nodes)
-        self._schedule.verified(len(tree), len(walk.tokens), self._model_used, model_right)
+        self._schedule.verified(rows, num_tokens, self._model_used, model_right)
         self.calibration.observe_choices(drafted, walk.tokens)
 
-    def _book_lookups(self, drafted: TokenTree, submitted: TokenTree, walk: Walk) -> None:
-        account, rows = self._lookup_account, len(submitted)
-        if account.declined and rows == 1:
-            likeliest = max(drafted.children(ROOT), key=drafted.confidences.__getitem__)
-            if drafted.tokens[likeliest] == walk.tokens[0]:
-                account.book_missed(len(walk.tokens))
-                return
-        risked = rows > 1 and not self._model_used and self._schedule.mode is not Mode.TRYING_ROW
-        account.book(len(walk.tokens), walk.num_accepted - self._prices.more_rows(1, rows - 1) if risked else 0.0)
-
     def finished(self, num_tokens: int, seconds: float) -> None:
-        """The round is over: `num_tokens` emitted in `seconds`, everything included."""
         self._prices.observe_round(num_tokens, seconds)
         account, was_drafting = self._draft_account, self._draft_account.drafting
         account.book(num_tokens, num_tokens - seconds * self.costs.plain_rate if self._model_used else None)

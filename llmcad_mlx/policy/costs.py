@@ -31,13 +31,6 @@ class RoundTotals:
     rows: float = 0.0
     rest_s: float = 0.0
 
-    def add(self, tokens: int, rows: int, rest_s: float) -> None:
-        """Count one round."""
-        self.rounds = self.rounds * _DECAY + 1.0
-        self.tokens = self.tokens * _DECAY + tokens
-        self.rows = self.rows * _DECAY + rows
-        self.rest_s = self.rest_s * _DECAY + rest_s
-
     @classmethod
     def from_dict(cls, data: Any) -> RoundTotals:
         """Read what `asdict` gave. Raises ValueError for anything else."""
@@ -60,7 +53,7 @@ class StepTimes:
         self._medians: dict[int, float] = {}  # of `_seen`; sorting anew what has not changed would be felt
         self._read: set[int] = set()  # counts known from `from_dict` alone
         self._rows: list[int] = []
-        self._fitted: dict[int, float] | None = {}  # None: to be made when somebody asks
+        self._fitted: dict[int, float] | None = None  # None: to be made when somebody asks
         self._row_seconds = 0.0  # at most, for a row beyond the hidden ones
         self.hidden_rows = 0
 
@@ -180,7 +173,6 @@ class StepTimes:
             times._medians[int(rows)] = seconds
             times._read.add(int(rows))
         times._rows = sorted(times._seen)
-        times._fitted = None
         return times
 
 
@@ -206,8 +198,11 @@ class CostModel:
 
     def observe_round(self, num_tokens: int, seconds: float) -> None:
         """A round gave `num_tokens` tokens in `seconds`, everything included."""
-        rows, pass_s = self._last_pass
-        self.totals.add(num_tokens, rows, max(seconds - pass_s, 0.0))
+        (rows, pass_s), totals = self._last_pass, self.totals
+        totals.rounds = totals.rounds * _DECAY + 1.0
+        totals.tokens = totals.tokens * _DECAY + num_tokens
+        totals.rows = totals.rows * _DECAY + rows
+        totals.rest_s = totals.rest_s * _DECAY + max(seconds - pass_s, 0.0)
 
     @property
     def plain_rate(self) -> float:

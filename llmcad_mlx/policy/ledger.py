@@ -26,11 +26,10 @@ _OPENING = 3.0
 _MOST = 6.0  # gains are not saved up for ever: a draft that turns bad is noticed within so many tokens
 _GIVE_UP = -3.0  # stop drafting with the model
 _TRY_AGAIN = 3.0  # start again, for as long as the allowance allows
-_ALLOWANCE = 0.015  # paid in for each token, which bounds what useless drafting may cost
-_WORST_ROUND = -3.0
+_ALLOWANCE = 0.015  # paid into each account for each token, which bounds what useless drafting may cost
+_WORST_ROUND = -3.0  # one disturbed round says little about the draft
 
 _LOOKUP_MOST = 8.0  # enough for the widest pass that copied text is worth
-_LOOKUP_ALLOWANCE = 0.015  # paid in for each token
 _LOOKUP_CREDIT = 0.4  # for having been right without a row
 _LOOKUP_LOSS = 0.5  # of a text, besides the allowance, after which nothing more is risked
 
@@ -59,7 +58,6 @@ class DraftAccount:
         """A round gave `num_tokens`, `net` more than plain decoding in its time; None: without the model."""
         self.balance += _ALLOWANCE * num_tokens
         if net is not None:
-            # One disturbed round says little about the draft.
             self.balance += max(net, _WORST_ROUND)
         self.balance = min(self.balance, _MOST)
         self.drafting = self.balance >= (_GIVE_UP if self.drafting else _TRY_AGAIN)
@@ -99,16 +97,12 @@ class LookupAccount:
         self.declined = paid == 1 < rows
         return paid
 
-    def book(self, num_tokens: int, net: float) -> None:
-        """A round gave `num_tokens`, of which lookups gained `net` after the price of their rows."""
-        net += _LOOKUP_ALLOWANCE * num_tokens
-        self._earned = min(self._earned + net, _LOOKUP_MOST)
+    def book(self, num_tokens: int, net: float, missed: bool = False) -> None:
+        """A round gave `num_tokens`, of which lookups gained `net` after the price of their rows. missed: a lookup
+        was right but not paid for, a reason to trust the next."""
+        net += _ALLOWANCE * num_tokens
+        self._earned = min(self._earned + net + (_LOOKUP_CREDIT if missed else 0.0), _LOOKUP_MOST)
         self._left = min(self._left + net, _LOOKUP_MOST)
-
-    def book_missed(self, num_tokens: int) -> None:
-        """The same for a round whose lookup was right but not paid for: a reason to trust the next."""
-        self.book(num_tokens, 0.0)
-        self._earned = min(self._earned + _LOOKUP_CREDIT, _LOOKUP_MOST)
 
 
 class Ranking(NamedTuple):

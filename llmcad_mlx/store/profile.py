@@ -1,9 +1,8 @@
 """What was learned about models on this machine, kept between runs; none of it affects the text.
 
-Of a pair: step times and calibration, in `profiles/<models and device>.json` of the cache folder. Of a target:
-the draft that `llmcad-mlx tune` chose, which is what `--draft auto` means from then on. It stands in the profile
-of the target's bundle under "drafts"; for a target that is none, or that cannot be written, in
-`profiles/drafts-<target>.json`. A list, the newest last:
+Of a pair: step times and calibration, in `profiles/<models and device>.json` of the cache folder. Of a target: the
+drafts that `llmcad-mlx tune` chose, which are what `--draft auto` means from then on, one for each way of running,
+as `drafts` in `profiles/drafts-<target>.json`, the newest last:
 ```
 {"draft": "ngram", "device": "cpu", "memory": null, "pinned": null, "read_bandwidth": null, "tokens_per_s": 70.1}
 ```
@@ -21,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from llmcad_mlx.files import full_disk_error, read_object, write_text
-from llmcad_mlx.files.bundle import FILE, read_profile, write_profile
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.store import home_folder
 
 _FORMAT_VERSION = 2
-_CHOICES = "drafts"
 
 
 class PairProfile:
@@ -126,28 +123,20 @@ def save_choice(target: Path, choice: DraftChoice) -> Path:
     """
     kept = [known for known in _choices(target) if known.conditions != choice.conditions]
     entries = [known.to_dict() for known in (*kept, choice)]
-    if write_profile(target, {**read_profile(target), _CHOICES: entries}):
-        return target / FILE
     file = _choices_file(target)
     try:
-        write_text(file, json.dumps({"target": str(target.resolve()), _CHOICES: entries}))
+        write_text(file, json.dumps({"target": str(target.resolve()), "drafts": entries}))
     except OSError as error:
         raise full_disk_error(error, file) from None
     return file
 
 
 def _choices(target: Path) -> list[DraftChoice]:
-    """The bundle's, then those of the cache folder: a bundle may have become unwritable, or the reverse."""
-    found: dict[Conditions, DraftChoice] = {}
-    for place in (read_profile(target), read_object(_choices_file(target))):
-        entries = place.get(_CHOICES)
-        for entry in entries if isinstance(entries, list) else ():
-            choice = DraftChoice.of(entry)
-            if choice is not None:
-                found[choice.conditions] = choice
-    return list(found.values())
+    entries = read_object(_choices_file(target)).get("drafts")
+    found = [DraftChoice.of(entry) for entry in entries] if isinstance(entries, list) else []
+    return [choice for choice in found if choice is not None]
 
 
 def _choices_file(target: Path) -> Path:
     digest = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]
-    return home_folder() / "profiles" / f"{_CHOICES}-{digest}.json"
+    return home_folder() / "profiles" / f"drafts-{digest}.json"

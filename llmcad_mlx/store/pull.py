@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from llmcad_mlx.errors import ModelError
@@ -37,45 +36,38 @@ _BITS, _GROUP_SIZE = 4, 32
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
-@dataclass(frozen=True, slots=True)
-class PulledPreset:
-    """Folders that `mlx_lm.load` opens. `draft` is None when the n-gram drafter serves, a file for a table."""
+def pull_preset(name: str, progress: Progress | None = None, keep_source: bool = False) -> list[Path]:
+    """Fetch a preset's target and its draft, if it has one; convert GGUF files; return at once where that is done.
 
-    target: Path
-    draft: Path | None
-
-
-def pull_preset(name: str, progress: Progress | None = None, keep_source: bool = False) -> PulledPreset:
-    """Fetch a preset's target and draft, convert GGUF files; return at once where that is done.
-
-    `keep_source` leaves the fetched GGUF files in the cache folder.
+    What is returned is a folder that `mlx_lm.load` opens, or an n-gram table's file. `keep_source` leaves the
+    fetched GGUF files in the cache folder.
     Raises ModelError for an unknown preset or a file that cannot be converted, DownloadError when a file
     cannot be had or is not the one the preset names, DiskError when it does not fit the disk.
     """
-    has_draft = get_preset(name).draft is not None
-    target = pull_part(name, "target", progress, keep_source)
-    return PulledPreset(target, pull_part(name, "draft", progress, keep_source) if has_draft else None)
+    parts = ["target", "draft"] if get_preset(name).draft is not None else ["target"]
+    return [pull_part(name, part, progress, keep_source) for part in parts]
 
 
 def pull_part(name: str, part: str, progress: Progress | None = None, keep_source: bool = False) -> Path:
-    """The folder of a preset's `part`, "target" or "draft"; of the hub's cache where it is a whole repository. A
-    draft that comes with the package is a file.
-
-    Errors as for `pull_preset`.
-    """
+    """As `pull_preset`, for one part: "target", or where there is one "draft"."""
     preset = get_preset(name)
     source = preset.target if part == "target" else preset.draft
-    if source is None:
-        raise ModelError(f"{name}: this preset has no draft model; use --draft ngram")
+    assert source is not None
     if isinstance(source, PackagedSource):
         return source.path
     if isinstance(source, RepoSource):
         return pull_repo(source.repo, source.revision, progress)
     folder = home_folder() / "models" / name / part
-    if not _complete(folder, source):
-        with locked(folder):
-            if not _complete(folder, source):
-                _fetch_and_convert(source, folder, progress or Progress(), keep_source)
+    if _complete(folder, source):
+        return folder
+    with locked(folder):
+        if not _complete(folder, source):
+            file = fetch_file(source, progress or Progress())
+            shutil.rmtree(folder, ignore_errors=True)  # of an older form, or damaged
+            convert_gguf(file, folder, _BITS, _GROUP_SIZE, progress=progress)
+            (folder / MARKER).write_text(json.dumps(_marker(folder, source), indent=2) + "\n", encoding="utf-8")
+            if not keep_source:
+                file.unlink()
     return folder
 
 
@@ -91,15 +83,6 @@ def pull_repo(repo: str, revision: str | None = None, progress: Progress | None 
             "a GGUF file must be downloaded and converted with `llmcad-mlx convert`"
         )
     return folder
-
-
-def _fetch_and_convert(source: FileSource, folder: Path, progress: Progress, keep_source: bool) -> None:
-    file = fetch_file(source, progress)
-    shutil.rmtree(folder, ignore_errors=True)  # of an older form, or damaged
-    convert_gguf(file, folder, _BITS, _GROUP_SIZE, progress=progress)
-    (folder / MARKER).write_text(json.dumps(_marker(folder, source), indent=2) + "\n", encoding="utf-8")
-    if not keep_source:
-        file.unlink()
 
 
 def _marker(folder: Path, source: FileSource) -> dict[str, object]:
@@ -134,8 +117,7 @@ def resolve_draft(spec: str, show_progress: bool = False) -> Path:
     path = Path(spec).expanduser()
     if path.name.endswith(TABLE_SUFFIX) and path.is_file():
         return path
-    preset = find_preset(spec)
-    return _resolve(spec, "draft" if preset is not None and preset.draft is not None else "target", show_progress)
+    return _resolve(spec, "target" if preset_draft(spec) == NGRAM else "draft", show_progress)
 
 
 def preset_draft(target: str) -> str:

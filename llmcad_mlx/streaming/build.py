@@ -61,7 +61,7 @@ class Prepared:
         self.parts = StreamParts.of(loaded)
         placed = self.parts.all_units()
         if self._checksums is not None:  # before the model is judged by what it computes
-            self._checksums.check_all([each.unit for each in placed])
+            self._checksums.check_all(placed)
         mx.eval([module[name] for module, name in self.parts.resident], unlisted_arrays(model))
         with self._read_on_demand(placed):
             report = cached_probe(model, loaded.config, probes, _probe_leading)
@@ -75,7 +75,7 @@ class Prepared:
         """Let modules read their weights whenever they compute, into one buffer. Afterwards they have none."""
         parts, model = self.parts, self.loaded.model
         buffers, (memory,) = _buffers_for(placed, 1)
-        feed = OnDemandFeed([each.unit for each in placed], memory, self.storage)
+        feed = OnDemandFeed(placed, memory, self.storage)
         units = _streamed_units(placed, buffers, feed)
         use_cpu_blocks(model, lambda number: units[number].loaded())
         self._attach(range(len(parts.layers)), units, self.storage)
@@ -138,9 +138,7 @@ class Prepared:
         if placed:
             if read_bandwidth is not None:
                 storage = ThrottledStorage(storage, read_bandwidth)
-            sequence = [each.unit for each in placed]
-            if self._checksums is not None:
-                sequence = self._checksums.marked(sequence)
+            sequence = placed if self._checksums is None else self._checksums.marked(placed)
             buffers, memory = _buffers_for(placed, plan.num_buffers)
             feed = SequentialFeed(WeightStream(sequence, memory, storage), len(placed))
             units = _streamed_units(placed, buffers, feed)
@@ -151,7 +149,7 @@ class Prepared:
 
     def streamed_reads(self, plan: MemoryPlan) -> list[Read]:
         """What a pass under `plan` reads, in order."""
-        return [read for each in self._streamed(plan)[1] for read in each.unit.reads]
+        return [read for unit in self._streamed(plan)[1] for read in unit.reads]
 
     def _streamed(self, plan: MemoryPlan) -> tuple[list[int], list[PlacedUnit]]:
         """The layers that are not pinned, and all that a pass reads."""
@@ -238,7 +236,7 @@ class Checksums:
 
 def _buffers_for(placed: Sequence[PlacedUnit], count: int) -> tuple[list[mx.array], list[memoryview]]:
     """Buffers (B,) uint8 that hold any of the units, and their memory."""
-    size = max(each.unit.buffer_bytes for each in placed)
+    size = max((read.buffer_offset + read.num_bytes for unit in placed for read in unit.reads), default=0)
     buffers = [mx.zeros((size,), mx.uint8) for _ in range(count)]
     return buffers, [_writable(buffer) for buffer in buffers]
 

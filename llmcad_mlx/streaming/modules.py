@@ -32,19 +32,19 @@ Background = Callable[[float], bool]
 """Does one step of other work, of about so many seconds at most; False when there is none."""
 
 
+@dataclass(frozen=True, slots=True)
 class OnDemandFeed:
-    """Reads each unit when it is asked for, into the first buffer. Any order."""
+    """Reads each unit when it is asked for, into the only buffer. Any order."""
 
-    def __init__(self, units: Sequence[Unit], buffer: memoryview, storage: Storage) -> None:
-        self._units = units
-        self._buffer = buffer
-        self._storage = storage
+    units: Sequence[Unit]
+    buffer: memoryview
+    storage: Storage
 
     def take(self, unit: int) -> int:
         """Read `unit`; returns the index of the buffer that holds it."""
-        for read in self._units[unit].reads:
+        for read in self.units[unit].reads:
             end = read.buffer_offset + read.num_bytes
-            self._storage.read_into(read.file, read.offset, self._buffer[read.buffer_offset : end])
+            self.storage.read_into(read.file, read.offset, self.buffer[read.buffer_offset : end])
         return 0
 
     def give_back(self) -> None:
@@ -124,29 +124,24 @@ class SequentialFeed:
         """The unit that was taken first is no longer needed."""
         self.stream.release()
 
-    def close(self) -> None:
-        """Stop reading."""
-        self.stream.close()
 
-
+@dataclass(frozen=True, slots=True)
 class RowReader:
-    """Reads rows of an embedding from the files."""
+    """Reads rows of an embedding from the files. `feed` counts the bytes."""
 
-    def __init__(self, matrix: Matrix, storage: Storage, feed: SequentialFeed | None = None) -> None:
-        """feed: what the bytes read are counted on."""
-        self._matrix = matrix
-        self._storage = storage
-        self.feed = feed
+    matrix: Matrix
+    storage: Storage
+    feed: SequentialFeed | None = None
 
     def rows(self, indices: Sequence[int]) -> dict[str, mx.array]:
         """The rows `indices` of every parameter, by name."""
         found = {}
-        for p in self._matrix.parameters:
-            row_bytes = p.extent.num_bytes // self._matrix.num_rows
+        for p in self.matrix.parameters:
+            row_bytes = p.extent.num_bytes // self.matrix.num_rows
             data = bytearray(row_bytes * len(indices))
             for place, index in enumerate(indices):
                 part = memoryview(data)[place * row_bytes : (place + 1) * row_bytes]
-                self._storage.read_into(p.extent.file, p.extent.offset + index * row_bytes, part)
+                self.storage.read_into(p.extent.file, p.extent.offset + index * row_bytes, part)
             array = mx.array(np.frombuffer(data, np.uint8)).view(p.stored)
             found[p.name] = array.reshape(len(indices), *p.extent.shape[1:]).astype(p.wanted)
             if self.feed is not None:
@@ -175,7 +170,7 @@ class StreamedUnit:
     _layout: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
-        self._layout = tuple((place.offset, place.shape, place.stored) for place in self.placements)
+        self._layout = tuple((place.offset, place.shape, place.parameter.stored) for place in self.placements)
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
@@ -192,18 +187,19 @@ class StreamedUnit:
         key = index, self._layout
         if key not in self.views:
             parts = ((self.buffers[index][p.offset : p.offset + p.num_bytes], p) for p in self.placements)
-            views = [part.view(place.stored).reshape(place.shape) for part, place in parts]
+            views = [part.view(place.parameter.stored).reshape(place.shape) for part, place in parts]
             mx.eval(views)
             self.views[key] = views
         for place, view in zip(self.placements, self.views[key], strict=True):
-            # Not cached: a converted copy would be resident memory.
-            place.module[place.name] = view if place.stored == place.wanted else view.astype(place.wanted)
+            p = place.parameter  # not cached as converted: a copy would be resident memory
+            p.module[p.name] = view if p.stored == p.wanted else view.astype(p.wanted)
 
     def let_go(self) -> None:
         """Let nothing refer to the buffers any more; the modules are of no use until they get weights again."""
         self.buffers, self.views = (), {}
         for place in self.placements:
-            place.module[place.name] = mx.zeros(place.shape, place.wanted)  # never evaluated: takes no memory
+            p = place.parameter
+            p.module[p.name] = mx.zeros(place.shape, p.wanted)  # never evaluated: takes no memory
 
 
 class Streamed(Adaptation):

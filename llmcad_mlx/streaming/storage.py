@@ -39,7 +39,11 @@ class FileStorage:
 
     def read_into(self, file: Path, offset: int, out: memoryview) -> None:
         try:
-            handle = self._open(file)
+            with self._lock:
+                if file not in self._files:
+                    handle = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                    self._files[file] = handle, _identity(os.fstat(handle))
+                handle = self._files[file][0]
             done = 0
             while done < len(out):
                 count = os.preadv(handle, [out[done:]], offset + done)
@@ -50,13 +54,6 @@ class FileStorage:
                 os.posix_fadvise(handle, offset, len(out), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check the disk") from error
-
-    def _open(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._files:
-                handle = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                self._files[file] = handle, _identity(os.fstat(handle))
-            return self._files[file][0]
 
     def check(self) -> None:
         for file, (_, identity) in list(self._files.items()):
@@ -87,8 +84,6 @@ class ThrottledStorage:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        if not 0 < bytes_per_s < float("inf"):
-            raise ValueError(f"{bytes_per_s} bytes per second cannot be emulated")
         self._inner = inner
         self._rate = bytes_per_s
         self._clock = clock

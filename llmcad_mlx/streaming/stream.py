@@ -154,11 +154,6 @@ class Unit:
     def num_bytes(self) -> int:
         return sum(read.num_bytes for read in self.reads)
 
-    @property
-    def buffer_bytes(self) -> int:
-        """How large a buffer must be."""
-        return max((read.buffer_offset + read.num_bytes for read in self.reads), default=0)
-
 
 class _StoppedError(Exception):
     """The read is not wanted any more."""
@@ -182,10 +177,7 @@ class WeightStream:
         storage: Storage,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Raises ValueError for buffers that are too few or too small."""
-        need = max((unit.buffer_bytes for unit in units), default=0)
-        if not units or not buffers or any(len(buffer) < need for buffer in buffers):
-            raise ValueError(f"{len(buffers)} buffers cannot stream {len(units)} units of up to {need} bytes")
+        """buffers: each as large as the largest unit."""
         self._units, self._buffers, self._storage = units, buffers, storage
         self._clock = clock
         self.bytes_read = 0
@@ -255,9 +247,8 @@ class WeightStream:
             self._closed = True
             self._generation += 1
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-            self._storage.close()
+        self._thread.join()
+        self._storage.close()
 
     def _read_on(self) -> None:
         while True:

@@ -36,15 +36,9 @@ class StoredParameter:
     module: Module
     name: str
     extent: TensorExtent
+    stored: mx.Dtype
     wanted: mx.Dtype
-    """What the model computes with."""
-
-    @property
-    def stored(self) -> mx.Dtype:
-        """What the file holds."""
-        stored = DTYPES[self.extent.dtype].mlx
-        assert stored is not None
-        return stored
+    """What the model computes with; converted on each use where it differs from `stored`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +59,19 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One parameter of a streamed module: where it lies in its unit's buffer, and as what."""
+    """Where a parameter, or rows of it, lies in its unit's buffer."""
 
-    module: Module
-    name: str
+    parameter: StoredParameter
     offset: int
     num_bytes: int
     shape: tuple[int, ...]
-    stored: mx.Dtype
-    wanted: mx.Dtype
-    """What the model computes with; converted on each use where it differs from `stored`."""
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedUnit:
-    """What is read at once, and the parameters that lie in its buffer then."""
+class PlacedUnit(Unit):
+    """With the parameters that lie in its buffer then."""
 
-    unit: Unit
-    places: tuple[Placement, ...]
+    places: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +82,7 @@ class StreamParts:
     """The decoder layers."""
     layers: tuple[tuple[StoredParameter, ...], ...]
     embeddings: tuple[Matrix, ...]
-    """Looked up by row; the last one is the head too where `tied`."""
+    """Looked up by row; the last one is the head too where there is no `head`."""
     head: Matrix | None
     """None where the head is an embedding, or is not a plain matrix and stays in memory."""
     resident: tuple[tuple[Module, str], ...]
@@ -114,11 +103,11 @@ class StreamParts:
         resident: list[tuple[Module, str]] = []
         for path, module in modules:
             own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
-            stored = _stored(loaded, module, path, own)
-            number = _layer_number(path, layer_paths)
+            above = accumulate(path.split("."), lambda head, name: f"{head}.{name}")
+            number = next((layer_paths[head] for head in above if head in layer_paths), None)
+            stored = _stored(loaded, module, path, own, number is not None)
             if number is not None:
                 layers[number] += stored.values()
-                _refuse_large(loaded, path, {name: own[name] for name in own if name not in stored})
             elif _is_matrix(module, own, stored):
                 matrices.append(Matrix(module, tuple(stored.values())))
             else:
@@ -131,19 +120,14 @@ class StreamParts:
         return cls(tuple(decoder), tuple(map(tuple, layers)), tuple(embeddings), head, tuple(resident))
 
     @property
-    def tied(self) -> bool:
-        """Whether an embedding is the head."""
-        return self.head is None and bool(self.embeddings)
-
-    @property
     def matrices(self) -> list[Matrix]:
         """Embeddings and head."""
         return [*self.embeddings, *([self.head] if self.head else [])]
 
     @property
     def head_matrix(self) -> Matrix | None:
-        """The matrix that gives the logits, an embedding's where they are tied."""
-        return self.embeddings[-1] if self.tied else self.head
+        """The matrix that gives the logits, an embedding's where there is no head."""
+        return self.matrices[-1] if self.matrices else None
 
     @property
     def layer_bytes(self) -> tuple[int, ...]:
@@ -172,34 +156,26 @@ class StreamParts:
         return self.units(range(len(self.layers)), -(-head_bytes // max(largest, _MIN_PIECE_BYTES)))
 
 
-def _layer_number(path: str, layer_paths: Mapping[str, int]) -> int | None:
-    """The decoder layer that a module at `path` is a part of."""
-    heads = accumulate(path.split("."), lambda head, name: f"{head}.{name}")
-    return next((layer_paths[head] for head in heads if head in layer_paths), None)
-
-
 def _stored(
-    loaded: LoadedModel, module: Module, path: str, own: Mapping[str, mx.array]
+    loaded: LoadedModel, module: Module, path: str, own: Mapping[str, mx.array], in_layer: bool
 ) -> dict[str, StoredParameter]:
-    """The parameters that can be streamed, by name: neither small nor stored in another form."""
+    """The parameters that can be streamed, by name: neither small nor, which raises ModelError for one `in_layer`,
+    stored in another form."""
     found = {}
     for name, value in own.items():
+        if value.nbytes <= SMALL_BYTES or value.ndim < 2:
+            continue
         full = f"{path}.{name}" if path else name
         extent = loaded.weights.get(full) if full in loaded.unchanged else None
-        if value.nbytes <= SMALL_BYTES or value.ndim < 2 or extent is None:
-            continue
-        if extent.shape == tuple(value.shape) and DTYPES[extent.dtype].mlx is not None:
-            found[name] = StoredParameter(module, name, extent, value.dtype)
-    return found
-
-
-def _refuse_large(loaded: LoadedModel, path: str, kept: Mapping[str, mx.array]) -> None:
-    for name, value in kept.items():
-        if value.ndim >= 2 and value.nbytes > SMALL_BYTES and not name.startswith("_"):
+        stored = None if extent is None else DTYPES[extent.dtype].mlx
+        if extent is not None and stored is not None and extent.shape == tuple(value.shape):
+            found[name] = StoredParameter(module, name, extent, stored, value.dtype)
+        elif in_layer and not name.startswith("_"):
             raise ModelError(
-                f"{loaded.path}: {path}.{name} is stored in another form than the model computes with; "
+                f"{loaded.path}: {full} is stored in another form than the model computes with; "
                 "`llmcad-mlx convert` makes a folder that can be streamed"
             )
+    return found
 
 
 def _is_embedding(module: Module) -> bool:
@@ -222,6 +198,6 @@ def _placed(name: str, parameters: Sequence[StoredParameter], rows: range | None
             row_bytes = num_bytes // shape[0]
             start, num_bytes, shape = rows.start * row_bytes, len(rows) * row_bytes, (len(rows), *shape[1:])
         reads.append(Read(p.extent.file, p.extent.offset + start, num_bytes, offset))
-        places.append(Placement(p.module, p.name, offset, num_bytes, shape, p.stored, p.wanted))
+        places.append(Placement(p, offset, num_bytes, shape))
         offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-    return PlacedUnit(Unit(name, tuple(reads)), tuple(places))
+    return PlacedUnit(name, tuple(reads), places=tuple(places))

@@ -108,8 +108,7 @@ class TokenTree:
         while node != ROOT:
             path.append(node)
             node = self.parents[node]
-        path.reverse()
-        return path
+        return path[::-1]
 
     def path_tokens(self, node: int) -> list[int]:
         """Tokens of `path(node)`."""

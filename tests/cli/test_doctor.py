@@ -12,7 +12,6 @@ import pytest
 
 from llmcad_mlx import doctor as module
 from llmcad_mlx import loader, machine
-from llmcad_mlx.cli.main import run as run_cli
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.files.bundle import read_bundle
@@ -34,6 +33,11 @@ def tiny_model(monkeypatch):
     model = tiny_tree_model(1)
     loaded = LoadedModel(model.model, None, model.config, Path("/models/tiny"))
     monkeypatch.setattr(loader, "load_tree_model", lambda path, alone: (loaded, model))
+
+
+def told(out: str) -> dict[str, str]:
+    """What is printed for people, by name."""
+    return {name: value.strip() for name, value in (line.split("  ", 1) for line in out.splitlines())}
 
 
 def broken_import(monkeypatch, broken: str) -> None:
@@ -61,7 +65,7 @@ def test_a_sound_installation_has_no_problems(monkeypatch, tmp_path):
     assert found.mlx_lm_tested
 
 
-def test_what_the_probe_says_of_a_model(tiny_model):
+def test_what_is_told_of_a_model(tiny_model, output):
     found = diagnose("tiny").model
     assert (found.path, found.capability, found.reason) == ("/models/tiny", "tree", "")
     assert (found.vocab_size, found.context_length, found.num_layers) == (VOCAB, 4096, 2)
@@ -69,15 +73,24 @@ def test_what_the_probe_says_of_a_model(tiny_model):
     assert found.weight_bytes > 0
     assert found.max_difference < 1e-3
     assert found.probe_s > 0
+    lines = told(output("doctor", "tiny")[0])
+    assert lines["capability"] == "tree"
+    assert lines["vocabulary"] == f"{VOCAB} logits"
+    assert "on host kernels" in lines["layers"]
+    out, err = output("doctor", "tiny", "--json")
+    report = json.loads(out)
+    assert set(report) == KEYS
+    assert report["model"]["capability"] == "tree"
+    assert err == ""
 
 
-def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path, capsys):
-    assert run_cli(["doctor", str(tmp_path / "missing")]) == 1
-    shown = capsys.readouterr()
-    assert "back end" in shown.out
-    (problem,) = shown.err.splitlines()
+def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path, output):
+    out, err = output("doctor", tmp_path / "missing", code=1)
+    assert "back end" in out
+    (problem,) = err.splitlines()
     assert problem.startswith("problem: model: ")
     assert "missing" in problem
+    assert len(json.loads(output("doctor", tmp_path / "missing", "--json", code=1)[0])["problems"]) == 1
 
 
 def test_a_broken_mlx_is_told_with_its_reason_in_one_line(monkeypatch):
@@ -112,28 +125,6 @@ def test_supported_versions_come_from_the_requirement_that_applies_here(monkeypa
     assert supported_versions("mlx") == ""
 
 
-def test_json_is_the_only_thing_on_standard_output(tiny_model, capsys):
-    assert run_cli(["doctor", "tiny", "--json"]) == 0
-    shown = capsys.readouterr()
-    report = json.loads(shown.out)
-    assert set(report) == KEYS
-    assert report["model"]["capability"] == "tree"
-    assert shown.err == ""
-
-
-def test_json_tells_problems_and_exits_with_1(tmp_path, capsys):
-    assert run_cli(["doctor", str(tmp_path / "missing"), "--json"]) == 1
-    assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
-
-
-def test_lines_for_people_name_the_model_findings(tiny_model, capsys):
-    assert run_cli(["doctor", "tiny"]) == 0
-    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert lines["capability"].strip() == "tree"
-    assert lines["vocabulary"].strip() == f"{VOCAB} logits"
-    assert "on host kernels" in lines["layers"]
-
-
 @pytest.fixture
 def bundle(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
@@ -141,30 +132,22 @@ def bundle(tmp_path, monkeypatch):
     return tmp_path / "bundle"
 
 
-def test_the_bytes_of_a_bundle_are_verified(bundle, capsys):
-    assert run_cli(["doctor", str(bundle)]) == 0
-    shown = capsys.readouterr()
-    lines = dict(line.split("  ", 1) for line in shown.out.splitlines())
-    assert lines["checksums"].strip() == "verified: every byte is as it was written"
-    assert shown.err == ""  # the bar is for terminals
+def test_the_bytes_of_a_bundle_are_verified(bundle, output):
+    out, err = output("doctor", bundle)
+    assert told(out)["checksums"] == "verified: every byte is as it was written"
+    assert err == ""  # the bar is for terminals
+    stock = json.loads(output("doctor", bundle.parent / "stock", "--json")[0])
+    assert stock["model"]["checksums_verified"] is None
 
 
-def test_a_stock_folder_has_no_checksums(bundle, capsys):
-    assert run_cli(["doctor", str(bundle.parent / "stock"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["model"]["checksums_verified"] is None
-
-
-def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, capsys):
+def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, output):
     file = bundle / "model.safetensors"
     (layer,) = (layer for layer in read_bundle(bundle).layers if layer.name == "layer 1")
-    with file.open("r+b") as stream:
-        stream.seek(layer.offset + 5)
-        byte = stream.read(1)[0]
-        stream.seek(layer.offset + 5)
-        stream.write(bytes([byte ^ 1]))
+    data = bytearray(file.read_bytes())
+    data[layer.offset + 5] ^= 1
+    file.write_bytes(data)
     monkeypatch.setattr(loader, "load_tree_model", None)  # not loaded either
-    assert run_cli(["doctor", str(bundle)]) == 1
-    (problem,) = capsys.readouterr().err.splitlines()
+    (problem,) = output("doctor", bundle, code=1)[1].splitlines()
     assert problem.startswith(f"problem: model: {file}: layer 1 was altered")
 
 

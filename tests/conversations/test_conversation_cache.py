@@ -97,8 +97,8 @@ def test_a_loaded_conversation_goes_on_as_it_would_have(
         stored = read_conversation(file)
         assert stored.data == DATA
         assert engine.restore_conversation(stored) == []
-        (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
         assert stored.cache is not None
+        (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
         assert drafter.num_cached == stored.cache["lengths"][DRAFT] > 2 * WINDOW
         assert engine.pair.target.num_cached == stored.cache["lengths"][TARGET] == len(stored.cache["tokens"])
         loaded = second_turn(engine, messages, **options)

@@ -100,7 +100,7 @@ def test_an_index_that_grew_and_shrank_equals_a_new_one(data: st.DataObject) -> 
     tokens_of = st.lists(st.integers(0, 3), max_size=12)
     drafter = NgramDrafter()
     tokens = [*data.draw(tokens_of), 0]
-    drafter.prefill(tokens, lambda done: None, lambda: False)
+    drafter.prefill(tokens)
     for _ in range(data.draw(st.integers(1, 6))):
         if data.draw(st.booleans()):
             tokens = tokens[: data.draw(st.integers(0, len(tokens)))]
@@ -236,7 +236,7 @@ def test_survivors_that_are_not_taken_up_are_forgotten(ended_by: str) -> None:
     elif ended_by != "no tree":
         drafter.truncate(3)
         if ended_by == "prefill":
-            drafter.prefill([1, 2, 3, 4], lambda done: None, lambda: False)
+            drafter.prefill([1, 2, 3, 4])
     drafter.begin([*tokens, 4], sampler(), None if ended_by == "no tree" else new)
     assert drafter.cache.num_slots == drafter.cache.length == 3
     assert drafter.expand(new, [ROOT]) == [reference([1, 2, 3, 4], 0.0)]
@@ -247,20 +247,20 @@ def test_a_prompt_can_be_read_in_pieces() -> None:
     tokens = np.random.default_rng(0).integers(0, VOCAB, 150).tolist()
     drafter = ModelDrafter(model())
     lengths = []
-    while drafter.prefill_some(tokens, 64):
+    while drafter.prefill(tokens, limit=64):
         lengths.append(drafter.cache.length)
     assert [*lengths, drafter.cache.length] == [64, 128, 149]
     drafter.begin(tokens, sampler())
     assert drafter.expand(TokenTree(tokens[-1], 149), [ROOT]) == [reference(tokens, 0.0)]
     lookups = NgramDrafter()
-    assert not lookups.prefill_some([1, 2, 3, 1, 2], 1)
+    assert not lookups.prefill([1, 2, 3, 1, 2], limit=1)
     assert list(lookup(lookups, [1, 2, 3, 1, 2]).tokens) == [3]
 
 
 def test_the_cache_holds_what_was_fed_of_the_accepted_path() -> None:
     drafter = ModelDrafter(model())
     tokens = [1, 2, 3]
-    drafter.prefill(tokens, lambda done: None, lambda: False)
+    drafter.prefill(tokens)
     assert drafter.cache.length == 2
     drafter.begin(tokens, sampler())
     tree = TokenTree(3, 2)
@@ -300,7 +300,7 @@ def test_rounds_without_drafting_are_caught_up_with(missed: int) -> None:
     """In full after a short break, from the last tokens alone after a long one."""
     tokens = np.random.default_rng(missed).integers(0, VOCAB, 10 + missed).tolist()
     drafter = ModelDrafter(model())
-    drafter.prefill(tokens[:10], lambda done: None, lambda: False)
+    drafter.prefill(tokens[:10])
     for end in range(10, len(tokens), 7):  # rounds that draft nothing
         drafter.begin(tokens[:end], sampler())
         drafter.commit(TokenTree(tokens[end - 1], end - 1), [])
@@ -332,7 +332,7 @@ def test_after_a_long_break_a_new_prompt_is_read_in_full(kept: int) -> None:
     assert drafter.cache.length == 32
     prompt = [*tokens[:kept], 1, 2, 3, 4]
     drafter.truncate(kept)
-    drafter.prefill(prompt, lambda done: None, lambda: False)
+    drafter.prefill(prompt)
     assert drafter.cache.length == len(prompt) - 1
     drafter.begin(prompt, sampler())
     tree = TokenTree(4, len(prompt) - 1)
@@ -377,7 +377,7 @@ def test_an_interrupted_round_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -
 
 def test_truncate_keeps_what_is_still_true() -> None:
     drafter = ModelDrafter(model())
-    drafter.prefill([1, 2, 3, 4, 5, 6], lambda done: None, lambda: False)
+    drafter.prefill([1, 2, 3, 4, 5, 6])
     drafter.begin([1, 2, 3, 4, 5, 6], sampler())
     drafter.expand(TokenTree(6, 5), [ROOT])
     drafter.truncate(3)
@@ -385,7 +385,7 @@ def test_truncate_keeps_what_is_still_true() -> None:
     drafter.truncate(100)  # nothing to forget
     assert drafter.cache.length == 3
     edited = [1, 2, 3, 9, 8]
-    drafter.prefill(edited, lambda done: None, lambda: False)
+    drafter.prefill(edited)
     assert drafter.cache.length == 4
     drafter.begin(edited, sampler())
     assert drafter.expand(TokenTree(8, 4), [ROOT]) == [reference(edited, 0.0)]

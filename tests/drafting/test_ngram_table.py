@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from distill.table import make_counts
 from llmcad_mlx import VocabularyError, load
-from llmcad_mlx.drafting.table import NgramCounts, NgramTable, context_hash, context_hashes, vocabulary_hash
+from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, context_hash, context_hashes, vocabulary_hash
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.store.convert import convert_folder
 
@@ -28,8 +28,8 @@ def arrays(texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     return [np.array(text, np.int32) for text in texts]
 
 
-def _table(texts: Sequence[np.ndarray], order: int, drop_known: bool = True) -> NgramTable:
-    return NgramTable(make_counts(texts, order, "v", drop_known))
+def _table(texts: Sequence[np.ndarray], order: int, drop_known: bool = True) -> TableDrafter:
+    return TableDrafter(make_counts(texts, order, "v", drop_known))
 
 
 def by_hand(texts: Sequence[Sequence[int]], order: int, context: Sequence[int]) -> dict[int, float]:
@@ -92,8 +92,8 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "x.ngrams.safetensors"
     counts.save(path)
     read = NgramCounts.load(path)
-    table, again = NgramTable(counts), NgramTable(read)
-    assert (again.order, again.vocabulary) == (4, "the vocabulary")
+    table, again = TableDrafter(counts), TableDrafter(read)
+    assert (again.order, read.vocabulary) == (4, "the vocabulary")
     for _ in range(100):
         context = rng.integers(0, 50, 5).tolist()
         assert again.candidates(context, 8) == table.candidates(context, 8)

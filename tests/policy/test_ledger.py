@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.ledger import DraftAccount, LookupAccount, Mode, Prices, Schedule
+from tests.support.trees import measured
 
 ROUNDS = st.lists(st.tuples(st.integers(1, 8), st.floats(-5.0, 5.0)), max_size=60)
 
@@ -63,7 +64,7 @@ def test_what_is_earned_without_a_row_does_not_let_a_text_lose_on(rounds: list[t
     real = 0.0
     for tokens, net in rounds:
         if net is None:
-            account.book_missed(tokens)
+            account.book(tokens, 0.0, missed=True)
         elif net < 0.0 and -net > account.balance:
             continue  # not paid for
         else:
@@ -76,7 +77,7 @@ def test_a_text_that_has_lost_nothing_may_risk_all_it_has_earned() -> None:
     """However dear a row is."""
     account = LookupAccount()
     for _ in range(4):
-        account.book_missed(1)
+        account.book(1, 0.0, missed=True)
     assert account.balance > 1.5
 
 
@@ -90,26 +91,14 @@ def test_a_new_text_starts_afresh() -> None:
         assert account.balance == opening
 
 
-def test_a_lookup_that_was_right_but_not_paid_for_earns_credit() -> None:
-    account, other = LookupAccount(), LookupAccount()
-    account.book_missed(1)
-    other.book(1, 0.0)
-    assert account.balance > other.balance
-
-
-def measured(passes: dict[int, float], steps: dict[int, float] | None = None, max_nodes: int = 64) -> Prices:
-    costs = CostModel()
-    for rows, seconds in passes.items():
-        costs.verify.observe(rows, seconds)
-    for rows, seconds in (steps or {}).items():
-        costs.draft.observe(rows, seconds)
-    prices = Prices(costs, max_nodes)
+def priced(passes: dict[int, float], steps: dict[int, float] | None = None, max_nodes: int = 64) -> Prices:
+    prices = Prices(measured(passes, steps), max_nodes)
     prices.begin()
     return prices
 
 
 def test_a_second_costs_what_it_yields() -> None:
-    prices = measured({1: 2.0, 4: 3.5}, {1: 0.5, 3: 0.7})
+    prices = priced({1: 2.0, 4: 3.5}, {1: 0.5, 3: 0.7})
     assert prices.rate == pytest.approx(0.5)  # tokens of plain decoding
     assert prices.more_rows(1, 3) == pytest.approx(0.75)
     assert prices.more_rows(1, 1) == pytest.approx(0.25)
@@ -119,7 +108,7 @@ def test_a_second_costs_what_it_yields() -> None:
 
 
 def test_a_second_is_worth_what_rounds_have_yielded_lately_or_plain_decoding_does() -> None:
-    prices = measured({1: 1.0})
+    prices = priced({1: 1.0})
 
     def rate_after(num_tokens: int, rounds: int = 1) -> float:
         for _ in range(rounds):
@@ -138,7 +127,7 @@ def test_a_second_is_worth_what_rounds_have_yielded_lately_or_plain_decoding_doe
 
 
 def test_prices_stand_until_the_next_round() -> None:
-    prices = measured({1: 1.0, 2: 1.5})
+    prices = priced({1: 1.0, 2: 1.5})
     before = prices.more_rows(1, 1)
     for _ in range(20):
         prices._costs.verify.observe(2, 1.9)
@@ -149,7 +138,7 @@ def test_prices_stand_until_the_next_round() -> None:
 
 def test_rows_beyond_the_largest_pass_cost_no_more() -> None:
     """Where the tree is full, another row would take another's place."""
-    prices = measured({1: 1.0, 4: 2.0, 5: 2.5}, max_nodes=4)
+    prices = priced({1: 1.0, 4: 2.0, 5: 2.5}, max_nodes=4)
     assert prices.more_rows(4, 1) == pytest.approx(0.5)
     assert prices.more_rows(4, 60) == prices.more_rows(9, 60) == pytest.approx(0.5)
 

@@ -143,3 +143,26 @@ def test_alpha_stays_without_drafts_and_halves_when_a_stop_cut_a_right_branch() 
     tree = chain(4)
     policy.verified(tree, walk_along(tree, [1, 2], stopped=True))
     assert policy.alpha == 0.005
+
+
+def test_the_papers_pipeline_keeps_one_continuation_of_the_best_branch() -> None:
+    policy = PaperPolicy(4)
+    tree = TokenTree(0)
+    policy.begin(tree)
+    policy.next_leaves(tree, MODEL)
+    policy.add(tree, ROOT, Candidates([1, 2], [0.4, 0.35]))
+    policy.next_leaves(tree, MODEL)
+    policy.add(tree, 1, Candidates([3], [0.5]))
+    assert list(policy.next_leaves(tree, MODEL)) == []  # four nodes
+    assert policy.submit(tree).tree.tokens == [0, 1, 2, 3]
+    order = []
+    while leaves := policy.provisional_leaves(tree, MODEL, 8):
+        (leaf,) = leaves
+        order.append(tree.path_tokens(leaf))
+        policy.add(tree, leaf, Candidates([7, 8], [0.6, 0.35]))
+    assert order == [[2], [2, 7], [2, 7, 7], [2, 7, 7, 7]]  # 2 is likelier than 3 below 1
+    assert len(tree) == 8  # no branch for 8, and no more candidates than a pass has nodes
+    survivors = tree.reroot(2)
+    policy.begin(survivors.tree, survivors)
+    assert policy.next_leaves(survivors.tree, MODEL) == []  # full already
+    assert len(policy.submit(survivors.tree).tree) == 4

@@ -12,7 +12,7 @@ from distill.corpus import ChatForm, CorpusSettings, Shard, shards_in, write_cor
 from distill.table import make_counts, tokens_per_pass
 from distill.writing import Text, Writer, loops
 from llmcad_mlx import load
-from llmcad_mlx.drafting.table import NgramTable
+from llmcad_mlx.drafting.table import TableDrafter
 from llmcad_mlx.loader import load_tree_model
 from llmcad_mlx.models.adapt import adaptations
 from tests.support.tiny import VOCAB, tiny_tree_model
@@ -112,7 +112,7 @@ def test_a_forecast_lies_between_plain_decoding_and_the_size_of_the_tree(tmp_pat
     with load(folder, None) as engine:
         given = [[1, 2, n] for n in range(3, 9)]
         texts = [np.array([*ids, *engine.generate(ids, max_tokens=40).tokens], np.int32) for ids in given]
-    table, perfect = NgramTable(make_counts(texts, 3, "")), NgramTable(make_counts(texts[:1], 12, ""))
+    table, perfect = TableDrafter(make_counts(texts, 3, "")), TableDrafter(make_counts(texts[:1], 12, ""))
     assert tokens_per_pass(perfect, [(texts[0], 3)], 64) > 5
     reached = tokens_per_pass(table, [(text, 3) for text in texts], 8)
     assert 1.0 < reached <= 8

@@ -4,7 +4,6 @@ and copies of drafts by name."""
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 from llmcad_mlx.errors import ModelError, UsageError
-from llmcad_mlx.files.bundle import FILE, verify_bundle, write_profile
 from llmcad_mlx.loader import conditions
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.convert import convert_folder
@@ -45,45 +43,19 @@ def choice_of(draft: str, **conditions: Any) -> DraftChoice:
     return DraftChoice(draft, replace(HERE, **conditions), 12.5)
 
 
-def test_a_choice_is_kept_in_the_bundle_and_nothing_else_in_it_changes(models: Path, tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
-    convert_folder(models / "target", bundle, 8, 32)
-    file = bundle / FILE
-    before = json.loads(file.read_text())
-    file.write_text(json.dumps({**before, "profile": {"other": 1}}))
-    mode = file.stat().st_mode
-    choice = choice_of("ngram")
-    assert save_choice(bundle, choice) == file
-    after = json.loads(file.read_text())
-    assert after["profile"] == {"other": 1, "drafts": [choice.to_dict()]}
-    assert {**after, "profile": {}} == before
-    assert file.stat().st_mode == mode
-    assert [entry.name for entry in bundle.iterdir() if entry.name.startswith(".")] == []
-    assert verify_bundle(bundle) is not None
-    assert find_choice(bundle, HERE) == choice
-
-
-def test_other_targets_and_bundles_that_cannot_be_written_have_a_file_in_the_cache_folder(
-    models: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_choice_is_kept_for_its_target_and_leaves_the_model_as_it_is(
+    models: Path, tmp_path: Path, own_home: Path
 ) -> None:
-    choice = choice_of("none")
-    file = save_choice(target, choice)
-    assert file.parent == tmp_path / "home" / "profiles"
-    assert find_choice(target, HERE) == choice
-    assert find_choice(models / "target", HERE) is None
     bundle = tmp_path / "bundle"
     convert_folder(models / "target", bundle, 8, 32)
-
-    def read_only(*args: Any, **kwargs: Any) -> Any:
-        raise PermissionError("read only")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", read_only)
-        assert write_profile(bundle, {}) is False
-    assert not [entry for entry in bundle.iterdir() if entry.name.startswith(".")]
-    monkeypatch.setattr("llmcad_mlx.store.profile.write_profile", lambda folder, profile: False)
-    assert save_choice(bundle, choice).parent == tmp_path / "home" / "profiles"
+    before = {file.name: file.read_bytes() for file in bundle.iterdir()}
+    choice = choice_of("ngram")
+    file = save_choice(bundle, choice)
+    assert json.loads(file.read_text()) == {"target": str(bundle), "drafts": [choice.to_dict()]}
+    assert [entry for entry in own_home.rglob("*") if entry.is_file()] == [file]
+    assert {file.name: file.read_bytes() for file in bundle.iterdir()} == before
     assert find_choice(bundle, HERE) == choice
+    assert find_choice(models / "target", HERE) is None
 
 
 def test_a_choice_serves_the_same_conditions_and_more_memory(target: Path) -> None:

@@ -335,23 +335,22 @@ def tiny_preset(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_preset_becomes_a_bundle_once(hub: HubStandIn, tiny_preset: Preset) -> None:
-    pulled = pull.pull_preset("tiny")
-    assert pulled.draft is None
-    assert pulled.target == home_folder() / "models" / "tiny" / "target"
-    bundle = verify_bundle(pulled.target)
+    (target,) = pull.pull_preset("tiny")
+    assert target == home_folder() / "models" / "tiny" / "target"
+    bundle = verify_bundle(target)
     assert bundle is not None
     assert [layer.name for layer in bundle.layers] == ["embedding", "layer 0", "layer 1", "rest"]
     assert not list(files_folder().glob("*.gguf"))
-    (pulled.target / BUNDLE_FILE).unlink()  # a folder of an older version stays valid
+    (target / BUNDLE_FILE).unlink()  # a folder of an older version stays valid
     num_requests = len(hub.requests)
-    assert pull.pull_preset("tiny") == pulled
+    assert pull.pull_preset("tiny") == [target]
     assert len(hub.requests) == num_requests
-    assert read_bundle(pulled.target) is None
+    assert read_bundle(target) is None
 
 
 @pytest.mark.parametrize("damage", ["no marker", "cut weights"])
 def test_incomplete_folder_is_made_again(tiny_preset: Preset, damage: str) -> None:
-    folder = pull.pull_preset("tiny").target
+    (folder,) = pull.pull_preset("tiny")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     if damage == "no marker":
@@ -365,11 +364,6 @@ def test_keep_source(tiny_preset: Preset) -> None:
     pull.pull_preset("tiny", keep_source=True)
     assert isinstance(tiny_preset.target, FileSource)
     assert (files_folder() / f"{tiny_preset.target.sha256}.gguf").exists()
-
-
-def test_preset_without_draft_model(tiny_preset: Preset) -> None:
-    with pytest.raises(ModelError, match="no draft model"):
-        pull.pull_part("tiny", "draft")
 
 
 MODEL_FILES = {"config.json": b"{}", "model.safetensors": b"12345678", "tokenizer.json": b"{}"}
@@ -462,16 +456,15 @@ def repo_preset(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Preset:
 def test_preset_of_whole_repositories(
     repo_preset: Preset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pulled = pull.pull_preset("pair")
-    assert pulled.draft is not None
-    assert (pulled.target / "model.safetensors").read_bytes() == b"12345678"
-    assert (pulled.draft / "model.safetensors").read_bytes() == b"1234"
+    target, draft = pull.pull_preset("pair")
+    assert (target / "model.safetensors").read_bytes() == b"12345678"
+    assert (draft / "model.safetensors").read_bytes() == b"1234"
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)  # complete in the hub's cache
-    assert pull.resolve_target("pair") == pulled.target
+    assert pull.resolve_target("pair") == target
     assert pull.preset_draft("pair") == "pair"
-    assert pull.resolve_draft("pair") == pulled.draft
+    assert pull.resolve_draft("pair") == draft
     pull_command("pair")
-    assert capsys.readouterr().out.splitlines() == [str(pulled.target), str(pulled.draft)]
+    assert capsys.readouterr().out.splitlines() == [str(target), str(draft)]
 
 
 def test_preset_asks_for_its_revision(

@@ -235,9 +235,3 @@ def test_checking_and_closing_reach_the_files() -> None:
     storage.check()
     storage.close()
     assert (inner.checks, inner.closed) == (1, True)
-
-
-@pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan")])
-def test_impossible_rates_are_refused(rate: float) -> None:
-    with pytest.raises(ValueError, match="cannot be emulated"):
-        ThrottledStorage(MemoryStorage({}), rate)

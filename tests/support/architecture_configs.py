@@ -19,155 +19,79 @@ WINDOW = 8
 VOCAB = 100
 
 COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-5,
-    "layer_norm_eps": 1e-5,
-    "layer_norm_epsilon": 1e-5,
-    "layernorm_epsilon": 1e-5,
-    "norm_eps": 1e-5,
-    "norm_epsilon": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_bias": False,
-    "partial_rotary_factor": 0.5,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "layer_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "layernorm_epsilon": 1e-5,
+    "norm_eps": 1e-5, "norm_epsilon": 1e-5,
+    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "use_bias": False,
     # mixtures of experts
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_shared_experts": 1,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "moe_layer_freq": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0,
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "num_shared_experts": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_layer_freq": 1,
+    "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
     # latent attention
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     # sliding windows
-    "sliding_window": WINDOW,
-    "sliding_window_pattern": 2,
+    "sliding_window": WINDOW, "sliding_window_pattern": 2,
     # recurrent mixers
-    "linear_num_value_heads": 2,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-    "linear_conv_kernel_dim": 3,
-}
+    "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32, "linear_conv_kernel_dim": 3,
+}  # fmt: skip
 
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 _ROPE_BY_TYPE = {kind: {"rope_theta": 10000.0, "rope_type": "default"} for kind in _SLIDING_THEN_FULL}
 _SLIDING = {"sliding_window": WINDOW, "layer_types": _SLIDING_THEN_FULL}
 _MUP = {
-    "logits_scaling": 2.0,
-    "attention_multiplier": 0.3,
-    "embedding_multiplier": 3.0,
-    "residual_multiplier": 0.5,
-}
+    "logits_scaling": 2.0, "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+}  # fmt: skip
 _GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512, "n_ctx": 512, "n_inner": 48}
 _MAMBA = {
-    "mamba_d_conv": 4,
-    "mamba_d_state": 16,
-    "mamba_expand": 2,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_n_groups": 1,
-    "mamba_conv_bias": True,
-    "mamba_proj_bias": False,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-}
+    "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2, "mamba_n_heads": 4, "mamba_d_head": 16,
+    "mamba_n_groups": 1, "mamba_conv_bias": True, "mamba_proj_bias": False,
+    "mamba_num_heads": 4, "mamba_head_dim": 16,
+}  # fmt: skip
 _LONGCAT = {
-    "attention_method": "MLA",
-    "zero_expert_type": "identity",
-    "ffn_hidden_size": 48,
-    "moe_topk": 2,
-    "expert_ffn_hidden_size": 24,
-    "zero_expert_num": 1,
-    "num_layers": 2,
-    "mla_scale_q_lora": True,
-    "mla_scale_kv_lora": True,
-}
-
+    "attention_method": "MLA", "zero_expert_type": "identity", "ffn_hidden_size": 48, "moe_topk": 2,
+    "expert_ffn_hidden_size": 24, "zero_expert_num": 1, "num_layers": 2,
+    "mla_scale_q_lora": True, "mla_scale_kv_lora": True,
+}  # fmt: skip
 _KDA = {
     "linear_attn_config": {
-        "kda_layers": [1],
-        "full_attn_layers": [2],
-        "num_heads": 2,
-        "head_dim": 32,
-        "short_conv_kernel_size": 3,
+        "kda_layers": [1], "full_attn_layers": [2], "num_heads": 2, "head_dim": 32, "short_conv_kernel_size": 3,
     },
-    "model_max_length": 512,
-    "num_experts_per_token": 2,
-}
+    "model_max_length": 512, "num_experts_per_token": 2,
+}  # fmt: skip
 _GEMMA4 = {
-    "num_hidden_layers": 4,
-    "num_kv_shared_layers": 2,
-    "global_head_dim": 16,
-    "vocab_size_per_layer_input": VOCAB,
-    "hidden_size_per_layer_input": 8,
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 16,
+    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
     "layer_types": [*_SLIDING_THEN_FULL, *_SLIDING_THEN_FULL],
-}
+}  # fmt: skip
 _YARN = {
-    "type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 128,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
+    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 _LONGROPE = {
-    "type": "longrope",
-    "factor": 4.0,
-    "original_max_position_embeddings": 128,
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0] * 4,
-}
+    "type": "longrope", "factor": 4.0, "original_max_position_embeddings": 128,
+    "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+}  # fmt: skip
 _LLAMA4_SCALING = {
-    "rope_theta": 10000.0,
-    "rope_type": "default",
-    "type": "default",
-    "llama_4_scaling_beta": 0.1,
+    "rope_theta": 10000.0, "rope_type": "default", "type": "default", "llama_4_scaling_beta": 0.1,
     "original_max_position_embeddings": 4,
-}
+}  # fmt: skip
 _LFM2 = {
-    "layer_types": ["conv", "full_attention"],
-    "conv_bias": True,
-    "conv_L_cache": 3,
-    "block_dim": 32,
-    "block_multiple_of": 8,
-    "block_ffn_dim_multiplier": 1.5,
-    "block_auto_adjust_ff_dim": True,
-    "block_ff_dim": 48,
-    "use_expert_bias": True,
-    "num_dense_layers": 1,
-}
+    "layer_types": ["conv", "full_attention"], "conv_bias": True, "conv_L_cache": 3, "block_dim": 32,
+    "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.5, "block_auto_adjust_ff_dim": True,
+    "use_expert_bias": True, "num_dense_layers": 1,
+}  # fmt: skip
 _QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 
 _AS_COMMON = (
     "bailing_moe", "bitnet", "cohere", "cohere2", "deepseek", "deepseek_v3", "dots1", "ernie4_5", "gemma",
     "gemma2", "glm", "glm4", "glm4_moe_lite", "helium", "hunyuan_v1_dense", "internlm2", "internlm3", "Klear",
-    "mimo", "mixtral", "nanochat", "olmo2", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_moe", "seed_oss", "solar_open", "starcoder2", "talkie", "telechat3", "youtu_llm",
+    "mimo", "mixtral", "nanochat", "olmo2", "olmoe", "phi", "phi3", "phimoe", "plamo3", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe", "seed_oss", "solar_open", "starcoder2", "talkie", "telechat3", "youtu_llm",
 )  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     **{family: {} for family in _AS_COMMON},
@@ -188,7 +112,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"topk_method": "greedy", "rope_scaling": _YARN},
     "deepseek_v32": {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 6},
     "deepseek_v41": {
-        "num_attention_heads": 4,
         "head_dim": 32,
         "o_groups": 2,
         "o_lora_rank": 16,
@@ -198,19 +121,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "index_n_heads": 2,
         "index_head_dim": 16,
         "index_topk": 4,
-        "scoring_func": "sqrtsoftplus",
     },
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
     "exaone": {"num_layers": 2},
     "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LG"},
     "exaone_moe": {"layer_types": _SLIDING_THEN_FULL, "is_moe_layer": [False, True]},
-    "falcon_h1": {
-        **_MAMBA,
-        "mamba_d_ssm": 64,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "attn_layer_indices": None,
-    },
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": None},
     "gear": {"layer_types": ["conv_mixer", "sliding_attention", "full_attention"], "num_hidden_layers": 3},
     "gemma3": {"text_config": {"model_type": "gemma3_text"}},
     "gemma3_text": {"query_pre_attn_scalar": 8},
@@ -249,12 +165,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT, "rotary_dim": 4},
     "granite": _MUP,
     "granitemoe": _MUP,
-    "granitemoehybrid": {
-        **_MUP,
-        **_MAMBA,
-        "layer_types": ["mamba", "attention"],
-        "shared_intermediate_size": 48,
-    },
+    "granitemoehybrid": {**_MUP, **_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48},
     "hunyuan": {
         "moe_topk": 2,
         "num_shared_expert": 1,
@@ -295,12 +206,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "llama4_text": {"intermediate_size_mlp": 48, "no_rope_layers": [1, 0], "use_qk_norm": True},
     "longcat_flash": _LONGCAT,
-    "longcat_flash_ngram": {
-        **_LONGCAT,
-        "ngram_vocab_size_ratio": 2,
-        "emb_neighbor_num": 2,
-        "emb_split_num": 2,
-    },
+    "longcat_flash_ngram": {**_LONGCAT, "ngram_vocab_size_ratio": 2, "emb_neighbor_num": 2, "emb_split_num": 2},
     "mamba": {"state_size": 8, "conv_kernel": 3, "use_conv_bias": True, "time_step_rank": 4},
     "mamba2": {
         "num_heads": 8,
@@ -311,10 +217,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "time_step_limit": [0.0, 10.0],
         "time_step_rank": 4,
     },
-    "mellum": {
-        "layer_types": _SLIDING_THEN_FULL,
-        "rope_parameters": _ROPE_BY_TYPE,
-    },
+    "mellum": {"layer_types": _SLIDING_THEN_FULL, "rope_parameters": _ROPE_BY_TYPE},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [1, 0],
         "moe_layer_freq": [0, 1],
@@ -369,7 +272,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
                 "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 1.5},
             }
         ]
-        * 2,
+        * 2
     },
     "nemotron_h": {
         **_MAMBA,
@@ -397,23 +300,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vocab_size": 100352,
         "blocksparse_block_size": 32,
     },
-    "phixtral": {
-        "num_vocab": VOCAB,
-        "model_dim": 32,
-        "num_heads": 4,
-        "num_layers": 2,
-        "rotary_dim": 4,
-    },
+    "phixtral": {"num_vocab": VOCAB, "model_dim": 32, "num_heads": 4, "num_layers": 2, "rotary_dim": 4},
     "pixtral": {"text_config": {"model_type": "llama", **_SLIDING}},
     "plamo": {"n_shared_head": 2},
     "plamo2": {
         **_MAMBA,
         "hidden_size_per_head": 16,
-        "mamba_step": 2,
         "attention_window_size": WINDOW,
         "full_attention_idx": [],
     },
-    "plamo3": {"window_size": WINDOW},
     "prism_hadamard_qwen35": {
         "text_config": {"full_attention_interval": 2, "num_experts": 0, "intermediate_size": 128},
         "tensor_namespace": "mlx-vlm-qwen3_5",
@@ -445,10 +340,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decay_low_rank_dim": 8,
     },
     "smollm3": {"no_rope_layer_interval": 2},
-    "spark2_5": {
-        "layer_types": _SLIDING_THEN_FULL,
-        "rope_parameters": _ROPE_BY_TYPE,
-    },
+    "spark2_5": {"layer_types": _SLIDING_THEN_FULL, "rope_parameters": _ROPE_BY_TYPE},
     "stablelm": {"use_qkv_bias": True},
     "step3p5": {
         "layer_types": _SLIDING_THEN_FULL,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
@@ -21,8 +23,10 @@ def tiny_llama(
     heads: int = 2,
     vocab: int = VOCAB,
     scale: float = 6.0,
+    noise: float = 0.0,
 ) -> nn.Module:
-    """A random llama. `scale` sharpens the logits, so that greedy text is not one token for ever."""
+    """A random llama. `scale` sharpens the logits, so that greedy text is not one token for ever; `noise` moves
+    the weights, which makes an imperfect draft of the model of the same seed."""
     mx.random.seed(seed)
     args = llama.ModelArgs(
         model_type="llama",
@@ -37,17 +41,16 @@ def tiny_llama(
     )
     model = llama.Model(args)
     model.update(tree_map(lambda p: p * scale if p.ndim == 2 else p, model.parameters()))
+    if noise:
+        mx.random.seed(seed + 1000)
+        model.update(tree_map(lambda p: p + noise * mx.random.normal(p.shape), model.parameters()))
     mx.eval(model.parameters())
     return model
 
 
-def tiny_tree_model(seed: int = 0, *, cpu_kernels: bool = True, noise: float = 0.0, **shape: object) -> TreeModel:
-    """A tiny model ready for trees; `noise` moves its weights, which makes an imperfect draft of it."""
-    model = tiny_llama(seed, **shape)  # type: ignore[arg-type]
-    if noise:
-        mx.random.seed(seed + 1000)
-        model.update(tree_map(lambda p: p + noise * mx.random.normal(p.shape), model.parameters()))
-        mx.eval(model.parameters())
+def tiny_tree_model(seed: int = 0, *, cpu_kernels: bool = True, **options: Any) -> TreeModel:
+    """A tiny model ready for trees; options as for `tiny_llama`."""
+    model = tiny_llama(seed, **options)
     if cpu_kernels:
         prepare_for_device(model)
     return TreeModel(model, {"model_type": "llama", "max_position_embeddings": 4096})

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from llmcad_mlx.models.folder import load_model_folder
@@ -65,21 +65,16 @@ def make_folder(
     path: Path,
     *,
     seed: int = 0,
-    noise: float = 0.0,
     context: int = 512,
     template: bool = True,
     bits: int | None = None,
-    **shape: Any,
+    **options: Any,
 ) -> Path:
     """Write a llama folder and return it.
 
-    `noise` moves the weights of the model of the same `seed`: a draft that is right now and then.
-    `context`: max_position_embeddings. `bits`: quantised. `shape`: as for `tiny_llama`.
+    `context`: max_position_embeddings. `bits`: quantised. Further options as for `tiny_llama`.
     """
-    model = tiny_llama(seed, vocab=VOCAB, **shape)
-    if noise:
-        mx.random.seed(seed + 1000)
-        model.update(tree_map(lambda p: p + noise * mx.random.normal(p.shape), model.parameters()))
+    model = tiny_llama(seed, vocab=VOCAB, **options)
     args = {key: value for key, value in vars(model.args).items() if value is not None and key != "layer_types"}
     return write_folder(path, model, {**args, "max_position_embeddings": context}, template, bits)
 

@@ -1,7 +1,8 @@
-"""Checks of token trees."""
+"""Checks of token trees, and costs to grow them by."""
 
 from __future__ import annotations
 
+from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.tree.token_tree import NO_PARENT, ROOT, TokenTree
 
 
@@ -18,3 +19,12 @@ def check_integrity(tree: TokenTree) -> None:
         assert tree.child(parent, tree.tokens[node]) == node
         assert tree.cumulative[node] == tree.cumulative[parent] * tree.confidences[node]
     assert sorted(child for node in range(len(tree)) for child in tree.children(node)) == list(nodes)
+
+
+def measured(passes: dict[int, float], steps: dict[int, float] | None = None) -> CostModel:
+    """Passes and draft steps of so many rows took so many seconds, once."""
+    costs = CostModel()
+    for times, observed in ((costs.verify, passes), (costs.draft, steps or {})):
+        for rows, seconds in observed.items():
+            times.observe(rows, seconds)
+    return costs

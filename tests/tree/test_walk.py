@@ -110,14 +110,3 @@ def test_stop_on_a_drafted_child_counts_it_and_gives_no_bonus() -> None:
 def test_stop_on_a_token_that_was_not_drafted() -> None:
     result = walk(chain(1, 2), lambda node, path: [1, 7][len(path)], stop=lambda token: token == 7)
     assert result == Walk([1], [1, 7], 1, 1, 2, True)
-
-
-def test_stop_sees_each_token_once_in_order() -> None:
-    seen: list[int] = []
-
-    def fourth(token: int) -> bool:
-        seen.append(token)
-        return len(seen) == 3
-
-    result = walk(chain(1, 2, 3, 4, 5), lambda node, path: len(path) + 1, stop=fourth)
-    assert seen == list(result.tokens) == [1, 2, 3]

@@ -1,15 +1,19 @@
-"""What a memory budget is spent on: pure arithmetic.
+"""What a memory budget is spent on, and the speed to expect of that: pure arithmetic.
 
 Everything the process holds is in the plan: interpreter and libraries, the draft, keys and values, logits and
 activations, stream buffers, and as much of the target as there is room for. A pass reads every streamed byte once,
 so only the number of bytes kept counts. Kept ("pinned") layers are spread evenly over the depth, so that the disk
 is busy while they compute.
+
+With W bytes streamed per pass, B bytes read per second, A tokens per pass, C(N) seconds of computing with N nodes
+and D seconds of a round outside the pass: tokens/s = A / (max(W/B, C(N)) + D), and no more than A·B/W. Without a
+draft it is 1 / max(W/B, C(1)), and no more than B/W (DESIGN 3.7).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -203,7 +207,7 @@ def make_plan(needs: MemoryNeeds, budget: int | None, pinned: int | None = None)
             plan = partial(_plan, needs, budget, Pins.all(sizes), embedding)
             room = _roomiest(needs, plan)
             if room is not None:
-                return plan(_longer(needs, plan(room), room))
+                return _longest(needs, plan, room)
     pins = Pins.of(sizes, _allowance(needs, budget) if pinned is None else pinned)
     room = _roomiest(needs, partial(_plan, needs, budget, pins, False))
     if room is None:
@@ -212,7 +216,7 @@ def make_plan(needs: MemoryNeeds, budget: int | None, pinned: int | None = None)
     plan = partial(_plan, needs, budget, pins, not sizes.tied)
     if plan(room).spare_bytes < 0:
         plan = partial(_plan, needs, budget, pins, False)
-    return plan(_longer(needs, plan(room), room))
+    return _longest(needs, plan, room)
 
 
 def default_budget(weight_bytes: int, physical_bytes: int) -> int | None:
@@ -251,34 +255,23 @@ def _roomiest(needs: MemoryNeeds, plan: Callable[[Room], MemoryPlan]) -> Room | 
     return room
 
 
-def _longer(needs: MemoryNeeds, plan: MemoryPlan, room: Room) -> Room:
-    """`room` with as much more context as what `plan`, made with it, has left."""
-    each = needs.sizes.kv_bytes_per_token + needs.draft_kv_bytes_per_token
-    if plan.budget_bytes is None or not each:
-        return replace(room, context=needs.context)
+def _longest(needs: MemoryNeeds, plan: Callable[[Room], MemoryPlan], room: Room) -> MemoryPlan:
+    """`plan` with `room`, with which it fits, and as much more context as fits too."""
 
-    def more_bytes(steps: int) -> int:
-        return sum(_kv_bytes(needs, replace(room, context=room.context + steps * _CONTEXT_STEP))) - now
+    def too_long(steps: int) -> bool:
+        return plan(replace(room, context=room.context + steps * _CONTEXT_STEP)).spare_bytes < 0
 
-    now = sum(_kv_bytes(needs, room))
     steps = range(-(-(needs.context - room.context) // _CONTEXT_STEP) + 1)
-    most = bisect_right(steps, plan.spare_bytes, key=more_bytes) - 1
-    return replace(room, context=min(room.context + max(most, 0) * _CONTEXT_STEP, needs.context))
-
-
-def _kv_bytes(needs: MemoryNeeds, room: Room) -> tuple[int, int]:
-    """Keys and values of the target, and of the draft."""
-    target, draft = room.context + room.max_nodes, room.context + provisional_nodes(room.max_nodes)
-    return (
-        needs.sizes.kv_bytes_per_token * most_capacity(target),
-        needs.draft_kv_bytes_per_token * most_capacity(draft),
-    )
+    context = room.context + (bisect_left(steps, True, key=too_long) - 1) * _CONTEXT_STEP
+    return plan(replace(room, context=min(context, needs.context)))
 
 
 def _plan(needs: MemoryNeeds, budget: int | None, pins: Pins, embedding: bool, room: Room) -> MemoryPlan:
     """The plan that keeps `pins`, whether or not it fits. embedding: keep one that is no head, too."""
     sizes = needs.sizes
-    kv, draft_kv = _kv_bytes(needs, room)
+    kv = sizes.kv_bytes_per_token * most_capacity(room.context + room.max_nodes)
+    drafted = room.context + provisional_nodes(room.max_nodes)
+    draft_kv = needs.draft_kv_bytes_per_token * most_capacity(drafted)
     logits = round(room.max_nodes * sizes.logit_columns * 4 * _LOGIT_COPIES)
     activations = room.prefill_chunk * (3 * sizes.widest + 6 * sizes.hidden) * 4
     largest_layer = max(sizes.layer_bytes, default=0)
@@ -306,3 +299,90 @@ def _plan(needs: MemoryNeeds, budget: int | None, pins: Pins, embedding: bool, r
         prefill_chunk=room.prefill_chunk,
         context=room.context,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRate:
+    """`sampled_bytes`: how much was read to find out, 0 where the rate was given. `from_disk`: the page cache was
+    emptied of the sample first."""
+
+    bytes_per_s: float
+    emulated: bool = False
+    sampled_bytes: int = 0
+    from_disk: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What rounds of the pair have been like. Seconds. `streamed_bytes`: per pass when they were measured; None:
+    all in memory."""
+
+    tokens_per_pass: float
+    nodes: float
+    pass_s: float
+    """Computing of a pass with `nodes` nodes."""
+    plain_pass_s: float
+    """Computing of a pass with one node."""
+    rest_s: float
+    """A round without its pass."""
+    draft_step_s: float | None
+    """One token by the draft model; None without one."""
+    streamed_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Predicted tokens per second; None: not known, for bounds also: nothing is read."""
+
+    speculative: float | None
+    speculative_bound: float | None
+    plain: float | None
+    plain_bound: float | None
+
+    @classmethod
+    def of(
+        cls, streamed_bytes: int, rate: ReadRate | None, measured: Measured | None, drafted: bool = True
+    ) -> Speeds:
+        """By the formulas above. rate: None where nothing is read. drafted: whether A is known for this
+        draft."""
+        read_s = streamed_bytes / rate.bytes_per_s if rate is not None else 0.0
+        bound = 1.0 / read_s if read_s else None
+        if measured is None:
+            return cls(None, None, None, bound)
+        a = measured.tokens_per_pass if drafted else None
+        return cls(
+            speculative=a and _rate(a, max(read_s, measured.pass_s) + measured.rest_s),
+            speculative_bound=a and bound and a * bound,
+            plain=_rate(1.0, max(read_s, measured.plain_pass_s)),
+            plain_bound=bound,
+        )
+
+
+def _rate(tokens: float, seconds: float) -> float | None:
+    return tokens / seconds if seconds > 0.0 else None
+
+
+def larger_plans(needs: MemoryNeeds, plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
+    """Plans of larger budgets, each with its name, up to one with which nothing is read. What is pinned is up to
+    the plan."""
+    if not plan.streamed_bytes:
+        return
+    base = plan.budget_bytes or plan.total_bytes
+    for more in (25, 50, 100):
+        larger = make_plan(needs, base * (100 + more) // 100)
+        yield f"+{more} %", larger
+        if not larger.streamed_bytes:
+            return
+    whole = make_plan(needs, None)
+    yield "all resident", replace(whole, budget_bytes=whole.total_bytes)
+
+
+def smaller_drafts(needs: MemoryNeeds, plan: MemoryPlan, pinned: int | None) -> Iterator[tuple[str, MemoryPlan]]:
+    """Plans of the same budget for other drafts, each with its name; `pinned` as `make_plan` takes it."""
+    budget = plan.budget_bytes
+    if not needs.draft_bytes or budget is None or not plan.streamed_bytes:
+        return
+    half, half_kv = needs.draft_bytes // 2, needs.draft_kv_bytes_per_token // 2
+    for name, weights, kv in (("draft half as large", half, half_kv), ("no draft model", 0, 0)):
+        smaller = replace(needs, draft_bytes=weights, draft_kv_bytes_per_token=kv)
+        yield name, make_plan(smaller, budget, pinned)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmcad_mlx.policy.costs import CostModel, RoundTotals
+from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.store.profile import PairProfile, profile_path
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM
 
@@ -107,9 +107,9 @@ def test_every_pair_and_device_has_its_own_file(own_home: Path) -> None:
 
 
 def test_recent_rounds_count_most() -> None:
-    rounds = RoundTotals()
-    for tokens in [1] * 500 + [5] * 500:
-        rounds.add(tokens, 4, 0.0)
-    assert rounds.tokens / rounds.rounds == pytest.approx(5, abs=0.05)
-    costs = learned(None).costs.totals
-    assert [n / costs.rounds for n in (costs.tokens, costs.rows, costs.rest_s)] == pytest.approx([3, 16, 0.3])
+    costs = learned(None).costs
+    for num_tokens in [1] * 500 + [3] * 500:
+        costs.observe_round(num_tokens, 0.6)
+    totals = costs.totals
+    shares = [number / totals.rounds for number in (totals.tokens, totals.rows, totals.rest_s)]
+    assert shares == pytest.approx([3, 16, 0.3], abs=0.05)

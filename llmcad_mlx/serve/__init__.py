@@ -57,18 +57,16 @@ class ServerSettings:
                 parts.scheme in ("http", "https") and origin == f"{parts.scheme}://{parts.netloc}"
             ):
                 raise UsageError(f"cors: {origin!r} is no origin; give one like https://example.org, or *")
-        if not self.is_loopback and self.api_key is None:
+        if not is_loopback(self.host) and self.api_key is None:
             raise UsageError(
                 f"host: {self.host} can be reached from other machines, so it needs a key; "
                 "give --api-key or set LLMCAD_MLX_API_KEY"
             )
 
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine has the address or name."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

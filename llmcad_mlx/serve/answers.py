@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -33,11 +33,13 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """Plain text, and finished tool calls as OpenAI has them (without "index")."""
+class Part:
+    """Plain text, finished tool calls (without OpenAI's "index"), their tokens, and the tree of their round."""
 
     text: str = ""
     calls: Sequence[Json] = ()
+    tokens: Sequence[TokenEvent] = ()
+    tree: Json | None = None
 
 
 class ToolListener:
@@ -58,14 +60,14 @@ class ToolListener:
         self._inside = False
         self._after_call = False
 
-    def feed(self, text: str) -> Heard:
-        """Take the next piece of text."""
+    def feed(self, text: str) -> Part:
+        """What the next piece of text adds."""
         self._buffer += text
         shown: list[str] = []
         calls: list[Json] = []
         while (marker := (self._end or self._start) if self._inside else self._start) in self._buffer:
             before, _, self._buffer = self._buffer.partition(marker)
-            heard = self._close(before, self._end) if self._inside else Heard(self._visible(before))
+            heard = self._close(before, self._end) if self._inside else Part(self._visible(before))
             shown.append(heard.text)
             calls.extend(heard.calls)
             self._inside = not self._inside or not self._end  # without an end marker, the next call has begun
@@ -73,20 +75,20 @@ class ToolListener:
             keep = _possible_start(self._buffer, self._start)
             shown.append(self._visible(self._buffer[:keep]))
             self._buffer = self._buffer[keep:]
-        return Heard("".join(shown), calls)
+        return Part("".join(shown), calls)
 
-    def finish(self) -> Heard:
+    def finish(self) -> Part:
         """The end of the text: a call without its end is taken as it is."""
-        return self._close(self._buffer, "") if self._inside else Heard(self._visible(self._buffer))
+        return self._close(self._buffer, "") if self._inside else Part(self._visible(self._buffer))
 
-    def _close(self, text: str, end: str) -> Heard:
+    def _close(self, text: str, end: str) -> Part:
         try:
             parsed = self._parse(text, self._tools)
             calls = [_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # parsers of many hands, fed with whatever a model wrote
-            return Heard(self._start + text + end)
+            return Part(self._start + text + end)
         self._after_call = True
-        return Heard(calls=calls)
+        return Part(calls=calls)
 
     def _visible(self, text: str) -> str:
         """Without the white space after a call, which is no text."""
@@ -101,27 +103,14 @@ def _call(parsed: Json) -> Json:
         raise ValueError("a call without a name")
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return {
-        "id": str(parsed.get("id") or f"call_{secrets.token_hex(12)}"),
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+    call_id = str(parsed.get("id") or f"call_{secrets.token_hex(12)}")
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _possible_start(text: str, marker: str) -> int:
     """Where the longest tail of `text` begins that could be the beginning of `marker`."""
     starts = range(max(0, len(text) - len(marker) + 1), len(text))
     return next((start for start in starts if marker.startswith(text[start:])), len(text))
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Text or tool calls, the tokens they came with, and the tree of the round they belong to."""
-
-    text: str
-    calls: Sequence[Json]
-    tokens: Sequence[TokenEvent]
-    tree: Json | None
 
 
 class PartMaker:
@@ -138,24 +127,23 @@ class PartMaker:
         self._tree: Json | None = None
 
     def round(self, event: RoundEvent) -> Iterator[Part]:
-        """The parts of a round."""
         if self._tree is not None:
-            yield self._part(Heard())
+            yield self._part(Part())
         self._tree = event.tree
         for token in event.tokens:
             self._held.append(token)
-            heard = Heard(token.text) if self._tools is None else self._tools.feed(token.text)
+            heard = Part(token.text) if self._tools is None else self._tools.feed(token.text)
             if heard.text or heard.calls:
                 yield self._part(heard)
 
     def finish(self) -> Part:
         """What is left at the end; it may be empty."""
-        return self._part(Heard() if self._tools is None else self._tools.finish())
+        return self._part(Part() if self._tools is None else self._tools.finish())
 
-    def _part(self, heard: Heard) -> Part:
-        tokens, self._held = self._held, []
-        tree, self._tree = self._tree, None
-        return Part(heard.text, heard.calls, tokens, tree)
+    def _part(self, heard: Part) -> Part:
+        part = replace(heard, tokens=self._held, tree=self._tree)
+        self._held, self._tree = [], None
+        return part
 
 
 class Answer(ABC):
@@ -187,7 +175,6 @@ class Answer(ABC):
             "".join(part.text for part in parts),
             [call for part in parts for call in part.calls],
             [token for part in parts for token in part.tokens],
-            None,
         )
         choice = self._choice(joined, finished.finish_reason, is_whole=True)
         trees = [part.tree for part in parts if part.tree is not None]
@@ -265,12 +252,8 @@ class ChatAnswer(Answer):
 
 def _logprob(entry: TokenLogprob) -> Json:
     # A token may be part of a character: then its text is a stand-in, and its bytes are not known.
-    known = "\ufffd" not in entry.text
-    return {
-        "token": entry.text,
-        "logprob": entry.logprob,
-        "bytes": list(entry.text.encode()) if known else None,
-    }
+    known = None if "\ufffd" in entry.text else list(entry.text.encode())
+    return {"token": entry.text, "logprob": entry.logprob, "bytes": known}
 
 
 class CompletionAnswer(Answer):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 from collections.abc import AsyncIterator, Collection
 from urllib.parse import urlsplit
 
@@ -19,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llmcad_mlx.serve import ServerSettings
+from llmcad_mlx.serve import ServerSettings, is_loopback
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.protocol import ApiError, bad_request, error_response, internal_error, to_json
 
@@ -80,7 +79,7 @@ class Gate:
         self._paths = frozenset(paths)
         self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
         # A web page whose name resolves to this machine would be of the same origin; only its Host gives it away.
-        self._checks_host = settings.is_loopback and self._key is None
+        self._checks_host = is_loopback(settings.host) and self._key is None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,7 +98,7 @@ class Gate:
             app = self._app if refusal is None else error_response(refusal)
             await app(scope, receive, noting)
         except Exception as error:
-            told = internal_error(error)
+            told = error if isinstance(error, ApiError) else internal_error(error)
             if not status:
                 await error_response(told)(scope, receive, noting)
         finally:
@@ -129,16 +128,9 @@ def _is_local(host: str | None) -> bool:
         return True
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
-
-
-def _refusal(status: bytes, message: str, code: str) -> bytes:
-    """A whole answer, for what never becomes a request."""
-    body = to_json(bad_request(message, code=code).body)
-    head = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    return head % (status, len(body)) + body
+    return name.endswith(".localhost") or is_loopback(name)
 
 
 class GuardedProtocol(H11Protocol):
@@ -164,23 +156,24 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _start(self) -> None:
-        self._timer = self.loop.call_later(self.header_s, self._give_up)
+        told = (b"408 Request Timeout", "the request's head came too slowly", "slow_head")
+        self._timer = self.loop.call_later(self.header_s, self._refuse, *told)
 
     def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _give_up(self) -> None:
-        self._refuse(_refusal(b"408 Request Timeout", "the request's head came too slowly", "slow_head"))
-
     def send_400_response(self, msg: str) -> None:
         """What uvicorn does with what is not HTTP."""
-        self._refuse(_refusal(b"400 Bad Request", "this is not a valid HTTP request", "invalid_http"))
+        self._refuse(b"400 Bad Request", "this is not a valid HTTP request", "invalid_http")
 
-    def _refuse(self, answer: bytes) -> None:
+    def _refuse(self, status: bytes, message: str, code: str) -> None:
+        """A whole answer, for what never becomes a request."""
         if self.transport.is_closing():
             return
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR):  # else there is an answer already
-            self.transport.write(answer)
+            body = to_json(bad_request(message, code=code).body)
+            head = b"Connection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\n" + head + body)
         self.transport.close()

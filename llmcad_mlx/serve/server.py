@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -132,10 +133,10 @@ class _Uvicorn(uvicorn.Server):
         """Refuse what waits, break off what runs, send the last answers."""
         _log.warning("shutting down; once more to leave at once")
         # On a thread of its own: that may last a round, and the event loop has answers to send.
-        threading.Thread(target=self._close_worker, name="closing", daemon=True).start()
+        threading.Thread(target=self._end, name="closing", daemon=True).start()
         await super().shutdown(sockets)
 
-    def _close_worker(self) -> None:
+    def _end(self) -> None:
         self.ending.set_result(self._worker.close())
 
 
@@ -177,8 +178,8 @@ class Api:
     def asgi(self) -> Starlette:
         """The application."""
         routes = [
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", partial(self.generation, self._reader.chat), methods=["POST"]),
+            Route("/v1/completions", partial(self.generation, self._reader.completion), methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.one_model),
             Route("/health", self.health),
@@ -199,20 +200,12 @@ class Api:
         app = Starlette(
             routes=routes,
             middleware=[cors, gate] if self._settings.cors else [gate],
-            exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error},
+            exception_handlers={HTTPException: _on_http_error},
         )
         app.router.redirect_slashes = False
         return app
 
-    async def chat(self, request: Request) -> GenerationResponse:
-        return await self._generation(request, self._reader.chat)
-
-    async def completions(self, request: Request) -> GenerationResponse:
-        return await self._generation(request, self._reader.completion)
-
-    async def _generation(
-        self, request: Request, read: Callable[[bytes], GenerationRequest]
-    ) -> GenerationResponse:
+    async def generation(self, read: Callable[[bytes], GenerationRequest], request: Request) -> GenerationResponse:
         if not self._worker.is_alive:
             raise shutting_down()
         wanted, name = read(await read_body(request, self._settings)), self._model.name
@@ -243,11 +236,8 @@ class Api:
         # One place must be left for an answer.
         most = min((n for n in (None if context is None else context - 1, limit) if n is not None), default=None)
         if most is not None and len(tokens) > most:
-            raise bad_request(
-                f"the prompt has {len(tokens)} tokens, and there is room for {most}; shorten it",
-                field,
-                "context_length_exceeded",
-            )
+            message = f"the prompt has {len(tokens)} tokens, and there is room for {most}; shorten it"
+            raise bad_request(message, field, "context_length_exceeded")
         return tokens
 
     async def models(self, request: Request) -> Response:
@@ -259,9 +249,8 @@ class Api:
         return JsonResponse(self._card)
 
     async def health(self, request: Request) -> Response:
-        if not self._worker.is_alive:
-            return JsonResponse({"status": "unavailable"}, 503)
-        return JsonResponse({"status": "ok"})
+        status, code = ("ok", 200) if self._worker.is_alive else ("unavailable", 503)
+        return JsonResponse({"status": status}, code)
 
     async def metrics(self, request: Request) -> Response:
         text = self._metrics.text(len(self._worker.queue), self._worker.num_running)
@@ -269,11 +258,6 @@ class Api:
 
     async def openapi(self, request: Request) -> Response:
         return JsonResponse(_openapi_document(self._reader, needs_key=self._settings.api_key is not None))
-
-
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error_response(error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -307,19 +291,6 @@ class Answer(BaseModel):
     speculation: dict[str, Any] | None = None
 
 
-_REFUSALS = {
-    "400": "The request cannot be served as it is; the message names the field.",
-    "401": "The key is missing or wrong.",
-    "404": "Another model than the one served.",
-    "408": "The body came too slowly.",
-    "413": "The body is too large.",
-    "415": "The body is not application/json.",
-    "429": "Too many requests wait; Retry-After says for how long.",
-    "503": "The server is shutting down.",
-}
-_JSON = "application/json"
-
-
 def _openapi_document(reader: RequestReader, needs_key: bool) -> dict[str, Any]:
     """An OpenAPI 3.1 document of the whole server."""
     chat, completion = reader.chat_model, reader.completion_model
@@ -347,25 +318,22 @@ def _openapi_document(reader: RequestReader, needs_key: bool) -> dict[str, Any]:
 
 
 def _generation(summary: str, request: type[BaseModel]) -> dict[str, Any]:
-    answer = {_JSON: _reference(Answer), "text/event-stream": {"schema": {"type": "string"}}}
+    content = {**_content(Answer), "text/event-stream": {"schema": {"type": "string"}}}
+    operation = _operation(summary, "The answer, whole or as server-sent events.", content)
+    return {**operation, "requestBody": {"required": True, "content": _content(request)}}
+
+
+def _get(summary: str, media_type: str = "application/json", kind: str = "object") -> dict[str, Any]:
+    return _operation(summary, "It is.", {media_type: {"schema": {"type": kind}}})
+
+
+def _operation(summary: str, said: str, content: dict[str, Any]) -> dict[str, Any]:
+    refused = {"description": "A refusal; the message says why.", "content": _content(Error)}
     return {
         "summary": summary,
-        "requestBody": {"required": True, "content": {_JSON: _reference(request)}},
-        "responses": {
-            "200": {"description": "The answer, whole or as server-sent events.", "content": answer},
-            **{status: _error(status) for status in _REFUSALS},
-        },
+        "responses": {"200": {"description": said, "content": content}, "default": refused},
     }
 
 
-def _get(summary: str, media_type: str = _JSON, kind: str = "object") -> dict[str, Any]:
-    answer = {"description": "It is.", "content": {media_type: {"schema": {"type": kind}}}}
-    return {"summary": summary, "responses": {"200": answer, "401": _error("401")}}
-
-
-def _error(status: str) -> dict[str, Any]:
-    return {"description": _REFUSALS[status], "content": {_JSON: _reference(Error)}}
-
-
-def _reference(model: type[BaseModel]) -> dict[str, Any]:
-    return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+def _content(model: type[BaseModel]) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}

@@ -9,8 +9,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,6 @@ from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import COMMITTED
 
 _log = logging.getLogger(__name__)
-_POLL_S = 0.2  # how soon a Ctrl-C is noticed while a model loads
 _REPORT_FROM = "seed"  # the report's keys before it are said elsewhere in OpenAI's answer
 _LEAST_LOGPROB = -9999.0  # what OpenAI gives for a token that cannot come; JSON has no infinity
 _CACHE_SHARE = 0.05  # of the budget, or of the machine's memory
@@ -51,13 +52,13 @@ class Generation:
         self._engine = engine
         self._job = job
         self._num_rounds = 0
-        self._texts: dict[int, str] = {}
+        self._text_of: Callable[[int], str] = cache(lambda token: str(engine.tokenizer.decode([token])))
 
     def run(self) -> FinishedEvent:
         """Generate to the end. Raises CancelledError, and what the engine raises."""
-        request, rounds = self._job.request, list[Round]()
+        rounds: list[Round] = []
         responses = self._engine.stream_generate(
-            self._job.prompt, self._on_progress, rounds.append, options=request.options
+            self._job.prompt, self._on_progress, rounds.append, options=self._job.request.options
         )
         batch: list[TokenEvent] = []
         reason = "stop"
@@ -67,9 +68,7 @@ class Generation:
             batch.append(self._token(response))
             reason = response.finish_reason or reason
             if rounds and len(batch) == len(rounds[-1].walk.tokens):
-                done = rounds.pop()
-                self._job.send(RoundEvent(batch, self._tree(done) if request.show_trees else None))
-                self._num_rounds += 1
+                self._job.send(RoundEvent(batch, self._tree(rounds.pop())))
                 batch = []
                 self.check_cancelled()
         return FinishedEvent(reason, self._usage(reason))
@@ -94,13 +93,11 @@ class Generation:
                 logprobs.append(TokenLogprob(token, self._text_of(token), logprob))
         return TokenEvent(response.token, response.text, response.from_draft, logprobs)
 
-    def _text_of(self, token: int) -> str:
-        if token not in self._texts:
-            self._texts[token] = str(self._engine.tokenizer.decode([token]))
-        return self._texts[token]
-
-    def _tree(self, done: Round) -> dict[str, Any]:
-        """The round as the contract has it: nodes as drafted, parents first."""
+    def _tree(self, done: Round) -> dict[str, Any] | None:
+        """The round as the contract has it, where asked for: nodes as drafted, parents first."""
+        if not self._job.request.show_trees:
+            return None
+        self._num_rounds += 1
         tree, bonus, plan = done.drafted, done.bonus_token, self._engine.pair.plan
         nodes = [
             {
@@ -112,7 +109,7 @@ class Generation:
             for node, (token, state) in enumerate(zip(tree.tokens, done.states(), strict=True))
         ]  # fmt: skip
         return {
-            "index": self._num_rounds,
+            "index": self._num_rounds - 1,
             "nodes": nodes,
             "bonus": None if bonus is None else {"id": bonus, "text": self._text_of(bonus)},
             "tokens_per_s": self.stats.tokens_per_s,
@@ -124,8 +121,7 @@ class Generation:
     def _usage(self, reason: str) -> dict[str, Any]:
         options = self._job.request.options
         report = Answer(self.tokens, [], reason, self.stats).report(self._engine, options)
-        names = list(report)
-        speculation = {name: report[name] for name in names[names.index(_REPORT_FROM) :]}
+        speculation = dict(dropwhile(lambda figure: figure[0] != _REPORT_FROM, report.items()))
         prompt, completion = self.stats.prompt_tokens, len(self.tokens)
         return {
             "prompt_tokens": prompt,
@@ -231,8 +227,6 @@ class Worker:
     def start(self) -> ServedModel:
         """Load the model and begin to serve the queue. Raises what loading raises."""
         self._thread.start()
-        while not wait([self._model], _POLL_S).done:
-            pass
         return self._model.result()
 
     @property

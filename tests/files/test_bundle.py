@@ -1,9 +1,10 @@
-"""Bundles: what is in them, and that nothing altered, cut off or foreign is taken for one."""
+"""Bundles: what is in them, and that nothing altered, cut off or foreign is taken for one, loaded or used."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from llmcad_mlx import __version__
-from llmcad_mlx.errors import ModelError
+from llmcad_mlx import __version__, load
+from llmcad_mlx.errors import ModelError, StorageError, UsageError
 from llmcad_mlx.files.bundle import (
     FILE,
     Bundle,
@@ -29,9 +30,13 @@ from llmcad_mlx.files.bundle import (
 )
 from llmcad_mlx.files.safetensors import TensorSpec, read_weights
 from llmcad_mlx.store.convert import convert_folder
-from tests.support.tiny_folder import copy_folder, make_folder, write_bundle
+from llmcad_mlx.streaming.build import Prepared
+from llmcad_mlx.streaming.storage import FileStorage
+from tests.support.tiny_folder import copy_folder, family_folder, make_folder, write_bundle
 
-LAYERS = 3
+LAYERS = 4
+
+pytestmark = pytest.mark.usefixtures("tiny_home", "streams_small_matrices")
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +76,8 @@ def test_mlx_lm_opens_a_bundle_with_equal_weights(stock: Path, tmp_path: Path) -
 
 def test_every_layer_is_one_aligned_run_of_bytes_in_order(bundle_folder: Path) -> None:
     bundle = known(bundle_folder)
-    assert [layer.name for layer in bundle.layers] == [
-        "embedding",
-        *(f"layer {number}" for number in range(LAYERS)),
-        "rest",
-        "head",
-    ]
+    numbered = [f"layer {number}" for number in range(LAYERS)]
+    assert [layer.name for layer in bundle.layers] == ["embedding", *numbered, "rest", "head"]
     position = bundle.layers[0].offset
     assert position % 4096 == 0
     for layer in bundle.layers:
@@ -112,12 +113,9 @@ def test_what_else_the_file_says(bundle_folder: Path) -> None:
     assert known(bundle_folder).num_bytes == sum(layer["bytes"] for layer in content["layers"])
 
 
-def test_a_stock_folder_is_no_bundle(stock: Path) -> None:
+def test_verification_reports_every_byte(bundle_folder: Path, stock: Path) -> None:
     assert read_bundle(stock) is None
     assert verify_bundle(stock) is None
-
-
-def test_verification_reports_every_byte(bundle_folder: Path) -> None:
     reports: list[int] = []
     assert verify_bundle(bundle_folder, reports.append) == known(bundle_folder)
     assert sum(reports) == known(bundle_folder).num_bytes
@@ -219,6 +217,160 @@ def test_a_file_that_shrinks_while_it_is_verified(damaged: Path) -> None:
     known_offset = known(damaged).layers[2].offset
     with pytest.raises(ModelError, match=r"model\.safetensors: layer 1 is cut off"):
         verify_bundle(damaged, cut)
+
+
+# --- verify=True: while a model is loaded and used ------------------------------------------------------------
+
+PROMPT = "then the other one ran in and then the other one"
+ALTERED = r"model\.safetensors: {} was altered .*; fetch or convert the model again"
+
+
+@pytest.fixture(scope="module")
+def tied(stock: Path) -> Path:
+    """A quantised model whose embedding is the head."""
+    shape = {"tie_word_embeddings": True, "intermediate_size": 64}
+    folder = family_folder(stock.parent / "tied", "qwen2", bits=4, **shape)
+    write_bundle(folder, stock.parent / "tied-bundle")
+    return stock.parent / "tied-bundle"
+
+
+def alter(folder: Path, tensor: str, share: float = 0.5) -> None:
+    """Flip a bit of a tensor, as a failing disk would: the file's size and times stay."""
+    extent = read_weights(folder)[tensor]
+    before = os.stat(extent.file)
+    with extent.file.open("r+b") as file:
+        at = extent.offset + int(share * extent.num_bytes)
+        (byte,) = os.pread(file.fileno(), 1, at)
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), at)
+    os.utime(extent.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("which", ["bundle_folder", "tied"])
+def test_an_unaltered_bundle_gives_the_resident_tokens(request: pytest.FixtureRequest, which: str) -> None:
+    folder = request.getfixturevalue(which)
+    with load(folder, None) as engine:
+        expected = engine.generate(PROMPT, max_tokens=12).tokens
+    with load(folder, None, pinned=0) as engine:
+        assert engine.pair.plan is not None
+        total = engine.pair.plan.streamed_bytes
+    for options in ({"pinned": 0}, {"pinned": total // 3}, {"pinned": total}, {}):  # {}: wholly in memory
+        with load(folder, "ngram", verify=True, **options) as engine:
+            assert engine.pair.plan is not None
+            assert (engine.pair.plan.streamed_bytes == 0) == (options in ({"pinned": total}, {}))
+            assert engine.generate(PROMPT, max_tokens=12, tree_nodes=6).tokens == expected
+            assert engine.generate(PROMPT + " x", max_tokens=12).stats.target_passes > 0
+
+
+@pytest.mark.parametrize("pinned", [0, 10**9], ids=["streamed", "pinned"])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        f"model.layers.{LAYERS - 1}.mlp.down_proj.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+@pytest.mark.parametrize("share", [0.0, 0.999])
+def test_a_byte_altered_before_loading_is_found(damaged: Path, tensor: str, pinned: int, share: float) -> None:
+    alter(damaged, tensor, share)
+    with pytest.raises(StorageError, match=ALTERED.format(tensor)) as caught:
+        load(damaged, None, pinned=pinned, verify=True)
+    assert str(damaged) in str(caught.value)
+    with load(damaged, None, pinned=pinned):  # nobody asked
+        pass
+
+
+@pytest.mark.parametrize("tensor", ["weight", "scales", "biases"])
+def test_every_part_of_a_quantised_head_is_checked(tied: Path, tmp_path: Path, tensor: str) -> None:
+    folder = copy_folder(tied, tmp_path / "copy")
+    alter(folder, f"model.embed_tokens.{tensor}")
+    with pytest.raises(StorageError, match=ALTERED.format(rf"model\.embed_tokens\.{tensor}")):
+        load(folder, None, pinned=0, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "unit"),
+    [("model.layers.3.mlp.up_proj.weight", "layer 3"), ("lm_head.weight", "head rows 0 to [0-9]+")],
+)
+def test_a_streamed_byte_altered_while_running_is_found(damaged: Path, tensor: str, unit: str) -> None:
+    with load(damaged, None) as engine:
+        expected = engine.generate(PROMPT, max_tokens=12).tokens
+    tokens = []
+    with load(damaged, None, pinned=0, verify=True) as engine:
+        with pytest.raises(  # noqa: PT012
+            StorageError, match=rf"model\.safetensors: the bytes of {unit} are not what they were; fetch the model"
+        ):
+            for response in engine.stream_generate(PROMPT, max_tokens=12):
+                tokens.append(response.token)
+                if len(tokens) == 4:
+                    alter(damaged, tensor)
+        assert 4 <= len(tokens) < 12
+        assert tokens == expected[: len(tokens)]
+        alter(damaged, tensor)  # back
+        assert engine.generate(PROMPT, max_tokens=12).tokens == expected
+
+
+@pytest.mark.parametrize(
+    "tensor", ["model.layers.1.mlp.gate_proj.weight", "lm_head.weight", "model.embed_tokens.weight"]
+)
+def test_a_byte_altered_before_it_is_pinned_is_found(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch, tensor: str
+) -> None:
+    """What is kept is checked as it is read to be kept, not only before."""
+    build_target = Prepared.build
+
+    def late(*args: Any, **options: Any) -> Any:
+        alter(damaged, tensor)
+        return build_target(*args, **options)
+
+    monkeypatch.setattr(Prepared, "build", late)
+    with pytest.raises(StorageError, match=ALTERED.format(tensor)):
+        load(damaged, None, pinned=10**9, verify=True)
+
+
+def test_an_altered_draft_is_found(bundle_folder: Path, stock: Path, damaged: Path) -> None:
+    with load(bundle_folder, damaged, pinned=0, verify=True) as engine:
+        assert len(engine.pair.drafters) == 2
+    alter(damaged, "model.layers.0.mlp.down_proj.weight")
+    with pytest.raises(ModelError, match="layer 0 was altered"):
+        load(bundle_folder, damaged, pinned=0, verify=True)
+    with load(bundle_folder, stock, pinned=0, verify=True):  # a draft without checksums changes no token
+        pass
+
+
+@pytest.mark.parametrize("where", [{}, {"pinned": 0}])
+def test_a_folder_without_checksums_is_refused(stock: Path, where: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=r"verify: .* has no checksums; make a bundle with `llmcad-mlx convert "):
+        load(stock, None, verify=True, **where)
+
+
+def test_the_command_line_refuses_and_finds(stock: Path, damaged: Path, output: Any) -> None:
+    words = ["generate", "--raw", PROMPT, "-m", "4", "--verify", "--pinned", "0", "--draft", "none", "--target"]
+    assert "make a bundle with `llmcad-mlx convert" in output(*words, stock, code=2)[1]
+    output(*words, damaged)
+    alter(damaged, "lm_head.weight")
+    (line,) = output(*words, damaged, code=1)[1].splitlines()
+    assert "lm_head.weight was altered" in line
+
+
+def test_without_verification_each_byte_is_read_once(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks cost a read of everything, so they come only when they are asked for."""
+    read: list[int] = []
+    read_into = FileStorage.read_into
+
+    def counting(self: FileStorage, file: Path, offset: int, out: memoryview) -> None:
+        read.append(len(out))
+        read_into(self, file, offset, out)
+
+    monkeypatch.setattr(FileStorage, "read_into", counting)
+    with load(bundle_folder, None, pinned=10**9):
+        without = sum(read)
+    read.clear()
+    with load(bundle_folder, None, pinned=10**9, verify=True):
+        assert sum(read) == without + known(bundle_folder).num_bytes
 
 
 # --- writing --------------------------------------------------------------------------------------------------

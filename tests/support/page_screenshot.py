@@ -30,13 +30,13 @@ def main(url: str, file: str, scheme: Any = "light", screen: str = "desktop", qu
             page.get_by_label("Message").fill(question)
             page.get_by_label("Message").press("Enter")
             page.locator('.answer[aria-busy="false"]').wait_for(timeout=300_000)
-            best, most = 0, -1
-            for index in range(int(page.get_by_label("Round", exact=True).get_attribute("max") or 1)):
-                page.get_by_label("Round", exact=True).fill(str(index + 1))
-                accepted = page.locator(".tree-node.accepted").count()
-                if accepted > most:
-                    best, most = index, accepted
-            page.get_by_label("Round", exact=True).fill(str(best + 1))
+            rounds = page.get_by_label("Round", exact=True)
+
+            def accepted(number: int) -> int:
+                rounds.fill(str(number))
+                return page.locator(".tree-node.accepted").count()
+
+            rounds.fill(str(max(range(1, 1 + int(rounds.get_attribute("max") or 1)), key=accepted)))
             page.get_by_label("Message").focus()
         page.screenshot(path=file)
         browser.close()

@@ -16,10 +16,12 @@ import mlx.core as mx
 from httpx_sse import EventSource
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmcad_mlx import Engine, load
+from llmcad_mlx import Engine
 from llmcad_mlx.api import Response
+from llmcad_mlx.loader import load_pair
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.server import LlmServer
+from llmcad_mlx.settings import MemoryOptions
 
 NAME = "tiny"
 CHAT = [{"role": "user", "content": "tell me of the cat"}]
@@ -62,9 +64,8 @@ def loader(
             import numba
 
             numba.set_num_threads(1)
-        engine = load(folder, draft, **options)
-        engine.__class__ = kind
-        return engine
+        pair = load_pair(str(folder), str(draft or "none"), False, MemoryOptions.of(**options))
+        return kind(pair)
 
     return load_there
 

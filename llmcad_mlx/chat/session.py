@@ -51,11 +51,10 @@ class Conversation:
         if not isinstance(system, str | None) or not isinstance(entries, list) or len(entries) % 2:
             raise ValueError("not a conversation")
         messages = tuple(Message(**entry) for entry in entries)
-        for number, message in enumerate(messages):
-            if not isinstance(message.content, str) or not isinstance(message.complete, bool):
-                raise ValueError("not a message")
-            if message.role != (USER, ASSISTANT)[number % 2]:
-                raise ValueError("not messages that alternate")
+        if any(message.role != (USER, ASSISTANT)[number % 2] for number, message in enumerate(messages)):
+            raise ValueError("not messages that alternate")
+        if not all(isinstance(m.content, str) and isinstance(m.complete, bool) for m in messages):
+            raise ValueError("not messages")
         return cls(system, messages)
 
 

@@ -14,14 +14,7 @@ from typer import Argument, Context, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.measure.workload import (
-    DEFAULT_VARIANTS,
-    MLX_LM,
-    Workload,
-    listed,
-    parse_variants,
-    variant_help,
-)
+from llmcad_mlx.measure.workload import DEFAULT_VARIANTS, MLX_LM, Workload, listed, parse_variants, variant_help
 from llmcad_mlx.settings import check_integer
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ class Growth:
         self._begun.append(drafter)
 
     def draft(self, free_seconds: Callable[[], float] = lambda: 0.0) -> None:
-        """Ask the drafters in order, cheapest first, for as long as the policy wants more of each.
+        """Ask the drafters in order, cheapest first, while the policy wants more of each.
 
         free_seconds: how long that delays nothing.
         """

@@ -20,7 +20,6 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """stops: not empty ones."""
         self._stops = stops
         self._longest = max(map(len, stops), default=0)
         self.held = ""

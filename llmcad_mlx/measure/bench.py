@@ -11,19 +11,9 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from llmcad_mlx.loader import LoadedPair
-from llmcad_mlx.measure import output
+from llmcad_mlx.measure import output, runner
 from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, number, share
-from llmcad_mlx.measure.runner import (
-    OnTurn,
-    Run,
-    count_mismatches,
-    encode_prompts,
-    make_contenders,
-    run_mismatches,
-    take_turns,
-    total_stats,
-    until_interrupted,
-)
+from llmcad_mlx.measure.runner import OnTurn, Run, total_stats
 from llmcad_mlx.measure.workload import MLX_LM, PLAIN, Variant, Workload, grouped
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.pull import DEFAULT_PRESET
@@ -55,15 +45,17 @@ def run_benchmark(
     """Run all variants on a loaded pair; `target` is its name for people, `on_turn` as in `take_turns`. Ctrl-C
     ends it early with what was done. Raises UsageError for a variant that the pair cannot run."""
     runs: list[Run] = []
-    turns = take_turns(make_contenders(variants, pair), encode_prompts(workload.prompts, pair), workload, on_turn)
-    interrupted = until_interrupted(turns, runs)
+    turns = runner.take_turns(
+        runner.make_contenders(variants, pair), runner.encode_prompts(workload.prompts, pair), workload, on_turn
+    )
+    interrupted = runner.until_interrupted(turns, runs)
     return Benchmark(variants, workload, target or DEFAULT_PRESET, pair, runs, interrupted)
 
 
 def bench_report(done: Benchmark) -> Report:
     """Tables, notes, plots, and in the document everything: bytes in bytes, times in seconds."""
     runs, work, pair, rate = done.runs, done.workload, done.pair, done.pair.options.read_bandwidth
-    lines, wrong = summarise(runs, done.comparable, rate), run_mismatches(runs, done.comparable)
+    lines, wrong = summarise(runs, done.comparable, rate), runner.run_mismatches(runs, done.comparable)
     document = {
         "target": done.target,
         "draft": pair.draft_name,
@@ -227,7 +219,7 @@ def _summary(
     variant: str, domain: str, runs: Sequence[Run], comparable: bool, read_bandwidth: float | None
 ) -> VariantSummary:
     own = [run for run in runs if run.variant == variant]
-    stats, (mismatches, num_compared) = total_stats(own), count_mismatches(runs, variant, comparable)
+    stats, (mismatches, num_compared) = total_stats(own), runner.count_mismatches(runs, variant, comparable)
     done = [run.generation for run in own]
     decode_s, all_s = sum(g.decode_s for g in done if g.stats is not None), sum(g.decode_s for g in done)
     num_bytes = sum(g.stats.target_passes * g.pass_bytes for g in done if g.stats is not None)

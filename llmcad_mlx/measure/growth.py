@@ -66,11 +66,6 @@ class GrowthPoint:
     context: int
     passes: tuple[TimedPass, ...]
 
-    @property
-    def value(self) -> int:
-        """What the question lets grow: bytes, nodes or tokens."""
-        return {"bytes": self.streamed_bytes, "nodes": self.nodes, "context": self.context}[self.question]
-
 
 class PassTimer:
     """Times passes of one loaded target over random trees, after a text that repeats itself."""
@@ -162,15 +157,13 @@ class Growth:
 
     def of(self, question: Question) -> list[GrowthPoint]:
         """The points of one question, from small to large."""
-        return sorted((p for p in self.points if p.question == question), key=lambda point: point.value)
+        points = (point for point in self.points if point.question == question)
+        return sorted(points, key=lambda point: (point.streamed_bytes, point.nodes, point.context))
 
     def measure(self, show_progress: bool = False, on_turn: OnTurn = lambda name, total: None) -> None:
-        """Measure nodes and context on the target as `memory` says, bytes with several amounts pinned.
-
-        One target is loaded at a time. show_progress is for downloads; on_turn is called up to `NUM_STEPS` times.
-        Ctrl-C ends it early with the questions that were answered. Raises the errors of `load_pair` and
-        `PassTimer`.
-        """
+        """Measure nodes and context on the target as `memory` says, bytes with several amounts pinned, one target
+        loaded at a time. show_progress is for downloads; on_turn is called up to `NUM_STEPS` times. Ctrl-C ends it
+        early with the questions that were answered. Raises the errors of `load_pair` and `PassTimer`."""
         self.interrupted = until_interrupted(self._answers(show_progress, on_turn), self.points)
 
     def _answers(self, show_progress: bool, on_turn: OnTurn) -> Iterator[list[GrowthPoint]]:

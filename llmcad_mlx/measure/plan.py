@@ -91,8 +91,8 @@ class Forecast:
     rate: ReadRate | None
     measured: Measured | None
     speeds: Speeds
-    larger: tuple[Alternative, ...]
-    drafts: tuple[Alternative, ...]
+    larger: Sequence[Alternative]
+    drafts: Sequence[Alternative]
 
 
 def make_forecast(pair: PlannedPair) -> Forecast:
@@ -103,18 +103,17 @@ def make_forecast(pair: PlannedPair) -> Forecast:
     elif reads := pair.weights.streamed_reads(pair.plan):
         rate = measure_read_rate(reads)
 
-    def alternatives(plans: Iterator[tuple[str, MemoryPlan]], drafted: bool) -> tuple[Alternative, ...]:
-        return tuple(
-            Alternative(name, plan, Speeds.of(plan.streamed_bytes, rate, measured, drafted))
-            for name, plan in plans
-        )
+    def speeds(plan: MemoryPlan, drafted: bool = True) -> Speeds:
+        return Speeds.of(plan.streamed_bytes, rate, measured, drafted)
 
+    larger = larger_plans(pair.needs, pair.plan)
+    drafts = smaller_drafts(pair.needs, pair.plan, pair.options.pinned)
     return Forecast(
         rate=rate,
         measured=measured,
-        speeds=Speeds.of(pair.plan.streamed_bytes, rate, measured),
-        larger=alternatives(larger_plans(pair.needs, pair.plan), drafted=True),
-        drafts=alternatives(smaller_drafts(pair.needs, pair.plan, pair.options.pinned), drafted=False),
+        speeds=speeds(pair.plan),
+        larger=[Alternative(name, plan, speeds(plan)) for name, plan in larger],
+        drafts=[Alternative(name, plan, speeds(plan, drafted=False)) for name, plan in drafts],
     )
 
 
@@ -254,18 +253,16 @@ def _megabytes(num_bytes: int | None) -> str:
 def _notes(pair: PlannedPair, forecast: Forecast) -> list[str]:
     """Where the figures come from."""
     plan = pair.plan
-    return [
-        *(["No budget is set: --memory 6GB sets one."] if plan.budget_bytes is None else []),
+    notes = ["No budget is set: --memory 6GB sets one."] if plan.budget_bytes is None else []
+    notes += [
         f"Room for {plan.context} tokens of context, trees of {plan.max_nodes} nodes, "
         f"prompt chunks of {plan.prefill_chunk} tokens.",
         _rate_note(forecast.rate),
         _measured_note(forecast.measured, plan),
-        *(
-            ["Larger budgets are spent as --pinned auto would."]
-            if forecast.larger and pair.options.pinned is not None
-            else []
-        ),
     ]
+    if forecast.larger and pair.options.pinned is not None:
+        notes.append("Larger budgets are spent as --pinned auto would.")
+    return notes
 
 
 def _rate_note(rate: ReadRate | None) -> str:

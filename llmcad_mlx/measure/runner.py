@@ -211,22 +211,18 @@ class EngineContender:
     """Our engine with one speculation setting. What it learns about costs is kept from run to run."""
 
     def __init__(self, name: str, pair: LoadedPair, settings: SpeculationSettings) -> None:
-        self.name = name
-        self._pair = pair
-        self._engine = Engine(pair)
-        self._settings = settings
+        self.name, self._engine, self._settings = name, Engine(pair), settings
 
     def generate(self, prompt: Sequence[int], options: GenerationOptions) -> Generation:
         self._engine.restore(None)  # no prompt is taken over from the run before
+        options = replace(options, speculation=self._settings)
         tokens, stats = [], GenerationStats()
         started = time.perf_counter()
-        for response in self._engine.stream_generate(
-            list(prompt), options=replace(options, speculation=self._settings)
-        ):
+        for response in self._engine.stream_generate(list(prompt), options=options):
             tokens.append(response.token)
             stats = response.stats or stats
         seconds = time.perf_counter() - started
-        plan = self._pair.plan
+        plan = self._engine.pair.plan
         return Generation(
             tokens=tuple(tokens),
             num_timed=len(tokens),
@@ -279,8 +275,7 @@ class WrongDrafter:
     """
 
     def __init__(self, inner: Drafter, vocab_size: int) -> None:
-        self.inner = inner
-        self.vocab_size = vocab_size
+        self.inner, self.vocab_size = inner, vocab_size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -22,21 +22,10 @@ import mlx.core as mx
 
 from llmcad_mlx.errors import LlmcadError, UsageError
 from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
-from llmcad_mlx.measure import output
+from llmcad_mlx.measure import output, runner
 from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates, short_name
 from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, milliseconds, number
-from llmcad_mlx.measure.runner import (
-    EngineContender,
-    OnTurn,
-    PromptName,
-    Run,
-    Turn,
-    count_mismatches,
-    encode_prompts,
-    schedule,
-    total_stats,
-    until_interrupted,
-)
+from llmcad_mlx.measure.runner import EngineContender, OnTurn, PromptName, Run, Turn, total_stats
 from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, grouped
 from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
 from llmcad_mlx.policy.costs import CostModel
@@ -173,7 +162,7 @@ class Tuning:
             for who, repetitions in planned
             for run in self._sit(who, repetitions, lambda label: on_turn(label, num_turns))
         )
-        self.interrupted = until_interrupted(runs, self.runs)
+        self.interrupted = runner.until_interrupted(runs, self.runs)
 
     def _sit(
         self, who: Sequence[Candidate], repetitions: range, on_turn: Callable[[str], None]
@@ -192,8 +181,8 @@ class Tuning:
                 except (LlmcadError, MemoryError) as error:
                     self._fail(candidate.name, error)
             if contenders:
-                prompts = encode_prompts(work.prompts, pairs[0])
-                yield from self._do(schedule(contenders, prompts, repetitions, work.warmup), on_turn)
+                prompts = runner.encode_prompts(work.prompts, pairs[0])
+                yield from self._do(runner.schedule(contenders, prompts, repetitions, work.warmup), on_turn)
         finally:
             contenders.clear()
             for pair in pairs:
@@ -378,7 +367,7 @@ def candidate_figures(plan: TunePlan, seat: Seat, runs: Sequence[Run]) -> Candid
     """One candidate's figures; `runs` are those of all candidates."""
     name, costs, memory = seat.candidate.name, seat.profile.costs, seat.plan
     own = [run for run in runs if run.variant == name]
-    middle, (mismatches, num_compared) = median_runs(own), count_mismatches(runs, name, reference=NO_DRAFT)
+    middle, (mismatches, num_compared) = median_runs(own), runner.count_mismatches(runs, name, reference=NO_DRAFT)
     streamed = 0 if memory is None else memory.streamed_bytes
     prediction = Prediction.of(among(middle, plan.calibrating), costs, streamed, plan.memory.read_bandwidth)
     predicted = None if prediction is None else prediction.tokens_per_s

@@ -50,9 +50,7 @@ class GrowthPolicy(Protocol):
 
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
         """Start a round. `tree` is a lone root, or what survived: the last round's tree below its bonus token.
-
-        `survivors`: how the nodes of `tree`, which is its tree, were called in the last round.
-        """
+        `survivors`, whose tree it is then, says how its nodes were called in that round."""
 
     def next_leaves(self, tree: TokenTree, source: str, free_seconds: float = 0.0) -> Sequence[int]:
         """Nodes for the drafter `source` to expand in one batched step; empty: it is done for this round. No

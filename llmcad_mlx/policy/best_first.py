@@ -81,8 +81,6 @@ class ThroughputPolicy:
         """All drafters; those that only look up while drafting with the model does not pay."""
         return source != MODEL or self._draft_account.drafting or self.tree_nodes is not None
 
-    # -- growth ------------------------------------------------------------------------------------------
-
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
         before, self._expanded = self._expanded, {}
         if survivors is not None:
@@ -204,8 +202,6 @@ class ThroughputPolicy:
         expanded.update(leaves)
         self._model_used = self._model_used or (source == MODEL and bool(leaves))
         return leaves
-
-    # -- verification ------------------------------------------------------------------------------------
 
     def submit(self, tree: TokenTree) -> Selection:
         """The best nodes, as many as maximise expected tokens minus the price of the target pass."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from statistics import median_low
 from typing import Any
 
@@ -30,15 +30,6 @@ class RoundTotals:
     tokens: float = 0.0
     rows: float = 0.0
     rest_s: float = 0.0
-
-    @classmethod
-    def from_dict(cls, data: Any) -> RoundTotals:
-        """Read what `asdict` gave. Raises ValueError for anything else."""
-        if not isinstance(data, Mapping) or set(data) != {entry.name for entry in fields(cls)}:
-            raise ValueError("rounds: not what was saved")
-        if not all(isinstance(value, float) and 0.0 <= value < float("inf") for value in data.values()):
-            raise ValueError("rounds: not numbers")
-        return cls(**data)
 
 
 class StepTimes:
@@ -222,5 +213,10 @@ class CostModel:
             raise ValueError(f"cost model: one of {', '.join(_STEPS)}, rounds is missing")
         model = cls()
         model.draft, model.verify, model.computing = (StepTimes.from_dict(data[name]) for name in _STEPS)
-        model.totals = RoundTotals.from_dict(data["rounds"])
+        rounds = data["rounds"]
+        if not isinstance(rounds, Mapping) or set(rounds) != set(asdict(model.totals)):
+            raise ValueError("rounds: not what was saved")
+        if not all(isinstance(value, float) and 0.0 <= value < float("inf") for value in rounds.values()):
+            raise ValueError("rounds: not numbers")
+        model.totals = RoundTotals(**rounds)
         return model

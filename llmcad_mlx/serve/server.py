@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -177,8 +178,8 @@ class Api:
     def asgi(self) -> Starlette:
         """The application."""
         routes = [
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", partial(self.generation, self._reader.chat), methods=["POST"]),
+            Route("/v1/completions", partial(self.generation, self._reader.completion), methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.one_model),
             Route("/health", self.health),
@@ -204,15 +205,7 @@ class Api:
         app.router.redirect_slashes = False
         return app
 
-    async def chat(self, request: Request) -> GenerationResponse:
-        return await self._generation(request, self._reader.chat)
-
-    async def completions(self, request: Request) -> GenerationResponse:
-        return await self._generation(request, self._reader.completion)
-
-    async def _generation(
-        self, request: Request, read: Callable[[bytes], GenerationRequest]
-    ) -> GenerationResponse:
+    async def generation(self, read: Callable[[bytes], GenerationRequest], request: Request) -> GenerationResponse:
         if not self._worker.is_alive:
             raise shutting_down()
         wanted, name = read(await read_body(request, self._settings)), self._model.name
@@ -243,11 +236,8 @@ class Api:
         # One place must be left for an answer.
         most = min((n for n in (None if context is None else context - 1, limit) if n is not None), default=None)
         if most is not None and len(tokens) > most:
-            raise bad_request(
-                f"the prompt has {len(tokens)} tokens, and there is room for {most}; shorten it",
-                field,
-                "context_length_exceeded",
-            )
+            message = f"the prompt has {len(tokens)} tokens, and there is room for {most}; shorten it"
+            raise bad_request(message, field, "context_length_exceeded")
         return tokens
 
     async def models(self, request: Request) -> Response:
@@ -259,9 +249,8 @@ class Api:
         return JsonResponse(self._card)
 
     async def health(self, request: Request) -> Response:
-        if not self._worker.is_alive:
-            return JsonResponse({"status": "unavailable"}, 503)
-        return JsonResponse({"status": "ok"})
+        status, code = ("ok", 200) if self._worker.is_alive else ("unavailable", 503)
+        return JsonResponse({"status": status}, code)
 
     async def metrics(self, request: Request) -> Response:
         text = self._metrics.text(len(self._worker.queue), self._worker.num_running)

@@ -14,18 +14,10 @@ from matplotlib.figure import Figure
 from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
-from llmcad_mlx.measure import runner
+from llmcad_mlx.measure import runner, workload
 from llmcad_mlx.measure.bench import Benchmark, bench_report, plots_of, run_benchmark, summarise, summary_tables
 from llmcad_mlx.measure.runner import EngineContender, Generation, WrongDrafter, run_mismatches, variant_pair
-from llmcad_mlx.measure.workload import (
-    BenchPrompt,
-    Variant,
-    Workload,
-    load_prompts,
-    mixed_by_domain,
-    parse_variants,
-    variant_help,
-)
+from llmcad_mlx.measure.workload import BenchPrompt, Variant, Workload, load_prompts, parse_variants
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import GenerationOptions, SamplingSettings, SpeculationSettings
@@ -89,7 +81,8 @@ def test_variants_are_what_their_names_say() -> None:
     assert both == SpeculationSettings("paper", pipeline=False, tree=False, fallback=False)
     assert found["throughput-no-pipeline"].settings == SpeculationSettings(pipeline=False)
     assert all(
-        f"{name} (" in variant_help() for name in ("chain or chain:K", "tree:N", "no-draft", "mlx-lm-draft")
+        f"{name} (" in workload.variant_help()
+        for name in ("chain or chain:K", "tree:N", "no-draft", "mlx-lm-draft")
     )
 
 
@@ -143,7 +136,7 @@ def test_every_variant_runs_once_at_each_place_and_first_equally_often() -> None
 
 
 def test_the_warm_up_comes_first_and_meets_several_domains() -> None:
-    mixed = mixed_by_domain([BenchPrompt(d, n, "x") for d in "ab" for n in "12"])
+    mixed = workload.mixed_by_domain([BenchPrompt(d, n, "x") for d in "ab" for n in "12"])
     assert [(p.domain, p.name) for p in mixed] == [("a", "1"), ("b", "1"), ("a", "2"), ("b", "2")]
     turns = list(runner.schedule([Scripted(name, []) for name in "ab"], encoded(4), range(1), warmup=2))
     assert [(turn.warms_up, turn.place.prompt) for turn in turns[:4]] == [(True, p) for p in "0011"]

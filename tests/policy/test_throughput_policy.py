@@ -385,22 +385,14 @@ def test_as_many_nodes_are_submitted_as_gain_most(seed: int, size: int, times: l
 
 def test_lookups_not_worth_a_row_are_left_out_but_learned_from() -> None:
     """The target's choice judges them all the same, so a lookup that becomes good is noticed for nothing."""
-    calibration = Calibration()
-    policy = ThroughputPolicy(measured({1: 1.0, 2: 1.8, 64: 60.0}), calibration)
-    before = calibration.probabilities([0.4], NGRAM)[0]
-    for position in range(120):  # a text in which no row was paid for yet is looked at every other round
-        tree = TokenTree(0, position)
-        policy.begin(tree)
-        for leaf in policy.next_leaves(tree, NGRAM):
-            policy.add(tree, leaf, Candidates([7], [0.4], NGRAM))
-        submitted = policy.submit(tree).tree
-        if len(submitted) == 2:
-            break
-        steps = walk(submitted, lambda node, path: 7)
-        policy.verified(submitted, steps)
-        policy.finished(len(steps.tokens), 1.0)
-    assert calibration.probabilities([0.4], NGRAM)[0] > before
-    assert len(submitted) == 2  # it has turned out to be worth its row
+    world = World([], [], verify_s=dearer(0.8), ngram=0.4, ngram_accept=1.0)
+    for rows in (1, 2) * 3:
+        world.policy.costs.verify.observe(rows, world.verify_s(rows))
+    world.run(2)
+    assert world.tested == 0
+    assert world.policy.calibration.probabilities([0.4], NGRAM)[0] > 0.4
+    world.run(200)
+    assert world.tested > 50  # it has turned out to be worth its row
 
 
 def test_lookups_that_turn_wrong_cost_a_new_text_little() -> None:

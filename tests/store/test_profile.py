@@ -104,12 +104,3 @@ def test_every_pair_and_device_has_its_own_file(own_home: Path) -> None:
     assert len(paths) == 8
     assert {path.parent for path in paths} == {own_home / "profiles"}
     assert profile_path([target, draft], "cpu") in paths
-
-
-def test_recent_rounds_count_most() -> None:
-    costs = learned(None).costs
-    for num_tokens in [1] * 500 + [3] * 500:
-        costs.observe_round(num_tokens, 0.6)
-    totals = costs.totals
-    shares = [number / totals.rounds for number in (totals.tokens, totals.rows, totals.rest_s)]
-    assert shares == pytest.approx([3, 16, 0.3], abs=0.05)

@@ -1,7 +1,9 @@
-"""The token tree: building, selecting, re-rooting."""
+"""The token tree: building, selecting, re-rooting; the walk over it: lossless for any tree, and its counts."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, NGRAM, ROOT, TokenTree
+from llmcad_mlx.tree.walk import Walk, walk
 from tests.support.trees import check_integrity
 
 # Few distinct values, so that ties, certainties and zeros are common.
@@ -16,11 +19,13 @@ CONFIDENCES = st.sampled_from([0.0, 1e-9, 0.25, 0.5, 0.5, 0.9, 1.0, 1.0])
 
 
 @st.composite
-def trees(draw: st.DrawFn, max_adds: int = 12) -> TokenTree:
+def trees(draw: st.DrawFn, num_tokens: int = 6, max_adds: int = 12) -> TokenTree:
     tree = TokenTree(draw(st.integers(0, 9)), draw(st.integers(0, 100)))
     for _ in range(draw(st.integers(0, max_adds))):
         parent = draw(st.integers(0, len(tree) - 1))
-        tree.add(parent, draw(st.integers(0, 5)), draw(CONFIDENCES), draw(st.sampled_from([MODEL, NGRAM])))
+        tree.add(
+            parent, draw(st.integers(0, num_tokens - 1)), draw(CONFIDENCES), draw(st.sampled_from([MODEL, NGRAM]))
+        )
     return tree
 
 
@@ -158,3 +163,99 @@ def test_reroot_is_the_subtree(tree: TokenTree, data: st.DataObject) -> None:
         if index != ROOT:
             assert node_facts(new, index) == node_facts(tree, old)
     assert sum(index != DROPPED for index in selection.old_to_new) == len(inside)
+
+
+# -- the walk ----------------------------------------------------------------------------------------------
+
+VOCABULARY = 3  # small, so that random trees often guess right
+
+Target = Callable[[Sequence[int]], int]
+
+
+def random_target(seed: int) -> Target:
+    """A deterministic 'model': the next token depends on everything before it."""
+    return lambda tokens: zlib.crc32(repr((seed, list(tokens))).encode()) % VOCABULARY
+
+
+def walk_with(tree: TokenTree, target: Target, history: Sequence[int], **kwargs: object) -> Walk:
+    def choose(node: int, path_tokens: Sequence[int]) -> int:
+        assert list(path_tokens) == tree.path_tokens(node)
+        return target([*history, *path_tokens])
+
+    return walk(tree, choose, **kwargs)  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 1000), st.data())
+def test_any_trees_give_plain_decoding(seed: int, data: st.DataObject) -> None:
+    target = random_target(seed)
+    length = 20
+    plain = [0]
+    while len(plain) < length:
+        plain.append(target(plain))
+    speculative = [0]
+    while len(speculative) < length:
+        tree = data.draw(trees(VOCABULARY))
+        speculative += walk_with(tree, target, speculative).tokens
+    assert speculative[:length] == plain
+
+
+@given(st.integers(0, 1000), st.integers(0, 12))
+def test_a_perfect_draft_is_accepted_whole(seed: int, depth: int) -> None:
+    target = random_target(seed)
+    tree = TokenTree(0)
+    node, tokens = ROOT, [0]
+    for _ in range(depth):
+        tokens.append(target(tokens))
+        tree.add(node, (tokens[-1] + 1) % VOCABULARY, 0.9)
+        node = tree.add(node, tokens[-1], 0.1)
+    result = walk_with(tree, target, [0])
+    assert result.num_accepted == result.path_tested == depth
+    assert list(result.tokens) == [*tokens[1:], target(tokens)]
+    assert not result.refused
+
+
+@given(st.integers(0, 1000), st.data())
+def test_counts(seed: int, data: st.DataObject) -> None:
+    tree = data.draw(trees(VOCABULARY))
+    stop_token = data.draw(st.none() | st.integers(0, VOCABULARY - 1))
+    stop = None if stop_token is None else (lambda token: token == stop_token)
+    result = walk_with(tree, random_target(seed), [0], stop=stop)
+    assert result.num_accepted == len(result.nodes)
+    assert list(result.nodes) == tree.path(result.last)
+    assert list(result.tokens[: result.num_accepted]) == tree.path_tokens(result.last)
+    assert len(result.visited) == len(result.tokens)
+    assert result.stopped == (result.tokens[-1] == stop_token)
+    assert stop_token not in result.tokens[:-1]
+    tested = sum(tree.has_children(node) for node in result.visited)
+    assert result.path_tested == tested
+
+
+def chain(*tokens: int) -> TokenTree:
+    tree = TokenTree(0)
+    node = ROOT
+    for token in tokens:
+        node = tree.add(node, token, 0.5)
+    return tree
+
+
+def test_lone_root_is_plain_decoding() -> None:
+    result = walk(TokenTree(0), lambda node, path: 9)
+    assert result == Walk([], [9], ROOT, 0, 0, False)
+
+
+def test_partly_right_chain() -> None:
+    result = walk(chain(1, 2, 3), lambda node, path: [1, 2, 8, 9][len(path)])
+    assert result == Walk([1, 2], [1, 2, 8], 2, 2, 3, False)
+    assert list(result.visited) == [ROOT, 1, 2]
+    assert result.refused
+
+
+def test_stop_on_a_drafted_child_counts_it_and_gives_no_bonus() -> None:
+    result = walk(chain(1, 2, 3), lambda node, path: len(path) + 1, stop=lambda token: token == 2)
+    assert result == Walk([1, 2], [1, 2], 2, 2, 2, True)
+    assert list(result.visited) == [ROOT, 1]
+
+
+def test_stop_on_a_token_that_was_not_drafted() -> None:
+    result = walk(chain(1, 2), lambda node, path: [1, 7][len(path)], stop=lambda token: token == 7)
+    assert result == Walk([1], [1, 7], 1, 1, 2, True)

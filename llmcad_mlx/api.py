@@ -190,7 +190,7 @@ class Engine:
         # No local name for the session: a generation that is left standing must not keep a closed one in memory.
         stats = GenerationStats()
         try:
-            with self._turns.first_step(turn):
+            with self._turns.step(turn, first=True):
                 self._open_session().start(prompt, policy, stats, on_progress)
             while stream.finish_reason is None:
                 self._open_session()  # a closed engine says so, and not that the turn is lost

@@ -33,16 +33,12 @@ class Turns:
         self._process = os.getpid()
 
     @contextmanager
-    def first_step(self, turn: Turn) -> Iterator[None]:
-        """Wait until the engine is free, take it for `turn`, and compute."""
-        with self._computing(turn, wait=True):
-            self._running = turn
-            yield
-
-    @contextmanager
-    def step(self, turn: Turn) -> Iterator[None]:
-        """Compute for `turn`. Raises UsageError where another has taken its place."""
-        with self._computing(turn, wait=False):
+    def step(self, turn: Turn, first: bool = False) -> Iterator[None]:
+        """Compute for `turn`. The first step waits until the engine is free, and takes it; the next ones raise
+        UsageError where another turn has taken its place."""
+        with self._computing(turn, wait=first):
+            if first:
+                self._running = turn
             if self._running is not turn:
                 raise UsageError("this generation ended when a newer one began; run one at a time")
             yield

@@ -214,28 +214,18 @@ class TimedDrafter(ModelDrafter):
         return super().prefill(tokens, *watched, limit=limit)
 
 
-def engine_of(
-    target: Target, clock: SimulatedClock, step_s: float | None, make: Callable[[CostModel], GrowthPolicy]
-) -> Rounds:
+POLICIES: dict[str, Callable[[CostModel], GrowthPolicy]] = {
+    "plain": lambda costs: ChainPolicy(0),
+    "without pipeline": lambda costs: ThroughputPolicy(costs, Calibration(), tree_nodes=6, pipelined=False),
+    "forced": lambda costs: ThroughputPolicy(costs, Calibration(), tree_nodes=6),
+    "adaptive": lambda costs: ThroughputPolicy(costs, Calibration()),
+}
+
+
+def engine_of(target: Target, clock: SimulatedClock, step_s: float, policy: str) -> Rounds:
     costs = CostModel()
-    drafters = [] if step_s is None else [TimedDrafter(clock, step_s)]
-    return Rounds(target, drafters, make(costs), costs, clock)
-
-
-def adaptive(costs: CostModel) -> GrowthPolicy:
-    return ThroughputPolicy(costs, Calibration())
-
-
-def forced(costs: CostModel) -> GrowthPolicy:
-    return ThroughputPolicy(costs, Calibration(), tree_nodes=6)
-
-
-def without_pipeline(costs: CostModel) -> GrowthPolicy:
-    return ThroughputPolicy(costs, Calibration(), tree_nodes=6, pipelined=False)
-
-
-def plain(costs: CostModel) -> GrowthPolicy:
-    return ChainPolicy(0)
+    drafters = [] if policy == "plain" else [TimedDrafter(clock, step_s)]
+    return Rounds(target, drafters, POLICIES[policy](costs), costs, clock)
 
 
 def rounds(engine: Rounds, stats: GenerationStats, count: int, seed: int = 3) -> list[Round]:
@@ -248,16 +238,14 @@ def stream_of(target: Target) -> SimulatedStream:
     return stream
 
 
-@pytest.mark.parametrize("make", [plain, without_pipeline, forced, adaptive])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("num_buffers", [2, 3])
 @pytest.mark.parametrize(("read_s", "row_s"), [(10.0, 0.2), (10.0, 2.0), (2.0, 3.0)], ids=SPEEDS)
-def test_rounds_follow_the_cost_model(
-    read_s: float, row_s: float, num_buffers: int, make: Callable[[CostModel], GrowthPolicy]
-) -> None:
+def test_rounds_follow_the_cost_model(read_s: float, row_s: float, num_buffers: int, policy: str) -> None:
     """tokens/s = A / (max(W/B, C(N)) + D): what a round takes is its pass and the drafting in front of it."""
     clock = SimulatedClock()
     target = simulated_target(clock, num_buffers=num_buffers, read_s=read_s, row_s=row_s)
-    engine = engine_of(target, clock, None if make is plain else 1.5, make)
+    engine = engine_of(target, clock, 1.5, policy)
     stats, units = GenerationStats(), len(stream_of(target).unit_bytes)
     engine.begin(PROMPT, stats)
     begun, read, passes = clock.now, stream_of(target).bytes_read, []
@@ -284,27 +272,27 @@ def test_rounds_follow_the_cost_model(
     assert stats.streamed_bytes == stream_of(target).bytes_read - read
     read_before = num_buffers * read_s
     assert passes_s + (stats.draft_s - stats.hidden_draft_s) >= 20 * units * read_s - read_before - 1e-6
-    if make in (plain, without_pipeline):
+    if policy in ("plain", "without pipeline"):
         assert stats.hidden_draft_s == 0.0
-    elif make is forced and read_s > 10 * row_s:
+    elif policy == "forced" and read_s > 10 * row_s:
         assert stats.hidden_draft_s > stats.draft_s - stats.hidden_draft_s > 0.0
 
 
 def test_the_pipeline_makes_rounds_shorter_by_what_it_hides() -> None:
     """Where reading takes longer, hidden drafting makes no pass longer, and less is left to do before it."""
     taken, in_front, tokens = {}, {}, {}
-    for make in (plain, without_pipeline, forced):
+    for policy in ("plain", "without pipeline", "forced"):
         clock = SimulatedClock()
-        engine = engine_of(simulated_target(clock), clock, None if make is plain else 8.0, make)
+        engine = engine_of(simulated_target(clock), clock, 8.0, policy)
         stats = GenerationStats()
         engine.begin(PROMPT, stats)
         rounds(engine, stats, 20)
-        taken[make], tokens[make] = stats.decode_s, stats.generated_tokens
-        in_front[make] = stats.draft_s - stats.hidden_draft_s
-    assert taken[forced] - in_front[forced] <= taken[plain] + 1e-6
-    assert in_front[forced] < 0.8 * in_front[without_pipeline]
-    assert tokens[forced] / taken[forced] > tokens[without_pipeline] / taken[without_pipeline]
-    assert tokens[without_pipeline] / taken[without_pipeline] > tokens[plain] / taken[plain]
+        taken[policy], tokens[policy] = stats.decode_s, stats.generated_tokens
+        in_front[policy] = stats.draft_s - stats.hidden_draft_s
+    assert taken["forced"] - in_front["forced"] <= taken["plain"] + 1e-6
+    assert in_front["forced"] < 0.8 * in_front["without pipeline"]
+    assert tokens["forced"] / taken["forced"] > tokens["without pipeline"] / taken["without pipeline"]
+    assert tokens["without pipeline"] / taken["without pipeline"] > tokens["plain"] / taken["plain"]
 
 
 @settings(max_examples=5, deadline=None)
@@ -313,12 +301,12 @@ def test_the_text_does_not_depend_on_the_timing(
     read_s: float, row_s: float, step_s: float, num_buffers: int
 ) -> None:
     """Nor does what is read and submitted, unless drafting in the background decides about it."""
-    expected, _ = in_memory(plain, 30)
+    expected, _ = in_memory("plain", 30)
     trees: list[list[int]] = []
-    for make in (adaptive, forced, without_pipeline):
+    for policy in ("adaptive", "forced", "without pipeline"):
         clock = SimulatedClock()
         target = simulated_target(clock, num_buffers=num_buffers, read_s=read_s, row_s=row_s)
-        engine, stats = engine_of(target, clock, step_s, make), GenerationStats()
+        engine, stats = engine_of(target, clock, step_s, policy), GenerationStats()
         engine.begin(PROMPT, stats)
         done = rounds(engine, stats, 10)
         generated = engine.tokens[len(PROMPT) :][:30]
@@ -327,14 +315,14 @@ def test_the_text_does_not_depend_on_the_timing(
         units = len(stream_of(target).unit_bytes)
         assert [taken.unit for taken in stream_of(target).taken] == [*range(units - 1), *[*range(units)] * 10]
         trees = [one.selection.tree.tokens for one in done]
-    assert trees == in_memory(without_pipeline, 10)[1]
+    assert trees == in_memory("without pipeline", 10)[1]
 
 
 @functools.cache
-def in_memory(make: Callable[[CostModel], GrowthPolicy], num_rounds: int) -> tuple[list[int], list[list[int]]]:
+def in_memory(policy: str, num_rounds: int) -> tuple[list[int], list[list[int]]]:
     """What the same target in memory says, and the trees it is given."""
     target, clock = Target(tiny_tree_model(0, cpu_kernels=False, layers=4), VOCAB), SimulatedClock()
-    engine = engine_of(target, clock, None if make is plain else 1.0, make)
+    engine = engine_of(target, clock, 1.0, policy)
     engine.begin(PROMPT)
     trees = [done.selection.tree.tokens for done in rounds(engine, GenerationStats(), num_rounds)]
     return engine.tokens[len(PROMPT) :], trees
@@ -343,16 +331,14 @@ def in_memory(make: Callable[[CostModel], GrowthPolicy], num_rounds: int) -> tup
 # -- prompts -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [plain, forced])
+@pytest.mark.parametrize("policy", ["plain", "forced"])
 @pytest.mark.parametrize(("read_s", "row_s"), [(10.0, 0.01), (2.0, 3.0)], ids=["reading", "computing"])
-def test_a_prompt_reads_the_weights_once_a_chunk(
-    read_s: float, row_s: float, make: Callable[[CostModel], GrowthPolicy]
-) -> None:
+def test_a_prompt_reads_the_weights_once_a_chunk(read_s: float, row_s: float, policy: str) -> None:
     prompt = [(7 * i) % VOCAB for i in range(101)]  # 100 tokens before the root: 7 chunks of 16, the last of 4
     clock = SimulatedClock()
     target = simulated_target(clock, read_s=read_s, row_s=row_s)
     stream, step_s = stream_of(target), 3.0
-    engine = engine_of(target, clock, None if make is plain else step_s, make)
+    engine = engine_of(target, clock, step_s, policy)
     engine.begin(prompt)
     layers = len(stream.unit_bytes) - 1
     assert [taken.unit for taken in stream.taken] == [*range(layers)] * 7
@@ -363,7 +349,7 @@ def test_a_prompt_reads_the_weights_once_a_chunk(
     # The head is not used; while the last layer is computed with it may be read, a buffer's worth.
     assert sum(interval.unit == layers for interval in reads) <= 7
     longer = max(7 * layers * read_s, 100 * layers * row_s)
-    drafting = 0.0 if make is plain else 0.01 * step_s * 100
+    drafting = 0.0 if policy == "plain" else 0.01 * step_s * 100
     # Each chunk fills the pipeline anew.
     fill = 7 * (read_s + 16 * row_s)
     assert longer - 1e-6 <= clock.now <= longer + fill + drafting + 1e-6
@@ -386,11 +372,11 @@ def test_after_a_prompt_the_first_layers_are_read_at_once() -> None:
 def test_a_draft_reads_the_prompt_in_the_time_of_loading() -> None:
     prompt = [(7 * i) % VOCAB for i in range(101)]
     seconds = {}
-    for make in (plain, without_pipeline, forced):
+    for policy in ("plain", "without pipeline", "forced"):
         clock = SimulatedClock()
-        engine = engine_of(simulated_target(clock), clock, None if make is plain else 50.0, make)
+        engine = engine_of(simulated_target(clock), clock, 50.0, policy)
         engine.begin(prompt)
-        seconds[make] = clock.now
+        seconds[policy] = clock.now
     whole = 50.0 * 0.01 * 100
-    assert seconds[without_pipeline] == pytest.approx(seconds[plain] + whole)
-    assert seconds[forced] <= seconds[plain] + 0.5 * whole
+    assert seconds["without pipeline"] == pytest.approx(seconds["plain"] + whole)
+    assert seconds["forced"] <= seconds["plain"] + 0.5 * whole

@@ -179,7 +179,7 @@ def test_closing_waits_for_a_step_but_not_for_its_generation() -> None:
     stepping, go_on, closed = threading.Event(), threading.Event(), threading.Event()
 
     def generate() -> None:
-        with turns.first_step(turn):
+        with turns.step(turn, first=True):
             stepping.set()
             go_on.wait()
             order.append("stepped")

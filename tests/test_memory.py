@@ -188,16 +188,6 @@ def test_all_is_kept_where_shorter_contexts_and_smaller_trees_make_it_fit() -> N
     assert (less.max_nodes, less.prefill_chunk) < (whole.max_nodes, whole.prefill_chunk)
 
 
-def test_a_given_context_is_never_cut() -> None:
-    needs = needs_of(sizes_of((10 * MB,) * 8), context=4096, least=4096)
-    for budget in range(200 * MB, 500 * MB, 10 * MB):
-        try:
-            assert make_plan(needs, budget).context == 4096
-        except BudgetError:
-            continue
-    assert make_plan(needs, 500 * MB).context == 4096
-
-
 def test_memory_that_is_left_becomes_context() -> None:
     """What is too little for a layer is not wasted."""
     needs = needs_of(sizes_of((100 * MB,) * 20), draft=0)

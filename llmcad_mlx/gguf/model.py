@@ -143,9 +143,6 @@ def read_family(header: GgufHeader) -> FamilyModel:
     return FamilyModel(config, sizes, family, get_tensor_name_map(family.arch, sizes.num_layers))
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------
-
-
 def _read_dimensions(header: GgufHeader, family: _Family) -> Dimensions:
     """Raises ModelError for a size that is missing, absurd, not that of the file's tensors, or not for mlx-lm."""
     hidden = header.positive(".embedding_length")
@@ -180,9 +177,6 @@ def _matrix(header: GgufHeader, name: str, width: int) -> GgufTensor:
             f"{header.path}: tensor {name!r} is {tensor.shape}, but the header asks for rows of {width}"
         )
     return tensor
-
-
-# --- rotary scaling -------------------------------------------------------------------------------------------
 
 
 def _rope_scaling(header: GgufHeader, sizes: Dimensions, kinds: tuple[str, ...]) -> dict[str, object]:
@@ -257,15 +251,11 @@ def _longrope(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
     if not math.isclose(header.number(key, expected), expected, rel_tol=1e-4):
         raise header.wrong(key, header.number(key))
     long, short = (_factors(header, name, sizes) for name in (LONG_FACTORS, SHORT_FACTORS))
-    return {
-        "type": "longrope",
-        "long_factor": [shortest_float32(number) for number in long],
-        "short_factor": [shortest_float32(number) for number in short],
-    }
+    return {"type": "longrope", "long_factor": long, "short_factor": short}
 
 
-def _factors(header: GgufHeader, name: str, sizes: Dimensions) -> npt.NDArray[np.float32]:
-    """One positive number for each rotated pair: (rotated / 2,) float32."""
+def _factors(header: GgufHeader, name: str, sizes: Dimensions) -> list[float]:
+    """One positive number for each rotated pair."""
     tensor = header.tensors[name]
     if tensor.shape != (sizes.rotated // 2,):
         raise ModelError(
@@ -277,10 +267,7 @@ def _factors(header: GgufHeader, name: str, sizes: Dimensions) -> npt.NDArray[np
         raise ModelError(f"{header.path}: tensor {name!r} has type {tensor.kind.name}, not supported") from None
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise ModelError(f"{header.path}: tensor {name!r} holds numbers that cannot divide a frequency")
-    return factors
-
-
-# --- families -------------------------------------------------------------------------------------------------
+    return [shortest_float32(number) for number in factors.tolist()]
 
 
 def _gemma2(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:

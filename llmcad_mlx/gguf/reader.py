@@ -178,9 +178,6 @@ def read_rows(path: Path, tensor: GgufTensor, first: int, count: int) -> npt.NDA
     return raw.reshape(count, row_bytes)
 
 
-# --- parsing --------------------------------------------------------------------------------------------------
-
-
 def _parse(cursor: _Cursor) -> GgufHeader:
     path = cursor.path
     magic = struct.pack("<I", cursor.integer("I"))

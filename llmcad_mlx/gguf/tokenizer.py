@@ -92,9 +92,6 @@ def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
     return GgufTokenizer(tokenizer, settings, ids)
 
 
-# --- vocabulary -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
     """`tokens[id]` is a token's text and `types[id]` its TokenType."""

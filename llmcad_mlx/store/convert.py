@@ -97,7 +97,7 @@ def convert_folder(
             raise UsageError(f"--{option}: {value} is not one of {', '.join(map(str, choices))}")
     loaded = load_model_folder(source, lazy=True, alone=True)
     if not is_quantised(loaded.model):
-        weights = quantised_weights(loaded, 4 if bits is None else bits, 64 if group_size is None else group_size)
+        weights = quantised_weights(loaded, bits or 4, group_size or 64)
     elif bits is not None or group_size is not None:
         option = "bits" if bits is not None else "group-size"
         raise UsageError(f"--{option}: {source} is quantised already; leave the option out")

@@ -36,14 +36,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from llmcad_mlx.errors import DownloadError
-from llmcad_mlx.files import (
-    HOME_REMEDY,
-    full_disk_error,
-    is_full,
-    read_object,
-    require_free_space,
-    write_text,
-)
+from llmcad_mlx.files import HOME_REMEDY, full_disk_error, is_full, read_object, require_free_space, write_text
 from llmcad_mlx.progress import Advance, Progress
 from llmcad_mlx.store import home_folder
 from llmcad_mlx.store.presets import FileSource, Mirror

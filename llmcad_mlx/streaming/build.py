@@ -154,7 +154,8 @@ class Prepared:
     def _streamed(self, plan: MemoryPlan) -> tuple[list[int], list[PlacedUnit]]:
         """The layers that are not pinned, and all that a pass reads."""
         layers = [number for number in range(len(self.parts.layers)) if number not in plan.pinned_layers]
-        return layers, self.parts.units(layers, 0 if plan.pin_head else plan.head_pieces)
+        pinned = plan.pin_head if self.parts.head is not None else plan.pin_embedding
+        return layers, self.parts.units(layers, 0 if pinned else plan.head_pieces)
 
     def _pin(self, plan: MemoryPlan) -> None:
         """Read what the plan keeps in memory."""

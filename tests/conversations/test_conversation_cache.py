@@ -49,11 +49,6 @@ def second_turn(engine: Engine, messages: list[dict[str, str]], **options: Any) 
     return engine.generate(messages, **OPTIONS, **options)
 
 
-def model_drafter(engine: Engine) -> Any:
-    (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
-    return drafter
-
-
 @pytest.fixture(scope="module")
 def saved(folder: Path, draft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversation after its first turn."""
@@ -103,7 +98,8 @@ def test_a_loaded_conversation_goes_on_as_it_would_have(
         assert stored.data == DATA
         assert engine.restore_conversation(stored) == []
         assert stored.cache is not None
-        assert model_drafter(engine).num_cached == stored.cache["lengths"][DRAFT] > 2 * WINDOW
+        (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
+        assert drafter.num_cached == stored.cache["lengths"][DRAFT] > 2 * WINDOW
         assert engine.pair.target.num_cached == stored.cache["lengths"][TARGET] == len(stored.cache["tokens"])
         loaded = second_turn(engine, messages, **options)
         engine.restore(None)
@@ -225,7 +221,7 @@ def rewrite(source: Path, path: Path, change: Change) -> Path:
     with SafetensorsWriter(path, [*specs, DIGEST], {**metadata, "cache": json.dumps(facts)}) as writer:
         for name, array in arrays.items():
             writer.write_bytes(name, 0, np.array(array).tobytes())
-        end = writer.extent(DIGEST).offset
+        end = writer.extents[DIGEST.name].offset
         writer.write_bytes(DIGEST.name, 0, hashlib.sha256(path.read_bytes()[:end]).digest())
     return path
 
@@ -299,7 +295,8 @@ def test_another_draft_reads_again_and_the_target_does_not(
     with load(folder, other) as engine:
         (line,) = engine.restore_conversation(read_conversation(saved))
         assert line.startswith("the draft's saved cache is not used: the model computes other values")
-        assert model_drafter(engine).num_cached == 0
+        (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
+        assert drafter.num_cached == 0
         result = second_turn(engine, messages)
     assert (result.tokens, result.stats.reused_tokens > 0) == (tokens, True)
 

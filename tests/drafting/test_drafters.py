@@ -85,15 +85,6 @@ def test_longer_matches_rank_first_and_recent_ones_among_equals() -> None:
     assert sum(found.confidences) <= 1.0
 
 
-def test_forgotten_tokens_are_not_proposed() -> None:
-    drafter = NgramDrafter()
-    lookup(drafter, [1, 2, 3, 4, 1, 2])
-    drafter.truncate(2)
-    assert list(lookup(drafter, [1, 2, 9, 1, 2]).tokens) == [9]
-    drafter.truncate(0)
-    assert list(lookup(drafter, [1, 2]).tokens) == []
-
-
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_an_index_that_grew_and_shrank_equals_a_new_one(data: st.DataObject) -> None:
@@ -255,24 +246,6 @@ def test_a_prompt_can_be_read_in_pieces() -> None:
     lookups = NgramDrafter()
     assert not lookups.prefill([1, 2, 3, 1, 2], limit=1)
     assert list(lookup(lookups, [1, 2, 3, 1, 2]).tokens) == [3]
-
-
-def test_the_cache_holds_what_was_fed_of_the_accepted_path() -> None:
-    drafter = ModelDrafter(model())
-    tokens = [1, 2, 3]
-    drafter.prefill(tokens)
-    assert drafter.cache.length == 2
-    drafter.begin(tokens, sampler())
-    tree = TokenTree(3, 2)
-    drafter.expand(tree, [ROOT])
-    a, b = tree.add(ROOT, 4, 0.9), tree.add(ROOT, 5, 0.1)
-    drafter.expand(tree, [a, b])
-    c = tree.add(a, 6, 0.9)
-    drafter.commit(tree, [a, c])  # c was proposed and accepted, but never fed
-    assert drafter.cache.length == 4
-    drafter.begin([1, 2, 3, 4, 6, 7], sampler())
-    drafter.expand(TokenTree(7, 5), [ROOT])
-    assert drafter.rows_fed == 2  # c and the bonus token
 
 
 def test_rows_fed_counts_the_rows_of_the_last_forward_only() -> None:
@@ -485,11 +458,3 @@ def test_a_broken_draft_is_named(way: object, bad: float, size: int) -> None:
     logits[1, 3] = bad
     with pytest.raises(GenerationError, match="draft"):
         way(mx.array(logits), [0, 1], sampler(0.0, size), 8)  # type: ignore[operator]
-
-
-def test_padded_logits_do_not_matter_only_tokens_do() -> None:
-    """A draft whose logits have more columns than there are tokens proposes real tokens only."""
-    drafter = ModelDrafter(tiny_tree_model(3, vocab=VOCAB + 24))
-    drafter.begin([1, 2], sampler())
-    (proposal,) = drafter.expand(TokenTree(2, 1), [ROOT])
-    assert max(proposal.tokens) < VOCAB

@@ -164,36 +164,32 @@ def header_of(tmp_path: Path, family: Family) -> GgufHeader:
     return read_gguf_header(tmp_path / "tiny.gguf")
 
 
-def test_gemma2_window_and_activation_are_kept_for_other_readers(tmp_path: Path) -> None:
-    config = read_family(header_of(tmp_path, FAMILIES["gemma2"])).config
-    assert (config["sliding_window"], config["hidden_act"]) == (4096, "gelu_pytorch_tanh")
+def scaled_by_8(writer: GGUFWriter) -> None:
+    writer.add_rope_scaling_factor(8.0)
 
 
-def test_scaling_without_a_type_is_linear_as_in_llama_cpp(tmp_path: Path) -> None:
-    family = Family("llama", "llama", edit=lambda writer: writer.add_rope_scaling_factor(8.0))
-    config = read_family(header_of(tmp_path, family)).config
-    assert config["rope_scaling"] == {"type": "linear", "factor": 8.0}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 @pytest.mark.parametrize(
-    ("name", "keys", "defaults"),
+    ("family", "removed", "expected"),
     [
-        ("gemma3", [".rope.freq_base"], {"rope_theta": 1e6, "rope_local_base_freq": 10000.0}),
-        (
-            "gemma2",
-            [".attn_logit_softcapping", ".final_logit_softcapping"],
-            {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "rope_theta": 10000.0},
-        ),
+        (FAMILIES["gemma3"], [".rope.freq_base"], {"rope_theta": 1e6, "rope_local_base_freq": 10000.0}),
+        (FAMILIES["gemma2"], [f".{name}" for name in CAPS], CAPS | {"rope_theta": 10000.0}),
+        # For other readers than mlx-lm.
+        (FAMILIES["gemma2"], [], {"sliding_window": 4096, "hidden_act": "gelu_pytorch_tanh"}),
+        (Family("llama", "llama", edit=scaled_by_8), [], {"rope_scaling": {"type": "linear", "factor": 8.0}}),
     ],
+    ids=["rotation", "caps", "for other readers", "scaling without a type"],
 )
 def test_what_a_file_leaves_out_is_as_in_llama_cpp(
-    tmp_path: Path, name: str, keys: list[str], defaults: dict[str, float]
+    tmp_path: Path, family: Family, removed: list[str], expected: dict[str, object]
 ) -> None:
-    header = header_of(tmp_path, FAMILIES[name])
-    for key in keys:
-        del header.metadata[name + key]
+    header = header_of(tmp_path, family)
+    for key in removed:
+        del header.metadata[family.arch + key]
     config = read_family(header).config
-    assert {key: config[key] for key in defaults} == defaults
+    assert {key: config[key] for key in expected} == expected
 
 
 # --- tensors ----------------------------------------------------------------------------------------------

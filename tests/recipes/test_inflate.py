@@ -123,11 +123,13 @@ def test_refused(tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path) -> None:
     source, dest = make_folder(tmp_path / "source"), tmp_path / "out"
-    command = [sys.executable, "-m", "convert.inflate", source, dest]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, "--size", "1MB"], capture_output=True, text=True, cwd=root, check=False)
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "convert.inflate", source, dest, *options]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+
+    done, again = run("--size", "1MB"), run("--layers", "1")
     assert (done.returncode, done.stdout) == (0, f"{dest}\n")
     assert read_bundle(dest).num_bytes >= 10**6
-    again = subprocess.run([*command, "--layers", "1"], capture_output=True, text=True, cwd=root, check=False)
     assert again.returncode == 2
     assert again.stderr.startswith(f"error: {dest}: already exists")

@@ -26,8 +26,9 @@ from llmcad_mlx import load
 from llmcad_mlx.drafting.table import vocabulary_hash
 from llmcad_mlx.errors import UsageError, VocabularyError
 from llmcad_mlx.models.folder import LoadedModel, load_model_folder
-from tests.support.tiny_folder import VOCAB, make_folder, tiny_environment
+from tests.support.tiny_folder import VOCAB, make_folder
 
+pytestmark = pytest.mark.usefixtures("tiny_home")
 SETTINGS = TrainingSettings(
     1, (2,), head_tokens=60, steps=12, batch_tokens=512, learning_rate=5e-3, warmup=3, check_every=5,
     check_tokens=200,
@@ -156,11 +157,10 @@ def test_an_exported_draft_says_what_the_student_says(
         alone = load_model_folder(folder, alone=True)
         assert alone.tokenizer is None
         assert alone.drafts_only
-    with tiny_environment(tmp_path / "home"):
-        with load(target.path, None) as engine:
-            plain = engine.generate([4, 5, 6], max_tokens=20).tokens
-        with load(target.path, folder) as engine:
-            assert engine.generate([4, 5, 6], max_tokens=20, tree_nodes=8).tokens == plain
+    with load(target.path, None) as engine:
+        plain = engine.generate([4, 5, 6], max_tokens=20).tokens
+    with load(target.path, folder) as engine:
+        assert engine.generate([4, 5, 6], max_tokens=20, tree_nodes=8).tokens == plain
 
 
 def test_export_keeps_what_training_has_moved(target: LoadedModel, unbroken: Path, tmp_path: Path) -> None:
@@ -230,10 +230,9 @@ def test_the_corpus_and_table_commands(
 ) -> None:
     table = ("table", folder, tmp_path, tmp_path / "draft.ngrams.safetensors")
     corpus = ("corpus", folder, tmp_path, "--tokens", 120, "--batch", 6, "--max-tokens", 12)
-    with tiny_environment(tmp_path / "home"):
-        for code, arguments in ((2, table), (0, corpus), (0, table)):
-            monkeypatch.setattr(sys, "argv", ["distill", *map(str, arguments)])
-            assert exit_code_of(commands.main) == code
+    for code, arguments in ((2, table), (0, corpus), (0, table)):
+        monkeypatch.setattr(sys, "argv", ["distill", *map(str, arguments)])
+        assert exit_code_of(commands.main) == code
     said = capsys.readouterr()
     assert "fewer than two shards; run the corpus step first" in said.err
     assert re.search(r"texts it has not seen, 64 nodes: \d+\.\d\d tokens per pass", said.out)
@@ -247,23 +246,21 @@ def test_a_draft_without_tokenizer_is_for_its_targets_tokens_only(
         exported(target, unbroken, tmp_path / "foreign", share_embedding=True)
     exported(target, unbroken, tmp_path / "own", share_embedding=True)
     assert vocabulary_hash(target.tokenizer.get_vocab()) in (tmp_path / "own" / "config.json").read_text()
-    with tiny_environment(tmp_path / "home"):
-        with pytest.raises(VocabularyError, match="foreign: the draft was made for other tokens"):
-            load(target.path, tmp_path / "foreign")
-        with load(target.path, tmp_path / "own") as engine:
-            assert [drafter.source for drafter in engine.pair.drafters] == ["ngram", "model"]
+    with pytest.raises(VocabularyError, match="foreign: the draft was made for other tokens"):
+        load(target.path, tmp_path / "foreign")
+    with load(target.path, tmp_path / "own") as engine:
+        assert [drafter.source for drafter in engine.pair.drafters] == ["ngram", "model"]
 
 
 def test_tables_in_a_drafts_folder_draft_beside_its_model(target: LoadedModel, tmp_path: Path) -> None:
     draft = make_folder(tmp_path / "draft", layers=1)
-    with tiny_environment(tmp_path / "home"):
-        with load(target.path, None) as engine:
-            plain = engine.generate([4, 5, 6], max_tokens=40).tokens
-        vocabulary = vocabulary_hash(target.tokenizer.get_vocab())
-        counts = make_counts([np.array([4, 5, 6, *plain], np.int32)], 5, vocabulary)
-        counts.save(draft / "corpus.ngrams.safetensors")
-        with load(target.path, draft) as engine:
-            assert [drafter.source for drafter in engine.pair.drafters] == ["ngram", "table", "model"]
-            result = engine.generate([4, 5, 6], max_tokens=40, tree_nodes=8)
-        assert result.tokens == plain
-        assert result.stats.tokens_per_pass > 2
+    with load(target.path, None) as engine:
+        plain = engine.generate([4, 5, 6], max_tokens=40).tokens
+    vocabulary = vocabulary_hash(target.tokenizer.get_vocab())
+    counts = make_counts([np.array([4, 5, 6, *plain], np.int32)], 5, vocabulary)
+    counts.save(draft / "corpus.ngrams.safetensors")
+    with load(target.path, draft) as engine:
+        assert [drafter.source for drafter in engine.pair.drafters] == ["ngram", "table", "model"]
+        result = engine.generate([4, 5, 6], max_tokens=40, tree_nodes=8)
+    assert result.tokens == plain
+    assert result.stats.tokens_per_pass > 2

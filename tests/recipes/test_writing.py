@@ -16,7 +16,9 @@ from llmcad_mlx.drafting.table import TableDrafter
 from llmcad_mlx.loader import load_tree_model
 from llmcad_mlx.models.adapt import adaptations
 from tests.support.tiny import VOCAB, tiny_tree_model
-from tests.support.tiny_folder import EOS, make_folder, tiny_environment
+from tests.support.tiny_folder import EOS, make_folder
+
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 def test_texts_written_together_are_those_written_alone() -> None:
@@ -84,36 +86,34 @@ def test_loops_are_noticed(tokens: list[int], looping: bool) -> None:
 
 
 def test_a_corpus_goes_on_where_it_was(tmp_path: Path) -> None:
-    with tiny_environment(tmp_path / "home"):
-        loaded, model = load_tree_model(make_folder(tmp_path / "model", layers=2))
-        tokenizer = loaded.tokenizer
-        settings = CorpusSettings((1,), batch=6, max_tokens=12)
-        writer = Writer(model, [EOS], len(tokenizer.get_vocab()))
-        for folder, targets in ((tmp_path / "at-once", [120]), (tmp_path / "in-parts", [1, 60, 120])):
-            for num_tokens in targets:
-                write_corpus(folder, num_tokens, writer, tokenizer, settings, report=str)
-        shards = shards_in(tmp_path / "at-once")
-        assert len(shards) > 1
-        assert sorted(shards) == sorted((tmp_path / "at-once").iterdir())
-        in_parts = sorted((tmp_path / "in-parts").iterdir())
-        for one, other in zip(shards, in_parts, strict=True):
-            assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())
-        form = ChatForm.of(tokenizer)
-        for tokens, given in Shard.load(shards[0]).texts():
-            assert tokens[: len(form.before)].tolist() == list(form.before)
-            assert tokens[given - len(form.after) : given].tolist() == list(form.after)
-            assert len(tokens) > given
+    loaded, model = load_tree_model(make_folder(tmp_path / "model", layers=2))
+    tokenizer = loaded.tokenizer
+    settings = CorpusSettings((1,), batch=6, max_tokens=12)
+    writer = Writer(model, [EOS], len(tokenizer.get_vocab()))
+    for folder, targets in ((tmp_path / "at-once", [120]), (tmp_path / "in-parts", [1, 60, 120])):
+        for num_tokens in targets:
+            write_corpus(folder, num_tokens, writer, tokenizer, settings, report=str)
+    shards = shards_in(tmp_path / "at-once")
+    assert len(shards) > 1
+    assert sorted(shards) == sorted((tmp_path / "at-once").iterdir())
+    in_parts = sorted((tmp_path / "in-parts").iterdir())
+    for one, other in zip(shards, in_parts, strict=True):
+        assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())
+    form = ChatForm.of(tokenizer)
+    for tokens, given in Shard.load(shards[0]).texts():
+        assert tokens[: len(form.before)].tolist() == list(form.before)
+        assert tokens[given - len(form.after) : given].tolist() == list(form.after)
+        assert len(tokens) > given
 
 
 def test_a_forecast_lies_between_plain_decoding_and_the_size_of_the_tree(tmp_path: Path) -> None:
     """And is large for a table that knows the text."""
-    with tiny_environment(tmp_path / "home"):
-        folder = make_folder(tmp_path / "model")
-        with load(folder, None) as engine:
-            given = [[1, 2, n] for n in range(3, 9)]
-            texts = [np.array([*ids, *engine.generate(ids, max_tokens=40).tokens], np.int32) for ids in given]
-        table, perfect = TableDrafter(make_counts(texts, 3, "")), TableDrafter(make_counts(texts[:1], 12, ""))
-        assert tokens_per_pass(perfect, [(texts[0], 3)], 64) > 5
-        reached = tokens_per_pass(table, [(text, 3) for text in texts], 8)
-        assert 1.0 < reached <= 8
-        assert tokens_per_pass(table, [(text, 3) for text in texts], 1) == 1.0
+    folder = make_folder(tmp_path / "model")
+    with load(folder, None) as engine:
+        given = [[1, 2, n] for n in range(3, 9)]
+        texts = [np.array([*ids, *engine.generate(ids, max_tokens=40).tokens], np.int32) for ids in given]
+    table, perfect = TableDrafter(make_counts(texts, 3, "")), TableDrafter(make_counts(texts[:1], 12, ""))
+    assert tokens_per_pass(perfect, [(texts[0], 3)], 64) > 5
+    reached = tokens_per_pass(table, [(text, 3) for text in texts], 8)
+    assert 1.0 < reached <= 8
+    assert tokens_per_pass(table, [(text, 3) for text in texts], 1) == 1.0

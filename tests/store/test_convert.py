@@ -127,11 +127,20 @@ def test_tensors_that_the_model_does_not_use_are_left_out(stock: Path, tmp_path:
     assert mx.load(str(tmp_path / "out" / "model.safetensors")).keys() == weights.keys()
 
 
-def test_what_mlx_lm_cannot_quantise_is_told_in_one_line(tmp_path: Path) -> None:
-    """Its router wants groups of 64 whatever the option says, and this one has rows of 32."""
-    source = write_folder(tmp_path / "source", build("gpt_oss"), config_of("gpt_oss"))
-    with pytest.raises(ModelError, match=r"source: mlx-lm cannot quantise it \(\[quantize\] The last dim.*\)\Z"):
-        convert_folder(source, tmp_path / "out", group_size=32)
+@pytest.mark.parametrize(
+    ("family", "group_size", "kind", "message"),
+    [
+        # Its router wants groups of 64 whatever the option says, and this one has rows of 32.
+        ("gpt_oss", 32, ModelError, r"source: mlx-lm cannot quantise it \(\[quantize\] The last dim.*\)"),
+        ("llama", None, UsageError, "--group-size: no rows of .*source divide into groups of 64; choose .*"),
+    ],
+)
+def test_what_cannot_be_quantised_is_told_in_one_line(
+    tmp_path: Path, family: str, group_size: int | None, kind: type[Exception], message: str
+) -> None:
+    source = write_folder(tmp_path / "source", build(family), config_of(family))
+    with pytest.raises(kind, match=rf"{message}\Z"):
+        convert_folder(source, tmp_path / "out", group_size=group_size)
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "awq"])
@@ -274,12 +283,6 @@ def test_sources_that_cannot_be_used(stock: Path, tmp_path: Path, output: Any) -
 @pytest.mark.parametrize("options", [["--bits", "5"], ["--group-size", "48"], ["--force"]])
 def test_options_are_checked(stock: Path, tmp_path: Path, output: Any, options: list[str]) -> None:
     assert options[0] in output("convert", stock, tmp_path / "out", *options, code=2)[1]
-
-
-def test_rows_that_divide_into_no_groups(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "source", build("llama"), config_of("llama"))
-    with pytest.raises(UsageError, match=r"--group-size: no rows of .*source divide into groups of 64"):
-        convert_folder(source, tmp_path / "out")
 
 
 def test_a_full_disk_is_said_beforehand(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

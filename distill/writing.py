@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from llmcad_mlx.models.adapt import Adaptation, adapt, restore
 from llmcad_mlx.models.cache import ModelCache
-from llmcad_mlx.models.forward import body_of
-from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.models.tree_model import TreeModel, body_of
 
 Halves = npt.NDArray[np.float16]
 
@@ -68,7 +67,7 @@ def tap_points(model: TreeModel, depths: Sequence[int]) -> dict[str, Any]:
 
     Raises ValueError for a depth the model has not.
     """
-    layers, body = model.layers, body_of(model.model)
+    layers, body = model.model.layers, body_of(model.model)
     if body is None or "norm" not in body or any(not 1 <= depth <= len(layers) for depth in depths):
         raise ValueError(f"no layers {depths} or no final norm in this model of {len(layers)} layers")
     return {str(depth): layers[depth - 1] for depth in depths} | {"final": body.norm}
@@ -80,7 +79,7 @@ class Writer:
     def __init__(self, model: TreeModel, stop_tokens: Iterable[int], vocab_size: int) -> None:
         """Raises ValueError for a model that takes no trees."""
         if model.capability != "tree":
-            raise ValueError(f"this model cannot write many texts at once: {model.reason}")
+            raise ValueError(f"this model cannot write many texts at once: {model.report.reason}")
         self.model = model
         self._stop = frozenset(stop_tokens)
         self._vocab_size = vocab_size

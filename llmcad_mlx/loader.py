@@ -31,9 +31,13 @@ from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.files.bundle import Bundle, read_bundle, verify_bundle
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
 from llmcad_mlx.memory import MemoryNeeds, MemoryPlan, default_budget, make_plan
-from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
-from llmcad_mlx.models.draft_folder import check_same_tokens, check_token_list
-from llmcad_mlx.models.folder import LoadedModel, load_model_folder
+from llmcad_mlx.models.folder import (
+    DRAFT_TOKENS,
+    LoadedModel,
+    check_same_tokens,
+    check_token_list,
+    load_model_folder,
+)
 from llmcad_mlx.models.probe import cached_probe, probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import provisional_nodes
@@ -240,10 +244,10 @@ class PlannedPair:
         """Let caches take at once what the plan has put aside for them."""
         room = self.plan.context + self.plan.max_nodes
         drafted = self.plan.context + provisional_nodes(self.plan.max_nodes)
-        target.cache.reserve(room)
+        target.cache.expected_slots = room
         for drafter in self.drafters:
             if drafter.cache is not None:
-                drafter.cache.reserve(drafted)
+                drafter.cache.expected_slots = drafted
 
 
 def load_pair(

@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from llmcad_mlx.models.tree_model import ModelCache, TreeModel
+from llmcad_mlx.models.cache import ModelCache
+from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.streaming.modules import Background, SequentialFeed
 from llmcad_mlx.tree.token_tree import TokenTree
 

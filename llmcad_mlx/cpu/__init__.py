@@ -1,7 +1,5 @@
-"""Kernels of our own for Linux CPUs, and what prepares a loaded model for the device it will run on.
-
-Nothing is compiled, and numba not imported, before a model is prepared on such a CPU.
-"""
+"""Kernels of our own for Linux CPUs, and what prepares a loaded model for the device it will run on. numba, a
+dependency on Linux only, is not imported before a model is prepared on such a CPU."""
 
 from __future__ import annotations
 
@@ -23,10 +21,7 @@ def cpu_kernels_wanted() -> bool:
 
 
 def prepare_for_device(model: Module) -> None:
-    """On a Linux CPU: float32 activations and the CPU kernels. Elsewhere nothing changes.
-
-    Evaluates all of the model's arrays: they can be used in any thread.
-    """
+    """On a Linux CPU: float32 activations and the CPU kernels. Evaluates all arrays, for use in any thread."""
     use_cpu_linears(model)
     mx.eval(model.parameters(), unlisted_arrays(model))
     use_cpu_blocks(model)
@@ -40,18 +35,14 @@ def use_cpu_linears(model: Module) -> None:
     # else runs on the machine that keeps their partner off the core, and a forward takes thirty times as long.
     # Without any spinning, waking up costs a small model half its speed. Read when the threads start.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Imported here because numba is a dependency on Linux only.
     from llmcad_mlx.cpu.linear import install_cpu_linears
 
     install_cpu_linears(model)
 
 
 def use_cpu_blocks(model: Module, loaded: Callable[[int], AbstractContextManager[None]] | None = None) -> None:
-    """The second half: whole decoder blocks, where they agree with MLX's.
-
-    loaded(i): a context in which layer i's weights are in memory. With it one layer of each kind is compared,
-    without it every layer.
-    """
+    """The second half: whole decoder blocks, where they agree with MLX's. loaded(i): a context in which layer i's
+    weights are in memory. With it one layer of each kind is compared, without it every layer."""
     if not cpu_kernels_wanted():
         return
     from llmcad_mlx.cpu.block import install_cpu_blocks
@@ -60,10 +51,8 @@ def use_cpu_blocks(model: Module, loaded: Callable[[int], AbstractContextManager
 
 
 def unlisted_arrays(model: Module) -> list[mx.array]:
-    """Arrays that modules keep besides their parameters, such as a rope's frequencies.
-
-    An array is computed on the thread that made it, so one that is not evaluated there cannot be used in another.
-    """
+    """Arrays that modules keep besides their parameters, such as a rope's frequencies. Not evaluated on the
+    thread that made them, they cannot be used in another."""
     leaves: Any = tree_flatten(model.parameters())
     seen = {id(array) for _, array in leaves}
     return list(_arrays_in(model, seen))
@@ -76,12 +65,8 @@ def _arrays_in(value: Any, seen: set[int]) -> Iterator[mx.array]:
     seen.add(id(value))
     if isinstance(value, mx.array):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _arrays_in(inner, seen)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _arrays_in(inner, seen)
+    inside = list(value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ())
     if not isinstance(value, type | ModuleType) and hasattr(value, "__dict__"):
-        for inner in vars(value).values():
-            yield from _arrays_in(inner, seen)
+        inside += vars(value).values()
+    for inner in inside:
+        yield from _arrays_in(inner, seen)

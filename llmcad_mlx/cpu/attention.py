@@ -12,7 +12,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from llmcad_mlx.cpu.kernels import (
@@ -28,7 +28,10 @@ from llmcad_mlx.cpu.kernels import (
     _splat,
     _store,
     _sum_lanes,
-    _tile_packed_any,
+    _void,
+    call_vector,
+    pack_rows,
+    tile_packed,
 )
 
 # Cephes' expf: 2^n times a polynomial in the rest; relative error below 2e-7.
@@ -48,16 +51,11 @@ def _constant(value: float) -> Any:
     return ir.Constant(_F32V, [value] * LANES)
 
 
-def _call_vector(builder: Any, name: str, *args: Any) -> Any:
-    kind = ir.FunctionType(_F32V, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v16f32"), args)
-
-
 def _exp(builder: Any, x: Any) -> Any:
     """exp of 16 lanes; lanes below -87 give exp(-87)."""
-    x = _call_vector(builder, "maxnum", x, _constant(_EXP_MIN))
-    x = _call_vector(builder, "minnum", x, _constant(-_EXP_MIN))
-    n = _call_vector(builder, "floor", _fma(builder, x, _constant(_LOG2_E), _constant(0.5)))
+    x = call_vector(builder, "maxnum", x, _constant(_EXP_MIN))
+    x = call_vector(builder, "minnum", x, _constant(-_EXP_MIN))
+    n = call_vector(builder, "floor", _fma(builder, x, _constant(_LOG2_E), _constant(0.5)))
     r = _fma(builder, n, _constant(-_LN2_HIGH), x)
     r = _fma(builder, n, _constant(-_LN2_LOW), r)
     y = _constant(_EXP_POLYNOMIAL[0])
@@ -72,28 +70,23 @@ def _exp(builder: Any, x: Any) -> Any:
 @intrinsic
 def _exp_shifted(typing, at, blocks, shift):  # type: ignore[no-untyped-def]
     """In place: 16 * blocks floats at `at` become exp(x - shift)."""
-    signature = types.void(types.intp, types.intp, types.float32)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        at, blocks, shift = args
+    def emit(builder, at, blocks, shift):  # type: ignore[no-untyped-def]
         shifts = _splat(builder, shift)
         loop = _Loop(builder, _I64(0), blocks, [])
         offset = builder.mul(loop.index, _I64(64))
         x = builder.fsub(_load(builder, at, offset, _F32V, 4), shifts)
         _store(builder, _exp(builder, x), at, offset)
         loop.close([])
-        return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(types.intp, types.intp, types.float32), _void(emit)
 
 
 @intrinsic
 def _silu_times(typing, gate, up, blocks):  # type: ignore[no-untyped-def]
     """In place at `gate`: silu(gate) * up over 16 * blocks floats."""
-    signature = types.void(types.intp, types.intp, types.intp)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        gate, up, blocks = args
+    def emit(builder, gate, up, blocks):  # type: ignore[no-untyped-def]
         loop = _Loop(builder, _I64(0), blocks, [])
         offset = builder.mul(loop.index, _I64(64))
         x = _load(builder, gate, offset, _F32V, 4)
@@ -101,9 +94,8 @@ def _silu_times(typing, gate, up, blocks):  # type: ignore[no-untyped-def]
         y = builder.fdiv(x, builder.fadd(e, _constant(1.0)))
         _store(builder, builder.fmul(y, _load(builder, up, offset, _F32V, 4)), gate, offset)
         loop.close([])
-        return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(types.intp, types.intp, types.intp), _void(emit)
 
 
 def _summing(add: Callable[[Any, Any, Any], Any]) -> Any:
@@ -133,11 +125,9 @@ _sum = _summing(lambda builder, x, total: builder.fadd(total, x))
 @intrinsic(prefer_literal=True)
 def _values_tile(typing, p, p_step, v, v_step, count, out, out_step, vectors, mr):  # type: ignore[no-untyped-def]
     """out[m] += sum over j of p[m, j] * v[j], in order of j; `vectors` * 16 floats per row."""
-    signature = types.void(*[types.intp] * 7, vectors, mr)
     num_vectors, num_rows = vectors.literal_value, mr.literal_value
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        p, p_step, v, v_step, count, out, out_step, _, _ = args
+    def emit(builder, p, p_step, v, v_step, count, out, out_step, _vectors, _mr):  # type: ignore[no-untyped-def]
         places = [
             builder.add(builder.mul(out_step, _I64(m)), _I64(64 * i))
             for m in range(num_rows)
@@ -156,29 +146,29 @@ def _values_tile(typing, p, p_step, v, v_step, count, out, out_step, vectors, mr
                 acc[at] = _fma(builder, weight, values[i], acc[at])
         for place, value in zip(places, loop.close(acc), strict=True):
             _store(builder, value, out, place)
-        return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(*[types.intp] * 7, vectors, mr), _void(emit)
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
 def _values_rows(p, p_step, v, v_step, count, out, out_step, dim, rows):  # type: ignore[no-untyped-def]
     """`_values_tile` for any row count and any head dimension that is a multiple of 32."""
     for first in range(0, dim, 64):
-        v_at, out_at = v + 4 * first, out + 4 * first
-        m = 0
-        while dim - first >= 64 and rows - m >= 6:
-            _values_tile(p + m * p_step, p_step, v_at, v_step, count, out_at + m * out_step, out_step, 4, 6)
-            m += 6
-        while dim - first >= 64 and rows - m >= 2:
-            _values_tile(p + m * p_step, p_step, v_at, v_step, count, out_at + m * out_step, out_step, 4, 2)
-            m += 2
-        while rows > m:
-            if dim - first >= 64:
-                _values_tile(p + m * p_step, p_step, v_at, v_step, count, out_at + m * out_step, out_step, 4, 1)
+        v_at, m = v + 4 * first, 0
+        while m < rows:
+            p_at, out_at = p + m * p_step, out + 4 * first + m * out_step
+            if dim - first < 64:
+                _values_tile(p_at, p_step, v_at, v_step, count, out_at, out_step, 2, 1)
+                m += 1
+            elif rows - m >= 6:
+                _values_tile(p_at, p_step, v_at, v_step, count, out_at, out_step, 4, 6)
+                m += 6
+            elif rows - m >= 2:
+                _values_tile(p_at, p_step, v_at, v_step, count, out_at, out_step, 4, 2)
+                m += 2
             else:
-                _values_tile(p + m * p_step, p_step, v_at, v_step, count, out_at + m * out_step, out_step, 2, 1)
-            m += 1
+                _values_tile(p_at, p_step, v_at, v_step, count, out_at, out_step, 4, 1)
+                m += 1
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
@@ -188,7 +178,7 @@ def _score_run(q, keys, slot, count, out, out_step, rows):  # type: ignore[no-un
     base, step = keys.ctypes.data, keys.strides[0]
     for j in range(0, count, 4):
         at = base + (slot + j) * step
-        _tile_packed_any(keys, keys, at, step, at, at, 0, 0, q, dim // 32, out + 4 * j, out_step, rows)
+        tile_packed(keys, keys, at, step, at, at, 0, 0, q, dim // 32, out + 4 * j, out_step, rows)
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
@@ -215,18 +205,6 @@ def silu_times(gate, up, threads):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _pack_queries(q, first, count, head, scale):  # type: ignore[no-untyped-def]
-    """Rows [first, first + count) of one head of q, times `scale`, as (block, row, lane)."""
-    dim = q.shape[2]
-    packed = np.empty(count * dim, np.float32)
-    for m in range(count):
-        for c in range(dim // 16):
-            for i in range(16):
-                packed[(c * count + m) * 16 + i] = q[first + m, head, c * 16 + i] * scale
-    return packed
-
-
-@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
 def _softmax(scores, m, lowest, seen):  # type: ignore[no-untyped-def]
     """In place: row m of scores becomes the softmax over [lowest, seen), and 0 outside."""
     at, width = scores.ctypes.data + m * scores.strides[0], scores.shape[1]
@@ -249,29 +227,28 @@ def _softmax(scores, m, lowest, seen):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _values_of_tree(scores, values, runs, own, own_ends, positions, first, out, out_step):  # type: ignore[no-untyped-def]
+def _values_of_tree(scores, values, plan, first, out, out_step):  # type: ignore[no-untyped-def]
     """out[m] += scores[m] @ values: those in `runs`, then the row's own. values (capacity, dim)."""
     count, dim = scores.shape[0], values.shape[1]
     at, step = scores.ctypes.data, scores.strides[0]
     v, v_step = values.ctypes.data, values.strides[0]
-    done = 0
+    runs, own, own_ends, done = plan.runs, plan.own, plan.own_ends, 0
     for r in range(runs.shape[0]):
         _values_rows(at + 4 * done, step, v + runs[r, 0] * v_step, v_step, runs[r, 1], out, out_step, dim, count)
         done += runs[r, 1]
     for m in range(count):
         row = first + m
         begin = own_ends[row - 1] if row > 0 else 0
-        place = positions[row] + 1 - (own_ends[row] - begin)
+        place = plan.positions[row] + 1 - (own_ends[row] - begin)
         for j in range(begin, own_ends[row]):
             p = at + m * step + 4 * (place + j - begin)
             _values_rows(p, step, v + own[j] * v_step, v_step, 1, out + m * out_step, out_step, dim, 1)
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
-def _attend(  # type: ignore[no-untyped-def]
-    q, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, out, item, prefix, longest
-):
+def _attend(q, keys, values, plan, scale, out, item, prefix, longest):  # type: ignore[no-untyped-def]
     """One head of one tile of up to 6 rows."""
+    positions, runs, own_ends, causal = plan.positions, plan.runs, plan.own_ends, plan.causal
     rows, heads, dim = q.shape
     group = heads // keys.shape[0]
     tiles = (rows + 5) // 6
@@ -279,7 +256,10 @@ def _attend(  # type: ignore[no-untyped-def]
     first, last = tile * rows // tiles, (tile + 1) * rows // tiles
     count = last - first
     keys_of, values_of = keys[head // group], values[head // group]
-    packed = _pack_queries(q, first, count, head, scale)
+    packed = np.empty(count * dim, np.float32)
+    pack_rows(q[:, head], first, count, False, packed)
+    for i in range(packed.size):
+        packed[i] *= scale
     width = (longest + 31) // 16 * 16
     scores = np.empty((count, width), np.float32)
     at, step = scores.ctypes.data, scores.strides[0]
@@ -304,8 +284,8 @@ def _attend(  # type: ignore[no-untyped-def]
                     single[c * 16 + i] = packed[(c * count + m) * 16 + i]
             for j in range(begin, own_ends[row]):
                 place = prefix + hidden + j - begin
-                _score_run(single.ctypes.data, keys_of, own[j], 1, at + m * step + 4 * place, step, 1)
-        lowest = first_visible[row]
+                _score_run(single.ctypes.data, keys_of, plan.own[j], 1, at + m * step + 4 * place, step, 1)
+        lowest = plan.first_visible[row]
         if not causal and lowest >= prefix:
             lowest = seen - (own_ends[row] - (own_ends[row - 1] if row > 0 else 0))
         _softmax(scores, m, lowest, seen)
@@ -316,37 +296,27 @@ def _attend(  # type: ignore[no-untyped-def]
         v_at, v_step = values_of.ctypes.data, values_of.strides[0]
         _values_rows(at, step, v_at, v_step, most, out_at, out.strides[0], dim, count)
     else:
-        _values_of_tree(scores, values_of, runs, own, own_ends, positions, first, out_at, out.strides[0])
+        _values_of_tree(scores, values_of, plan, first, out_at, out.strides[0])
 
 
 @nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
-def attention(q, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, out):  # type: ignore[no-untyped-def]
-    """Attention of M rows over the prefix and their own slots.
+def attention(q, keys, values, plan, scale, out):  # type: ignore[no-untyped-def]
+    """Attention of M rows over the committed sequence and their own slots.
 
     q, out (M, heads, dim); keys, values (kv_heads, capacity, dim) float32, dim a multiple of 32, three
-    slots of spare capacity. runs (R, 2): slot and length of the committed sequence's contiguous pieces.
-    Row i sees the prefix from index first_visible[i] on, then own[own_ends[i-1]:own_ends[i]]. With
-    `causal` the rows are a chain in the slots after a single run, and `own` is not read.
-    positions (M,): position of each row.
+    slots of spare capacity. plan: an `AttentionPlan` for the rows.
     """
     rows, heads, dim = q.shape
     prefix = 0
-    for r in range(runs.shape[0]):
-        prefix += runs[r, 1]
-    tiles = (rows + 5) // 6
+    for r in range(plan.runs.shape[0]):
+        prefix += plan.runs[r, 1]
     longest = prefix + 16
     for m in range(rows):
-        longest = max(longest, positions[m] + 1 + 16)
-    items = heads * tiles
+        longest = max(longest, plan.positions[m] + 1 + 16)
+    items = heads * ((rows + 5) // 6)
     if items * longest * dim < _FEW_SCORES:
         for item in range(items):
-            _attend(
-                q, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, out, item,
-                prefix, longest,
-            )  # fmt: skip
+            _attend(q, keys, values, plan, scale, out, item, prefix, longest)
         return
     for item in nb.prange(items):
-        _attend(
-            q, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, out, item, prefix,
-            longest,
-        )  # fmt: skip
+        _attend(q, keys, values, plan, scale, out, item, prefix, longest)

@@ -2,9 +2,8 @@
 
 MLX's CPU back end runs normalisation, rotation, softmax and activation one scalar at a time and hands each
 evaluation to another thread; on a 135M model that was 80 % of the time. A block of the usual build (RMS norm,
-grouped attention with rotary positions, SwiGLU) is therefore computed here as one call. Which blocks are of
-that build is found out by structure *and* by numbers: `install_cpu_blocks` runs each candidate against
-MLX's own code and keeps it only when they agree.
+grouped attention with rotary positions, SwiGLU) is therefore computed here as one call. Structure tells
+candidates, numbers decide: `install_cpu_blocks` keeps a block only where it agrees with MLX's own code.
 """
 
 from __future__ import annotations
@@ -52,19 +51,8 @@ def _linear(x, layer, threads, out):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
-def _linear_pair(x, first, second, threads, out1, out2):  # type: ignore[no-untyped-def]
-    if x.shape[0] <= cpu_kernels.FEW_ROWS and first[4] == second[4]:
-        cpu_kernels.matmul_few_pair(x, first, second, out1, out2)
-        _add_bias(out1, first[5])
-        _add_bias(out2, second[5])
-    else:
-        _linear(x, first, threads, out1)
-        _linear(x, second, threads, out2)
-
-
-@nb.njit(cache=True, nogil=True, boundscheck=False)
-def _linear_three(x, layers, threads, out1, out2, out3):  # type: ignore[no-untyped-def]
-    first, second, third = layers
+def _linear_three(x, first, second, third, threads, out1, out2, out3):  # type: ignore[no-untyped-def]
+    """The third may be of no rows."""
     if x.shape[0] <= cpu_kernels.FEW_ROWS and first[4] == second[4] == third[4]:
         cpu_kernels.matmul_few_three(x, first, second, third, out1, out2, out3)
         _add_bias(out1, first[5])
@@ -73,7 +61,8 @@ def _linear_three(x, layers, threads, out1, out2, out3):  # type: ignore[no-unty
     else:
         _linear(x, first, threads, out1)
         _linear(x, second, threads, out2)
-        _linear(x, third, threads, out3)
+        if out3.size:
+            _linear(x, third, threads, out3)
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
@@ -102,14 +91,14 @@ def _norm_heads(x, heads, dim, weight, eps):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
-def _block(h, attention_weights, mlp_weights, norms, rotation, cache, rows, heads, dim, scale, threads):  # type: ignore[no-untyped-def]
+def _block(h, attention_weights, mlp_weights, norms, rotation, cache, plan, heads, dim, scale, threads):  # type: ignore[no-untyped-def]
     """One decoder block over h (M, hidden), in place. See `CpuBlock` for what the tuples hold."""
     wq, wk, wv, wo = attention_weights
     gate, up, down = mlp_weights
     norm1, eps1, norm2, eps2, q_norm, k_norm, head_eps = norms
     cos, sin, traditional = rotation
     keys, values = cache
-    positions, slots, runs, own, own_ends, first_visible, causal = rows
+    positions, slots = plan.positions, plan.slots
     num_rows, hidden = h.shape
     kv_heads = keys.shape[0]
     x = np.empty((num_rows, hidden), np.float32)
@@ -117,7 +106,7 @@ def _block(h, attention_weights, mlp_weights, norms, rotation, cache, rows, head
     q = np.empty((num_rows, heads * dim), np.float32)
     k = np.empty((num_rows, kv_heads * dim), np.float32)
     v = np.empty((num_rows, kv_heads * dim), np.float32)
-    _linear_three(x, (wq, wk, wv), threads, q, k, v)
+    _linear_three(x, wq, wk, wv, threads, q, k, v)
     _norm_heads(q, heads, dim, q_norm, head_eps)
     _norm_heads(k, kv_heads, dim, k_norm, head_eps)
     none = slots[:0]
@@ -128,15 +117,14 @@ def _block(h, attention_weights, mlp_weights, norms, rotation, cache, rows, head
         for head in range(kv_heads):
             values[head, slots[m]] = v[m, head * dim : (head + 1) * dim]
     mixed = np.empty((num_rows, heads, dim), np.float32)
-    cpu_attention.attention(
-        rotated, keys, values, runs, own, own_ends, first_visible, positions, scale, causal, mixed
-    )
+    cpu_attention.attention(rotated, keys, values, plan, scale, mixed)
     _linear(mixed.reshape(num_rows, heads * dim), wo, threads, x)
     h += x
     cpu_attention.rms_norm(h, norm2, eps2, x)
     wide = np.empty((num_rows, gate[0].shape[0]), np.float32)
     wider = np.empty((num_rows, gate[0].shape[0]), np.float32)
-    _linear_pair(x, gate, up, threads, wide, wider)
+    nothing = (up[0][:0], up[1], up[2], up[3], up[4], up[5])
+    _linear_three(x, gate, up, nothing, threads, wide, wider, wider[:, :0])
     cpu_attention.silu_times(wide, wider, threads)
     _linear(wide, down, threads, x)
     h += x
@@ -146,9 +134,7 @@ class _Rotation:
     """cos and sin tables read off a rope module, whatever its scaling: it is a rotation of pairs."""
 
     def __init__(self, rope: Any, dim: int) -> None:
-        self._rope = rope
-        self._dim = dim
-        self._size = 0
+        self._rope, self._dim, self._size = rope, dim, 0
         self.traditional = False
         self.cos: Floats = np.zeros((0, 0), np.float32)
         self.sin: Floats = np.zeros((0, 0), np.float32)
@@ -160,7 +146,6 @@ class _Rotation:
         return self.cos, self.sin, self.traditional
 
     def _extend(self) -> None:
-        half = self._dim // 2
         traditional, pairs = self._layout()
         first = np.arange(pairs) * 2 if traditional else np.arange(pairs)
         second = first + (1 if traditional else pairs)
@@ -168,7 +153,6 @@ class _Rotation:
         probe[..., first] = 1.0
         turned = np.asarray(self._rope(mx.array(probe), offset=self._size))[0, 0]
         cos, sin = turned[:, first], turned[:, second]
-        assert pairs <= half
         self.traditional = traditional
         if self._size:
             cos, sin = np.concatenate([self.cos, cos]), np.concatenate([self.sin, sin])
@@ -213,23 +197,20 @@ def _rope_key(rope: Any, dim: int) -> Hashable:
     return type(rope), dim, tuple(sorted(plain.items(), key=lambda item: item[0])), values
 
 
-class _Rotations(dict[Hashable, _Rotation]):
-    """Tables that layers share: for each of its own, a deep model would need more memory than for its weights."""
-
-    def of(self, rope: Any, dim: int) -> _Rotation:
-        key = _rope_key(rope, dim)
-        return _Rotation(rope, dim) if key is None else self.setdefault(key, _Rotation(rope, dim))
-
-
 class _BlockState:
-    """What a block needs besides its parameters; views are made again when parameters change."""
+    """What a block needs besides its parameters; views are made again when parameters change.
 
-    def __init__(self, block: Any, rotations: _Rotations) -> None:
+    rotations: tables that layers share: each with its own, a deep model needs more memory than for its weights.
+    """
+
+    def __init__(self, block: Any, rotations: dict[Hashable, _Rotation]) -> None:
         attention = block.self_attn
         self.heads, self.kv_heads = attention.n_heads, attention.n_kv_heads
         self.dim = attention.q_proj["weight"].shape[0] // attention.n_heads
         self.scale = float(attention.scale)
-        self.rotation = rotations.of(attention.rope, self.dim)
+        key = _rope_key(attention.rope, self.dim)
+        own = _Rotation(attention.rope, self.dim)
+        self.rotation = own if key is None else rotations.setdefault(key, own)
         self._weights: tuple[Any, Any, Any] | None = None
         self._source: Any = None
 
@@ -245,16 +226,11 @@ class _BlockState:
             none = np.zeros(0, np.float32)
             q_norm, head_eps = _norm_of(attention.q_norm) if "q_norm" in attention else (none, 0.0)
             k_norm = _norm_of(attention.k_norm)[0] if "k_norm" in attention else none
+            norms = (*_norm_of(block.input_layernorm), *_norm_of(block.post_attention_layernorm))
             self._weights = (
                 tuple(_weights_of(attention[n]) for n in ("q_proj", "k_proj", "v_proj", "o_proj")),
                 tuple(_weights_of(mlp[n]) for n in ("gate_proj", "up_proj", "down_proj")),
-                (
-                    *_norm_of(block.input_layernorm),
-                    *_norm_of(block.post_attention_layernorm),
-                    q_norm,
-                    k_norm,
-                    head_eps,
-                ),
+                (*norms, q_norm, k_norm, head_eps),
             )
             self._source = source
         return self._weights
@@ -277,14 +253,11 @@ class CpuBlock(Adaptation):
         state = self._cpu_block
         h = np.array(np.asarray(x)[0], np.float32)  # a copy: the block works in place
         keys_and_values = cache.kernel_buffers(state.kv_heads, state.dim)
-        plan = cache.attention_plan()
+        plan = cache.owner.attention_plan(cache.window)
         attention_weights, mlp_weights, norms = state.weights(self)
         rotation = state.rotation.upto(int(plan.positions.max()))
-        rows = (
-            plan.positions, plan.slots, plan.runs, plan.own, plan.own_ends, plan.first_visible, plan.causal,
-        )  # fmt: skip
         _block(
-            h, attention_weights, mlp_weights, norms, rotation, keys_and_values, rows,
+            h, attention_weights, mlp_weights, norms, rotation, keys_and_values, plan,
             state.heads, state.dim, state.scale, num_threads(),
         )  # fmt: skip
         return mx.array(h[None])
@@ -299,13 +272,12 @@ def _is_candidate(block: Any) -> bool:
     linears += [mlp.get(n) for n in ("gate_proj", "up_proj", "down_proj")]
     norms = [block.input_layernorm, block.post_attention_layernorm]
     norms += [attention[n] for n in ("q_norm", "k_norm") if n in attention]
-    if not all(isinstance(m, CpuLinear) for m in linears):
-        return False
-    if not all(isinstance(m, RMSNorm) for m in norms):
-        return False
-    if not all(hasattr(attention, n) for n in ("n_heads", "n_kv_heads", "scale", "rope")):
-        return False
-    if attention.n_heads % attention.n_kv_heads:
+    if not (
+        all(isinstance(m, CpuLinear) for m in linears)
+        and all(isinstance(m, RMSNorm) for m in norms)
+        and all(hasattr(attention, n) for n in ("n_heads", "n_kv_heads", "scale", "rope"))
+        and attention.n_heads % attention.n_kv_heads == 0
+    ):
         return False
     dim = attention.q_proj["weight"].shape[0] // attention.n_heads
     hidden = block.input_layernorm["weight"].shape[0]
@@ -313,17 +285,14 @@ def _is_candidate(block: Any) -> bool:
 
 
 def _agrees(block: Any, original: Any) -> bool:
-    """Run the block both ways over two forwards (a prompt, then single tokens) on random input.
-
-    original: MLX's ``__call__``.
-    """
+    """Run the block with its own and with MLX's ``__call__``, `original`: a random prompt, then a single token."""
     hidden = block.input_layernorm["weight"].shape[0]
     rng = np.random.default_rng(0)
     outputs: list[list[Floats]] = []
     inputs = [mx.array(rng.standard_normal((1, n, hidden)).astype(np.float32)) for n in (9, 1)]
     try:
         for call in (type(block).__call__, original):
-            cache = LazyKVCache(1)
+            cache = LazyKVCache()
             parts = []
             for x in inputs:
                 slots = cache.append(None, x.shape[1])
@@ -339,12 +308,10 @@ def _agrees(block: Any, original: Any) -> bool:
 
 
 def install_cpu_blocks(model: Module, loaded: Callable[[int], AbstractContextManager[None]] | None = None) -> int:
-    """Let the model's decoder blocks compute on the CPU kernels where both ways agree; returns how many.
-
-    loaded: see `cpu.use_cpu_blocks`.
-    """
+    """Let the model's decoder blocks compute on the CPU kernels where both ways agree; returns how many. loaded:
+    see `cpu.use_cpu_blocks`."""
     agreed: dict[Hashable, bool] = {}
-    rotations = _Rotations()
+    rotations: dict[Hashable, _Rotation] = {}
     count = 0
     for number, block in enumerate(getattr(model, "layers", [])):
         if not _is_candidate(block):

@@ -10,24 +10,14 @@ The inner tiles are written as explicit LLVM vector code (numba intrinsics) beca
 may choose another summation order for each loop shape. Vectors are 16 lanes wide everywhere; LLVM
 splits them where registers are narrower, without changing the order of sums.
 
-Weight storage, told apart by the numpy dtype of the view that is passed:
-
-====================  ===========================================================
-``weight`` dtype      meaning
-====================  ===========================================================
-``uint32`` (N, K/8)   4-bit groups, packed as `mx.quantize` does
-``uint8``  (N, K)     8-bit groups
-``float32`` (N, K)    dense
-``int16``  (N, K)     dense, IEEE half precision bits
-``uint16`` (N, K)     dense, bfloat16 bits
-====================  ===========================================================
-
-Scales and biases (N, K/group) come as ``float32``, ``int16`` (half bits) or ``uint16`` (bfloat16
-bits) and are widened exactly.
+The dtype of a view tells how weights (N, K) are stored: ``uint32`` (N, K/8) are 4-bit groups packed as
+`mx.quantize` does, ``uint8`` 8-bit groups; ``float32``, ``int16`` (half precision bits) and ``uint16`` (bfloat16
+bits) are dense. Scales and biases (N, K/group) are of the last three and widened exactly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba as nb
@@ -39,6 +29,7 @@ from numba.extending import intrinsic
 LANES = 16
 FEW_ROWS = 20  # up to here `matmul_few` is faster, although each tile of 6 rows unpacks the weights anew
 K_BLOCK = 32  # chunks of a block of weights unpacked together
+TILE_COLUMNS, TILE_ROWS = 4, 6  # products accumulated in registers
 N_BLOCK = 8  # weight rows of that block: with K_BLOCK, 32 KB that stay in the first-level cache
 
 _F32 = ir.FloatType()
@@ -64,11 +55,14 @@ def _store(builder: Any, value: Any, address: Any, offset: Any, align: int = 4) 
     builder.store(value, pointer).align = align
 
 
+def call_vector(builder: Any, name: str, *args: Any) -> Any:
+    """LLVM's ``name`` of vectors of 16 floats."""
+    kind = ir.FunctionType(_F32V, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v16f32"), args)
+
+
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    name = "llvm.fma.v16f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
-    kind = ir.FunctionType(a.type, [a.type] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [a, b, c])
+    return call_vector(builder, "fma", a, b, c)
 
 
 def _prefetch(builder: Any, address: Any) -> None:
@@ -105,10 +99,8 @@ def _bytes_per_chunk(weight: Any) -> int:
 
 
 def _unpack(builder: Any, weight: Any, scale: Any, w_at: Any, s_at: Any, b_at: Any) -> tuple[Any, Any]:
-    """One chunk of a weight row as two float32 vectors, in the order `pack_rows` gives activations.
-
-    4-bit: even elements, then odd ones (low and high nibbles). Others: first half, second half.
-    """
+    """One chunk of a weight row as two float32 vectors, in the order of `pack_rows`: of 4 bits the even elements,
+    then the odd ones (low and high nibbles); of others the first half, then the second."""
     zero = _I64(0)
     if weight not in (types.uint32, types.uint8):
         kind = _VECTOR_OF[weight]
@@ -177,117 +169,127 @@ def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
     return builder.shuffle_vector(sums, ir.Constant(_F32V, ir.Undefined), first)
 
 
-def _multiply(builder: Any, weights: Any, x_at: Any, acc: list[Any], num_weights: int, num_rows: int) -> None:
+def _multiply(builder: Any, weights: list[Any], x_at: Any, acc: list[Any], num_rows: int) -> None:
     """acc[n][m] += weights[n] . x[m] for both halves of a chunk; x packed as (chunk, half, row, lane)."""
     for half in range(2):
         for m in range(num_rows):
             x = _load(builder, x_at, _I64((half * num_rows + m) * 64), _F32V, 4)
-            for n in range(num_weights):
-                acc[n * num_rows + m] = _fma(builder, weights[n][half], x, acc[n * num_rows + m])
+            for n, weight in enumerate(weights):
+                acc[n * num_rows + m] = _fma(builder, weight[half], x, acc[n * num_rows + m])
 
 
-@intrinsic(prefer_literal=True)
-def _tile_packed(typing, weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, nr, mr):  # type: ignore[no-untyped-def]
-    """Multiply `nr` packed weight rows with `mr` activation rows over all chunks; unpack in registers."""
-    signature = types.void(weight, scales, *[types.intp] * 10, nr, mr)
-    num_weights, num_rows = nr.literal_value, mr.literal_value
+def _void(emit: Callable[..., None]) -> Any:
+    """An intrinsic's code generator from emit(builder, *arguments), for one that returns nothing."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, _, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, _, _ = args
-        chunk_bytes, scale_bytes = _bytes_per_chunk(weight.dtype), scales.dtype.bitwidth // 8
-        zeros = [ir.Constant(_F32V, [0.0] * LANES)] * (num_weights * num_rows)
-        loop = _Loop(builder, _I64(0), chunks, zeros)
-        acc = list(loop.values)
-        w_offset = builder.mul(loop.index, _I64(chunk_bytes))
-        s_offset = builder.mul(builder.lshr(loop.index, shift), _I64(scale_bytes))
-        unpacked = []
-        for n in range(num_weights):
-            w_at = builder.add(builder.add(w, w_offset), builder.mul(w_step, _I64(n)))
-            s_row = builder.add(s_offset, builder.mul(s_step, _I64(n)))
-            _prefetch(builder, builder.add(w_at, builder.mul(w_step, _I64(num_weights))))
-            unpacked.append(
-                _unpack(builder, weight.dtype, scales.dtype, w_at, builder.add(s, s_row), builder.add(b, s_row))
-            )
-        x_at = builder.add(x, builder.mul(loop.index, _I64(128 * num_rows)))
-        _multiply(builder, unpacked, x_at, acc, num_weights, num_rows)
-        acc = loop.close(acc)
-        for m in range(num_rows):
-            sums = _sum_lanes(builder, acc[m::num_rows])
-            _store(builder, sums, out, builder.mul(out_step, _I64(m)))
+        emit(builder, *args)
         return context.get_dummy_value()
 
-    return signature, codegen
+    return codegen
+
+
+def _by_rows(builder: Any, rows: Any, emit: Callable[[int], None]) -> None:
+    """Code for each number of rows that a tile may have, of which `rows` chooses at run time."""
+    end = builder.append_basic_block("end")
+    switch = builder.switch(rows, end)
+    for num_rows in range(1, TILE_ROWS + 1):
+        block = builder.append_basic_block(f"rows{num_rows}")
+        switch.add_case(num_rows, block)
+        builder.position_at_end(block)
+        emit(num_rows)
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
+@intrinsic
+def tile_packed(typing, weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, rows):  # type: ignore[no-untyped-def]
+    """Multiply 4 packed weight rows with up to 6 activation rows over all chunks; unpack in registers."""
+
+    def emit(builder, _weight, _scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, rows):  # type: ignore[no-untyped-def]
+        chunk_bytes, scale_bytes = _bytes_per_chunk(weight.dtype), scales.dtype.bitwidth // 8
+
+        def tile(num_rows: int) -> None:
+            zeros = [ir.Constant(_F32V, [0.0] * LANES)] * (TILE_COLUMNS * num_rows)
+            loop = _Loop(builder, _I64(0), chunks, zeros)
+            acc = list(loop.values)
+            w_offset = builder.mul(loop.index, _I64(chunk_bytes))
+            s_offset = builder.mul(builder.lshr(loop.index, shift), _I64(scale_bytes))
+            unpacked = []
+            for n in range(TILE_COLUMNS):
+                w_at = builder.add(builder.add(w, w_offset), builder.mul(w_step, _I64(n)))
+                s_row = builder.add(s_offset, builder.mul(s_step, _I64(n)))
+                _prefetch(builder, builder.add(w_at, builder.mul(w_step, _I64(TILE_COLUMNS))))
+                s_at, b_at = builder.add(s, s_row), builder.add(b, s_row)
+                unpacked.append(_unpack(builder, weight.dtype, scales.dtype, w_at, s_at, b_at))
+            x_at = builder.add(x, builder.mul(loop.index, _I64(128 * num_rows)))
+            _multiply(builder, unpacked, x_at, acc, num_rows)
+            acc = loop.close(acc)
+            for m in range(num_rows):
+                _store(builder, _sum_lanes(builder, acc[m::num_rows]), out, builder.mul(out_step, _I64(m)))
+
+        _by_rows(builder, rows, tile)
+
+    return types.void(weight, scales, *[types.intp] * 11), _void(emit)
 
 
 @intrinsic
 def _unpack_row(typing, weight, scales, w, s, b, shift, first, chunks, out):  # type: ignore[no-untyped-def]
     """Unpack `chunks` chunks of one weight row, from chunk `first` on, to float32 at `out`."""
-    signature = types.void(weight, scales, *[types.intp] * 7)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, _, w, s, b, shift, first, chunks, out = args
+    def emit(builder, _weight, _scales, w, s, b, shift, first, chunks, out):  # type: ignore[no-untyped-def]
         loop = _Loop(builder, _I64(0), chunks, [])
         chunk = builder.add(loop.index, first)
         w_at = builder.add(w, builder.mul(chunk, _I64(_bytes_per_chunk(weight.dtype))))
         s_offset = builder.mul(builder.lshr(chunk, shift), _I64(scales.dtype.bitwidth // 8))
-        halves = _unpack(
-            builder, weight.dtype, scales.dtype, w_at, builder.add(s, s_offset), builder.add(b, s_offset)
-        )
+        s_at, b_at = builder.add(s, s_offset), builder.add(b, s_offset)
+        halves = _unpack(builder, weight.dtype, scales.dtype, w_at, s_at, b_at)
         at = builder.mul(loop.index, _I64(128))
         for half in range(2):
             _store(builder, halves[half], out, builder.add(at, _I64(64 * half)))
         loop.close([])
-        return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(weight, scales, *[types.intp] * 7), _void(emit)
 
 
-@intrinsic(prefer_literal=True)
-def _tile_unpacked(typing, w, w_step, x, chunks, acc, nr, mr):  # type: ignore[no-untyped-def]
-    """acc[nr][mr][lane] += unpacked weight rows times packed activation rows over `chunks` chunks."""
-    signature = types.void(*[types.intp] * 5, nr, mr)
-    num_weights, num_rows = nr.literal_value, mr.literal_value
+@intrinsic
+def _tile_unpacked(typing, w, w_step, x, chunks, acc, rows):  # type: ignore[no-untyped-def]
+    """acc[4][rows][lane] += unpacked weight rows times up to 6 packed activation rows over `chunks` chunks."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        w, w_step, x, chunks, acc_at, _, _ = args
-        count = num_weights * num_rows
-        start = [_load(builder, acc_at, _I64(64 * i), _F32V, 4) for i in range(count)]
-        loop = _Loop(builder, _I64(0), chunks, start)
-        acc = list(loop.values)
-        weights = []
-        for n in range(num_weights):
-            at = builder.add(builder.add(w, builder.mul(loop.index, _I64(128))), builder.mul(w_step, _I64(n)))
-            weights.append([_load(builder, at, _I64(64 * half), _F32V, 4) for half in range(2)])
-        x_at = builder.add(x, builder.mul(loop.index, _I64(128 * num_rows)))
-        _multiply(builder, weights, x_at, acc, num_weights, num_rows)
-        acc = loop.close(acc)
-        for i in range(count):
-            _store(builder, acc[i], acc_at, _I64(64 * i))
-        return context.get_dummy_value()
+    def emit(builder, w, w_step, x, chunks, acc_at, rows):  # type: ignore[no-untyped-def]
+        def tile(num_rows: int) -> None:
+            count = TILE_COLUMNS * num_rows
+            start = [_load(builder, acc_at, _I64(64 * i), _F32V, 4) for i in range(count)]
+            loop = _Loop(builder, _I64(0), chunks, start)
+            acc = list(loop.values)
+            weights = []
+            for n in range(TILE_COLUMNS):
+                at = builder.add(builder.add(w, builder.mul(loop.index, _I64(128))), builder.mul(w_step, _I64(n)))
+                weights.append([_load(builder, at, _I64(64 * half), _F32V, 4) for half in range(2)])
+            x_at = builder.add(x, builder.mul(loop.index, _I64(128 * num_rows)))
+            _multiply(builder, weights, x_at, acc, num_rows)
+            for i, value in enumerate(loop.close(acc)):
+                _store(builder, value, acc_at, _I64(64 * i))
 
-    return signature, codegen
+        _by_rows(builder, rows, tile)
+
+    return types.void(*[types.intp] * 6), _void(emit)
 
 
 @intrinsic
 def _store_sums(typing, acc, step, out):  # type: ignore[no-untyped-def]
     """Store the lane sums of four accumulators, `step` bytes apart, as four neighbouring floats."""
-    signature = types.void(types.intp, types.intp, types.intp)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        acc, step, out = args
+    def emit(builder, acc, step, out):  # type: ignore[no-untyped-def]
         vectors = [_load(builder, acc, builder.mul(step, _I64(n)), _F32V, 4) for n in range(4)]
         _store(builder, _sum_lanes(builder, vectors), out, _I64(0))
-        return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(types.intp, types.intp, types.intp), _void(emit)
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def pack_rows(x: np.ndarray, first: int, rows: int, split: bool, out: np.ndarray) -> None:
-    """Pack activation rows (M, K) [first, first + rows) as (chunk, half, row, lane) into flat `out`.
-
-    `split` puts the even elements of each chunk in the first half and the odd ones in the second.
-    """
+    """Pack activation rows (M, K) [first, first + rows) as (chunk, half, row, lane) into flat `out`. `split` puts
+    the even elements of each chunk in the first half and the odd ones in the second."""
     chunks = x.shape[1] // 32
     for m in range(rows):
         for c in range(chunks):
@@ -313,38 +315,6 @@ def _tile_bounds(rows):  # type: ignore[no-untyped-def]
     return bounds
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _tile_packed_any(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, rows):  # type: ignore[no-untyped-def]
-    if rows == 1:
-        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 1)
-    elif rows == 2:
-        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 2)
-    elif rows == 3:
-        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 3)
-    elif rows == 4:
-        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 4)
-    elif rows == 5:
-        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 5)
-    else:
-        _tile_packed(weight, scales, w, w_step, s, b, s_step, shift, x, chunks, out, out_step, 4, 6)
-
-
-@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _tile_unpacked_any(w, w_step, x, chunks, acc, rows):  # type: ignore[no-untyped-def]
-    if rows == 6:
-        _tile_unpacked(w, w_step, x, chunks, acc, 4, 6)
-    elif rows == 5:
-        _tile_unpacked(w, w_step, x, chunks, acc, 4, 5)
-    elif rows == 4:
-        _tile_unpacked(w, w_step, x, chunks, acc, 4, 4)
-    elif rows == 3:
-        _tile_unpacked(w, w_step, x, chunks, acc, 4, 3)
-    elif rows == 2:
-        _tile_unpacked(w, w_step, x, chunks, acc, 4, 2)
-    else:
-        _tile_unpacked(w, w_step, x, chunks, acc, 4, 1)
-
-
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _few_block(packed, bounds, weight, scales, biases, shift, chunks, block, out):  # type: ignore[no-untyped-def]
     """Columns [4 * block, 4 * block + 4) of out, for all rows."""
@@ -354,7 +324,7 @@ def _few_block(packed, bounds, weight, scales, biases, shift, chunks, block, out
     b_at = biases.ctypes.data + n * scales.strides[0]
     for tile in range(len(bounds) - 1):
         first, last = bounds[tile], bounds[tile + 1]
-        _tile_packed_any(
+        tile_packed(
             weight, scales, w_at, weight.strides[0], s_at, b_at, scales.strides[0], shift,
             packed.ctypes.data + first * chunks * 128, chunks,
             out.ctypes.data + 4 * n + first * out.strides[0], out.strides[0], last - first,
@@ -382,27 +352,9 @@ def matmul_few(x, weight, scales, biases, shift, split, out):  # type: ignore[no
 
 
 @nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
-def matmul_few_pair(x, first, second, out1, out2):  # type: ignore[no-untyped-def]
-    """Two `matmul_few` of one input in one parallel region: waking threads costs more than a small product.
-
-    first, second: (weight, scales, biases, shift, split) of equal types and equal `split`.
-    """
-    w1, s1, b1, shift1, split, _ = first
-    w2, s2, b2, shift2, _, _ = second
-    chunks = x.shape[1] // 32
-    bounds = _tile_bounds(x.shape[0])
-    packed = _pack_all(x, bounds, split)
-    blocks1 = (w1.shape[0] + 3) // 4
-    for item in nb.prange(blocks1 + (w2.shape[0] + 3) // 4):
-        if item < blocks1:
-            _few_block(packed, bounds, w1, s1, b1, shift1, chunks, item, out1)
-        else:
-            _few_block(packed, bounds, w2, s2, b2, shift2, chunks, item - blocks1, out2)
-
-
-@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
 def matmul_few_three(x, first, second, third, out1, out2, out3):  # type: ignore[no-untyped-def]
-    """Three `matmul_few` of one input in one parallel region; see `matmul_few_pair`."""
+    """Three `matmul_few` of one input in one parallel region: waking threads costs more than a small product. All
+    are (weight, scales, biases, shift, split, bias) of equal `split`; the bias is not added."""
     w1, s1, b1, shift1, split, _ = first
     w2, s2, b2, shift2, _, _ = second
     w3, s3, b3, shift3, _, _ = third
@@ -452,7 +404,7 @@ def matmul_many(x, weight, scales, biases, shift, split, threads, out):  # type:
                     first, last = bounds[tile], bounds[tile + 1]
                     x_at = packed.ctypes.data + 4 * (first * chunks * 32 + start * 32 * (last - first))
                     for i in range(0, width, 4):
-                        _tile_unpacked_any(
+                        _tile_unpacked(
                             unpacked.ctypes.data + i * K_BLOCK * 128, K_BLOCK * 128, x_at, count,
                             acc.ctypes.data + (first * N_BLOCK + i * (last - first)) * 64, last - first,
                         )  # fmt: skip

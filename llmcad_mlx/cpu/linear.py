@@ -1,8 +1,7 @@
 """Linear layers of an mlx-lm model on the kernels of `cpu.kernels`, in place of MLX's CPU ones.
 
-Only used where the default device is a CPU without Accelerate (Linux). A layer keeps its parameters and their
-names, so loading, quantisation and streaming work as before. Each call crosses from MLX to numpy: the input is
-evaluated (about 50 µs of thread hand-over), then read and written through views.
+A layer keeps its parameters and their names, so loading, quantisation and streaming work as before. Each call
+crosses from MLX to numpy: the input is evaluated (about 50 µs of thread hand-over), then read through a view.
 """
 
 from __future__ import annotations
@@ -26,10 +25,8 @@ _SHIFTS = {32: 0, 64: 1, 128: 2}  # group size -> log2(chunks per group)
 
 
 def numpy_view(array: mx.array) -> np.ndarray:
-    """A read-only C-contiguous numpy view of an MLX array, evaluated if need be.
-
-    float16 comes back as its bits in int16, bfloat16 as its bits in uint16 (what the kernels read).
-    """
+    """A read-only C-contiguous numpy view of an MLX array, evaluated if need be: float16 as its bits in int16,
+    bfloat16 as its bits in uint16."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     elif array.dtype == mx.float16:
@@ -55,10 +52,6 @@ class WeightViews:
     __slots__ = ("_source", "_views")
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop the views."""
         self._source: Any = None
         self._views: Weights | None = None
 
@@ -104,7 +97,7 @@ class _OnKernels(Adaptation):
         return result + self["bias"] if "bias" in self else result
 
     def forget_weights(self) -> None:
-        self._cpu_weights.forget()
+        self._cpu_weights = WeightViews()
         super().forget_weights()
 
 
@@ -126,14 +119,6 @@ class CpuEmbedding(_OnKernels):
         return self._multiply(x)
 
 
-_KINDS: dict[type, type[_OnKernels]] = {
-    Linear: CpuLinear,
-    QuantizedLinear: CpuLinear,
-    Embedding: CpuEmbedding,
-    QuantizedEmbedding: CpuEmbedding,
-}
-
-
 def _supported(layer: Any) -> bool:
     weight = layer["weight"]
     if weight.shape[0] < 4:
@@ -141,9 +126,8 @@ def _supported(layer: Any) -> bool:
     if "scales" not in layer:
         return weight.shape[1] % _CHUNK == 0 and weight.dtype in (mx.float32, mx.float16, mx.bfloat16)
     columns = weight.shape[1] * 32 // layer.bits
-    mode = getattr(layer, "mode", "affine")
     return (
-        mode == "affine"
+        getattr(layer, "mode", "affine") == "affine"
         and layer.bits in (4, 8)
         and layer.group_size in _SHIFTS
         and columns % max(_CHUNK, layer.group_size) == 0
@@ -151,17 +135,15 @@ def _supported(layer: Any) -> bool:
 
 
 def install_cpu_linears(model: Module) -> int:
-    """Give the model's linear and embedding layers the CPU kernels; float32 for everything else.
-
-    Returns how many layers were changed. Layers of other shapes, bits or kinds keep MLX's kernels. Nothing is
-    evaluated.
-    """
+    """Give the model's linear and embedding layers the CPU kernels where these take them; float32 for everything
+    else. Returns how many layers were changed. Nothing is evaluated."""
     changed = 0
     modules: Any = model.modules()
     for module in modules:
-        kind = _KINDS.get(own_class(module))
-        if kind is not None and _supported(module):
-            adapt(module, kind, _cpu_weights=WeightViews())
+        own = own_class(module)
+        embeds = own in (Embedding, QuantizedEmbedding)
+        if (embeds or own in (Linear, QuantizedLinear)) and _supported(module):
+            adapt(module, CpuEmbedding if embeds else CpuLinear, _cpu_weights=WeightViews())
             if "bias" in module:
                 module["bias"] = module["bias"].astype(mx.float32)
             changed += 1

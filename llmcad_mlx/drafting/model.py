@@ -13,7 +13,7 @@ import numpy.typing as npt
 from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.errors import GenerationError
 from llmcad_mlx.models.cache import ModelCache
-from llmcad_mlx.models.draft_folder import TokenList
+from llmcad_mlx.models.folder import TokenList
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import Candidates
 from llmcad_mlx.sampling import TargetSampler
@@ -134,7 +134,7 @@ class ModelDrafter(Drafter):
         """
         cache = model.new_cache()
         if not cache.can_rollback:
-            raise ValueError(f"a draft must be able to take tokens back; {model.reason}")
+            raise ValueError(f"a draft must be able to take tokens back; {model.report.reason}")
         self.model = model
         self.cache = cache
         self._start = 0  # index in the sequence of the cache's first token

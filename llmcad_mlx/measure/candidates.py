@@ -8,9 +8,7 @@ from pathlib import Path
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.measure.workload import listed
-from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
-from llmcad_mlx.models.draft_folder import vocabulary_size
-from llmcad_mlx.models.folder import load_model_folder, read_config
+from llmcad_mlx.models.folder import DRAFT_TOKENS, load_model_folder, read_config, vocabulary_size
 from llmcad_mlx.store.copies import BITS, SELF_BITS, DerivedDraft, stored_bits
 from llmcad_mlx.store.names import AUTO_DRAFT, NGRAM_DRAFT, NO_DRAFT, PairPaths, pair_with_draft
 from llmcad_mlx.store.pull import preset_draft

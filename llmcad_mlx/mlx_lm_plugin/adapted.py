@@ -12,6 +12,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
 from llmcad_mlx.cpu import prepare_for_device
+from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.store.profile import PairProfile
 
@@ -39,8 +40,8 @@ class AdaptedModel:
             self.reason = f"its modules cannot be copied ({type(error).__name__}: {error})".splitlines()[0]
             return
         prepare_for_device(twin)
-        self.tree = TreeModel(twin, {})
-        self.reason = self.tree.reason if self.tree.capability == "plain" else ""
+        self.tree = TreeModel(twin, {}, probe(twin))
+        self.reason = self.tree.report.reason if self.tree.capability == "plain" else ""
         if self.reason:
             return
         cache = self.tree.new_cache()

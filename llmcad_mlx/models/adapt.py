@@ -3,16 +3,6 @@
 An adaptation is a class that goes before a module's own class: the module gets a subclass of both, so that the
 adaptation's methods run first and reach the module's own with ``super()``. Several may lie on one module, the last
 one outermost, and each can be taken away again whatever came after it. Parameters and their names do not change.
-
-    class Doubled(Adaptation):
-        _factor: int                    # what it keeps in the module
-
-        def __call__(self, x):
-            return self._factor * super().__call__(x)
-
-    adapt(module, Doubled, _factor=2)
-    adaptations(module)                 # [Doubled]
-    restore(module, Doubled)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a model remembers of one sequence, and of the token tree below its end.
 
-`ModelCache` is what draft and target work with, whatever the model can do:
+Draft and target work with a `ModelCache`, whatever the model can do:
 
     slots = cache.append(parents, n)      # announce the n tokens of the next forward
     logits = model(tokens, cache=cache.layers)
@@ -17,7 +17,6 @@ one layer's keys and values and answers what mlx-lm's models ask of a cache.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +28,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
 from llmcad_mlx.models.positions import NodePositions
-from llmcad_mlx.models.slots import SPARE_SLOTS, AttentionPlan, Ints, SlotTable, grown_capacity
+from llmcad_mlx.models.slots import SPARE_SLOTS, Ints, SlotTable, grown_capacity
 
 Capability = Literal["tree", "chain", "plain"]
 """What may be appended: any tree; a line whose rejected end can be dropped; only what is then committed."""
@@ -43,10 +42,7 @@ class UnsupportedCacheError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """A copy of one layer's state: keys (kv_heads, L, key_dim), values (kv_heads, L, value_dim).
-
-    The tokens are in position order, without dead slots and spare capacity.
-    """
+    """A copy of one layer's state, (kv_heads, L, dim) each: L tokens in position order, without dead slots."""
 
     keys: mx.array
     values: mx.array
@@ -65,84 +61,6 @@ class LayerState:
             a.ndim == b.ndim == 3 and a.dtype == b.dtype and (a.shape[0], a.shape[2]) == (b.shape[0], b.shape[2])
             for a, b in pairs
         )
-
-
-class ModelCache(ABC):
-    """The state of one sequence in one model; see the module's text for how it is used."""
-
-    layers: list[Any]
-    """What the model gets as ``cache=``."""
-    length: int
-    """Number of committed tokens."""
-    num_slots: int
-    """Slots in use; the next append's come after them."""
-
-    @property
-    @abstractmethod
-    def capability(self) -> Capability:
-        """What `append` takes."""
-
-    @property
-    def can_rollback(self) -> bool:
-        """Whether tokens can be taken back, and the state copied; False for "plain"."""
-        return self.capability != "plain"
-
-    @abstractmethod
-    def append(self, parents: Sequence[int] | None, n: int) -> range:
-        """Announce ``n`` tokens below ``parents`` (slots, -1: the last committed; None: a chain) and return their
-        slots. Raises ValueError for a shape that the capability excludes."""
-
-    @abstractmethod
-    def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
-        """Let a path of new slots join the sequence; ``keep`` live on uncommitted, all others are dropped.
-
-        Returns where ``keep`` lie from now on. Raises ValueError, and changes nothing, for what is no path or
-        cannot be dropped.
-        """
-
-    @abstractmethod
-    def rollback(self) -> None:
-        """Back to the last commit. Raises ValueError where something would have to be taken back and cannot."""
-
-    @abstractmethod
-    def truncate(self, length: int) -> None:
-        """Keep the first ``length`` committed tokens only; 0 always can be, else ValueError where it cannot."""
-
-    @abstractmethod
-    def drop_appended(self, n: int) -> None:
-        """Drop the last ``n`` slots of the present append, which were forwarded only to fill a block."""
-
-    def reserve(self, num_slots: int) -> None:  # noqa: B027
-        """Make room for ``num_slots`` at the first forward, where that can be: growing leaves holes in memory."""
-
-    @abstractmethod
-    def arrays(self) -> list[mx.array]:
-        """All state in MLX's hands, for ``mx.eval``."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of all state, spare capacity included."""
-
-    @property
-    @abstractmethod
-    def slot_nbytes(self) -> int:
-        """Bytes that one token takes in all layers; 0 before the first forward."""
-
-    def states(self, length: int) -> Iterator[LayerState | None]:
-        """Copies of the state after the first ``length`` committed tokens, layer by layer; None: never written.
-
-        Raises ValueError for a cache that cannot roll back.
-        """
-        raise ValueError("this model's state cannot be copied layer by layer")
-
-    def restore(self, states: Iterable[LayerState | None], length: int) -> None:
-        """Make the ``length`` tokens of ``states`` all that the cache holds.
-
-        Layers are taken one by one, so they may be read from a file meanwhile. Raises ValueError, and leaves the
-        cache empty, for another number of layers or tokens, or for shapes that the cache cannot take.
-        """
-        self.states(length)
 
 
 class LayerCache:
@@ -171,10 +89,7 @@ class LayerCache:
         return offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store the announced rows; returns all slots.
-
-        keys, values: (1, kv_heads, N, head_dim), head_dim may differ. Returns them with ``num_slots`` for N.
-        """
+        """Store the announced rows, (1, kv_heads, N, head_dim) keys and values; returns those of all slots."""
         start, end = self.owner.first_appended, self.owner.num_slots
         if keys.shape[2] != end - start:
             raise RuntimeError(f"{keys.shape[2]} tokens forwarded, {end - start} announced with append")
@@ -198,10 +113,7 @@ class LayerCache:
         return self.keys[..., :end, :], self.values[..., :end, :]
 
     def kernel_buffers(self, kv_heads: int, dim: int) -> tuple[Floats, Floats]:
-        """Numpy keys and values with room for the announced rows, which the CPU kernels write themselves.
-
-        Pages that are never written take no memory.
-        """
+        """Numpy keys and values with room for the announced rows, which the CPU kernels write themselves."""
         capacity = self._needed_capacity(SPARE_SLOTS)
         if capacity:
             room = (kv_heads, capacity, dim)
@@ -215,9 +127,8 @@ class LayerCache:
         """What to grow to for the announced rows and `spare` more slots; 0 where there is room."""
         capacity = 0 if self.keys is None else self.keys.shape[-2]
         needed = self.owner.num_slots + spare
-        return (
-            0 if needed <= capacity else grown_capacity(max(needed, self.owner.expected_slots + spare), capacity)
-        )
+        wanted = max(needed, self.owner.expected_slots + spare)
+        return 0 if needed <= capacity else grown_capacity(wanted, capacity)
 
     def _moved(self, old: Any, new: Any) -> Any:
         """`new`, with what `old` holds before the announced rows."""
@@ -232,15 +143,6 @@ class LayerCache:
         """The mask of the announced rows, as mlx-lm's ``create_attention_mask`` wants it."""
         windows = [w for w in (self.window, window_size) if w is not None]
         return self.owner.mask(num_rows, min(windows, default=None), return_array)
-
-    def attention_plan(self) -> AttentionPlan:
-        """What `make_mask` says, as slot lists, under this layer's own window."""
-        return self.owner.attention_plan(self.window)
-
-    def gather_tail(self, start: int, slots: Ints) -> None:
-        """Move ``slots``, (M,), to [start, start + M)."""
-        for buffer in () if self.keys is None else (self.keys, self.values):
-            buffer[..., start : start + len(slots), :] = _rows(buffer, slots)
 
     def take(self, slots: Ints) -> LayerState | None:
         """A copy of the rows at ``slots``; None before the first forward."""
@@ -270,16 +172,6 @@ class LayerCache:
         """The arrays to evaluate; empty before the first forward, and for the CPU kernels."""
         return (self.keys, self.values) if isinstance(self.keys, mx.array) else ()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers, spare capacity included."""
-        return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)
-
-    @property
-    def slot_nbytes(self) -> int:
-        """Bytes of one slot's key and value; 0 before the first forward."""
-        return 0 if self.keys is None else self.nbytes // int(self.keys.shape[-2])
-
     def maybe_trim_front(self) -> None:
         """llama4 asks its chunked cache; every slot is kept, the mask hides what is out of reach."""
 
@@ -289,43 +181,35 @@ def _rows(buffer: Any, slots: Ints) -> Any:
     return buffer[:, slots] if isinstance(buffer, np.ndarray) else mx.take(buffer, mx.array(slots), axis=2)
 
 
-class LazyKVCache(SlotTable, ModelCache):
+class LazyKVCache(SlotTable):
     """Keys and values of a sequence and of the token tree below it, for all layers of one model.
 
-    num_layers, windows: one `LayerCache` each, with its sliding window or None.
-    max_dead_share, min_dead: a commit compacts when more than this share of the slots, and at least this
-    many, are dead. Below ``min_dead`` masked slots cost less than moving the others.
+    windows: one `LayerCache` each, with its sliding window or None.
     linear: only chains may be appended (for models without per-node positions or masks).
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        windows: Sequence[int | None] | None = None,
-        *,
-        max_dead_share: float = 0.25,
-        min_dead: int = 64,
-        linear: bool = False,
-    ) -> None:
-        super().__init__()
-        self.max_dead_share = max_dead_share
-        self.min_dead = min_dead
-        self.linear = linear
-        self.stores = [LayerCache(self, window) for window in (windows or [None] * num_layers)]
+    max_dead_share = 0.25
+    min_dead = 64
+    """A commit compacts when more than this share of the slots, and at least this many, are dead: a few masked
+    slots cost less than moving the others."""
+    can_rollback = True
+    """Whether tokens can be taken back, and the state copied."""
+
+    def __init__(self, windows: Sequence[int | None] = (None,), linear: bool = False) -> None:
+        super().__init__(linear)
+        self.stores = [LayerCache(self, window) for window in windows]
         self.layers: list[Any] = list(self.stores)
         """What a model gets as ``cache=``; an entry may be an mlx-lm CacheList of several stores."""
         self.expected_slots = 0
-        """See `reserve`."""
+        """Room to make at the first forward, if that is more than it needs: growing leaves holes in memory."""
         self._offset: int | NodePositions | None = None
         self._masks: dict[int | None, mx.array] = {}
 
     @classmethod
-    def like(cls, template: Sequence[object], **options: Any) -> LazyKVCache:
-        """A cache with the structure of ``template``, the list that ``make_prompt_cache(model)`` returns.
-
-        Raises UnsupportedCacheError for a state that cannot be rolled back.
-        """
-        cache = cls(0, **options)
+    def like(cls, template: Sequence[object], linear: bool = False) -> LazyKVCache:
+        """A cache with the structure of ``template``, the list that ``make_prompt_cache(model)`` returns. Raises
+        UnsupportedCacheError for a state that cannot be rolled back."""
+        cache = cls((), linear)
         cache.layers = [cache._stand_in(entry) for entry in template]
         return cache
 
@@ -344,13 +228,6 @@ class LazyKVCache(SlotTable, ModelCache):
         self.stores.append(store)
         return store
 
-    @property
-    def capability(self) -> Capability:
-        return "chain" if self.linear else "tree"
-
-    def reserve(self, num_slots: int) -> None:
-        self.expected_slots = num_slots
-
     def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
         """`SlotTable.commit`, and a compaction when too many slots are dead, which moves ``keep``."""
         kept = super().commit(slots, keep)
@@ -367,7 +244,8 @@ class LazyKVCache(SlotTable, ModelCache):
         if len(gaps):
             start = int(gaps[0])
             for store in self.stores:
-                store.gather_tail(start, order[start:])
+                for buffer in () if store.keys is None else (store.keys, store.values):
+                    buffer[..., start : len(order), :] = _rows(buffer, order[start:])
             mx.eval(self.arrays())  # else the next forward would, perhaps in a thread that may not
             self._renumber(len(kept))
 
@@ -397,21 +275,26 @@ class LazyKVCache(SlotTable, ModelCache):
         return self._masks[window]
 
     def arrays(self) -> list[mx.array]:
+        """All state in MLX's hands, for ``mx.eval``."""
         return [array for store in self.stores for array in store.state]
 
     @property
-    def nbytes(self) -> int:
-        return sum(store.nbytes for store in self.stores)
-
-    @property
     def slot_nbytes(self) -> int:
-        return sum(store.slot_nbytes for store in self.stores)
+        """Bytes that one token takes in all layers; 0 before the first forward."""
+        written = [store for store in self.stores if store.keys is not None]
+        return sum((store.keys.nbytes + store.values.nbytes) // store.keys.shape[-2] for store in written)
 
     def states(self, length: int) -> Iterator[LayerState | None]:
+        """Copies of the state after the first ``length`` committed tokens, layer by layer; None: never written."""
         slots = self.live_slots()[:length]
         return (store.take(slots) for store in self.stores)
 
     def restore(self, states: Iterable[LayerState | None], length: int) -> None:
+        """Make the ``length`` tokens of ``states`` all that the cache holds.
+
+        Layers are taken one by one, so they may be read from a file meanwhile. Raises ValueError, and leaves the
+        cache empty, for another number of layers or tokens, or for shapes that the cache cannot take.
+        """
         self.truncate(0)
         slots = self.append(None, length)
         try:
@@ -423,33 +306,27 @@ class LazyKVCache(SlotTable, ModelCache):
             self.truncate(0)
             raise
 
-    def _accept_shape(self, chain: bool) -> None:
-        if self.linear and not chain:
-            raise ValueError("this model takes chains only, not trees")
-
     def _forget_append(self) -> None:
         super()._forget_append()
         self._offset = None
         self._masks = {}
 
 
-class PlainCache(ModelCache):
-    """Append-only: every forwarded token must be committed, in order.
+class PlainCache:
+    """Append-only: every forwarded token must be committed, in order. Methods do what those of `LazyKVCache` do,
+    and raise ValueError where something would have to be taken back.
 
     make_layers: returns a fresh list of mlx-lm caches, one per layer.
     """
 
+    can_rollback = False
+
     def __init__(self, make_layers: Callable[[], list[Any]]) -> None:
         self._make_layers = make_layers
         self.layers = make_layers()
-        self.length = self.num_slots = 0
-
-    @property
-    def capability(self) -> Capability:
-        return "plain"
+        self.length = self.num_slots = self.expected_slots = 0
 
     def append(self, parents: Sequence[int] | None, n: int) -> range:
-        """Announce ``n`` tokens that continue the sequence; returns their slots."""
         start = self.num_slots
         if parents is not None:
             expected = list(range(start - 1, start + n - 1))
@@ -459,18 +336,17 @@ class PlainCache(ModelCache):
         return range(start, start + n)
 
     def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
-        """Commit all uncommitted slots; fewer are refused, their state cannot be taken back."""
+        """Commit all uncommitted slots."""
         if keep or list(slots) != list(range(self.length, self.num_slots)):
             raise ValueError("this model cannot forget a token it has seen; commit all appended slots")
         self.length = self.num_slots
         return []
 
     def rollback(self) -> None:
-        """Does nothing when nothing is uncommitted, else raises ValueError."""
         self.drop_appended(self.num_slots - self.length)
 
     def truncate(self, length: int) -> None:
-        """Keep everything (``length`` tokens) or start again (0); raises ValueError for a part."""
+        """Keep everything (``length`` tokens) or start again (0)."""
         if length == 0:
             self.layers = self._make_layers()
             self.length = self.num_slots = 0
@@ -478,7 +354,6 @@ class PlainCache(ModelCache):
             raise ValueError("this model can only keep all of its tokens or none")
 
     def drop_appended(self, n: int) -> None:
-        """Raises ValueError unless ``n`` is 0."""
         if n:
             raise ValueError("this model cannot forget a token it has seen")
 
@@ -487,9 +362,15 @@ class PlainCache(ModelCache):
         return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
 
     @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays())
-
-    @property
     def slot_nbytes(self) -> int:
-        return self.nbytes // self.num_slots if self.num_slots else 0
+        return sum(array.nbytes for array in self.arrays()) // self.num_slots if self.num_slots else 0
+
+    def states(self, length: int) -> Iterator[LayerState | None]:
+        raise ValueError("this model's state cannot be copied layer by layer")
+
+    def restore(self, states: Iterable[LayerState | None], length: int) -> None:
+        self.states(length)
+
+
+ModelCache = LazyKVCache | PlainCache
+"""The state of one sequence in one model."""

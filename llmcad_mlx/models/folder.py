@@ -1,33 +1,60 @@
-"""Loading an mlx-lm model folder, with every way it can be broken told in one line."""
+"""Loading an mlx-lm model folder, with every way it can be broken told in one line.
+
+A draft's folder may leave out parts of the model that its config.json describes.
+
+Rows of the head: `draft_tokens.safetensors` beside the weights holds `tokens` (V',) int32, full ids in ascending
+order, and row i of the head is the logit of token tokens[i]. The embedding, the tokenizer and `vocab_size` stay
+the full ones.
+
+The embedding: with `"llmcad": {"shares_embedding": true}` in config.json tokens are looked up in the target's,
+which is in memory anyway. It is the target's object that is called, so that it works whatever the target does with
+it: in memory, or read from the disk row by row. Its bytes count as the target's. Such a folder may also leave the
+tokenizer out, and says by `"vocabulary"` beside it, a `vocabulary_hash`, which tokens it was made for.
+"""
 
 from __future__ import annotations
 
 import filecmp
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
-from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files.safetensors import WeightIndex, read_json, read_weights
+from llmcad_mlx.errors import ModelError, VocabularyError
+from llmcad_mlx.files.safetensors import WeightIndex, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
-from llmcad_mlx.models.draft_folder import (
-    DraftParts,
-    TokenEmbedding,
-    TokenList,
-    read_draft_tokens,
-    shares_embedding,
-    token_embedding,
-    vocabulary_size,
-)
+
+DRAFT_TOKENS = "draft_tokens.safetensors"
+
+TokenList = npt.NDArray[np.int32]
+"""(V',) ascending full ids."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "*.tiktoken",
     "tiktoken.model",
 )  # fmt: skip
+
+
+_STAND_IN_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEmbedding:
+    """Where a model looks tokens up."""
+
+    module: Any
+    path: str
+    width: int
+    """Kept because a streamed module does not know it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +107,8 @@ def load_model_folder(
     if not has_tokenizer and shared is None and not (alone and shares_embedding(config)):
         raise ModelError(f"{folder}: no tokenizer.json or tokenizer.model; download the folder again")
     parts = DraftParts(folder, config, tokens, shared)
-    unchanged: set[str] = set()
     try:
-        model, config = load_model(
-            folder, lazy=lazy, get_model_classes=lambda config: _classes(config, parts, unchanged)
-        )
+        model, config = load_model(folder, lazy=lazy, get_model_classes=parts.classes)
         restore(model, Adaptation)
     except SystemExit:
         raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
@@ -100,7 +124,7 @@ def load_model_folder(
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from error
     return LoadedModel(
-        model, tokenizer, config, folder, weights, frozenset(unchanged), token_embedding(model), tokens
+        model, tokenizer, config, folder, weights, frozenset(parts.unchanged), token_embedding(model), tokens
     )
 
 
@@ -121,29 +145,6 @@ def _same_tokenizer(a: Path, b: Path) -> bool:
     """Whether two folders have the same tokenizer.json, which holds all tokens."""
     files = a / "tokenizer.json", b / "tokenizer.json"
     return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
-
-
-def _classes(config: dict[str, Any], parts: DraftParts, unchanged: set[str]) -> tuple[type[Any], type[Any]]:
-    """The classes of a config's model and of its arguments, the model's made to fit a draft's folder.
-
-    `unchanged` gets the names of the tensors that the model's own `sanitize` passes through.
-    """
-    model_class, args_class = _get_classes(config=config)
-
-    class Fitted(Adaptation):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            parts.fit(self)
-
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            before = dict(weights)
-            if hasattr(model_class, "sanitize"):
-                weights = model_class.sanitize(self, weights)
-            unchanged.update(name for name, array in weights.items() if before.get(name) is array)
-            parts.check(weights)
-            return weights
-
-    return adapted_class(Fitted, model_class), args_class
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -174,3 +175,209 @@ def _why_not_built(folder: Path, config: dict[str, Any], error: Exception) -> st
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Rows of the full embedding by config.json, None where it does not say."""
+    sizes = (place.get("vocab_size") for place in (config, config.get("text_config") or {}))
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+# --- what a draft may leave out
+
+
+def read_draft_tokens(folder: Path, vocab_size: int | None) -> TokenList | None:
+    """The token list of a draft's folder; None where it has none. vocab_size: the full model's, if known. Raises
+    ModelError naming the file for anything that is not such a list."""
+    file = folder / DRAFT_TOKENS
+    if not file.exists():
+        return None
+    read_tensors(file)  # MLX trusts what it says
+    try:
+        array: Any = mx.load(str(file)).get("tokens")  # type: ignore[union-attr]
+        if array is None:
+            raise ModelError(f"{file}: holds no tensor 'tokens'; make the draft again")
+        if array.dtype != mx.int32 or array.ndim != 1 or not array.size:
+            shape = f"{str(array.dtype).rpartition('.')[2]} {tuple(array.shape)}"
+            raise ModelError(f"{file}: 'tokens' must be a list of int32, not {shape}; make the draft again")
+        tokens = np.array(array)
+    except RuntimeError as error:
+        raise ModelError(f"{file}: cannot be read ({str(error).partition(chr(10))[0]})") from None
+    check_token_list(tokens, vocab_size, str(file))
+    return tokens
+
+
+def check_token_list(tokens: TokenList, vocab_size: int | None, where: str) -> None:
+    """Raise ModelError, beginning with `where`, unless `tokens` are ascending ids below `vocab_size`."""
+    falls = np.flatnonzero(tokens[1:] <= tokens[:-1])
+    if len(falls):
+        first = int(falls[0])
+        raise ModelError(
+            f"{where}: token {tokens[first + 1]} comes after {tokens[first]}; the list must ascend: "
+            "make the draft again"
+        )
+    beyond = tokens[0] if tokens[0] < 0 else tokens[-1]
+    if beyond < 0 or (vocab_size is not None and beyond >= vocab_size):
+        size = "" if vocab_size is None else f" of {vocab_size}"
+        raise ModelError(f"{where}: token {beyond} is not in the vocabulary{size}; make the draft for this model")
+
+
+def check_same_tokens(target: Mapping[str, int], draft: Mapping[str, int]) -> None:
+    """Raise VocabularyError with the first token whose text differs in two token maps (text -> id), as
+    `get_vocab()` gives them. The sizes of the logits may differ: padding has no tokens."""
+    if target == draft:
+        return
+    texts, draft_texts = ({id_: text for text, id_ in vocabulary.items()} for vocabulary in (target, draft))
+    for token in sorted(texts.keys() | draft_texts.keys()):
+        ours, theirs = texts.get(token), draft_texts.get(token)
+        if ours != theirs:
+            raise VocabularyError(
+                f"the draft's tokens are not the target's: token {token} is {_shown(ours)} in the target and "
+                f"{_shown(theirs)} in the draft; choose a draft of the same model family"
+            )
+
+
+def _shown(text: str | None) -> str:
+    return "missing" if text is None else repr(text)
+
+
+def head_path(model: Module) -> str | None:
+    """Where the model keeps its head, a linear layer: "lm_head" in most; None where it has none of its own."""
+    modules: Any = model.named_modules()
+    linear = [path for path, module in modules if isinstance(module, Linear | QuantizedLinear)]
+    found = [path for path in linear if path.rpartition(".")[2] == "lm_head"]
+    return found[0] if len(found) == 1 else None
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model with a head of its own."""
+    changed = {**config, "tie_word_embeddings": False}
+    if isinstance(config.get("text_config"), Mapping):
+        changed["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    return changed
+
+
+def untied_head_path(config: Mapping[str, Any]) -> str | None:
+    """Where the head would be if it were not the embedding; None where the architecture always ties them."""
+    changed = untied(config)
+    model_class, args_class = _get_classes(config=changed)
+    return head_path(model_class(args_class.from_dict(changed)))  # never evaluated: takes no memory
+
+
+def parent_of(model: Module, path: str) -> tuple[Any, str]:
+    """The module that holds the one at `path`, and its name there."""
+    outer, _, name = path.rpartition(".")
+    return dict(model.named_modules())[outer], name
+
+
+def shares_embedding(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that the model uses its target's embedding."""
+    own = config.get("llmcad")
+    return isinstance(own, Mapping) and own.get("shares_embedding") is True
+
+
+def token_embedding(model: Module) -> TokenEmbedding | None:
+    """The model's embedding with the most rows (others are of positions or token types); None: it has none."""
+    modules: Any = model.named_modules()
+    found = [(path, module) for path, module in modules if isinstance(module, Embedding | QuantizedEmbedding)]
+    if not found:
+        return None
+    path, module = max(found, key=lambda entry: entry[1].weight.shape[0])
+    return TokenEmbedding(
+        module, path, module.dims if isinstance(module, QuantizedEmbedding) else module.weight.shape[1]
+    )
+
+
+class _Lookup(Module):
+    """Looks tokens up in something that is no part of this model: nothing prepares, counts or writes it twice."""
+
+    def __init__(self, look_up: Callable[[mx.array], mx.array]) -> None:
+        super().__init__()
+        # Out of sight in a function. A module's class is looked up at each call, because streaming changes it.
+        self._look_up = lambda ids: look_up(ids)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return self._look_up(ids)
+
+
+@dataclass(slots=True)
+class DraftParts:
+    """Makes a freshly built model fit the weights of a draft's folder."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tokens: TokenList | None
+    """Of a trimmed head."""
+    shared: TokenEmbedding | None
+    """The target's embedding, for a draft that uses it; None: a made-up one, enough to examine the model."""
+
+    unchanged: set[str] = field(default_factory=set)
+    """Gets the names of the tensors that the model's own `sanitize` passes through."""
+    _head: str = ""
+
+    def classes(self, config: dict[str, Any]) -> tuple[type[Any], type[Any]]:
+        """The classes of a config's model and of its arguments, the model's made to fit the folder."""
+        model_class, args_class = _get_classes(config=config)
+        parts = self
+
+        class Fitted(Adaptation):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                parts.fit(self)
+
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                before = dict(weights)
+                if hasattr(model_class, "sanitize"):
+                    weights = model_class.sanitize(self, weights)
+                parts.unchanged.update(name for name, array in weights.items() if before.get(name) is array)
+                parts.check(weights)
+                return weights
+
+        return adapted_class(Fitted, model_class), args_class
+
+    def fit(self, model: Module) -> None:
+        """Change the model before weights are loaded into it. Raises ModelError where it cannot be."""
+        if shares_embedding(self.config):
+            self._share_embedding(model)
+        if self.tokens is not None:
+            self._trim_head(model, len(self.tokens))
+
+    def check(self, weights: Mapping[str, mx.array]) -> None:
+        """Raise ModelError unless the head has as many rows as there are tokens."""
+        head = weights.get(f"{self._head}.weight")
+        if self.tokens is not None and head is not None and head.shape[0] != len(self.tokens):
+            raise ModelError(
+                f"{self.folder / DRAFT_TOKENS}: lists {len(self.tokens)} tokens for a head of {head.shape[0]} "
+                "rows; make the draft again"
+            )
+
+    def _share_embedding(self, model: Module) -> None:
+        own, shared = token_embedding(model), self.shared
+        if own is None:
+            raise ModelError(
+                f"{self.folder}: the model has no embedding that could be shared; choose another draft"
+            )
+        if shared is not None and shared.width != own.width:
+            raise ModelError(
+                f"{self.folder}: uses its target's embedding and needs one {own.width} wide, not {shared.width}; "
+                "choose the target that it was made for"
+            )
+        parent, name = parent_of(model, own.path)
+        if shared is not None:
+            parent[name] = _Lookup(shared.module)
+            return
+        rows = mx.random.normal((_STAND_IN_ROWS, own.width), key=mx.random.key(0))
+        mx.eval(rows)
+        parent[name] = _Lookup(lambda ids: rows[ids % _STAND_IN_ROWS])
+
+    def _trim_head(self, model: Module, num_rows: int) -> None:
+        path = head_path(model)
+        if path is None:
+            raise ModelError(
+                f"{self.folder / DRAFT_TOKENS}: the model has no head of its own, so its vocabulary cannot be "
+                "trimmed (tie_word_embeddings must be false); choose another draft"
+            )
+        parent, name = parent_of(model, path)
+        own = parent[name]
+        parent[name] = Linear(own.weight.shape[1], num_rows, bias="bias" in own)
+        self._head = path

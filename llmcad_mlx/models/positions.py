@@ -1,19 +1,16 @@
 """Per-node positions for mlx-lm models: siblings in a token tree share a position.
 
-mlx-lm models rotate with ``self.rope(x, offset=cache.offset)``: one offset for the whole call, row i of ``x``
-being at position ``offset + i``. For a tree our cache answers with a `NodePositions` instead of an int, and
-`install` teaches the model's rope modules what it means: rows move to the batch axis, where
-``mx.fast.rope`` takes one offset each.
-
-Anything else a model might do with the offset either stays right, because a `NodePositions` turns into the
-array r with ``arange(N) + r == positions``, or raises. So a model that this module does not understand
-fails loudly in the load-time probe instead of computing with wrong positions.
+mlx-lm models rotate with ``self.rope(x, offset=cache.offset)``, row i of ``x`` being at position ``offset + i``.
+For a tree our cache answers with a `NodePositions` instead of an int, and `install` teaches the model's rope
+modules what it means: rows move to the batch axis, where ``mx.fast.rope`` takes one offset each. Anything else a
+model might do with the offset stays right or raises: a model we do not understand fails in the load-time probe.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -31,24 +28,20 @@ class NodePositions:
     to ``arange(N)`` to give the positions, which is how models use a scalar offset.
     """
 
-    __slots__ = ("_absolute", "_relative", "positions")
-
     def __init__(self, positions: npt.NDArray[np.int32]) -> None:
         """positions: (N,) int32, the position (depth in the sequence) of each row."""
         self.positions = positions
-        self._absolute: mx.array | None = None
-        self._relative: mx.array | None = None
 
-    @property
+    @cached_property
     def absolute(self) -> mx.array:
         """(N,) int32, the positions."""
-        if self._absolute is None:
-            self._absolute = mx.array(self.positions)
-        return self._absolute
+        return mx.array(self.positions)
+
+    @cached_property
+    def _relative(self) -> mx.array:
+        return mx.array(self.positions - np.arange(len(self.positions), dtype=np.int32))
 
     def __mlx_array__(self) -> mx.array:
-        if self._relative is None:
-            self._relative = mx.array(self.positions - np.arange(len(self.positions), dtype=np.int32))
         return self._relative
 
     def __repr__(self) -> str:
@@ -56,11 +49,8 @@ class NodePositions:
 
 
 def install(model: Module) -> None:
-    """Teach the rope modules of ``model`` to take a `NodePositions`.
-
-    An int offset, and an array with one offset per batch row, take the module's own code unchanged, so mlx-lm
-    can go on using the same model object. Installing twice is harmless; `uninstall` undoes it.
-    """
+    """Teach the rope modules of ``model`` to take a `NodePositions`; other offsets take the module's own code, so
+    mlx-lm can go on using the same model object. Installing twice is harmless; `uninstall` undoes it."""
     for module in _rope_modules(model):
         adapt(module, PerNodeRope)
 
@@ -72,10 +62,8 @@ def uninstall(model: Module) -> None:
 
 
 def _rope_modules(model: Module) -> list[Module]:
-    """Modules called as ``module(x, offset)``: nn.RoPE, mlx-lm's rope_utils and the ones in its model files.
-
-    Attention and decoder layers may take an offset too, but never as the argument right after ``x``.
-    """
+    """Modules called as ``module(x, offset)``: nn.RoPE, mlx-lm's rope_utils and the ones in its model files. Other
+    layers may take an offset too, but never as the argument right after ``x``."""
     modules: list[Module] = model.modules()
     signatures = ((module, inspect.signature(own_class(module).__call__)) for module in modules)
     return [module for module, signature in signatures if list(signature.parameters)[2:3] == ["offset"]]
@@ -85,34 +73,22 @@ class PerNodeRope(Adaptation):
     """A rope module that gives each row of a tree its own offset."""
 
     def __call__(self, x: mx.array, offset: Any = 0, *args: Any, **kwargs: Any) -> mx.array:
-        if isinstance(offset, int):
-            return super().__call__(x, offset, *args, **kwargs)
-        if isinstance(offset, NodePositions):
-            return self._rotate_rows(x, offset.absolute, offset.positions, args, kwargs)
-        num_rows = x.shape[-2]
-        if isinstance(offset, mx.array) and offset.shape == (num_rows,) and x.shape[0] == 1 < num_rows:
-            # A NodePositions that the model turned into an array (gemma4): see __mlx_array__.
-            return self._rotate_rows(x, offset + mx.arange(num_rows), None, args, kwargs)
-        return super().__call__(x, offset, *args, **kwargs)
-
-    def _rotate_rows(
-        self,
-        x: mx.array,
-        absolute: mx.array,
-        positions: npt.NDArray[np.int32] | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> mx.array:
-        """x: (1, ..., N, head_dim). The rows go to the batch axis, where each has its own offset."""
         rope: Callable[..., mx.array] = super().__call__
-        rows = x.swapaxes(0, -2)
+        if isinstance(offset, int):
+            return rope(x, offset, *args, **kwargs)
+        num_rows = x.shape[-2]
+        if isinstance(offset, NodePositions):
+            absolute = offset.absolute
+        elif isinstance(offset, mx.array) and offset.shape == (num_rows,) and x.shape[0] == 1 < num_rows:
+            # A NodePositions that the model turned into an array (gemma4): see __mlx_array__.
+            absolute = offset + mx.arange(num_rows)
+        else:
+            return rope(x, offset, *args, **kwargs)
+        rows = x.swapaxes(0, -2)  # to the batch axis, where each has its own offset
         try:
             rotated = rope(rows, absolute, *args, **kwargs)
         except (TypeError, ValueError):
             # The module needs a number (dynamic NTK compares it with a length): one call for each position.
-            if positions is None:
-                positions = np.array(absolute)
-            rotated = mx.concatenate(
-                [rope(rows[i : i + 1], int(p), *args, **kwargs) for i, p in enumerate(positions)]
-            )
+            places = enumerate(np.array(absolute).tolist())
+            rotated = mx.concatenate([rope(rows[i : i + 1], p, *args, **kwargs) for i, p in places])
         return rotated.swapaxes(0, -2)

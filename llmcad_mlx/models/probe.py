@@ -37,7 +37,7 @@ from llmcad_mlx.files import write_text
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import computes_in_float32
 from llmcad_mlx.models.cache import Capability, LazyKVCache, UnsupportedCacheError
-from llmcad_mlx.models.forward import body_of, run
+from llmcad_mlx.models.tree_model import ProbeReport, body_of, run
 
 Call = Callable[..., mx.array]
 Logits = dict[int, npt.NDArray[np.float32]]  # node -> (V,)
@@ -57,26 +57,6 @@ _ROUNDING = 1e-3  # of the logits' range: larger differences are not rounding
 _LONG_HISTORY = 4096  # tokens
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeReport:
-    """What `probe` found."""
-
-    capability: Capability
-    reason: str
-    """Why it is not "tree": what is missing (positions, masks, rollback) and what showed it."""
-    max_difference: float
-    """Largest difference to plain decoding of what was found (0.0: bit for bit)."""
-    vocab_size: int
-    """Columns of the logits, padding included."""
-    pad_single: bool
-    """The model computes one row differently from several, so single tokens are forwarded twice."""
-    body_prefills: bool
-    """The model's body, without its head, fills the cache as the whole model does."""
-    single_rows: bool
-    """Only with "plain": several tokens at once fail or give other logits than one at a time."""
-    seconds: float
-
-
 def probe(model: Module) -> ProbeReport:
     """Find out what ``model`` can do. Its rope modules stay adapted (`positions.install`) if it takes trees.
 
@@ -85,17 +65,7 @@ def probe(model: Module) -> ProbeReport:
     """
     started = time.perf_counter()
     trial = _Probe(model)
-    outcome = trial.tree()
-    capability: Capability = "tree"
-    reason = ""
-    if isinstance(outcome, str):
-        capability, reason = "chain", outcome
-        positions.uninstall(model)
-        outcome = trial.chain()
-    if isinstance(outcome, str):
-        capability, reason = "plain", reason if outcome == reason else f"{reason}; {outcome}"
-        outcome = _Outcome(0.0, False, False)
-    single_rows = capability == "plain" and not trial.takes_several_rows()
+    capability, reason, outcome = trial.best()
     return ProbeReport(
         capability,
         reason,
@@ -103,7 +73,7 @@ def probe(model: Module) -> ProbeReport:
         trial.vocab_size,
         outcome.pad_single,
         outcome.body_prefills,
-        single_rows,
+        capability == "plain" and not trial.takes_several_rows(),
         time.perf_counter() - started,
     )
 
@@ -129,28 +99,25 @@ class _Probe:
         self.range = float(np.ptp(finite)) if len(finite) else 0.0
         self.tolerance = _relative_tolerance(model) * self.range
 
-    def tree(self) -> _Outcome | str:
-        """Trees, or what is missing for them."""
+    def best(self) -> tuple[Capability, str, _Outcome]:
+        """What the model can do, why not more, and how well it does it. Adapts the rope modules."""
+        nothing = _Outcome(0.0, False, False)
         try:
             self._cache()
         except UnsupportedCacheError as error:
-            return f"rollback: {error}"
+            return "plain", f"rollback: {error}", nothing
         positions.install(self.model)
-        outcome = self._attempt(lambda prefill, pad: self._tree_logits(_TREE, prefill, pad))
-        if isinstance(outcome, _Outcome):
-            return outcome
+        tree = self._attempt(lambda prefill, pad: self._tree_logits(_TREE, prefill, pad))
+        if isinstance(tree, _Outcome):
+            return "tree", "", tree
         # One node at a time needs no vector of positions: does the mask alone work?
         single = self._attempt(lambda prefill, pad: self._tree_logits(_SINGLES, prefill, pad))
-        return f"{'positions' if isinstance(single, _Outcome) else 'masks'}: {outcome}"
-
-    def chain(self) -> _Outcome | str:
-        """Chains, or why they fail."""
-        try:
-            self._cache()
-        except UnsupportedCacheError as error:
-            return f"rollback: {error}"
-        outcome = self._attempt(self._chain_logits)
-        return outcome if isinstance(outcome, _Outcome) else f"chain: {outcome}"
+        reason = f"{'positions' if isinstance(single, _Outcome) else 'masks'}: {tree}"
+        positions.uninstall(self.model)
+        chain = self._attempt(self._chain_logits)
+        if isinstance(chain, _Outcome):
+            return "chain", reason, chain
+        return "plain", f"{reason}; chain: {chain}", nothing
 
     def takes_several_rows(self) -> bool:
         """True when the model's own cache may be fed several tokens at once."""
@@ -182,11 +149,8 @@ class _Probe:
         return problem
 
     def _difference(self, found: Logits, pad_single: bool) -> float:
-        """To the model's own cache; if only rounding tells them apart, to plain decoding through ours.
-
-        Kernels that only our cache gets, and padded rows, round in their own way. What has to be equal to a
-        tree is plain decoding with the same kernels.
-        """
+        """To the model's own cache; if only rounding tells them apart, to plain decoding through ours, as kernels
+        that only our cache gets, and padded rows, round in their own way."""
         difference = _largest_difference(found, self.reference)
         if self.tolerance < difference <= _ROUNDING * self.range:
             difference = _largest_difference(found, self._plain_logits(pad_single))
@@ -244,13 +208,13 @@ class _Probe:
                 cache.rollback()
         return rows
 
-    def _prefilled(self, prefill: Call, **options: Any) -> LazyKVCache:
-        cache = self._cache(**options)
+    def _prefilled(self, prefill: Call, linear: bool = False) -> LazyKVCache:
+        cache = self._cache(linear)
         cache.commit(run(prefill, [_TOKENS[node] for node in _PROMPT], cache).slots)
         return cache
 
-    def _cache(self, **options: Any) -> LazyKVCache:
-        cache = LazyKVCache.like(make_prompt_cache(self.model), **options)
+    def _cache(self, linear: bool = False) -> LazyKVCache:
+        cache = LazyKVCache.like(make_prompt_cache(self.model), linear)
         if self.history:
             cache.commit(cache.append(None, _LONG_HISTORY))
             for store, (keys, values) in zip(cache.stores, self.history, strict=True):
@@ -317,18 +281,17 @@ _FORMAT = 1
 def cached_probe(
     model: Module, config: Mapping[str, Any], folder: Path, run: Callable[[Module], ProbeReport]
 ) -> ProbeReport:
-    """What `run(model)` found, kept in `folder` for the same model, versions and device.
-
-    A file that is missing or damaged means probing again.
-    """
+    """What `run(model)` found, kept in `folder` for the same model, versions and device, and found out again where
+    the file is missing or damaged."""
     file = folder / f"{_key(model, config)}.json"
-    report = _read(file)
-    if report is None:
+    try:
+        report = ProbeReport(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
         report = run(model)
         with contextlib.suppress(OSError):
             write_text(file, json.dumps(asdict(report)))
-    elif report.capability == "tree":
-        positions.install(model)  # as probing does
+    if report.capability == "tree":
+        positions.install(model)  # as probing has done
     return report
 
 
@@ -344,14 +307,6 @@ def _key(model: Module, config: Mapping[str, Any]) -> str:
         shapes,
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:24]
-
-
-def _read(file: Path) -> ProbeReport | None:
-    try:
-        report = ProbeReport(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-    return report if report.capability in ("tree", "chain", "plain") else None
 
 
 _NUMBERING = ("idx", "index", "layer_id", "number")
@@ -374,13 +329,7 @@ def layer_kind(layer: Module) -> Hashable:
     return (parameters, tuple(settings))
 
 
-def representative_layers(layers: list[Module], at_least: int = 2) -> int:
-    """How many leading layers hold one of every kind."""
-    seen: set[Hashable] = set()
-    count = min(at_least, len(layers))
-    for number, layer in enumerate(layers, 1):
-        kind = layer_kind(layer)
-        if kind not in seen:
-            seen.add(kind)
-            count = max(count, number)
-    return count
+def representative_layers(layers: list[Module]) -> int:
+    """How many leading layers hold one of every kind; two at least, where there are two."""
+    firsts = {layer_kind(layer): number for number, layer in reversed(list(enumerate(layers, 1)))}
+    return max([min(2, len(layers)), *firsts.values()])

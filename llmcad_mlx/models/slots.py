@@ -8,7 +8,7 @@ waiting to be is dead; dead slots stay until their tail is dropped or the owner 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,8 @@ SPARE_SLOTS = 3  # the score kernel reads keys in fours and may touch three slot
 
 
 def grown_capacity(num_slots: int, capacity: int) -> int:
-    """Slots to make room for when `num_slots` are needed and there is room for `capacity`.
-
-    A quarter more at least, so that all growing together copies no more than a few times what there is.
-    """
+    """Slots to make room for when `num_slots` are needed and there is room for `capacity`: a quarter more at
+    least, so that all growing together copies no more than a few times what there is."""
     return -(-max(num_slots, capacity * 5 // 4) // _STEP) * _STEP
 
 
@@ -32,8 +30,7 @@ def most_capacity(num_slots: int) -> int:
     return grown_capacity(num_slots + SPARE_SLOTS, num_slots + SPARE_SLOTS)
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
+class AttentionPlan(NamedTuple):
     """Which slots the N rows of the present append see, for attention kernels that skip the mask.
 
     Row i sees the committed sequence from index ``first_visible[i]`` on, then its own slots: uncommitted
@@ -58,9 +55,10 @@ class AttentionPlan:
 
 
 class SlotTable:
-    """The slots of a sequence and of the token tree below it."""
+    """The slots of a sequence and of the token tree below it. linear: only chains may be appended."""
 
-    def __init__(self) -> None:
+    def __init__(self, linear: bool = False) -> None:
+        self.linear = linear
         self.length = 0
         """Number of committed tokens."""
         self.num_slots = 0
@@ -84,21 +82,25 @@ class SlotTable:
 
         ``parents[i]``: slot of token i's parent: the last committed slot (-1 means the same), an uncommitted
         slot, or an earlier slot of this append. None: a chain that continues the committed sequence.
-        Raises ValueError for any other parent.
+        Raises ValueError for any other parent, and for what is no chain where only chains may be appended.
         """
         if n < 1 or (parents is not None and len(parents) != n):
             raise ValueError(f"{n} tokens with {n if parents is None else len(parents)} parents")
         start = self.num_slots
-        self._reserve(start + n)
+        if start + n > len(self._live):
+            room = np.zeros(max(start + n - len(self._live), len(self._live)), np.int32)
+            self._live = np.concatenate([self._live, room])
+            self._parents = np.concatenate([self._parents, room])
+            self._positions = np.concatenate([self._positions, room])
         if parents is None:
             rows = np.arange(start - 1, start + n - 1, dtype=np.int32)
             rows[0] = self.last_slot
             depths = np.arange(self.length, self.length + n, dtype=np.int32)
         else:
-            rows = self._checked_parents(parents, start)
-            depths = self._depths(rows, start)
+            rows, depths = self._placed(parents, start)
         chain = self._chain and bool(np.array_equal(rows, np.arange(start - 1, start + n - 1)))
-        self._accept_shape(chain)
+        if self.linear and not chain:
+            raise ValueError("this model takes chains only, not trees")
         self._parents[start : start + n] = rows
         self._positions[start : start + n] = depths
         self._chain = chain
@@ -136,10 +138,7 @@ class SlotTable:
             self._settle()
 
     def truncate(self, length: int) -> None:
-        """Keep only the first ``length`` committed tokens and nothing uncommitted.
-
-        Raises ValueError when fewer are committed.
-        """
+        """Keep only the first ``length`` committed tokens. Raises ValueError when fewer are committed."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot keep {length} of {self.length} tokens")
         self.length = length
@@ -215,9 +214,6 @@ class SlotTable:
             mask &= self.appended_positions()[:, None] - self._positions[None, : self.num_slots] < window
         return mask
 
-    def _accept_shape(self, chain: bool) -> None:
-        """Hook: refuse an append before it happens. ``chain``: all slots together are one line."""
-
     def _own_slots(self) -> tuple[Ints, ...]:
         """Per row: uncommitted ancestors and itself, in position order."""
         if self._own is None:
@@ -236,23 +232,21 @@ class SlotTable:
                 self._own = tuple(np.array(paths[slot], np.int32) for slot in range(first, end))
         return self._own
 
-    def _checked_parents(self, parents: Sequence[int], start: int) -> Ints:
+    def _placed(self, parents: Sequence[int], start: int) -> tuple[Ints, Ints]:
+        """Slots of the parents of the rows from slot `start` on, checked, and the rows' positions."""
         rows = np.asarray(parents, np.int32)
         rows = np.where(rows == -1, np.int32(self.last_slot), rows)
         known = (rows >= self._first_pending) & (rows < np.arange(start, start + len(rows)))
         pending = known & ~np.isin(rows, list(self._gone)) if self._gone else known
         if not np.all(pending | (rows == self.last_slot)):
             raise ValueError("a parent is neither the last committed slot nor an earlier uncommitted one")
-        return rows
-
-    def _depths(self, parents: Ints, start: int) -> Ints:
         depths: list[int] = []
-        for parent in parents.tolist():
+        for parent in rows.tolist():
             if parent >= start:
                 depths.append(depths[parent - start] + 1)
             else:
                 depths.append(int(self._positions[parent]) + 1 if parent >= 0 else 0)
-        return np.array(depths, np.int32)
+        return rows, np.array(depths, np.int32)
 
     def _is_pending(self, slots: Ints) -> npt.NDArray[np.bool_]:
         """Which of ``slots`` are uncommitted, and not dead."""
@@ -265,12 +259,11 @@ class SlotTable:
         self.num_slots = self.first_appended = max(keep, default=first - 1) + 1
         self._first_pending = first
         self._gone = frozenset(range(first, self.num_slots)).difference(keep)
-        self._chain = first == self.length and not self._gone and self._is_line(first, self.num_slots)
+        self._chain = first == self.length and not self._gone
+        if self._chain and first < self.num_slots:
+            kept = self._parents[first : self.num_slots]
+            self._chain = np.array_equal(kept, np.arange(first - 1, self.num_slots - 1))
         self._forget_append()
-
-    def _is_line(self, first: int, end: int) -> bool:
-        """Whether each of these slots is the child of the one before it."""
-        return first == end or np.array_equal(self._parents[first:end], np.arange(first - 1, end - 1))
 
     def _renumber(self, num_kept: int) -> None:
         """The owner has moved the live slots to [0, length), and the ``num_kept`` uncommitted ones, in ascending
@@ -289,11 +282,3 @@ class SlotTable:
     def _forget_append(self) -> None:
         self._own = None
         self._plans = {}
-
-    def _reserve(self, num_slots: int) -> None:
-        missing = num_slots - len(self._live)
-        if missing > 0:
-            room = np.zeros(max(missing, len(self._live)), np.int32)
-            self._live = np.concatenate([self._live, room])
-            self._parents = np.concatenate([self._parents, room])
-            self._positions = np.concatenate([self._positions, room])

@@ -3,52 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 from mlx_lm.models.cache import make_prompt_cache
 
 from llmcad_mlx.models.cache import Capability, LazyKVCache, ModelCache, PlainCache
-from llmcad_mlx.models.forward import Forward, body_of, run
-from llmcad_mlx.models.probe import ProbeReport, probe
 
-__all__ = ["Forward", "ModelCache", "TreeModel"]
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """What `models.probe.probe` found."""
+
+    capability: Capability
+    reason: str
+    """Why it is not "tree": what is missing (positions, masks, rollback) and what showed it."""
+    max_difference: float
+    """Largest difference to plain decoding of what was found (0.0: bit for bit)."""
+    vocab_size: int
+    """Columns of the logits, padding included."""
+    pad_single: bool
+    """The model computes one row differently from several, so single tokens are forwarded twice."""
+    body_prefills: bool
+    """The model's body, without its head, fills the cache as the whole model does."""
+    single_rows: bool
+    """Only with "plain": several tokens at once fail or give other logits than one at a time."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a forward returns; nothing is evaluated yet."""
+
+    slots: range
+    logits: mx.array
+    """(N, V), row i belongs to slots[i]."""
+
+
+def run(
+    call: Callable[..., mx.array],
+    tokens: Sequence[int],
+    cache: ModelCache,
+    parents: Sequence[int] | None = None,
+    pad_single: bool = False,
+) -> Forward:
+    """Announce ``tokens`` to the cache and call the model (or its body) on them.
+
+    pad_single: a single token is forwarded twice and the second row dropped, for models whose arithmetic
+    depends on whether one or several rows come together. Raises ValueError when the output is not one row
+    per token.
+    """
+    rows = list(tokens)
+    if pad_single and len(tokens) == 1:
+        rows *= 2
+        parents = [-1 if parents is None else parents[0], cache.num_slots]
+    slots = cache.append(parents, len(rows))
+    out = call(mx.array([rows]), cache=cache.layers)
+    if out.ndim != 3 or out.shape[:2] != (1, len(rows)):
+        raise ValueError(f"{len(rows)} tokens gave an output of shape {out.shape}")
+    if len(rows) > len(tokens):
+        cache.drop_appended(1)
+    return Forward(slots[: len(tokens)], out[0, : len(tokens)])
+
+
+def body_of(model: Module) -> Module | None:
+    """The part of the model that holds the layers but not the head (``model.model`` in most), or None."""
+    layers = getattr(model, "layers", None)
+    modules: dict[str, Any] = dict(model.named_modules())
+    paths = [path for path, module in modules.items() if layers and module is layers[0]]
+    if len(paths) != 1 or paths[0].count(".") < 2:
+        return None
+    body = modules.get(paths[0].rsplit(".", 2)[0])
+    return body if isinstance(body, Module) else None
 
 
 class TreeModel:
     """Draft and target are both one of these.
 
-    model: a loaded mlx-lm model. config: its config.json. report: what `probe` found (None: probe now).
-    prefill_chunk: tokens that `prefill` forwards at a time. cache_options: `LazyKVCache` options such as
-    ``max_dead_share``.
+    model: a loaded mlx-lm model. config: its config.json. report: what `probe` found.
+    prefill_chunk: tokens that `prefill` forwards at a time.
     """
 
     def __init__(
-        self,
-        model: Module,
-        config: Mapping[str, Any],
-        report: ProbeReport | None = None,
-        prefill_chunk: int = 512,
-        **cache_options: Any,
+        self, model: Module, config: Mapping[str, Any], report: ProbeReport, prefill_chunk: int = 512
     ) -> None:
         self.model = model
-        self.prefill_chunk = prefill_chunk
         self.config = dict(config)
-        self.report = report or probe(model)
-        self._cache_options = cache_options
-        self._prefill_call = (body_of(model) if self.report.body_prefills else None) or model
+        self.report = report
+        self.prefill_chunk = prefill_chunk
+        self._prefill_call = (body_of(model) if report.body_prefills else None) or model
 
     @property
     def capability(self) -> Capability:
-        """ "tree": any parents; "chain": a line whose rejected end can be dropped; "plain": append-only."""
+        """See `ProbeReport`."""
         return self.report.capability
-
-    @property
-    def reason(self) -> str:
-        """Why the capability is not "tree"."""
-        return self.report.reason
 
     @property
     def vocab_size(self) -> int:
@@ -58,8 +109,8 @@ class TreeModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters."""
-        leaves: Any = tree_flatten(self.model.parameters())
-        return sum(array.nbytes for _, array in leaves)
+        total: int = tree_reduce(lambda total, array: total + array.nbytes, self.model.parameters(), 0)
+        return total
 
     @property
     def context_length(self) -> int | None:
@@ -70,24 +121,15 @@ class TreeModel:
                     return int(config[name])
         return None
 
-    @property
-    def layers(self) -> list[Module]:
-        """The decoder layers, in the order they run."""
-        return list(self.model.layers)
-
     def new_cache(self) -> ModelCache:
         """An empty cache for one sequence; `PlainCache` for a "plain" model."""
         if self.capability == "plain":
             return PlainCache(lambda: make_prompt_cache(self.model))
-        linear = self.capability == "chain"
-        return LazyKVCache.like(make_prompt_cache(self.model), linear=linear, **self._cache_options)
+        return LazyKVCache.like(make_prompt_cache(self.model), linear=self.capability == "chain")
 
     def forward(self, tokens: Sequence[int], cache: ModelCache, parents: Sequence[int] | None = None) -> Forward:
-        """Append ``tokens`` below ``parents`` (see `SlotTable.append`; None: a chain); compute their logits.
-
-        Nothing is evaluated yet, and nothing committed. Raises ValueError for parents that the capability
-        excludes.
-        """
+        """Append ``tokens`` below ``parents`` (see `SlotTable.append`); compute their logits, unevaluated. Raises
+        ValueError for parents that the capability excludes."""
         if self.report.single_rows and len(tokens) > 1:
             slots = cache.append(parents, len(tokens))
             rows = [self.model(mx.array([[token]]), cache=cache.layers)[0] for token in tokens]

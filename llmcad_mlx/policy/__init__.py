@@ -107,8 +107,7 @@ class ChainPolicy:
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         if candidates.tokens:
-            confidence = candidates.confidences[0]
-            self._tip = tree.add(leaf, candidates.tokens[0], confidence, candidates.source)
+            self._tip = tree.add(leaf, candidates.tokens[0], candidates.confidences[0], candidates.source)
 
     def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
         return []

@@ -117,17 +117,14 @@ class StepTimes:
 
     def _refit(self, rows: int, median: float) -> None:
         """Now that `rows` rows take `median`: most often that changes no other's time."""
-        fitted = self._fitted
-        if fitted is None or rows not in fitted:
-            self._fitted = None
-            return
-        at = bisect_left(self._rows, rows)
-        low = fitted[self._rows[at - 1]] if at else -1.0
-        high = fitted[self._rows[at + 1]] if at + 1 < len(self._rows) else float("inf")
-        if low < fitted[rows] < high and low < median < high:
-            fitted[rows] = median  # it is in no pool, and gets into none
-        else:
-            self._fitted = None
+        fitted, self._fitted = self._fitted, None
+        if fitted is not None and rows in fitted:
+            at = bisect_left(self._rows, rows)
+            low = fitted[self._rows[at - 1]] if at else -1.0
+            high = fitted[self._rows[at + 1]] if at + 1 < len(self._rows) else float("inf")
+            if low < fitted[rows] < high and low < median < high:
+                fitted[rows] = median  # it is in no pool, and gets into none
+                self._fitted = fitted
 
     def _times(self) -> dict[int, float]:
         """Seconds by row count, for each of `_rows`."""

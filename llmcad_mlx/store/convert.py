@@ -24,9 +24,7 @@ from llmcad_mlx.files.bundle import FILE as MANIFEST
 from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, dtype_name
 from llmcad_mlx.gguf.convert import convert_gguf
-from llmcad_mlx.models.draft_folder import FILE as DRAFT_TOKENS
-from llmcad_mlx.models.draft_folder import TokenList
-from llmcad_mlx.models.folder import LoadedModel, load_model_folder, read_config
+from llmcad_mlx.models.folder import DRAFT_TOKENS, LoadedModel, TokenList, load_model_folder, read_config
 from llmcad_mlx.progress import Advance, Progress, progress_for
 from llmcad_mlx.store.pull import resolve_target
 from llmcad_mlx.streaming.storage import FileStorage

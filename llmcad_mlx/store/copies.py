@@ -13,7 +13,7 @@ Fewer bits are affine groups of 32. On a Linux CPU our kernels take 4 and 8 bits
 there on MLX's own kernels, which are right but slow.
 
 A draft step spends much of its time on the head: a row for each of 50,000 to 150,000 tokens, of which a few
-thousand make up most of any text. A trimmed draft keeps the rows of those (`models.draft_folder` has the format);
+thousand make up most of any text. A trimmed draft keeps the rows of those (`models.folder` has the format);
 what it cannot propose the target writes itself, so the text stays the same.
 """
 
@@ -37,15 +37,17 @@ from mlx_lm.utils import dequantize_model
 
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.safetensors import weight_files
-from llmcad_mlx.models.draft_folder import (
+from llmcad_mlx.models.folder import (
+    LoadedModel,
     TokenList,
     check_token_list,
     head_path,
+    load_model_folder,
     parent_of,
+    read_config,
     untied,
     untied_head_path,
 )
-from llmcad_mlx.models.folder import LoadedModel, load_model_folder, read_config
 from llmcad_mlx.progress import Progress
 from llmcad_mlx.store import home_folder, locked
 from llmcad_mlx.store.convert import is_quantised, quantised_weights, weights_of, write_weights

@@ -25,9 +25,8 @@ from llmcad_mlx.memory import MemoryPlan, ModelSizes
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import adapt, forget_weights, restore
 from llmcad_mlx.models.folder import LoadedModel
-from llmcad_mlx.models.forward import body_of
-from llmcad_mlx.models.probe import ProbeReport, cached_probe, probe, representative_layers
-from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.models.probe import cached_probe, probe, representative_layers
+from llmcad_mlx.models.tree_model import ProbeReport, TreeModel, body_of
 from llmcad_mlx.streaming.modules import (
     OnDemandFeed,
     RowReader,

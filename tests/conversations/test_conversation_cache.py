@@ -221,7 +221,7 @@ def rewrite(source: Path, path: Path, change: Change) -> Path:
     with SafetensorsWriter(path, [*specs, DIGEST], {**metadata, "cache": json.dumps(facts)}) as writer:
         for name, array in arrays.items():
             writer.write_bytes(name, 0, np.array(array).tobytes())
-        end = writer.extent(DIGEST).offset
+        end = writer.extents[DIGEST.name].offset
         writer.write_bytes(DIGEST.name, 0, hashlib.sha256(path.read_bytes()[:end]).digest())
     return path
 

@@ -14,6 +14,7 @@ from mlx_lm.generate import generate_step
 from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
+from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy import ChainPolicy, GrowthPolicy
 from llmcad_mlx.policy.best_first import ThroughputPolicy
@@ -39,7 +40,7 @@ def family(name: str) -> TreeModel:
     """A tiny model of one of mlx-lm's families."""
     built = build(name)
     prepare_for_device(built)
-    return TreeModel(built, config_of(name))
+    return TreeModel(built, config_of(name), probe(built))
 
 
 def greedy(vocab_size: int = VOCAB) -> TargetSampler:

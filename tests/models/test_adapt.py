@@ -23,8 +23,7 @@ from llmcad_mlx.models.adapt import (
     restore,
 )
 from llmcad_mlx.models.positions import PerNodeRope
-from llmcad_mlx.models.tree_model import TreeModel
-from tests.support.architecture_configs import VOCAB, build, config_of
+from tests.support.architecture_configs import VOCAB, build
 
 
 class Noted(Adaptation):
@@ -132,7 +131,8 @@ def test_all_of_them_forget_what_came_from_the_weights() -> None:
 
 
 def test_mlx_lm_goes_on_using_an_adapted_model() -> None:
-    untouched, adapted = build("llama"), TreeModel(build("llama"), config_of("llama")).model
+    untouched, adapted = build("llama"), build("llama")
+    positions.install(adapted)
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
     first, second = make_prompt_cache(untouched), make_prompt_cache(adapted)
     for part in (tokens[:, :6], tokens[:, 6:7], tokens[:, 7:8]):
@@ -140,7 +140,7 @@ def test_mlx_lm_goes_on_using_an_adapted_model() -> None:
     assert copy.deepcopy(adapted)(tokens).shape == (1, 10, VOCAB)
     found = [module for module in adapted.modules() if adaptations(module)]
     assert {id(module) for module in found} == {id(layer.self_attn.rope) for layer in adapted.layers}
-    positions.install(adapted)
+    positions.install(adapted)  # twice is as once
     assert [adaptations(module) for module in found] == [[PerNodeRope]] * 2
     positions.uninstall(adapted)
     assert [type(module) for module in adapted.modules()] == [type(module) for module in untouched.modules()]

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
-from llmcad_mlx.models.cache import LazyKVCache, UnsupportedCacheError
+from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.models.positions import NodePositions
+from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
-from tests.support.architecture_configs import VOCAB, WINDOW, build, config_of
+from tests.support.architecture_configs import VOCAB, build, config_of
 
 exact_cpu = pytest.mark.skipif(sys.platform != "linux", reason="bit-exactness is claimed for Linux CPUs")
 
@@ -30,9 +31,10 @@ def on_cpu() -> Iterator[None]:
     mx.set_default_device(device)
 
 
-def llama(**cache_options: float) -> TreeModel:
-    """Two layers, the first with a sliding window of 8."""
-    return TreeModel(build("llama"), config_of("llama"), **cache_options)
+def tree_model_of(name: str) -> TreeModel:
+    """A tiny random model of an mlx-lm family; llama has two layers, the first with a sliding window of 8."""
+    model = build(name)
+    return TreeModel(model, config_of(name), probe(model))
 
 
 class Reference:
@@ -61,9 +63,12 @@ class RandomUse:
         reference: Callable[[tuple[int, ...]], np.ndarray],
         rng: np.random.Generator,
         length: int,
+        max_dead_share: float,
+        min_dead: int,
     ) -> None:
         self.tree_model, self.reference, self.rng = tree_model, reference, rng
         self.cache: Any = tree_model.new_cache()
+        self.cache.max_dead_share, self.cache.min_dead = max_dead_share, min_dead
         self.committed: tuple[int, ...] = tuple(rng.integers(1, VOCAB - 1, length).tolist())
         self.paths: dict[int, tuple[int, ...]] = {}  # uncommitted slot -> tokens below the committed ones
         self.difference, self.spread = 0.0, math.inf
@@ -148,16 +153,16 @@ def path_to(cache: LazyKVCache, slot: int, uncommitted: Container[int]) -> list[
     min_dead=st.sampled_from([1, 6]),
 )
 def test_random_use_equals_plain_forwards(seed: int, max_dead_share: float, min_dead: int) -> None:
-    tree_model = llama(max_dead_share=max_dead_share, min_dead=min_dead)
+    tree_model = tree_model_of("llama")
     rng = np.random.default_rng(seed)
-    use = RandomUse(tree_model, Reference(tree_model), rng, int(rng.integers(0, 12)))
+    use = RandomUse(tree_model, Reference(tree_model), rng, int(rng.integers(0, 12)), max_dead_share, min_dead)
     for _ in range(20):
         use.step()
     assert use.difference == 0.0
 
 
 def test_contiguous_acceptance_changes_only_lengths() -> None:
-    cache = LazyKVCache(1)
+    cache = LazyKVCache()
     cache.commit(cache.append(None, 3))
     slots = cache.append([-1, 3, 4, 3], 4)  # a chain of three and a sibling behind it
     cache.commit(slots[:2])
@@ -167,7 +172,8 @@ def test_contiguous_acceptance_changes_only_lengths() -> None:
 
 
 def test_dead_slots_stay_until_the_share_is_reached() -> None:
-    cache = LazyKVCache(1, max_dead_share=0.5, min_dead=3)
+    cache = LazyKVCache()
+    cache.max_dead_share, cache.min_dead = 0.5, 3
     slots = cache.append([-1, -1, -1], 3)
     cache.commit(slots[2:])  # two dead of three: below min_dead
     assert (cache.num_dead, cache.num_slots) == (2, 3)
@@ -177,7 +183,7 @@ def test_dead_slots_stay_until_the_share_is_reached() -> None:
 
 
 def test_masks_of_chains_keep_the_fast_kernels() -> None:
-    cache = LazyKVCache(2, [None, 4])
+    cache = LazyKVCache([None, 4])
     cache.append(None, 4)
     assert cache.layers[0].make_mask(4) == "causal"
     assert cache.layers[1].make_mask(4, window_size=4) == "causal"  # the window reaches everything
@@ -194,7 +200,7 @@ def test_masks_of_chains_keep_the_fast_kernels() -> None:
 
 
 def test_mask_of_a_tree_on_paper() -> None:
-    cache = LazyKVCache(1)
+    cache = LazyKVCache()
     cache.commit(cache.append(None, 2))
     dead = cache.append([-1, -1], 2)
     cache.commit(dead[1:])  # slot 2 is dead, slot 3 live
@@ -211,7 +217,7 @@ def test_mask_of_a_tree_on_paper() -> None:
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), window=st.sampled_from([None, 1, 3, 6]))
 def test_attention_plan_says_what_the_mask_says(data: st.DataObject, window: int | None) -> None:
-    cache = LazyKVCache(1, min_dead=99)
+    cache = LazyKVCache()
     slots: list[int] = []
     for commits in range(data.draw(st.integers(0, 3)) + 1):
         for _ in range(data.draw(st.integers(1, 2))):
@@ -239,7 +245,7 @@ def test_attention_plan_says_what_the_mask_says(data: st.DataObject, window: int
 
 
 def test_kept_slots_on_paper() -> None:
-    cache = LazyKVCache(1, min_dead=99)
+    cache = LazyKVCache()
     cache.commit(cache.append(None, 2))
     #            2   3  4  5  6  7  8: 3 and 4 below 2, 5 below 3, 6 and 7 below 4, 8 below 7
     cache.append([-1, 2, 2, 3, 4, 4, 7], 7)
@@ -256,7 +262,7 @@ def test_kept_slots_on_paper() -> None:
 
 
 def test_a_kept_line_keeps_the_fast_kernels() -> None:
-    cache = LazyKVCache(1, linear=True)
+    cache = LazyKVCache(linear=True)
     cache.commit(cache.append(None, 3))
     cache.append(None, 4)
     assert cache.commit([3], keep=[4, 5]) == [4, 5]
@@ -267,47 +273,45 @@ def test_a_kept_line_keeps_the_fast_kernels() -> None:
 
 
 def test_wrong_use_is_refused() -> None:
-    cache = LazyKVCache(1)
-    cache.commit(cache.append(None, 3))
-    with pytest.raises(ValueError, match="2 tokens with 1 parents"):
-        cache.append([-1], 2)
-    with pytest.raises(ValueError, match="neither the last committed"):
-        cache.append([0], 1)
-    with pytest.raises(ValueError, match="neither the last committed"):
-        cache.append([3], 1)  # itself
-    slots = cache.append([-1, -1], 2)
-    with pytest.raises(ValueError, match="not a path"):
-        cache.commit(slots)
-    with pytest.raises(ValueError, match="not a path"):
-        cache.commit([7])
-    with pytest.raises(ValueError, match="not a tree below"):
-        cache.commit([3], keep=[4])  # its sibling
-    with pytest.raises(ValueError, match="not a tree below"):
-        cache.commit([3], keep=[3])
-    with pytest.raises(ValueError, match="not a tree below"):
-        cache.commit([], keep=[5])
-    assert (cache.length, cache.num_slots) == (3, 5)
-    with pytest.raises(ValueError, match="cannot keep 9 of 3"):
-        cache.truncate(9)
-    with pytest.raises(RuntimeError, match="announced with append"):
-        cache.layers[0].make_mask(5)
-    with pytest.raises(RuntimeError, match="announced with append"):
-        cache.layers[0].update_and_fetch(mx.zeros((1, 1, 5, 2)), mx.zeros((1, 1, 5, 2)))
+    cache = LazyKVCache()
+    layer = cache.stores[0]
     with pytest.raises(RuntimeError, match="before the first forward"):
-        cache.layers[0].keys_and_values()
-    with pytest.raises(UnsupportedCacheError, match="ArraysCache cannot be rolled back"):
-        LazyKVCache.like(make_prompt_cache(build("mamba")))
+        layer.keys_and_values()
+    cache.commit(cache.append(None, 3))
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: cache.append([-1], 2), "2 tokens with 1 parents"),
+        (lambda: cache.append([0], 1), "neither the last committed"),
+        (lambda: cache.append([3], 1), "neither the last committed"),  # itself
+    ]
+    for use, message in refused:
+        with pytest.raises(ValueError, match=message):
+            use()
+    cache.append([-1, -1], 2)
+    refused = [
+        (lambda: cache.commit([3, 4]), "not a path"),
+        (lambda: cache.commit([7]), "not a path"),
+        (lambda: cache.commit([3], keep=[4]), "not a tree below"),  # its sibling
+        (lambda: cache.commit([3], keep=[3]), "not a tree below"),
+        (lambda: cache.commit([], keep=[5]), "not a tree below"),
+        (lambda: cache.truncate(9), "cannot keep 9 of 3"),
+        (lambda: layer.make_mask(5), "announced with append"),
+        (lambda: layer.update_and_fetch(*[mx.zeros((1, 1, 5, 2))] * 2), "announced with append"),
+        (lambda: LazyKVCache.like(make_prompt_cache(build("mamba"))), "ArraysCache cannot be rolled back"),
+    ]
+    for use, message in refused:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            use()
+    assert (cache.length, cache.num_slots) == (3, 5)
 
 
 def test_capacity_grows_past_a_step_without_changing_a_bit() -> None:
-    tree_model = llama()
+    tree_model = tree_model_of("llama")
     tokens = (np.arange(700) * 7 % (VOCAB - 2) + 1).tolist()
     cache = tree_model.new_cache()
     done: list[int] = []
     tree_model.prefill(tokens[:-1], cache, chunk=100, on_progress=done.append)
     assert done == [*range(100, 700, 100), 699]
     row = np.array(tree_model.forward(tokens[-1:], cache).logits[0])
-    assert cache.nbytes == sum(array.nbytes for array in cache.arrays())
     expected = np.array(tree_model.model(mx.array([tokens]))[0, -1])
     assert np.abs(row - expected).max() < 1e-5
     if sys.platform == "linux":
@@ -315,7 +319,7 @@ def test_capacity_grows_past_a_step_without_changing_a_bit() -> None:
 
 
 def test_prefill_stops_when_asked_and_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    tree_model = llama()
+    tree_model = tree_model_of("llama")
     cache = tree_model.new_cache()
     asked = iter([False, False, True])
     tree_model.prefill(range(1, 31), cache, chunk=8, should_stop=lambda: next(asked))
@@ -335,7 +339,7 @@ def test_the_probe_sees_wrong_positions_and_wrong_masks(monkeypatch: pytest.Monk
     """Without these two the probe's trees must fail; a probe that accepts everything proves nothing."""
     with monkeypatch.context() as patch:
         patch.setattr(LazyKVCache, "offset", property(lambda cache: int(cache.appended_positions()[0])))
-        report = llama().report
+        report = tree_model_of("llama").report
     assert (report.capability, report.reason.split(":")[0]) == ("chain", "positions")
 
     def all_see_all(cache: LazyKVCache, window: int | None = None) -> np.ndarray:
@@ -343,29 +347,27 @@ def test_the_probe_sees_wrong_positions_and_wrong_masks(monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(LazyKVCache, "visible", all_see_all)
-        report = llama().report
+        report = tree_model_of("llama").report
     assert (report.capability, report.reason.split(":")[0]) == ("chain", "masks")
 
 
 def test_reports_of_the_probe() -> None:
-    report = llama().report
+    report = tree_model_of("llama").report
     assert (report.capability, report.reason, report.max_difference) == ("tree", "", 0.0)
     assert (report.vocab_size, report.pad_single, report.body_prefills) == (VOCAB, False, True)
-    assert llama().context_length == 512
-    assert len(llama().layers) == 2
-    assert WINDOW == 8
+    assert tree_model_of("llama").context_length == 512
 
 
 @pytest.mark.parametrize("expected", [0, 100])
 def test_a_cache_makes_room_for_what_it_expects_at_once(expected: int) -> None:
-    model = llama()
+    model = tree_model_of("llama")
     cache = model.new_cache()
     assert isinstance(cache, LazyKVCache)
-    cache.reserve(expected)
+    cache.expected_slots = expected
     model.prefill([1, 2, 3], cache)
-    first = cache.nbytes
+    first = cache.stores[0].keys.shape
     logits = model.forward([4], cache).logits
     assert np.array_equal(np.array(logits[0]), Reference(model)((1, 2, 3, 4)))
     cache.rollback()
     model.prefill([5] * 90, cache)
-    assert (cache.nbytes == first) == (expected == 100)
+    assert (cache.stores[0].keys.shape == first) == (expected == 100)

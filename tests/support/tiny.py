@@ -10,6 +10,7 @@ from mlx.utils import tree_map
 from mlx_lm.models import llama
 
 from llmcad_mlx.cpu import prepare_for_device
+from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
 
 VOCAB = 40
@@ -53,4 +54,4 @@ def tiny_tree_model(seed: int = 0, *, cpu_kernels: bool = True, **options: Any) 
     model = tiny_llama(seed, **options)
     if cpu_kernels:
         prepare_for_device(model)
-    return TreeModel(model, {"model_type": "llama", "max_position_embeddings": 4096})
+    return TreeModel(model, {"model_type": "llama", "max_position_embeddings": 4096}, probe(model))

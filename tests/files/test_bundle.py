@@ -150,7 +150,6 @@ FOREIGN: dict[str, tuple[Callable[[Any], object], str]] = {
     "tensor without shape": (lambda c: tensor(c).pop("shape"), "of layer 0 does not lie in"),
     "other name": (lambda c: tensor(c).update(name="x"), "x of layer 0 does not lie in model.safetensors"),
     "other dtype": (lambda c: tensor(c).update(dtype="F16"), "does not lie in"),
-    "other shape": (lambda c: tensor(c).update(shape=[1]), "does not lie in"),
     "moved": (lambda c: tensor(c, 1).update(offset=1), "of layer 0 does not lie in"),
     "other order": (lambda c: c["layers"][1]["tensors"].reverse(), "layer 0 is not one run of bytes"),
     "other file": (lambda c: [t.update(file="../x") for t in c["layers"][1]["tensors"]], "does not lie in ../x|x"),

@@ -64,19 +64,14 @@ def copies(home: Path) -> list[str]:
 # --- copies -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_text_is_the_plain_text(target: Path, bits: int) -> None:
-    with load(target, draft="none") as plain, load(target, draft=f"self:{bits}") as speculating:
+@pytest.mark.parametrize(("bits", "memory"), [(2, {}), (3, {}), (4, {}), (4, {"pinned": 0})])
+def test_the_text_is_the_plain_text(target: Path, bits: int, memory: dict[str, int]) -> None:
+    with load(target, draft="none") as plain, load(target, draft=f"self:{bits}", **memory) as speculating:
         for seed, temperature in enumerate((0.0, 0.8)):
             options = {**NO_END, "temperature": temperature, "seed": seed}
             found = speculating.generate(PROMPT, **options, **CHAIN)
             assert found.tokens == plain.generate(PROMPT, **options).tokens
             assert found.stats.drafted > 0
-
-
-def test_under_a_memory_budget(target: Path) -> None:
-    with load(target, draft="none") as plain, load(target, draft="self:4", pinned=0) as streaming:
-        assert streaming.generate(PROMPT, **NO_END).tokens == plain.generate(PROMPT, **NO_END).tokens
 
 
 def test_four_bits_are_right_more_often_than_other_drafts(target: Path, tmp_path: Path) -> None:

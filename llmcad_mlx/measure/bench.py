@@ -16,7 +16,7 @@ from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, number, shar
 from llmcad_mlx.measure.runner import OnTurn, Run, total_stats
 from llmcad_mlx.measure.workload import MLX_LM, PLAIN, Variant, Workload, grouped
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.pull import DEFAULT_PRESET
+from llmcad_mlx.store.names import DEFAULT_PRESET
 
 ALL = "all"
 

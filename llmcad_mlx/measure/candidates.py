@@ -10,8 +10,8 @@ from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.measure.workload import listed
 from llmcad_mlx.models.folder import DRAFT_TOKENS, load_model_folder, read_config, vocabulary_size
 from llmcad_mlx.store.copies import BITS, SELF_BITS, DerivedDraft, stored_bits
-from llmcad_mlx.store.names import AUTO_DRAFT, NGRAM_DRAFT, NO_DRAFT, PairPaths, pair_with_draft
-from llmcad_mlx.store.pull import preset_draft
+from llmcad_mlx.store.names import AUTO_DRAFT, NO_DRAFT, PairPaths, pair_with_draft, preset_draft
+from llmcad_mlx.store.presets import NGRAM
 
 NONE = "none"
 
@@ -97,7 +97,7 @@ def find_candidates(
     given = options.names
     if given is None:
         copies = (str(DerivedDraft(None, bits)) for bits in _fewer(SELF_BITS, target_path))
-        given = (*filter(None, [incumbent]), preset_draft(target), NGRAM_DRAFT, *copies)
+        given = (*filter(None, [incumbent]), preset_draft(target), NGRAM, *copies)
     add(_lasting(preset_draft(target) if name == AUTO_DRAFT else name) for name in given)
     for candidate in list(found.values()):
         add(_smaller(candidate, options.bits))
@@ -141,7 +141,7 @@ def _lasting(name: str) -> str:
     derived = DerivedDraft.parse(name)
     if derived is not None:
         return derived.renamed(_lasting)
-    if name in (NGRAM_DRAFT, NO_DRAFT):
+    if name in (NGRAM, NO_DRAFT):
         return name
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name

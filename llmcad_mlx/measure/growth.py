@@ -29,8 +29,7 @@ from llmcad_mlx.memory import MemoryPlan
 from llmcad_mlx.prompt import encode_prompt
 from llmcad_mlx.settings import MemoryOptions, check_integer
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.names import NO_DRAFT, device_name
-from llmcad_mlx.store.pull import DEFAULT_PRESET
+from llmcad_mlx.store.names import DEFAULT_PRESET, NO_DRAFT, device_name
 from llmcad_mlx.tree.token_tree import TokenTree
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -31,9 +31,8 @@ from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.names import NO_DRAFT, pair_profile_path
+from llmcad_mlx.store.names import DEFAULT_PRESET, NO_DRAFT, pair_profile_path, resolve_target
 from llmcad_mlx.store.profile import DraftChoice, PairProfile, find_choice, save_choice
-from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
 
 LEAST_NOISE = 0.03
 _HOPELESS = 5  # times as long as without a draft: like weights in bits that the processor has no kernels for

@@ -22,7 +22,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from llmcad_mlx.mlx_lm_plugin.__main__ import main
 from llmcad_mlx.mlx_lm_plugin.generation import stream_generate
-from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
+from llmcad_mlx.store.names import DEFAULT_PRESET, resolve_target
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECULATED = re.compile(r"llmcad-mlx: (\d+) tokens in (\d+) passes of the target, (\d+) drafted tokens accepted")

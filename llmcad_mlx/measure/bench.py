@@ -109,7 +109,6 @@ def _run_json(run: Run, mismatches: int | None) -> dict[str, Any]:
 
 
 def _notes(done: Benchmark) -> list[str]:
-    """What a reader of the figures must know."""
     work, plan = done.workload, done.pair.plan
     notes = [
         f"Prompts: {len(work.prompts)}; {work.summary} All variants interleaved in one process; speeds are "
@@ -148,8 +147,6 @@ def _notes(done: Benchmark) -> list[str]:
         notes.append(f"Interrupted: only {len(done.runs)} generations were done.")
     return notes
 
-
-# -- summary: pure arithmetic ----------------------------------------------------------------------------
 
 Speed = Literal["tokens_per_s", "prompt_tokens_per_s"]
 
@@ -306,8 +303,6 @@ def _cells(line: VariantSummary, lines: Sequence[VariantSummary]) -> dict[str, s
     return {"variant": line.variant, **shown, "wrong tokens": wrong}
 
 
-# -- plots -----------------------------------------------------------------------------------------------
-
 _SHARES = (
     ("verify", "verify", output.BLUE, "white"),
     ("draft", "draft", output.ORANGE, "black"),
@@ -351,6 +346,5 @@ def _draw_split(lines: Sequence[VariantSummary], figure: Any) -> None:
 
 
 def _names(lines: Sequence[VariantSummary]) -> list[str]:
-    """Of the variants, long ones on two lines."""
     names = [line.variant for line in lines]
     return [name.replace("-no-", "\n-no-", 1) if len(name) > _LONG_NAME else name for name in names]

@@ -96,7 +96,6 @@ def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tok
 
 
 def _arrays(model: str, layers: Iterable[LayerState | None]) -> Iterator[tuple[str, mx.array]]:
-    """The arrays of a model's layers and their names in the file."""
     for number, layer in enumerate(layers):
         if layer is not None:
             yield f"{model}.{number}.keys", layer.keys
@@ -225,10 +224,8 @@ def _saved_layers(path: Path, model: str, on_cpu_kernels: Sequence[bool]) -> Ite
 
 
 def _reason(error: Exception) -> str:
-    """The middle of a one-line message."""
-    if isinstance(error, CacheMismatchError):
-        return str(error)
-    return f"it cannot be read ({type(error).__name__})"
+    known = isinstance(error, CacheMismatchError)
+    return str(error) if known else f"it cannot be read ({type(error).__name__})"
 
 
 def _model_digest(folder: Path) -> str:
@@ -241,7 +238,6 @@ def _model_digest(folder: Path) -> str:
 
 
 def _digest(path: Path, num_bytes: int) -> bytes:
-    """sha256 of a file's first `num_bytes` bytes."""
     digest, left = hashlib.sha256(), num_bytes
     with path.open("rb") as file:
         while left and (block := file.read(min(_BLOCK_BYTES, left))):

@@ -39,34 +39,26 @@ _BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class BundleTensor:
-    """A tensor's place, and the sha256 of its bytes in hexadecimal."""
-
-    extent: TensorExtent
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class BundleLayer:
-    """A run of tensors; `sha256` is that of their bytes, one after the other."""
+    """A run of tensors, each with the sha256 of its bytes in hexadecimal; `sha256` is that of the whole run."""
 
     name: str
-    tensors: tuple[BundleTensor, ...]
+    tensors: Mapping[TensorExtent, str]
     sha256: str
 
     @property
     def file(self) -> Path:
         """The file that holds the whole layer."""
-        return self.tensors[0].extent.file
+        return next(iter(self.tensors)).file
 
     @property
     def offset(self) -> int:
         """Where the layer begins in its file."""
-        return self.tensors[0].extent.offset
+        return next(iter(self.tensors)).offset
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.extent.num_bytes for tensor in self.tensors)
+        return sum(extent.num_bytes for extent in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +75,7 @@ class Bundle:
     @property
     def tensor_sha256(self) -> dict[str, str]:
         """The checksum of every tensor, by name."""
-        return {tensor.extent.name: tensor.sha256 for layer in self.layers for tensor in layer.tensors}
-
-
-# --- reading ------------------------------------------------------------------------------------------------
+        return {extent.name: sha256 for layer in self.layers for extent, sha256 in layer.tensors.items()}
 
 
 def read_bundle(folder: Path, index: WeightIndex | None = None) -> Bundle | None:
@@ -123,7 +112,7 @@ def _layer(file: Path, content: Any, unlisted: dict[str, TensorExtent]) -> Bundl
     name = content.get("name") if isinstance(content, dict) else None
     where = name if isinstance(name, str) else "a layer"
     entry = _checked(file, where, content, {"name": str, "tensors": list, "sha256": str, "bytes": int})
-    tensors = []
+    tensors: dict[TensorExtent, str] = {}
     for listed in entry["tensors"]:
         _checked(file, f"a tensor of {where}", listed, {"name": str, "file": str, "sha256": str})
         extent = unlisted.pop(listed["name"], None)
@@ -132,15 +121,15 @@ def _layer(file: Path, content: Any, unlisted: dict[str, TensorExtent]) -> Bundl
                 f"{file}: {listed['name']} of {where} does not lie in {listed['file']} as it says; "
                 "make the bundle again"
             )
-        tensors.append(BundleTensor(extent, listed["sha256"]))
-    layer = BundleLayer(where, tuple(tensors), entry["sha256"])
+        tensors[extent] = listed["sha256"]
+    layer = BundleLayer(where, tensors, entry["sha256"])
     if not tensors or entry["bytes"] != layer.num_bytes:
         raise _wrong(file, "bytes", where)
     end = layer.offset
-    for tensor in tensors:
-        if (tensor.extent.file, tensor.extent.offset) != (layer.file, end):
+    for extent in tensors:
+        if (extent.file, extent.offset) != (layer.file, end):
             raise ModelError(f"{file}: {where} is not one run of bytes; make the bundle again")
-        end += tensor.extent.num_bytes
+        end += extent.num_bytes
     return layer
 
 
@@ -189,12 +178,9 @@ def verify_bundle(folder: Path, advance: Callable[[int], None] = lambda num_byte
     return bundle
 
 
-# --- writing ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """A layer's name and its tensors in the order in which they will lie in the file."""
+    """`specs` in the order in which they will lie in the file."""
 
     name: str
     specs: tuple[TensorSpec, ...]

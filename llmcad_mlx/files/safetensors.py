@@ -170,9 +170,6 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-# --- writing ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor to be written; `dtype` is a name of `DTYPES`."""

@@ -146,10 +146,7 @@ def _specs(
 def _write_tensor(
     writer: BundleWriter, header: GgufHeader, tensor: PlannedTensor, bits: int, group_size: int, advance: Advance
 ) -> None:
-    """`advance` counts the bytes of the source.
-
-    Raises ModelError for values that are not finite, OSError when the disk is full.
-    """
+    """`advance` counts the bytes of the source. Raises ModelError for values that are not finite, OSError."""
     try:
         for first, raw in _chunks(header, tensor):
             for spec, part in zip(tensor.specs, _parts(tensor, raw, bits, group_size), strict=True):
@@ -178,8 +175,7 @@ def _parts(planned: PlannedTensor, raw: Bytes, bits: int, group_size: int) -> tu
     """What is written of raw rows, for each of `planned.specs`. Raises NotFiniteError."""
     tensor = planned.source
     if len(tensor.shape) > 1:
-        groups = group_rows(raw, tensor.kind, bits, group_size)
-        return groups.codes, groups.scales, groups.biases
+        return group_rows(raw, tensor.kind, bits, group_size)
     with np.errstate(over="ignore"):  # becomes infinite and is refused
         vector = (values(raw, tensor.kind).reshape(-1) - np.float32(planned.offset)).astype(np.float16)
     require_finite(vector)

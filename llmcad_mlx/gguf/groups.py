@@ -12,8 +12,7 @@ groups from 9.2 to 7.3 % of the weights' size (`python -m convert.quantisation_e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -33,8 +32,7 @@ class NotFiniteError(ValueError):
     """Weights hold NaN, infinity, or values that float16 cannot hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class Groups:
+class Groups(NamedTuple):
     """Rows of one quantised matrix.
 
     codes: (rows, columns * bits / 32) uint32; scales, biases: (rows, columns / group_size) float16.
@@ -77,7 +75,6 @@ def values(raw: Bytes, kind: Kind) -> npt.NDArray[np.float32]:
 
 
 def require_finite(array: npt.NDArray[Any]) -> None:
-    """Raise NotFiniteError when the array holds NaN or infinity."""
     if not np.isfinite(array).all():
         raise NotFiniteError
 
@@ -97,7 +94,6 @@ def _packed(codes: Bytes, bits: int) -> npt.NDArray[np.uint32]:
 
 
 def _fitted(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Groups:
-    """Quantise (rows, columns) float32. Raises NotFiniteError."""
     require_finite(weights)
     rows = weights.shape[0]
     groups = mx.array(weights).reshape(rows, -1, group_size)
@@ -169,7 +165,6 @@ def _from_q4_k(raw: Bytes) -> Groups:
 
 
 def _halves(pairs: Bytes) -> Halves:
-    """(..., 2) bytes as (...) float16."""
     return np.ascontiguousarray(pairs).view(np.float16)[..., 0]
 
 

@@ -255,7 +255,6 @@ def _longrope(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
 
 
 def _factors(header: GgufHeader, name: str, sizes: Dimensions) -> list[float]:
-    """One positive number for each rotated pair."""
     tensor = header.tensors[name]
     if tensor.shape != (sizes.rotated // 2,):
         raise ModelError(

@@ -140,7 +140,6 @@ def _token_id(header: GgufHeader, vocabulary: _Vocabulary, name: str) -> int | N
 
 
 def _ends(header: GgufHeader, vocabulary: _Vocabulary) -> list[int]:
-    """Every token that ends a turn, the file's own first."""
     control = vocabulary.ids(TokenType.CONTROL)
     named = [_token_id(header, vocabulary, name) for name in ("eos", "eot", "eom")]
     found = [*named, *(control.get(text) for text in _END_TEXTS)]

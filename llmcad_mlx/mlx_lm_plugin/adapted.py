@@ -1,20 +1,26 @@
-"""A user's mlx-lm model made ready for token trees, without changing it."""
+"""A user's mlx-lm model made ready for token trees, without changing it, and its part of a prompt cache."""
 
 from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from llmcad_mlx.cpu import prepare_for_device
+from llmcad_mlx.models.cache import LayerState, ModelCache
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.store.profile import PairProfile
+
+UNKNOWN = -1  # a token of which only keys and values are there; nobody drafts from it or reads it
+_TOKENS = "_llmcad_mlx_tokens"
 
 
 class LeftToMlxLmError(Exception):
@@ -89,9 +95,68 @@ class AdaptedModels:
 
 
 def _parts(model: Any) -> list[Any]:
-    """Every module's class and arrays, in order."""
     parts: list[Any] = []
     for module in model.modules():
         parts.append(type(module))
         parts.extend(value for value in module.values() if isinstance(value, mx.array))
     return parts
+
+
+@dataclass(slots=True)
+class ModelRows:
+    """One model's part of the caller's prompt cache: mlx-lm's caches, one for each layer, taken over before a
+    generation and written back after."""
+
+    adapted: AdaptedModel
+    entries: list[Any]
+
+    def __post_init__(self) -> None:
+        """Raises LeftToMlxLmError for entries that cannot be taken over."""
+        kinds = {type(entry).__name__ for entry in self.entries if type(entry) is not KVCache}
+        reason = ""
+        if kinds:
+            reason = f"holds {', '.join(sorted(kinds))}"
+        elif len(self.entries) != len(self.adapted.states):
+            reason = f"has {len(self.entries)} entries for {len(self.adapted.states)} layers"
+        elif len({entry.offset for entry in self.entries}) != 1:
+            reason = "has layers of different lengths"
+        elif any(entry.keys is not None and entry.keys.shape[0] != 1 for entry in self.entries):
+            reason = "holds a batch"
+        if reason:
+            raise LeftToMlxLmError(f"prompt_cache {reason}")
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return int(self.entries[0].offset)
+
+    def put_into(self, cache: ModelCache) -> None:
+        """Fill an empty cache of the adapted model."""
+        length = self.length
+        if not length:
+            return
+        layers: list[LayerState | None] = []
+        for entry, kind in zip(self.entries, self.adapted.states, strict=True):
+            if kind is None:
+                layers.append(None)
+                continue
+            keys, values = (rows[0, :, :length].astype(kind.keys.dtype) for rows in (entry.keys, entry.values))
+            layers.append(LayerState(keys, values, kind.on_cpu_kernels))
+        cache.restore(layers, length)
+
+    def take_from(self, cache: ModelCache, tokens: Sequence[int]) -> None:
+        """Make the caller's entries hold what `cache` does: `tokens`."""
+        first = self.entries[0]
+        dtype = self.adapted.rows_dtype if first.keys is None else first.keys.dtype
+        for entry, layer in zip(self.entries, cache.states(len(tokens)), strict=True):
+            if layer is not None:
+                entry.keys, entry.values = layer.keys[None].astype(dtype), layer.values[None].astype(dtype)
+                mx.eval(entry.keys, entry.values)
+                entry.offset = len(tokens)
+        # mlx-lm's caches do not know their tokens; the next turn drafts better when somebody does.
+        setattr(self.entries[0], _TOKENS, list(tokens))
+
+    def tokens(self) -> list[int]:
+        """What the cache holds, as far as is known: a guess that only drafting builds on."""
+        known: list[int] = getattr(self.entries[0], _TOKENS, [])
+        return known[: self.length] if len(known) >= self.length else [UNKNOWN] * self.length

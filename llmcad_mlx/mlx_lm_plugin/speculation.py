@@ -20,8 +20,7 @@ from llmcad_mlx.engine.round import Round, run_round
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.engine.text import Piece, TextStream
 from llmcad_mlx.errors import UsageError, VocabularyError
-from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModel, AdaptedModels, LeftToMlxLmError
-from llmcad_mlx.mlx_lm_plugin.prompt_caches import ModelRows
+from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModel, AdaptedModels, LeftToMlxLmError, ModelRows
 from llmcad_mlx.policy.best_first import DEFAULT_MAX_NODES
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sampling import Row, TargetSampler
@@ -198,7 +197,6 @@ class Speculation:
             _LOG.info("%d tokens in %d passes of the target, %d drafted tokens accepted", *counts)
 
     def _responses(self, pieces: Sequence[Piece], done: Round) -> list[GenerationResponse]:
-        """One for each token of a round."""
         stats, prompt = self._stats, self._prompt
         logprobs = self._sampler.take_logprobs(done)
         first = stats.generated_tokens - len(pieces) + 1

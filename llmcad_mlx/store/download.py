@@ -179,13 +179,12 @@ def _fetch_from_hub(source: FileSource, part: Path, progress: Progress) -> None:
 
 
 def _look_up(repo: str, file: str, revision: str) -> tuple[str, HfFileMetadata]:
-    """A file's address, and what the hub says of it; the etag of a large file is its sha256."""
+    """The etag of a large file is its sha256."""
     url = hf_hub_url(repo, file, revision=revision, endpoint=_endpoint())
     return url, get_hf_file_metadata(url, timeout=ETAG_TIMEOUT_S, endpoint=_endpoint())
 
 
 def _complete(url: str, part: Path, num_bytes: int, name: str, progress: Progress) -> None:
-    """Append what is missing to `part`; one that is too long is begun anew."""
     with part.open("ab") as out:
         if out.tell() > num_bytes:
             out.seek(out.truncate(0))
@@ -201,7 +200,6 @@ def _complete(url: str, part: Path, num_bytes: int, name: str, progress: Progres
 
 
 def _snapshot(repo: str, revision: str | None, progress: Progress | None, **options: Any) -> Any:
-    """huggingface_hub's download of a model's files."""
     return snapshot_download(
         repo,
         revision=revision,
@@ -278,7 +276,6 @@ class _NoBars(hub_tqdm):
 
 
 def _bars(progress: Progress | None) -> type[hub_tqdm] | None:
-    """What to give huggingface_hub as `tqdm_class`: None draws its own bars."""
     return None if progress is not None and progress.bars else _NoBars
 
 

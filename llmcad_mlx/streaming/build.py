@@ -186,8 +186,7 @@ class Checksums:
         self._storage = storage
         self._known = bundle.tensor_sha256
         self._units: dict[tuple[Read, ...], str] = {}
-        extents = [tensor.extent for layer in bundle.layers for tensor in layer.tensors]
-        self._extents = [extent for extent in extents if extent.num_bytes]
+        self._extents = [extent for layer in bundle.layers for extent in layer.tensors if extent.num_bytes]
         self._buffer = memoryview(bytearray(_CHECKED_BYTES))
 
     def check_all(self, units: Sequence[Unit]) -> None:

@@ -75,8 +75,8 @@ class ChatSession:
         self.round: RoundTree | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help, "system": self._system, "clear": self._clear, "undo": self._undo,
-            "regen": self._regen, "save": self._save, "load": lambda name: self.load(read_conversation(Path(name))),
-            "set": self._set, "stats": self._stats, "tree": self._tree,
+            "load": lambda name: self.load(read_conversation(Path(name))), "regen": self._regen,
+            "save": self._save, "set": self._set, "stats": self._stats, "tree": self._tree,
         }  # fmt: skip
 
     def handle(self, line: str) -> bool:

@@ -8,7 +8,7 @@ import mlx_lm
 import pytest
 from transformers import AutoTokenizer
 
-from llmcad_mlx.store.pull import pull_part
+from llmcad_mlx.store.names import pull_part
 from tests.support.real_text import PASSAGE
 
 pytestmark = pytest.mark.embedded

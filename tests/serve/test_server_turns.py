@@ -130,13 +130,13 @@ def counted(live: Live, status: int) -> float:
 def test_a_vanished_streams_generation_ends_with_its_round(live: Live, gates: Gates, hold_prompt: bool) -> None:
     gates.hold_prompt = hold_prompt
     prompt = [5, 6, 7] * (1000 if hold_prompt else 1)
-    with streaming(live, "/v1/completions", prompt=prompt, max_tokens=200, policy="plain") as response:
+    with streaming(live, "/v1/completions", prompt=prompt, max_tokens=200, policy="plain"):
         until(lambda: (gates.prompt_steps if hold_prompt else gates.rounds) == 1)
-        assert hold_prompt or response.status_code == 200
     until(lambda: counted(live, 200) == 1)  # the server has noticed
     gates.open.set()
     queued(live, "running", 0)
-    assert (gates.prompt_steps, gates.rounds) == ((1, 0) if hold_prompt else (gates.prompt_steps, 1))
+    assert gates.rounds == int(not hold_prompt)
+    assert gates.prompt_steps == 1 or not hold_prompt
     assert live.complete(max_tokens=3).status_code == 200
 
 

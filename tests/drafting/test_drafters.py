@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting import model as candidates
 from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
@@ -25,34 +26,37 @@ from tests.support.tiny import VOCAB, tiny_tree_model
 
 
 @functools.cache
-def model(seed: int = 0) -> TreeModel:
-    return tiny_tree_model(seed)
+def model() -> TreeModel:
+    return tiny_tree_model()
 
 
 def sampler(temperature: float = 0.0, vocab_size: int = VOCAB) -> TargetSampler:
     return TargetSampler(SamplingSettings(temperature=temperature, seed=11), vocab_size)
 
 
-# -- n-gram ------------------------------------------------------------------------------------------------
+def tree_after(tokens: Sequence[int]) -> TokenTree:
+    return TokenTree(tokens[-1], len(tokens) - 1)
 
 
-def lookup(drafter: NgramDrafter, tokens: Sequence[int], branch: Sequence[int] = ()) -> Candidates:
-    """Candidates below `branch` after the sequence `tokens`."""
-    tree = TokenTree(tokens[-1], len(tokens) - 1)
-    leaf = ROOT
+def proposed(drafter: Drafter, tokens: Sequence[int], branch: Sequence[int] = ()) -> Candidates:
+    """Candidates below `branch` in a round after the sequence `tokens`."""
+    tree, leaf = tree_after(tokens), ROOT
     for token in branch:
-        leaf = tree.add(leaf, token, 0.5, NGRAM)
+        leaf = tree.add(leaf, token, 0.5)
     drafter.begin(tokens, sampler())
     (found,) = drafter.expand(tree, [leaf])
     return found
 
 
+# -- n-gram ------------------------------------------------------------------------------------------------
+
+
 def fresh_lookup(tokens: Sequence[int], branch: Sequence[int] = ()) -> Candidates:
-    return lookup(NgramDrafter(), tokens, branch)
+    return proposed(NgramDrafter(), tokens, branch)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "branch", "proposed"),
+    ("tokens", "branch", "expected"),
     [
         ([1, 2, 3, 4, 5, 1, 2, 3], [], [4]),
         ([1, 2, 3, 4, 5, 1, 2], [3], [4]),
@@ -60,29 +64,15 @@ def fresh_lookup(tokens: Sequence[int], branch: Sequence[int] = ()) -> Candidate
         ([1, 2, 3, 4, 5, 1, 2], [9], []),
         ([3, 3, 3], [], [3]),  # a repeating token matches itself
         ([1, 2, 3, 4, 2], [], []),  # a single token in common is no match
-        ([1], [], []),
-        ([1, 1], [], []),
-        ([1, 2], [], []),
-        ([1, 2, 3], [], []),
     ],
 )
 def test_what_followed_the_last_time_is_proposed(
-    tokens: list[int], branch: list[int], proposed: list[int]
+    tokens: list[int], branch: list[int], expected: list[int]
 ) -> None:
     found = fresh_lookup(tokens, branch)
-    assert list(found.tokens) == proposed
-    assert len(found.confidences) == len(proposed)
+    assert list(found.tokens) == expected
+    assert len(found.confidences) == len(expected)
     assert found.source == NGRAM
-
-
-def test_longer_matches_rank_first_and_recent_ones_among_equals() -> None:
-    #      long match: 4 tokens     short, older    short, newer
-    text = [6, 7, 1, 2, 20, 0, 8, 1, 2, 21, 0, 9, 1, 2, 22, 0, 6, 7, 1, 2]
-    found = fresh_lookup(text)
-    assert list(found.tokens) == [20, 22, 21]
-    assert list(found.confidences) == sorted(found.confidences, reverse=True)
-    assert found.confidences[0] == ngram_confidence(4)  # 6 7 1 2
-    assert sum(found.confidences) <= 1.0
 
 
 @settings(max_examples=150, deadline=None)
@@ -98,7 +88,7 @@ def test_an_index_that_grew_and_shrank_equals_a_new_one(data: st.DataObject) -> 
             drafter.truncate(len(tokens))
         tokens = [*tokens, *data.draw(tokens_of), data.draw(st.integers(0, 3))]
         for branch in ([], [0], [1, 2], [3, 3, 0]):
-            assert lookup(drafter, tokens, branch) == fresh_lookup(tokens, branch)
+            assert proposed(drafter, tokens, branch) == fresh_lookup(tokens, branch)
 
 
 @settings(max_examples=100, deadline=None)
@@ -120,6 +110,8 @@ def test_proposals_are_what_followed_the_longest_of_the_latest_matches(
     found = fresh_lookup(tokens, branch)
     expected = sorted(lengths.items(), key=lambda item: -item[1])
     assert list(found.tokens) == [token for token, _ in expected]
+    assert list(found.confidences) == sorted(found.confidences, reverse=True)
+    assert sum(found.confidences) <= 1.0
     if expected:
         assert found.confidences[0] == ngram_confidence(min(expected[0][1], 32))
 
@@ -127,23 +119,11 @@ def test_proposals_are_what_followed_the_longest_of_the_latest_matches(
 # -- model -------------------------------------------------------------------------------------------------
 
 
-def reference(tokens: Sequence[int], temperature: float, seed: int = 0) -> Candidates:
+def reference(tokens: Sequence[int], temperature: float = 0.0) -> Candidates:
     """Candidates after `tokens`, from a fresh forward of all of them."""
-    return _reference(tuple(tokens), temperature, seed)
-
-
-@functools.cache
-def _reference(tokens: tuple[int, ...], temperature: float, seed: int) -> Candidates:
-    cache = model(seed).new_cache()
-    logits = model(seed).forward(tokens, cache).logits[-1:]
+    logits = model().forward(tokens, model().new_cache()).logits[-1:]
     (found,) = candidates.top_candidates(logits, [len(tokens)], sampler(temperature), 8)
     return found
-
-
-def grown(tree: TokenTree, random: np.random.Generator, size: int) -> TokenTree:
-    while len(tree) < size:
-        tree.add(int(random.integers(0, len(tree))), int(random.integers(0, VOCAB)), 0.5)
-    return tree
 
 
 @settings(max_examples=50, deadline=None)
@@ -157,14 +137,15 @@ def test_any_order_and_batching_gives_the_candidates_of_fresh_forwards(
     drafter = ModelDrafter(model())
     drafter.cache.max_dead_share, drafter.cache.min_dead = 0.1, min_dead
     tokens = random.integers(0, VOCAB, int(random.integers(1, 12))).tolist()
-    tree, expanded, survivors = TokenTree(tokens[-1], len(tokens) - 1), set[int](), None
+    tree, expanded, survivors = tree_after(tokens), set[int](), None
     for _ in range(8):
         if random.random() < 0.15:  # broken off: the round starts again with a new tree
             drafter.begin(tokens, sampler(temperature), tree)
             drafter.expand(tree, [node for node in range(len(tree)) if node not in expanded][:3])
-            tree, expanded, survivors = TokenTree(tokens[-1], len(tokens) - 1), set[int](), None
+            tree, expanded, survivors = tree_after(tokens), set[int](), None
         drafter.begin(tokens, sampler(temperature), tree if survivors or random.random() < 0.5 else None)
-        grown(tree, random, len(tree) + int(random.integers(1, 14)))
+        for _ in range(int(random.integers(1, 14))):
+            tree.add(int(random.integers(0, len(tree))), int(random.integers(0, VOCAB)), 0.5)
         nodes = [node for node in random.permutation(len(tree)).tolist() if node not in expanded]
         nodes = nodes[: int(random.integers(0, len(nodes) + 1))]
         expanded.update(nodes)
@@ -182,7 +163,7 @@ def test_any_order_and_batching_gives_the_candidates_of_fresh_forwards(
         assert drafter.cache.length < len(tokens)
         if survivors is None:
             assert drafter.cache.num_appended == 0
-            tree, expanded = TokenTree(tokens[-1], len(tokens) - 1), set[int]()
+            tree, expanded = tree_after(tokens), set[int]()
         else:
             tree = survivors.tree
             expanded = {survivors.old_to_new[node] for node in expanded} - {DROPPED}
@@ -192,7 +173,7 @@ def test_any_order_and_batching_gives_the_candidates_of_fresh_forwards(
 
 def test_what_survives_is_not_fed_again() -> None:
     drafter = ModelDrafter(model())
-    tree = TokenTree(3, 2)
+    tree = tree_after([1, 2, 3])
     drafter.begin([1, 2, 3], sampler(), tree)
     a = tree.add(ROOT, 4, 0.9)
     b, c = tree.add(a, 5, 0.5), tree.add(a, 6, 0.5)
@@ -202,10 +183,10 @@ def test_what_survives_is_not_fed_again() -> None:
     drafter.commit(tree, [a], survivors)
     assert (drafter.cache.length, drafter.cache.num_slots - drafter.cache.num_dead) == (4, 6)
     drafter.begin([1, 2, 3, 4, 5], sampler(), survivors.tree)
-    assert drafter.expand(survivors.tree, [ROOT]) == [reference([1, 2, 3, 4, 5], 0.0)]
+    assert drafter.expand(survivors.tree, [ROOT]) == [reference([1, 2, 3, 4, 5])]
     assert drafter.rows_fed == 0
     node = survivors.tree.add(ROOT, 8, 0.5)
-    assert drafter.expand(survivors.tree, [node]) == [reference([1, 2, 3, 4, 5, 8], 0.0)]
+    assert drafter.expand(survivors.tree, [node]) == [reference([1, 2, 3, 4, 5, 8])]
     assert drafter.rows_fed == 1
     drafter.commit(survivors.tree, [node], None)
     assert drafter.cache.length == 6  # the root, which had its slot, and the node
@@ -214,54 +195,48 @@ def test_what_survives_is_not_fed_again() -> None:
 @pytest.mark.parametrize("ended_by", ["another tree", "no tree", "truncate", "prefill"])
 def test_survivors_that_are_not_taken_up_are_forgotten(ended_by: str) -> None:
     drafter, tokens = ModelDrafter(model()), [1, 2, 3]
-    tree = TokenTree(3, 2)
+    tree = tree_after(tokens)
     drafter.begin(tokens, sampler(), tree)
     a = tree.add(ROOT, 4, 0.9)
     drafter.expand(tree, [tree.add(a, 5, 0.5)])
     survivors = tree.reroot(a)
     drafter.commit(tree, [], survivors)
     assert drafter.cache.num_slots == 5
-    new = survivors.tree
-    if ended_by == "another tree":
-        new = TokenTree(4, 3)
-    elif ended_by != "no tree":
+    new = TokenTree(4, 3) if ended_by == "another tree" else survivors.tree
+    if ended_by in ("truncate", "prefill"):
         drafter.truncate(3)
-        if ended_by == "prefill":
-            drafter.prefill([1, 2, 3, 4])
+    if ended_by == "prefill":
+        drafter.prefill([1, 2, 3, 4])
     drafter.begin([*tokens, 4], sampler(), None if ended_by == "no tree" else new)
     assert drafter.cache.num_slots == drafter.cache.length == 3
-    assert drafter.expand(new, [ROOT]) == [reference([1, 2, 3, 4], 0.0)]
+    assert drafter.expand(new, [ROOT]) == [reference([1, 2, 3, 4])]
     assert drafter.rows_fed == 1
 
 
 def test_a_prompt_can_be_read_in_pieces() -> None:
     tokens = np.random.default_rng(0).integers(0, VOCAB, 150).tolist()
-    drafter = ModelDrafter(model())
-    lengths = []
+    drafter, lengths = ModelDrafter(model()), []
     while drafter.prefill(tokens, limit=64):
         lengths.append(drafter.cache.length)
     assert [*lengths, drafter.cache.length] == [64, 128, 149]
-    drafter.begin(tokens, sampler())
-    assert drafter.expand(TokenTree(tokens[-1], 149), [ROOT]) == [reference(tokens, 0.0)]
+    assert proposed(drafter, tokens) == reference(tokens)
     lookups = NgramDrafter()
     assert not lookups.prefill([1, 2, 3, 1, 2], limit=1)
-    assert list(lookup(lookups, [1, 2, 3, 1, 2]).tokens) == [3]
+    assert list(proposed(lookups, [1, 2, 3, 1, 2]).tokens) == [3]
 
 
 def test_rows_fed_counts_the_rows_of_the_last_forward_only() -> None:
     drafter = ModelDrafter(model())
     drafter.begin([1, 2, 3], sampler())
     assert drafter.rows_fed == 0
-    tree = TokenTree(3, 2)
+    tree = tree_after([1, 2, 3])
     a = tree.add(ROOT, 4, 0.9)
-    b = tree.add(a, 5, 0.9)
-    drafter.expand(tree, [b])  # with everything above it
+    drafter.expand(tree, [tree.add(a, 5, 0.9)])  # with everything above it
     assert drafter.rows_fed == 5
-    (proposal,) = drafter.expand(tree, [a])  # was computed on the way
-    assert drafter.rows_fed == 0
-    assert proposal == reference([1, 2, 3, 4], 0.0)
-    drafter.begin(list(range(30)), sampler())
-    tree = TokenTree(29, 29)
+    assert drafter.expand(tree, [a]) == [reference([1, 2, 3, 4])]
+    assert drafter.rows_fed == 0  # was computed on the way
+    drafter.begin(range(30), sampler())
+    tree = tree_after(range(30))
     drafter.expand(tree, [ROOT])
     assert drafter.rows_fed is None  # the time of a catch-up is not filed as that of a step
     drafter.expand(tree, [tree.add(ROOT, 3, 0.5)])
@@ -276,92 +251,69 @@ def test_rounds_without_drafting_are_caught_up_with(missed: int) -> None:
     drafter.prefill(tokens[:10])
     for end in range(10, len(tokens), 7):  # rounds that draft nothing
         drafter.begin(tokens[:end], sampler())
-        drafter.commit(TokenTree(tokens[end - 1], end - 1), [])
+        drafter.commit(tree_after(tokens[:end]), [])
     read = tokens if missed < 32 else tokens[-32:]
     for token in (3, 17):  # the round of the catch-up, and one after it
         drafter.begin(tokens, sampler())
-        tree = TokenTree(tokens[-1], len(tokens) - 1)
-        assert drafter.expand(tree, [ROOT]) == [reference(read, 0.0)]
+        tree = tree_after(tokens)
+        assert drafter.expand(tree, [ROOT]) == [reference(read)]
         node = tree.add(ROOT, token, 0.5)
-        assert drafter.expand(tree, [node]) == [reference([*read, token], 0.0)]
+        assert drafter.expand(tree, [node]) == [reference([*read, token])]
         drafter.commit(tree, [node])
         tokens, read = [*tokens, token, 5], [*read, token, 5]
         assert drafter.cache.length == len(read) - 1
 
 
-def long_break(tokens: Sequence[int]) -> ModelDrafter:
-    """A drafter that has read the last 32 of `tokens` only."""
-    drafter = ModelDrafter(model())
-    drafter.begin(tokens, sampler())
-    drafter.expand(TokenTree(tokens[-1], len(tokens) - 1), [ROOT])
-    drafter.commit(TokenTree(tokens[-1], len(tokens) - 1), [])
-    return drafter
-
-
 @pytest.mark.parametrize("kept", [0, 50, 68, 69, 80, 99, 100])
-def test_after_a_long_break_a_new_prompt_is_read_in_full(kept: int) -> None:
+@pytest.mark.parametrize("prefilled", [True, False])
+def test_after_a_long_break_a_new_prompt_is_read_in_full_and_an_edit_from_where_it_was(
+    kept: int, prefilled: bool
+) -> None:
     tokens = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
-    drafter = long_break(tokens)
-    assert drafter.cache.length == 32
-    prompt = [*tokens[:kept], 1, 2, 3, 4]
+    drafter = ModelDrafter(model())
+    proposed(drafter, tokens)
+    drafter.commit(tree_after(tokens), [])
+    assert drafter.cache.length == 32  # it has read the last ones only
     drafter.truncate(kept)
-    drafter.prefill(prompt)
-    assert drafter.cache.length == len(prompt) - 1
-    drafter.begin(prompt, sampler())
-    tree = TokenTree(4, len(prompt) - 1)
-    assert drafter.expand(tree, [ROOT]) == [reference(prompt, 0.0)]
-
-
-@pytest.mark.parametrize("kept", [0, 50, 68, 69, 80, 99])
-def test_after_a_long_break_an_edit_is_drafted_for_without_a_prefill(kept: int) -> None:
-    tokens = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
-    drafter = long_break(tokens)
-    drafter.truncate(kept)
-    edited = [*tokens[:kept], 7, 8]
-    drafter.begin(edited, sampler())
-    start = 0 if kept <= 68 and len(edited) <= 32 else len(edited) - 32 if kept <= 68 else 68
-    tree = TokenTree(8, len(edited) - 1)
-    assert drafter.expand(tree, [ROOT]) == [reference(edited[start:], 0.0)]
+    start, edited = 0, [*tokens[:kept], 7, 8]
+    if prefilled:
+        drafter.prefill(edited)
+        assert drafter.cache.length == len(edited) - 1
+    else:
+        start = 68 if kept > 68 else max(len(edited) - 32, 0)
+    assert proposed(drafter, edited) == reference(edited[start:])
 
 
 def test_an_interrupted_round_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter = ModelDrafter(model())
-    tokens = [1, 2, 3]
-    tree = TokenTree(3, 2)
+    drafter, tokens = ModelDrafter(model()), [1, 2, 3]
+    tree = tree_after(tokens)
     drafter.begin(tokens, sampler())
     drafter.expand(tree, [ROOT])
-    nodes = [tree.add(ROOT, token, 0.3) for token in (4, 5)]
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(candidates, "top_candidates", interrupted)
-        patch.setattr("llmcad_mlx.drafting.model.top_candidates", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            drafter.expand(tree, nodes)
+            drafter.expand(tree, [tree.add(ROOT, token, 0.3) for token in (4, 5)])
     drafter.begin(tokens, sampler())
     assert drafter.cache.length == 0
-    again = TokenTree(3, 2)
-    assert drafter.expand(again, [ROOT]) == [reference(tokens, 0.0)]
-    node = again.add(ROOT, 9, 0.5)
-    assert drafter.expand(again, [node]) == [reference([*tokens, 9], 0.0)]
+    for path in ([], [9]):
+        assert proposed(drafter, tokens, path) == reference([*tokens, *path])
 
 
 def test_truncate_keeps_what_is_still_true() -> None:
     drafter = ModelDrafter(model())
     drafter.prefill([1, 2, 3, 4, 5, 6])
-    drafter.begin([1, 2, 3, 4, 5, 6], sampler())
-    drafter.expand(TokenTree(6, 5), [ROOT])
-    drafter.truncate(3)
-    assert drafter.cache.length == 3
-    drafter.truncate(100)  # nothing to forget
-    assert drafter.cache.length == 3
+    proposed(drafter, [1, 2, 3, 4, 5, 6])
+    for length in (3, 100):  # the second time there is nothing to forget
+        drafter.truncate(length)
+        assert drafter.cache.length == 3
     edited = [1, 2, 3, 9, 8]
     drafter.prefill(edited)
     assert drafter.cache.length == 4
-    drafter.begin(edited, sampler())
-    assert drafter.expand(TokenTree(8, 4), [ROOT]) == [reference(edited, 0.0)]
+    assert proposed(drafter, edited) == reference(edited)
 
 
 def test_an_interrupted_prefill_is_taken_up_again() -> None:
@@ -370,27 +322,20 @@ def test_an_interrupted_prefill_is_taken_up_again() -> None:
     chunks = iter([False, True])
     drafter.prefill(tokens, lambda done: None, lambda: next(chunks))
     assert 0 < drafter.cache.length < 1199
-    done: list[int] = []
-    drafter.prefill(tokens, done.append, lambda: False)
+    drafter.prefill(tokens)
     assert drafter.cache.length == 1199
-    drafter.begin(tokens, sampler())
-    assert drafter.expand(TokenTree(tokens[-1], 1199), [ROOT]) == [reference(tokens, 0.0)]
+    assert proposed(drafter, tokens) == reference(tokens)
 
 
 # -- candidates --------------------------------------------------------------------------------------------
-
-
-def by_full_sort(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest scores and their softmax, in float64."""
-    top = np.sort(scores.astype(np.float64))[::-1][:count]
-    return top, np.exp(top - top[0]) / np.exp(scores.astype(np.float64) - top[0]).sum()
 
 
 @pytest.mark.parametrize("size", [1, 5, 40, 4095, 4096, 5000, 50_000, 151_936])
 @pytest.mark.parametrize("levels", [None, 400, 3, 1])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_candidates_equal_a_full_sort(size: int, levels: int | None, temperature: float) -> None:
-    """`levels`: how many different values there are, so that ties run across every border."""
+    """`levels`: how many different values there are, so that ties run across every border. Padding, which has the
+    largest ones, is never proposed."""
     random = np.random.default_rng(size)
     if levels is None:
         logits = random.standard_normal((3, size)) * 5
@@ -398,12 +343,15 @@ def test_candidates_equal_a_full_sort(size: int, levels: int | None, temperature
         logits = random.integers(0, levels, (3, size)) * 0.5
     logits = logits.astype(np.float32)
     sampler_ = sampler(temperature, size)
-    found = candidates.top_candidates(mx.array(logits), [7, 8, 7], sampler_, 8)
+    padded = np.concatenate([logits, np.full((3, 14), 500.0, np.float32)], axis=1)
+    found = candidates.top_candidates(mx.array(padded), [7, 8, 7], sampler_, 8)
     for row, position, proposal in zip(logits, [7, 8, 7], found, strict=True):
         scores = sampler_.draft_scores(row, position)
-        top, shares = by_full_sort(scores, 8)
+        exact = scores.astype(np.float64)
+        top = np.sort(exact)[::-1][:8]
         assert len(set(proposal.tokens)) == len(proposal.tokens) == min(8, size)
         np.testing.assert_array_equal(scores[list(proposal.tokens)], top.astype(np.float32))
+        shares = np.exp(top - top[0]) / np.exp(exact - top[0]).sum()
         np.testing.assert_allclose(proposal.confidences, shares, rtol=1e-4, atol=1e-30)
         assert proposal.source == MODEL
 
@@ -417,14 +365,6 @@ def test_the_best_are_found_wherever_they_lie(seed: int, count: int, peak: int) 
     row[peak : peak + count] += 20
     (found,) = candidates.top_candidates(mx.array(row[None]), [0], sampler(0.0, 5000), count)
     assert sorted(row[list(found.tokens)].tolist()) == np.sort(row)[-count:].tolist()
-
-
-def test_padding_is_never_proposed() -> None:
-    logits = np.zeros((1, 64), np.float32)
-    logits[0, 50:] = 100.0
-    (found,) = candidates.top_candidates(mx.array(logits), [0], sampler(0.0, 50), 8)
-    assert max(found.tokens) < 50
-    assert found.confidences[0] == pytest.approx(1 / 50)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -15,21 +15,19 @@ from hypothesis import strategies as st
 
 from distill.table import make_counts
 from llmcad_mlx import VocabularyError, load
-from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, context_hash, context_hashes, vocabulary_hash
+from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, vocabulary_hash
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.store.convert import convert_folder
 
 PROMPT = [1, 2, 3]
-
-texts_of_tokens = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=30), min_size=1, max_size=6)
 
 
 def arrays(texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     return [np.array(text, np.int32) for text in texts]
 
 
-def _table(texts: Sequence[np.ndarray], order: int, drop_known: bool = True) -> TableDrafter:
-    return TableDrafter(make_counts(texts, order, "v", drop_known))
+def _table(texts: Sequence[Sequence[int]], order: int, drop_known: bool = True) -> TableDrafter:
+    return TableDrafter(make_counts(arrays(texts), order, "v", drop_known))
 
 
 def by_hand(texts: Sequence[Sequence[int]], order: int, context: Sequence[int]) -> dict[int, float]:
@@ -49,18 +47,16 @@ def by_hand(texts: Sequence[Sequence[int]], order: int, context: Sequence[int]) 
     return probabilities
 
 
-@given(st.lists(st.lists(st.integers(0, 2**17), min_size=3, max_size=3), min_size=1, max_size=20))
-def test_single_contexts_hash_as_many_do(rows: list[list[int]]) -> None:
-    together = context_hashes(np.array(rows, np.uint64))
-    assert together.tolist() == [context_hash(row) for row in rows]
-
-
 @settings(deadline=None)
-@given(texts_of_tokens, st.integers(2, 5), st.lists(st.integers(0, 6), min_size=1, max_size=6))
+@given(
+    texts=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=30), min_size=1, max_size=6),
+    order=st.integers(2, 5),
+    context=st.lists(st.integers(0, 6), min_size=1, max_size=6),
+)
 def test_probabilities_are_those_of_the_definition(texts: list[list[int]], order: int, context: list[int]) -> None:
     if all(len(text) < 2 for text in texts):
         return
-    table = _table(arrays(texts), order, drop_known=False)
+    table = _table(texts, order, drop_known=False)
     found = dict(zip(*table.candidates(context, 100), strict=True))
     expected = by_hand(texts, order, context)
     assert found.keys() == expected.keys()
@@ -70,7 +66,7 @@ def test_probabilities_are_those_of_the_definition(texts: list[list[int]], order
 
 
 def test_candidates_come_best_first_and_no_more_than_asked() -> None:
-    table = _table(arrays([[1, 2, 1, 2, 1, 2, 1, 3, 1, 3, 1, 4]]), 3)
+    table = _table([[1, 2, 1, 2, 1, 2, 1, 3, 1, 3, 1, 4]], 3)
     tokens, probabilities = table.candidates([9, 1], 2)
     assert tokens == [2, 3]
     assert probabilities[0] > probabilities[1]
@@ -80,7 +76,7 @@ def test_candidates_come_best_first_and_no_more_than_asked() -> None:
 
 def test_what_a_shorter_context_knows_is_left_out() -> None:
     text = [1, 2, 3, 4, 5, 6, 7, 8]
-    whole, short = (_table(arrays([text]), 4, drop) for drop in (False, True))
+    whole, short = (_table([text], 4, drop) for drop in (False, True))
     assert short.num_bytes < whole.num_bytes
     for end in range(1, len(text)):
         assert short.candidates(text[:end], 1)[0] == [text[end]]
@@ -121,33 +117,26 @@ def test_a_damaged_table_is_refused_by_name(tmp_path: Path, damage: str) -> None
         NgramCounts.load(path)
 
 
-def write_table(target: Path, path: Path, **options: Any) -> tuple[str, list[int]]:
-    """A table of what the target says after `PROMPT`: its path as text, and that."""
-    with load(target, None) as engine:
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_table_of_the_targets_text_drafts_it(
+    own_home: Path, folder: Path, tmp_path: Path, temperature: float, streamed: bool
+) -> None:
+    """Beside a target in memory, and a checked and streamed one."""
+    if streamed:
+        convert_folder(folder, tmp_path / "bundle")
+        folder = tmp_path / "bundle"
+    options = {"max_tokens": 60, "temperature": temperature, "seed": 4}
+    with load(folder, None) as engine:
         plain = engine.generate(PROMPT, **options).tokens
         vocabulary = vocabulary_hash(engine.tokenizer.get_vocab())
-    make_counts(arrays([[*PROMPT, *plain]]), 5, vocabulary).save(path)
-    return str(path), plain
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_table_of_the_targets_text_drafts_it(
-    own_home: Path, folder: Path, tmp_path: Path, temperature: float
-) -> None:
-    options = {"max_tokens": 60, "temperature": temperature, "seed": 4}
-    draft, plain = write_table(folder, tmp_path / "draft.ngrams.safetensors", **options)
-    with load(folder, draft) as engine:
+    draft = tmp_path / "draft.ngrams.safetensors"
+    make_counts(arrays([[*PROMPT, *plain]]), 5, vocabulary).save(draft)
+    memory: dict[str, Any] = {"pinned": 0, "verify": True} if streamed else {}
+    with load(folder, str(draft), **memory) as engine:
         result = engine.generate(PROMPT, tree_nodes=8, **options)
     assert result.tokens == plain
     assert result.stats.tokens_per_pass > 2
-
-
-def test_a_table_goes_with_a_checked_and_streamed_target(own_home: Path, folder: Path, tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
-    convert_folder(folder, bundle)
-    draft, plain = write_table(bundle, tmp_path / "draft.ngrams.safetensors", max_tokens=20)
-    with load(bundle, draft, pinned=0, verify=True) as engine:
-        assert engine.generate(PROMPT, max_tokens=20, tree_nodes=8).tokens == plain
 
 
 def test_a_table_for_other_tokens_is_refused(own_home: Path, folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.gguf import convert as gguf_convert
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.reader import read_gguf_header
-from llmcad_mlx.store.pull import pull_part
+from llmcad_mlx.store.names import pull_part
 from tests.support.tiny_gguf import HIDDEN, write_tiny_gguf
 
 VALUES = "blk.0.attn_v.weight"

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from llmcad_mlx.progress import Progress
 from llmcad_mlx.store.download import fetch_file
+from llmcad_mlx.store.names import pull_part
 from llmcad_mlx.store.presets import FileSource, get_preset
-from llmcad_mlx.store.pull import pull_part
 from tests.gguf.test_tokenizer import CORPUS
 
 pytestmark = pytest.mark.embedded

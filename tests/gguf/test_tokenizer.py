@@ -20,7 +20,7 @@ from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
-from llmcad_mlx.store.pull import pull_part
+from llmcad_mlx.store.names import pull_part
 from tests.support.tiny_gguf import END, TEMPLATE, write_tiny_gguf
 
 CORPUS = (

@@ -16,7 +16,7 @@ from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.errors import GenerationError, ModelError, UsageError
 from llmcad_mlx.loader import LoadedPair, conditions, load_names
-from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates, short_name
+from llmcad_mlx.measure.candidates import DraftOptions, Lineup, find_candidates, short_name
 from llmcad_mlx.measure.runner import EngineContender, Generation, Run, total_stats
 from llmcad_mlx.measure.tune import (
     CandidateFigures,
@@ -239,7 +239,7 @@ class Stage:
         self.opened: list[str] = []
         self.change: Callable[[str, Any], None] = lambda name, pair: None
         paths = {name: models / name.rstrip("2") for name in step_s} | {"ngram": None, NO_DRAFT: None}
-        self.candidates = tuple(Candidate(name, PairPaths(target, name, path)) for name, path in paths.items())
+        self.candidates = tuple(PairPaths(target, name, path) for name, path in paths.items())
 
     def tuning(self, incumbent: str | None = None, together: bool = True, **changes: Any) -> Tuning:
         lineup = Lineup("tiny", self.target, self.candidates, incumbent=incumbent)
@@ -252,18 +252,18 @@ class Stage:
         tuning.decide()
         return tuning
 
-    def open(self, candidate: Candidate) -> LoadedPair:
-        self.opened.append(candidate.name)
-        pair = load_names(candidate.names, MemoryOptions())
+    def open(self, candidate: PairPaths) -> LoadedPair:
+        self.opened.append(candidate.draft_name)
+        pair = load_names(candidate, MemoryOptions())
         pair.clock = self.clock
         pair.target = TimedTarget(pair.target.model, pair.vocab_size)
         pair.target.clock = self.clock
         for index, drafter in enumerate(pair.drafters):
             if isinstance(drafter, ModelDrafter):
                 timed = TimedDrafter(drafter.model)
-                timed.clock, timed.step_s = self.clock, self.step_s[candidate.name]
+                timed.clock, timed.step_s = self.clock, self.step_s[candidate.draft_name]
                 pair.drafters[index] = timed
-        self.change(candidate.name, pair)
+        self.change(candidate.draft_name, pair)
         return pair
 
 
@@ -307,9 +307,9 @@ def test_the_same_draft_wins_twice_in_a_row(staged: Any, target: Path) -> None:
 
 
 def test_candidates_are_interleaved_by_prompt_or_by_repetition() -> None:
-    candidates = [Candidate(name, PairPaths(Path("t"), name, None)) for name in "abc"]
+    candidates = [PairPaths(Path("t"), name, None) for name in "abc"]
     assert list(sittings(candidates, 3, together=True)) == [(candidates, range(3))]
-    apart = [(who.name, list(when)) for (who,), when in sittings(candidates, 2, together=False)]
+    apart = [(who.draft_name, list(when)) for (who,), when in sittings(candidates, 2, together=False)]
     assert apart == [("a", [0]), ("b", [0]), ("c", [0]), ("b", [1]), ("c", [1]), ("a", [1])]
 
 
@@ -436,7 +436,7 @@ def test_an_interrupted_run_shows_what_was_measured_and_saves_nothing(
 
 
 def names_of(found: Lineup) -> list[str]:
-    return [short_name(candidate.name) for candidate in found.candidates]
+    return [short_name(candidate.draft_name) for candidate in found.candidates]
 
 
 def look(target: Path, *names: object, incumbent: str | None = None, **copies: tuple[int, ...]) -> Lineup:
@@ -463,13 +463,13 @@ def test_draft_models_are_tried_in_fewer_bits(
     found = look(target, *given, bits=(4, 8))
     assert names_of(found) == ["near", "eight", "ngram", "8bit:near", "4bit:near", "4bit:eight", "none"]
     assert list(found.failures) == ["nowhere/at-all-"]
-    path = found.candidates[5].names.draft_path
+    path = found.candidates[5].draft_path
     assert path is not None
     config = json.loads((path / "config.json").read_text())
     assert config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
     monkeypatch.chdir(models)
     relative = look(target, NEAR, f"8bit:{NEAR}")
-    assert [candidate.name for candidate in relative.candidates[:2]] == [
+    assert [candidate.draft_name for candidate in relative.candidates[:2]] == [
         str(models / NEAR), f"8bit:{models / NEAR}",
     ]  # fmt: skip
 
@@ -482,7 +482,7 @@ def test_draft_models_in_all_bits_are_tried_with_fewer_output_tokens(models: Pat
         "none",
     ]  # fmt: skip
     assert not found.failures
-    paths = {short_name(candidate.name): candidate.names.draft_path for candidate in found.candidates}
+    paths = {short_name(candidate.draft_name): candidate.draft_path for candidate in found.candidates}
     made = paths["trimmed:30:4bit:near"]
     assert made is not None
     tokens = load_model_folder(made, lazy=True, alone=True).draft_tokens

@@ -25,7 +25,8 @@ from llmcad_mlx import files
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files import DiskError
 from llmcad_mlx.files.bundle import verify_bundle
-from llmcad_mlx.store.convert import convert, convert_folder
+from llmcad_mlx.store.convert import convert_folder
+from llmcad_mlx.store.names import convert
 from tests.support.architecture_configs import build, config_of
 from tests.support.hub_stand_in import HubStandIn
 from tests.support.tiny_folder import change_config, copy_folder, make_folder, poison, write_bundle, write_folder

@@ -30,7 +30,7 @@ from llmcad_mlx.files.safetensors import read_tensors
 from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.progress import Progress, progress_for
 from llmcad_mlx.store.copies import num_ids, usual_tokens, write_trimmed_draft
-from llmcad_mlx.store.pull import resolve_draft
+from llmcad_mlx.store.names import resolve_draft
 
 Tokens = npt.NDArray[np.int64]
 

@@ -34,7 +34,7 @@ from llmcad_mlx.drafting.table import TableDrafter, vocabulary_hash
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import load_tree_model
 from llmcad_mlx.models.folder import load_model_folder
-from llmcad_mlx.store.pull import TABLE_SUFFIX, resolve_target
+from llmcad_mlx.store.names import TABLE_SUFFIX, resolve_target
 
 
 def corpus(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from mlx_lm import load
 from mlx_lm.sample_utils import make_sampler
 
 from llmcad_mlx.mlx_lm_plugin.generation import stream_generate
-from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
+from llmcad_mlx.store.names import DEFAULT_PRESET, resolve_target
 
 
 def main() -> None:

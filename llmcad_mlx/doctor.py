@@ -127,7 +127,7 @@ def _examine_model(name: str, show_progress: bool) -> ModelFindings:
     from llmcad_mlx.loader import load_tree_model
     from llmcad_mlx.models.adapt import computes_in_float32
     from llmcad_mlx.progress import progress_for
-    from llmcad_mlx.store.pull import resolve_target
+    from llmcad_mlx.store.names import resolve_target
 
     path = resolve_target(name, show_progress)
     bundle = read_bundle(path)

@@ -43,9 +43,8 @@ from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import provisional_nodes
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store import home_folder
-from llmcad_mlx.store.names import NO_DRAFT, PairPaths, device_name, find_pair, pair_profile_path
+from llmcad_mlx.store.names import NO_DRAFT, TABLE_SUFFIX, PairPaths, device_name, find_pair, pair_profile_path
 from llmcad_mlx.store.profile import Conditions, PairProfile
-from llmcad_mlx.store.pull import TABLE_SUFFIX
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
 from llmcad_mlx.verifying import Target
 

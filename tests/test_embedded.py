@@ -11,8 +11,8 @@ from llmcad_mlx import Engine
 from llmcad_mlx.measure.runner import EngineContender, variant_pair
 from llmcad_mlx.measure.workload import load_prompts, parse_variants
 from llmcad_mlx.settings import GenerationOptions
+from llmcad_mlx.store.names import DEFAULT_PRESET
 from llmcad_mlx.store.presets import PackagedSource, get_preset
-from llmcad_mlx.store.pull import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TABLE
 from tests.support.real_text import PROMPTS, REPEAT, chat, compare, default_engine
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from llmcad_mlx import Engine, files, load
@@ -25,18 +26,13 @@ from llmcad_mlx.cli.main import run
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.store.convert import convert_folder
 from tests.memory_limit import NoCgroupError, limited_group
+from tests.support.command_line import start
 from tests.support.tiny_folder import copy_folder, make_folder, without_end, write_bundle
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "then the other one ran in and then the other one"
-# Also where the tests run in the background, whose processes ignore Ctrl-C.
-CHILD = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "from llmcad_mlx.cli.main import main; main()"
-)
-COMMAND = [sys.executable, "-c", CHILD]
 TOKENS = 40
-
+LIMITS = ("memory.max", "memory.limit_in_bytes")  # of a memory cgroup
 
 pytestmark = pytest.mark.usefixtures("tiny_home", "streams_small_matrices", "_small_reserve")
 
@@ -120,8 +116,11 @@ def test_a_read_that_fails_keeps_what_was_said(
     draft: str,
 ) -> None:
     arguments = words(model, "-m", TOKENS, "--draft", draft)
+    before, handles = set(threading.enumerate()), open_files(model)
     with monkeypatch.context() as patch, at_token(12, lambda: patch.setattr(os, "preadv", fault)):
         assert run(arguments) == 1
+    assert set(threading.enumerate()) <= before
+    assert open_files(model) == handles == 0
     out, err = capfd.readouterr()
     assert err == f"error: {model}/model.safetensors: {says}\n"
     assert out.endswith("\n")
@@ -134,23 +133,14 @@ def test_a_read_that_fails_keeps_what_was_said(
 
 def test_the_page_cache_may_go_at_any_time(model: Path, expected: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Another program needs memory, so the kernel forgets what it had of the file."""
-    handle = os.open(model / "model.safetensors", os.O_RDONLY)
-    try:
-        with at_token(10, lambda: os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)):
+    with (model / "model.safetensors").open("rb") as file:
+        forget = lambda: os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # noqa: E731
+        with at_token(10, forget):
             assert run(words(model, "-m", TOKENS)) == 0
-    finally:
-        os.close(handle)
     assert capfd.readouterr().out == expected + "\n"
 
 
 # -- Ctrl-C ------------------------------------------------------------------------------------------------
-
-
-def start(*argv: object, **options: Any) -> subprocess.Popen[bytes]:
-    """The command line in a process of its own."""
-    return subprocess.Popen(
-        [*COMMAND, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **options
-    )
 
 
 @pytest.mark.parametrize("draft", ["none", "ngram"])
@@ -158,7 +148,7 @@ def test_ctrl_c_while_layers_load_keeps_the_text(
     model: Path, capfd: pytest.CaptureFixture[str], draft: str
 ) -> None:
     arguments = words(model, "-m", 3000, "--draft", draft, "--read-bandwidth", "10MB/s")
-    child = start(*arguments)
+    child = start(*arguments, stderr=subprocess.PIPE)
     assert child.stdout is not None
     first = child.stdout.read(5)
     child.send_signal(signal.SIGINT)
@@ -181,7 +171,7 @@ def test_two_processes_stream_one_bundle(model: Path, expected: str, tmp_path: P
     bundle = tmp_path / "bundle"
     write_bundle(model, bundle)
     arguments = words(bundle, "-m", TOKENS, "--json", "--read-bandwidth", "50MB/s")
-    both = [start(*arguments) for _ in range(2)]
+    both = [start(*arguments, stderr=subprocess.PIPE) for _ in range(2)]
     for child in both:
         out, err = child.communicate(timeout=120)
         assert (child.returncode, err) == (0, b"")
@@ -196,27 +186,19 @@ def test_a_limit_that_another_process_lowers(model: Path, expected: str) -> None
         with limited_group(2 << 30) as group:
             child = start(
                 *words(model, "-m", TOKENS, "--read-bandwidth", "20MB/s"),
+                stderr=subprocess.PIPE,
                 preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
             )
             assert child.stdout is not None
             first = child.stdout.read(2)
-            lower_limit(group, resident(child.pid) + (32 << 20))
+            resident = psutil.Process(child.pid).memory_info().rss
+            (limit,) = (group / name for name in LIMITS if (group / name).exists())
+            limit.write_text(str(resident + (32 << 20)))
             out, err = child.communicate(timeout=120)
     except NoCgroupError as reason:
         pytest.skip(f"no memory cgroup can be made here: {reason}")
     assert child.returncode == 0, err
     assert (first + out).decode() == expected + "\n"
-
-
-def resident(process: int) -> int:
-    """Bytes of it that are in memory."""
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def lower_limit(group: Path, num_bytes: int) -> None:
-    for name in ("memory.max", "memory.limit_in_bytes"):
-        if (group / name).exists():
-            (group / name).write_text(str(num_bytes))
 
 
 # -- converting --------------------------------------------------------------------------------------------
@@ -273,7 +255,7 @@ def test_a_limit_on_the_size_of_files_is_one_line_and_leaves_nothing(
 
 
 def test_a_source_that_cannot_be_read_while_it_is_converted(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = copy_folder(model, tmp_path / "source")
     write_bundle(source, tmp_path / "bundle")  # its weights are copied as bytes next time
@@ -299,14 +281,6 @@ def test_a_read_error_while_loading_is_one_line(
         out, err = capfd.readouterr()
         assert out in ("", "\n")
         assert err == f"error: {model}/model.safetensors: cannot be read (Input/output error); check the disk\n"
-
-
-def test_nothing_is_left_running_after_a_fault(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, handles = set(threading.enumerate()), open_files(model)
-    with monkeypatch.context() as patch, at_token(6, lambda: patch.setattr(os, "preadv", disk_error)):
-        assert run(words(model, "-m", TOKENS, "--draft", "none")) == 1
-    assert set(threading.enumerate()) <= before
-    assert open_files(model) == handles == 0
 
 
 def open_files(folder: Path) -> int:

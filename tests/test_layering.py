@@ -35,19 +35,6 @@ LAYERS = [
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-STANDARD = sys.stdlib_module_names
-HEAVY = {
-    "mlx",
-    "mlx_lm",
-    "numba",
-    "llvmlite",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "huggingface_hub",
-    "gguf",
-}
-
 
 def part_of(file: Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -135,69 +122,47 @@ def test_nothing_is_there_for_tests_alone() -> None:
 def foreign_imports(part: str) -> set[str]:
     """Top-level packages that a part imports, ours and the standard library left out."""
     names = {name.partition(".")[0] for file in modules(part) for name in imports_of(file)}
-    return names - STANDARD - {"llmcad_mlx"}
+    return names - sys.stdlib_module_names - {"llmcad_mlx"}
+
+
+@pytest.mark.parametrize("part", ["errors", "settings", "results", "tree", "policy", "engine"])
+def test_the_bottom_and_the_middle_need_no_library(part: str) -> None:
+    assert foreign_imports(part) == set()
 
 
 def test_the_tree_is_pure() -> None:
     """Data and arithmetic: no model, tokenizer, file, clock or global randomness."""
     files = [*modules("tree"), *modules("policy")]
-    assert foreign_imports("tree") | foreign_imports("policy") == set()
-    names = {name for file in files for name in imports_of(file)}
-    roots = {name.partition(".")[0] for name in names}
+    roots = {name.partition(".")[0] for file in files for name in imports_of(file)}
     assert not roots & {"time", "os", "io", "pathlib", "random", "threading", "datetime", "tempfile"}
     for file in files:
         calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         assert not [call for call in calls if isinstance(call, ast.Name) and call.id in ("open", "print", "input")]
 
 
-def test_the_engine_knows_no_kernel_file_or_tokenizer() -> None:
-    assert foreign_imports("engine") == set()
-    inside = {
-        name.split(".")[1]
-        for name in imports_of(PACKAGE / "engine" / "session.py")
-        if name.startswith("llmcad_mlx.")
+def test_the_session_knows_no_kernel_file_or_tokenizer() -> None:
+    names = set(imports_of(PACKAGE / "engine" / "session.py"))
+    assert not {name.split(".")[1] for name in names if name.startswith("llmcad_mlx.")} & {
+        "models",
+        "store",
+        "files",
     }
-    assert not inside & {"models", "store", "files", "loader"}
-    assert not {name.partition(".")[0] for name in imports_of(PACKAGE / "engine" / "session.py")} & {
-        "os",
-        "io",
-        "pathlib",
-        "json",
-    }
+    assert not {name.partition(".")[0] for name in names} & {"os", "io", "pathlib", "json"}
 
 
-def test_the_bottom_needs_nothing() -> None:
-    for part in ("errors", "settings", "results"):
-        assert foreign_imports(part) == set()
-
-
-def loaded_by(statement: str) -> set[str]:
-    """Names of the modules that a fresh interpreter holds after `statement`."""
-    script = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
+@pytest.mark.parametrize(
+    ("names", "absent"),
+    [
+        ("llmcad_mlx.api", {"numba", "matplotlib", "llmcad_mlx.cpu.kernels"}),  # kernels come with the first model
+        ("llmcad_mlx.cli.main", {"numba", "matplotlib", "mlx_lm", "transformers"}),  # `--help` answers at once
+        ("llmcad_mlx.tree.token_tree, llmcad_mlx.policy.best_first, llmcad_mlx.policy.paper", {"numba"}),
+    ],
+)
+def test_an_import_is_silent_and_loads_little(names: str, absent: set[str]) -> None:
+    """In a fresh interpreter."""
+    script = f"import sys\nimport {names}\nprint(*({absent!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    *said, _ = done.stdout.split("sys\n", 1)
-    assert said == [""], "an import printed something"
-    return set(done.stdout.split())
-
-
-def test_importing_the_package_compiles_nothing() -> None:
-    """The kernels, and numba with them, come with the first model on a Linux CPU."""
-    loaded = loaded_by("from llmcad_mlx import Engine, load")
-    assert not {name for name in loaded if name.startswith("llmcad_mlx.cpu.")}
-    assert "numba" not in loaded
-    assert "matplotlib" not in loaded
-
-
-def test_the_command_line_starts_without_models_code() -> None:
-    """`--help` and usage errors answer at once."""
-    loaded = loaded_by("import llmcad_mlx.cli.main")
-    assert not loaded & {"mlx_lm", "transformers", "numba", "matplotlib"}
-
-
-def test_the_pure_part_can_be_used_alone() -> None:
-    loaded = loaded_by("import llmcad_mlx.tree.token_tree, llmcad_mlx.policy.best_first, llmcad_mlx.policy.paper")
-    assert "numba" not in loaded
+    assert (done.stdout, done.stderr) == ("\n", "")
 
 
 @pytest.mark.parametrize("name", [name for name in llmcad_mlx.__all__ if name != "__version__"])

@@ -61,7 +61,9 @@ def server(the_server: ScriptedServer) -> ScriptedServer:
 # What is sent and what is made of the answer
 
 
-def test_what_is_asked_for(server: ScriptedServer) -> None:
+def test_what_is_asked_for(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCAD_MLX_API_KEY", "from-the-environment")
+    load(server.url).close()
     with load(server.url, api_key="abcdefgh") as engine:
         engine.generate(TEXT)
         engine.generate(
@@ -73,9 +75,10 @@ def test_what_is_asked_for(server: ScriptedServer) -> None:
         "model": "tiny", "stream": True, "stream_options": {"include_usage": True},
         "speculation": {"tokens": True}, "temperature": 0.0, "seed": 0,
     }  # fmt: skip
-    paths, keys = zip(*server.seen, strict=True)
-    assert paths == ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/completions")
-    assert set(keys) == {"Bearer abcdefgh"}
+    paths = ("models", "completions", "chat/completions", "completions")
+    assert server.seen == [
+        ("/v1/models", "Bearer from-the-environment"), *((f"/v1/{path}", "Bearer abcdefgh") for path in paths)
+    ]  # fmt: skip
     assert server.requests == [
         {**always, "prompt": TEXT, "max_tokens": 256},
         always | {
@@ -88,11 +91,14 @@ def test_what_is_asked_for(server: ScriptedServer) -> None:
 
 
 def test_responses_and_figures(server: ScriptedServer) -> None:
-    server.scripts = [[b": waiting\n\n", *ANSWER]]
+    without_token = [chunk([("a", False)]), chunk(finish_reason="length"), USAGE, DONE]
+    server.scripts = [[b": waiting\n\n", *ANSWER], without_token, ANSWER]
     with load(server.url) as engine:
         assert (engine.model, engine.context_length) == (CARD["id"], CARD["context_length"])
         found = list(engine.stream_generate(TEXT))
+        ended = list(engine.stream_generate(TEXT))
         result = engine.generate(TEXT)
+    assert [(r.text, r.finish_reason) for r in ended] == [("a", "length")]
     assert [(r.text, r.token, r.from_draft, r.finish_reason) for r in found] == [
         ("a", 5, False, None), ("b", 6, True, None), ("", 5, False, "stop"),
     ]  # fmt: skip
@@ -105,22 +111,10 @@ def test_responses_and_figures(server: ScriptedServer) -> None:
     assert result.stats.acceptance_rate == 0.25
 
 
-def test_the_end_may_come_without_a_token(server: ScriptedServer) -> None:
-    server.scripts = [[chunk([("a", False)]), chunk(finish_reason="length"), USAGE, DONE]]
-    with load(server.url) as engine:
-        found = list(engine.stream_generate(TEXT))
-    assert [(r.text, r.finish_reason) for r in found] == [("a", "length")]
-
-
-def test_the_key_of_the_environment(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMCAD_MLX_API_KEY", "from-the-environment")
-    load(server.url).close()
-    assert server.seen == [("/v1/models", "Bearer from-the-environment")]
-
-
 # What goes wrong
 
 
+NOBODY = "http://127.0.0.1:9"
 STRANGER = "URL: no llmcad-mlx server answers there; check address and port"
 WENT_AWAY = "URL: the server went away after 1 tokens; start it again and repeat"
 
@@ -182,30 +176,22 @@ def test_nobody_there() -> None:
             load(url)
 
 
-@pytest.mark.parametrize("url", ["http://", "http://:80", "http://user@mac.local", "http://mac.local/?a=b"])
-def test_addresses_that_are_none(url: str) -> None:
-    with pytest.raises(UsageError, match=r"^target: .* is not a server's address"):
-        load(url)
-
-
 @pytest.mark.parametrize(
-    ("options", "line"),
+    ("target", "options", "line"),
     [
-        ({"draft": "ngram"}, "draft: the server at"),
-        ({"memory": "6GB"}, "memory: the server at"),
-        ({"progress": True}, "progress: the server at"),
-        ({"api_key": "with space"}, "api_key: give printable ASCII"),
-        ({"api_key": ""}, "api_key: give printable ASCII"),
+        *[(url, {}, "target: .* is not a server's address")
+          for url in ("http://", "http://:80", "http://user@mac.local", "http://mac.local/?a=b")],
+        (NOBODY, {"draft": "ngram"}, "draft: the server at"),
+        (NOBODY, {"memory": "6GB"}, "memory: the server at"),
+        (NOBODY, {"progress": True}, "progress: the server at"),
+        (NOBODY, {"api_key": "with space"}, "api_key: give printable ASCII"),
+        (NOBODY, {"api_key": ""}, "api_key: give printable ASCII"),
+        ("/a/folder", {"api_key": "12345678"}, "api_key: only a server asks for one"),
     ],
-)
-def test_options_of_load(options: dict[str, Any], line: str) -> None:
+)  # fmt: skip
+def test_what_load_refuses(target: str, options: dict[str, Any], line: str) -> None:
     with pytest.raises(UsageError, match=f"^{line}"):
-        load("http://127.0.0.1:9", **options)
-
-
-def test_a_model_takes_no_key(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^api_key: only a server asks for one"):
-        load(str(tmp_path), api_key="12345678")
+        load(target, **options)
 
 
 @pytest.mark.parametrize(
@@ -241,39 +227,27 @@ sys.meta_path.insert(0, Absent())
 
 
 def without_mlx(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", _BLOCKER + script, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    command = [sys.executable, "-c", _BLOCKER + script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_an_engine_where_mlx_is_absent(server: ScriptedServer) -> None:
+def test_where_mlx_is_absent(server: ScriptedServer) -> None:
     done = without_mlx(
         """
 from llmcad_mlx import GenerationStats, LlmcadError, RemoteEngine, RemoteError, Result, UsageError, load
 with load(sys.argv[1]) as engine:
     print([response.text for response in engine.stream_generate("x")], engine.generate("x").tokens)
-""",
-        server.url,
-    )
-    assert (done.stdout, done.stderr) == ("['a', 'b', ''] [5, 6, 5]\n", "")
-
-
-def test_a_model_where_mlx_is_absent() -> None:
-    done = without_mlx(
-        """
-from llmcad_mlx import UsageError, load
 try:
     load("smollm2-135m")
 except UsageError as error:
     print(error)
-"""
+""",
+        server.url,
     )
-    assert done.stdout.startswith("target: models cannot run on this device (No module named 'mlx")
-    assert 'load("http://mac.local:8080")' in done.stdout
+    answers, refused = done.stdout.split("\n", 1)
+    assert (answers, done.stderr) == ("['a', 'b', ''] [5, 6, 5]", "")
+    assert refused.startswith("target: models cannot run on this device (No module named 'mlx")
+    assert 'load("http://mac.local:8080")' in refused
 
 
 def test_the_example_for_an_ipad(server: ScriptedServer) -> None:
@@ -337,19 +311,14 @@ def test_the_same_answer(engine: Any, local: Engine, prompt: Any, options: dict[
 
 
 def test_one_response_for_each_token(engine: Any) -> None:
-    repeating = {"tree_nodes": 8, "logit_bias": {20: 60.0}}
-    found = list(engine.stream_generate(TEXT, max_tokens=20, **repeating))
+    found = list(engine.stream_generate(TEXT, max_tokens=20, tree_nodes=8, logit_bias={20: 60.0}))
     assert len(found) == 20
     assert [response.finish_reason for response in found] == [None] * 19 + ["length"]
-    assert all(isinstance(response.text, str) and isinstance(response.token, int) for response in found)
     stats = found[-1].stats
-    assert isinstance(stats, GenerationStats)
     assert sum(response.from_draft for response in found) == stats.accepted > 0
     # The last pass may have ended on a drafted token, without one of the target's own.
     assert stats.generated_tokens == 20
     assert stats.target_passes + stats.accepted in (20, 21)
-    assert 0 < stats.acceptance_rate <= 1
-    assert stats.decode_s > 0
 
 
 def test_an_answer_that_is_left_and_the_next_one(engine: Any, local: Engine) -> None:
@@ -381,34 +350,20 @@ def test_a_closed_engine(engine: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("prompt", "options", "name"),
     [
-        ("max_tokens", 0), ("max_tokens", 1.5), ("temperature", -1), ("temperature", "hot"), ("top_p", 0.0),
-        ("top_p", 1.5), ("top_k", -1), ("top_k", 1.5), ("min_p", 2.0), ("seed", -1), ("policy", "other"),
-        ("tree_nodes", 0), ("stop", [""]), ("stop", 5), ("logit_bias", {10_000: 1.0}), ("logit_bias", [1]),
-        ("presence_penalty", float("inf")), ("temprature", 0.5),
+        (TEXT, {"max_tokens": 0}, "max_tokens"), (TEXT, {"policy": "other"}, "policy"),
+        (TEXT, {"tree_nodes": 0}, "tree_nodes"), (TEXT, {"stop": [""]}, "stop"),
+        (TEXT, {"temperature": "hot"}, "temperature"), (TEXT, {"top_p": 1.5}, "top_p"),
+        (TEXT, {"logit_bias": {10_000: 1.0}}, "logit_bias"), (TEXT, {"temprature": 0.5}, "temprature: unknown"),
+        *[(prompt, {}, "prompt") for prompt in ("", [], [1, "a"], [True], [10_000], 5, b"bytes")],
+        (TEXT * 40, {}, "(the )?prompt"),
+        ([{"role": "user"}], {}, r"(prompt|messages\[0\]\.content)"),
     ],
 )  # fmt: skip
-def test_each_bad_option_is_named(engine: Any, name: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"^{name}"):
-        list(engine.stream_generate(TEXT, **{name: value}))
-
-
-@pytest.mark.parametrize("prompt", ["", [], [{"role": "user"}], [1, "a"], [True], [10_000], 5, b"bytes"])
-def test_bad_prompts(engine: Any, prompt: Any) -> None:
-    with pytest.raises(UsageError, match=r"^(prompt|messages\[0\]\.content)"):
-        list(engine.stream_generate(prompt))
-
-
-def test_a_prompt_that_is_too_long(engine: Any) -> None:
-    with pytest.raises(ContextLengthError, match="prompt"):
-        list(engine.stream_generate(TEXT * 40))
-
-
-def test_a_wrong_key(served: Live) -> None:
-    for key in ("wrong-key-of-some-length", None):
-        with pytest.raises(UsageError, match=r"^api_key: .* refuses it"):
-            load(served.url, api_key=key)
+def test_the_same_refusals(engine: Any, prompt: Any, options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ContextLengthError if prompt == TEXT * 40 else UsageError, match=f"^{name}"):
+        list(engine.stream_generate(prompt, **options))
 
 
 def test_leaving_ends_the_generation_on_the_server(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def pull(
     if name is None:
         raise UsageError("pull: name a preset or a hub repository; `llmcad-mlx pull --list` prints the presets")
     from llmcad_mlx.progress import progress_for
-    from llmcad_mlx.store.pull import pull_preset, pull_repo
+    from llmcad_mlx.store.names import pull_preset, pull_repo
 
     if "/" in name:
         print(pull_repo(name, progress=progress_for(True)))
@@ -85,7 +85,7 @@ def convert(
     ] = None,
 ) -> None:
     """Make a bundle: a folder that this program and mlx-lm open, ordered for streaming, with checksums."""
-    from llmcad_mlx.store.convert import convert as make_bundle
+    from llmcad_mlx.store.names import convert as make_bundle
 
     make_bundle(source, dest, bits, group_size, show_progress=True)
     print(dest)

@@ -16,7 +16,7 @@ from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, number, shar
 from llmcad_mlx.measure.runner import OnTurn, Run, total_stats
 from llmcad_mlx.measure.workload import MLX_LM, PLAIN, Variant, Workload, grouped
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.pull import DEFAULT_PRESET
+from llmcad_mlx.store.names import DEFAULT_PRESET
 
 ALL = "all"
 
@@ -109,7 +109,6 @@ def _run_json(run: Run, mismatches: int | None) -> dict[str, Any]:
 
 
 def _notes(done: Benchmark) -> list[str]:
-    """What a reader of the figures must know."""
     work, plan = done.workload, done.pair.plan
     notes = [
         f"Prompts: {len(work.prompts)}; {work.summary} All variants interleaved in one process; speeds are "
@@ -148,8 +147,6 @@ def _notes(done: Benchmark) -> list[str]:
         notes.append(f"Interrupted: only {len(done.runs)} generations were done.")
     return notes
 
-
-# -- summary: pure arithmetic ----------------------------------------------------------------------------
 
 Speed = Literal["tokens_per_s", "prompt_tokens_per_s"]
 
@@ -306,8 +303,6 @@ def _cells(line: VariantSummary, lines: Sequence[VariantSummary]) -> dict[str, s
     return {"variant": line.variant, **shown, "wrong tokens": wrong}
 
 
-# -- plots -----------------------------------------------------------------------------------------------
-
 _SHARES = (
     ("verify", "verify", output.BLUE, "white"),
     ("draft", "draft", output.ORANGE, "black"),
@@ -351,6 +346,5 @@ def _draw_split(lines: Sequence[VariantSummary], figure: Any) -> None:
 
 
 def _names(lines: Sequence[VariantSummary]) -> list[str]:
-    """Of the variants, long ones on two lines."""
     names = [line.variant for line in lines]
     return [name.replace("-no-", "\n-no-", 1) if len(name) > _LONG_NAME else name for name in names]

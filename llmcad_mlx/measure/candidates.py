@@ -10,8 +10,8 @@ from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.measure.workload import listed
 from llmcad_mlx.models.folder import DRAFT_TOKENS, load_model_folder, read_config, vocabulary_size
 from llmcad_mlx.store.copies import BITS, SELF_BITS, DerivedDraft, stored_bits
-from llmcad_mlx.store.names import AUTO_DRAFT, NGRAM_DRAFT, NO_DRAFT, PairPaths, pair_with_draft
-from llmcad_mlx.store.pull import preset_draft
+from llmcad_mlx.store.names import AUTO_DRAFT, NO_DRAFT, PairPaths, pair_with_draft, preset_draft
+from llmcad_mlx.store.presets import NGRAM
 
 NONE = "none"
 
@@ -46,22 +46,14 @@ class DraftOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A draft that is there. `name`: as `--draft` takes it, wherever it is typed."""
-
-    name: str
-    names: PairPaths
-
-
-@dataclass(frozen=True, slots=True)
 class Lineup:
-    """A target and the drafts that were looked for: the candidates are found, not loaded; the last one is "none",
-    which the others are compared with. `failures`: why a draft is no candidate. `incumbent`: the draft chosen
-    before, if one was."""
+    """A target and the drafts that were looked for: the candidates are found, not loaded, by names that `--draft`
+    takes wherever it is typed; the last one is "none", which the others are compared with. `failures`: why a draft
+    is no candidate. `incumbent`: the draft chosen before, if one was."""
 
     target: str
     target_path: Path
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[PairPaths, ...]
     failures: Mapping[str, str] = field(default_factory=dict)
     incumbent: str | None = None
 
@@ -77,54 +69,47 @@ def short_name(name: str) -> str:
 def find_candidates(
     target: str, target_path: Path, options: DraftOptions, incumbent: str | None, show_progress: bool
 ) -> Lineup:
-    """Fetch and make the candidates for the target named `target`, which lies in `target_path`.
-
-    A draft that cannot be had is among the failures.
-    """
-    found: dict[str, Candidate] = {}
+    """Fetch and make the candidates for the target named `target`, which lies in `target_path`."""
+    found: dict[str, PairPaths] = {}
     failures: dict[str, str] = {}
 
     def add(names: Iterable[str]) -> None:
-        """Find drafts, each once."""
         for name in names:
             if name in found or name in failures:
                 continue
             try:
-                found[name] = Candidate(name, pair_with_draft(target_path, name, show_progress))
+                found[name] = pair_with_draft(target_path, name, show_progress)
             except LlmcadError as error:
                 failures[name] = str(error)
 
     given = options.names
     if given is None:
         copies = (str(DerivedDraft(None, bits)) for bits in _fewer(SELF_BITS, target_path))
-        given = (*filter(None, [incumbent]), preset_draft(target), NGRAM_DRAFT, *copies)
+        given = (*filter(None, [incumbent]), preset_draft(target), NGRAM, *copies)
     add(_lasting(preset_draft(target) if name == AUTO_DRAFT else name) for name in given)
     for candidate in list(found.values()):
         add(_smaller(candidate, options.bits))
     for candidate in list(found.values()):
         add(_trimmed(candidate, options.tokens))
     found.pop(NO_DRAFT, None)
-    plain = Candidate(NO_DRAFT, pair_with_draft(target_path, NO_DRAFT, show_progress))
+    plain = pair_with_draft(target_path, NO_DRAFT, show_progress)
     return Lineup(target, target_path, (*found.values(), plain), failures, incumbent)
 
 
-def _smaller(candidate: Candidate, bits: Sequence[int]) -> list[str]:
-    """Names of the copies of a draft model that have fewer bits."""
-    path, name = candidate.names.draft_path, candidate.name
+def _smaller(candidate: PairPaths, bits: Sequence[int]) -> list[str]:
+    path, name = candidate.draft_path, candidate.draft_name
     if path is None or not path.is_dir() or DerivedDraft.parse(name) is not None:
         return []
     return [str(DerivedDraft(name, bits=number)) for number in _fewer(bits, path)]
 
 
-def _trimmed(candidate: Candidate, tokens: Sequence[int]) -> list[str]:
-    """Names of the copies of a draft model that propose fewer tokens."""
-    path, derived = candidate.names.draft_path, DerivedDraft.parse(candidate.name)
-    if path is None or not path.is_dir() or (derived is not None and derived.tokens is not None):
-        return []
-    if (path / DRAFT_TOKENS).exists():
+def _trimmed(candidate: PairPaths, tokens: Sequence[int]) -> list[str]:
+    path, derived = candidate.draft_path, DerivedDraft.parse(candidate.draft_name)
+    trimmed = derived is not None and derived.tokens is not None
+    if trimmed or path is None or not path.is_dir() or (path / DRAFT_TOKENS).exists():
         return []
     present = vocabulary_size(read_config(path)) or 0
-    return [str(DerivedDraft(candidate.name, tokens=number)) for number in tokens if 2 * number < present]
+    return [str(DerivedDraft(candidate.draft_name, tokens=number)) for number in tokens if 2 * number < present]
 
 
 def _fewer(bits: Sequence[int], folder: Path) -> list[int]:
@@ -141,7 +126,7 @@ def _lasting(name: str) -> str:
     derived = DerivedDraft.parse(name)
     if derived is not None:
         return derived.renamed(_lasting)
-    if name in (NGRAM_DRAFT, NO_DRAFT):
+    if name in (NGRAM, NO_DRAFT):
         return name
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name

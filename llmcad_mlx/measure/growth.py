@@ -29,8 +29,7 @@ from llmcad_mlx.memory import MemoryPlan
 from llmcad_mlx.prompt import encode_prompt
 from llmcad_mlx.settings import MemoryOptions, check_integer
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.names import NO_DRAFT, device_name
-from llmcad_mlx.store.pull import DEFAULT_PRESET
+from llmcad_mlx.store.names import DEFAULT_PRESET, NO_DRAFT, device_name
 from llmcad_mlx.tree.token_tree import TokenTree
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -167,8 +166,6 @@ class Growth:
         self.interrupted = until_interrupted(self._answers(show_progress, on_turn), self.points)
 
     def _answers(self, show_progress: bool, on_turn: OnTurn) -> Iterator[list[GrowthPoint]]:
-        """The points of one question after the other."""
-
         def answer(pair: LoadedPair, question: Question, label: str) -> list[GrowthPoint]:
             on_turn(label, NUM_STEPS)
             return PassTimer(pair).answer(question, self.repeat)
@@ -200,9 +197,6 @@ class Growth:
         finally:
             pair.release()
             release_free_memory()
-
-
-# -- report ----------------------------------------------------------------------------------------------
 
 
 def growth_report(done: Growth) -> Report:
@@ -271,7 +265,6 @@ def _table(question: Question, found: Sequence[dict[str, Any]]) -> Table:
 
 
 def _in_words(point: dict[str, Any]) -> dict[Question, str]:
-    """What a point has of each."""
     return {
         "bytes": f"{format_size(point['streamed_bytes'])} read",
         "nodes": "1 node" if point["nodes"] == 1 else f"{point['nodes']} nodes",
@@ -280,7 +273,6 @@ def _in_words(point: dict[str, Any]) -> dict[Question, str]:
 
 
 def _notes(done: Growth) -> list[str]:
-    """What a reader of the figures must know."""
     notes = [
         f"{'1 measured pass' if done.repeat == 1 else f'{done.repeat} measured passes'} a line, each after one of "
         "the same kind. Random trees of a fixed seed, the cache filled with a text that repeats itself. Node "
@@ -303,7 +295,6 @@ def _notes(done: Growth) -> list[str]:
 
 
 def _draw(answered: dict[Question, list[dict[str, Any]]], figure: Any) -> None:
-    """Milliseconds of a pass, a panel for each question."""
     figure.set_size_inches(0.8 + 3.4 * len(answered), 3.8)
     panels = figure.subplots(1, len(answered), squeeze=False)[0]
     for axes, (question, found) in zip(panels, answered.items(), strict=True):

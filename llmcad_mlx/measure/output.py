@@ -167,9 +167,6 @@ def emulated_rate(read_bandwidth: float | None, before: str = "") -> str:
     return "" if read_bandwidth is None else f"{before}emulated at {format_size(int(read_bandwidth))}/s"
 
 
-# -- plots -----------------------------------------------------------------------------------------------
-
-
 def bar_panels(figure: Any, height: float, num_panels: int = 1, width: float = 7.5) -> Any:
     """Axes for horizontal bars, the first bar on top. Sizes in inches."""
     figure.set_size_inches(width, height)

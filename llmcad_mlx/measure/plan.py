@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
@@ -58,7 +58,12 @@ def timed_read(
     buffer = memoryview(bytearray(_PIECE_BYTES))
     sample: list[Read] = []
     num_bytes, seconds, started = 0, 0.0, clock()
-    for piece in _pieces(reads):
+    pieces = (
+        Read(read.file, read.offset + start, min(_PIECE_BYTES, read.num_bytes - start), 0)
+        for read in reads
+        for start in range(0, read.num_bytes, _PIECE_BYTES)
+    )
+    for piece in pieces:
         if num_bytes >= _SAMPLE_BYTES or seconds >= _SAMPLE_S:
             break
         storage.read_into(piece.file, piece.offset, buffer[: piece.num_bytes])
@@ -66,12 +71,6 @@ def timed_read(
         num_bytes += piece.num_bytes
         seconds = clock() - started
     return sample, num_bytes / max(seconds, 1e-9)
-
-
-def _pieces(reads: Sequence[Read]) -> Iterator[Read]:
-    for read in reads:
-        for start in range(0, read.num_bytes, _PIECE_BYTES):
-            yield Read(read.file, read.offset + start, min(_PIECE_BYTES, read.num_bytes - start), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +138,6 @@ def find_measured(pair: PlannedPair) -> Measured | None:
                 streamed_bytes=streamed,
             )
     return None
-
-
-# -- report ----------------------------------------------------------------------------------------------
 
 
 def plan_report(pair: PlannedPair, forecast: Forecast) -> Report:
@@ -251,7 +247,6 @@ def _megabytes(num_bytes: int | None) -> str:
 
 
 def _notes(pair: PlannedPair, forecast: Forecast) -> list[str]:
-    """Where the figures come from."""
     plan = pair.plan
     notes = ["No budget is set: --memory 6GB sets one."] if plan.budget_bytes is None else []
     notes += [

@@ -23,7 +23,7 @@ import mlx.core as mx
 from llmcad_mlx.errors import LlmcadError, UsageError
 from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.measure import output, runner
-from llmcad_mlx.measure.candidates import Candidate, DraftOptions, Lineup, find_candidates, short_name
+from llmcad_mlx.measure.candidates import DraftOptions, Lineup, find_candidates, short_name
 from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, milliseconds, number
 from llmcad_mlx.measure.runner import EngineContender, OnTurn, PromptName, Run, Turn, total_stats
 from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, grouped
@@ -31,15 +31,12 @@ from llmcad_mlx.memory import Measured, MemoryPlan, ReadRate, Speeds
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.settings import MemoryOptions, SpeculationSettings
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.names import NO_DRAFT, pair_profile_path
+from llmcad_mlx.store.names import DEFAULT_PRESET, NO_DRAFT, PairPaths, pair_profile_path, resolve_target
 from llmcad_mlx.store.profile import DraftChoice, PairProfile, find_choice, save_choice
-from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
 
 LEAST_NOISE = 0.03
 _HOPELESS = 5  # times as long as without a draft: like weights in bits that the processor has no kernels for
 _PACKAGED = Path(__file__).with_name("tune_prompts.toml")
-
-OpenPair = Callable[[Candidate], LoadedPair]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +75,6 @@ def split(prompts: Sequence[BenchPrompt]) -> list[frozenset[PromptName]]:
     return [frozenset(half) for half in halves]
 
 
-# -- candidates → measured → decided → saved ------------------------------------------------------------
-
-
 def run_tune(plan: TunePlan, target: str | None, show_progress: bool, on_turn: OnTurn) -> Tuning:
     """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies.
 
@@ -91,11 +85,11 @@ def run_tune(plan: TunePlan, target: str | None, show_progress: bool, on_turn: O
     choice = find_choice(target_path, conditions(plan.memory))
     incumbent = None if choice is None else choice.draft
     lineup = find_candidates(name, target_path, plan.drafts, incumbent, show_progress)
-    if is_planned([candidate.names for candidate in lineup.candidates], plan.memory):
-        tuning = Tuning(plan, lineup, False, lambda candidate: load_names(candidate.names, plan.memory))
+    if is_planned(lineup.candidates, plan.memory):
+        tuning = Tuning(plan, lineup, False, lambda candidate: load_names(candidate, plan.memory))
     else:
         shared = PreparedTarget.in_memory(target_path)
-        tuning = Tuning(plan, lineup, True, lambda candidate: shared.build(candidate.names))
+        tuning = Tuning(plan, lineup, True, shared.build)
     tuning.measure(on_turn)
     tuning.decide()
     tuning.save()
@@ -110,7 +104,7 @@ class Seat:
     seconds of its answers before measuring, prompt included.
     """
 
-    candidate: Candidate
+    names: PairPaths
     draft_bytes: int
     plan: MemoryPlan | None
     profile: PairProfile = field(default_factory=lambda: PairProfile(None))
@@ -132,7 +126,7 @@ class Tuning:
     plan: TunePlan
     lineup: Lineup
     together: bool
-    open_pair: OpenPair
+    open_pair: Callable[[PairPaths], LoadedPair]
     runs: list[Run] = field(default_factory=list)
     seats: dict[str, Seat] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -165,21 +159,25 @@ class Tuning:
         self.interrupted = runner.until_interrupted(runs, self.runs)
 
     def _sit(
-        self, who: Sequence[Candidate], repetitions: range, on_turn: Callable[[str], None]
+        self, who: Sequence[PairPaths], repetitions: range, on_turn: Callable[[str], None]
     ) -> Iterator[list[Run]]:
-        """Load candidates, let them do their turns, and free them."""
         work = self.plan.workload
         pairs: list[LoadedPair] = []
         contenders: list[EngineContender] = []
         try:
             for candidate in who:
-                if candidate.name in self.failures:
+                name = candidate.draft_name
+                if name in self.failures:
                     continue
                 try:
-                    pairs.append(self.open_pair(candidate))
-                    contenders.append(self._seated(candidate, pairs[-1]))
+                    pairs.append(pair := self.open_pair(candidate))
+                    draft_bytes = sum(drafter.num_bytes for drafter in pair.drafters)
+                    seat = self.seats.setdefault(name, Seat(candidate, draft_bytes, pair.plan))
+                    # What was learned in an earlier sitting goes on; nothing is saved meanwhile.
+                    own = replace(pair, profile=seat.profile)
+                    contenders.append(EngineContender(name, own, SpeculationSettings()))
                 except (LlmcadError, MemoryError) as error:
-                    self._fail(candidate.name, error)
+                    self._fail(name, error)
             if contenders:
                 prompts = runner.encode_prompts(work.prompts, pairs[0])
                 yield from self._do(runner.schedule(contenders, prompts, repetitions, work.warmup), on_turn)
@@ -189,14 +187,6 @@ class Tuning:
                 pair.release()
             pairs.clear()
             release_free_memory()
-
-    def _seated(self, candidate: Candidate, pair: LoadedPair) -> EngineContender:
-        """Ready to generate. What was learned in an earlier sitting goes on; nothing is saved meanwhile."""
-        if candidate.name not in self.seats:
-            draft_bytes = sum(drafter.num_bytes for drafter in pair.drafters)
-            self.seats[candidate.name] = Seat(candidate, draft_bytes, pair.plan)
-        own = replace(pair, profile=self.seats[candidate.name].profile)
-        return EngineContender(candidate.name, own, SpeculationSettings())
 
     def _do(self, turns: Iterable[Turn], on_turn: Callable[[str], None]) -> Iterator[list[Run]]:
         """The turns of those that have not failed; what a warm-up took is noted."""
@@ -261,9 +251,8 @@ class Tuning:
         for name in speeds:
             seat = self.seats[name]
             streamed = None if seat.plan is None else seat.plan.streamed_bytes
-            kept = PairProfile(pair_profile_path(seat.candidate.names, streamed, options.read_bandwidth))
-            kept.costs, kept.calibration = seat.profile.costs, seat.profile.calibration
-            kept.save()
+            seat.profile.path = pair_profile_path(seat.names, streamed, options.read_bandwidth)
+            seat.profile.save()
         winner = self.decision.winner
         choice = DraftChoice(winner, conditions(options), speeds[winner])
         try:
@@ -273,8 +262,8 @@ class Tuning:
 
 
 def sittings(
-    candidates: Sequence[Candidate], repeat: int, together: bool
-) -> Iterator[tuple[Sequence[Candidate], range]]:
+    candidates: Sequence[PairPaths], repeat: int, together: bool
+) -> Iterator[tuple[Sequence[PairPaths], range]]:
     """Who is in memory together, and for which repetitions: all candidates for all of them, or one after the other
     in each, each time another first."""
     if together:
@@ -284,9 +273,6 @@ def sittings(
         first = repetition % len(candidates)
         for candidate in (*candidates[first:], *candidates[:first]):
             yield [candidate], range(repetition, repetition + 1)
-
-
-# -- measured: figures of a candidate, pure arithmetic --------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +351,7 @@ class CandidateFigures:
 
 def candidate_figures(plan: TunePlan, seat: Seat, runs: Sequence[Run]) -> CandidateFigures:
     """One candidate's figures; `runs` are those of all candidates."""
-    name, costs, memory = seat.candidate.name, seat.profile.costs, seat.plan
+    name, costs, memory = seat.names.draft_name, seat.profile.costs, seat.plan
     own = [run for run in runs if run.variant == name]
     middle, (mismatches, num_compared) = median_runs(own), runner.count_mismatches(runs, name, reference=NO_DRAFT)
     streamed = 0 if memory is None else memory.streamed_bytes
@@ -405,9 +391,6 @@ def median_runs(runs: Iterable[Run]) -> list[Run]:
 def among(runs: Iterable[Run], prompts: frozenset[PromptName]) -> list[Run]:
     """The runs of `prompts`."""
     return [run for run in runs if run.place.name in prompts]
-
-
-# -- decided ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,9 +445,6 @@ def standing(name: str, fastest: str, runs: Sequence[Run]) -> Standing:
     if not ratios:
         return Standing(name, 0.0, LEAST_NOISE)
     return Standing(name, median(ratios), max((max(ratios) - min(ratios)) / 2, LEAST_NOISE))
-
-
-# -- report ----------------------------------------------------------------------------------------------
 
 
 def tune_report(done: Tuning) -> Report:
@@ -526,7 +506,6 @@ def _tables(done: Tuning) -> list[Table]:
 
 
 def _cells(done: Tuning, line: CandidateFigures) -> dict[str, str]:
-    """A row of the table of all candidates, by header."""
     plain = next((other.tokens_per_s for other in done.lines if other.draft == NO_DRAFT), None)
     ratio = line.tokens_per_s / plain if plain and line.tokens_per_s is not None else None
     label = short_name(line.draft) + (" (chosen)" if line.draft == done.winner else "")
@@ -548,7 +527,6 @@ def _cells(done: Tuning, line: CandidateFigures) -> dict[str, str]:
 
 
 def _notes(done: Tuning) -> list[str]:
-    """What a reader of the figures must know."""
     plan, decision = done.plan, done.decision
     where = (
         "all in memory together, interleaved by prompt"
@@ -584,7 +562,6 @@ def _notes(done: Tuning) -> list[str]:
 
 
 def _draw(done: Tuning, figure: Any) -> None:
-    """Speed, predicted and measured, and tokens per pass by domain."""
     lines = done.lines
     speed, per_pass = output.bar_panels(figure, 2.0 + 0.75 * len(lines), 2, width=10.0)
     rows = range(len(lines))

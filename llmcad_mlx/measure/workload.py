@@ -120,8 +120,6 @@ def _variant(name: str) -> Variant:
     return _KNOWN[name]
 
 
-# -- prompts ---------------------------------------------------------------------------------------------
-
 DEFAULT_DOMAINS = ("code", "explanation", "sql", "translation")
 ALL_DOMAINS = "all"
 _PACKAGED = Path(__file__).with_name("prompts.toml")
@@ -196,9 +194,6 @@ def _prompt(domain: str, entry: Any, file: Path) -> BenchPrompt:
     if not all(isinstance(text, str) and text.strip() for text in entry.values()):
         raise UsageError(f"prompts: {file}: name and text of [[{domain}]] must be non-empty strings")
     return BenchPrompt(domain, entry["name"], entry["text"])
-
-
-# -- work ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from llmcad_mlx.serve.jobs import FairQueue, FinishedEvent, Job, PromptEvent, Ro
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.protocol import ApiError, internal_error, refused, shutting_down
 from llmcad_mlx.sizes import parse_size
-from llmcad_mlx.store.pull import DEFAULT_PRESET
+from llmcad_mlx.store.names import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import COMMITTED
 
 _log = logging.getLogger(__name__)

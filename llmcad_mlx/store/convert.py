@@ -1,6 +1,6 @@
-"""From whatever holds a model to a bundle: GGUF files, mlx-lm's and Hugging Face's folders, presets, repositories.
+"""From mlx-lm's and Hugging Face's folders to bundles.
 
-Of a folder, tensors that the model uses as the files hold them are copied as bytes. The others (quantised now,
+Tensors that the model uses as the files hold them are copied as bytes. The others (quantised now,
 or renamed and stacked by mlx-lm) are computed one after the other from lazily loaded arrays, so never more than
 a layer of the model is in memory.
 """
@@ -23,10 +23,8 @@ from llmcad_mlx.files import check_destination, new_folder
 from llmcad_mlx.files.bundle import FILE as MANIFEST
 from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, dtype_name
-from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.models.folder import DRAFT_TOKENS, LoadedModel, TokenList, load_model_folder, read_config
-from llmcad_mlx.progress import Advance, Progress, progress_for
-from llmcad_mlx.store.pull import resolve_target
+from llmcad_mlx.progress import Advance, Progress
 from llmcad_mlx.streaming.storage import FileStorage
 
 BITS = (4, 8)
@@ -51,26 +49,6 @@ class NewWeights:
     """None: config.json stays as it is."""
     draft_tokens: TokenList | None = None
     """Of a trimmed head; None: the head is whole."""
-
-
-def convert(
-    source: str, dest: Path, bits: int | None = None, group_size: int | None = None, show_progress: bool = False
-) -> None:
-    """Make the bundle `dest` from a GGUF file, a model folder, a preset or a hub repository, fetched where needed.
-
-    Without `bits` and `group_size`: 4 bits, groups of 32 for GGUF files, whose 4-bit blocks have that size, and of
-    64 for folders. Errors as for `convert_gguf`, `convert_folder` and `resolve_target`.
-    """
-    check_destination(dest)  # before anything is fetched
-    path = Path(source).expanduser()
-    progress = progress_for(show_progress)
-    if path.is_file() or path.suffix == ".gguf":
-        bits, group_size = 4 if bits is None else bits, 32 if group_size is None else group_size
-        convert_gguf(path, dest, bits, group_size, progress=progress)
-        return
-    folder = resolve_target(source, show_progress)
-    name = folder.resolve().name if path.is_dir() else source
-    convert_folder(folder, dest, bits, group_size, name=name, progress=progress)
 
 
 def convert_folder(

@@ -35,7 +35,7 @@ class PairProfile:
 
     def __init__(self, path: Path | None) -> None:
         """`path`: where to keep it; None: nowhere."""
-        self._path = path
+        self.path = path
         self.costs = CostModel()
         self.calibration = Calibration()
         data = {} if path is None else read_object(path)
@@ -48,11 +48,11 @@ class PairProfile:
 
     def save(self) -> None:
         """Write the file, whole or not at all. A folder that cannot be written is no reason to fail."""
-        if self._path is None:
+        if self.path is None:
             return
         learned = {"costs": self.costs.to_dict(), "calibration": self.calibration.to_dict()}
         with contextlib.suppress(OSError):
-            write_text(self._path, json.dumps({"version": _FORMAT_VERSION, **learned}))
+            write_text(self.path, json.dumps({"version": _FORMAT_VERSION, **learned}))
 
 
 def profile_path(models: Sequence[Path | str], device: str) -> Path:

@@ -16,7 +16,7 @@ from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.files.bundle import read_bundle
 from llmcad_mlx.models.folder import LoadedModel
-from llmcad_mlx.store import pull as resolve
+from llmcad_mlx.store import names
 from tests.support.command_line import TerminalText
 from tests.support.tiny import VOCAB, tiny_tree_model
 from tests.support.tiny_folder import make_folder, write_bundle
@@ -29,7 +29,7 @@ KEYS = {
 
 @pytest.fixture
 def tiny_model(monkeypatch):
-    monkeypatch.setattr(resolve, "resolve_target", lambda name, progress: Path("/models") / name)
+    monkeypatch.setattr(names, "resolve_target", lambda name, progress: Path("/models") / name)
     model = tiny_tree_model(1)
     loaded = LoadedModel(model.model, None, model.config, Path("/models/tiny"))
     monkeypatch.setattr(loader, "load_tree_model", lambda path, alone: (loaded, model))

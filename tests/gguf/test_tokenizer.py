@@ -20,7 +20,7 @@ from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
-from llmcad_mlx.store.pull import pull_part
+from llmcad_mlx.store.names import pull_part
 from tests.support.tiny_gguf import END, TEMPLATE, write_tiny_gguf
 
 CORPUS = (
@@ -50,9 +50,6 @@ def tokenizer_of(tmp_path: Path, **fields: Any) -> Tokenizer:
     header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
     header.metadata.update({f"tokenizer.ggml.{name}": value for name, value in fields.items()})
     return read_tokenizer(header).tokenizer
-
-
-# --- byte-level -------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=100)
@@ -132,9 +129,6 @@ def test_unusable_fields_are_named(tmp_path: Path, fields: dict[str, Any], messa
     assert "\n" not in str(caught.value)
 
 
-# --- SentencePiece ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory: pytest.TempPathFactory) -> sentencepiece.SentencePieceProcessor:
     folder = tmp_path_factory.mktemp("spm")
@@ -169,9 +163,6 @@ def test_scored_pieces_give_sentencepiece_ids(tmp_path: Path, spm: sentencepiece
     for text in (*CORPUS, "unseen: ŋ ☃ words", "hello hello"):
         assert tokenizer.encode(text).ids == [spm.bos_id(), *spm.encode(text)], text
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-# --- real models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.large

@@ -22,9 +22,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from llmcad_mlx.mlx_lm_plugin.__main__ import main
 from llmcad_mlx.mlx_lm_plugin.generation import stream_generate
-from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
+from llmcad_mlx.store.names import DEFAULT_PRESET, resolve_target
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECULATED = re.compile(r"llmcad-mlx: (\d+) tokens in (\d+) passes of the target, (\d+) drafted tokens accepted")
 Loaded = tuple[Any, Any]  # an mlx-lm model and its tokenizer
 COUNT = "Say the numbers: 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3."
@@ -134,12 +133,6 @@ def test_server_command(loaded: Loaded, folder: Path) -> None:
     texts.append("".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"]))
     assert texts == [answer(loaded, COUNT, 24)] * 3
     assert len(SPECULATED.findall(log)) == 3
-
-
-@pytest.mark.embedded
-def test_the_drop_in_example() -> None:
-    done = run(sys.executable, EXAMPLES / "mlx_lm_drop_in.py")
-    assert re.search(r"\n\d+ tokens at [\d.]+ tokens/s, \d+ of them drafted\n$", done.stdout)
 
 
 def test_commands_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,7 @@ from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings
 from llmcad_mlx.store.copies import DerivedDraft, write_trimmed_draft
-from llmcad_mlx.store.names import find_pair
-from llmcad_mlx.store.pull import DEFAULT_PRESET, resolve_target
+from llmcad_mlx.store.names import DEFAULT_PRESET, find_pair, resolve_target
 from llmcad_mlx.streaming.modules import SequentialFeed
 from llmcad_mlx.tree.token_tree import ROOT, TokenTree
 from tests.support.real_text import PROMPTS, compare

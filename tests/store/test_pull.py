@@ -24,7 +24,7 @@ from llmcad_mlx.errors import DownloadError, ModelError, UsageError
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.progress import Progress
-from llmcad_mlx.store import download, home_folder, presets, pull
+from llmcad_mlx.store import download, home_folder, names, presets
 from llmcad_mlx.store.presets import FileSource, Mirror, Preset, RepoSource
 from tests.support.hub_stand_in import HubStandIn
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -112,20 +112,6 @@ class Interrupts(Progress):
         yield advance
 
 
-@contextmanager
-def interrupted(hub: HubStandIn, num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ctrl-C when the hub has sent so many bytes of a longer file."""
-
-    def interrupt(_: float) -> None:
-        raise KeyboardInterrupt
-
-    hub.breaks = [num_bytes]
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "sleep", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            yield
-
-
 def only(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `preset` be the one that comes with the package."""
     for module in ("store.presets", "cli.models"):
@@ -151,13 +137,6 @@ def test_hub_file(hub: HubStandIn) -> None:
 def test_hub_file_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.breaks = [20_000]
-    assert download.fetch_file(source(), QUIET).read_bytes() == CONTENT
-    assert hub.downloads()[1].endswith(" bytes=20000-")
-
-
-def test_hub_file_continues_after_ctrl_c(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    with interrupted(hub, 20_000, monkeypatch):
-        download.fetch_file(source(), QUIET)
     assert download.fetch_file(source(), QUIET).read_bytes() == CONTENT
     assert hub.downloads()[1].endswith(" bytes=20000-")
 
@@ -327,7 +306,7 @@ def tiny_preset(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_preset_becomes_a_bundle_once(hub: HubStandIn, tiny_preset: Preset) -> None:
-    (target,) = pull.pull_preset("tiny")
+    (target,) = names.pull_preset("tiny")
     assert target == home_folder() / "models" / "tiny" / "target"
     bundle = verify_bundle(target)
     assert bundle is not None
@@ -335,20 +314,20 @@ def test_preset_becomes_a_bundle_once(hub: HubStandIn, tiny_preset: Preset) -> N
     assert not list((home_folder() / "files").glob("*.gguf"))
     (target / BUNDLE_FILE).unlink()  # a folder of an older version stays valid
     num_requests = len(hub.requests)
-    assert pull.pull_preset("tiny") == [target]
+    assert names.pull_preset("tiny") == [target]
     assert len(hub.requests) == num_requests
     assert read_bundle(target) is None
 
 
 @pytest.mark.parametrize("damage", ["no marker", "cut weights"])
 def test_incomplete_folder_is_made_again(tiny_preset: Preset, damage: str) -> None:
-    (folder,) = pull.pull_preset("tiny")
+    (folder,) = names.pull_preset("tiny")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     if damage == "no marker":
-        (folder / pull.MARKER).unlink()
+        (folder / names.MARKER).unlink()
     weights.write_bytes(whole[:-1])
-    pull.pull_preset("tiny", keep_source=True)
+    names.pull_preset("tiny", keep_source=True)
     assert weights.read_bytes() == whole
     assert [file.suffix for file in (home_folder() / "files").iterdir()] == [".gguf"]
 
@@ -358,7 +337,7 @@ MODEL_FILES = {"config.json": b"{}", "model.safetensors": b"12345678", "tokenize
 
 def test_repository(hub: HubStandIn) -> None:
     hub.repos["org/model"] = MODEL_FILES | {"evil.py": b"1/0", "README.md": b"hello", "pytorch_model.bin": b"1"}
-    folder = pull.pull_repo("org/model")
+    folder = names.pull_repo("org/model")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == MODEL_FILES
 
 
@@ -370,38 +349,40 @@ def large_repo(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> HubStandIn:
     return hub
 
 
-def weight_requests(hub: HubStandIn) -> list[str]:
-    return [request for request in hub.downloads() if "model.safetensors" in request]
+@pytest.fixture
+def broken_off(large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> HubStandIn:
+    """Ctrl-C came when the hub had sent 20 kB of its weights."""
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    large_repo.breaks = [20_000]
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            names.pull_repo("org/model")
+    return large_repo
 
 
-def test_repository_continues_after_ctrl_c(large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    with interrupted(large_repo, 20_000, monkeypatch):
-        pull.pull_repo("org/model")
-    folder = pull.pull_repo("org/model")
+def test_repository_continues_after_ctrl_c(broken_off: HubStandIn) -> None:
+    folder = names.pull_repo("org/model")
     assert (folder / "model.safetensors").read_bytes() == CONTENT
     assert (folder / "config.json").read_bytes() == MODEL_FILES["config.json"]
-    first, second = weight_requests(large_repo)
+    assert names.pull_repo("org/model") == folder
+    first, second = (request for request in broken_off.downloads() if "model.safetensors" in request)
     assert "bytes=" not in first
     assert second.endswith(" bytes=20000-")
-    assert pull.pull_repo("org/model") == folder
-    assert len(weight_requests(large_repo)) == 2
     assert not list(folder.parents[1].glob("blobs/*.part"))
 
 
 @pytest.mark.parametrize("damage", ["longer", "other bytes"])
-def test_repository_with_a_damaged_beginning(
-    large_repo: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
-) -> None:
-    with interrupted(large_repo, 20_000, monkeypatch):
-        pull.pull_repo("org/model")
+def test_repository_with_a_damaged_beginning(broken_off: HubStandIn, tmp_path: Path, damage: str) -> None:
     (part,) = tmp_path.glob("hub/models--org--model/blobs/*.part")
     part.write_bytes(b"x" * (60_000 if damage == "longer" else 20_000))
     if damage == "other bytes":
-        with pytest.raises(
-            DownloadError, match=r"org/model/model\.safetensors: sha256 is \w+, expected \w+; the file"
-        ):
-            pull.pull_repo("org/model")
-    assert (pull.pull_repo("org/model") / "model.safetensors").read_bytes() == CONTENT
+        with pytest.raises(DownloadError, match=r"org/model/model\.safetensors: sha256 is \w+, expected \w+; the"):
+            names.pull_repo("org/model")
+    assert (names.pull_repo("org/model") / "model.safetensors").read_bytes() == CONTENT
 
 
 def test_no_room_for_a_repository_is_said_before_it_is_fetched(
@@ -409,7 +390,7 @@ def test_no_room_for_a_repository_is_said_before_it_is_fetched(
 ) -> None:
     monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 60)
     with pytest.raises(disk.DiskError, match=r"are needed for org/model, .* or set HF_HOME to another disk"):
-        pull.pull_repo("org/model")
+        names.pull_repo("org/model")
     assert not large_repo.downloads()
 
 
@@ -419,7 +400,7 @@ def test_a_disk_that_fills_up_during_a_repository(large_repo: HubStandIn, monkey
 
     monkeypatch.setattr(download, "http_get", full)
     with pytest.raises(disk.DiskError, match=r"org/model: the disk is full; make room or set HF_HOME"):
-        pull.pull_repo("org/model")
+        names.pull_repo("org/model")
 
 
 @pytest.fixture
@@ -436,13 +417,13 @@ def repo_preset(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Preset:
 def test_preset_of_whole_repositories(
     repo_preset: Preset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target, draft = pull.pull_preset("pair")
+    target, draft = names.pull_preset("pair")
     assert (target / "model.safetensors").read_bytes() == b"12345678"
     assert (draft / "model.safetensors").read_bytes() == b"1234"
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)  # complete in the hub's cache
-    assert pull.resolve_target("pair") == target
-    assert pull.preset_draft("pair") == "pair"
-    assert pull.resolve_draft("pair") == draft
+    assert names.resolve_target("pair") == target
+    assert names.preset_draft("pair") == "pair"
+    assert names.resolve_draft("pair") == draft
     pull_command("pair")
     assert capsys.readouterr().out.splitlines() == [str(target), str(draft)]
 
@@ -453,13 +434,7 @@ def test_preset_asks_for_its_revision(
     other = dataclasses.replace(repo_preset, target=RepoSource("org/large", "v9"))
     only(other, monkeypatch)
     with pytest.raises(DownloadError, match="no such revision"):
-        pull.pull_part("pair", "target")
-
-
-def test_preset_whose_repository_holds_no_model(hub: HubStandIn, repo_preset: Preset) -> None:
-    hub.repos["org/small"] = {"tiny.gguf": b"GGUF"}
-    with pytest.raises(ModelError, match=r"org/small: .* no mlx-lm model"):
-        pull.pull_part("pair", "draft")
+        names.pull_part("pair", "target")
 
 
 def test_list_says_which_machine_a_preset_is_for(repo_preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
@@ -483,13 +458,13 @@ def test_list_says_which_machine_a_preset_is_for(repo_preset: Preset, capsys: py
 )
 def test_repository_that_cannot_be_had(hub: HubStandIn, repo: str, revision: str | None, message: str) -> None:
     with pytest.raises((DownloadError, ModelError), match=message) as caught:
-        pull.pull_repo(repo, revision)
+        names.pull_repo(repo, revision)
     assert "\n" not in str(caught.value)
 
 
 def test_repository_without_hub() -> None:
     with pytest.raises(DownloadError, match=r"org/model: not in the local cache, and http://127.0.0.1:9 cannot"):
-        pull.pull_repo("org/model")
+        names.pull_repo("org/model")
 
 
 # --- what users type --------------------------------------------------------------------------------------
@@ -497,22 +472,22 @@ def test_repository_without_hub() -> None:
 
 def test_resolve(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
-    assert pull.resolve_target(str(tmp_path / "folder")) == tmp_path / "folder"
+    assert names.resolve_target(str(tmp_path / "folder")) == tmp_path / "folder"
     hub.repos["org/model"] = MODEL_FILES
-    assert pull.resolve_target("org/model").name == pull.pull_repo("org/model").name
+    assert names.resolve_target("org/model").name == names.pull_repo("org/model").name
     parts: list[tuple[str, str]] = []
 
     def pulled(name: str, part: str, _: object) -> Path:
         parts.append((name, part))
         return tmp_path
 
-    monkeypatch.setattr(pull, "pull_part", pulled)
-    pull.resolve_target("smollm2-135m")
-    pull.resolve_draft("smollm2-135m")
-    pull.resolve_draft("qwen2.5-coder-1.5b")
+    monkeypatch.setattr(names, "pull_part", pulled)
+    names.resolve_target("smollm2-135m")
+    names.resolve_draft("smollm2-135m")
+    names.resolve_draft("qwen2.5-coder-1.5b")
     assert parts == [("smollm2-135m", "target"), ("smollm2-135m", "draft"), ("qwen2.5-coder-1.5b", "draft")]
-    assert pull.preset_draft("qwen2.5-coder-1.5b") == "qwen2.5-coder-1.5b"
-    assert pull.preset_draft("org/anything") == "ngram"
+    assert names.preset_draft("qwen2.5-coder-1.5b") == "qwen2.5-coder-1.5b"
+    assert names.preset_draft("org/anything") == "ngram"
 
 
 @pytest.mark.parametrize(
@@ -531,7 +506,7 @@ def test_resolve_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "here.gguf").touch()
     (tmp_path / "here.txt").touch()
     with pytest.raises(ModelError) as caught:
-        pull.resolve_target(spec)
+        names.resolve_target(spec)
     assert message in str(caught.value)
 
 
@@ -544,7 +519,6 @@ def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     for preset in presets.list_presets():
         assert f"{preset.name}: {preset.summary}" in printed
     assert "Apache-2.0, 1,609 MB to download, 2.6 GB memory" in printed
-    assert "Apache-2.0, for a Mac with 16 GB: --memory 10.5GB" in printed
 
 
 def test_command_prints_the_folders_and_needs_a_name(

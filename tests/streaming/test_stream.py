@@ -25,14 +25,7 @@ from llmcad_mlx.streaming.modules import OnDemandFeed, RowReader, SequentialFeed
 from llmcad_mlx.streaming.storage import Storage
 from llmcad_mlx.streaming.stream import Outlook, Read, ReadAhead, Unit, WeightStream
 from llmcad_mlx.streaming.weights import Matrix, StoredParameter
-from tests.support.faulty_storage import (
-    FaultyStorage,
-    MemoryStorage,
-    SlowRead,
-    read_error,
-    short_read,
-    wrong_bytes,
-)
+from tests.support.faulty_storage import MemoryStorage, SlowRead, read_error, wrong_bytes
 from tests.support.simulated_stream import SimulatedClock, SimulatedStream
 
 A, B = Path("a.bin"), Path("b.bin")
@@ -208,10 +201,9 @@ def test_any_interleaving_of_waiting_releasing_and_restarting(
             assert all(holds(made.buffers[buffer], unit) for buffer, unit in held)
 
 
-@pytest.mark.parametrize("fault", [read_error, short_read])
 @pytest.mark.parametrize("number", [1, 2, 5, 10, 11, 17])
-def test_an_error_is_told_in_its_turn_and_a_restart_recovers(fault: Any, number: int) -> None:
-    storage = FaultyStorage(MemoryStorage(FILES), {number: fault})
+def test_an_error_is_told_in_its_turn_and_a_restart_recovers(number: int) -> None:
+    storage = MemoryStorage(FILES, {number: read_error})
     with streamed(storage) as made:
         broken = (number - 1) // 2  # two reads a unit
         made.units(broken)  # what was read before serves
@@ -240,7 +232,7 @@ def test_changed_files_are_noticed_at_the_start_of_a_pass() -> None:
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("number", [1, 6, 13])
 def test_wrong_bytes_are_noticed_where_they_are_checked(checked: bool, number: int) -> None:
-    storage = FaultyStorage(MemoryStorage(FILES), {number: wrong_bytes})
+    storage = MemoryStorage(FILES, {number: wrong_bytes})
     with streamed(storage, checked=checked) as made:
         broken = (number - 1) // 2
         made.units(broken)
@@ -256,7 +248,7 @@ def test_wrong_bytes_are_noticed_where_they_are_checked(checked: bool, number: i
 
 def test_a_restart_in_the_middle_of_a_read() -> None:
     slow = SlowRead()
-    with streamed(FaultyStorage(MemoryStorage(FILES), {6: slow})) as made:
+    with streamed(MemoryStorage(FILES, {6: slow})) as made:
         made.have(0)
         made.have(1)
         assert slow.begun.wait(30)  # the second half of unit 2
@@ -268,7 +260,7 @@ def test_a_restart_in_the_middle_of_a_read() -> None:
 
 def test_a_pass_that_ends_early_keeps_what_was_read_for_the_next() -> None:
     slow = SlowRead()
-    with streamed(FaultyStorage(MemoryStorage(FILES), {4 * 2 + 4 * 2: slow}), num_buffers=4) as made:
+    with streamed(MemoryStorage(FILES, {4 * 2 + 4 * 2: slow}), num_buffers=4) as made:
         made.units(4)
         assert slow.begun.wait(30)  # units 4, 0, 1 are there, 2 is being read
         before = made.stream.bytes_read
@@ -282,7 +274,7 @@ def test_a_pass_that_ends_early_keeps_what_was_read_for_the_next() -> None:
 
 def test_closing_in_the_middle_of_a_read_wakes_who_waits() -> None:
     slow, raised = SlowRead(), []
-    made = Streamed(FaultyStorage(MemoryStorage(FILES), {1: slow}))
+    made = Streamed(MemoryStorage(FILES, {1: slow}))
     assert slow.begun.wait(30)
 
     def wait() -> None:
@@ -312,7 +304,7 @@ def test_only_waiting_that_waits_is_counted() -> None:
             slow.go.set()
         return float(next(ticks))
 
-    with streamed(FaultyStorage(MemoryStorage(FILES), {3: slow}), clock=clock) as made:
+    with streamed(MemoryStorage(FILES, {3: slow}), clock=clock) as made:
         assert slow.begun.wait(30)
         made.have(0)
         assert made.stream.wait_s == 0.0  # it was there
@@ -439,7 +431,7 @@ def test_an_interruption_anywhere_does_not_misplace_a_layer(
 
 
 def test_an_error_of_the_stream_ends_the_pass_and_the_next_one_tries_again() -> None:
-    storage = FaultyStorage(MemoryStorage(FILES), {7: read_error})  # read when unit 0 was given back
+    storage = MemoryStorage(FILES, {7: read_error})  # read when unit 0 was given back
     with streamed(storage, num_buffers=3) as made:
         feed = SequentialFeed(made.stream, NUM_UNITS)
         made.feed(feed, 3)
@@ -449,7 +441,7 @@ def test_an_error_of_the_stream_ends_the_pass_and_the_next_one_tries_again() -> 
 
 
 def test_what_failed_before_its_pass_began_is_tried_again() -> None:
-    storage = FaultyStorage(MemoryStorage(FILES), {1: read_error})
+    storage = MemoryStorage(FILES, {1: read_error})
     with streamed(storage) as made:
         while not made.stream.ready():  # nothing is there yet but the error
             time.sleep(0.001)
@@ -478,7 +470,7 @@ def reader_of(
         StoredParameter(module, each.name, each, module[each.name].dtype, wanted or module[each.name].dtype)
         for each in read_tensors(file)
     ]
-    storage = FaultyStorage(MemoryStorage({file: file.read_bytes()}), {fault: read_error})
+    storage = MemoryStorage({file: file.read_bytes()}, {fault: read_error})
     return RowReader(Matrix(module, tuple(stored)), storage, feed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -44,30 +45,27 @@ def plain(folder: Path) -> Iterator[Callable[..., list[int]]]:
         yield tokens
 
 
-class EndAfter:
+def end_after(count: int) -> Callable[[mx.array, mx.array], mx.array]:
     """A logits processor that lets only the end-of-sequence token through after `count` tokens."""
+    calls = itertools.count(1)
 
-    def __init__(self, count: int) -> None:
-        self.calls, self.count = 0, count
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        ends = mx.arange(logits.shape[-1]) == EOS
+        return mx.where(ends if next(calls) <= count else ~ends, -mx.inf, logits)
 
-    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        self.calls += 1
-        if self.calls <= self.count:
-            return mx.where(mx.arange(logits.shape[-1]) == EOS, -mx.inf, logits)
-        return mx.where(mx.arange(logits.shape[-1]) == EOS, logits, -mx.inf)
+    return process
 
 
-class Failing:
+def failing(at: int) -> Callable[[mx.array, mx.array], mx.array]:
     """A logits processor that raises at its `at`-th token."""
+    calls = itertools.count(1)
 
-    def __init__(self, at: int) -> None:
-        self.calls, self.at = 0, at
-
-    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        self.calls += 1
-        if self.calls == self.at:
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        if next(calls) == at:
             raise RuntimeError("processor broke")
         return logits
+
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +81,22 @@ def mlx_lm_responses(folder: Path) -> Callable[..., list[GenerationResponse]]:
 
 @pytest.mark.parametrize("options", POLICIES, ids=str)
 @pytest.mark.parametrize(
-    ("prompt", "max_tokens", "end_after"), [(TEXT, 40, None), (CHAT, 25, None), ("a", 1, None), (TEXT, -1, 17)]
+    ("prompt", "max_tokens", "ends_after"), [(TEXT, 40, None), (CHAT, 25, None), ("a", 1, None), (TEXT, -1, 17)]
 )
 def test_responses_agree_with_mlx_lm(
     engine: Engine,
     mlx_lm_responses: Callable[..., list[GenerationResponse]],
     prompt: Any,
     max_tokens: int,
-    end_after: int | None,
+    ends_after: int | None,
     options: dict[str, Any],
 ) -> None:
     def processors() -> list[Any]:
-        return [] if end_after is None else [EndAfter(end_after)]
+        return [] if ends_after is None else [end_after(ends_after)]
 
     theirs = mlx_lm_responses(engine.encode(prompt), max_tokens, processors())
     ours = list(engine.stream_generate(prompt, max_tokens=max_tokens, logits_processors=processors(), **options))
-    assert len(ours) == len(theirs) == (max_tokens if end_after is None else end_after + 1)
+    assert len(ours) == len(theirs) == (max_tokens if ends_after is None else ends_after + 1)
     for our, their in zip(ours, theirs, strict=True):
         assert isinstance(our, GenerationResponse)
         for field in ("text", "token", "finish_reason", "prompt_tokens", "generation_tokens"):
@@ -106,10 +104,10 @@ def test_responses_agree_with_mlx_lm(
         assert our.prompt_tps >= 0
         assert our.generation_tps > 0
         assert our.peak_memory > 0
-        if end_after is None:  # with processors, mlx-lm's are those of the processed logits
+        if ends_after is None:  # with processors, mlx-lm's are those of the processed logits
             np.testing.assert_allclose(np.asarray(our.logprobs), np.asarray(their.logprobs), atol=1e-3)
     assert [r.finish_reason for r in ours[:-1]] == [None] * (len(ours) - 1)
-    assert ours[-1].finish_reason == ("length" if end_after is None else "stop")
+    assert ours[-1].finish_reason == ("length" if ends_after is None else "stop")
     if options["policy"] == "plain":
         assert not any(r.from_draft for r in ours)
 
@@ -204,27 +202,15 @@ def test_a_next_turn_reuses_the_conversation(
         assert result.stats.prompt_tokens == len(second)
         assert result.tokens == plain(second, max_tokens=20)
 
-        # Edited in the middle of the prompt: kept up to there.
         edited = [*first[:11], *session.encode("XYZ"), *second[14:]]
-        result = session.generate(edited, max_tokens=15, **options)
-        assert result.stats.reused_tokens == 11
-        expected = plain(edited, max_tokens=15)
-        assert result.tokens == expected
-
-        # The same prompt again: all but its last token.
-        result = session.generate(edited, max_tokens=15, **options)
-        assert result.stats.reused_tokens == len(edited) - 1
-        assert result.tokens == expected
-
-        # Shorter than what is cached.
-        result = session.generate(edited[:5], max_tokens=15, **options)
-        assert result.stats.reused_tokens == 4
-        assert result.tokens == plain(edited[:5], max_tokens=15)
-
-        # Another one altogether.
-        other = session.encode("XYZ")
-        result = session.generate(other, max_tokens=15, **options)
-        assert (result.stats.reused_tokens, result.tokens) == (0, plain(other, max_tokens=15))
+        for prompt, reused in (
+            (edited, 11),  # in the middle of the prompt
+            (edited, len(edited) - 1),  # the same again
+            (edited[:5], 4),  # shorter than what is cached
+            (session.encode("XYZ"), 0),  # another one altogether
+        ):
+            result = session.generate(prompt, max_tokens=15, **options)
+            assert (result.stats.reused_tokens, result.tokens) == (reused, plain(prompt, max_tokens=15))
 
 
 def test_the_draft_keeps_its_cache_too(folder: Path, draft: Path) -> None:
@@ -254,7 +240,7 @@ def abandon(engine: Engine, taken: int, **options: Any) -> None:
 
 def break_off(engine: Engine, at: int, **options: Any) -> None:
     with pytest.raises(RuntimeError, match="processor broke"):
-        engine.generate(TEXT, max_tokens=20, logits_processors=[Failing(at)], **options)
+        engine.generate(TEXT, max_tokens=20, logits_processors=[failing(at)], **options)
 
 
 def press_ctrl_c(engine: Engine, **options: Any) -> None:
@@ -289,16 +275,6 @@ def test_after_a_generation_that_ended_early(
         assert engine.generate(prompt, max_tokens=20, **options).tokens == plain(prompt, max_tokens=20)
 
 
-def test_a_newer_generation_ends_the_older(engine: Engine, plain: Callable[..., list[int]]) -> None:
-    older = engine.stream_generate(TEXT, policy="plain")
-    next(older)
-    newer = engine.stream_generate(CHAT, max_tokens=20, policy="plain")
-    tokens = [next(newer).token]
-    with pytest.raises(UsageError, match="newer one"):
-        next(older)
-    assert tokens + [r.token for r in newer] == plain(CHAT, max_tokens=20)
-
-
 @pytest.mark.parametrize("family", ["mamba", "gpt2"])
 def test_after_an_error_in_a_model_that_takes_no_trees(tmp_path: Path, family: str) -> None:
     folder = write_folder(tmp_path / family, build(family), config_of(family))
@@ -308,7 +284,7 @@ def test_after_an_error_in_a_model_that_takes_no_trees(tmp_path: Path, family: s
         expected = session.generate(prompt, max_tokens=12).tokens
         for at in (1, 5):
             with pytest.raises(RuntimeError, match="processor broke"):
-                session.generate(prompt, max_tokens=12, logits_processors=[Failing(at)])
+                session.generate(prompt, max_tokens=12, logits_processors=[failing(at)])
             assert session.generate(prompt, max_tokens=12).tokens == expected
         longer = [*prompt, *expected, 5]
         again = session.generate(longer, max_tokens=12)

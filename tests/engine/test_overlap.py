@@ -6,9 +6,8 @@ A unit takes r seconds to read and c to compute with, a pass has n units, b buff
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -30,20 +29,15 @@ from tests.support.simulated_stream import SimulatedClock, SimulatedStream
 from tests.support.tiny import VOCAB, tiny_tree_model
 from tests.support.waiting_target import simulated_target
 
-UNITS, PASSES = 8, 5
+PASSES = 5
 BYTES = 1000
-SPEEDS = {"reading takes longer": (10.0, 2.0), "balanced": (10.0, 10.0), "computing takes longer": (4.0, 10.0)}
-
-speeds = pytest.mark.parametrize(("read_s", "compute_s"), SPEEDS.values(), ids=SPEEDS)
-buffers = pytest.mark.parametrize("num_buffers", [2, 3, 5])
 
 
 @dataclass
 class Run:
-    """Some passes: what they took, and how many draft steps they had time for."""
+    """Some passes, and how many draft steps they had time for."""
 
     stream: SimulatedStream
-    pass_s: list[float] = field(default_factory=list)
     steps: int = 0
 
     @property
@@ -73,19 +67,15 @@ def run(
         return True
 
     for _ in range(PASSES):
-        started = clock.now
         with feed.working(None if step_s is None else step):
             for unit, seconds in enumerate(compute_s):
                 feed.take(unit)
                 clock.now += seconds
                 feed.give_back()
-        done.pass_s.append(clock.now - started)
     return done
 
 
-def even(
-    read_s: float, compute_s: float, num_buffers: int, step_s: float | None = None, units: int = UNITS
-) -> Run:
+def even(read_s: float, compute_s: float, num_buffers: int, step_s: float | None = None, units: int = 8) -> Run:
     """All units are of one size."""
     return run([BYTES] * units, num_buffers, [compute_s] * units, step_s, BYTES / read_s)
 
@@ -99,26 +89,10 @@ def assert_reader_never_idles(stream: SimulatedStream, num_buffers: int) -> None
         assert read.unit == number % len(stream.unit_bytes)
 
 
-sizes = st.integers(1, 20_000)
-some_seconds = st.floats(0.01, 20.0)
-uneven_units = st.lists(st.tuples(sizes, some_seconds), min_size=1, max_size=9)
+uneven_units = st.lists(st.tuples(st.integers(1, 20_000), st.floats(0.01, 20.0)), min_size=1, max_size=9)
 
 
 # -- passes ------------------------------------------------------------------------------------------------
-
-
-@speeds
-@buffers
-def test_a_pass_takes_the_longer_of_reading_and_computing(
-    read_s: float, compute_s: float, num_buffers: int
-) -> None:
-    """max(W/B, C); the first pass also fills the pipeline: one read, one computation."""
-    done = even(read_s, compute_s, num_buffers)
-    longer = max(read_s, compute_s)
-    assert done.pass_s[0] == pytest.approx(read_s + (UNITS - 1) * longer + compute_s)
-    assert done.pass_s[1:] == pytest.approx([UNITS * longer] * (PASSES - 1))
-    assert done.stream.wait_s == pytest.approx(done.total_s - PASSES * UNITS * compute_s)
-    assert_reader_never_idles(done.stream, num_buffers)
 
 
 @given(uneven_units, st.integers(1, 5))
@@ -138,27 +112,12 @@ def test_units_of_any_sizes_come_as_early_as_the_buffers_allow(
         free_at.append(computed)
     assert done.total_s == pytest.approx(computed)
     assert done.stream.wait_s == pytest.approx(computed - PASSES * sum(compute_s))
+    assert_reader_never_idles(done.stream, num_buffers)
     assert done.total_s >= PASSES * max(sum(unit_bytes) / BYTES, sum(compute_s)) * (1 - 1e-9)
     assert [taken.unit for taken in done.stream.taken] == [*range(len(units))] * PASSES
 
 
 # -- drafting while layers load ----------------------------------------------------------------------------
-
-
-@speeds
-@buffers
-@pytest.mark.parametrize("step_s", [0.5, 1.0, 3.0, 7.0, 12.0, 17.0, 25.0])
-def test_draft_steps_take_the_place_of_waiting(
-    read_s: float, compute_s: float, num_buffers: int, step_s: float
-) -> None:
-    plain, drafting = even(read_s, compute_s, num_buffers), even(read_s, compute_s, num_buffers, step_s)
-    assert drafting.total_s <= plain.total_s + 1e-9
-    assert drafting.total_s == pytest.approx(
-        PASSES * UNITS * compute_s + drafting.stream.wait_s + drafting.steps * step_s
-    )
-    if step_s <= read_s - compute_s:
-        assert drafting.steps >= (PASSES * UNITS - 1) // math.ceil(step_s)
-    assert_reader_never_idles(drafting.stream, num_buffers)
 
 
 @given(
@@ -170,6 +129,10 @@ def test_no_pass_takes_longer_for_the_drafting_beside_it(
     plain = even(read_s, compute_s, num_buffers, units=units)
     drafting = even(read_s, compute_s, num_buffers, step_s, units=units)
     assert drafting.total_s <= plain.total_s * (1 + 1e-9)
+    busy = PASSES * units * compute_s + drafting.steps * step_s
+    assert drafting.total_s == pytest.approx(busy + drafting.stream.wait_s)
+    if step_s <= read_s - compute_s:  # it fits into each wait but, at most, the last
+        assert drafting.steps >= PASSES * units - 1
 
 
 @pytest.mark.parametrize(("num_buffers", "step_s"), [(2, 6.0), (3, 12.0), (5, 25.0)])
@@ -240,7 +203,7 @@ def stream_of(target: Target) -> SimulatedStream:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("num_buffers", [2, 3])
-@pytest.mark.parametrize(("read_s", "row_s"), [(10.0, 0.2), (10.0, 2.0), (2.0, 3.0)], ids=SPEEDS)
+@pytest.mark.parametrize(("read_s", "row_s"), [(10.0, 0.2), (10.0, 2.0), (2.0, 3.0)])
 def test_rounds_follow_the_cost_model(read_s: float, row_s: float, num_buffers: int, policy: str) -> None:
     """tokens/s = A / (max(W/B, C(N)) + D): what a round takes is its pass and the drafting in front of it."""
     clock = SimulatedClock()

@@ -222,9 +222,6 @@ def test_settings_are_frozen_and_own_their_values() -> None:
 # -- noise -------------------------------------------------------------------------------------------------
 
 KEYS = st.integers(0, 2**64 - 1)
-KNOWN_0_0 = [3.3421805, 4.4555497, 0.05485566, 1.2856264]
-REFINED = 18.483095
-KNOWN_MAX_7 = [1.7618314, 2.553191, 0.35195962, -0.63781506]
 
 
 @given(KEYS, KEYS, st.integers(0, 5000), st.integers(0, 20000))
@@ -233,23 +230,16 @@ def test_first_entries_do_not_depend_on_size(seed: int, position: int, short: in
     vector = gumbel(seed, position, short + more)
     assert vector.shape == (short + more,)
     assert vector.dtype == np.float32
+    assert np.isfinite(vector).all()
     np.testing.assert_array_equal(gumbel(seed, position, short), vector[:short])
 
 
 def test_known_values_stay() -> None:
     """Seeds are a promise to users: the stream must not change between releases."""
-    np.testing.assert_allclose(gumbel(0, 0, 4), KNOWN_0_0, rtol=1e-5)
-    np.testing.assert_allclose(gumbel(2**64 - 1, 7, 4), KNOWN_MAX_7, rtol=1e-5)
+    np.testing.assert_allclose(gumbel(0, 0, 4), [3.3421805, 4.4555497, 0.05485566, 1.2856264], rtol=1e-5)
+    np.testing.assert_allclose(gumbel(2**64 - 1, 7, 4), [1.7618314, 2.553191, 0.35195962, -0.63781506], rtol=1e-5)
     refined = gumbel(1, 292, 140_947)  # its last one is of the lowest 256 of 2^32 steps
-    assert refined[-1] == pytest.approx(REFINED, rel=1e-6)
-
-
-def test_moments_and_finiteness() -> None:
-    sample = np.concatenate([gumbel(11, position, 151_936) for position in range(20)]).astype(np.float64)
-    assert np.isfinite(sample).all()
-    error = math.pi / math.sqrt(6 * len(sample))
-    assert abs(sample.mean() - np.euler_gamma) < 4 * error
-    assert abs(sample.var() - math.pi**2 / 6) < 0.02
+    assert refined[-1] == pytest.approx(18.483095, rel=1e-6)
 
 
 def test_neighbouring_positions_and_seeds_are_uncorrelated() -> None:

@@ -176,17 +176,12 @@ def test_a_round_begins_with_what_is_due(due: bool, broke: bool, mode: Mode) -> 
     assert made.considers_model() is not due
 
 
-def test_trees_of_a_given_size_are_always_ordinary() -> None:
-    made = schedule(forced=True, rounds_with_rows=40)
-    made.begin(new_text=False, broke=True)
-    assert made.mode is Mode.ORDINARY
-
-
-def test_a_plain_pass_is_not_due_where_loading_hides_rows() -> None:
-    made = schedule(rounds_with_rows=40)
-    made._costs.verify.observe(2, 10.0, busy=0.1)
-    made.begin(new_text=False, broke=False)
-    assert made.mode is Mode.ORDINARY
+def test_a_plain_pass_is_not_due_for_trees_of_a_given_size_or_where_loading_hides_rows() -> None:
+    given, hidden = schedule(forced=True, rounds_with_rows=40), schedule(rounds_with_rows=40)
+    hidden._costs.verify.observe(2, 10.0, busy=0.1)
+    given.begin(new_text=False, broke=True)
+    hidden.begin(new_text=False, broke=False)
+    assert given.mode is hidden.mode is Mode.ORDINARY
 
 
 @pytest.mark.parametrize("broke", [False, True])

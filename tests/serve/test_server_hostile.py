@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from pydantic import BaseModel
 
-from llmcad_mlx.serve.protocol import ChatRequest, CompletionRequest
+from llmcad_mlx.serve.protocol import ChatRequest, CompletionRequest, Message
 from tests.support.serving import CHAT as MESSAGES
 from tests.support.serving import Live, loader, serving
 
@@ -51,8 +51,8 @@ def refused(response: httpx.Response, status: int = 400) -> str:
     return str(error["message"])
 
 
-def send(live: Live, body: bytes, **headers: str) -> httpx.Response:
-    return httpx.post(f"{live.url}/v1/chat/completions", content=body, headers={**JSON, **headers}, timeout=30)
+def send(live: Live, body: bytes | Iterator[bytes], headers: Mapping[str, str] = JSON) -> httpx.Response:
+    return httpx.post(f"{live.url}/v1/chat/completions", content=body, headers=headers, timeout=30)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,6 @@ def test_what_is_no_json(live: Live, body: bytes, message: str) -> None:
 
 
 def test_the_pages_markdown_is_read_as_strictly(live: Live) -> None:
-    assert live.post("/markdown", text="*a*").json() == {"blocks": [{"length": 3, "html": "<p><em>a</em></p>"}]}
     assert refused(live.post("/markdown", text=5)) == "text: must be a valid string, not 5"
     assert refused(live.post("/markdown", text="x" * BODY_LIMIT), 413).startswith("the body may have ")
     assert refused(httpx.post(f"{live.url}/markdown", content=b"text=a"), 415).startswith("send the request with ")
@@ -105,41 +104,37 @@ def refused_values(model: type[BaseModel], name: str) -> list[Any]:
     """A value of every JSON type that a field does not take, by the schema that /openapi.json shows."""
     field = model.model_json_schema()["properties"][name]
     forms = [form if "$ref" not in form else {"type": "object"} for form in field.get("anyOf", [field])]
-    taken = {form["type"] for form in forms}
+    taken = {form.get("type", "string") for form in forms}
     examples = {"object": {"a": 1}, "array": [{}], "string": "text", "boolean": True, "number": 1.5}
     return [value for kind, value in examples.items() if kind not in taken]
 
 
-FIELDS = [(model, name) for model in (ChatRequest, CompletionRequest) for name in sorted(model.model_fields)]
+MODELS: list[type[BaseModel]] = [ChatRequest, CompletionRequest, Message]
+FIELDS = [(model, name) for model in MODELS for name in sorted(model.model_fields)]
 
 
 @pytest.mark.parametrize(("model", "name"), FIELDS, ids=lambda value: getattr(value, "__name__", value))
 def test_wrong_types_of_a_field(live: Live, model: type[BaseModel], name: str) -> None:
-    send_to = live.chat if model is ChatRequest else live.complete
     wrong = refused_values(model, name)
     assert wrong
     for value in wrong:
-        assert refused(send_to(**{name: value})).startswith(f"{name}: must be")
-
-
-@pytest.mark.parametrize("name", ["role", "content", "name", "tool_calls", "tool_call_id"])
-def test_wrong_types_in_a_message(live: Live, name: str) -> None:
-    for value in (5, True, {"a": 1}, [5], 1.5):
-        message = {**MESSAGES[0], name: value}
-        assert refused(live.chat(messages=[message])).startswith(f"messages[0].{name}")
+        if model is Message:
+            answer = live.chat(messages=[{**MESSAGES[0], name: value}])
+            assert refused(answer).startswith(f"messages[0].{name}")
+        else:
+            answer = (live.chat if model is ChatRequest else live.complete)(**{name: value})
+            assert refused(answer).startswith(f"{name}: must be")
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"functions": []}, "functions: is not a field"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"stream_options": {"include_usage": True}}, "stream_options: goes with stream only"),
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens: differs from max_tokens"),
         ({"temperature": 1e-9}, "temperature: 1e-09 is too small; use 0 for greedy decoding"),
         ({"policy": "plain", "tree_nodes": 4}, "tree_nodes: the plain policy has no tree"),
-        ({"logit_bias": {"999": 1}}, "logit_bias: token 999 is not in the vocabulary of 112"),
         ({"tool_choice": "auto"}, "tool_choice: there are no tools"),
         ({"stop": ["x"] * 17}, "stop: must have at most 16 items, not 17"),
         ({str(key): 1 for key in range(5000)}, "the body: an object may have 4096 keys at most"),
@@ -160,12 +155,8 @@ def test_huge_bodies(live: Live) -> None:
     big = json.dumps({"messages": MESSAGES, "user": "x" * BODY_LIMIT}).encode()
     assert refused(send(live, big), 413) == f"the body may have {BODY_LIMIT} bytes at most"
 
-    def pieces() -> Iterator[bytes]:
-        for _ in range(100):
-            yield b" " * 4096
-
-    chunked = httpx.post(f"{live.url}/v1/chat/completions", content=pieces(), headers=JSON, timeout=30)
-    assert refused(chunked, 413) == f"the body may have {BODY_LIMIT} bytes at most"
+    chunked = (b" " * 4096 for _ in range(100))
+    assert refused(send(live, chunked), 413) == f"the body may have {BODY_LIMIT} bytes at most"
     announced = raw(live, HOST, f"Content-Length: {10**15}", "Content-Type: application/json")
     assert announced.startswith(b"HTTP/1.1 413 ")
 
@@ -173,9 +164,7 @@ def test_huge_bodies(live: Live) -> None:
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
 def test_only_json_is_taken(live: Live, kind: str) -> None:
     """What a foreign web page could send without asking first."""
-    body = json.dumps({"messages": MESSAGES}).encode()
-    headers = {"Content-Type": kind} if kind else {}
-    response = httpx.post(f"{live.url}/v1/chat/completions", content=body, headers=headers)
+    response = send(live, json.dumps({"messages": MESSAGES}).encode(), {"Content-Type": kind} if kind else {})
     assert refused(response, 415) == "send the request with Content-Type: application/json"
 
 
@@ -185,10 +174,14 @@ def raw(live: Live, *headers: str, line: str = "POST /v1/chat/completions HTTP/1
     return talk(live, head + body)
 
 
-def talk(live: Live, data: bytes) -> bytes:
+def connected(live: Live) -> socket.socket:
     host, port = live.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def talk(live: Live, data: bytes) -> bytes:
     received = b""
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with connected(live) as connection:
         connection.sendall(data)
         connection.settimeout(2)
         with suppress(TimeoutError, ConnectionResetError):
@@ -265,15 +258,14 @@ def test_a_slow_head_is_given_up(live: Live, start: bytes) -> None:
 
 
 def test_a_body_that_ends_early(live: Live) -> None:
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with connected(live) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
     # What the server says to it nobody hears; that it lives is seen to after the test.
 
 
 def test_many_requests_on_one_connection(live: Live) -> None:
     one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    last = one.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     assert talk(live, one * 50 + last).count(b"HTTP/1.1 200 ") == 51
 
 

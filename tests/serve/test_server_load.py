@@ -8,8 +8,7 @@ import random
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ import httpx
 import pytest
 
 from llmcad_mlx import Engine, load
+from tests.support.command_line import start
 
 REQUESTS, CLIENTS = 200, 20
 
@@ -31,22 +31,13 @@ pytestmark = pytest.mark.usefixtures("tiny_home")
 @dataclass(frozen=True)
 class Running:
     url: str
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[Any]
 
 
-def command(*arguments: str | Path) -> list[str]:
-    run = "import sys; from llmcad_mlx.cli.main import main; sys.argv[0] = 'llmcad-mlx'; main()"
-    return [sys.executable, "-c", run, "serve", *map(str, arguments)]
-
-
-def start(folder: Path, *arguments: str) -> Running:
+def served(folder: Path, *arguments: str) -> Running:
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command("--target", folder, "--port", "0", *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
+    process: subprocess.Popen[Any] = start(
+        "serve", "--target", folder, "--port", "0", *arguments, stderr=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -56,7 +47,7 @@ def start(folder: Path, *arguments: str) -> Running:
 
 @pytest.fixture(scope="module")
 def running(endless: Path) -> Iterator[Running]:
-    server = start(endless, "--draft", "ngram")
+    server = served(endless, "--draft", "ngram")
     yield server
     server.process.kill()
     server.process.communicate()
@@ -125,7 +116,7 @@ def test_two_hundred_requests_of_twenty_clients(running: Running, reference: Eng
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_order(endless: Path, number: int) -> None:
-    server = start(endless, "--draft", "none")
+    server = served(endless, "--draft", "none")
     body = {"prompt": "the", "max_tokens": 4000, "stream": True, "policy": "plain"}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
@@ -144,26 +135,18 @@ def test_a_signal_ends_it_in_order(endless: Path, number: int) -> None:
     assert broken_off.endswith(" per pass, broken off")
 
 
-def run_to_the_end(*arguments: str | Path) -> tuple[int, str]:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
-    assert done.stdout == ""
-    return done.returncode, done.stderr
-
-
-def test_what_keeps_it_from_starting(endless: Path) -> None:
-    assert run_to_the_end("--target", endless, "--host", "0.0.0.0") == (
-        2,
+def test_what_keeps_it_from_starting(endless: Path, output: Callable[..., tuple[str, str]]) -> None:
+    assert output("serve", "--target", endless, "--host", "0.0.0.0", code=2) == (
+        "",
         "error: host: 0.0.0.0 can be reached from other machines, so it needs a key; "
         "give --api-key or set LLMCAD_MLX_API_KEY\n",
     )
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        said = run_to_the_end("--target", endless, "--port", port)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = output("serve", "--target", endless, "--port", port, code=2)
     problem = f"127.0.0.1:{port} cannot be used: Address already in use"
-    assert said == (2, f"error: port: {problem}; give another --port\n")
-    code, line = run_to_the_end("--target", endless / "nothing", "--port", "0")
-    assert code != 0
+    assert said == ("", f"error: port: {problem}; give another --port\n")
+    out, line = output("serve", "--target", endless / "nothing", "--port", "0", code=1)
+    assert out == ""
     assert line.startswith("error: ")
     assert line.count("\n") == 1

@@ -98,68 +98,55 @@ def ask(threads: ThreadPoolExecutor, live: Live, first: int, user: str, **more: 
     return threads.submit(live.complete, prompt=[first, 5, 6], user=user, max_tokens=3, policy="plain", **more)
 
 
-def test_clients_take_turns(live: Live, gates: Gates, threads: ThreadPoolExecutor) -> None:
+def test_clients_take_turns_and_a_full_queue_is_a_429(
+    live: Live, gates: Gates, threads: ThreadPoolExecutor
+) -> None:
     answers = [ask(threads, live, 10, "first")]
     queued(live, "running", 1)
-    for count, (prompt, user) in enumerate([(11, "a"), (12, "a"), (13, "b")], 1):
-        answers.append(ask(threads, live, prompt, user))
-        queued(live, "waiting", count)
-    gates.open.set()
-    assert [answer.result().status_code for answer in answers] == [200] * 4
-    assert [prompt[0] for prompt in gates.prompts] == [10, 11, 13, 12]
 
+    def wait_in_line(first: int, user: str) -> None:
+        answers.append(ask(threads, live, first, user))
+        queued(live, "waiting", len(answers) - 1)
 
-def test_a_full_queue_is_a_429(live: Live, gates: Gates, threads: ThreadPoolExecutor) -> None:
-    answers = [ask(threads, live, 10, "first")]
-    queued(live, "running", 1)
-    for count, user in enumerate(["a", "a"], 1):
-        answers.append(ask(threads, live, 11, user))
-        queued(live, "waiting", count)
-    refused = ask(threads, live, 12, "a").result()  # half of the places
+    wait_in_line(11, "a")
+    wait_in_line(12, "a")
+    refused = ask(threads, live, 13, "a").result()  # half of the places
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "queue_full"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
-    for count, user in enumerate(["b", "c"], 3):
-        answers.append(ask(threads, live, 13, user))
-        queued(live, "waiting", count)
-    assert ask(threads, live, 14, "d", stream=True).result().status_code == 429
+    wait_in_line(14, "b")
+    wait_in_line(15, "c")
+    assert ask(threads, live, 16, "d", stream=True).result().status_code == 429
     gates.open.set()
     assert [answer.result().status_code for answer in answers] == [200] * 5
+    assert [prompt[0] for prompt in gates.prompts] == [10, 11, 14, 15, 12]
 
 
 def counted(live: Live, status: int) -> float:
     return live.metric("requests_total", path="/v1/completions", status=str(status))
 
 
-def test_a_vanished_streams_generation_ends_with_its_round(live: Live, gates: Gates) -> None:
-    with streaming(live, "/v1/completions", max_tokens=200, policy="plain") as response:
-        assert response.status_code == 200
-        until(lambda: gates.rounds == 1)
+@pytest.mark.parametrize("hold_prompt", [False, True], ids=["decoding", "reading a long prompt"])
+def test_a_vanished_streams_generation_ends_with_its_round(live: Live, gates: Gates, hold_prompt: bool) -> None:
+    gates.hold_prompt = hold_prompt
+    prompt = [5, 6, 7] * (1000 if hold_prompt else 1)
+    with streaming(live, "/v1/completions", prompt=prompt, max_tokens=200, policy="plain"):
+        until(lambda: (gates.prompt_steps if hold_prompt else gates.rounds) == 1)
     until(lambda: counted(live, 200) == 1)  # the server has noticed
     gates.open.set()
     queued(live, "running", 0)
-    assert gates.rounds == 1
+    assert gates.rounds == int(not hold_prompt)
+    assert gates.prompt_steps == 1 or not hold_prompt
+    assert live.complete(max_tokens=3).status_code == 200
 
 
 def test_a_vanished_request_without_a_stream_ends_too(live: Live, gates: Gates) -> None:
-    body = {"prompt": "the", "max_tokens": 200, "policy": "plain"}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{live.url}/v1/completions", json=body, timeout=0.5)
+        httpx.post(f"{live.url}/v1/completions", json={"prompt": "the", "policy": "plain"}, timeout=0.5)
     until(lambda: counted(live, 499) == 1)
     gates.open.set()
     queued(live, "running", 0)
     assert gates.rounds == 1
-    assert live.complete(max_tokens=3).status_code == 200
-
-
-def test_a_long_prompt_ends_too(live: Live, gates: Gates) -> None:
-    gates.hold_prompt = True
-    with streaming(live, "/v1/completions", prompt=[5, 6, 7] * 1000, max_tokens=4):
-        until(lambda: gates.prompt_steps == 1)
-    until(lambda: counted(live, 200) == 1)
-    gates.open.set()
-    queued(live, "running", 0)
-    assert (gates.prompt_steps, gates.rounds) == (1, 0)
     assert live.complete(max_tokens=3).status_code == 200
 
 

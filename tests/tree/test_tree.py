@@ -43,16 +43,6 @@ def node_facts(tree: TokenTree, node: int) -> tuple[object, ...]:
     )
 
 
-def test_lone_root() -> None:
-    tree = TokenTree(7, root_position=41)
-    assert len(tree) == 1
-    assert (tree.tokens, tree.parents, tree.depths, tree.cumulative) == ([7], [-1], [0], [1.0])
-    assert tree.leaves() == [ROOT]
-    assert tree.path(ROOT) == []
-    assert tree.position(ROOT) == 41
-    assert not tree.has_children(ROOT)
-
-
 def test_small_tree_on_paper() -> None:
     tree = TokenTree(0, root_position=10)
     a = tree.add(ROOT, 5, 0.5)
@@ -68,7 +58,8 @@ def test_small_tree_on_paper() -> None:
     assert list(tree.children(ROOT)) == [a, c]
     assert tree.leaves() == [b, c]
     assert (tree.path(b), tree.path_tokens(b)) == ([a, b], [5, 6])
-    assert tree.position(b) == 12
+    assert (tree.position(ROOT), tree.position(b)) == (10, 12)
+    assert tree.path(ROOT) == []
 
 
 def test_adding_a_known_child_keeps_the_larger_confidence() -> None:
@@ -230,32 +221,22 @@ def test_counts(seed: int, data: st.DataObject) -> None:
     assert result.path_tested == tested
 
 
-def chain(*tokens: int) -> TokenTree:
-    tree = TokenTree(0)
-    node = ROOT
-    for token in tokens:
+@pytest.mark.parametrize(
+    ("drafted", "says", "stop", "expected", "visited"),
+    [
+        ([], [9], None, Walk([], [9], ROOT, 0, 0, False), [ROOT]),  # plain decoding
+        ([1, 2, 3], [1, 2, 8], None, Walk([1, 2], [1, 2, 8], 2, 2, 3, False), [ROOT, 1, 2]),
+        # A stop at a drafted child counts it, and there is no token of the target's own.
+        ([1, 2, 3], [1, 2, 3], 2, Walk([1, 2], [1, 2], 2, 2, 2, True), [ROOT, 1]),
+        ([1, 2], [1, 7], 7, Walk([1], [1, 7], 1, 1, 2, True), [ROOT, 1]),
+    ],
+)
+def test_walks_of_chains_on_paper(
+    drafted: list[int], says: list[int], stop: int | None, expected: Walk, visited: list[int]
+) -> None:
+    tree, node = TokenTree(0), ROOT
+    for token in drafted:
         node = tree.add(node, token, 0.5)
-    return tree
-
-
-def test_lone_root_is_plain_decoding() -> None:
-    result = walk(TokenTree(0), lambda node, path: 9)
-    assert result == Walk([], [9], ROOT, 0, 0, False)
-
-
-def test_partly_right_chain() -> None:
-    result = walk(chain(1, 2, 3), lambda node, path: [1, 2, 8, 9][len(path)])
-    assert result == Walk([1, 2], [1, 2, 8], 2, 2, 3, False)
-    assert list(result.visited) == [ROOT, 1, 2]
-    assert result.refused
-
-
-def test_stop_on_a_drafted_child_counts_it_and_gives_no_bonus() -> None:
-    result = walk(chain(1, 2, 3), lambda node, path: len(path) + 1, stop=lambda token: token == 2)
-    assert result == Walk([1, 2], [1, 2], 2, 2, 2, True)
-    assert list(result.visited) == [ROOT, 1]
-
-
-def test_stop_on_a_token_that_was_not_drafted() -> None:
-    result = walk(chain(1, 2), lambda node, path: [1, 7][len(path)], stop=lambda token: token == 7)
-    assert result == Walk([1], [1, 7], 1, 1, 2, True)
+    result = walk(tree, lambda node, path: says[len(path)], stop=lambda token: token == stop)
+    assert (result, list(result.visited)) == (expected, visited)
+    assert result.refused == (drafted != [] and says[-1] not in drafted)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
@@ -109,9 +108,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -173,7 +170,13 @@ class Engine:
         tokens = self.encode(prompt)
         limit = self._token_limit(len(tokens), checked.stopping.max_tokens)
         stream = TextStream(self.tokenizer, checked.stopping, self.tokenizer.eos_token_ids, limit)
-        policy = self._policy(checked.speculation)
+        policy = self._policies.get(checked.speculation)
+        if policy is None:
+            profile, drafters = self.pair.profile, self.pair.drafters
+            policy = make_policy(
+                checked.speculation, drafters, profile.costs, profile.calibration, self.pair.max_nodes
+            )
+            self._policies[checked.speculation] = policy
         on_progress = on_progress or (lambda done, total: None)
         return self._run(tokens, policy, sampler, stream, Turn(), on_progress, on_round)
 
@@ -307,36 +310,26 @@ class Engine:
         wanted = None if max_tokens == -1 else max_tokens
         return min((n for n in (room, wanted) if n is not None), default=None)
 
-    def _policy(self, settings: SpeculationSettings) -> GrowthPolicy:
-        if settings not in self._policies:
-            learned, pair = self.pair.profile, self.pair
-            self._policies[settings] = make_policy(
-                settings, pair.drafters, learned.costs, learned.calibration, pair.max_nodes
-            )
-        return self._policies[settings]
-
 
 def _responses(pieces: Sequence[Piece], done: Round, stats: GenerationStats) -> list[Response]:
     """One response for each token of a round."""
     before = stats.generated_tokens - len(done.walk.tokens)
-    responses = []
-    for index, piece in enumerate(pieces):
-        responses.append(
-            Response(
-                text=piece.text,
-                token=piece.token,
-                logprobs=done.verification.row(done.walk.visited[index]),
-                from_draft=index < done.walk.num_accepted,
-                prompt_tokens=stats.prompt_tokens,
-                prompt_tps=stats.prompt_tokens_per_s,
-                generation_tokens=before + index + 1,
-                generation_tps=stats.tokens_per_s,
-                peak_memory=mx.get_peak_memory() / 1e9,
-                finish_reason=piece.finish_reason,
-                stats=stats,
-            )
+    return [
+        Response(
+            text=piece.text,
+            token=piece.token,
+            logprobs=done.verification.row(done.walk.visited[index]),
+            from_draft=index < done.walk.num_accepted,
+            prompt_tokens=stats.prompt_tokens,
+            prompt_tps=stats.prompt_tokens_per_s,
+            generation_tokens=before + index + 1,
+            generation_tps=stats.tokens_per_s,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=piece.finish_reason,
+            stats=stats,
         )
-    return responses
+        for index, piece in enumerate(pieces)
+    ]
 
 
 def _name(option: str, value: Any) -> str | None:

@@ -28,7 +28,7 @@ from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, vocabulary_hash
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
-from llmcad_mlx.files.bundle import Bundle, read_bundle, verify_bundle
+from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
 from llmcad_mlx.memory import MemoryNeeds, MemoryPlan, default_budget, make_plan
 from llmcad_mlx.models.folder import (
@@ -197,7 +197,12 @@ class PreparedTarget:
         """
         mx.set_cache_limit(_MLX_CACHE_BYTES)
         loaded = load_model_folder(folder, lazy=True)
-        bundle = _bundle(loaded) if options.verify else None
+        bundle = read_bundle(loaded.path, loaded.weights) if options.verify else None
+        if options.verify and bundle is None:
+            raise UsageError(
+                f"verify: {loaded.path} has no checksums; make a bundle with "
+                f"`llmcad-mlx convert {loaded.path} NEW_FOLDER`"
+            )
         weights = Prepared(loaded, probe_folder(), bundle)
         return cls(loaded, weights.model, real_tokens(loaded, weights.model), weights, None)
 
@@ -213,8 +218,33 @@ class PreparedTarget:
         """With the draft of `names`, all in memory. Raises the errors of `drafters`."""
         assert self.resident is not None
         options = MemoryOptions()
-        drafters = self.drafters(names, options)
-        return _pair(names, options, self.resident, drafters, self.loaded, self.model.context_length, None)
+        return self.pair(names, options, self.resident, self.drafters(names, options))
+
+    def pair(
+        self,
+        names: PairPaths,
+        options: MemoryOptions,
+        target: Target,
+        drafters: list[Drafter],
+        plan: MemoryPlan | None = None,
+    ) -> LoadedPair:
+        """The record of a pair of which all is where it has to be. target: of this model."""
+        context, streamed = self.model.context_length, None
+        if plan is not None:
+            context, streamed = min(plan.context, context or plan.context), plan.streamed_bytes
+        return LoadedPair(
+            target=target,
+            drafters=drafters,
+            tokenizer=self.loaded.tokenizer,
+            vocab_size=self.vocab_size,
+            context_length=context,
+            profile=PairProfile(pair_profile_path(names, streamed, options.read_bandwidth)),
+            target_path=names.target_path,
+            draft_name=names.draft_name,
+            draft_path=names.draft_path,
+            options=options,
+            plan=plan,
+        )
 
 
 @dataclass(slots=True)
@@ -231,22 +261,13 @@ class PlannedPair:
 
     def build(self) -> LoadedPair:
         """Bring in the weights that the plan pins, and begin to read the others."""
-        prepared = self.target
         feed = self.weights.build(self.plan, self.options.read_bandwidth)
-        target = Target(prepared.model, prepared.vocab_size, feed, self.plan.prefill_chunk)
-        if self.plan.budget_bytes is not None:
-            self._make_room(target)
-        context = min(self.plan.context, prepared.model.context_length or self.plan.context)
-        return _pair(self.names, self.options, target, self.drafters, prepared.loaded, context, self.plan)
-
-    def _make_room(self, target: Target) -> None:
-        """Let caches take at once what the plan has put aside for them."""
-        room = self.plan.context + self.plan.max_nodes
-        drafted = self.plan.context + provisional_nodes(self.plan.max_nodes)
-        target.cache.expected_slots = room
-        for drafter in self.drafters:
-            if drafter.cache is not None:
-                drafter.cache.expected_slots = drafted
+        target = Target(self.target.model, self.target.vocab_size, feed, self.plan.prefill_chunk)
+        if self.plan.budget_bytes is not None:  # caches take at once what the plan has put aside for them
+            target.cache.expected_slots = self.plan.context + self.plan.max_nodes
+            for cache in (drafter.cache for drafter in self.drafters if drafter.cache is not None):
+                cache.expected_slots = self.plan.context + provisional_nodes(self.plan.max_nodes)
+        return self.target.pair(self.names, self.options, target, self.drafters, self.plan)
 
 
 def load_pair(
@@ -266,7 +287,8 @@ def load_names(names: PairPaths, options: MemoryOptions) -> LoadedPair:
 
 def is_planned(pairs: Sequence[PairPaths], options: MemoryOptions) -> bool:
     """Whether a memory plan is needed to load the target that `pairs` have in common with all their drafts."""
-    return options.asks_for_streaming or _budget(pairs, options) is not None
+    asked = options != MemoryOptions(reserved=options.reserved)  # for what only a memory plan can heed
+    return asked or _budget(pairs, options) is not None
 
 
 def plan_pair(names: PairPaths, options: MemoryOptions) -> PlannedPair:
@@ -280,41 +302,6 @@ def plan_pair(names: PairPaths, options: MemoryOptions) -> PlannedPair:
     needs = _needs(target.weights, drafters, options)
     plan = make_plan(needs, _budget([names], options), options.pinned)
     return PlannedPair(names, options, target, target.weights, drafters, needs, plan)
-
-
-def _pair(
-    names: PairPaths,
-    options: MemoryOptions,
-    target: Target,
-    drafters: list[Drafter],
-    loaded: LoadedModel,
-    context: int | None,
-    plan: MemoryPlan | None,
-) -> LoadedPair:
-    streamed = None if plan is None else plan.streamed_bytes
-    return LoadedPair(
-        target=target,
-        drafters=drafters,
-        tokenizer=loaded.tokenizer,
-        vocab_size=target.vocab_size,
-        context_length=context,
-        profile=PairProfile(pair_profile_path(names, streamed, options.read_bandwidth)),
-        target_path=names.target_path,
-        draft_name=names.draft_name,
-        draft_path=names.draft_path,
-        options=options,
-        plan=plan,
-    )
-
-
-def _bundle(loaded: LoadedModel) -> Bundle:
-    bundle = read_bundle(loaded.path, loaded.weights)
-    if bundle is None:
-        raise UsageError(
-            f"verify: {loaded.path} has no checksums; make a bundle with "
-            f"`llmcad-mlx convert {loaded.path} NEW_FOLDER`"
-        )
-    return bundle
 
 
 def _budget(pairs: Sequence[PairPaths], options: MemoryOptions) -> int | None:

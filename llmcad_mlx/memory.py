@@ -208,7 +208,14 @@ def make_plan(needs: MemoryNeeds, budget: int | None, pinned: int | None = None)
             room = _roomiest(needs, plan)
             if room is not None:
                 return _longest(needs, plan, room)
-    pins = Pins.of(sizes, _allowance(needs, budget) if pinned is None else pinned)
+    if pinned is None:
+        assert budget is not None
+        streaming = partial(_plan, needs, None, Pins.of(sizes, 0), False)
+        least, most = streaming(needs.least_room).total_bytes, streaming(needs.most_room).total_bytes
+        extra = max(budget - least, 0)
+        pins = Pins.of(sizes, extra - min(extra // 2, most - least))
+    else:
+        pins = Pins.of(sizes, pinned)
     room = _roomiest(needs, partial(_plan, needs, budget, pins, False))
     if room is None:
         assert budget is not None
@@ -223,15 +230,6 @@ def default_budget(weight_bytes: int, physical_bytes: int) -> int | None:
     """None where the weights fit into 70 % of physical memory, else that share of it."""
     share = physical_bytes * 7 // 10
     return None if weight_bytes <= share else share
-
-
-def _allowance(needs: MemoryNeeds, budget: int | None) -> int:
-    """Bytes of layers and head to keep under a budget that is too small for all."""
-    assert budget is not None
-    streaming = partial(_plan, needs, None, Pins.of(needs.sizes, 0), False)
-    least, most = streaming(needs.least_room).total_bytes, streaming(needs.most_room).total_bytes
-    extra = max(budget - least, 0)
-    return extra - min(extra // 2, most - least)
 
 
 def _too_little(needs: MemoryNeeds, budget: int, pinned: int | None) -> BudgetError:

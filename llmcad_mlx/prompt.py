@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmcad_mlx.errors import UsageError
+from llmcad_mlx.errors import UsageError, first_line
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -22,12 +22,12 @@ def encode_prompt(
     if isinstance(prompt, str):
         tokens = _encode_text(prompt, tokenizer)
     else:
-        items = _as_list(prompt)
+        items = as_list(prompt)
         is_chat = bool(items) and all(isinstance(item, Mapping) for item in items)
         tokens = (
             _encode_chat([dict(m) for m in items], tokenizer, tools)
             if is_chat
-            else [_token(item) for item in items]
+            else [token_id(item) for item in items]
         )
     if not tokens:
         raise UsageError("prompt: it is empty; give text, messages or at least one token")
@@ -37,7 +37,8 @@ def encode_prompt(
     return tokens
 
 
-def _as_list(prompt: Any) -> list[Any]:
+def as_list(prompt: Any) -> list[Any]:
+    """The token ids or messages of a prompt that is no text."""
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
@@ -65,12 +66,12 @@ def _encode_chat(
         options: dict[str, Any] = {"tools": list(tools)} if tools else {}
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # templates are programs: they raise what they like at messages they cannot take
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"prompt: the model's chat template refuses the messages: {reason}") from error
+        raise UsageError(f"prompt: the model's chat template refuses the messages: {first_line(error)}") from error
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
-def _token(item: Any) -> int:
+def token_id(item: Any) -> int:
+    """An item of a prompt that holds no messages."""
     if isinstance(item, bool) or not hasattr(item, "__index__"):
         raise UsageError(f"prompt: {item!r} is neither a token id nor a message")
     return int(item)

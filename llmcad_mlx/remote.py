@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import httpx
 from httpx_sse import EventSource, SSEError
 
-from llmcad_mlx.errors import ContextLengthError, RemoteError, UsageError
-from llmcad_mlx.prompt import Prompt
+from llmcad_mlx.errors import ContextLengthError, RemoteError, UsageError, first_line
+from llmcad_mlx.prompt import Prompt, as_list, token_id
 from llmcad_mlx.results import GenerationStats, Result
 from llmcad_mlx.settings import DEFAULT_MAX_TOKENS, SamplingSettings, SpeculationSettings, StopSettings
 
@@ -81,7 +81,12 @@ class RemoteEngine:
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
         self._running: httpx.Response | None = None
         try:
-            card = self._card()
+            with self._asked("GET", "/v1/models") as response:
+                match self._object(self._text(response)):
+                    case {"data": [{"owned_by": "llmcad-mlx"} as card, *_]}:
+                        pass
+                    case _:
+                        raise self._stranger()
         except BaseException:
             self.close()
             raise
@@ -185,14 +190,6 @@ class RemoteEngine:
         if self._client.is_closed:
             raise UsageError("this engine is closed; load it again")
 
-    def _card(self) -> dict[str, Any]:
-        """What the server says of its model."""
-        with self._asked("GET", "/v1/models") as response:
-            match self._object(self._text(response)):
-                case {"data": [{"owned_by": "llmcad-mlx"} as card, *_]}:
-                    return dict(card)
-        raise self._stranger()
-
     @contextmanager
     def _asked(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:
         """An answer of 200, its body still to be read."""
@@ -203,7 +200,7 @@ class RemoteEngine:
             raise RemoteError(f"{self.url}: no answer in time; check the address and the network") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RemoteError(
-                f"{self.url}: no connection ({_first_line(error)}); is `llmcad-mlx serve` running there?"
+                f"{self.url}: no connection ({first_line(error)}); is `llmcad-mlx serve` running there?"
             ) from None
         try:
             if response.status_code != 200:
@@ -216,7 +213,7 @@ class RemoteEngine:
         try:
             response.read()
         except httpx.HTTPError as error:
-            raise RemoteError(f"{self.url}: the answer broke off ({_first_line(error)}); try again") from None
+            raise RemoteError(f"{self.url}: the answer broke off ({first_line(error)}); try again") from None
         return response.text
 
     def _object(self, text: str) -> dict[str, Any]:
@@ -283,19 +280,14 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _prompt(prompt: Prompt) -> tuple[str, dict[str, Any]]:
-    items: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(items, Sequence) or isinstance(items, bytes | bytearray):
-        raise UsageError(f"prompt: give text, token ids or messages, not {type(prompt).__name__}")
+    items = prompt if isinstance(prompt, str) else as_list(prompt)
     if not items:
         raise UsageError("prompt: it is empty; give text, messages or at least one token")
     if isinstance(items, str):
         return "/v1/completions", {"prompt": items}
     if all(isinstance(item, Mapping) for item in items):
         return "/v1/chat/completions", {"messages": [dict(item) for item in items]}
-    for item in items:
-        if isinstance(item, bool) or not hasattr(item, "__index__"):
-            raise UsageError(f"prompt: {item!r} is neither a token id nor a message")
-    return "/v1/completions", {"prompt": [int(item) for item in items]}
+    return "/v1/completions", {"prompt": [token_id(item) for item in items]}
 
 
 def _fill(stats: GenerationStats, usage: Mapping[str, Any]) -> None:
@@ -308,7 +300,3 @@ def _fill(stats: GenerationStats, usage: Mapping[str, Any]) -> None:
     stats.generated_tokens = usage["completion_tokens"]
     rate = counted["acceptance_rate"]
     stats.path_tested = round(stats.accepted / rate) if rate else 0
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -68,15 +68,19 @@ class SamplingSettings:
         _check_number("frequency_penalty", self.frequency_penalty)
         for name in ("repetition_context_size", "presence_context_size", "frequency_context_size"):
             check_integer(name, getattr(self, name), low=1)
-        _check_bias(self.logit_bias)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise UsageError("logit_bias: give a mapping of token id to number")
+            for token, value in self.logit_bias.items():
+                check_integer("logit_bias token", token, low=0)
+                _check_number(f"logit_bias of token {token}", value)
+            # A copy, so that what was checked cannot change afterwards.
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         if not isinstance(self.logits_processors, tuple | list):
             raise UsageError("logits_processors: give a list of callables")
         if not all(callable(processor) for processor in self.logits_processors):
             raise UsageError("logits_processors: every entry must be callable (tokens, logits) -> logits")
-        # Copies, so that what was checked cannot change afterwards.
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
-        if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,11 +233,6 @@ class MemoryOptions:
             verify=verify,
         )
 
-    @property
-    def asks_for_streaming(self) -> bool:
-        """Whether anything was given that only a memory plan can heed."""
-        return self != MemoryOptions(reserved=self.reserved)
-
 
 def _as_bytes(option: str, value: int | str, least: int) -> int:
     if isinstance(value, str):
@@ -254,27 +253,17 @@ def _as_tuple(name: str, what: str, value: Any) -> tuple[Any, ...]:
 def _check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_FLOAT32:
         raise UsageError(f"{name}: must be a finite number, not {value!r}")
-    if not low <= value <= high:
-        raise UsageError(f"{name}: {value} is out of range; it must be {_range(low, high)}")
+    _check_range(name, value, low, high)
 
 
 def check_integer(name: str, value: Any, low: int, high: float = math.inf) -> None:
     """Raise UsageError unless `value` is an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise UsageError(f"{name}: must be an integer, not {value!r}")
+    _check_range(name, value, low, high)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise UsageError(f"{name}: {value} is out of range; it must be {_range(low, high)}")
-
-
-def _range(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-
-
-def _check_bias(bias: Any) -> None:
-    if bias is None:
-        return
-    if not isinstance(bias, Mapping):
-        raise UsageError("logit_bias: give a mapping of token id to number")
-    for token, value in bias.items():
-        check_integer("logit_bias token", token, low=0)
-        _check_number(f"logit_bias of token {token}", value)
+        wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UsageError(f"{name}: {value} is out of range; it must be {wanted}")

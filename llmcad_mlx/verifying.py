@@ -65,7 +65,6 @@ class Target:
 
     @property
     def num_cached(self) -> int:
-        """Committed tokens in the cache."""
         return self.cache.length
 
     @property
@@ -123,6 +122,5 @@ class Target:
         self.cache.truncate(min(length, self.cache.length))
 
     def close(self) -> None:
-        """Stop reading."""
         if self.feed is not None:
             self.feed.stream.close()

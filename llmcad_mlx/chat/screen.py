@@ -72,15 +72,12 @@ class PlainScreen:
         return _JsonAnswer(engine, settings, answer) if self._json_output else _PlainAnswer()
 
     def show(self, what: RenderableType) -> None:
-        """Show what a command has to say."""
         self._console.print(what)
 
     def note(self, line: str) -> None:
-        """One line beside the conversation."""
         print(line, file=sys.stderr, flush=True)
 
     def error(self, line: str) -> None:
-        """One line about what cannot be."""
         self.num_errors += 1
         print(f"error: {line}", file=sys.stderr, flush=True)
 
@@ -133,7 +130,6 @@ class GrowingMarkdown:
         self._printed = False
 
     def add(self, response: Response) -> None:
-        """Take the next token's text."""
         self._text += visible(response.text)
 
     def finished(self) -> Iterator[RenderableType]:

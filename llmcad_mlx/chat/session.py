@@ -75,8 +75,8 @@ class ChatSession:
         self.round: RoundTree | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help, "system": self._system, "clear": self._clear, "undo": self._undo,
-            "regen": self._regen, "save": self._save, "load": self._load, "set": self._set, "stats": self._stats,
-            "tree": self._tree,
+            "load": lambda name: self.load(read_conversation(Path(name))), "regen": self._regen,
+            "save": self._save, "set": self._set, "stats": self._stats, "tree": self._tree,
         }  # fmt: skip
 
     def handle(self, line: str) -> bool:
@@ -163,9 +163,6 @@ class ChatSession:
         size = self.engine.save_conversation(Path(name), data)
         self.screen.note(f"[saved {name}: {self._size()}, {format_size(size)} with the caches]")
 
-    def _load(self, name: str) -> None:
-        self.load(read_conversation(Path(name)))
-
     def load(self, saved: SavedConversation, keep: tuple[str, ...] = ()) -> None:
         """Go on with a saved conversation; the settings named in `keep`, "system" one of them, stay as they are.
 
@@ -223,6 +220,5 @@ class ChatSession:
 
 
 def _short(text: str) -> str:
-    """A message in one line."""
     line = " ".join(text.split())
     return line if len(line) <= 60 else line[:57] + "…"

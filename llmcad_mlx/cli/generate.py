@@ -104,7 +104,6 @@ class PromptProgress:
             print(f"\rprompt: {done}/{total} tokens", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Take the line away, if it is there."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         self._shown = self._enabled = False

@@ -96,7 +96,6 @@ def _root(
 
 
 def main() -> None:
-    """Entry point of the command line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
     sys.exit(run(sys.argv[1:]))
@@ -155,7 +154,6 @@ def _shell_in_use(option: str) -> Shell:
 
 
 def _line(error: BaseException) -> str:
-    """The one line that says what happened."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, TyperException):

@@ -147,21 +147,16 @@ def bench(
             prompts, domains, per_domain=per_domain,
             repeat=repeat, warmup=warmup, max_tokens=max_tokens, temperature=temp, seed=seed,
         )  # fmt: skip
-        chosen = parse_variants(_with_others(variants, compare))
+        if compare not in (None, MLX_LM):
+            raise UsageError(f"compare: {compare!r} is unknown; the one program to compare with is '{MLX_LM}'")
+        if compare is not None and MLX_LM not in listed(variants):
+            variants = f"{variants},{MLX_LM}"
+        chosen = parse_variants(variants)
         with _measuring(out) as on_turn:
             loaded = load_pair(pair.target, pair.draft, not json_output, memory)
             done = run_benchmark(chosen, workload, loaded, pair.target, on_turn)
         report = bench_report(done)
     _publish(report, json_output, out)
-
-
-def _with_others(variants: str, compare: str | None) -> str:
-    """The variants, and another program's where they are not among them already."""
-    if compare is None:
-        return variants
-    if compare != MLX_LM:
-        raise UsageError(f"compare: {compare!r} is unknown; the one program to compare with is '{MLX_LM}'")
-    return variants if MLX_LM in listed(variants) else f"{variants},{MLX_LM}"
 
 
 def _refuse_others(command: Context, mode: str, used: tuple[str, ...]) -> None:

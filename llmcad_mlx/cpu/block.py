@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import numba as nb
 import numpy as np
-import numpy.typing as npt
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.normalization import RMSNorm
 
@@ -23,10 +22,8 @@ from llmcad_mlx.cpu import attention as cpu_attention
 from llmcad_mlx.cpu import kernels as cpu_kernels
 from llmcad_mlx.cpu.linear import CpuLinear, num_threads
 from llmcad_mlx.models.adapt import Adaptation, adapt, restore
-from llmcad_mlx.models.cache import LayerCache, LazyKVCache
+from llmcad_mlx.models.cache import Floats, LayerCache, LazyKVCache
 from llmcad_mlx.models.probe import layer_kind
-
-Floats = npt.NDArray[np.float32]
 
 _ROTATION_STEP = 512  # positions added to a rotation table at a time
 _TOLERANCE = 1e-4  # against MLX's block, relative to the largest output
@@ -142,22 +139,18 @@ class _Rotation:
     def upto(self, position: int) -> tuple[Floats, Floats, bool]:
         """Tables (P, pairs) with P > position."""
         while self._size <= position:
-            self._extend()
+            self.traditional, pairs = self._layout()
+            first = np.arange(pairs) * 2 if self.traditional else np.arange(pairs)
+            second = first + (1 if self.traditional else pairs)
+            probe = np.zeros((1, 1, _ROTATION_STEP, self._dim), np.float32)
+            probe[..., first] = 1.0
+            turned = np.asarray(self._rope(mx.array(probe), offset=self._size))[0, 0]
+            cos, sin = turned[:, first], turned[:, second]
+            if self._size:
+                cos, sin = np.concatenate([self.cos, cos]), np.concatenate([self.sin, sin])
+            self.cos, self.sin = np.ascontiguousarray(cos), np.ascontiguousarray(sin)
+            self._size += _ROTATION_STEP
         return self.cos, self.sin, self.traditional
-
-    def _extend(self) -> None:
-        traditional, pairs = self._layout()
-        first = np.arange(pairs) * 2 if traditional else np.arange(pairs)
-        second = first + (1 if traditional else pairs)
-        probe = np.zeros((1, 1, _ROTATION_STEP, self._dim), np.float32)
-        probe[..., first] = 1.0
-        turned = np.asarray(self._rope(mx.array(probe), offset=self._size))[0, 0]
-        cos, sin = turned[:, first], turned[:, second]
-        self.traditional = traditional
-        if self._size:
-            cos, sin = np.concatenate([self.cos, cos]), np.concatenate([self.sin, sin])
-        self.cos, self.sin = np.ascontiguousarray(cos), np.ascontiguousarray(sin)
-        self._size += _ROTATION_STEP
 
     def _layout(self) -> tuple[bool, int]:
         """Whether pairs are neighbours, and how many pairs are rotated: where element 0's turn shows up."""
@@ -215,7 +208,6 @@ class _BlockState:
         self._source: Any = None
 
     def forget(self) -> None:
-        """Drop the views."""
         self._weights = self._source = None
 
     def weights(self, block: Any) -> tuple[Any, Any, Any]:

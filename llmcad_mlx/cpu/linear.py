@@ -115,7 +115,6 @@ class CpuEmbedding(_OnKernels):
         return super().__call__(ids).astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """The head's outputs."""
         return self._multiply(x)
 
 

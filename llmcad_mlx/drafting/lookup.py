@@ -79,23 +79,19 @@ class OwnDrafter(Drafter):
     def _after(self, branch: list[int]) -> Candidates:
         found: dict[int, float] = {}
         for proposal in self._propose([*self._tokens, *branch]):
-            token, confidence = self._checked(proposal)
+            try:
+                first, second = proposal
+                token, confidence = operator.index(first), float(second)
+            except (TypeError, ValueError):
+                raise UsageError(
+                    f"drafter {self.source}: {proposal!r} is no pair of token id and confidence"
+                ) from None
+            if not 0 <= token < self._vocab_size:
+                raise UsageError(
+                    f"drafter {self.source}: token {token} is not in the vocabulary of {self._vocab_size}"
+                )
+            if not 0.0 <= confidence <= 1.0:
+                raise UsageError(f"drafter {self.source}: confidence {confidence} is not from 0 to 1")
             found.setdefault(token, confidence)
         ranked = sorted(found, key=found.__getitem__, reverse=True)
         return Candidates(ranked, [found[token] for token in ranked], self.source)
-
-    def _checked(self, proposal: object) -> tuple[int, float]:
-        try:
-            first, second = proposal  # type: ignore[misc]
-            token, confidence = operator.index(first), float(second)  # type: ignore[has-type]
-        except (TypeError, ValueError):
-            raise UsageError(
-                f"drafter {self.source}: {proposal!r} is no pair of token id and confidence"
-            ) from None
-        if not 0 <= token < self._vocab_size:
-            raise UsageError(
-                f"drafter {self.source}: token {token} is not in the vocabulary of {self._vocab_size}"
-            )
-        if not 0.0 <= confidence <= 1.0:
-            raise UsageError(f"drafter {self.source}: confidence {confidence} is not from 0 to 1")
-        return token, confidence

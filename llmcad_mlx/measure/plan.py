@@ -99,7 +99,7 @@ def make_forecast(pair: PlannedPair) -> Forecast:
     given, measured, rate = pair.options.read_bandwidth, find_measured(pair), None
     if given is not None:
         rate = ReadRate(given, emulated=True)
-    elif reads := pair.weights.streamed_reads(pair.plan):
+    elif reads := [read for unit in pair.weights.streamed(pair.plan)[1] for read in unit.reads]:
         rate = measure_read_rate(reads)
 
     def speeds(plan: MemoryPlan, drafted: bool = True) -> Speeds:

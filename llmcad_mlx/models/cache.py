@@ -51,7 +51,6 @@ class LayerState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both arrays."""
         return self.keys.nbytes + self.values.nbytes
 
     def fits(self, other: LayerState) -> bool:

@@ -29,7 +29,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
-from llmcad_mlx.errors import ModelError, VocabularyError
+from llmcad_mlx.errors import ModelError, VocabularyError, first_line
 from llmcad_mlx.files.safetensors import WeightIndex, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
 
@@ -38,11 +38,13 @@ DRAFT_TOKENS = "draft_tokens.safetensors"
 TokenList = npt.NDArray[np.int32]
 """(V',) ascending full ids."""
 
+EMBEDDINGS = Embedding | QuantizedEmbedding
+LINEARS = Linear | QuantizedLinear
+
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "*.tiktoken",
     "tiktoken.model",
 )  # fmt: skip
-
 
 _STAND_IN_ROWS = 64
 
@@ -122,7 +124,7 @@ def load_model_folder(
         if has_tokenizer and tokenizer is None:
             tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
     except Exception as error:
-        raise ModelError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: cannot load the tokenizer: {first_line(error)}") from error
     return LoadedModel(
         model, tokenizer, config, folder, weights, frozenset(parts.unchanged), token_embedding(model), tokens
     )
@@ -165,16 +167,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _why_not_built(folder: Path, config: dict[str, Any], error: Exception) -> str:
-    kind, line = config["model_type"], _first_line(error)
+    kind, line = config["model_type"], first_line(error)
     if "not supported" in line and "Model type" in line:
         return f"{folder}: unknown architecture {kind!r}; a newer mlx-lm may have it"
     if "parameters" in line or "shape" in line:
         return f"{folder}: the weights do not match config.json ({line.rstrip(': ')}); download the folder again"
     return f"{folder}: config.json does not describe a {kind!r} model ({type(error).__name__}: {line})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
@@ -227,24 +225,20 @@ def check_same_tokens(target: Mapping[str, int], draft: Mapping[str, int]) -> No
     `get_vocab()` gives them. The sizes of the logits may differ: padding has no tokens."""
     if target == draft:
         return
-    texts, draft_texts = ({id_: text for text, id_ in vocabulary.items()} for vocabulary in (target, draft))
+    texts, draft_texts = ({id_: repr(text) for text, id_ in vocabulary.items()} for vocabulary in (target, draft))
     for token in sorted(texts.keys() | draft_texts.keys()):
-        ours, theirs = texts.get(token), draft_texts.get(token)
+        ours, theirs = texts.get(token, "missing"), draft_texts.get(token, "missing")
         if ours != theirs:
             raise VocabularyError(
-                f"the draft's tokens are not the target's: token {token} is {_shown(ours)} in the target and "
-                f"{_shown(theirs)} in the draft; choose a draft of the same model family"
+                f"the draft's tokens are not the target's: token {token} is {ours} in the target and {theirs} in "
+                "the draft; choose a draft of the same model family"
             )
-
-
-def _shown(text: str | None) -> str:
-    return "missing" if text is None else repr(text)
 
 
 def head_path(model: Module) -> str | None:
     """Where the model keeps its head, a linear layer: "lm_head" in most; None where it has none of its own."""
     modules: Any = model.named_modules()
-    linear = [path for path, module in modules if isinstance(module, Linear | QuantizedLinear)]
+    linear = [path for path, module in modules if isinstance(module, LINEARS)]
     found = [path for path in linear if path.rpartition(".")[2] == "lm_head"]
     return found[0] if len(found) == 1 else None
 
@@ -279,7 +273,7 @@ def shares_embedding(config: Mapping[str, Any]) -> bool:
 def token_embedding(model: Module) -> TokenEmbedding | None:
     """The model's embedding with the most rows (others are of positions or token types); None: it has none."""
     modules: Any = model.named_modules()
-    found = [(path, module) for path, module in modules if isinstance(module, Embedding | QuantizedEmbedding)]
+    found = [(path, module) for path, module in modules if isinstance(module, EMBEDDINGS)]
     if not found:
         return None
     path, module = max(found, key=lambda entry: entry[1].weight.shape[0])
@@ -323,7 +317,10 @@ class DraftParts:
         class Fitted(Adaptation):
             def __init__(self, *args: Any) -> None:
                 super().__init__(*args)
-                parts.fit(self)
+                if shares_embedding(parts.config):
+                    parts._share_embedding(self)
+                if parts.tokens is not None:
+                    parts._trim_head(self, len(parts.tokens))
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 before = dict(weights)
@@ -334,13 +331,6 @@ class DraftParts:
                 return weights
 
         return adapted_class(Fitted, model_class), args_class
-
-    def fit(self, model: Module) -> None:
-        """Change the model before weights are loaded into it. Raises ModelError where it cannot be."""
-        if shares_embedding(self.config):
-            self._share_embedding(model)
-        if self.tokens is not None:
-            self._trim_head(model, len(self.tokens))
 
     def check(self, weights: Mapping[str, mx.array]) -> None:
         """Raise ModelError unless the head has as many rows as there are tokens."""

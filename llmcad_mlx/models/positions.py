@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,7 @@ from mlx.nn.layers.base import Module
 from llmcad_mlx.models.adapt import Adaptation, adapt, own_class, restore
 
 
+@dataclass(eq=False)
 class NodePositions:
     """What ``cache.offset`` is while a real tree is forwarded: one position per row.
 
@@ -28,9 +30,8 @@ class NodePositions:
     to ``arange(N)`` to give the positions, which is how models use a scalar offset.
     """
 
-    def __init__(self, positions: npt.NDArray[np.int32]) -> None:
-        """positions: (N,) int32, the position (depth in the sequence) of each row."""
-        self.positions = positions
+    positions: npt.NDArray[np.int32]
+    """(N,) the position (depth in the sequence) of each row."""
 
     @cached_property
     def absolute(self) -> mx.array:
@@ -43,9 +44,6 @@ class NodePositions:
 
     def __mlx_array__(self) -> mx.array:
         return self._relative
-
-    def __repr__(self) -> str:
-        return f"NodePositions({self.positions.tolist()})"
 
 
 def install(model: Module) -> None:

@@ -21,7 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ _COMMIT_AFTER, _COMMIT = 6, (2, 4, 6)
 
 _ROUNDING = 1e-3  # of the logits' range: larger differences are not rounding
 _LONG_HISTORY = 4096  # tokens
+_FORMAT = 1  # of kept reports
+_NUMBERING = ("idx", "index", "layer_id", "number")
 
 
 def probe(model: Module) -> ProbeReport:
@@ -64,25 +66,8 @@ def probe(model: Module) -> ProbeReport:
     has kernels of its own; the others a few more.
     """
     started = time.perf_counter()
-    trial = _Probe(model)
-    capability, reason, outcome = trial.best()
-    return ProbeReport(
-        capability,
-        reason,
-        outcome.difference,
-        trial.vocab_size,
-        outcome.pad_single,
-        outcome.body_prefills,
-        capability == "plain" and not trial.takes_several_rows(),
-        time.perf_counter() - started,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    difference: float
-    pad_single: bool
-    body_prefills: bool
+    report = _Probe(model).best()
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 class _Probe:
@@ -91,7 +76,7 @@ class _Probe:
     def __init__(self, model: Module) -> None:
         self.model = model
         self.body = body_of(model)
-        self.history: list[tuple[mx.array, mx.array]] = _made_up_history(model)
+        self.history = _made_up_history(model)
         self.reference = self._own_logits()
         self.plain: dict[bool, Logits] = {}  # by pad_single
         self.vocab_size = len(self.reference[2])
@@ -99,62 +84,60 @@ class _Probe:
         self.range = float(np.ptp(finite)) if len(finite) else 0.0
         self.tolerance = _relative_tolerance(model) * self.range
 
-    def best(self) -> tuple[Capability, str, _Outcome]:
-        """What the model can do, why not more, and how well it does it. Adapts the rope modules."""
-        nothing = _Outcome(0.0, False, False)
+    def best(self) -> ProbeReport:
+        """All but the seconds. Adapts the rope modules."""
         try:
             self._cache()
         except UnsupportedCacheError as error:
-            return "plain", f"rollback: {error}", nothing
+            return self._plain(f"rollback: {error}")
         positions.install(self.model)
-        tree = self._attempt(lambda prefill, pad: self._tree_logits(_TREE, prefill, pad))
-        if isinstance(tree, _Outcome):
-            return "tree", "", tree
+        tree = self._attempt("tree", lambda prefill, pad: self._tree_logits(_TREE, prefill, pad))
+        if isinstance(tree, ProbeReport):
+            return tree
         # One node at a time needs no vector of positions: does the mask alone work?
-        single = self._attempt(lambda prefill, pad: self._tree_logits(_SINGLES, prefill, pad))
-        reason = f"{'positions' if isinstance(single, _Outcome) else 'masks'}: {tree}"
+        single = self._attempt("tree", lambda prefill, pad: self._tree_logits(_SINGLES, prefill, pad))
+        reason = f"{'positions' if isinstance(single, ProbeReport) else 'masks'}: {tree}"
         positions.uninstall(self.model)
-        chain = self._attempt(self._chain_logits)
-        if isinstance(chain, _Outcome):
-            return "chain", reason, chain
-        return "plain", f"{reason}; chain: {chain}", nothing
+        chain = self._attempt("chain", self._chain_logits)
+        if isinstance(chain, ProbeReport):
+            return replace(chain, reason=reason)
+        return self._plain(f"{reason}; chain: {chain}")
 
-    def takes_several_rows(self) -> bool:
-        """True when the model's own cache may be fed several tokens at once."""
+    def _plain(self, reason: str) -> ProbeReport:
+        """Plain decoding alone; whether the model's own cache may be fed several tokens at once is tried here."""
         try:
             cache = make_prompt_cache(self.model)
             logits = self.model(mx.array([[_TOKENS[node] for node in (0, 1, 2)]]), cache=cache)
             difference = _largest_difference({2: _row(logits[0, -1])}, self.reference)
-            return difference <= _ROUNDING * self.range
+            single_rows = difference > _ROUNDING * self.range
         except Exception:  # whatever a model raises, it can be fed one token at a time
-            return False
+            single_rows = True
+        return ProbeReport("plain", reason, 0.0, self.vocab_size, False, False, single_rows, 0.0)
 
-    def _attempt(self, script: Callable[[Call, bool], Logits]) -> _Outcome | str:
-        """Run a script with the prompt prefilled by the body alone, then by the whole model."""
+    def _attempt(self, capability: Capability, script: Callable[[Call, bool], Logits]) -> ProbeReport | str:
+        """Run a script with the prompt prefilled by the body alone, then by the whole model. Returns what went
+        wrong last where no way passes."""
         problem = ""
         for pad_single in (False, True):
             close = False
             for prefill in [self.model] if self.body is None else [self.body, self.model]:
                 try:
-                    difference = self._difference(script(prefill, pad_single), pad_single)
+                    found = script(prefill, pad_single)
+                    difference = _largest_difference(found, self.reference)
+                    if self.tolerance < difference <= _ROUNDING * self.range:
+                        # Kernels that only our cache gets, and padded rows, round in their own way.
+                        difference = _largest_difference(found, self._plain_logits(pad_single))
                 except Exception as error:  # a model may raise anything when it meets a tree
                     problem = f"{type(error).__name__}: {error}".splitlines()[0]
                     continue
                 if difference <= self.tolerance:
-                    return _Outcome(difference, pad_single, prefill is not self.model)
+                    body = prefill is not self.model
+                    return ProbeReport(capability, "", difference, self.vocab_size, pad_single, body, False, 0.0)
                 problem = f"logits differ from sequential ones by {difference:.2g}"
                 close = close or difference <= _ROUNDING * self.range
             if not close:
                 break
         return problem
-
-    def _difference(self, found: Logits, pad_single: bool) -> float:
-        """To the model's own cache; if only rounding tells them apart, to plain decoding through ours, as kernels
-        that only our cache gets, and padded rows, round in their own way."""
-        difference = _largest_difference(found, self.reference)
-        if self.tolerance < difference <= _ROUNDING * self.range:
-            difference = _largest_difference(found, self._plain_logits(pad_single))
-        return difference
 
     def _own_logits(self) -> Logits:
         """One token at a time through the model's own cache, copied where the tree branches."""
@@ -268,14 +251,10 @@ def _relative_tolerance(model: Module) -> float:
     # Layers on the CPU kernels widen their 16-bit weights exactly and compute in fp32.
     modules: list[Any] = [module for module in model.modules() if not computes_in_float32(module)]
     arrays = [value for module in modules for value in module.values() if isinstance(value, mx.array)]
-    single = all(p.dtype == mx.float32 for p in arrays if mx.issubdtype(p.dtype, mx.floating))
-    if not single:
+    if any(p.dtype != mx.float32 for p in arrays if mx.issubdtype(p.dtype, mx.floating)):
         return 1 / 16
     exact = mx.default_device() == mx.Device(mx.cpu) and sys.platform == "linux"
     return 0.0 if exact else _ROUNDING
-
-
-_FORMAT = 1
 
 
 def cached_probe(
@@ -283,7 +262,17 @@ def cached_probe(
 ) -> ProbeReport:
     """What `run(model)` found, kept in `folder` for the same model, versions and device, and found out again where
     the file is missing or damaged."""
-    file = folder / f"{_key(model, config)}.json"
+    leaves: Any = tree_flatten(model.parameters())
+    facts = [
+        _FORMAT,
+        {name: version(name) for name in ("llmcad-mlx", "mlx", "mlx-lm")},
+        str(mx.default_device()),
+        any(map(computes_in_float32, model.modules())),
+        sorted(config.items(), key=lambda item: item[0]),
+        [(name, list(value.shape), str(value.dtype)) for name, value in leaves],
+    ]
+    key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:24]
+    file = folder / f"{key}.json"
     try:
         report = ProbeReport(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
@@ -293,23 +282,6 @@ def cached_probe(
     if report.capability == "tree":
         positions.install(model)  # as probing has done
     return report
-
-
-def _key(model: Module, config: Mapping[str, Any]) -> str:
-    leaves: Any = tree_flatten(model.parameters())
-    shapes = [(name, list(value.shape), str(value.dtype)) for name, value in leaves]
-    facts = [
-        _FORMAT,
-        {name: version(name) for name in ("llmcad-mlx", "mlx", "mlx-lm")},
-        str(mx.default_device()),
-        any(map(computes_in_float32, model.modules())),
-        sorted(config.items(), key=lambda item: item[0]),
-        shapes,
-    ]
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:24]
-
-
-_NUMBERING = ("idx", "index", "layer_id", "number")
 
 
 def layer_kind(layer: Module) -> Hashable:

@@ -120,12 +120,15 @@ class SlotTable:
         path = np.asarray(slots, np.int32)
         if len(path):
             expected = np.concatenate([[self.last_slot], path[:-1]])
-            if not self._is_pending(path).all() or not np.array_equal(self._parents[path], expected):
+            if not self._is_pending(path, self.num_slots).all() or not np.array_equal(
+                self._parents[path], expected
+            ):
                 raise ValueError("committed slots are not a path below the last committed slot")
         if keep:
             kept = np.asarray(keep, np.int32)
             last = int(path[-1]) if len(path) else self.last_slot
-            if not self._is_pending(kept).all() or not {last, *keep}.issuperset(self._parents[kept].tolist()):
+            pending = self._is_pending(kept, self.num_slots).all()
+            if not pending or not {last, *keep}.issuperset(self._parents[kept].tolist()):
                 raise ValueError("kept slots are not a tree below the last committed slot")
         self._live[self.length : self.length + len(path)] = path
         self.length += len(path)
@@ -184,25 +187,22 @@ class SlotTable:
                 rows = [row[h:] for row, h in zip(self._own_slots(), hidden, strict=True)]
                 own = np.concatenate([none, *rows])
                 ends = np.cumsum([len(row) for row in rows], dtype=np.int32)
+            runs = np.array([[0, self.length]], np.int32)
+            if self.last_slot != self.length - 1:
+                live = self._live[: self.length]
+                starts = np.flatnonzero(np.diff(live, prepend=-2) != 1)
+                lengths = np.diff(starts, append=self.length)
+                runs = np.stack([live[starts], lengths], axis=1).astype(np.int32)
             self._plans[window] = AttentionPlan(
                 positions=positions,
                 slots=np.arange(self.first_appended, self.num_slots, dtype=np.int32),
-                runs=self._runs(),
+                runs=runs,
                 first_visible=np.maximum(oldest, 0).astype(np.int32),
                 own=own,
                 own_ends=ends,
                 causal=self._chain,
             )
         return self._plans[window]
-
-    def _runs(self) -> Ints:
-        """(R, 2) first slot and length of the committed sequence's contiguous pieces."""
-        if self.last_slot == self.length - 1:
-            return np.array([[0, self.length]], np.int32)
-        live = self._live[: self.length]
-        starts = np.flatnonzero(np.diff(live, prepend=-2) != 1)
-        lengths = np.diff(starts, append=self.length)
-        return np.stack([live[starts], lengths], axis=1).astype(np.int32)
 
     def visible(self, window: int | None = None) -> npt.NDArray[np.bool_]:
         """(N, num_slots), True where a row of the present append may see a slot."""
@@ -236,8 +236,7 @@ class SlotTable:
         """Slots of the parents of the rows from slot `start` on, checked, and the rows' positions."""
         rows = np.asarray(parents, np.int32)
         rows = np.where(rows == -1, np.int32(self.last_slot), rows)
-        known = (rows >= self._first_pending) & (rows < np.arange(start, start + len(rows)))
-        pending = known & ~np.isin(rows, list(self._gone)) if self._gone else known
+        pending = self._is_pending(rows, np.arange(start, start + len(rows)))
         if not np.all(pending | (rows == self.last_slot)):
             raise ValueError("a parent is neither the last committed slot nor an earlier uncommitted one")
         depths: list[int] = []
@@ -248,9 +247,9 @@ class SlotTable:
                 depths.append(int(self._positions[parent]) + 1 if parent >= 0 else 0)
         return rows, np.array(depths, np.int32)
 
-    def _is_pending(self, slots: Ints) -> npt.NDArray[np.bool_]:
-        """Which of ``slots`` are uncommitted, and not dead."""
-        known = (slots >= self._first_pending) & (slots < self.num_slots)
+    def _is_pending(self, slots: Ints, end: int | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of ``slots``, each before its ``end``, are uncommitted and not dead."""
+        known = (slots >= self._first_pending) & (slots < end)
         return known & ~np.isin(slots, list(self._gone)) if self._gone else known
 
     def _settle(self, keep: Sequence[int] = ()) -> None:

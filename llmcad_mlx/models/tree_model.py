@@ -98,7 +98,6 @@ class TreeModel:
 
     @property
     def capability(self) -> Capability:
-        """See `ProbeReport`."""
         return self.report.capability
 
     @property
@@ -108,7 +107,6 @@ class TreeModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters."""
         total: int = tree_reduce(lambda total, array: total + array.nbytes, self.model.parameters(), 0)
         return total
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from llmcad_mlx.tree.token_tree import MODEL, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
@@ -23,7 +22,7 @@ class Candidates:
     source: str = MODEL
 
 
-class GrowthPolicy(Protocol):
+class GrowthPolicy:
     """Decides which leaves the draft expands, when to fall back to the target, and what it is given.
 
     One round:
@@ -47,6 +46,7 @@ class GrowthPolicy(Protocol):
 
     def wants(self, source: str) -> bool:
         """Whether the drafter `source` is to work at present; others are not even given the prompt."""
+        raise NotImplementedError
 
     def begin(self, tree: TokenTree, survivors: Selection | None = None) -> None:
         """Start a round. `tree` is a lone root, or what survived: the last round's tree below its bonus token.
@@ -58,6 +58,7 @@ class GrowthPolicy(Protocol):
 
         free_seconds: how long drafting delays nothing, because the target's weights are still being read.
         """
+        raise NotImplementedError
 
     def add(self, tree: TokenTree, leaf: int, candidates: Candidates) -> None:
         """Put the candidates worth having below `leaf`, which was asked for, into the tree; maybe none."""
@@ -68,9 +69,11 @@ class GrowthPolicy(Protocol):
         So wide a step delays nothing, and the target will not see these nodes in this pass: what counts is how
         likely the text passes through a node, whether or not it was submitted.
         """
+        return []
 
     def submit(self, tree: TokenTree) -> Selection:
         """The part of the tree that the target checks; the root is always in it."""
+        raise NotImplementedError
 
     def verified(self, tree: TokenTree, walk: Walk) -> None:
         """Learn from the target's walk over `tree`, the tree that was submitted."""
@@ -79,7 +82,7 @@ class GrowthPolicy(Protocol):
         """Learn from the round's outcome: `num_tokens` emitted in `seconds` of wall time, all included."""
 
 
-class ChainPolicy:
+class ChainPolicy(GrowthPolicy):
     """`source` drafts `length` tokens in a line, the most likely each time; 0 is plain decoding. For comparison:
     mlx-lm's way.
 
@@ -109,14 +112,5 @@ class ChainPolicy:
         if candidates.tokens:
             self._tip = tree.add(leaf, candidates.tokens[0], candidates.confidences[0], candidates.source)
 
-    def provisional_leaves(self, tree: TokenTree, source: str, width: int) -> Sequence[int]:
-        return []
-
     def submit(self, tree: TokenTree) -> Selection:
         return tree.select(len(tree))
-
-    def verified(self, tree: TokenTree, walk: Walk) -> None:
-        """Nothing to learn."""
-
-    def finished(self, num_tokens: int, seconds: float) -> None:
-        """Nothing to learn."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmcad_mlx.policy import Candidates
+from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.ledger import EXPLORE, DraftAccount, LookupAccount, Mode, Prices, Ranking, Schedule
@@ -38,7 +38,7 @@ def provisional_nodes(max_nodes: int) -> int:
     return max(4 * max_nodes, 64)
 
 
-class ThroughputPolicy:
+class ThroughputPolicy(GrowthPolicy):
     """Best-first growth with a measured stop rule; never slower than plain decoding for long.
 
     `costs` and `calibration` are the engine's, shared so that they can be saved. With `tree_nodes` the tree is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llmcad_mlx.tree.token_tree import NGRAM, ROOT, TokenTree
@@ -88,25 +88,15 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, data: Any) -> Calibration:
-        """Read what `to_dict` wrote. Raises ValueError saying what is wrong with `data`."""
-        if not isinstance(data, Mapping) or data.get("version") != FORMAT_VERSION:
-            raise ValueError(f"calibration: not data of format version {FORMAT_VERSION}")
-        if data.get("edges") != list(BUCKET_EDGES):
-            raise ValueError("calibration: made with other confidence buckets")
-        sources = data.get("sources")
-        if not isinstance(sources, Mapping) or not all(isinstance(counts, Mapping) for counts in sources.values()):
-            raise ValueError("calibration: 'sources' is missing or not a mapping to counts")
+        """Read what `to_dict` wrote. Raises ValueError, TypeError, KeyError or AttributeError for others."""
+        if data["version"] != FORMAT_VERSION or data["edges"] != list(BUCKET_EDGES):
+            raise ValueError("another format, or other confidence buckets")
         calibration = cls()
-        for source, counts in sources.items():
-            tested, accepted = (_counts(counts.get(name), source, name) for name in ("tested", "accepted"))
-            if any(right > all_ for right, all_ in zip(accepted, tested, strict=True)):
-                raise ValueError(f"calibration: {source!r} has more accepted than tested")
+        for source, counts in data["sources"].items():
+            tested, accepted = list(counts["tested"]), list(counts["accepted"])
+            if len(tested) != NUM_BUCKETS or not all(isinstance(number, float) for number in tested + accepted):
+                raise ValueError(f"{source}: not {NUM_BUCKETS} numbers")
+            if not all(0.0 <= right <= both < math.inf for right, both in zip(accepted, tested, strict=True)):
+                raise ValueError(f"{source}: not numbers of tested and accepted candidates")
             calibration._tested[source], calibration._accepted[source] = tested, accepted
         return calibration
-
-
-def _counts(values: Any, source: str, name: str) -> list[float]:
-    numbers = values if isinstance(values, list) else []
-    if len(numbers) != NUM_BUCKETS or not all(isinstance(n, float) and 0.0 <= n < math.inf for n in numbers):
-        raise ValueError(f"calibration: {name!r} of {source!r} must be {NUM_BUCKETS} numbers >= 0")
-    return numbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmcad_mlx.policy import Candidates
+from llmcad_mlx.policy import Candidates, GrowthPolicy
 from llmcad_mlx.tree.token_tree import MODEL, Selection, TokenTree
 from llmcad_mlx.tree.walk import Walk
 
@@ -12,7 +12,7 @@ CONFIDENCE_THRESHOLD = 0.3
 INITIAL_ALPHA = 0.01
 
 
-class PaperPolicy:
+class PaperPolicy(GrowthPolicy):
     """Confidence-paced branches, one token per draft step, and a self-adjusting fallback threshold.
 
     Branches: the best candidate always continues its branch; any other with confidence above 0.3 opens a
@@ -119,6 +119,3 @@ class PaperPolicy:
             tip = max(children, key=tree.confidences.__getitem__)
         num_all = tree.depths[tip]
         self.alpha = (num_all - walk.num_accepted) / num_all
-
-    def finished(self, num_tokens: int, seconds: float) -> None:
-        """The paper's policy learns nothing from time."""

@@ -35,7 +35,7 @@ from huggingface_hub.file_download import DryRunFileInfo, HfFileMetadata, http_g
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
-from llmcad_mlx.errors import DownloadError
+from llmcad_mlx.errors import DownloadError, first_line
 from llmcad_mlx.files import HOME_REMEDY, full_disk_error, is_full, read_object, require_free_space, write_text
 from llmcad_mlx.progress import Advance, Progress
 from llmcad_mlx.store import home_folder
@@ -254,20 +254,16 @@ def _hub_errors(what: str, remedy: str) -> Iterator[None]:
         if isinstance(error, errors.LocalEntryNotFoundError) or type(error).__module__.startswith("httpx"):
             raise _unreachable(cause or error) from None
         if isinstance(error, errors.HFValidationError):
-            raise DownloadError(f"{what}: not a repository name ({_first_line(error)})") from None
+            raise DownloadError(f"{what}: not a repository name ({first_line(error)})") from None
         if not isinstance(error, OSError):
             raise
         if is_full(error):
             raise full_disk_error(error, what, remedy) from None
-        raise DownloadError(f"{what}: {_first_line(error)}; run the command again to continue") from None
+        raise DownloadError(f"{what}: {first_line(error)}; run the command again to continue") from None
 
 
 def _unreachable(error: BaseException) -> HubUnreachableError:
-    return HubUnreachableError(f"{_endpoint()} cannot be reached ({_first_line(error)})")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return HubUnreachableError(f"{_endpoint()} cannot be reached ({first_line(error)})")
 
 
 class _NoBars(hub_tqdm):

@@ -41,7 +41,7 @@ class PairProfile:
         data = {} if path is None else read_object(path)
         if data.get("version") != _FORMAT_VERSION:
             return
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
             costs = CostModel.from_dict(data.get("costs"))
             self.calibration = Calibration.from_dict(data.get("calibration"))
             self.costs = costs

@@ -54,13 +54,12 @@ class Prepared:
         now. Raises ModelError for a model that cannot be streamed, StorageError for altered weights."""
         self.loaded = loaded
         self.storage = FileStorage()
-        self._checksums = None if bundle is None else Checksums(bundle, self.storage)
         model: Any = loaded.model
         use_cpu_linears(model)
         self.parts = StreamParts.of(loaded)
         placed = self.parts.all_units()
-        if self._checksums is not None:  # before the model is judged by what it computes
-            self._checksums.check_all(placed)
+        # Before the model is judged by what it computes.
+        self._checksums = None if bundle is None else Checksums(bundle, self.storage, placed)
         mx.eval([module[name] for module, name in self.parts.resident], unlisted_arrays(model))
         with self._read_on_demand(placed):
             report = cached_probe(model, loaded.config, probes, _probe_leading)
@@ -81,8 +80,11 @@ class Prepared:
         yield
         for module in (*parts.modules, *(matrix.module for matrix in parts.matrices)):
             restore(module, Streamed)
-        for unit in units:
-            unit.let_go()
+        for unit in units:  # nothing refers to the buffer any more; modules are of no use until they get weights
+            unit.buffers, unit.views = (), {}
+            for place in unit.placements:
+                p = place.parameter
+                p.module[p.name] = mx.zeros(place.shape, p.wanted)  # never evaluated: takes no memory
         forget_weights(model)
 
     def _attach(
@@ -109,7 +111,6 @@ class Prepared:
 
     @property
     def sizes(self) -> ModelSizes:
-        """What the memory plan needs to know."""
         parts = self.parts
         shapes = [p.extent.shape for layer in parts.layers for p in layer]
         return ModelSizes(
@@ -131,7 +132,7 @@ class Prepared:
         for matrix in self.parts.embeddings:
             restore(matrix.module, Streamed)
         self._pin(plan)
-        layers, placed = self._streamed(plan)
+        layers, placed = self.streamed(plan)
         storage: Storage = self.storage
         units, feed = list[StreamedUnit](), None
         if placed:
@@ -146,12 +147,8 @@ class Prepared:
         self._attach(layers, units, None if plan.pin_embedding else storage, feed)
         return feed
 
-    def streamed_reads(self, plan: MemoryPlan) -> list[Read]:
-        """What a pass under `plan` reads, in order."""
-        return [read for unit in self._streamed(plan)[1] for read in unit.reads]
-
-    def _streamed(self, plan: MemoryPlan) -> tuple[list[int], list[PlacedUnit]]:
-        """The layers that are not pinned, and all that a pass reads."""
+    def streamed(self, plan: MemoryPlan) -> tuple[list[int], list[PlacedUnit]]:
+        """The layers that `plan` does not pin, and all that a pass reads, in order."""
         layers = [number for number in range(len(self.parts.layers)) if number not in plan.pinned_layers]
         pinned = plan.pin_head if self.parts.head is not None else plan.pin_embedding
         return layers, self.parts.units(layers, 0 if pinned else plan.head_pieces)
@@ -182,16 +179,14 @@ class Checksums:
     own, with which the stream compares every later read of it.
     """
 
-    def __init__(self, bundle: Bundle, storage: Storage) -> None:
+    def __init__(self, bundle: Bundle, storage: Storage, units: Sequence[Unit]) -> None:
+        """Reads `units`, then all that is in none of them. Raises StorageError as `marked` does."""
         self._storage = storage
         self._known = bundle.tensor_sha256
         self._units: dict[tuple[Read, ...], str] = {}
         extents = [tensor.extent for layer in bundle.layers for tensor in layer.tensors]
         self._extents = [extent for extent in extents if extent.num_bytes]
         self._buffer = memoryview(bytearray(_CHECKED_BYTES))
-
-    def check_all(self, units: Sequence[Unit]) -> None:
-        """Read `units`, then all that is in none of them. Raises StorageError as `marked` does."""
         self.marked(units)
         read = {(part.file, part.offset) for unit in units for part in unit.reads}
         for extent in self._extents:
@@ -289,7 +284,6 @@ def kv_bytes_per_token(model: TreeModel) -> int:
 
 
 def _columns(module: Any) -> int:
-    """Width of a row, unpacked."""
     if "scales" in module:
         return int(module["scales"].shape[1]) * int(module.group_size)
     return int(module["weight"].shape[1])

@@ -194,13 +194,6 @@ class StreamedUnit:
             p = place.parameter  # not cached as converted: a copy would be resident memory
             p.module[p.name] = view if p.stored == p.wanted else view.astype(p.wanted)
 
-    def let_go(self) -> None:
-        """Let nothing refer to the buffers any more; the modules are of no use until they get weights again."""
-        self.buffers, self.views = (), {}
-        for place in self.placements:
-            p = place.parameter
-            p.module[p.name] = mx.zeros(place.shape, p.wanted)  # never evaluated: takes no memory
-
 
 class Streamed(Adaptation):
     """A module whose weights are in memory only while it computes."""

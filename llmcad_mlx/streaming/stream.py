@@ -55,13 +55,9 @@ class ReadAhead:
         self.reading: Reading | None = None
         self._next_read = 0
         self._free = deque(range(num_buffers))
-        self._there: deque[Reading] = deque()  # oldest first
+        self.there: deque[Reading] = deque()
+        """Units that were read and not taken yet, the next one first."""
         self._held: deque[int] = deque()  # buffers
-
-    @property
-    def num_there(self) -> int:
-        """Units that were read and not taken yet; the next one is the first of them."""
-        return len(self._there)
 
     def begin(self) -> Reading | None:
         """What to read now; None while no buffer is free. What was begun before must have arrived."""
@@ -74,7 +70,7 @@ class ReadAhead:
     def arrived(self) -> None:
         """What was begun is read."""
         assert self.reading is not None
-        self._there.append(self.reading)
+        self.there.append(self.reading)
         self.reading = None
 
     def failed(self) -> None:
@@ -85,7 +81,7 @@ class ReadAhead:
 
     def take(self) -> int:
         """The buffer of the next unit, which must be there."""
-        buffer = self._there.popleft().buffer
+        buffer = self.there.popleft().buffer
         self._held.append(buffer)
         self.next_unit = (self.next_unit + 1) % len(self._unit_bytes)
         return buffer
@@ -102,10 +98,10 @@ class ReadAhead:
         """
         self._free.extend(self._held)
         self._held.clear()
-        while self._there and self._there[0].unit != 0:
-            self._free.append(self._there.popleft().buffer)
+        while self.there and self.there[0].unit != 0:
+            self._free.append(self.there.popleft().buffer)
         self.next_unit = 0
-        if self._there:
+        if self.there:
             return
         if self.reading is not None and self.reading.unit != 0:
             self._free.append(self.reading.buffer)
@@ -119,9 +115,9 @@ class ReadAhead:
         begun = 0 if self.reading is None else sizes[self.reading.unit] - bytes_arrived
         room = begun + sum(sizes[(self._next_read + i) % count] for i in range(len(self._free)))
         # What was read ahead may belong to the next pass already.
-        unread = self.next_unit + len(self._there) + (self.reading is not None)
+        unread = self.next_unit + len(self.there) + (self.reading is not None)
         rest = begun + self._bytes_from[unread] if unread <= count else 0
-        coming = 0 if self._there else begun or sizes[self.next_unit]
+        coming = 0 if self.there else begun or sizes[self.next_unit]
         return Outlook(coming / bytes_per_s, room / bytes_per_s, rest / bytes_per_s)
 
 
@@ -200,10 +196,7 @@ class WeightStream:
     def ready(self) -> bool:
         """Whether `wait` would return, or raise, at once."""
         with self._changed:
-            return self._something_to_say()
-
-    def _something_to_say(self) -> bool:
-        return self._ahead.num_there > 0 or self._error is not None or self._closed
+            return bool(self._ahead.there) or self._error is not None or self._closed
 
     def outlook(self) -> Outlook:
         """What is expected, by the rate of the last reads; all 0.0 before the first."""
@@ -215,14 +208,13 @@ class WeightStream:
     def wait(self) -> int:
         """Block until the next unit is there; returns the index of its buffer. Raises what reading raised."""
         with self._changed:
-            if not self._something_to_say():
+            if not self.ready():
                 started = self._clock()
                 try:
-                    while not self._something_to_say():
-                        self._changed.wait()
+                    self._changed.wait_for(self.ready)
                 finally:
                     self.wait_s += self._clock() - started
-            if self._ahead.num_there:
+            if self._ahead.there:
                 return self._ahead.take()
             raise self._error or RuntimeError("the stream is closed")
 

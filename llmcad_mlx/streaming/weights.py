@@ -14,13 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.nn.layers.embedding import Embedding
-from mlx.nn.layers.linear import Linear
-from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.files.safetensors import DTYPES, TensorExtent
-from llmcad_mlx.models.folder import LoadedModel
+from llmcad_mlx.models.folder import EMBEDDINGS, LINEARS, LoadedModel
 from llmcad_mlx.streaming.stream import Read, Unit
 
 SMALL_BYTES = 8 << 10
@@ -113,8 +110,8 @@ class StreamParts:
             else:
                 stored = {}
             resident += [(module, name) for name in own if name not in stored]
-        embeddings = sorted((m for m in matrices if _is_embedding(m.module)), key=lambda m: m.num_rows)
-        heads = [m for m in matrices if not _is_embedding(m.module)]
+        embeddings = sorted((m for m in matrices if isinstance(m.module, EMBEDDINGS)), key=lambda m: m.num_rows)
+        heads = [m for m in matrices if not isinstance(m.module, EMBEDDINGS)]
         head = max(heads, key=lambda m: m.num_rows, default=None)
         resident += [(p.module, p.name) for m in heads if m is not head for p in m.parameters]
         return cls(tuple(decoder), tuple(map(tuple, layers)), tuple(embeddings), head, tuple(resident))
@@ -178,15 +175,10 @@ def _stored(
     return found
 
 
-def _is_embedding(module: Module) -> bool:
-    return isinstance(module, Embedding | QuantizedEmbedding)
-
-
 def _is_matrix(module: Module, own: Mapping[str, mx.array], stored: Mapping[str, StoredParameter]) -> bool:
     """Whether the module can be had by rows: all its matrices are stored, with equally many."""
     rows = [stored[name].extent.shape[0] if name in stored else -1 for name in own if own[name].ndim >= 2]
-    known = _is_embedding(module) or isinstance(module, Linear | QuantizedLinear)
-    return known and bool(stored) and -1 not in rows and len(set(rows)) == 1
+    return isinstance(module, EMBEDDINGS | LINEARS) and bool(stored) and -1 not in rows and len(set(rows)) == 1
 
 
 def _placed(name: str, parameters: Sequence[StoredParameter], rows: range | None = None) -> PlacedUnit:

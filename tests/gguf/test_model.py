@@ -156,9 +156,6 @@ def test_a_family_comes_back_with_the_same_logits(tmp_path: Path, name: str) -> 
     assert len({int(token) for token in mx.argmax(logits, axis=-1)[0]}) > 1
 
 
-# --- configuration that mlx-lm's own models do not compute with --------------------------------------------
-
-
 def header_of(tmp_path: Path, family: Family) -> GgufHeader:
     write_family_gguf(tmp_path / "tiny.gguf", family)
     return read_gguf_header(tmp_path / "tiny.gguf")
@@ -190,47 +187,6 @@ def test_what_a_file_leaves_out_is_as_in_llama_cpp(
         del header.metadata[family.arch + key]
     config = read_family(header).config
     assert {key: config[key] for key in expected} == expected
-
-
-# --- tensors ----------------------------------------------------------------------------------------------
-
-SHARED = {"attn_norm": "input_layernorm", "attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
-SPLIT = SHARED | {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-}
-HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-GEMMA = SPLIT | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-LLAMA = SPLIT | {"ffn_norm": "post_attention_layernorm"}
-PHI3 = {"attn_qkv": "self_attn.qkv_proj", "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.gate_up_proj"}
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("llama", LLAMA),
-        ("qwen2", LLAMA),
-        ("smollm3", LLAMA),
-        ("qwen3", LLAMA | HEAD_NORMS),
-        ("gemma2", GEMMA),
-        ("gemma3", GEMMA | HEAD_NORMS),
-        ("phi3", SHARED | PHI3),
-    ],
-)
-def test_tensors_have_the_names_of_llama_cpp(tmp_path: Path, name: str, layer: dict[str, str]) -> None:
-    model = read_family(header_of(tmp_path, FAMILIES[name]))
-    found = {ours: model.gguf_name(f"model.layers.1.{ours}.weight") for ours in layer.values()}
-    assert found == {ours: f"blk.1.{theirs}.weight" for theirs, ours in layer.items()}
-    assert model.gguf_name("model.embed_tokens.weight") == "token_embd.weight"
-    assert model.gguf_name("model.norm.weight") == "output_norm.weight"
-    assert model.gguf_name("lm_head.weight") == (None if name == "gemma2" else "output.weight")  # it has none
 
 
 # --- refused ----------------------------------------------------------------------------------------------

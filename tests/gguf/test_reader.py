@@ -104,9 +104,6 @@ def test_types_that_are_gone_or_unknown_are_named(tmp_path: Path, number: int) -
         read_gguf_header(tmp_path / "tiny.gguf")
 
 
-# --- made to fill the memory --------------------------------------------------------------------------------
-
-
 HUGE_FILE = 1 << 30  # sparse: it takes no room on the disk
 LITTLE = 64 << 20
 

@@ -52,9 +52,6 @@ def tokenizer_of(tmp_path: Path, **fields: Any) -> Tokenizer:
     return read_tokenizer(header).tokenizer
 
 
-# --- byte-level -------------------------------------------------------------------------------------------
-
-
 @settings(deadline=None, max_examples=100)
 @given(text=st.text())
 def test_any_text_survives(tiny_folder: Path, text: str) -> None:
@@ -132,9 +129,6 @@ def test_unusable_fields_are_named(tmp_path: Path, fields: dict[str, Any], messa
     assert "\n" not in str(caught.value)
 
 
-# --- SentencePiece ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory: pytest.TempPathFactory) -> sentencepiece.SentencePieceProcessor:
     folder = tmp_path_factory.mktemp("spm")
@@ -169,9 +163,6 @@ def test_scored_pieces_give_sentencepiece_ids(tmp_path: Path, spm: sentencepiece
     for text in (*CORPUS, "unseen: ŋ ☃ words", "hello hello"):
         assert tokenizer.encode(text).ids == [spm.bos_id(), *spm.encode(text)], text
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-# --- real models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.large

@@ -130,17 +130,11 @@ def test_every_variant_runs_once_at_each_place_and_first_equally_often() -> None
     for group in groups:
         assert {turn.contender.name for turn in group} == set("abcd")
         assert len({turn.place for turn in group}) == 1
+    warm_up = list(runner.schedule(contenders[:2], encoded(4), range(1), warmup=2))[:4]
+    assert [(turn.warms_up, turn.place.prompt) for turn in warm_up] == [(True, p) for p in "0011"]
     for prompt in "0123":
         firsts = [group[0].contender.name for group in groups if group[0].place.prompt == prompt]
         assert sorted(firsts) == list("abcd"), "at one prompt, the repetitions start with different variants"
-
-
-def test_the_warm_up_comes_first_and_meets_several_domains() -> None:
-    mixed = workload.mixed_by_domain([BenchPrompt(d, n, "x") for d in "ab" for n in "12"])
-    assert [(p.domain, p.name) for p in mixed] == [("a", "1"), ("b", "1"), ("a", "2"), ("b", "2")]
-    turns = list(runner.schedule([Scripted(name, []) for name in "ab"], encoded(4), range(1), warmup=2))
-    assert [(turn.warms_up, turn.place.prompt) for turn in turns[:4]] == [(True, p) for p in "0011"]
-    assert {turn.place.repetition for turn in turns[4:]} == {0}
 
 
 def test_runs_are_interleaved_and_warm_up_is_not_kept() -> None:
@@ -170,7 +164,7 @@ def test_a_ratio_compares_runs_at_the_same_place_before_the_median_is_taken() ->
 
 
 def test_the_worst_prompt_is_that_of_the_least_median() -> None:
-    runs = [made_up("plain", i, 1.0, prompt=p) for p in "ab" for i in range(3)]
+    runs = [made_up("plain", i, prompt=p) for p in "ab" for i in range(3)]
     runs += [made_up("fast", i, s, prompt="a") for i, s in enumerate((0.5, 10.0, 0.4))]
     runs += [made_up("fast", i, s, prompt="b") for i, s in enumerate((0.8, 0.8, 0.1))]
     plain, fast = summarise(runs)
@@ -205,14 +199,7 @@ def test_mismatches_count_positions_and_missing_tokens() -> None:
     assert (fast.mismatches, fast.num_compared) == (1, 4)
 
 
-def test_domains_get_lines_of_their_own_only_when_there_are_several() -> None:
-    one = summarise([made_up("plain", 0, 1.0)])
-    two = summarise([made_up("plain", 0, 1.0), made_up("plain", 0, 2.0, domain="e")])
-    assert [line.domain for line in one] == ["all"]
-    assert [(line.domain, line.num_runs) for line in two] == [("all", 2), ("d", 1), ("e", 1)]
-
-
-def test_tables_show_ratios_only_against_what_ran() -> None:
+def test_tables_show_ratios_only_against_what_ran_and_domains_where_there_are_several() -> None:
     (table,) = summary_tables(summarise([made_up("plain", 0, 1.0), made_up("tree:4", 0, 0.5)]))
     assert "× plain" in table.header
     assert "× mlx-lm" not in table.header
@@ -220,6 +207,8 @@ def test_tables_show_ratios_only_against_what_ran() -> None:
     assert markdown[0] == "**all prompts**"
     row = [cell.strip() for cell in markdown[-1].strip("|").split("|")]
     assert row == ["tree:4", "8.0", "2.00", "2.00", "2.00", "1.00", "50%", "25%", "50%", "25%", "20", "0/4"]
+    two = summarise([made_up("plain", 0, 1.0), made_up("plain", 0, 2.0, domain="e")])
+    assert [(line.domain, line.num_runs) for line in two] == [("all", 2), ("d", 1), ("e", 1)]
     (other,) = summary_tables(summarise([made_up("mlx-lm", 0, 1.0, ours=False)]))
     assert "× plain" not in other.header
     assert "prompt × mlx-lm" in other.header

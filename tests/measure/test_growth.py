@@ -39,14 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("models") / "llama", layers=6, context=CONTEXT)
 
 
-@pytest.fixture(scope="module")
-def measured(tiny_home: Path, streams_small_matrices: None, folder: Path) -> Growth:
-    """Everything in memory as given: nodes and context grow without reads."""
-    done = Growth(str(folder), MemoryOptions(read_bandwidth=1e9))
-    done.measure()
-    return done
-
-
 @contextmanager
 def loaded(folder: Path, **memory: Any) -> Iterator[LoadedPair]:
     pair = load_pair(str(folder), NO_DRAFT, False, MemoryOptions(**memory))
@@ -66,10 +58,10 @@ def made_up(rate: float | None = 100e6, interrupted: bool = False) -> Growth:
     return Growth("tiny", MemoryOptions(read_bandwidth=rate), points=points, interrupted=interrupted)
 
 
-# -- what is measured ------------------------------------------------------------------------------------
-
-
-def test_every_question_gets_all_its_points_with_a_pass_for_each_repetition(measured: Growth) -> None:
+def test_every_question_gets_all_its_points_with_a_pass_for_each_repetition(folder: Path) -> None:
+    """Everything in memory as given: nodes and context grow without reads."""
+    measured = Growth(str(folder), MemoryOptions(read_bandwidth=1e9))
+    measured.measure()
     assert [p.nodes for p in measured.of("nodes")] == list(NODES)
     assert [p.context for p in measured.of("context")] == [64, 256, CONTEXT - 16]
     assert all(len(p.passes) == 3 for p in measured.points)
@@ -78,9 +70,7 @@ def test_every_question_gets_all_its_points_with_a_pass_for_each_repetition(meas
     assert {(p.streamed_bytes, p.context) for p in measured.of("nodes")} == {(0, 256)}
     assert {(p.streamed_bytes, p.nodes) for p in measured.of("context")} == {(0, 16)}
     assert {(p.nodes, p.context) for p in measured.of("bytes")} == {(16, 256)}
-
-
-def test_streamed_bytes_go_from_nothing_to_all_in_steps_of_layers(measured: Growth, folder: Path) -> None:
+    # in steps of layers, from nothing to all
     streamed = [p.streamed_bytes for p in measured.of("bytes")]
     assert streamed == sorted(set(streamed))
     assert len(streamed) == len(PINNED_SHARES)
@@ -137,15 +127,12 @@ def test_trees_are_random_but_the_same_every_time() -> None:
     assert random_tree(8, 40, line=True).parents == list(range(-1, 7))
 
 
-def test_a_short_context_leaves_out_what_does_not_fit(folder: Path) -> None:
+def test_a_short_context_leaves_out_what_does_not_fit_and_too_short_a_one_is_refused(folder: Path) -> None:
     with loaded(folder, context=128) as pair:
         timer = PassTimer(pair)
         assert timer.contexts == [64, 112]
         assert timer.short_context == 112
         assert timer.node_counts == [1, 2, 4, 8, 16]
-
-
-def test_too_little_context_is_refused_after_loading_too(folder: Path) -> None:
     with loaded(folder, context=127) as pair, pytest.raises(UsageError, match="context: room for 127 tokens"):
         PassTimer(pair)
 
@@ -169,9 +156,6 @@ def test_ctrl_c_keeps_the_questions_that_were_answered(folder: Path, monkeypatch
     assert len(report.tables) == 1
 
 
-# -- tables, JSON, files -----------------------------------------------------------------------------------
-
-
 def test_the_table_has_median_extremes_ratio_computing_and_prediction() -> None:
     by_bytes, by_nodes, by_context = growth_report(made_up()).tables
     assert by_bytes.header == (
@@ -190,9 +174,7 @@ def test_the_table_has_median_extremes_ratio_computing_and_prediction() -> None:
     first = growth_report(made_up()).document["points"][1]
     assert first["passes"][0] == {"seconds": 0.9, "wait_s": 0.1}
     assert (first["question"], first["median_s"], first["predicted_s"]) == ("bytes", 0.5, 0.3)
-
-
-def test_only_an_emulated_rate_predicts_and_is_called_emulated() -> None:
+    # only an emulated rate predicts
     report = growth_report(made_up(rate=None))
     assert "bytes/rate, ms" not in report.tables[0].header
     assert {point["predicted_s"] for point in report.document["points"]} == {None}
@@ -223,9 +205,6 @@ def test_only_questions_with_something_to_compare_are_drawn() -> None:
     nothing = growth_report(replace(done, points=done.points[:1]))
     assert any("nothing to compare" in note for note in nothing.notes)
     assert nothing.plots[0].draw is None
-
-
-# -- kernels ---------------------------------------------------------------------------------------------
 
 
 def test_kernel_table_has_times_ratios_and_small_errors() -> None:

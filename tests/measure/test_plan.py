@@ -9,7 +9,7 @@ import pytest
 
 from llmcad_mlx import load
 from llmcad_mlx.loader import plan_pair
-from llmcad_mlx.measure.plan import measure_read_rate, timed_read
+from llmcad_mlx.measure.plan import timed_read
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.streaming.stream import Read
@@ -91,8 +91,8 @@ def test_a_given_rate_is_used_and_marked(folder: Path, document: Any, output: An
 
 def test_without_a_rate_streamed_weights_are_read(folder: Path, document: Any) -> None:
     found = document("plan", "--target", folder, "--pinned", 0)
-    assert found["emulated"] is False
     rate = found["read_rate"]
+    assert found["emulated"] is rate["emulated"] is False
     assert rate["sampled_bytes"] == found["streamed_bytes"]  # a tiny model is read whole
     assert rate["bytes_per_s"] > 0
     assert found["tokens_per_s"]["plain_bound"] == pytest.approx(rate["bytes_per_s"] / found["streamed_bytes"])
@@ -172,38 +172,24 @@ def test_an_impossible_budget_is_refused_as_generate_refuses_it(folder: Path, ou
         assert err.count("\n") == 1
 
 
-# --- the parts ------------------------------------------------------------------------------------------------
-
-
 class SlowStorage:
-    """10 bytes per second of a simulated clock."""
+    """4 MiB per second of a simulated clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.read: list[tuple[int, int]] = []
 
     def read_into(self, file: Path, offset: int, out: memoryview) -> None:
-        self.now += len(out) / 10
-        self.read.append((offset, len(out)))
+        self.now += len(out) / (4 << 20)
 
     def check(self) -> None: ...
 
     def close(self) -> None: ...
 
 
-def test_the_rate_is_bytes_over_seconds_and_sampling_ends() -> None:
+def test_the_rate_is_bytes_over_seconds_of_pieces_and_sampling_ends() -> None:
     storage = SlowStorage()
-    reads = [Read(Path("x"), 100 * number, 7, 0) for number in range(50)]
+    reads = [Read(Path("x"), 100, 3, 0), Read(Path("x"), 200, 15 << 20, 0)]
     sample, rate = timed_read(reads, storage, lambda: storage.now)
-    assert rate == pytest.approx(10.0)
-    assert storage.read == [(0, 7), (100, 7), (200, 7)]  # two seconds are over
-    assert [(read.offset, read.num_bytes) for read in sample] == storage.read
-
-
-def test_large_reads_are_sampled_in_pieces(tmp_path: Path) -> None:
-    file = tmp_path / "weights"
-    file.write_bytes(bytes(9 << 20))
-    rate = measure_read_rate([Read(file, 0, 9 << 20, 0)])
-    assert rate.sampled_bytes == 9 << 20
-    assert rate.bytes_per_s > 0
-    assert not rate.emulated
+    assert rate == pytest.approx(4 << 20)
+    pieces = [(100, 3), (200, 4 << 20), (200 + (4 << 20), 4 << 20)]
+    assert [(read.offset, read.num_bytes) for read in sample] == pieces  # two seconds are over

@@ -53,7 +53,7 @@ def test_a_text_ends_at_a_stop_token_and_the_others_go_on() -> None:
 
 def test_activations_are_kept_for_every_token_that_was_fed() -> None:
     model = tiny_tree_model(seed=2, layers=3)
-    before = [adaptations(layer) for layer in model.layers]
+    before = [adaptations(layer) for layer in model.model.layers]
     texts = [Text([1, 2, 3], 3), Text([1, 2, 4, 5, 6], 5)]
     Writer(model, [], VOCAB).write(texts, 6, seed=0, depths=[1, 3])
     for text in texts:
@@ -63,7 +63,7 @@ def test_activations_are_kept_for_every_token_that_was_fed() -> None:
         # What is final gives the token that was chosen.
         logits = text.stacked("final").astype(np.float32) @ np.array(model.model.lm_head.weight).T
         assert logits.argmax(axis=1)[text.num_given - 1 :].tolist() == text.tokens[text.num_given :]
-    assert [adaptations(layer) for layer in model.layers] == before
+    assert [adaptations(layer) for layer in model.model.layers] == before
 
 
 def test_the_same_seed_draws_the_same_texts() -> None:

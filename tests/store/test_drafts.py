@@ -15,7 +15,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_model
 
 from llmcad_mlx import load
-from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.loader import conditions
@@ -61,9 +60,6 @@ def copies(home: Path) -> list[str]:
     return sorted(file.name for file in (home / "self-drafts").glob("[!.]*"))
 
 
-# --- copies -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("bits", "memory"), [(2, {}), (3, {}), (4, {}), (4, {"pinned": 0})])
 def test_the_text_is_the_plain_text(target: Path, bits: int, memory: dict[str, int]) -> None:
     with load(target, draft="none") as plain, load(target, draft=f"self:{bits}", **memory) as speculating:
@@ -72,17 +68,6 @@ def test_the_text_is_the_plain_text(target: Path, bits: int, memory: dict[str, i
             found = speculating.generate(PROMPT, **options, **CHAIN)
             assert found.tokens == plain.generate(PROMPT, **options).tokens
             assert found.stats.drafted > 0
-
-
-def test_four_bits_are_right_more_often_than_other_drafts(target: Path, tmp_path: Path) -> None:
-    """Also where the weights are random and every choice is a close one."""
-    stranger = make_folder(tmp_path / "stranger", seed=7)
-    rates = {}
-    for draft in ("self:4", "ngram", str(stranger)):
-        with load(target, draft=draft) as engine:
-            rates[draft] = engine.generate(PROMPT, **NO_END, **CHAIN).stats.acceptance_rate
-    assert rates["self:4"] > 0.3
-    assert rates["self:4"] > 2 * max(rates["ngram"], rates[str(stranger)])
 
 
 @pytest.mark.parametrize(("source", "bits"), [("target", 2), ("target", 3), ("target", 4), ("eight", 4)])
@@ -97,18 +82,6 @@ def test_the_copy_is_the_target_rounded(request: pytest.FixtureRequest, source: 
     for name, array in weights(folder).items():
         expected = mx.dequantize(*mx.quantize(array, 32, bits), 32, bits) if array.ndim == 2 else array
         assert mx.array_equal(rounded[name], expected), name
-
-
-@pytest.mark.parametrize("bits", [2, 3])
-def test_bits_without_host_kernels_compute_what_their_weights_say(target: Path, bits: int) -> None:
-    """The model of the copy, prepared as the loader does it, against its own weights at full precision."""
-    copy = self_draft(target, bits)
-    model, _ = load_model(copy)
-    prepare_for_device(model)
-    full, _ = load_model(copy)
-    full = dequantize_model(full)
-    tokens = mx.array([PROMPT])
-    assert mx.allclose(model(tokens), full(tokens), rtol=1e-3, atol=1e-3)
 
 
 def test_the_copy_is_made_once_for_each_state_of_the_target(target: Path, own_home: Path) -> None:
@@ -179,16 +152,6 @@ def test_a_copy_needs_a_draft_model(target: Path, eight: Path, tmp_path: Path) -
     for prefix, source in (("trimmed:9:", str(table)), ("8bit:", "ngram"), ("trimmed:9:8bit:", str(table))):
         with pytest.raises(UsageError, match=r"is no draft model; leave '(trimmed:9|8bit):' out"):
             find_pair(str(target), prefix + source, False)
-
-
-def test_on_the_command_line(target: Path, output: Any) -> None:
-    words = ["generate", "hi", "--target", target, "--max-tokens", "8", "--json", "--draft"]
-    plain, drafted = (json.loads(output(*words, draft)[0])["text"] for draft in ("none", "self:4"))
-    assert plain == drafted
-    assert output(*words, "self:9", code=2)[1].count("\n") == 1
-
-
-# --- choices ----------------------------------------------------------------------------------------------
 
 
 def choice_of(draft: str, **conditions: Any) -> DraftChoice:

@@ -114,7 +114,7 @@ def test_read_ahead_gives_the_next_unit_and_touches_nothing_in_use(
         if action == "b" and ahead.reading is None:
             reading = ahead.begin()
             if reading is None:
-                assert ahead.num_there + len(held) == num_buffers  # the only reason not to read
+                assert len(ahead.there) + len(held) == num_buffers  # the only reason not to read
                 continue
             assert reading.buffer not in [buffer for buffer, _ in held]
             contents.pop(reading.buffer, None)
@@ -125,7 +125,7 @@ def test_read_ahead_gives_the_next_unit_and_touches_nothing_in_use(
             failed = ahead.reading
             ahead.failed()
             assert ahead.begin() == failed
-        elif action == "t" and ahead.num_there:
+        elif action == "t" and ahead.there:
             buffer = ahead.take()
             assert contents[buffer] == next_unit
             held.append((buffer, next_unit))

@@ -85,7 +85,7 @@ class SimulatedStream:
 
     def ready(self) -> bool:
         self._catch_up()
-        return self._ahead.num_there > 0
+        return bool(self._ahead.there)
 
     def outlook(self) -> Outlook:
         self._catch_up()
@@ -95,7 +95,7 @@ class SimulatedStream:
     def wait(self) -> int:
         self._catch_up()
         asked = self.clock.now
-        if not self._ahead.num_there:
+        if not self._ahead.there:
             reading = self._ahead.reading
             assert reading is not None, "all buffers are held: this would wait for ever"
             self.clock.now = max(self._started + self._seconds(reading), asked)
@@ -116,7 +116,7 @@ class SimulatedStream:
         self._catch_up()
         reading = self._ahead.reading
         self._ahead.restart()
-        self._arrivals = self._arrivals[len(self._arrivals) - self._ahead.num_there :]
+        self._arrivals = self._arrivals[len(self._arrivals) - len(self._ahead.there) :]
         if reading is not None and self._ahead.reading is None:
             self.busy.append(BusyInterval(reading.unit, self._started, self.clock.now, dropped=True))
             self.bytes_read += int((self.clock.now - self._started) * self.bytes_per_s)

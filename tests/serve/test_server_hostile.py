@@ -104,7 +104,7 @@ def refused_values(model: type[BaseModel], name: str) -> list[Any]:
     """A value of every JSON type that a field does not take, by the schema that /openapi.json shows."""
     field = model.model_json_schema()["properties"][name]
     forms = [form if "$ref" not in form else {"type": "object"} for form in field.get("anyOf", [field])]
-    taken = {form.get("type", "string") for form in forms}
+    taken = {form["type"] for form in forms}
     examples = {"object": {"a": 1}, "array": [{}], "string": "text", "boolean": True, "number": 1.5}
     return [value for kind, value in examples.items() if kind not in taken]
 

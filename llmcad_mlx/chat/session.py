@@ -102,7 +102,6 @@ class ChatSession:
         """Answer the last one of `messages`, which become the conversation. Whatever ends the answer, what came of
         it joins them; where nothing came, the conversation stays as it was."""
         asked, answer, complete = replace(self.conversation, messages=messages), Answer(), False
-        context = f"the model's context of {self.engine.pair.context_length} tokens"
         try:
             with self.screen.answer(self.engine, self.settings, answer) as view:
                 for response in self.engine.stream_generate(
@@ -113,7 +112,10 @@ class ChatSession:
                     view.add(response)
             complete = True
         except ContextLengthError:
-            raise UsageError(f"the conversation no longer fits {context}; /undo or /clear") from None
+            context = self.engine.pair.context_length
+            raise UsageError(
+                f"the conversation no longer fits the model's context of {context} tokens; /undo or /clear"
+            ) from None
         finally:
             text = "".join(answer.pieces)
             if complete or text:

@@ -102,6 +102,7 @@ class ChatSession:
         """Answer the last one of `messages`, which become the conversation. Whatever ends the answer, what came of
         it joins them; where nothing came, the conversation stays as it was."""
         asked, answer, complete = replace(self.conversation, messages=messages), Answer(), False
+        context = self.engine.pair.context_length
         try:
             with self.screen.answer(self.engine, self.settings, answer) as view:
                 for response in self.engine.stream_generate(
@@ -112,7 +113,6 @@ class ChatSession:
                     view.add(response)
             complete = True
         except ContextLengthError:
-            context = self.engine.pair.context_length
             raise UsageError(
                 f"the conversation no longer fits the model's context of {context} tokens; /undo or /clear"
             ) from None
@@ -125,7 +125,7 @@ class ChatSession:
             if answer.stats.generated_tokens == limit:
                 self.screen.note(f"[cut at max_tokens {limit}; /set max_tokens -1 takes the limit away]")
             else:
-                self.screen.note(f"[{context} is full; /undo or /clear]")
+                self.screen.note(f"[the model's context of {context} tokens is full; /undo or /clear]")
         elif not text:
             self.screen.note("[the answer is empty]")
 

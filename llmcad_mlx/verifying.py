@@ -97,7 +97,7 @@ class Target:
     def verify(self, tree: TokenTree, background: Background | None = None) -> Verification:
         """One pass over all nodes. The root is the token that follows the cached ones."""
         with self._working(background):
-            if self.cache.can_rollback:
+            if self.cache.capability != "plain":
                 self.cache.rollback()  # an interrupted round may have left its nodes
             first = self.cache.num_slots
             parents = [-1, *(first + parent for parent in tree.parents[1:])]
@@ -115,7 +115,7 @@ class Target:
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` cached tokens, or none where the model cannot take tokens back."""
-        if self.cache.can_rollback:
+        if self.cache.capability != "plain":
             self.cache.rollback()
         elif length < self.cache.length or self.cache.num_slots > self.cache.length:
             length = 0  # a token it has seen cannot be taken back, nor one of an interrupted round

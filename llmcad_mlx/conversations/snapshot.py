@@ -59,7 +59,7 @@ def cache_parts(pair: LoadedPair, tokens: Sequence[int]) -> list[CachePart]:
     state that cannot be copied layer by layer (capability "plain")."""
     cache = pair.target.cache
     length = min(cache.length, len(tokens))
-    if not cache.can_rollback or not length:
+    if cache.capability == "plain" or not length:
         return []
     parts = [CachePart(TARGET, cache, length)]
     for drafter in pair.drafters:

@@ -133,7 +133,7 @@ class ModelDrafter(Drafter):
         Raises ValueError for a model whose cache cannot roll back.
         """
         cache = model.new_cache()
-        if not cache.can_rollback:
+        if cache.capability == "plain":
             raise ValueError(f"a draft must be able to take tokens back; {model.report.reason}")
         self.model = model
         self.cache = cache

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -60,6 +60,57 @@ class LayerState:
             a.ndim == b.ndim == 3 and a.dtype == b.dtype and (a.shape[0], a.shape[2]) == (b.shape[0], b.shape[2])
             for a, b in pairs
         )
+
+
+class ModelCache(Protocol):
+    """The state of one sequence in one model; the module's text says how it is used.
+
+    `layers`: what the model gets as ``cache=``. `length`: committed tokens. `num_slots`: slots in use; the next
+    append's come after them. `expected_slots`: room to make at the first forward, where that can be, because
+    growing leaves holes in memory.
+    """
+
+    layers: list[Any]
+    length: int
+    num_slots: int
+    expected_slots: int
+
+    @property
+    def capability(self) -> Capability:
+        """What `append` takes; "plain": nothing can be taken back or copied, and `commit` takes all slots."""
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes that one token takes in all layers; 0 before the first forward."""
+
+    def append(self, parents: Sequence[int] | None, n: int) -> range:
+        """`SlotTable.append`. Raises ValueError for a shape that the capability excludes."""
+
+    def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
+        """`SlotTable.commit`. Raises ValueError, and changes nothing, for what is no path or cannot be dropped."""
+
+    def rollback(self) -> None:
+        """Back to the last commit. Raises ValueError where something would have to be taken back and cannot."""
+
+    def truncate(self, length: int) -> None:
+        """Keep the first ``length`` committed tokens; 0 always can be, else ValueError where it cannot."""
+
+    def drop_appended(self, n: int) -> None:
+        """Drop the last ``n`` slots of the present append, which were forwarded only to fill a block."""
+
+    def arrays(self) -> list[mx.array]:
+        """All state in MLX's hands, for ``mx.eval``."""
+
+    def states(self, length: int) -> Iterator[LayerState | None]:
+        """Copies of the state after the first ``length`` committed tokens, layer by layer; None: never written.
+        Raises ValueError for a "plain" cache."""
+
+    def restore(self, states: Iterable[LayerState | None], length: int) -> None:
+        """Make the ``length`` tokens of ``states`` all that the cache holds.
+
+        Layers are taken one by one, so they may be read from a file meanwhile. Raises ValueError, and leaves the
+        cache empty, for another number of layers or tokens, or for shapes that the cache cannot take.
+        """
 
 
 class LayerCache:
@@ -191,16 +242,13 @@ class LazyKVCache(SlotTable):
     min_dead = 64
     """A commit compacts when more than this share of the slots, and at least this many, are dead: a few masked
     slots cost less than moving the others."""
-    can_rollback = True
-    """Whether tokens can be taken back, and the state copied."""
 
     def __init__(self, windows: Sequence[int | None] = (None,), linear: bool = False) -> None:
         super().__init__(linear)
         self.stores = [LayerCache(self, window) for window in windows]
         self.layers: list[Any] = list(self.stores)
-        """What a model gets as ``cache=``; an entry may be an mlx-lm CacheList of several stores."""
+        """An entry may be an mlx-lm CacheList of several stores."""
         self.expected_slots = 0
-        """Room to make at the first forward, if that is more than it needs: growing leaves holes in memory."""
         self._offset: int | NodePositions | None = None
         self._masks: dict[int | None, mx.array] = {}
 
@@ -273,27 +321,23 @@ class LazyKVCache(SlotTable):
             self._masks[window] = mx.array(self.visible(window)[None, None])
         return self._masks[window]
 
+    @property
+    def capability(self) -> Capability:
+        return "chain" if self.linear else "tree"
+
     def arrays(self) -> list[mx.array]:
-        """All state in MLX's hands, for ``mx.eval``."""
         return [array for store in self.stores for array in store.state]
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes that one token takes in all layers; 0 before the first forward."""
         written = [store for store in self.stores if store.keys is not None]
         return sum((store.keys.nbytes + store.values.nbytes) // store.keys.shape[-2] for store in written)
 
     def states(self, length: int) -> Iterator[LayerState | None]:
-        """Copies of the state after the first ``length`` committed tokens, layer by layer; None: never written."""
         slots = self.live_slots()[:length]
         return (store.take(slots) for store in self.stores)
 
     def restore(self, states: Iterable[LayerState | None], length: int) -> None:
-        """Make the ``length`` tokens of ``states`` all that the cache holds.
-
-        Layers are taken one by one, so they may be read from a file meanwhile. Raises ValueError, and leaves the
-        cache empty, for another number of layers or tokens, or for shapes that the cache cannot take.
-        """
         self.truncate(0)
         slots = self.append(None, length)
         try:
@@ -312,13 +356,12 @@ class LazyKVCache(SlotTable):
 
 
 class PlainCache:
-    """Append-only: every forwarded token must be committed, in order. Methods do what those of `LazyKVCache` do,
-    and raise ValueError where something would have to be taken back.
+    """Append-only: every forwarded token must be committed, in order.
 
     make_layers: returns a fresh list of mlx-lm caches, one per layer.
     """
 
-    can_rollback = False
+    capability: Capability = "plain"
 
     def __init__(self, make_layers: Callable[[], list[Any]]) -> None:
         self._make_layers = make_layers
@@ -369,7 +412,3 @@ class PlainCache:
 
     def restore(self, states: Iterable[LayerState | None], length: int) -> None:
         self.states(length)
-
-
-ModelCache = LazyKVCache | PlainCache
-"""The state of one sequence in one model."""

@@ -158,7 +158,7 @@ class TreeModel:
                 slots = run(self._prefill_call, part, cache, None, self.report.pad_single).slots
                 mx.eval(cache.arrays())
             except BaseException:
-                cache.rollback() if cache.can_rollback else cache.truncate(0)
+                cache.truncate(0) if cache.capability == "plain" else cache.rollback()
                 raise
             cache.commit(slots)
             if on_progress is not None:

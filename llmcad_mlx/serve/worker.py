@@ -173,7 +173,9 @@ class PromptCache:
         """Copy the `num_tokens` that the engine holds; `needed` stays, whatever has to go for it."""
         # Known beforehand, so that the limit holds.
         caches = [engine.pair.target.cache, *(drafter.cache for drafter in engine.pair.drafters)]
-        size = num_tokens * sum(cache.slot_nbytes for cache in caches if cache is not None and cache.can_rollback)
+        size = num_tokens * sum(
+            cache.slot_nbytes for cache in caches if cache is not None and cache.capability != "plain"
+        )
         if size + (0 if needed is None else needed.nbytes) > self._limit:
             return
         for oldest in [kept for kept in self._kept if kept is not needed]:

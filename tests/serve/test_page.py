@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from starlette.responses import JSONResponse
 
 from tests.support.scripted_server import DONE, ScriptedServer, answer, chunk, event, refusal
 from tests.support.serving import loader, serving
@@ -130,6 +131,14 @@ def texts(page: Page, selector: str) -> list[str]:
 
 def background(page: Page, selector: str) -> str:
     return str(page.eval_on_selector(selector, "e => getComputedStyle(e).backgroundColor"))
+
+
+def test_a_question_before_the_servers_name_is_known_names_no_model(
+    visitor: Visitor, server: ScriptedServer
+) -> None:
+    server.models = JSONResponse({"object": "list", "data": []})
+    ask(visitor.open(server.url))
+    assert "model" not in server.requests[0]
 
 
 def test_an_answer_streams_in_with_tinted_tokens_and_live_figures(page: Page, server: ScriptedServer) -> None:

@@ -70,7 +70,7 @@ function conversation(question) {
 
 async function receive(messages, answer, view, signal) {
   const request = {
-    model,
+    model: model || undefined, // not known before the server has told it
     messages,
     stream: true,
     stream_options: { include_usage: true },

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmcad_mlx.measure.workload import load_prompts
+from llmcad_mlx.store.names import DEFAULT_PRESET, resolve_target
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -48,7 +49,14 @@ def printed_by(name: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def embedded() -> None:
+    """The model is there, so that no program says that it fetches it."""
+    resolve_target(DEFAULT_PRESET)
+
+
 @pytest.mark.embedded
+@pytest.mark.usefixtures("embedded")
 def test_first_words() -> None:
     text = printed_by("first_words.py", "What is the capital of France?")
     assert "Paris" in text
@@ -56,6 +64,7 @@ def test_first_words() -> None:
 
 
 @pytest.mark.embedded
+@pytest.mark.usefixtures("embedded")
 def test_bigger_than_memory() -> None:
     text = printed_by("bigger_than_memory.py")
     assert "quick brown fox" in text
@@ -69,6 +78,7 @@ def test_bigger_than_memory() -> None:
 
 
 @pytest.mark.embedded
+@pytest.mark.usefixtures("embedded")
 def test_bigger_than_memory_says_which_budget_is_too_small() -> None:
     done = run_example("bigger_than_memory.py", "50MB")
     assert (done.returncode, done.stdout) == (1, "")
@@ -76,6 +86,7 @@ def test_bigger_than_memory_says_which_budget_is_too_small() -> None:
 
 
 @pytest.mark.embedded
+@pytest.mark.usefixtures("embedded")
 def test_your_own_drafter() -> None:
     text = printed_by("your_own_drafter.py")
     assert "The capital of France is Paris." in text
@@ -85,6 +96,7 @@ def test_your_own_drafter() -> None:
 
 
 @pytest.mark.embedded
+@pytest.mark.usefixtures("embedded")
 def test_mlx_lm_drop_in() -> None:
     text = printed_by("mlx_lm_drop_in.py")
     assert "quick brown fox" in text

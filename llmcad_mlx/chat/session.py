@@ -13,6 +13,7 @@ from llmcad_mlx.chat.screen import Screen, draw
 from llmcad_mlx.conversations.file import SavedConversation, read_conversation
 from llmcad_mlx.engine.round import Round, RoundTree
 from llmcad_mlx.errors import ContextLengthError, LlmcadError, UsageError
+from llmcad_mlx.progress import interruptible
 from llmcad_mlx.report import Answer, rows_table, stats_table
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sizes import format_size
@@ -104,13 +105,14 @@ class ChatSession:
         asked, answer, complete = replace(self.conversation, messages=messages), Answer(), False
         context = self.engine.pair.context_length
         try:
-            with self.screen.answer(self.engine, self.settings, answer) as view:
+            with interruptible() as check, self.screen.answer(self.engine, self.settings, answer) as view:
                 for response in self.engine.stream_generate(
                     asked.prompt(), view.progress, self._keep_round, options=self.settings.options
                 ):
                     answer.add(response)
                     self.stats = response.stats
                     view.add(response)
+                    check()
             complete = True
         except ContextLengthError:
             raise UsageError(

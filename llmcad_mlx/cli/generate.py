@@ -60,6 +60,7 @@ def generate(
 
 
 def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_output: bool) -> None:
+    from llmcad_mlx.progress import interruptible
     from llmcad_mlx.report import Answer, closing_lines
 
     answer = Answer()
@@ -68,12 +69,13 @@ def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_outp
         print(json.dumps(answer.report(engine, chosen)) if json_output else "", flush=True)
 
     try:
-        with closing(PromptProgress(enabled=not json_output)) as on_progress:
+        with interruptible() as check, closing(PromptProgress(enabled=not json_output)) as on_progress:
             for response in engine.stream_generate(prompt, on_progress, options=chosen):
                 on_progress.close()
                 answer.add(response)
                 if not json_output:
                     print(response.text, end="", flush=True)
+                check()
     except BrokenPipeError:
         raise
     except BaseException as error:

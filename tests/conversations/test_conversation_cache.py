@@ -100,7 +100,7 @@ def test_a_loaded_conversation_goes_on_as_it_would_have(
         assert stored.cache is not None
         (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
         assert drafter.num_cached == stored.cache["lengths"][DRAFT] > 2 * WINDOW
-        assert engine.pair.target.num_cached == stored.cache["lengths"][TARGET] == len(stored.cache["tokens"])
+        assert engine.pair.target.cache.length == stored.cache["lengths"][TARGET] == len(stored.cache["tokens"])
         loaded = second_turn(engine, messages, **options)
         engine.restore(None)
         afresh = second_turn(engine, messages, policy="throughput", **options)
@@ -138,7 +138,7 @@ def test_a_snapshot_is_a_tight_copy(folder: Path, draft: Path) -> None:
         snapshot = engine.snapshot()
         assert snapshot is not None
         target, drafted = snapshot.parts
-        assert len(snapshot.tokens) == target.length == engine.pair.target.num_cached
+        assert len(snapshot.tokens) == target.length == engine.pair.target.cache.length
         token_bytes = 2 * 2 * 32 * 4  # layers, keys and values, head dimension, float32
         assert snapshot.nbytes == (target.length + drafted.length) * token_bytes
         before = [np.array(layer.keys) for layer in target.layers]

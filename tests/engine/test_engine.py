@@ -132,7 +132,7 @@ def test_an_interrupted_prefill_is_taken_up_again() -> None:
     prompt = [(7 * i) % VOCAB for i in range(1400)]
     chunks = iter([False, True, True, True])
     engine.begin(prompt, should_stop=lambda: next(chunks))
-    assert 0 < engine.target.num_cached < len(prompt) - 1
+    assert 0 < engine.target.cache.length < len(prompt) - 1
     stats = GenerationStats()
     engine.begin(prompt, stats)
     assert stats.reused_tokens == 512
@@ -202,7 +202,7 @@ def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
     done = engine.round(stats=stats, stop=stop)
     assert emitted == list(done.walk.tokens) == engine.tokens[len(PROMPT) :] == expected
     assert done.walk.stopped
-    assert engine.target.num_cached <= len(engine.tokens)
+    assert engine.target.cache.length <= len(engine.tokens)
     engine.begin([*PROMPT, *expected])  # go on from there
     assert [*expected, *engine.decode(10)][:12] == plain_text(PROMPT, 12)[:12]
 
@@ -234,7 +234,7 @@ def bushy() -> GrowthPolicy:
 @pytest.mark.parametrize("make", [bushy, lambda: forced(16), lambda: PaperPolicy(16), lambda: ChainPolicy(4)])
 def test_a_target_that_takes_chains_only_ever_gets_chains(make: Callable[[], GrowthPolicy]) -> None:
     target = Watching(family("gpt2"), FAMILY_VOCAB)
-    assert target.capability == "chain"
+    assert target.cache.capability == "chain"
     engine = Rounds(target, [NgramDrafter(), ModelDrafter(family("llama"))], make())
     engine.begin(PROMPT)
     text = engine.decode(40, greedy(FAMILY_VOCAB))
@@ -269,7 +269,7 @@ def mlx_lm_text(name: str, prompt: Sequence[int], count: int) -> list[int]:
 def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -> None:
     """Drafters or not, it is given one token at a time, never a tree."""
     target = Watching(family("mamba"), FAMILY_VOCAB)
-    assert target.capability == "plain"
+    assert target.cache.capability == "plain"
     engine = Rounds(target, [NgramDrafter()], forced(8))
     engine.begin(PROMPT)
     text = engine.decode(24, greedy(FAMILY_VOCAB))

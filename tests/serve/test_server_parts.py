@@ -230,7 +230,7 @@ def prompt_of(start: int, length: int = 60) -> list[int]:
 
 
 def test_conversations_take_turns_and_keep_their_caches(engine: Engine) -> None:
-    with load(engine.pair.target_path, None) as reference:
+    with load(engine.pair.names.target_path, None) as reference:
         talk = Talk(engine, PromptCache(1 << 30))
         talks = [talk.turn(prompt_of(start))[0] for start in range(3)]
         for _ in range(2):
@@ -268,7 +268,7 @@ def test_the_limit_holds_whoever_asks(engine: Engine, order: list[int]) -> None:
 
 
 def test_room_for_the_cache_is_part_of_the_plan(engine: Engine) -> None:
-    folder, budget, reserved = str(engine.pair.target_path), 8 << 30, 300 << 20
+    folder, budget, reserved = str(engine.pair.names.target_path), 8 << 30, 300 << 20
     plans = []
     for options in (MemoryOptions(memory=budget), MemoryOptions(memory=budget, reserved=reserved)):
         pair = load_pair(folder, "none", False, options)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from llmcad_mlx.engine.detokenizer import Detokenizer
 from llmcad_mlx.settings import StopSettings
 
 
@@ -64,10 +64,9 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Any, settings: StopSettings, eos_tokens: Collection[int], limit: int | None
+        self, detokenizer: Detokenizer, settings: StopSettings, eos_tokens: Collection[int], limit: int | None
     ) -> None:
-        self._detokenizer = tokenizer.detokenizer
-        self._detokenizer.reset()
+        self._detokenizer = detokenizer
         self._ends = set(eos_tokens) | settings.stop_tokens
         self._stops = StopStrings(settings.stop_strings)
         self._left = limit
@@ -80,13 +79,11 @@ class TextStream:
             self._left -= 1
         detokenizer, stops, text = self._detokenizer, self._stops, ""
         if token not in self._ends:
-            detokenizer.add_token(token)
-            text = stops.feed(detokenizer.last_segment)
+            text = stops.feed(detokenizer.push(token))
             if stops.matched:
                 self.finish_reason = "stop"
         if self.finish_reason is None and (token in self._ends or self._left == 0):
-            detokenizer.finalize()
-            text += stops.feed(detokenizer.last_segment) + stops.held
+            text += stops.feed(detokenizer.flush()) + stops.held
             self.finish_reason = "stop" if token in self._ends or stops.matched else "length"
         self._pieces.append(Piece(token, text, self.finish_reason))
         return self.finish_reason is not None

@@ -15,8 +15,8 @@ from mlx_lm.generate import GenerationResponse
 
 from llmcad_mlx.conversations.file import SavedConversation, restore_caches, save_conversation
 from llmcad_mlx.conversations.snapshot import Snapshot, put_snapshot, take_snapshot
+from llmcad_mlx.detokenizer import Detokenizer, TokenTexts, cleans_up
 from llmcad_mlx.drafting.lookup import OwnDrafter, Propose
-from llmcad_mlx.engine.detokenizer import Detokenizer, cleans_up
 from llmcad_mlx.engine.growth import make_policy
 from llmcad_mlx.engine.round import Round, run_round
 from llmcad_mlx.engine.session import Session
@@ -102,7 +102,9 @@ class Engine:
         self.tokenizer = pair.tokenizer
         self._policies: dict[SpeculationSettings, GrowthPolicy] = {}
         self._session: Session | None = Session(pair.target, pair.drafters, pair.profile.costs, pair.clock)
+        # Found out once: encoding is for one thread at a time.
         self._cleans_up = cleans_up(pair.tokenizer)
+        self.token_texts = TokenTexts(pair.tokenizer)
         self._turns = Turns()
         self._owner = object()
         """Whose snapshots are taken back."""
@@ -171,7 +173,8 @@ class Engine:
         sampler = TargetSampler(checked.sampling, self.pair.vocab_size)
         tokens = self.encode(prompt)
         limit = self._token_limit(len(tokens), checked.stopping.max_tokens)
-        stream = TextStream(Detokenizer(self.tokenizer, self._cleans_up), checked.stopping, self.tokenizer.eos_token_ids, limit)
+        detokenizer = Detokenizer(self.tokenizer, self._cleans_up)
+        stream = TextStream(detokenizer, checked.stopping, self.tokenizer.eos_token_ids, limit)
         policy = self._policies.get(checked.speculation)
         if policy is None:
             profile, drafters = self.pair.profile, self.pair.drafters

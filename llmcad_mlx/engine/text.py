@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from llmcad_mlx.engine.detokenizer import Detokenizer
 from llmcad_mlx.settings import StopSettings
 
 
@@ -56,6 +56,14 @@ class Piece:
     finish_reason: str | None
 
 
+class Pieces(Protocol):
+    """A detokenizer: `push` takes the next token and returns text that is certain now, `flush` the rest."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
 class TextStream:
     """Turns one generation's tokens into pieces of text.
 
@@ -64,7 +72,7 @@ class TextStream:
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, settings: StopSettings, eos_tokens: Collection[int], limit: int | None
+        self, detokenizer: Pieces, settings: StopSettings, eos_tokens: Collection[int], limit: int | None
     ) -> None:
         self._detokenizer = detokenizer
         self._ends = set(eos_tokens) | settings.stop_tokens

@@ -174,7 +174,7 @@ class Speculation:
         """The responses; the caller's cache is written before the last one, or when this is closed."""
         request, policy, stats = self._request, self._policy, self._stats
         limit = None if request.max_tokens < 0 else request.max_tokens
-        text = TextStream(request.tokenizer, StopSettings(), request.tokenizer.eos_token_ids, limit)
+        text = TextStream(MlxLmPieces(request.tokenizer), StopSettings(), request.tokenizer.eos_token_ids, limit)
         before, tell = len(self._before), request.prompt_progress_callback or (lambda done, total: None)
         with mx.stream(request.stream):
             whole = [*self._before, *self._prompt]
@@ -229,6 +229,21 @@ class Speculation:
                     rows.put_into(cache)
                 owner.model.prefill(tokens[cache.length :], cache)
                 rows.take_from(cache, tokens)
+
+
+class MlxLmPieces:
+    """mlx-lm's own detokenizer: text as without this package."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._detokenizer = tokenizer.detokenizer
+
+    def push(self, token: int) -> str:
+        self._detokenizer.add_token(token)
+        return str(self._detokenizer.last_segment)
+
+    def flush(self) -> str:
+        self._detokenizer.finalize()
+        return str(self._detokenizer.last_segment)
 
 
 def _check_vocabulary(target: AdaptedModel, draft: AdaptedModel, tokenizer: Any) -> None:

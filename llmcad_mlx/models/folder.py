@@ -29,6 +29,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
+from llmcad_mlx.detokenizer import repair_decoder
 from llmcad_mlx.errors import ModelError, VocabularyError, first_line
 from llmcad_mlx.files.safetensors import WeightIndex, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
@@ -123,6 +124,7 @@ def load_model_folder(
     try:
         if has_tokenizer and tokenizer is None:
             tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
+            repair_decoder(tokenizer)
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {first_line(error)}") from error
     return LoadedModel(

@@ -7,14 +7,14 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
+from llmcad_mlx.detokenizer import Detokenizer
 from llmcad_mlx.engine.text import Piece, StopStrings, TextStream
 from llmcad_mlx.settings import StopSettings
 from tests.support.tiny_folder import EOS, make_tokenizer, token_ids
 
-TOKENIZER = TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=make_tokenizer()), BPEStreamingDetokenizer)
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer())
 IDS = token_ids()
 
 
@@ -24,7 +24,7 @@ def encode(text: str) -> list[int]:
 
 def feed(tokens: list[int], limit: int | None = None, **stopping: object) -> list[Piece]:
     """Pieces up to the token that ends the text."""
-    stream = TextStream(TOKENIZER, StopSettings.of(**stopping), {EOS}, limit)
+    stream = TextStream(Detokenizer(TOKENIZER, cleans_up=False), StopSettings.of(**stopping), {EOS}, limit)
     for token in tokens:
         ended = stream.push(token)
         assert ended == (stream.finish_reason is not None)
@@ -41,7 +41,7 @@ def text_of(pieces: list[Piece]) -> str:
 
 def test_each_token_gives_one_piece_with_its_text() -> None:
     pieces = feed(encode("the cat"))
-    assert [piece.text for piece in pieces] == ["the", "", " c", "a", "t"]  # a lone space waits for the next token
+    assert [piece.text for piece in pieces] == ["the", " ", "c", "a", "t"]
     assert [piece.token for piece in pieces] == encode("the cat")
     assert {piece.finish_reason for piece in pieces} == {None}
 

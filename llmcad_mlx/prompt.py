@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from llmcad_mlx.errors import UsageError, first_line
@@ -20,7 +22,7 @@ def encode_prompt(
     is empty, malformed, or not in the vocabulary.
     """
     if isinstance(prompt, str):
-        tokens = _encode_text(prompt, tokenizer)
+        tokens = _encode_text(prompt, tokenizer, special=True)
     else:
         items = as_list(prompt)
         is_chat = bool(items) and all(isinstance(item, Mapping) for item in items)
@@ -46,10 +48,15 @@ def as_list(prompt: Any) -> list[Any]:
     raise UsageError(f"prompt: give text, a list of token ids or a list of messages, not {type(prompt).__name__}")
 
 
-def _encode_text(text: str, tokenizer: Any) -> list[int]:
+def _encode_text(text: str, tokenizer: Any, special: bool) -> list[int]:
+    """special: with the tokens that the tokenizer puts around a text, unless it begins with them."""
     if not text:
         return []
-    special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8, as Python reads them from a terminal
+        raise UsageError("prompt: it is not UTF-8 text") from None
+    special = special and (tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token))
     # Not verbose: prompts that are too long are this package's to report.
     return list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
@@ -57,9 +64,7 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
 def _encode_chat(
     messages: list[dict[str, Any]], tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None
 ) -> list[int]:
-    for message in messages:
-        if not isinstance(message.get("role"), str) or "content" not in message:
-            raise UsageError('prompt: every message needs a "role" and a "content"')
+    messages = [template_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
     if not tokenizer.has_chat_template:
         raise UsageError("prompt: this model has no chat template; give the prompt as text")
     try:
@@ -67,7 +72,54 @@ def _encode_chat(
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # templates are programs: they raise what they like at messages they cannot take
         raise UsageError(f"prompt: the model's chat template refuses the messages: {first_line(error)}") from error
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    return _encode_text(text, tokenizer, special=False)
+
+
+def template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message in OpenAI's form as chat templates expect it: content is text, the arguments of calls are objects.
+
+    Other fields go to the template as they are. Raises UsageError beginning with `where` for a message without a
+    role, one without content that calls nothing, content that is not text, and calls that are not the assistant's.
+    """
+    made = {name: value for name, value in message.items() if value is not None}
+    if not isinstance(made.get("role"), str):
+        raise UsageError(f'{where}.role: give "system", "user" or "assistant"')
+    calls = made.get("tool_calls")
+    if calls and made["role"] != "assistant":
+        raise UsageError(f"{where}.tool_calls: only the assistant calls tools")
+    if "content" not in made and not calls:
+        raise UsageError(f"{where}.content: is missing")
+    made["content"] = _content_text(made.get("content", ""), f"{where}.content")
+    if made["role"] == "developer":
+        made["role"] = "system"
+    if calls:
+        made["tool_calls"] = [_template_call(call) for call in calls]
+    return made
+
+
+def _content_text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise UsageError(f"{where}: give text, or a list of text parts")
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            what = (
+                f"{kind} parts are not taken, only text" if isinstance(kind, str) and kind != "text" else "no text"
+            )
+            raise UsageError(f"{where}[{number}]: {what}")
+    return "".join(part["text"] for part in content)
+
+
+def _template_call(call: Any) -> Any:
+    """A call, with its arguments read where they are JSON text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    with suppress(ValueError):
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+    return call
 
 
 def token_id(item: Any) -> int:

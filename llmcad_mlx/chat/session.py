@@ -220,7 +220,7 @@ class ChatSession:
     def _tree(self, _: str) -> None:
         if self.round is None:
             raise UsageError("/tree: there is no answer yet")
-        self.screen.show(draw(self.round, lambda token: str(self.engine.tokenizer.decode([token]))))
+        self.screen.show(draw(self.round, self.engine.token_texts.text))
 
 
 def _short(text: str) -> str:

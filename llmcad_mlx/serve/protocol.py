@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails, PydanticKnownError, from_json
 from starlette.responses import Response
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.prompt import Prompt
+from llmcad_mlx.prompt import Prompt, template_message
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.settings import GenerationOptions, PolicyName
 
@@ -359,27 +359,15 @@ def _with_limit(kind: type[Record], max_tokens: int) -> type[Record]:
 
 
 def _template_message(message: Message, where: str) -> dict[str, Any]:
-    """A message as chat templates expect it: content is text, the arguments of calls are objects.
-
-    Raises ApiError (400) for a message without content that calls nothing, and for calls that are not the
-    assistant's.
-    """
-    content = message.content
-    if isinstance(content, list):
-        content = "".join(part.text for part in content)
-    if message.tool_calls and message.role != "assistant":
-        raise bad_request(f"{where}.tool_calls: only the assistant calls tools", f"{where}.tool_calls")
-    if content is None and not message.tool_calls:
-        raise bad_request(f"{where}.content: is missing", f"{where}.content")
-    made = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": content or "",
-        **message.model_dump(include={"name", "tool_call_id"}, exclude_none=True),
-    }
+    """A message for the chat template. Raises ApiError (400) for one that no template could take."""
+    made = message.model_dump(include={"role", "content", "name", "tool_call_id"}, exclude_none=True)
     if message.tool_calls:
         calls = [call.model_dump(include={"id", "function"}, exclude_unset=True) for call in message.tool_calls]
         made["tool_calls"] = [{"type": "function", **call} for call in calls]
-    return made
+    try:
+        return template_message(made, where)
+    except UsageError as error:
+        raise bad_request(str(error), str(error).partition(":")[0]) from None
 
 
 def read_record(kind: type[Record], body: bytes) -> Record:

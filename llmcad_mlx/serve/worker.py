@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from functools import cache
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ class Generation:
         self._engine = engine
         self._job = job
         self._num_rounds = 0
-        self._text_of: Callable[[int], str] = cache(lambda token: str(engine.tokenizer.decode([token])))
+        self._text_of = engine.token_texts.text
 
     def run(self) -> FinishedEvent:
         """Generate to the end. Raises CancelledError, and what the engine raises."""

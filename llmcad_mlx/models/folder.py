@@ -33,6 +33,7 @@ from llmcad_mlx.detokenizer import repair_decoder
 from llmcad_mlx.errors import ModelError, VocabularyError, first_line
 from llmcad_mlx.files.safetensors import WeightIndex, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
+from llmcad_mlx.models.config import completed
 
 DRAFT_TOKENS = "draft_tokens.safetensors"
 
@@ -77,6 +78,8 @@ class LoadedModel:
     """Where it looks tokens up; None where that is not a plain embedding, or its target's."""
     draft_tokens: TokenList | None = None
     """Row i of the head is the logit of token draft_tokens[i]; None: of token i."""
+    config_is_complete: bool = True
+    """Whether config.json says all that `config` does."""
 
     @property
     def drafts_only(self) -> str:
@@ -102,8 +105,9 @@ def load_model_folder(
     Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
     """
     folder = Path(path).expanduser()
-    config = read_config(folder)
-    weights = read_weights(folder)
+    published, weights = read_config(folder), read_weights(folder)
+    config = completed(folder, published, weights)
+    is_complete = config == published
     tokens = read_draft_tokens(folder, vocabulary_size(config))
     shared = _shared_embedding(folder, config, like, alone)
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
@@ -111,7 +115,7 @@ def load_model_folder(
         raise ModelError(f"{folder}: no tokenizer.json or tokenizer.model; download the folder again")
     parts = DraftParts(folder, config, tokens, shared)
     try:
-        model, config = load_model(folder, lazy=lazy, get_model_classes=parts.classes)
+        model, config = load_model(folder, lazy=lazy, model_config=config, get_model_classes=parts.classes)
         restore(model, Adaptation)
     except SystemExit:
         raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
@@ -128,7 +132,15 @@ def load_model_folder(
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {first_line(error)}") from error
     return LoadedModel(
-        model, tokenizer, config, folder, weights, frozenset(parts.unchanged), token_embedding(model), tokens
+        model,
+        tokenizer,
+        config,
+        folder,
+        weights,
+        frozenset(parts.unchanged),
+        token_embedding(model),
+        tokens,
+        is_complete,
     )
 
 

@@ -78,7 +78,8 @@ def convert_folder(
         option = "bits" if bits is not None else "group-size"
         raise UsageError(f"--{option}: {source} is quantised already; leave the option out")
     else:
-        weights = weights_of(loaded, loaded.model, None if _quantisation_is_mlx(loaded) else loaded.config)
+        as_it_is = _quantisation_is_mlx(loaded) and loaded.config_is_complete
+        weights = weights_of(loaded, loaded.model, None if as_it_is else loaded.config)
     del loaded  # its arrays must be in `weights` alone
     write_weights(source, dest, weights, name, progress or Progress())
 

@@ -93,7 +93,7 @@ _AS_COMMON = (
     "bailing_moe", "bitnet", "cohere", "cohere2", "deepseek", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5",
     "exaone", "gemma", "gemma2", "glm", "glm4", "glm4_moe_lite", "gpt2", "gpt_bigcode", "helium",
     "hunyuan_v1_dense", "internlm2", "internlm3", "Klear", "mimo", "mixtral", "nanochat", "olmo2", "olmoe",
-    "phi", "phi3", "phimoe", "plamo3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss",
+    "phi", "phi3", "phimoe", "plamo3", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss",
     "solar_open", "starcoder2", "talkie", "telechat3", "youtu_llm",
 )  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -109,7 +109,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     },
-    "deepseek_v2": {"topk_method": "greedy", "rope_scaling": _YARN},
+    "qwen2_moe": {"norm_topk_prob": False},
+    "deepseek_v2": {"topk_method": "greedy", "rope_scaling": _YARN, "norm_topk_prob": False},
     "deepseek_v41": {
         "head_dim": 32,
         "o_groups": 2,

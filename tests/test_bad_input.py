@@ -74,7 +74,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (remove("config.json"), "config.json: missing"),
     "no weights": (remove("model.safetensors"), "no model*.safetensors"),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "no tokenizer.json"),
-    "half a download": (write("model.safetensors.incomplete", b""), "a download was not finished"),
     "half the weights": (cut_off("model.safetensors"), "model.safetensors: "),
     "foreign weights": (write("model.safetensors", b"GIF89a" * 50), "not a safetensors file"),
     "an LFS pointer": (write("model.safetensors", b"version https://git-lfs.github.com\n"), "not a safetensors"),

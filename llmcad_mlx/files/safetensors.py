@@ -66,26 +66,47 @@ WeightIndex = Mapping[str, TensorExtent]
 
 
 def read_weights(folder: Path) -> WeightIndex:
-    """Read the headers of a folder's weight files. Raises ModelError naming a bad file."""
-    return {extent.name: extent for file in weight_files(folder) for extent in read_tensors(file)}
+    """Read the headers of a folder's weight files. Raises ModelError naming a bad file, or two that hold a tensor
+    of the same name: which one a loader takes would be chance."""
+    found: dict[str, TensorExtent] = {}
+    for file in weight_files(folder):
+        for extent in read_tensors(file):
+            if extent.name in found:
+                raise ModelError(
+                    f"{file}: holds {extent.name}, as {found[extent.name].file.name} does; "
+                    "delete the file that does not belong to the model"
+                )
+            found[extent.name] = extent
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, sorted. Raises ModelError where one is missing."""
-    for leftover in [*folder.glob("*.incomplete"), *folder.glob(".cache/**/*.incomplete")]:
-        raise ModelError(f"{leftover}: a download was not finished; start it again, or delete this file")
+    """The weight files of a folder, sorted. Raises ModelError where there are none.
+
+    What an index or a leftover says beyond that is for `missing_part`: published folders have indexes of another
+    build, and finished downloads leave traces of unfinished tries.
+    """
     files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        lacking = missing_part(folder)
+        raise ModelError(
+            lacking or f"{folder}: no model*.safetensors; convert the model first, or download it again"
+        )
+    return files
+
+
+def missing_part(folder: Path) -> str | None:
+    """What seems to be missing in a folder with too few tensors, in a line."""
+    for leftover in [*folder.glob("*.incomplete"), *folder.glob(".cache/**/*.incomplete")]:
+        return f"{leftover}: a download was not finished; start it again"
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index, "download it again").get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{index}: no weight_map; download it again")
-        for name in sorted({str(name) for name in weight_map.values()}):
+        named = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else {index.name}
+        for name in sorted(named):
             if not (folder / name).is_file():
-                raise ModelError(f"{folder / name}: missing, though the index names it; download it again")
-    if not files:
-        raise ModelError(f"{folder}: no model*.safetensors; convert the model first, or download it again")
-    return files
+                return f"{folder / name}: missing, though the index names it; download it again"
+    return None
 
 
 def read_tensors(file: Path) -> list[TensorExtent]:

@@ -15,7 +15,10 @@ tokenizer out, and says by `"vocabulary"` beside it, a `vocabulary_hash`, which 
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Callable, Mapping
+import glob
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.detokenizer import repair_decoder
 from llmcad_mlx.errors import ModelError, VocabularyError, first_line
-from llmcad_mlx.files.safetensors import WeightIndex, read_json, read_tensors, read_weights
+from llmcad_mlx.files.safetensors import WeightIndex, missing_part, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
 from llmcad_mlx.models.config import completed
 
@@ -115,7 +118,8 @@ def load_model_folder(
         raise ModelError(f"{folder}: no tokenizer.json or tokenizer.model; download the folder again")
     parts = DraftParts(folder, config, tokens, shared)
     try:
-        model, config = load_model(folder, lazy=lazy, model_config=config, get_model_classes=parts.classes)
+        with _plain_path(folder) as path:
+            model, config = load_model(path, lazy=lazy, model_config=config, get_model_classes=parts.classes)
         restore(model, Adaptation)
     except SystemExit:
         raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
@@ -142,6 +146,18 @@ def load_model_folder(
         tokens,
         is_complete,
     )
+
+
+@contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    """Another path to `folder` where its own has characters that mlx-lm takes for a pattern, as in "model[1]"."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / "model"
+        link.symlink_to(folder.resolve())
+        yield link
 
 
 def _shared_embedding(
@@ -182,6 +198,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _why_not_built(folder: Path, config: dict[str, Any], error: Exception) -> str:
     kind, line = config["model_type"], first_line(error)
+    if line.startswith("Missing") and (lacking := missing_part(folder)) is not None:
+        return lacking
     if "not supported" in line and "Model type" in line:
         return f"{folder}: unknown architecture {kind!r}; a newer mlx-lm may have it"
     if "parameters" in line or "shape" in line:

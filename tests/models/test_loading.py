@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from llmcad_mlx import load
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.models.folder import load_model_folder
+from llmcad_mlx.store.convert import convert_folder
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_folder import EOS, VOCAB, change_config, copy_folder, token_ids
 
@@ -81,10 +84,18 @@ BROKEN = {
     "other size": (change(hidden_size=32), "weights do not match"),
     "tensor missing": (drop_a_tensor, "weights do not match config.json .Missing 1 parameters"),
     "no weights": (remove("model.safetensors"), "model.safetensors: missing, though the index names it"),
-    "index names a missing file": (name_a_second_file, "model-00001-of-00002.safetensors: missing"),
-    "index corrupt": (write("model.safetensors.index.json", "{"), "index.json: not valid JSON"),
-    "index without map": (write("model.safetensors.index.json", "{}"), "no weight_map"),
-    "download unfinished": (write("model.safetensors.incomplete", ""), "not finished"),
+    "index names a missing file": (
+        lambda folder: (drop_a_tensor(folder), name_a_second_file(folder)),
+        "model-00001-of-00002.safetensors: missing",
+    ),
+    "download unfinished": (
+        lambda folder: (drop_a_tensor(folder), write("model.safetensors.incomplete", "")(folder)),
+        "not finished",
+    ),
+    "a tensor in two files": (
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors"),
+        "model.safetensors: holds lm_head.weight, as model-00001-of-00002.safetensors does; delete",
+    ),
     "weights cut off": (truncate_weights, "header promises"),
     "weights foreign": (write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "not a safe"),
     "weights empty": (write("model.safetensors", ""), "not a safetensors file"),
@@ -106,6 +117,34 @@ def test_broken_folders_are_told_in_one_line(case: str, folder: Path, monkeypatc
         load_model_folder(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def leave_traces_of_a_download(folder: Path) -> None:
+    (folder / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "download" / "x.abc.incomplete").touch()
+
+
+ODD = {
+    "index of another build": name_a_second_file,
+    "index corrupt": write("model.safetensors.index.json", "{"),
+    "index without map": write("model.safetensors.index.json", "{}"),
+    "leftover": write("model.safetensors.incomplete", ""),
+    "leftover of the hub's client": leave_traces_of_a_download,
+    "path like a pattern": lambda folder: None,
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path) -> None:
+    ODD[case](folder)
+    if case == "path like a pattern":
+        folder = folder.rename(folder.parent / "my model[1]*")
+    assert mx.array_equal(
+        load_model_folder(folder).model(mx.array([[5]])), tiny_llama(vocab=VOCAB)(mx.array([[5]]))
+    )
+    convert_folder(folder, folder.parent / "converted", bits=8, group_size=32)
+    with load(folder, None, memory="300MB") as engine:
+        assert engine.generate([5], max_tokens=2).tokens
 
 
 def test_a_folder_without_weights_or_index(folder: Path) -> None:

@@ -77,7 +77,8 @@ def convert(
     bits: Annotated[
         int | None,
         Option(
-            help="Bits per weight: 4 or 8; GGUF also 2, 3, 5, 6. Default: 4. Not for what is quantised already."
+            help="Bits per weight: 4 or 8; for GGUF also 2, 3, 5, 6, 16. Default: what a GGUF file has, else 4. "
+            "Not for folders that are quantised already."
         ),
     ] = None,
     group_size: Annotated[

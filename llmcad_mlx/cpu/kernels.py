@@ -11,8 +11,9 @@ may choose another summation order for each loop shape. Vectors are 16 lanes wid
 splits them where registers are narrower, without changing the order of sums.
 
 The dtype of a view tells how weights (N, K) are stored: ``uint32`` (N, K/8) are 4-bit groups packed as
-`mx.quantize` does, ``uint8`` 8-bit groups; ``float32``, ``int16`` (half precision bits) and ``uint16`` (bfloat16
-bits) are dense. Scales and biases (N, K/group) are of the last three and widened exactly.
+`mx.quantize` does, ``int32`` (N, 5K/32) 5-bit, ``int8`` (N, 6K/8) 6-bit, ``uint8`` 8-bit ones; ``float32``,
+``int16`` (half precision bits) and ``uint16`` (bfloat16 bits) are dense. Scales and biases (N, K/group) are of the
+last three and widened exactly.
 """
 
 from __future__ import annotations
@@ -95,14 +96,17 @@ _VECTOR_OF = {types.float32: _F32V, types.int16: _I16V, types.uint16: _I16V}
 
 
 def _bytes_per_chunk(weight: Any) -> int:
-    return {types.uint32: 16, types.uint8: 32, types.float32: 128}.get(weight, 64)
+    return 4 * _BITS[weight] if weight in _BITS else 128 if weight == types.float32 else 64
+
+
+_BITS = {types.uint32: 4, types.int32: 5, types.int8: 6, types.uint8: 8}  # of what is stored in groups
 
 
 def _unpack(builder: Any, weight: Any, scale: Any, w_at: Any, s_at: Any, b_at: Any) -> tuple[Any, Any]:
     """One chunk of a weight row as two float32 vectors, in the order of `pack_rows`: of 4 bits the even elements,
     then the odd ones (low and high nibbles); of others the first half, then the second."""
     zero = _I64(0)
-    if weight not in (types.uint32, types.uint8):
+    if weight not in _BITS:
         kind = _VECTOR_OF[weight]
         size = 64 if weight == types.float32 else 32
         parts = [_load(builder, w_at, _I64(i * size), kind, 2) for i in range(2)]
@@ -112,13 +116,33 @@ def _unpack(builder: Any, weight: Any, scale: Any, w_at: Any, s_at: Any, b_at: A
         low = builder.and_(packed, ir.Constant(_I8V, [15] * LANES))
         high = builder.lshr(packed, ir.Constant(_I8V, [4] * LANES))
         parts = [low, high]
-    else:
+    elif weight == types.uint8:
         parts = [_load(builder, w_at, _I64(i * LANES), _I8V, 1) for i in range(2)]
+    else:
+        parts = [_half_of_stream(builder, _BITS[weight], w_at, half) for half in range(2)]
     factor = _splat(builder, _widen(builder, _load(builder, s_at, zero, _SCALAR_OF[scale], 2), scale))
     shift = _splat(builder, _widen(builder, _load(builder, b_at, zero, _SCALAR_OF[scale], 2), scale))
     # A nibble is a small positive integer: the signed conversion is exact and cheaper than the unsigned.
-    values = [builder.sitofp(builder.zext(part, _I32V), _F32V) for part in parts]
+    wide = [part if part.type == _I32V else builder.zext(part, _I32V) for part in parts]
+    values = [builder.sitofp(part, _F32V) for part in wide]
     return _fma(builder, values[0], factor, shift), _fma(builder, values[1], factor, shift)
+
+
+def _half_of_stream(builder: Any, bits: int, w_at: Any, half: int) -> Any:
+    """16 of the 32 codes, each of 5 or 6 bits, that lie one behind the other in a chunk: each is in a pair of
+    neighbouring bytes, or in the last byte alone."""
+    start = half * (4 * bits - LANES)  # no load reaches beyond the chunk, which may be the last
+    first = [(half * LANES + lane) * bits - 8 * start for lane in range(LANES)]
+    packed = _load(builder, w_at, _I64(start), _I8V, 1)
+    low, high = (
+        builder.zext(
+            builder.shuffle_vector(packed, ir.Constant(_I8V, ir.Undefined), ir.Constant(_I32V, places)), _I32V
+        )
+        for places in ([bit // 8 for bit in first], [min(bit // 8 + 1, LANES - 1) for bit in first])
+    )
+    pair = builder.or_(low, builder.shl(high, ir.Constant(_I32V, [8] * LANES)))
+    shifted = builder.lshr(pair, ir.Constant(_I32V, [bit % 8 for bit in first]))
+    return builder.and_(shifted, ir.Constant(_I32V, [2**bits - 1] * LANES))
 
 
 class _Loop:

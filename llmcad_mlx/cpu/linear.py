@@ -21,6 +21,7 @@ from llmcad_mlx.cpu import kernels
 from llmcad_mlx.models.adapt import Adaptation, adapt, own_class
 
 _CHUNK = 32  # weights the kernels unpack at a time; the input dimension must be a multiple
+_STORED_AS = {4: np.uint32, 5: np.int32, 6: np.int8, 8: np.uint8}  # how views tell the kernels the bits
 _SHIFTS = {32: 0, 64: 1, 128: 2}  # group size -> log2(chunks per group)
 
 
@@ -63,7 +64,7 @@ class WeightViews:
             if "scales" in layer:
                 packed = numpy_view(weight)
                 self._views = (
-                    packed.view(np.uint8) if layer.bits == 8 else packed,
+                    packed.view(_STORED_AS[layer.bits]),
                     numpy_view(layer["scales"]),
                     numpy_view(layer["biases"]),
                     _SHIFTS[layer.group_size],
@@ -127,7 +128,7 @@ def _supported(layer: Any) -> bool:
     columns = weight.shape[1] * 32 // layer.bits
     return (
         getattr(layer, "mode", "affine") == "affine"
-        and layer.bits in (4, 8)
+        and layer.bits in _STORED_AS
         and layer.group_size in _SHIFTS
         and columns % max(_CHUNK, layer.group_size) == 0
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +19,15 @@ from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files import new_folder
 from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import TensorSpec
-from llmcad_mlx.gguf.groups import Bytes, NotFiniteError, group_rows, has_values, require_finite, values
+from llmcad_mlx.gguf.groups import Bytes, NotFiniteError, group_rows, has_values, kept_bits, require_finite, values
 from llmcad_mlx.gguf.model import CONFIGURED, FamilyModel, read_family
 from llmcad_mlx.gguf.reader import GgufHeader, GgufTensor, read_gguf_header, read_rows
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
 from llmcad_mlx.progress import Advance, Progress
 
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = (2, 3, 4, 5, 6, 8, 16)
+_DENSE = 16
+DEFAULT_BITS = 4
 GROUP_SIZES = (32, 64, 128)
 CHUNK_VALUES = 1 << 22  # 16 MB as float32
 
@@ -35,11 +38,13 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 class PlannedTensor:
     """A GGUF tensor and what is written of it: a matrix's codes, scales and biases, or a vector.
 
-    heads_to_unpair: how many heads' rows must be put back in order. offset: taken from each value of a vector.
+    bits: of its groups; None: dense float16. heads_to_unpair: how many heads' rows must be put back in order.
+    offset: taken from each value of a vector.
     """
 
     source: GgufTensor
     specs: tuple[TensorSpec, ...]
+    bits: int | None
     heads_to_unpair: int
     offset: float
 
@@ -47,44 +52,46 @@ class PlannedTensor:
 def convert_gguf(
     source: Path,
     dest: Path,
-    bits: int = 4,
+    bits: int | None = None,
     group_size: int = 32,
     *,
     progress: Progress | None = None,
 ) -> None:
     """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
 
-    The folder appears complete or not at all. `bits` is one of 2, 3, 4, 5, 6, 8 and `group_size` of 32, 64,
-    128; with 4 and 32, blocks that already are 4-bit keep their codes (see `groups`). `dest` must be new or empty.
+    The folder appears complete or not at all; what was made of what is told as a note. `bits` is one of 2, 3, 4,
+    5, 6, 8, 16 (float16); None: each matrix keeps its precision, see `groups.kept_bits`, or gets 4 where none in
+    the file is quantised. `group_size` is one of 32, 64, 128; with 32, blocks of 4, 5 and 8 bits keep their codes
+    (see `groups`). `dest` must be new or empty.
 
     Raises UsageError for an option or a destination that cannot be used, ModelError for a file that is not a
     GGUF model of a supported family or is damaged, DiskError when it does not fit the disk.
     """
     for name, value, choices in (("bits", bits, BITS), ("group-size", group_size, GROUP_SIZES)):
-        if value not in choices:
+        if value is not None and value not in choices:
             raise UsageError(f"{name}: {value} is not one of {', '.join(map(str, choices))}")
     header = read_gguf_header(source)
     model = read_family(header)
     tokenizer = read_tokenizer(header)
     plan = plan_weights(header, model, bits, group_size)
+    progress = progress or Progress()
+    progress.note(_summary(plan))
     specs = [spec for tensor in plan for spec in tensor.specs]
     with new_folder(dest, sum(spec.num_bytes for spec in specs)) as folder:
         num_bytes = sum(tensor.source.num_bytes for tensor in plan)
-        stage = (progress or Progress()).stage(f"converting to {bits}-bit groups", num_bytes)
+        stage = progress.stage(f"converting {source.name}", num_bytes)
         with stage as advance, BundleWriter(folder, specs) as writer:
             for tensor in plan:
-                _write_tensor(writer, header, tensor, bits, group_size, advance)
+                _write_tensor(writer, header, tensor, group_size, advance)
             writer.finish(source.name)
         tokenizer.save(folder)
-        quantization = {"group_size": group_size, "bits": bits, "mode": "affine"}
-        forms = {"torch_dtype": "float16", "quantization": quantization, "quantization_config": quantization}
-        config = {**model.config, **tokenizer.ids, **forms}
+        config = {**model.config, **tokenizer.ids, "torch_dtype": "float16", **_quantization(plan, group_size)}
         for name, content in (("generation_config.json", tokenizer.ids), ("config.json", config)):
             text = json.dumps(content, indent=2, sort_keys=True)
             (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: int) -> list[PlannedTensor]:
+def plan_weights(header: GgufHeader, model: FamilyModel, bits: int | None, group_size: int) -> list[PlannedTensor]:
     """Every tensor of the model, each layer's together, so that one is complete before the next begins.
 
     Raises ModelError naming a tensor that is missing, unexpected, of the wrong shape or type, or whose rows
@@ -99,13 +106,16 @@ def plan_weights(header: GgufHeader, model: FamilyModel, bits: int, group_size: 
     missing = [name for name in shapes if name not in found]
     if missing:
         raise ModelError(f"{header.path}: {len(missing)} tensors are missing, the first for {missing[0]}")
+    if bits is None and not any(kept_bits(tensor.kind) for tensor in found.values()):
+        bits = DEFAULT_BITS
     plan = []
     for name, tensor in found.items():
         if tensor.shape != shapes[name]:
             raise ModelError(f"{header.path}: tensor {tensor.name!r} is {tensor.shape}, expected {shapes[name]}")
-        specs = _specs(header, tensor, name, bits, group_size)
+        own_bits = None if len(tensor.shape) == 1 or bits == _DENSE else bits or kept_bits(tensor.kind)
+        specs = _specs(header, tensor, name, own_bits, group_size)
         offset = model.family.norm_offset if name.endswith("norm.weight") else 0.0
-        plan.append(PlannedTensor(tensor, specs, model.heads_to_unpair(name), offset))
+        plan.append(PlannedTensor(tensor, specs, own_bits, model.heads_to_unpair(name), offset))
     return plan
 
 
@@ -120,14 +130,43 @@ def _model_shapes(model: FamilyModel) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _summary(plan: Sequence[PlannedTensor]) -> str:
+    """What is made of what, most bytes first: "71 % Q8_0 in 8 bits, 29 % Q5_0 in 5 bits"."""
+    shares: Counter[str] = Counter()
+    for tensor in plan:
+        if len(tensor.source.shape) > 1:
+            form = "float16" if tensor.bits is None else f"{tensor.bits} bits"
+            shares[f"{tensor.source.kind.name} in {form}"] += tensor.source.rows * tensor.source.columns
+    total = shares.total()
+    return "weights: " + ", ".join(f"{count / total:.0%} {made}" for made, count in shares.most_common())
+
+
+def _quantization(plan: Sequence[PlannedTensor], group_size: int) -> dict[str, Any]:
+    """The config's entries: the bits of most weights, and by path those of the others."""
+    matrices = [tensor for tensor in plan if tensor.bits is not None]
+    if not matrices:
+        return {}
+    sizes: Counter[int] = Counter()
+    for tensor in matrices:
+        sizes[tensor.bits or 0] += tensor.source.rows * tensor.source.columns
+    ((most, _),) = sizes.most_common(1)
+    others = {
+        tensor.specs[0].name.removesuffix(".weight"): {"group_size": group_size, "bits": tensor.bits}
+        for tensor in matrices
+        if tensor.bits != most
+    }
+    quantization = {"group_size": group_size, "bits": most, "mode": "affine", **others}
+    return {"quantization": quantization, "quantization_config": quantization}
+
+
 def _specs(
-    header: GgufHeader, tensor: GgufTensor, name: str, bits: int, group_size: int
+    header: GgufHeader, tensor: GgufTensor, name: str, bits: int | None, group_size: int
 ) -> tuple[TensorSpec, ...]:
     if not has_values(tensor.kind):
         raise ModelError(
             f"{header.path}: tensor {tensor.name!r} has type {tensor.kind.name}, which is not supported"
         )
-    if len(tensor.shape) == 1:
+    if bits is None:
         return (TensorSpec(name, "F16", tensor.shape),)
     if tensor.columns % group_size:
         raise ModelError(
@@ -144,12 +183,12 @@ def _specs(
 
 
 def _write_tensor(
-    writer: BundleWriter, header: GgufHeader, tensor: PlannedTensor, bits: int, group_size: int, advance: Advance
+    writer: BundleWriter, header: GgufHeader, tensor: PlannedTensor, group_size: int, advance: Advance
 ) -> None:
     """`advance` counts the bytes of the source. Raises ModelError for values that are not finite, OSError."""
     try:
         for first, raw in _chunks(header, tensor):
-            for spec, part in zip(tensor.specs, _parts(tensor, raw, bits, group_size), strict=True):
+            for spec, part in zip(tensor.specs, _parts(tensor, raw, group_size), strict=True):
                 writer.write_bytes(spec.name, first * part[0].nbytes, np.ascontiguousarray(part).tobytes())
             advance(raw.nbytes)
     except NotFiniteError:
@@ -171,14 +210,17 @@ def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, B
         yield first, _unpaired(raw, count // head_rows) if unpair else raw
 
 
-def _parts(planned: PlannedTensor, raw: Bytes, bits: int, group_size: int) -> tuple[npt.NDArray[Any], ...]:
+def _parts(planned: PlannedTensor, raw: Bytes, group_size: int) -> tuple[npt.NDArray[Any], ...]:
     """What is written of raw rows, for each of `planned.specs`. Raises NotFiniteError."""
     tensor = planned.source
-    if len(tensor.shape) > 1:
-        return group_rows(raw, tensor.kind, bits, group_size)
+    if planned.bits is not None:
+        return group_rows(raw, tensor.kind, planned.bits, group_size)
     with np.errstate(over="ignore"):  # becomes infinite and is refused
-        vector = (values(raw, tensor.kind).reshape(-1) - np.float32(planned.offset)).astype(np.float16)
-    require_finite(vector)
+        dense = (values(raw, tensor.kind) - np.float32(planned.offset)).astype(np.float16)
+    require_finite(dense)
+    if len(tensor.shape) > 1:  # its rows were put in order as they were read
+        return (dense,)
+    vector = dense.reshape(-1)
     return (_unpaired(vector, planned.heads_to_unpair) if planned.heads_to_unpair else vector,)
 
 

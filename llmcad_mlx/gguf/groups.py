@@ -1,8 +1,8 @@
 """GGUF blocks as MLX's affine groups: `w = scale * code + bias`, codes packed into a stream of uint32.
 
-Blocks that already are 4-bit codes in groups of 32 with a scale and an offset (Q4_0, Q4_1, Q4_K) keep their
-codes; only a Q4_K scale, a product of two numbers, is rounded to float16. Layouts: ggml's `ggml-quants.c` and
-`gguf.quants`.
+Blocks that already are codes of 4, 5 or 8 bits in groups of 32 with a scale and an offset (Q4_0, Q4_1, Q4_K, Q5_0,
+Q5_1, Q5_K, Q8_0) keep their codes; only a scale of Q4_K and Q5_K, a product of two numbers, is rounded to float16.
+Layouts: ggml's `ggml-quants.c` and `gguf.quants`.
 
 Everything else is dequantised and fitted anew, with the smallest squared error a short search finds. `mx.quantize`
 spans each group from its smallest to its largest weight. Here scale and bias are fitted to the codes by least
@@ -12,6 +12,8 @@ groups from 9.2 to 7.3 % of the weights' size (`python -m convert.quantisation_e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -48,13 +50,32 @@ def group_rows(raw: Bytes, kind: Kind, bits: int, group_size: int) -> Groups:
 
     Raises NotFiniteError, and NotImplementedError as `values` does.
     """
-    if kind not in (Kind.Q4_0, Kind.Q4_1, Kind.Q4_K) or (bits, group_size) != (4, 32):
-        groups = _fitted(values(raw, kind), bits, group_size)
+    keep = _KEEPING.get(kind)
+    if keep is not None and (bits, group_size) == (kept_bits(kind), 32):
+        groups = keep(raw)
     else:
-        groups = _from_q4_k(raw) if kind == Kind.Q4_K else _from_q4(raw, has_offset=kind == Kind.Q4_1)
+        groups = _fitted(values(raw, kind), bits, group_size)
     require_finite(groups.scales)
     require_finite(groups.biases)
     return groups
+
+
+def kept_bits(kind: Kind) -> int | None:
+    """Bits of groups that are as precise as blocks of this type; None for floating point.
+
+    Blocks of 2 and 3 bits have a scale for each 16 weights or codes that are unevenly spaced: groups of 4 bits
+    come near them. The 16 values of MXFP4 are multiples of a half up to 6, which 5 bits hold exactly.
+    """
+    name = str(kind.name)
+    if name.startswith(("F", "BF")):
+        return None
+    return _BITS_OF.get(name, 4)
+
+
+_BITS_OF = {
+    "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "MXFP4": 5, "Q6_K": 6, "IQ4_NL": 6, "IQ4_XS": 6, "Q8_0": 8, "Q8_1": 8,
+    "Q8_K": 8,
+}  # fmt: skip
 
 
 def has_values(kind: Kind) -> bool:
@@ -139,29 +160,49 @@ def _least_squares(
 # --- kept -----------------------------------------------------------------------------------------------------
 
 
-def _from_q4(raw: Bytes, has_offset: bool) -> Groups:
-    """Q4_0: d, 16 bytes, `w = d * (code - 8)`; Q4_1, which has an offset: d, m, 16 bytes, `w = d * code + m`."""
-    begin = 4 if has_offset else 2
-    blocks = raw.reshape(raw.shape[0], -1, begin + 16)
-    codes, scales = _packed(_split_nibbles(blocks[..., begin:]), 4), _halves(blocks[..., 0:2])
+def _from_blocks(raw: Bytes, bits: int, has_offset: bool) -> Groups:
+    """Q4_0, Q5_0: d, `w = d * (code - 2^(bits - 1))`; Q4_1, Q5_1: d, m, `w = d * code + m`. Then 4 bytes of the
+    codes' highest bits where there are 5, and 16 bytes of the others."""
+    begin, highest = (4 if has_offset else 2), (4 if bits == 5 else 0)
+    blocks = raw.reshape(raw.shape[0], -1, begin + highest + 16)
+    codes, scales = _split_nibbles(blocks[..., begin + highest :]), _halves(blocks[..., 0:2])
+    if highest:
+        codes |= _fifth_bits(blocks[..., begin : begin + 4]).reshape(codes.shape)
     with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite and is refused
-        biases = _halves(blocks[..., 2:4]) if has_offset else scales * np.float16(-8)
-    return Groups(codes, scales, biases)
+        biases = _halves(blocks[..., 2:4]) if has_offset else scales * np.float16(-(2 ** (bits - 1)))
+    return Groups(_packed(codes, bits), scales, biases)
 
 
-def _from_q4_k(raw: Bytes) -> Groups:
-    """Block of 8 groups: d, dmin, 12 bytes of 6-bit factors, 128 bytes. `w = d * sc * code - dmin * m`."""
-    num_rows = raw.shape[0]
-    blocks = raw.reshape(num_rows, -1, 144)
+def _from_q8_0(raw: Bytes) -> Groups:
+    """d, 32 signed bytes: `w = d * byte`."""
+    blocks = raw.reshape(raw.shape[0], -1, 34)
+    codes, scales = blocks[..., 2:].reshape(raw.shape[0], -1) ^ np.uint8(128), _halves(blocks[..., 0:2])
+    with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite and is refused
+        return Groups(_packed(codes, 8), scales, scales * np.float16(-128))
+
+
+def _from_k(raw: Bytes, bits: int) -> Groups:
+    """Q4_K, Q5_K, block of 8 groups: d, dmin, 12 bytes of 6-bit factors, 32 bytes of the codes' highest bits where
+    there are 5, 128 bytes of the others. `w = d * sc * code - dmin * m`."""
+    num_rows, highest = raw.shape[0], 32 if bits == 5 else 0
+    blocks = raw.reshape(num_rows, -1, 144 + highest)
     scale_codes, min_codes = (
         part.reshape(num_rows, -1, 8) for part in Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
     )
     scales = _halves(blocks[..., 0:2]).astype(np.float32)[..., None] * scale_codes
     mins = _halves(blocks[..., 2:4]).astype(np.float32)[..., None] * min_codes
-    codes = _split_nibbles(blocks[..., 16:].reshape(num_rows, -1, 4, 32))
+    codes = _split_nibbles(blocks[..., 16 + highest :].reshape(num_rows, -1, 4, 32))
+    if highest:  # bit j of byte i belongs to the i-th code of group j
+        bits_of = np.unpackbits(blocks[..., 16:48], axis=-1, bitorder="little").reshape(num_rows, -1, 32, 8)
+        codes |= bits_of.swapaxes(-1, -2).reshape(codes.shape) << np.uint8(4)
     with np.errstate(over="ignore"):  # becomes infinite and is refused
         halves = (part.reshape(num_rows, -1).astype(np.float16) for part in (scales, -mins))
-        return Groups(_packed(codes, 4), *halves)
+        return Groups(_packed(codes, bits), *halves)
+
+
+def _fifth_bits(data: Bytes) -> Bytes:
+    """(..., 4) bytes, a bit for each of 32 codes in order, where they belong in these: (..., 32)."""
+    return np.unpackbits(data, axis=-1, bitorder="little") << np.uint8(4)
 
 
 def _halves(pairs: Bytes) -> Halves:
@@ -171,3 +212,14 @@ def _halves(pairs: Bytes) -> Halves:
 def _split_nibbles(data: Bytes) -> Bytes:
     """(rows, ..., n) bytes to (rows, columns) codes: of each n bytes all low halves, then all high ones."""
     return np.concatenate([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)
+
+
+_KEEPING: dict[Kind, Callable[[Bytes], Groups]] = {
+    Kind.Q4_0: partial(_from_blocks, bits=4, has_offset=False),
+    Kind.Q4_1: partial(_from_blocks, bits=4, has_offset=True),
+    Kind.Q4_K: partial(_from_k, bits=4),
+    Kind.Q5_0: partial(_from_blocks, bits=5, has_offset=False),
+    Kind.Q5_1: partial(_from_blocks, bits=5, has_offset=True),
+    Kind.Q5_K: partial(_from_k, bits=5),
+    Kind.Q8_0: _from_q8_0,
+}

@@ -37,10 +37,9 @@ AUTO_DRAFT = "auto"
 DEFAULT_PRESET = "smollm2-135m"
 TABLE_SUFFIX = ".ngrams.safetensors"
 MARKER = "llmcad_source.json"
-FORMAT = 2
+FORMAT = 3
 """Raised when conversion changes, so that folders of an older form are made again."""
 
-_BITS, _GROUP_SIZE = 4, 32
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -190,7 +189,7 @@ def pull_part(name: str, part: str, progress: Progress | None = None, keep_sourc
             file = fetch_file(source, progress or Progress())
             made = folder.with_name(f"{part}.new")
             shutil.rmtree(made, ignore_errors=True)  # of a try that was killed
-            convert_gguf(file, made, _BITS, _GROUP_SIZE, progress=progress)
+            convert_gguf(file, made, progress=progress)
             (made / MARKER).write_text(json.dumps(_marker(made, source), indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)  # of an older form, or damaged; kept while the disk may fill
             made.rename(folder)
@@ -218,8 +217,6 @@ def _marker(folder: Path, source: FileSource) -> dict[str, object]:
     return {
         "format": FORMAT,
         "sha256": source.sha256,
-        "bits": _BITS,
-        "group_size": _GROUP_SIZE,
         "weight_bytes": sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
     }
 
@@ -233,15 +230,15 @@ def convert(
 ) -> None:
     """Make the bundle `dest` from a GGUF file, a model folder, a preset or a hub repository, fetched where needed.
 
-    Without `bits` and `group_size`: 4 bits, groups of 32 for GGUF files, whose 4-bit blocks have that size, and of
-    64 for folders. Errors as for `convert_gguf`, `convert_folder` and `resolve_target`.
+    Without `bits` and `group_size`: a GGUF file's matrices keep their precision, in groups of the size of its
+    blocks, 32; folders get 4 bits in groups of 64. Errors as for `convert_gguf`, `convert_folder` and
+    `resolve_target`.
     """
     check_destination(dest)  # before anything is fetched
     path = Path(source).expanduser()
     progress = progress_for(show_progress)
     if path.is_file() or path.suffix == ".gguf":
-        bits, group_size = 4 if bits is None else bits, 32 if group_size is None else group_size
-        convert_gguf(path, dest, bits, group_size, progress=progress)
+        convert_gguf(path, dest, bits, group_size or 32, progress=progress)
         return
     folder = resolve_target(source, show_progress)
     name = folder.resolve().name if path.is_dir() else source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -33,6 +34,7 @@ MAX_ROWS = 40
 ERROR = 5e-7
 DTYPES = {"fp32": mx.float32, "fp16": mx.float16, "bf16": mx.bfloat16}
 QUANTIZED = [(bits, group, dtype) for bits in (4, 8) for group in (32, 64, 128) for dtype in DTYPES]
+QUANTIZED += [(5, 32, "fp16"), (6, 32, "fp16"), (5, 128, "fp16"), (6, 64, "fp16")]
 STORAGES = [*QUANTIZED, *((None, 32, dtype) for dtype in DTYPES)]
 # Output sizes that fill no block, down to the smallest, and one; inputs of one group, and beyond 32 chunks.
 SHAPES = [(1, 4), (2, 7), (3, 8), (3, 13), (9, 30), (36, 11)]
@@ -61,9 +63,8 @@ def exact_weights(layer: Any) -> np.ndarray:
     if "scales" not in layer:
         return np.array(layer.weight.astype(mx.float32), np.float64)
     scales, biases = (np.array(layer[n].astype(mx.float32), np.float64) for n in ("scales", "biases"))
-    shifts = np.arange(32 // layer.bits, dtype=np.uint32) * layer.bits
-    codes = (np.array(layer.weight)[..., None] >> shifts) & (2**layer.bits - 1)
-    codes = codes.reshape(codes.shape[0], -1)
+    stream = np.unpackbits(np.array(layer.weight).view(np.uint8), axis=-1, bitorder="little")
+    codes = stream.reshape(layer.weight.shape[0], -1, layer.bits) @ (1 << np.arange(layer.bits))
     return codes * np.repeat(scales, layer.group_size, 1) + np.repeat(biases, layer.group_size, 1)
 
 
@@ -387,9 +388,15 @@ def assert_same_outputs(block: Any, original: Any) -> None:
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+def by_name(bits: dict[str, int], path: str, layer: nn.Module) -> bool | dict[str, int]:
+    """How `nn.quantize` treats a layer: in the bits of its name, the others in 4."""
+    name = path.rpartition(".")[2]
+    return hasattr(layer, "to_quantized") and {"group_size": 32, "bits": bits.get(name, 4)}
+
+
 def two_models(
     family: Any = llama,
-    bits: int | None = None,
+    bits: int | dict[str, int] | None = None,
     dtype: str = "fp32",
     rope: Callable[[], nn.Module] | None = None,
     **changes: Any,
@@ -400,7 +407,9 @@ def two_models(
         for layer in model.layers:
             layer.self_attn.rope = rope() if rope is not None else layer.self_attn.rope
         model.set_dtype(DTYPES[dtype])
-        if bits is not None:
+        if isinstance(bits, dict):
+            nn.quantize(model, 32, 4, class_predicate=partial(by_name, bits))
+        elif bits is not None:
             nn.quantize(model, 32, bits)
     ours, theirs = models
     cpu_linear.install_cpu_linears(ours)
@@ -431,6 +440,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "one group": {"num_key_value_heads": 1, "head_dim": 96},
     "4 bits and bf16": {"bits": 4, "dtype": "bf16"},
     "8 bits and fp16": {"bits": 8, "dtype": "fp16"},
+    "mixed bits": {"bits": {"v_proj": 6, "o_proj": 5, "down_proj": 8}, "dtype": "fp16"},
     "bf16": {"dtype": "bf16"},
 }
 

@@ -65,7 +65,7 @@ def test_nan_weights_are_refused_and_nothing_is_left(tmp_path: Path, name: str) 
 @pytest.mark.parametrize(
     ("bits", "group_size", "error", "message"),
     [
-        (7, 32, UsageError, "bits: 7 is not one of 2, 3, 4, 5, 6, 8"),
+        (7, 32, UsageError, "bits: 7 is not one of 2, 3, 4, 5, 6, 8, 16"),
         (4, 48, UsageError, "group-size: 48 is not one of"),
         (4, 64, ModelError, r"ffn_down.weight' has rows of 96.*--group-size"),
     ],

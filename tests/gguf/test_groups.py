@@ -14,8 +14,10 @@ from mlx.utils import tree_flatten
 
 from llmcad_mlx.gguf import convert as gguf_convert
 from llmcad_mlx.gguf.convert import convert_gguf
-from llmcad_mlx.gguf.groups import group_rows
+from llmcad_mlx.gguf.groups import group_rows, kept_bits
 from llmcad_mlx.gguf.reader import read_gguf_header
+from llmcad_mlx.models.folder import read_config
+from llmcad_mlx.progress import Progress
 from tests.gguf.test_model import dense
 from tests.support.tiny_gguf import Family, random_blocks, write_family_gguf
 
@@ -32,18 +34,19 @@ def dequantised(raw: np.ndarray, kind: Kind, bits: int = 4, group_size: int = 32
     return np.array(mx.dequantize(mx.array(groups.codes), scales, biases, group_size, bits))
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
-def test_4_bit_blocks_are_kept_exactly(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0])
+def test_blocks_of_equal_form_are_kept_exactly(kind: Kind) -> None:
     weights = np.random.default_rng(0).standard_normal((6, 128)).astype(np.float32)
     raw = quantize(weights, kind)
-    assert np.array_equal(dequantised(raw, kind), dequantize(raw, kind))
+    assert np.array_equal(dequantised(raw, kind, kept_bits(kind) or 0), dequantize(raw, kind))
 
 
-def test_q4_k_codes_are_kept_and_only_scales_are_rounded() -> None:
-    raw = random_blocks(Kind.Q4_K, (5, 768), np.random.default_rng(1))
-    exact, ours = dequantize(raw, Kind.Q4_K), dequantised(raw, Kind.Q4_K)
-    blocks = raw.reshape(5, 3, 144)
-    top = 63 * blocks[..., :4].copy().view(np.float16).astype(np.float32).max() * 16
+@pytest.mark.parametrize(("kind", "bits"), [(Kind.Q4_K, 4), (Kind.Q5_K, 5)])
+def test_codes_of_superblocks_are_kept_and_only_scales_are_rounded(kind: Kind, bits: int) -> None:
+    raw = random_blocks(kind, (5, 768), np.random.default_rng(1))
+    exact, ours = dequantize(raw, kind), dequantised(raw, kind, bits)
+    blocks = raw.reshape(5, 3, -1)
+    top = 63 * blocks[..., :4].copy().view(np.float16).astype(np.float32).max() * 2**bits
     # Each of scale * code and bias is off by at most half a unit in the last of float16's 11 bits.
     assert np.abs(exact - ours).max() <= top * 2**-11
     assert np.corrcoef(exact.ravel(), ours.ravel())[0, 1] > 0.999999
@@ -83,6 +86,20 @@ def test_a_file_of_one_type_becomes_a_model(tmp_path: Path, kind: Kind) -> None:
             assert np.array_equal(found, exact), name
         else:
             require_within_a_step(found, exact, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [(Kind.Q4_0, 4), (Kind.Q5_0, 5), (Kind.Q8_0, 8), (Kind.Q6_K, 6), (Kind.F16, 4)]
+)
+def test_matrices_keep_their_precision(tmp_path: Path, kind: Kind, bits: int) -> None:
+    """The configuration says so in the way of mlx-lm, which then computes with the same numbers."""
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append  # type: ignore[method-assign]
+    write_family_gguf(tmp_path / "tiny.gguf", Family("llama", "llama", WIDE, kind=kind))
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", progress=progress)
+    assert read_config(tmp_path / "out")["quantization"]["bits"] == bits
+    assert notes[0] == f"weights: 100% {kind.name} in {bits} bits"
 
 
 def test_memory_is_that_of_a_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,13 +257,18 @@ def test_an_option_the_engine_refuses_is_a_400_in_a_stream_too(live: Live) -> No
     assert whole.json()["error"]["message"] == "logit_bias: token 5000 is not in the vocabulary of 112"
 
 
-def test_conversations_in_turns_read_only_what_is_new(live: Live) -> None:
-    first, second = ([2 + (start + index * 7) % 100 for index in range(80)] for start in (1, 50))
-    for prompt in (first, second):
-        live.complete(prompt=prompt, max_tokens=4)
-    for prompt in (first, second):
-        usage = live.complete(prompt=[*prompt, 9, 8], max_tokens=4).json()["usage"]
-        assert usage["prompt_tokens_details"]["cached_tokens"] >= len(prompt)
+def test_conversations_in_turns_read_only_what_is_new(live: Live, engine: Engine) -> None:
+    prompts = [[2 + (start * 31 + index * 7) % 100 for index in range(60)] for start in range(3)]
+    read_before = [0] * 3
+    for _ in range(3):
+        for index, prompt in enumerate(prompts):
+            answer = live.complete(prompt=prompt, max_tokens=8).json()
+            expected = engine.generate(prompt, max_tokens=8, policy="plain")
+            assert answer["choices"][0]["text"] == expected.text
+            # The last generated token was fed only if the draft had it.
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= read_before[index]
+            read_before[index] = len(prompt) + len(expected.tokens) - 1
+            prompts[index] = [*prompt, *expected.tokens, 9, 8, 7]
 
 
 def test_metrics_count(live: Live) -> None:
@@ -332,7 +337,6 @@ def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"host": "example.org"}, "needs a key"),
         ({"api_key": "short"}, "api-key: give at least 8"),
         ({"api_key": "with a space"}, "api-key"),
         ({"port": 70000}, "port: 70000 is out of range"),
@@ -400,11 +404,6 @@ def test_tool_calls_in_a_stream(tool_client: openai.OpenAI, monkeypatch: pytest.
 
 
 def test_what_is_no_call_stays_text(tool_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = "<tool_call>{not json}</tool_call> and so"
-    say(monkeypatch, broken)
-    answer = chat(tool_client, tools=[TOOL]).choices[0]
-    assert (answer.message.content, answer.finish_reason) == (broken, "stop")
-    assert answer.message.tool_calls is None
     say(monkeypatch, CALL)
     unheard = chat(tool_client, tools=[TOOL], tool_choice="none").choices[0]
     assert (unheard.message.content, unheard.message.tool_calls) == (CALL, None)

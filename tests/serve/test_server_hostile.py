@@ -231,16 +231,14 @@ def test_what_is_no_http(live: Live, line: str) -> None:
     assert raw(live, HOST, line=line).startswith(b"HTTP/1.1 400 ")
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil", "["]
-)
+FOREIGN = ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil", "[")
+
+
+@pytest.mark.parametrize("host", [*FOREIGN, "localhost", "127.0.0.1:1234", "[::1]:80", "LOCALHOST"])
 def test_other_names_for_this_machine(live: Live, host: str) -> None:
     """A name that somebody's DNS points here must not make their web page one of ours."""
     answer = raw(live, f"Host: {host}", "Connection: close", line="GET /v1/models HTTP/1.1")
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    for good in ("localhost", "127.0.0.1:1234", "[::1]:80", "LOCALHOST"):
-        answer = raw(live, f"Host: {good}", "Connection: close", line="GET /v1/models HTTP/1.1")
-        assert answer.startswith(b"HTTP/1.1 200 ")
+    assert int(answer.split()[1]) == (400 if host in FOREIGN else 200)
 
 
 @pytest.mark.parametrize(

@@ -164,22 +164,17 @@ def test_who_leaves_the_queue_frees_a_place(live: Live, gates: Gates, threads: T
 
 def test_the_end_tells_everybody(endless: Path, gates: Gates, threads: ThreadPoolExecutor) -> None:
     with serving(gated(endless, gates)) as live:
-        first = threads.submit(_streamed, live)
+        first = ask(threads, live, 10, "first", stream=True)
         queued(live, "running", 1)
         second = ask(threads, live, 11, "a")
         queued(live, "waiting", 1)
         live.server.stop()
         assert second.result().status_code == 503
         assert second.result().json()["error"]["code"] == "shutting_down"
-        *_, last = first.result()  # told at once, whatever its round takes
+        *_, last = events(first.result())  # told at once, whatever its round takes
         assert last["error"]["message"] == "the server is shutting down"
         gates.open.set()
     assert gates.rounds == 1
-
-
-def _streamed(live: Live) -> list[Any]:
-    with streaming(live, "/v1/completions", max_tokens=200, policy="plain") as response:
-        return events(response)
 
 
 def test_an_internal_error_tells_no_secrets(live: Live, gates: Gates, caplog: pytest.LogCaptureFixture) -> None:

@@ -47,9 +47,13 @@ def live(folder: Path, draft: Path) -> Iterator[Live]:
         yield server
 
 
+def connected(live: Live, key: str = "none needed") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0)
+
+
 @pytest.fixture
 def client(live: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none needed", max_retries=0) as made:
+    with connected(live) as made:
         yield made
 
 
@@ -121,23 +125,19 @@ def test_a_seed_is_drawn_and_told(live: Live) -> None:
     assert again["choices"][0]["message"] == first["choices"][0]["message"]
 
 
-def test_stop_strings_end_the_text(live: Live, engine: Engine) -> None:
-    full = engine.generate(CHAT, max_tokens=24).text
-    stop = full[5:8]
-    answer = live.chat(max_tokens=24, stop=["no such text", stop]).json()["choices"][0]
-    assert answer["message"]["content"] == full[: full.find(stop)]
-    assert answer["finish_reason"] == "stop"
-
-
 def test_options_reach_the_engine(live: Live, engine: Engine) -> None:
     options: dict[str, Any] = {
         "max_tokens": 16, "temperature": 0.9, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "seed": 3,
         "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "policy": "paper",
     }  # fmt: skip
     bias = {7: 4.0, 9: -50.0}
-    expected = engine.generate(CHAT, **options, logit_bias=bias)
-    answer = live.chat(**options, logit_bias={str(token): value for token, value in bias.items()}).json()
-    assert answer["choices"][0]["message"]["content"] == expected.text
+    full = engine.generate(CHAT, **options, logit_bias=bias).text
+    options["stop"] = ["no such text", full[5:8]]
+    (answer,) = live.chat(**options, logit_bias={str(token): value for token, value in bias.items()}).json()[
+        "choices"
+    ]
+    assert answer["message"]["content"] == full[: full.find(full[5:8])]
+    assert answer["finish_reason"] == "stop"
 
 
 def test_logprobs_are_the_targets(client: openai.OpenAI, engine: Engine) -> None:
@@ -258,8 +258,9 @@ def test_an_option_the_engine_refuses_is_a_400_in_a_stream_too(live: Live) -> No
 
 
 def test_conversations_in_turns_read_only_what_is_new(live: Live, engine: Engine) -> None:
-    prompts = [[2 + (start * 31 + index * 7) % 100 for index in range(60)] for start in range(3)]
-    read_before = [0] * 3
+    """Two of the three begin alike."""
+    alike, first, second, third = ([2 + (start * 31 + at * 7) % 100 for at in range(60)] for start in range(4))
+    prompts, read_before = [alike + first, second, alike + third], [0, 0, len(alike)]
     for _ in range(3):
         for index, prompt in enumerate(prompts):
             answer = live.complete(prompt=prompt, max_tokens=8).json()
@@ -313,12 +314,9 @@ def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
         for wrong in ("wrong-key", key + "x", key[:-1], "é"):
             sent = httpx.get(f"{live.url}/v1/models", headers={"Authorization": f"Bearer {wrong}".encode()})
             assert sent.status_code == 401
-        with openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0) as client:
+        with connected(live, key) as client:
             assert chat(client, max_tokens=2).choices
-        with (
-            openai.OpenAI(base_url=f"{live.url}/v1", api_key="other", max_retries=0) as client,
-            pytest.raises(openai.AuthenticationError),
-        ):
+        with connected(live, "other") as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
         preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         url, ours = f"{live.url}/v1/chat/completions", {"Origin": "https://example.org"}
@@ -355,10 +353,7 @@ def test_settings_that_are_refused(options: dict[str, Any], message: str) -> Non
 def tool_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     folder = make_folder(tmp_path_factory.mktemp("models") / "tools", context=2048)
     (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    with (
-        serving(loader(folder, kind=Scripted)) as live,
-        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with serving(loader(folder, kind=Scripted)) as live, connected(live) as client:
         yield client
 
 

@@ -232,7 +232,6 @@ def test_an_unaltered_bundle_gives_the_resident_tokens(request: pytest.FixtureRe
             assert engine.pair.plan is not None
             assert (engine.pair.plan.streamed_bytes == 0) == (options in ({"pinned": total}, {}))
             assert engine.generate(PROMPT, max_tokens=12, tree_nodes=6).tokens == expected
-            assert engine.generate(PROMPT + " x", max_tokens=12).stats.target_passes > 0
 
 
 @pytest.mark.parametrize("pinned", [0, 10**9], ids=["streamed", "pinned"])

@@ -89,9 +89,8 @@ def answers(url: str, numbers: range) -> tuple[dict[int, str], float]:
         texts = [*pool.map(partial(answer, client), numbers)]
         lines = client.get("/metrics").text.splitlines()
     resident = next(line for line in lines if line.startswith("llmcad_mlx_resident_memory_bytes"))
-    return {n: text for n, text in zip(numbers, texts, strict=True) if text is not None}, float(
-        resident.split()[1]
-    )
+    answered = {number: text for number, text in zip(numbers, texts, strict=True) if text is not None}
+    return answered, float(resident.split()[1])
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,41 +70,27 @@ def test_chat_command(loaded: Loaded, folder: Path) -> None:
     assert len(told) == 2
 
 
-@contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [*COMMAND, "server", "--model", str(folder), "--port", str(port)]
-    server = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(600):
-            assert server.poll() is None, server.stderr.read() if server.stderr else ""
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", server
-    finally:
-        server.terminate()
-        server.communicate(timeout=30)
-
-
 @pytest.mark.embedded
 def test_server_command(loaded: Loaded, folder: Path) -> None:
     """A request that names no seed too: mlx-lm would put it into a batch, without drafting."""
     body = {"messages": [{"role": "user", "content": COUNT}], "max_tokens": 24, "temperature": 0.0}
-    with serving(folder) as (url, server):
-        texts = []
-        for more in ({}, {"seed": 4}):
-            given = httpx.post(f"{url}/v1/chat/completions", json=body | more, timeout=60)
-            assert given.status_code == 200, given.text
-            texts.append(given.json()["choices"][0]["message"]["content"])
-        streamed = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60).text
-        server.terminate()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [*COMMAND, "server", "--model", str(folder), "--port", str(port)]
+    until_it_listens = httpx.HTTPTransport(retries=7)
+    with (
+        subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", transport=until_it_listens, timeout=60) as client,
+    ):
+        try:
+            requests = [body | more for more in ({}, {"seed": 4}, {"stream": True})]
+            *answers, streamed = [client.post("/chat/completions", json=request) for request in requests]
+        finally:
+            server.terminate()
+        assert server.stderr is not None
         log = server.stderr.read()
-    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    texts = [given.raise_for_status().json()["choices"][0]["message"]["content"] for given in answers]
+    events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
     texts.append("".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"]))
     assert texts == [answer(loaded, COUNT, 24)] * 3
     assert len(SPECULATED.findall(log)) == 3

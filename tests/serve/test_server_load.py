@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llmcad_mlx import Engine, load
+from llmcad_mlx import load
 from tests.support.command_line import start
 
 REQUESTS, CLIENTS = 200, 20
@@ -87,22 +87,16 @@ def answers(url: str, numbers: range) -> tuple[dict[int, str], float]:
     return answered, float(resident.split()[1])
 
 
-@pytest.fixture(scope="module")
-def reference(endless: Path) -> Iterator[Engine]:
-    with load(endless, None) as engine:
-        yield engine
-
-
-def test_two_hundred_requests_of_twenty_clients(url: str, reference: Engine) -> None:
+def test_two_hundred_requests_of_twenty_clients(url: str, endless: Path) -> None:
     first, resident_early = answers(url, range(CLIENTS))
     later, resident_late = answers(url, range(CLIENTS, REQUESTS))
     texts = first | later
     assert len(texts) < REQUESTS * 0.9
     assert set(range(REQUESTS)) - set(texts) <= set(range(0, REQUESTS, 3))
-    for number, text in texts.items():
-        options = wanted(number)
-        alone = reference.generate(options.pop("prompt"), policy="plain", **options)
-        assert text == alone.text, f"request {number} got another one's answer"
+    with load(endless, None) as reference:
+        for number, text in texts.items():
+            alone = reference.generate(policy="plain", **wanted(number))
+            assert text == alone.text, f"request {number} got another one's answer"
     assert resident_late <= resident_early * 1.05
     assert "llmcad_mlx_requests_waiting 0" in httpx.get(f"{url}/metrics").text
 

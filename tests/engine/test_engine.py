@@ -113,7 +113,7 @@ def test_an_interrupted_prefill_is_taken_up_again() -> None:
     prompt = [(7 * i) % VOCAB for i in range(1400)]
     chunks = iter([False, True, True, True])
     engine.begin(prompt, should_stop=lambda: next(chunks))
-    assert 0 < engine.target.num_cached < len(prompt) - 1
+    assert 0 < engine.target.cache.length < len(prompt) - 1
     stats = GenerationStats()
     engine.begin(prompt, stats)
     assert stats.reused_tokens == 512
@@ -183,7 +183,7 @@ def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
     done = engine.round(stats=stats, stop=stop)
     assert emitted == list(done.walk.tokens) == engine.tokens[len(PROMPT) :] == expected
     assert done.walk.stopped
-    assert engine.target.num_cached <= len(engine.tokens)
+    assert engine.target.cache.length <= len(engine.tokens)
     engine.begin([*PROMPT, *expected])  # go on from there
     assert [*expected, *engine.decode(10)][:12] == plain_text(PROMPT, 12)[:12]
 
@@ -232,7 +232,7 @@ def test_a_model_that_takes_chains_only_ever_gets_chains(
         engine.round(GREEDY, stats)
     assert engine.tokens == [*PROMPT, *mlx_lm_text(target, PROMPT, stats.generated_tokens)]
     assert max(map(len, watched.seen)) > 1
-    if watched.capability == "chain":
+    if watched.cache.capability == "chain":
         assert all(parents == list(range(-1, len(parents) - 1)) for parents in watched.seen)
     if target == draft:
         assert (stats.acceptance_rate, stats.tokens_per_pass) == (1.0, 5.0)
@@ -247,7 +247,7 @@ def mlx_lm_text(name: str, prompt: Sequence[int], count: int) -> list[int]:
 def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -> None:
     """Drafters or not, it is given one token at a time, never a tree."""
     target = Watching(family("mamba"), FAMILY_VOCAB)
-    assert target.capability == "plain"
+    assert target.cache.capability == "plain"
     engine = Rounds(target, [NgramDrafter()], forced(8))
     engine.begin(PROMPT)
     text = engine.decode(24, GREEDY)

@@ -248,7 +248,7 @@ class Engine:
             raise UsageError(f"name: {name!r} is taken; give the drafter another name")
         if not callable(propose):
             raise UsageError(f"propose: {propose!r} cannot be called; give a function of a list of tokens")
-        if self.pair.target.capability == "plain":
+        if self.pair.target.cache.capability == "plain":
             raise UsageError("propose: this target verifies no drafts; `llmcad-mlx doctor` says why")
         with self._turns.between():
             first_model = next((i for i, d in enumerate(drafters) if d.source == MODEL), len(drafters))

@@ -149,10 +149,7 @@ class LoadedPair:
     """Number of real tokens; logits may have more columns."""
     context_length: int | None
     profile: PairProfile
-    target_path: Path
-    draft_name: str
-    draft_path: Path | None = None
-    """None: no draft model and no table."""
+    names: PairPaths
     options: MemoryOptions = field(default_factory=MemoryOptions)
     plan: MemoryPlan | None = None
     """None: all weights are in memory and no budget was set."""
@@ -239,9 +236,7 @@ class PreparedTarget:
             vocab_size=self.vocab_size,
             context_length=context,
             profile=PairProfile(pair_profile_path(names, streamed, options.read_bandwidth)),
-            target_path=names.target_path,
-            draft_name=names.draft_name,
-            draft_path=names.draft_path,
+            names=names,
             options=options,
             plan=plan,
         )

@@ -33,7 +33,7 @@ class Verification:
 
 
 class Target:
-    """Verifies token trees. Keeps the cache of one session.
+    """Verifies what its cache's capability says: any tree, a line, or a lone root. Keeps the cache of one session.
 
     The cache holds all tokens of the sequence but the last, which is the next tree's root.
 
@@ -59,12 +59,8 @@ class Target:
         self.cache: ModelCache = model.new_cache()
 
     @property
-    def capability(self) -> str:
-        """ "tree", "chain" or "plain": what `verify` takes (any tree, a line, a lone root)."""
-        return self.model.capability
-
-    @property
     def num_cached(self) -> int:
+        """Committed tokens in `cache`."""
         return self.cache.length
 
     @property

@@ -249,7 +249,7 @@ def test_unknown_options_in_python(engine: Engine) -> None:
         engine.generate("hi", policy="plain", tree_nodes=4)
     for name, value in (("target", 5), ("draft", 5), ("draft", "")):
         with pytest.raises(UsageError, match=f"^{name}: "):
-            load(**{"target": engine.pair.target_path, name: value})
+            load(**{"target": engine.pair.names.target_path, name: value})
 
 
 @pytest.mark.parametrize(

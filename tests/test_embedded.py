@@ -47,7 +47,7 @@ def test_the_draft_that_comes_with_the_package_is_the_default(engine: Engine) ->
     draft = get_preset(DEFAULT_PRESET).draft
     assert isinstance(draft, PackagedSource)
     files = [file for file in draft.path.rglob("*") if file.is_file()]
-    assert engine.pair.draft_path == draft.path
+    assert engine.pair.names.draft_path == draft.path
     assert sum(file.stat().st_size for file in files) < 30_000_000
 
 

@@ -25,8 +25,8 @@ def from_terminal(session: ChatSession, history: Path | None) -> None:
 
     history: the file that keeps what was typed, None to keep nothing.
     """
-    pair = session.engine.pair
-    session.screen.note(f"[{pair.target_path.name}, draft {pair.draft_name}; /help lists the commands]")
+    names = session.engine.pair.names
+    session.screen.note(f"[{names.target_path.name}, draft {names.draft_name}; /help lists the commands]")
     keys = KeyBindings()
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))  # what Alt-Enter sends, too

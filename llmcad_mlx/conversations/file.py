@@ -157,11 +157,11 @@ def _belongings(pair: LoadedPair) -> dict[str, str | None]:
     """What must be the same for a cache to be used; the names end the sentence "it is from another …"."""
     versions = [f"{name} {package_version(name)}" for name in ("llmcad-mlx", "mlx", "mlx-lm")]
     kernels = "host kernels" if cpu_kernels_wanted() else "MLX"
-    draft = pair.draft_path
+    draft = pair.names.draft_path
     return {
         "version": ", ".join(versions),
         "device": f"{device_name()}, {kernels}",
-        "model": _model_digest(pair.target_path),
+        "model": _model_digest(pair.names.target_path),
         "draft": _model_digest(draft) if draft is not None and draft.is_dir() else None,
     }
 

@@ -126,9 +126,9 @@ def _begin(session: Session, policy: GrowthPolicy, sampler: TargetSampler, stats
 def _submit(session: Session, policy: GrowthPolicy, tree: TokenTree) -> Selection:
     """What the policy wants verified, cut to what the target can verify."""
     selection = policy.submit(tree)
-    if session.target.capability == "plain":
+    if session.target.cache.capability == "plain":
         return tree.select(1)
-    if session.target.capability == "chain":
+    if session.target.cache.capability == "chain":
         return tree.keep([selection.new_to_old[node] for node in selection.tree.best_branch()])
     return selection
 

@@ -49,7 +49,7 @@ class Session:
         self.carried, self._unfinished = None, True
         kept = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
         self.target.truncate(kept)
-        kept = self.target.num_cached
+        kept = self.target.cache.length
         for drafter in self.drafters:
             drafter.truncate(kept)
         self.tokens = list(prompt)
@@ -66,7 +66,7 @@ class Session:
             # Told again with each chunk: whoever wants to end the prompt here raises.
             drafter.prefill(prompt, lambda done: on_progress(len(prompt), len(prompt)), should_stop)
         on_progress(len(prompt), len(prompt))
-        self._unfinished = self.target.num_cached < len(prompt) - 1
+        self._unfinished = self.target.cache.length < len(prompt) - 1
         self.streamed_bytes = self.target.streamed_bytes
         stats.prompt_s += self.clock() - started
 

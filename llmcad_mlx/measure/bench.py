@@ -58,7 +58,7 @@ def bench_report(done: Benchmark) -> Report:
     lines, wrong = summarise(runs, done.comparable, rate), runner.run_mismatches(runs, done.comparable)
     document = {
         "target": done.target,
-        "draft": pair.draft_name,
+        "draft": pair.names.draft_name,
         "options": {
             "variants": [variant.name for variant in done.variants],
             "prompts": [f"{prompt.domain}/{prompt.name}" for prompt in work.prompts],
@@ -71,7 +71,7 @@ def bench_report(done: Benchmark) -> Report:
     }
     return Report.of_runs(
         "bench",
-        f"{done.target}, draft {pair.draft_name}",
+        f"{done.target}, draft {pair.names.draft_name}",
         rate,
         summary_tables(lines),
         _notes(done),

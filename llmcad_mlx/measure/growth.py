@@ -68,7 +68,7 @@ class PassTimer:
     def __init__(self, pair: LoadedPair) -> None:
         """Raises UsageError where the target has no room for a context to grow in."""
         self._pair, self._target = pair, pair.target
-        kind = pair.target.capability
+        kind = pair.target.cache.capability
         self.few_nodes = 1 if kind == "plain" else min(FEW_NODES, pair.max_nodes)
         room = pair.context_length or CONTEXTS[-1] + self.few_nodes
         check_room(room)
@@ -89,7 +89,7 @@ class PassTimer:
     def fill(self, length: int) -> None:
         """Let the cache hold `length` tokens."""
         self._target.truncate(length)
-        if missing := self._tokens[self._target.num_cached : length]:
+        if missing := self._tokens[self._target.cache.length : length]:
             self._target.prefill(missing, lambda done: None, lambda: False)
 
     def measure(self, nodes: int) -> TimedPass:

@@ -305,13 +305,13 @@ def make_contenders(variants: Sequence[Variant], pair: LoadedPair) -> list[Conte
             raise UsageError(
                 f"variants: {variant.name} needs a draft model or an n-gram table; name one with --draft"
             )
-    theirs = _mlx_lm_model(pair.target_path) if any(variant.is_mlx_lm for variant in variants) else None
+    theirs = _mlx_lm_model(pair.names.target_path) if any(variant.is_mlx_lm for variant in variants) else None
     contenders: list[Contender] = []
     for variant in variants:
         if variant.settings is not None:
             contenders.append(EngineContender(variant.name, variant_pair(pair, variant), variant.settings))
         else:
-            draft = pair.draft_path if variant.name == MLX_LM_DRAFT else None
+            draft = pair.names.draft_path if variant.name == MLX_LM_DRAFT else None
             draft_model = None if draft is None else _mlx_lm_model(draft)
             contenders.append(MlxLmContender(variant.name, theirs, pair.tokenizer, draft_model))
     return contenders
@@ -338,11 +338,11 @@ def variant_pair(pair: LoadedPair, variant: Variant) -> LoadedPair:
         raise UsageError("variants: plain-equal is for a target that is streamed; give --memory or --pinned")
     if options.pinned is not None:
         options = replace(options, pinned=options.pinned + plan.draft_bytes)
-    return replace(load_pair(str(pair.target_path), NO_DRAFT, False, options), profile=PairProfile(None))
+    return replace(load_pair(str(pair.names.target_path), NO_DRAFT, False, options), profile=PairProfile(None))
 
 
 def _drafters(pair: LoadedPair, variant: Variant) -> list[Drafter]:
-    if variant.drafters == "none" or pair.target.capability == "plain":
+    if variant.drafters == "none" or pair.target.cache.capability == "plain":
         return []
     lookup: Drafter = NgramDrafter()
     drafts = [drafter for drafter in pair.drafters if not isinstance(drafter, NgramDrafter)]

@@ -242,7 +242,7 @@ class Worker:
     def _run(self) -> None:
         try:
             engine = self._load()
-            pair, draft = engine.pair, public_name(engine.pair.draft_name)
+            pair, draft = engine.pair, public_name(engine.pair.names.draft_name)
             model = ServedModel(self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer)
         except BaseException as error:
             self._model.set_exception(error)

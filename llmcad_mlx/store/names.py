@@ -46,7 +46,8 @@ _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class PairPaths:
-    """Where a pair's models lie. `draft_name` is for people, `draft_path` None for "ngram" and "none"."""
+    """Where a pair's models lie. `draft_name` is for people, `draft_path` None for "ngram" and "none": no draft
+    model and no table."""
 
     target_path: Path
     draft_name: str
@@ -187,9 +188,12 @@ def pull_part(name: str, part: str, progress: Progress | None = None, keep_sourc
     with locked(folder):
         if not _complete(folder, source):
             file = fetch_file(source, progress or Progress())
-            shutil.rmtree(folder, ignore_errors=True)  # of an older form, or damaged
-            convert_gguf(file, folder, _BITS, _GROUP_SIZE, progress=progress)
-            (folder / MARKER).write_text(json.dumps(_marker(folder, source), indent=2) + "\n", encoding="utf-8")
+            made = folder.with_name(f"{part}.new")
+            shutil.rmtree(made, ignore_errors=True)  # of a try that was killed
+            convert_gguf(file, made, _BITS, _GROUP_SIZE, progress=progress)
+            (made / MARKER).write_text(json.dumps(_marker(made, source), indent=2) + "\n", encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)  # of an older form, or damaged; kept while the disk may fill
+            made.rename(folder)
             if not keep_source:
                 file.unlink()
     return folder

@@ -279,7 +279,7 @@ def test_after_a_generation_that_ended_early(
 def test_after_an_error_in_a_model_that_takes_no_trees(tmp_path: Path, family: str) -> None:
     folder = write_folder(tmp_path / family, build(family), config_of(family))
     with load(folder) as session:
-        assert session.pair.target.capability == ("plain" if family == "mamba" else "chain")
+        assert session.pair.target.cache.capability == ("plain" if family == "mamba" else "chain")
         prompt = session.encode("a cat")
         expected = session.generate(prompt, max_tokens=12).tokens
         for at in (1, 5):

@@ -317,7 +317,7 @@ def test_mlx_lm_runs_on_a_copy_of_the_same_weights(pair: LoadedPair, prompts: Pa
 
 
 def test_every_variant_has_its_drafters(pair: LoadedPair, prompts: Path) -> None:
-    alone = replace(pair, drafters=[], draft_name="none")
+    alone = replace(pair, drafters=[])
 
     def sources(of: LoadedPair, name: str) -> list[str]:
         (variant,) = parse_variants(name)

@@ -108,7 +108,7 @@ def test_a_timed_pass_reads_the_whole_target_once_more(folder: Path) -> None:
         assert pair.target.feed is not None
         timer = PassTimer(pair)
         timer.fill(100)
-        assert pair.target.num_cached == 100
+        assert pair.target.cache.length == 100
         taken: list[int] = []
         take = pair.target.feed.take
         pair.target.feed.take = lambda unit: taken.append(unit) or take(unit)  # type: ignore[method-assign,func-returns-value]
@@ -116,7 +116,7 @@ def test_a_timed_pass_reads_the_whole_target_once_more(folder: Path) -> None:
         assert len(taken) % 2 == 0
         assert taken[: len(taken) // 2] == taken[len(taken) // 2 :] == sorted(set(taken))
         timer.fill(40)
-        assert pair.target.num_cached == 40
+        assert pair.target.cache.length == 40
 
 
 def test_trees_are_random_but_the_same_every_time() -> None:

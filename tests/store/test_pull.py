@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -320,13 +321,20 @@ def test_preset_becomes_a_bundle_once(hub: HubStandIn, tiny_preset: Preset) -> N
 
 
 @pytest.mark.parametrize("damage", ["no marker", "cut weights"])
-def test_incomplete_folder_is_made_again(tiny_preset: Preset, damage: str) -> None:
+def test_incomplete_folder_is_made_again(
+    tiny_preset: Preset, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder,) = names.pull_preset("tiny")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     if damage == "no marker":
         (folder / names.MARKER).unlink()
     weights.write_bytes(whole[:-1])
+    with monkeypatch.context() as patches:
+        patches.setattr(names, "convert_gguf", Mock(side_effect=disk.DiskError("the disk is full")))
+        with pytest.raises(disk.DiskError):
+            names.pull_preset("tiny")
+    assert weights.read_bytes() == whole[:-1]  # until there is a better one
     names.pull_preset("tiny", keep_source=True)
     assert weights.read_bytes() == whole
     assert [file.suffix for file in (home_folder() / "files").iterdir()] == [".gguf"]

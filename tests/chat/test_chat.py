@@ -88,7 +88,6 @@ class Chat(ChatSession):
         assert self.errors == []
 
     def stopped(self, line: str, at: int) -> None:
-        """A line that Ctrl-C ends."""
         self.stop_at = at
         with pytest.raises(KeyboardInterrupt):
             self.handle(line)
@@ -394,7 +393,6 @@ TEXTS = [
 
 
 def on_screen(text: GrowingMarkdown, pieces: list[str]) -> str:
-    """What ends up there."""
     blocks: list[RenderableType] = []
     for piece in pieces:
         text.add(token(piece))

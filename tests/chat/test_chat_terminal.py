@@ -20,8 +20,6 @@ pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 class Terminal:
-    """A chat in a pseudo-terminal."""
-
     def __init__(self, *words: object) -> None:
         environment = {**os.environ, "TERM": "xterm-256color", "NUMBA_NUM_THREADS": "1"}
         self.child = pexpect.spawn(

@@ -123,7 +123,6 @@ def test_a_shell_gets_its_script_and_its_answers(tmp_path: Path, shell: str, fil
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_tab_completes_in_bash(tmp_path: Path) -> None:
-    """Installed, and typed into a shell of its own."""
     ask(tmp_path, "--install-completion", "bash")
     programs = tmp_path / "bin"
     programs.mkdir()

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -26,17 +27,6 @@ KEYS = {
 def told(out: str) -> dict[str, str]:
     """What is printed for people, by name."""
     return {name: value.strip() for name, value in (line.split("  ", 1) for line in out.splitlines())}
-
-
-def broken_import(monkeypatch, broken: str) -> None:
-    real = importlib.import_module
-
-    def import_module(name: str):
-        if name == broken:
-            raise ImportError("libsomething.so: cannot open\nshared object file")
-        return real(name)
-
-    monkeypatch.setattr(module.importlib, "import_module", import_module)
 
 
 def test_a_sound_installation_has_no_problems(monkeypatch, tmp_path):
@@ -83,7 +73,8 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path, out
 
 
 def test_a_broken_mlx_is_told_with_its_reason_in_one_line(monkeypatch):
-    broken_import(monkeypatch, "mlx.core")
+    broken = Mock(side_effect=ImportError("libsomething.so: cannot open\nshared object file"))
+    monkeypatch.setattr(importlib, "import_module", broken)
     found = diagnose("some-model")
     assert (found.device, found.host_kernels, found.model) == (None, False, None)
     (problem,) = found.problems
@@ -92,7 +83,7 @@ def test_a_broken_mlx_is_told_with_its_reason_in_one_line(monkeypatch):
 
 @pytest.mark.skipif(not cpu_kernels_wanted(), reason="the host kernels are for Linux CPUs")
 def test_broken_host_kernels_are_told(monkeypatch):
-    broken_import(monkeypatch, "llmcad_mlx.cpu.kernels")
+    monkeypatch.setitem(sys.modules, "llmcad_mlx.cpu.kernels", None)
     found = diagnose()
     assert not found.host_kernels
     assert "numba" in found.problems[0]
@@ -142,7 +133,6 @@ def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, out
 
 
 def test_memory_of_this_process_and_machine():
-    """psutil's figures and the system's own are about the same thing."""
     here = machine.this_machine()
     assert here.memory_bytes == machine.physical_memory_bytes()
     assert 10**7 < machine.resident_bytes() <= machine.peak_rss_bytes() * 1.05 < here.memory_bytes

@@ -258,7 +258,6 @@ class Stage:
 
 @pytest.fixture
 def staged(models: Path, target: Path, prompts: Path) -> Callable[..., Stage]:
-    """A stage with drafts of these step times."""
     return partial(Stage, models, target, prompts)
 
 
@@ -547,7 +546,3 @@ def test_a_choice_that_cannot_be_saved_is_printed_and_an_error(words: Any, own_h
     assert "(chosen)" in out
     assert err.count("\n") == 1
     assert "profiles" in err
-
-
-def test_a_target_that_is_not_there_is_named(output: Any) -> None:
-    assert "/nowhere" in output("tune", "/nowhere", code=1)[1]

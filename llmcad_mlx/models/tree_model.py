@@ -140,19 +140,15 @@ class TreeModel:
         cache: ModelCache,
         chunk: int | None = None,
         on_progress: Callable[[int], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         """Append and commit ``tokens`` as a chain, ``chunk`` (None: `prefill_chunk`) at a time, without the head.
 
         Each chunk's keys and values are evaluated before the next. on_progress gets the number of tokens done
-        so far; should_stop is asked before each chunk, and True ends the prefill there (``cache.length``
-        tells where). An exception, Ctrl-C included, leaves the cache at the last finished chunk, or empty if
-        it cannot roll back.
+        so far. An exception, its own and Ctrl-C included, leaves the cache at the last finished chunk, or empty
+        if it cannot roll back.
         """
         chunk = 1 if self.report.single_rows else chunk or self.prefill_chunk
         for start in range(0, len(tokens), chunk):
-            if should_stop is not None and should_stop():
-                return
             part = tokens[start : start + chunk]
             try:
                 slots = run(self._prefill_call, part, cache, None, self.report.pad_single).slots

@@ -319,8 +319,12 @@ def test_truncate_keeps_what_is_still_true() -> None:
 def test_an_interrupted_prefill_is_taken_up_again() -> None:
     drafter = ModelDrafter(model())
     tokens = np.random.default_rng(0).integers(0, VOCAB, 1200).tolist()
-    chunks = iter([False, True])
-    drafter.prefill(tokens, lambda done: None, lambda: next(chunks))
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drafter.prefill(tokens, stop)
     assert 0 < drafter.cache.length < 1199
     drafter.prefill(tokens)
     assert drafter.cache.length == 1199

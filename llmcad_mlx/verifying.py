@@ -60,7 +60,6 @@ class Target:
 
     @property
     def num_cached(self) -> int:
-        """Committed tokens in `cache`."""
         return self.cache.length
 
     @property

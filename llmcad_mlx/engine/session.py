@@ -69,8 +69,7 @@ class Session:
         stats.prompt_s += self.clock() - started
 
     def begin_round(self, policy: GrowthPolicy) -> None:
-        """The next tokens are being found. After a round or a prefill that was broken off, this first makes the
-        caches hold what `tokens` says."""
+        """After a round or a prefill that was broken off, first make the caches hold what `tokens` says."""
         if self._unfinished:
             self.start(list(self.tokens), policy, GenerationStats())
         self._unfinished = True

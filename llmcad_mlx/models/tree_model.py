@@ -52,9 +52,8 @@ def run(
 ) -> Forward:
     """Announce ``tokens`` to the cache and call the model (or its body) on them.
 
-    pad_single: a single token is forwarded twice and the second row dropped, for models whose arithmetic
-    depends on whether one or several rows come together. Raises ValueError when the output is not one row
-    per token.
+    pad_single: a single token is forwarded twice and the second row dropped, for models that compute one row in
+    another way than several. Raises ValueError when the output is not one row per token.
     """
     rows = list(tokens)
     if pad_single and len(tokens) == 1:
@@ -143,9 +142,8 @@ class TreeModel:
     ) -> None:
         """Append and commit ``tokens`` as a chain, ``chunk`` (None: `prefill_chunk`) at a time, without the head.
 
-        Each chunk's keys and values are evaluated before the next. on_progress gets the number of tokens done
-        so far. An exception, its own and Ctrl-C included, leaves the cache at the last finished chunk, or empty
-        if it cannot roll back.
+        Each chunk is evaluated before the next. on_progress gets the number of tokens done so far. An exception,
+        its own and Ctrl-C included, leaves the cache at the last finished chunk, or empty if it cannot roll back.
         """
         chunk = 1 if self.report.single_rows else chunk or self.prefill_chunk
         for start in range(0, len(tokens), chunk):

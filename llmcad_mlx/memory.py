@@ -351,7 +351,7 @@ def _rate(tokens: float, seconds: float) -> float | None:
 
 
 def larger_plans(needs: MemoryNeeds, plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
-    """Plans of larger budgets, each with its name, up to one with which nothing is read; the pins are theirs."""
+    """Named plans of larger budgets, up to one with which nothing is read. What is pinned is up to the plan."""
     if not plan.streamed_bytes:
         return
     base = plan.budget_bytes or plan.total_bytes

@@ -37,7 +37,7 @@ _PREFILL_STEP = 64  # prompt tokens a drafter reads at a time while the target w
 class Growth:
     """One round's tree below `tokens` and who grows it. Steps are timed, and charged to `costs` and `stats`.
 
-    Drafters take part from when they are first asked: where text is hard to guess, most rounds need the cheapest.
+    Drafters take part from when first asked: most rounds of text hard to guess need none but the cheapest.
 
     `num_provisional`: steps taken by `provisional_step`, `background_s`: seconds spent in them.
     """

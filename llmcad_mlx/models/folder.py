@@ -180,9 +180,6 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
-# --- what a draft may leave out
-
-
 def read_draft_tokens(folder: Path, vocab_size: int | None) -> TokenList | None:
     """The token list of a draft's folder; None where it has none. vocab_size: the full model's, if known. Raises
     ModelError naming the file for anything that is not such a list."""

@@ -142,9 +142,6 @@ def _state(source: Path) -> str:
     return _digest("\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats))
 
 
-# --- fewer bits ---------------------------------------------------------------------------------------------
-
-
 def stored_bits(loaded: LoadedModel) -> int:
     """Bits of most of the weights that can be quantised. Raises ModelError where none can."""
     found: Counter[int] = Counter()
@@ -180,9 +177,6 @@ def _write_quantised(source: Path, folder: Path, bits: int, name: str, progress:
     weights = quantised_weights(plain, bits, GROUP_SIZE)
     progress.note(f"quantising {source} to {bits} bits, to draft with")
     write_weights(source, folder, weights, f"{source.name} in {bits} bits", progress)
-
-
-# --- fewer tokens -------------------------------------------------------------------------------------------
 
 
 def usual_tokens(tokenizer: Any, num_tokens: int, counts: npt.NDArray[np.int64] | None = None) -> TokenList:

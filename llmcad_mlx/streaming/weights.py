@@ -155,7 +155,7 @@ class StreamParts:
 def _stored(
     loaded: LoadedModel, module: Module, path: str, own: Mapping[str, mx.array], in_layer: bool
 ) -> dict[str, StoredParameter]:
-    """By name, what can be streamed and is not small. Raises ModelError for another form where `in_layer`."""
+    """By name, what can be streamed, small ones left out. Raises ModelError for one `in_layer` in another form."""
     found = {}
     for name, value in own.items():
         if value.nbytes <= SMALL_BYTES or value.ndim < 2:

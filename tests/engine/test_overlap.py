@@ -25,9 +25,8 @@ from llmcad_mlx.streaming.modules import SequentialFeed
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying import Target
 from tests.support.rounds import PROMPT, Rounds, sampler_of
-from tests.support.simulated_stream import SimulatedClock, SimulatedStream
+from tests.support.simulated_stream import SimulatedClock, SimulatedStream, simulated_target
 from tests.support.tiny import VOCAB, tiny_tree_model
-from tests.support.waiting_target import simulated_target
 
 PASSES = 5
 BYTES = 1000

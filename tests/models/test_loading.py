@@ -81,6 +81,10 @@ BROKEN = {
     "other size": (change(hidden_size=32), "weights do not match"),
     "tensor missing": (drop_a_tensor, "weights do not match config.json .Missing 1 parameters"),
     "no weights": (remove("model.safetensors"), "model.safetensors: missing, though the index names it"),
+    "no weights, no index": (
+        lambda folder: (remove("model.safetensors")(folder), remove("model.safetensors.index.json")(folder)),
+        r"no model\*\.safetensors",
+    ),
     "index names a missing file": (name_a_second_file, "model-00001-of-00002.safetensors: missing"),
     "index corrupt": (write("model.safetensors.index.json", "{"), "index.json: not valid JSON"),
     "index without map": (write("model.safetensors.index.json", "{}"), "no weight_map"),
@@ -106,13 +110,6 @@ def test_broken_folders_are_told_in_one_line(case: str, folder: Path, monkeypatc
         load_model_folder(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
-
-
-def test_a_folder_without_weights_or_index(folder: Path) -> None:
-    remove("model.safetensors")(folder)
-    remove("model.safetensors.index.json")(folder)
-    with pytest.raises(ModelError, match=r"no model\*\.safetensors"):
-        load_model_folder(folder)
 
 
 def test_missing_folder_and_a_file_in_its_place(folder: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmcad_mlx.errors import StorageError
 from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
-from tests.support.faulty_storage import MemoryStorage
+from tests.support.faults import MemoryStorage
 from tests.support.simulated_stream import SimulatedClock
 
 DATA = bytes((7 * i + i // 256) % 256 for i in range(100_000))

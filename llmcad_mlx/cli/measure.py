@@ -212,17 +212,13 @@ def _measuring(out: Path | None) -> Iterator[Callable[[str, int], None]]:
     # Four redraws a second are enough, and take nothing from what is measured.
     bar = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
     task = bar.add_task("", total=None)
-    begun = False
 
     def on_step(label: str, total: int) -> None:
-        nonlocal begun
-        bar.update(task, description=label, total=total, advance=1 if begun else 0)
-        if not begun:
-            bar.start()
-        begun = True
+        bar.update(task, description=label, total=total, advance=int(bar.live.is_started))
+        bar.start()
 
     try:
         yield on_step
     finally:
-        if begun:
+        if bar.live.is_started:
             bar.stop()

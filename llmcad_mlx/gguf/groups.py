@@ -90,9 +90,6 @@ def _packed(codes: Bytes, bits: int) -> npt.NDArray[np.uint32]:
     return np.ascontiguousarray(packed).view("<u4").astype(np.uint32, copy=False)
 
 
-# --- fitted anew ----------------------------------------------------------------------------------------------
-
-
 def _fitted(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Groups:
     require_finite(weights)
     rows = weights.shape[0]
@@ -134,9 +131,6 @@ def _least_squares(
     fitted = (centred * (groups - mean)).sum(axis=-1, keepdims=True) / mx.where(spread > 0, spread, 1)
     usable = fitted > 0
     return mx.where(usable, fitted, scale), mx.where(usable, mean - fitted * code_mean, bias)
-
-
-# --- kept -----------------------------------------------------------------------------------------------------
 
 
 def _from_q4(raw: Bytes, has_offset: bool) -> Groups:

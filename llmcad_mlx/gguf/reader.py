@@ -84,7 +84,7 @@ class GgufHeader:
         """The architecture's name. Raises ModelError when the file does not say."""
         family = self.metadata.get("general.architecture")
         if not isinstance(family, str) or len(family) > MAX_FAMILY_LENGTH:
-            raise ModelError(f"{self.path}: GGUF file without general.architecture; it is not a model")
+            raise self.refused("GGUF file without general.architecture; it is not a model")
         return family
 
     def has(self, key: str) -> bool:
@@ -131,12 +131,16 @@ class GgufHeader:
             raise self.wrong(key, type(value).__name__)
         return found
 
+    def refused(self, why: str) -> ModelError:
+        """The error for a file that cannot become a model here."""
+        return ModelError(f"{self.path}: {why}")
+
     def wrong(self, key: str, value: object) -> ModelError:
         """The error for a field that is missing or cannot be used."""
         short = reprlib.Repr()  # one line, even where a file holds a list of millions
         short.maxstring = short.maxother = 80
         shown = short.repr(value)
-        return ModelError(f"{self.path}: GGUF field {self._full(key)} is missing or unusable ({shown})")
+        return self.refused(f"GGUF field {self._full(key)} is missing or unusable ({shown})")
 
     def _full(self, key: str) -> str:
         return self.family + key if key.startswith(".") else key

@@ -19,7 +19,6 @@ from typing import Any
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.reader import GgufHeader
 
 SPACE = "▁"
@@ -64,7 +63,7 @@ def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
     elif kind == "llama":
         tokenizer, adds_bos = _sentencepiece(header, vocabulary), True
     else:
-        raise ModelError(f"{header.path}: tokenizer kind {kind!r} is not supported (gpt2 and llama are)")
+        raise header.refused(f"tokenizer kind {kind!r} is not supported (gpt2 and llama are)")
     tokenizer.add_tokens(vocabulary.added())
     ends = _ends(header, vocabulary)
     bos, pad = (_token_id(header, vocabulary, name) for name in ("bos", "padding"))
@@ -149,9 +148,6 @@ def _ends(header: GgufHeader, vocabulary: _Vocabulary) -> list[int]:
     return ends
 
 
-# --- byte-level BPE -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Splitter:
     """How a named pre-tokenizer cuts text: by `pattern`, or as GPT-2 does, single digits first where it says so.
@@ -217,7 +213,7 @@ def _byte_level(header: GgufHeader, vocabulary: _Vocabulary) -> tuple[Tokenizer,
     splitter = _SPLITTERS.get(name)
     if splitter is None:
         known = ", ".join(_SPLITTERS)
-        raise ModelError(f"{header.path}: pre-tokenizer {name!r} is not supported (supported: {known})")
+        raise header.refused(f"pre-tokenizer {name!r} is not supported (supported: {known})")
     ids = vocabulary.ids()
     merges = []
     for text in header.items("tokenizer.ggml.merges", str):
@@ -231,9 +227,6 @@ def _byte_level(header: GgufHeader, vocabulary: _Vocabulary) -> tuple[Tokenizer,
     tokenizer.pre_tokenizer = splitter.build()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, splitter.adds_bos
-
-
-# --- SentencePiece BPE ----------------------------------------------------------------------------------------
 
 
 def _sentencepiece(header: GgufHeader, vocabulary: _Vocabulary) -> Tokenizer:

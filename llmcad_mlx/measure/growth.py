@@ -1,9 +1,5 @@
-"""`bench --growth` and `bench --kernels`: how the cost of single steps grows.
-
-Of one target pass with the bytes it reads, with the tree's nodes and with the context: passes of a loaded target
-over random trees of any size, after a context of any length. Of one 4-bit matrix multiplication with its rows, by
-MLX's kernels and, on a Linux CPU, ours.
-"""
+"""`bench --growth`: what a target pass costs by bytes read, nodes and context, measured with random trees.
+`bench --kernels`: what a 4-bit matrix multiplication costs by rows, on MLX's kernels and ours."""
 
 from __future__ import annotations
 
@@ -320,8 +316,6 @@ def _draw(answered: dict[Question, list[dict[str, Any]]], figure: Any) -> None:
         axes.grid(alpha=0.3)
     output.legend_below(figure)
 
-
-# -- kernels ---------------------------------------------------------------------------------------------
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128)
 DENSE_ROWS = (1, 4, 16)  # the reference BLAS behind it is slow

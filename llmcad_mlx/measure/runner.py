@@ -1,7 +1,4 @@
-"""Runs ways of decoding by turns at the same prompts, so that what disturbs the machine disturbs them alike.
-
-A contender is one way of decoding, with caches, policy and learned costs of its own, on shared weights.
-"""
+"""Runs ways of decoding by turns at the same prompts, so that what disturbs the machine disturbs them alike."""
 
 from __future__ import annotations
 
@@ -140,7 +137,7 @@ def count_mismatches(
 
 
 class Contender(Protocol):
-    """A variant that can generate, over and over, each time from an empty cache."""
+    """A variant on shared weights that can generate, over and over, each time from an empty cache."""
 
     @property
     def name(self) -> str: ...

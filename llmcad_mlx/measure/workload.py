@@ -161,12 +161,6 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
     return groups
 
 
-def mixed_by_domain(prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
-    """The first prompt of each domain, then the second of each, …: a short warm-up meets several domains."""
-    ranks = zip_longest(*grouped(prompts, lambda prompt: prompt.domain).values())
-    return [prompt for rank in ranks for prompt in rank if prompt is not None]
-
-
 def _read(file: Path) -> dict[str, list[BenchPrompt]]:
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -227,8 +221,10 @@ class Workload:
         check_integer("warmup", warmup, 0, 10_000)
         if per_domain is not None:
             check_integer("per_domain", per_domain, least, 10_000)
-        found = load_prompts(file, listed(domains), per_domain)
-        return cls(tuple(mixed_by_domain(found)), checked, repeat, warmup)
+        found = grouped(load_prompts(file, listed(domains), per_domain), lambda prompt: prompt.domain)
+        # The first prompt of each domain, then the second of each, …: a short warm-up meets several domains.
+        mixed = (prompt for rank in zip_longest(*found.values()) for prompt in rank if prompt is not None)
+        return cls(tuple(mixed), checked, repeat, warmup)
 
     @property
     def temperature(self) -> float:

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from llmcad_mlx.serve.jobs import (
@@ -27,7 +28,7 @@ from llmcad_mlx.serve.jobs import (
     TokenEvent,
     TokenLogprob,
 )
-from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, JsonResponse, shutting_down, to_json
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, shutting_down, to_json
 
 Json = dict[str, Any]
 
@@ -301,7 +302,7 @@ class GenerationResponse:
                 if self.job.request.stream:
                     await self._stream(progress, send)
                 else:
-                    await JsonResponse(await self._whole(progress))(scope, receive, send)
+                    await JSONResponse(await self._whole(progress))(scope, receive, send)
 
     async def _progress(self, receive: Receive) -> AsyncGenerator[Progress | None]:
         """The job's events to its end, None after every `keepalive_s` without one. Close it when you leave it.

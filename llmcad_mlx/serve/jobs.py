@@ -19,9 +19,8 @@ from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, bad_request, 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and its log probability before penalties and temperature."""
+    """A token's text and its log probability before penalties and temperature."""
 
-    token: int
     text: str
     logprob: float
 

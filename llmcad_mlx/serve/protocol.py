@@ -27,7 +27,7 @@ from pydantic import (
     create_model,
 )
 from pydantic_core import ErrorDetails, PydanticKnownError, from_json
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt
@@ -80,21 +80,11 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-class JsonResponse(Response):
-    """An object as the answer."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return to_json(content)
-
-
-def error_response(error: ApiError) -> Response:
+def error_response(error: ApiError) -> JSONResponse:
     """An error as the answer."""
-    return JsonResponse(error.body, error.status, error.headers)
+    return JSONResponse(error.body, error.status, error.headers)
 
 
-Kind = Literal["chat", "completion"]
 Record = TypeVar("Record", bound=BaseModel)
 
 _MAX_TOKEN = 2**31 - 1
@@ -256,7 +246,7 @@ class GenerationRequest:
     beside the chosen token's. `show_tokens`, `show_trees`: which of the speculation to send.
     """
 
-    kind: Kind
+    kind: Literal["chat", "completion"]
     prompt: Prompt
     options: GenerationOptions
     tools: list[dict[str, Any]] | None = None

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,24 +14,13 @@ from llmcad_mlx import loader, machine
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.files.bundle import read_bundle
-from llmcad_mlx.models.folder import LoadedModel
-from llmcad_mlx.store import names
 from tests.support.command_line import TerminalText
-from tests.support.tiny import VOCAB, tiny_tree_model
-from tests.support.tiny_folder import make_folder, write_bundle
+from tests.support.tiny_folder import VOCAB, write_bundle
 
 KEYS = {
     "platform", "python", "cpu", "num_cores", "memory_bytes", "available_bytes", "versions", "device",
     "host_kernels", "models_folder", "models_folder_free_bytes", "mlx_lm_tested", "model", "problems",
 }  # fmt: skip
-
-
-@pytest.fixture
-def tiny_model(monkeypatch):
-    monkeypatch.setattr(names, "resolve_target", lambda name, progress: Path("/models") / name)
-    model = tiny_tree_model(1)
-    loaded = LoadedModel(model.model, None, model.config, Path("/models/tiny"))
-    monkeypatch.setattr(loader, "load_tree_model", lambda path, alone: (loaded, model))
 
 
 def told(out: str) -> dict[str, str]:
@@ -65,22 +53,23 @@ def test_a_sound_installation_has_no_problems(monkeypatch, tmp_path):
     assert found.mlx_lm_tested
 
 
-def test_what_is_told_of_a_model(tiny_model, output):
-    found = diagnose("tiny").model
-    assert (found.path, found.capability, found.reason) == ("/models/tiny", "tree", "")
-    assert (found.vocab_size, found.context_length, found.num_layers) == (VOCAB, 4096, 2)
+def test_what_is_told_of_a_model(own_home, folder, output):
+    found = diagnose(str(folder)).model
+    assert (found.path, found.capability, found.reason) == (str(folder), "tree", "")
+    assert (found.vocab_size, found.context_length, found.num_layers) == (VOCAB, 512, 2)
     assert found.num_host_layers == (2 if cpu_kernels_wanted() else 0)
     assert found.weight_bytes > 0
     assert found.max_difference < 1e-3
     assert found.probe_s > 0
-    lines = told(output("doctor", "tiny")[0])
+    lines = told(output("doctor", folder)[0])
     assert lines["capability"] == "tree"
     assert lines["vocabulary"] == f"{VOCAB} logits"
     assert "on host kernels" in lines["layers"]
-    out, err = output("doctor", "tiny", "--json")
+    out, err = output("doctor", folder, "--json")
     report = json.loads(out)
     assert set(report) == KEYS
     assert report["model"]["capability"] == "tree"
+    assert report["model"]["checksums_verified"] is None  # a stock folder has none
     assert err == ""
 
 
@@ -126,18 +115,19 @@ def test_supported_versions_come_from_the_requirement_that_applies_here(monkeypa
 
 
 @pytest.fixture
-def bundle(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
-    write_bundle(make_folder(tmp_path / "stock"), tmp_path / "bundle")
+def bundle(own_home, folder, tmp_path):
+    write_bundle(folder, tmp_path / "bundle")
     return tmp_path / "bundle"
 
 
-def test_the_bytes_of_a_bundle_are_verified(bundle, output):
+def test_the_bytes_of_a_bundle_are_verified(bundle, output, monkeypatch):
     out, err = output("doctor", bundle)
     assert told(out)["checksums"] == "verified: every byte is as it was written"
     assert err == ""  # the bar is for terminals
-    stock = json.loads(output("doctor", bundle.parent / "stock", "--json")[0])
-    assert stock["model"]["checksums_verified"] is None
+    terminal = TerminalText()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert diagnose(str(bundle), show_progress=True).model.checksums_verified
+    assert "checking bundle" in terminal.getvalue()
 
 
 def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, output):
@@ -149,13 +139,6 @@ def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, out
     monkeypatch.setattr(loader, "load_tree_model", None)  # not loaded either
     (problem,) = output("doctor", bundle, code=1)[1].splitlines()
     assert problem.startswith(f"problem: model: {file}: layer 1 was altered")
-
-
-def test_a_terminal_shows_how_far_verification_is(bundle, monkeypatch):
-    terminal = TerminalText()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    assert diagnose(str(bundle), show_progress=True).model.checksums_verified
-    assert "checking bundle" in terminal.getvalue()
 
 
 def test_memory_of_this_process_and_machine():

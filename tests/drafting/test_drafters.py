@@ -290,19 +290,6 @@ def test_an_interrupted_round_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -
         assert proposed(drafter, tokens, path) == reference([*tokens, *path])
 
 
-def test_truncate_keeps_what_is_still_true() -> None:
-    drafter = ModelDrafter(model())
-    drafter.prefill([1, 2, 3, 4, 5, 6])
-    proposed(drafter, [1, 2, 3, 4, 5, 6])
-    for length in (3, 100):  # the second time there is nothing to forget
-        drafter.truncate(length)
-        assert drafter.cache.length == 3
-    edited = [1, 2, 3, 9, 8]
-    drafter.prefill(edited)
-    assert drafter.cache.length == 4
-    assert proposed(drafter, edited) == reference(edited)
-
-
 # -- candidates --------------------------------------------------------------------------------------------
 
 

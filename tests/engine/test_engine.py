@@ -175,24 +175,6 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     assert engine.costs.draft.predict(1) == 1.0
 
 
-def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
-    engine = Rounds(None, [ModelDrafter(model())], ChainPolicy(6))
-    engine.begin(PROMPT)
-    expected = plain_text(PROMPT, 3)[:3]
-    stats, emitted = GenerationStats(), []
-
-    def stop(token: int) -> bool:
-        emitted.append(token)
-        return len(emitted) == 3
-
-    done = engine.round(stats=stats, stop=stop)
-    assert emitted == list(done.walk.tokens) == engine.tokens[len(PROMPT) :] == expected
-    assert done.walk.stopped
-    assert engine.target.cache.length <= len(engine.tokens)
-    engine.begin([*PROMPT, *expected])  # go on from there
-    assert [*expected, *engine.decode(10)][:12] == plain_text(PROMPT, 12)[:12]
-
-
 # -- models that take no trees -----------------------------------------------------------------------------
 
 

@@ -309,10 +309,7 @@ def pack_rows(x: np.ndarray, first: int, rows: int, split: bool, out: np.ndarray
 def _tile_bounds(rows):  # type: ignore[no-untyped-def]
     """Where tiles of at most 6 rows begin and end, as even as possible: (tiles + 1,)."""
     tiles = (rows + 5) // 6
-    bounds = np.empty(tiles + 1, np.int64)
-    for tile in range(tiles + 1):
-        bounds[tile] = tile * rows // tiles
-    return bounds
+    return np.arange(tiles + 1) * rows // tiles
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)

@@ -90,7 +90,7 @@ class PassTimer:
         """Let the cache hold `length` tokens."""
         self._target.truncate(length)
         if missing := self._tokens[self._target.cache.length : length]:
-            self._target.prefill(missing, lambda done: None, lambda: False)
+            self._target.prefill(missing)
 
     def measure(self, nodes: int) -> TimedPass:
         """One pass. It follows one of the same kind, unmeasured: a stream reads ahead during the pass before."""

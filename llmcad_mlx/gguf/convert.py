@@ -33,10 +33,8 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A GGUF tensor and what is written of it: a matrix's codes, scales and biases, or a vector.
-
-    heads_to_unpair: how many heads' rows must be put back in order. offset: taken from each value of a vector.
-    """
+    """A GGUF tensor and what is written of it: a matrix's codes, scales and biases, or a vector. heads_to_unpair:
+    heads whose rows must be put back in order. offset: taken from each value of a vector."""
 
     source: GgufTensor
     specs: tuple[TensorSpec, ...]
@@ -45,12 +43,7 @@ class PlannedTensor:
 
 
 def convert_gguf(
-    source: Path,
-    dest: Path,
-    bits: int = 4,
-    group_size: int = 32,
-    *,
-    progress: Progress | None = None,
+    source: Path, dest: Path, bits: int = 4, group_size: int = 32, *, progress: Progress | None = None
 ) -> None:
     """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
 

@@ -99,12 +99,9 @@ class FamilyModel:
 
 
 def read_family(header: GgufHeader) -> FamilyModel:
-    """The mlx-lm model for a file.
-
-    Raises ModelError for a family that is not in `FAMILIES`, for variants (experts, partial or scaled
-    rotation) that mlx-lm's model of the family does not cover, for sizes that contradict the tensors, and
-    for one part of a file that was split.
-    """
+    """The mlx-lm model for a file. Raises ModelError for a family that is not in `FAMILIES`, for variants
+    (experts, partial or scaled rotation) that mlx-lm's model of it does not cover, for sizes that contradict the
+    tensors, and for one part of a file that was split."""
     family = FAMILIES.get(header.family)
     if family is None:
         raise header.refused(f"GGUF family {header.family!r} is not supported ({', '.join(FAMILIES)} are)")

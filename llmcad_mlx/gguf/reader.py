@@ -154,11 +154,8 @@ def shortest_float32(value: float) -> float:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Parse and check the header of `path`.
-
-    Raises ModelError: not a GGUF file, a version or byte order this cannot read, a header that contradicts
-    the file's size, an unknown tensor type.
-    """
+    """The header of `path`. Raises ModelError: not a GGUF file, a version or byte order this cannot read, a header
+    that contradicts the file's size, an unknown tensor type."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(_Cursor(path, data))
@@ -169,10 +166,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 def read_rows(path: Path, tensor: GgufTensor, first: int, count: int) -> npt.NDArray[np.uint8]:
-    """Raw bytes of `count` rows from row `first`: (count, bytes per row) uint8.
-
-    Raises ModelError when the file has become shorter than its header said.
-    """
+    """Raw bytes of `count` rows from row `first`: (count, bytes per row) uint8. Raises ModelError when the file
+    has become shorter than its header said."""
     row_bytes = tensor.num_bytes // tensor.rows
     with path.open("rb") as file:
         file.seek(tensor.offset + first * row_bytes)
@@ -240,10 +235,8 @@ def _tensor(cursor: _Cursor) -> GgufTensor:
 
 
 class _Cursor:
-    """Reads forward through the mapped file, never past its end or what a header may hold.
-
-    The methods raise ModelError for a header that contradicts the file.
-    """
+    """Reads forward through the mapped file, never past its end or what a header may hold: ModelError for one that
+    contradicts the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path

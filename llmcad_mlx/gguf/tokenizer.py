@@ -32,11 +32,8 @@ _END_TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
-    """A tokenizer and what goes with it.
-
-    settings: tokenizer_config.json. ids: for config.json, and generation_config.json, with every token that ends a
-    turn, the file's own first.
-    """
+    """settings: tokenizer_config.json. ids: for config.json and generation_config.json, with every token that ends
+    a turn, the file's own first."""
 
     tokenizer: Tokenizer
     settings: dict[str, Any]
@@ -52,10 +49,7 @@ class GgufTokenizer:
 
 
 def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
-    """Build the tokenizer of a file.
-
-    Raises ModelError for a tokenizer kind or pre-tokenizer that is not known, and for damaged fields.
-    """
+    """The tokenizer of a file. Raises ModelError for an unknown kind or pre-tokenizer, and for damaged fields."""
     vocabulary = _read_vocabulary(header)
     kind = header.field("tokenizer.ggml.model", str)
     if kind == "gpt2":
@@ -205,10 +199,8 @@ _SPLITTERS = {
 
 
 def _byte_level(header: GgufHeader, vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
-    """The tokenizer, without bos, and whether its texts begin with bos where the file does not say.
-
-    Raises ModelError for an unknown pre-tokenizer, and for a merge of tokens that are not there.
-    """
+    """The tokenizer, without bos, and whether its texts begin with bos where the file does not say. Raises
+    ModelError for an unknown pre-tokenizer, and for a merge of tokens that are not there."""
     name = header.field("tokenizer.ggml.pre", str, "gpt-2")
     splitter = _SPLITTERS.get(name)
     if splitter is None:

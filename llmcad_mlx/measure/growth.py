@@ -90,7 +90,7 @@ class PassTimer:
         """Let the cache hold `length` tokens."""
         self._target.truncate(length)
         if missing := self._tokens[self._target.cache.length : length]:
-            self._target.prefill(missing, lambda done: None, lambda: False)
+            self._target.prefill(missing)
 
     def measure(self, nodes: int) -> TimedPass:
         """One pass. It follows one of the same kind, unmeasured: a stream reads ahead during the pass before."""
@@ -338,10 +338,7 @@ class KernelTime:
 def time_kernels(
     rows: Sequence[int] = ROWS, repeat: int = 3, shape: tuple[int, int] = (OUT_FEATURES, IN_FEATURES)
 ) -> list[KernelTime]:
-    """Time all kernels there are, interleaved: `repeat` times all row counts, each kernel in turn.
-
-    shape: (output, input) features of the weight. All in float32 on the default device.
-    """
+    """Time all kernels in turn, `repeat` times all row counts, in float32. shape: (output, input) features."""
     rng = np.random.default_rng(0)
     weight = mx.array(rng.standard_normal(shape, dtype=np.float32) / np.sqrt(np.float32(shape[1])))
     packed = mx.quantize(weight, GROUP_SIZE, BITS)
@@ -372,10 +369,8 @@ def time_kernels(
 def _kernels(
     packed: tuple[mx.array, mx.array, mx.array], dense: mx.array
 ) -> dict[str, Callable[[mx.array], mx.array]]:
-    """The kernels by name. Ours is a layer as models use it, with its way from MLX to numpy and back.
-
-    packed: as `mx.quantize` gives them; dense (N, K): the same weight in float32.
-    """
+    """The kernels by name; ours is a layer as models use it. packed: as `mx.quantize` gives them; dense (N, K):
+    the same weight in float32."""
     kernels: dict[str, Callable[[mx.array], mx.array]] = {
         MLX_QUANTIZED: lambda x: mx.quantized_matmul(x, *packed, transpose=True, group_size=GROUP_SIZE, bits=BITS),
         MLX_DENSE: lambda x: x @ dense.T,

@@ -263,12 +263,11 @@ class MlxLmContender:
 
 
 class WrongDrafter:
-    """Asks another drafter and proposes other tokens with the same confidences; in all else it is that drafter.
-    "Never slower" is tested with it.
+    """Asks another drafter and proposes none of its candidates, but others with the same confidences: wherever the
+    target agrees with that drafter, all proposals are wrong. "Never slower" is tested with it.
 
-    No proposed token is among the inner drafter's own candidates, so wherever the target agrees with any of
-    those, all proposals are wrong. Prompt lookup, which is often silent, is made to propose below every leaf:
-    with nothing found it claims what two matching tokens would.
+    Prompt lookup, which is often silent, is made to propose below every leaf: with nothing found it claims what
+    two matching tokens would.
     """
 
     def __init__(self, inner: Drafter, vocab_size: int) -> None:

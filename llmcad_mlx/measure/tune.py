@@ -1,5 +1,4 @@
-"""`llmcad-mlx tune`: from a target to the draft that serves it best: candidates found, measured, one decided
-for, the choice saved.
+"""`llmcad-mlx tune`: finds and measures drafts for a target, decides for one and saves the choice.
 
 Half of each domain's prompts calibrate, the other half are measured. From the first half come tokens per pass A,
 computing C, what a round takes beside its pass D and, where nobody gave it, the read rate B; with W bytes read on
@@ -75,10 +74,8 @@ def split(prompts: Sequence[BenchPrompt]) -> list[frozenset[PromptName]]:
 
 
 def run_tune(plan: TunePlan, target: str | None, show_progress: bool, on_turn: OnTurn) -> Tuning:
-    """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies.
-
-    Raises the errors of `load_pair` for the target; those of a draft are in the result.
-    """
+    """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies. Raises the
+    errors of `load_pair` for the target; those of a draft are in the result."""
     name = target or DEFAULT_PRESET
     target_path = resolve_target(name, show_progress)
     choice = find_choice(target_path, conditions(plan.memory))
@@ -220,11 +217,8 @@ class Tuning:
         self.failures[name] = str(error) or "there is not enough memory"
 
     def decide(self) -> None:
-        """Find each candidate's figures and, if all was measured, the best.
-
-        On a CPU equal arithmetic gives equal text, and a candidate with another text fails; elsewhere rounding may
-        decide near-ties.
-        """
+        """Find each candidate's figures and, if all was measured, the best. One with another text fails on a CPU,
+        where equal arithmetic gives equal text; elsewhere rounding may decide near-ties."""
         for name, seat in self.seats.items():
             if name in self.failures or not any(run.variant == name for run in self.runs):
                 continue

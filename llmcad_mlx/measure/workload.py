@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,11 +102,7 @@ def _variant(name: str) -> Variant:
     kind, colon, number = name.partition(":")
     policy, *missing = name.split("-no-")
     if colon:
-        if (
-            kind not in ("chain", "tree", "draft")
-            or not (number.isascii() and number.isdigit())
-            or int(number) < 1
-        ):
+        if not re.fullmatch("(chain|tree|draft):0*[1-9][0-9]*", name):
             raise UsageError(
                 f"variants: {name!r} is unknown; a number goes with chain:K, tree:N or draft:N and is at least 1"
             )

@@ -284,11 +284,8 @@ _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-con
 
 @dataclass(frozen=True, slots=True)
 class GenerationResponse:
-    """Waits for a job's answer and sends it, streamed or whole.
-
-    The status is known when the job's turn has come; a stream that has waited `keepalive_s` for that begins
-    without, and says what goes wrong later as an event of its own.
-    """
+    """Waits for a job's answer and sends it, streamed or whole. Its status is known when the job's turn has come:
+    a stream that has waited `keepalive_s` for that begins without, and tells of what goes wrong in an event."""
 
     job: Job
     queue: FairQueue

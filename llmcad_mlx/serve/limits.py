@@ -43,12 +43,8 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
                     return bytes(body)
                 body += piece
     except TimeoutError:
-        raise ApiError(
-            408,
-            f"the request's body did not arrive within {settings.body_s:g} s",
-            code="slow_body",
-            headers=_CLOSE,
-        ) from None
+        message = f"the request's body did not arrive within {settings.body_s:g} s"
+        raise ApiError(408, message, code="slow_body", headers=_CLOSE) from None
     except ClientDisconnect:
         raise bad_request("the request's body ended early") from None
     await _discard(pieces)

@@ -139,10 +139,7 @@ class PromptCache:
         return sum(snapshot.nbytes for snapshot in self._kept)
 
     def switch(self, engine: Engine, prompt: Sequence[int]) -> None:
-        """Bring the engine to the conversation that `prompt` goes on with.
-
-        What the engine would lose by it is kept, if there is room.
-        """
+        """Bring the engine to the conversation that `prompt` goes on with; what that loses is kept, if it fits."""
         present = engine.tokens
         common = common_prefix(present, prompt)
         best = max(self._kept, key=lambda kept: common_prefix(kept.tokens, prompt), default=None)
@@ -228,10 +225,7 @@ class Worker:
         return self._thread.is_alive()
 
     def close(self) -> Ending:
-        """Refuse what waits, end what runs within its round, free the model.
-
-        Clients are told at once; what blocks is the round. Call it off the event loop.
-        """
+        """Refuse what waits, end what runs and free the model. Blocks for a round: call it off the event loop."""
         waiting, running = self.queue.close(), self.running
         for job in waiting if running is None else [*waiting, running]:
             job.cancel(shutting_down())
@@ -287,9 +281,7 @@ def _summary(generation: Generation, end: FinishedEvent | ApiError) -> str:
 
 def cache_limit(size: str, budget_bytes: int | None) -> int:
     """Bytes for copies: "auto" is a twentieth of the budget, else of the machine's memory, but not above 1 GiB.
-
-    Raises UsageError for what is no size.
-    """
+    Raises UsageError for what is no size."""
     if size != "auto":
         return parse_size(size, "prompt-cache")
     memory = physical_memory_bytes() if budget_bytes is None else budget_bytes
@@ -297,10 +289,8 @@ def cache_limit(size: str, budget_bytes: int | None) -> int:
 
 
 def public_name(name: str | None) -> str:
-    """A preset's or repository's name as it is, a local file or folder by its last part; None: the default target.
-
-    A prefix like "4bit:" stays.
-    """
+    """A preset's or repository's name as it is, a local file or folder by its last part and with its prefix, like
+    "4bit:"; None: the default target."""
     if name is None:
         return DEFAULT_PRESET
     head, colon, rest = name.rpartition(":")

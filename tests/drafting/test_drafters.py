@@ -195,8 +195,13 @@ def test_survivors_that_are_not_taken_up_are_forgotten(ended_by: str) -> None:
 
 def test_a_prompt_can_be_read_in_pieces_and_interrupted() -> None:
     tokens = np.random.default_rng(0).integers(0, VOCAB, 650).tolist()
-    drafter, stop = ModelDrafter(model()), iter([False, True])
-    drafter.prefill(tokens, lambda done: None, lambda: next(stop))
+    drafter = ModelDrafter(model())
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drafter.prefill(tokens, stop)
     lengths = [drafter.cache.length]
     while drafter.prefill(tokens, limit=64):
         lengths.append(drafter.cache.length)

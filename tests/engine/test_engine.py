@@ -111,8 +111,13 @@ def test_a_read_error_of_the_target_leaves_a_state_to_go_on_from(place: str) -> 
 def test_an_interrupted_prefill_is_taken_up_again() -> None:
     engine = Rounds(None, [ModelDrafter(model())], forced(8))
     prompt = [(7 * i) % VOCAB for i in range(1400)]
-    chunks = iter([False, True, True, True])
-    engine.begin(prompt, should_stop=lambda: next(chunks))
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.begin(prompt, on_progress=stop)
     assert 0 < engine.target.cache.length < len(prompt) - 1
     stats = GenerationStats()
     engine.begin(prompt, stats)

@@ -236,7 +236,7 @@ def test_wrong_proposals_avoid_everything_the_real_draft_proposed(pair: LoadedPa
     proposals = []
     for drafter in (right, wrong):
         drafter.truncate(0)
-        drafter.prefill([1, 2, 3, 4], lambda done: None, lambda: False)
+        drafter.prefill([1, 2, 3, 4])
         drafter.begin([1, 2, 3, 4], TargetSampler(SamplingSettings(), pair.vocab_size))
         proposals += drafter.expand(TokenTree(4, 3), [0])
     good, bad = proposals

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.loader import LoadedPair, load_pair
@@ -19,7 +18,7 @@ from llmcad_mlx.measure.runner import EngineContender, Generation, run_mismatche
 from llmcad_mlx.measure.workload import BenchPrompt, Variant, Workload, load_prompts, parse_variants
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import GenerationOptions, SpeculationSettings
-from tests.measure.runs import made_up
+from tests.measure.runs import drawn, made_up
 
 pytestmark = pytest.mark.usefixtures("tiny_home")
 
@@ -218,18 +217,15 @@ def test_plots_are_the_summary_and_begin_at_zero() -> None:
     runs = [made_up("plain", domain=domain) for domain in "ab"]
     runs += [made_up("chain", 0, 0.5, io_wait_s=0.1), made_up("mlx-lm", ours=False)]
     lines = [line for line in summarise(runs) if line.domain == "all"]
-    figures = {plot.name: Figure() for plot in plots_of(lines)}
-    for plot in plots_of(lines):
-        assert plot.draw is not None
-        plot.draw(figures[plot.name])
-    (speed,), (split,) = figures["tokens_per_s"].axes, figures["time_split"].axes
+    figures = [drawn(plot) for plot in plots_of(lines)]
+    (speed,), (split,) = (figure.axes for figure in figures)
     assert [bar.get_width() for bar in speed.patches] == pytest.approx([line.tokens_per_s for line in lines])
     assert speed.get_xlim()[0] == split.get_xlim()[0] == 0.0
     total: dict[float, float] = {}
     for bar in split.patches:
         total[bar.get_y()] = total.get(bar.get_y(), 0.0) + bar.get_width()
     assert list(total.values()) == pytest.approx([100.0, 100.0])
-    labels = [text.get_text() for text in figures["time_split"].legends[0].get_texts()]
+    labels = [text.get_text() for text in figures[1].legends[0].get_texts()]
     assert labels == ["verify", "draft", "wait for weights", "other"]
     only = plots_of([line for line in lines if line.variant == "mlx-lm"])
     assert [plot.draw is None for plot in only] == [False, True]
@@ -345,3 +341,5 @@ def test_ctrl_c_prints_the_table_and_ends_with_130(words: Any, output: Any, inte
     assert "| tree:4" in out
     assert "only 2 generations" in out
     assert "interrupted" in err
+    interrupt_at(1)
+    assert output(*words("--variants", "plain"), code=130)[0] == ""

@@ -539,7 +539,3 @@ def test_a_choice_that_cannot_be_saved_is_printed_and_an_error(words: Any, own_h
     assert "(chosen)" in out
     assert err.count("\n") == 1
     assert "profiles" in err
-
-
-def test_a_target_that_is_not_there_is_named(output: Any) -> None:
-    assert "/nowhere" in output("tune", "/nowhere", code=1)[1]

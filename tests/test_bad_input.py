@@ -252,40 +252,33 @@ def test_unknown_options_in_python(engine: Engine) -> None:
             load(**{"target": engine.pair.names.target_path, name: value})
 
 
-@pytest.mark.parametrize(
-    ("words", "name"),
-    [
-        (["--temp", "-1"], "temperature"), (["--temp", "nan"], "temperature"), (["--temp", "hot"], "--temp"),
-        (["--top-p", "0"], "top_p"), (["--top-p", "1.5"], "top_p"), (["--top-k", "-1"], "top_k"),
-        (["--top-k", "1.5"], "--top-k"), (["--min-p", "2"], "min_p"), (["--seed", "-1"], "seed"),
-        (["--max-tokens", "0"], "max_tokens"), (["-m", "-2"], "max_tokens"), (["--policy", "fastest"], "policy"),
-        (["--tree-nodes", "0"], "tree_nodes"), (["--tree-nodes", "99999"], "tree_nodes"),
-        (["--policy", "plain", "--tree-nodes", "4"], "tree_nodes"), (["--stop", ""], "stop"),
-        (["--repetition-penalty", "-1"], "repetition_penalty"),
-        (["--presence-penalty", "inf"], "presence_penalty"),
-        (["--frequency-penalty", "nan"], "frequency_penalty"),
-        (["--nonsense"], "--nonsense"), (["--temp"], "--temp"), (["--json=maybe"], "--json"), (["more"], "more"),
-    ],
-)  # fmt: skip
-def test_options_out_of_range_on_the_command_line(refused: Refused, words: list[str], name: str) -> None:
-    # Refused before the target, which does not exist, is looked for.
-    assert name in refused(USAGE, "generate", "hi", "--target", "/nowhere", *words)
+UNREAD = ["generate", "hi", "--target", "/nowhere"]
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
+        # Refused before the target, which does not exist, is looked for.
+        ([*UNREAD, "--temp", "nan"], USAGE, "temperature: must be a finite number"),
+        ([*UNREAD, "--temp", "hot"], USAGE, "'--temp'"),
+        ([*UNREAD, "--top-k", "1.5"], USAGE, "'--top-k'"),
+        ([*UNREAD, "--policy", "plain", "--tree-nodes", "4"], USAGE, "tree_nodes: the plain policy has no tree"),
+        ([*UNREAD, "--stop", ""], USAGE, "stop: "),
+        ([*UNREAD, "--temp"], USAGE, "'--temp' requires an argument"),
+        ([*UNREAD, "--json=maybe"], USAGE, "--json"),
+        ([*UNREAD, "more"], USAGE, "more"),
         (["generate", "hi", "--draft", ""], USAGE, "draft: ''"),
+        (["chat", "--target", "/nowhere", "--temp", "-1"], USAGE, "temperature: -1.0 is out of range"),
+        (["chat", "--target", "/nowhere", "--load", "nothing.chat"], USAGE, "nothing.chat: cannot be read"),
         (["chatter"], USAGE, "No such command 'chatter'"),
         (["--nonsense"], USAGE, "No such option"),
         (["convert"], USAGE, "Missing argument"),
         (["convert", "/nowhere/x.gguf", "/nowhere/out"], FAILED, "/nowhere/x.gguf"),
         (["pull"], USAGE, "pull: name a preset"),
-        (["pull", "nosuchpreset"], FAILED, "nosuchpreset"),
-        (["bench", "--repeat", "0"], USAGE, "repeat"),
+        (["pull", "nosuchpreset"], FAILED, "nosuchpreset: no such preset; there are smollm2-135m, qwen"),
     ],
 )
-def test_other_commands(refused: Refused, argv: list[str], code: int, message: str) -> None:
+def test_bad_usage(refused: Refused, argv: list[str], code: int, message: str) -> None:
     assert message in refused(code, *argv)
 
 
@@ -304,30 +297,15 @@ def test_debug_shows_the_traceback_wherever_it_stands(
     assert "Traceback" in output("--debug", "generate", "hi", "--temp", "-1", code=USAGE)[1]
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (
-            RuntimeError("first line\nsecond line"),
-            "RuntimeError: first line second line; run again with --debug for",
-        ),
-        (MemoryError(), "there is not enough memory; give a smaller --memory or --context, or a smaller model"),
-    ],
-)
-def test_an_unforeseen_error_is_one_line_too(
-    good: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
-) -> None:
-    monkeypatch.setattr(Engine, "stream_generate", Mock(side_effect=error))
-    assert refused(FAILED, "generate", "hi", "--target", good).startswith(f"error: {message}")
+def test_too_little_memory_is_one_line_too(good: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "stream_generate", Mock(side_effect=MemoryError))
+    message = "error: there is not enough memory; give a smaller --memory or --context, or a smaller model"
+    assert refused(FAILED, "generate", "hi", "--target", good).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [(["x" * 99], USAGE, "context of 64"), (["hi", "--top-q", "1"], USAGE, "No such option: --top-q")],
-)
-def test_in_a_process_of_its_own(good: Path, words: list[str], code: int, message: str) -> None:
-    done = finished("generate", *words, "--target", good)
-    assert (done.returncode, done.stdout) == (code, "")
+def test_in_a_process_of_its_own(good: Path) -> None:
+    done = finished("generate", "x" * 99, "--target", good)
+    assert (done.returncode, done.stdout) == (USAGE, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+    assert "context of 64" in done.stderr

@@ -52,7 +52,8 @@ def make_linear(
 
 
 def on_kernels(layer: nn.Module) -> nn.Module:
-    assert cpu_linear.install_cpu_linears(nn.Sequential(layer)) == 1
+    cpu_linear.install_cpu_linears(nn.Sequential(layer))
+    assert isinstance(layer, cpu_linear.CpuLinear | cpu_linear.CpuEmbedding)
     return layer
 
 
@@ -165,7 +166,7 @@ def test_layers_the_kernels_cannot_take_keep_mlx_kernels() -> None:
     odd_input, too_small = nn.Linear(40, 8), nn.Linear(64, 3)
     three_bits = nn.QuantizedLinear.from_linear(nn.Linear(128, 8), 64, 3)
     model = nn.Sequential(odd_input, too_small, three_bits)
-    assert cpu_linear.install_cpu_linears(model) == 0
+    cpu_linear.install_cpu_linears(model)
     assert [type(layer) for layer in model.layers] == [nn.Linear, nn.Linear, nn.QuantizedLinear]
 
 
@@ -408,8 +409,9 @@ BLOCKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", BLOCKS)
 def test_blocks_equal_mlx_blocks(case: str) -> None:
     ours, theirs = two_models(**BLOCKS[case])
-    assert cpu_block.install_cpu_blocks(ours) == 2
+    cpu_block.install_cpu_blocks(ours)
     for block, original in zip(ours.layers, theirs.layers, strict=True):
+        assert isinstance(block, cpu_block.CpuBlock)
         assert_same_outputs(block, original)
 
 
@@ -419,7 +421,8 @@ def test_a_block_gives_a_row_the_same_bits_however_the_prompt_is_cut(
     bits: int | None, dtype: str, window: int | None
 ) -> None:
     ours, theirs = two_models(bits=bits, dtype=dtype, attention_bias=True)
-    assert cpu_block.install_cpu_blocks(ours) == 2
+    cpu_block.install_cpu_blocks(ours)
+    assert isinstance(ours.layers[0], cpu_block.CpuBlock)
 
     def outputs(model: Any, size: int) -> np.ndarray:
         counts = [min(size, 300 - start) for start in range(0, 300, size)]
@@ -464,8 +467,8 @@ def test_a_block_that_does_not_fit_is_left_alone(misfit: str) -> None:
         MISFITS[misfit](changed.layers[0])
     untouched.update(model.parameters())
     cpu_linear.install_cpu_linears(model)
-    assert cpu_block.install_cpu_blocks(model) == 1  # the second layer is as usual
-    assert [adaptations(layer) for layer in model.layers] == [[], [cpu_block.CpuBlock]]
+    cpu_block.install_cpu_blocks(model)
+    assert [adaptations(layer) for layer in model.layers] == [[], [cpu_block.CpuBlock]]  # the second is as usual
     positions.install(model)
     positions.install(untouched)
     assert_same_outputs(model.layers[0], untouched.layers[0])
@@ -477,7 +480,7 @@ def test_a_block_that_does_not_fit_is_left_alone(misfit: str) -> None:
 )
 def test_shapes_the_kernels_cannot_take_are_left_alone(changes: dict[str, Any]) -> None:
     model, _ = two_models(**changes)
-    assert cpu_block.install_cpu_blocks(model) == 0
+    cpu_block.install_cpu_blocks(model)
     assert [adaptations(layer) for layer in model.layers] == [[], []]
 
 
@@ -486,6 +489,6 @@ def test_layers_that_rotate_alike_share_their_tables() -> None:
     bases = itertools.count(7)
     for rope, shared in ((None, True), (lambda: nn.RoPE(32, base=float(next(bases))), False)):
         model, _ = two_models(rope=rope)
-        assert cpu_block.install_cpu_blocks(model) == 2
+        cpu_block.install_cpu_blocks(model)
         first, second = (layer._cpu_block.rotation for layer in model.layers)
         assert (first is second) == shared

@@ -111,8 +111,13 @@ def test_a_read_error_of_the_target_leaves_a_state_to_go_on_from(place: str) -> 
 def test_an_interrupted_prefill_is_taken_up_again() -> None:
     engine = Rounds(None, [ModelDrafter(model())], forced(8))
     prompt = [(7 * i) % VOCAB for i in range(1400)]
-    chunks = iter([False, True, True, True])
-    engine.begin(prompt, should_stop=lambda: next(chunks))
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.begin(prompt, on_progress=stop)
     assert 0 < engine.target.cache.length < len(prompt) - 1
     stats = GenerationStats()
     engine.begin(prompt, stats)
@@ -168,24 +173,6 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     # What the policy prices with is what the clock said.
     assert engine.costs.verify.predict(len(submitted)) == 4.0
     assert engine.costs.draft.predict(1) == 1.0
-
-
-def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
-    engine = Rounds(None, [ModelDrafter(model())], ChainPolicy(6))
-    engine.begin(PROMPT)
-    expected = plain_text(PROMPT, 3)[:3]
-    stats, emitted = GenerationStats(), []
-
-    def stop(token: int) -> bool:
-        emitted.append(token)
-        return len(emitted) == 3
-
-    done = engine.round(stats=stats, stop=stop)
-    assert emitted == list(done.walk.tokens) == engine.tokens[len(PROMPT) :] == expected
-    assert done.walk.stopped
-    assert engine.target.cache.length <= len(engine.tokens)
-    engine.begin([*PROMPT, *expected])  # go on from there
-    assert [*expected, *engine.decode(10)][:12] == plain_text(PROMPT, 12)[:12]
 
 
 # -- models that take no trees -----------------------------------------------------------------------------

@@ -105,15 +105,14 @@ def test_types_that_are_gone_or_unknown_are_named(tmp_path: Path, number: int) -
 
 
 HUGE_FILE = 1 << 30  # sparse: it takes no room on the disk
-LITTLE = 64 << 20
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
+def little_memory(limit: int = 64 << 20) -> Iterator[None]:
     tracemalloc.start()
     try:
         yield
-        assert tracemalloc.get_traced_memory()[1] < LITTLE
+        assert tracemalloc.get_traced_memory()[1] < limit
     finally:
         tracemalloc.stop()
 

@@ -85,6 +85,7 @@ def test_without_matplotlib_everything_but_the_plots_is_written(
     "words",
     [
         "bench --variants fast", "bench --domains x", "bench --repeat 0", "bench --prompts /no/such/file",
+        "bench --max-tokens 0", "bench --max-tokens -1", "bench --warmup -1",
         "bench --compare ollama", "bench --kernels --repeat 0", "bench --growth --draft auto",
         "bench --growth --variants plain", "bench --growth --max-tokens 8", "bench --growth --per-domain 1",
         "bench --growth --warmup 1", "bench --growth --temp 0", "bench --growth --seed 1",

@@ -257,7 +257,6 @@ class Stage:
 
 @pytest.fixture
 def staged(models: Path, target: Path, prompts: Path) -> Callable[..., Stage]:
-    """A stage with drafts of these step times."""
     return partial(Stage, models, target, prompts)
 
 

@@ -282,16 +282,17 @@ def test_capacity_grows_past_a_step_without_changing_a_bit() -> None:
         assert np.array_equal(row, expected)
 
 
-def test_prefill_stops_when_asked_and_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     tree_model = tree_model_of("llama")
     cache = tree_model.new_cache()
-    asked = iter([False, False, True])
-    tree_model.prefill(range(1, 31), cache, chunk=8, should_stop=lambda: next(asked))
-    assert cache.length == 16
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(*done: object) -> None:
+        if done[0] != 8:
+            raise KeyboardInterrupt
 
+    with pytest.raises(KeyboardInterrupt):
+        tree_model.prefill(range(1, 31), cache, 8, interrupt)
+    assert (cache.length, cache.num_slots) == (16, 16)
     with monkeypatch.context() as patch:
         patch.setattr("llmcad_mlx.models.tree_model.mx.eval", interrupt)
         with pytest.raises(KeyboardInterrupt):

@@ -149,12 +149,11 @@ class WaitingTarget(Target):
     def prefill(
         self,
         tokens: Sequence[int],
-        on_progress: Callable[[int], None],
-        should_stop: Callable[[], bool],
+        on_progress: Callable[[int], None] | None = None,
         background: Callable[[float], bool] | None = None,
     ) -> None:
         self._wait(background)
-        super().prefill(tokens, on_progress, should_stop)
+        super().prefill(tokens, on_progress)
 
     def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
         size = len(tree)

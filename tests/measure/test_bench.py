@@ -167,10 +167,8 @@ def test_break_even_is_what_passes_of_that_length_must_give() -> None:
     assert summarise([made_up("fast", 0, 3.0)])[0].break_even is None
 
 
-def test_totals_shares_and_unknowns() -> None:
+def test_what_another_program_does_not_tell_is_unknown() -> None:
     plain, theirs = summarise([made_up("plain", 0, 1.0), made_up("mlx-lm", 0, 2.0, ours=False)])
-    assert (plain.tokens_per_pass, plain.acceptance_rate) == (2.0, 0.5)
-    assert (plain.draft_share, plain.verify_share, plain.other_share) == (0.25, 0.5, 0.25)
     assert plain.tokens_per_s_vs_mlx_lm == pytest.approx(2.0)
     assert (theirs.tokens_per_pass, theirs.acceptance_rate, theirs.other_share) == (None, None, None)
 

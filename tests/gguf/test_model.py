@@ -12,6 +12,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 from gguf.constants import RopeScalingType
 from mlx.utils import tree_flatten
@@ -90,7 +91,7 @@ PHI3_LONG = {
 }
 FAMILIES = {
     "llama": Family("llama", "llama"),
-    "llama-untied": Family("llama", "llama", UNTIED),
+    "llama-untied": Family("llama", "llama", UNTIED, kind=Kind.Q4_0),
     "llama-biases": Family("llama", "llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-linear": Family("llama", "llama", {"rope_scaling": LINEAR_ROPE}, linear),
     "llama-3.1": Family("llama", "llama", {"rope_scaling": LLAMA3_ROPE}, llama3),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from llmcad_mlx.measure import growth
 from llmcad_mlx.measure.output import NO_PLOTS, Plot, Report, Table
-from llmcad_mlx.measure.runner import until_interrupted
 
 pytestmark = pytest.mark.usefixtures("tiny_home")
 
@@ -81,19 +79,6 @@ def test_without_matplotlib_everything_but_the_plots_is_written(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert report_of(Plot("first", "A", lambda figure: None)).write(tmp_path) == NO_PLOTS
     assert {file.name for file in tmp_path.iterdir()} == {"mine.json", "mine.md"}
-
-
-def test_ctrl_c_keeps_what_was_found_and_passes_where_that_is_nothing() -> None:
-    def steps(*found: list[int]) -> Iterator[list[int]]:
-        yield from found
-        raise KeyboardInterrupt
-
-    kept: list[int] = []
-    assert until_interrupted(steps([], [1], [2, 3]), kept)
-    assert kept == [1, 2, 3]
-    assert not until_interrupted(iter([[4]]), kept)
-    with pytest.raises(KeyboardInterrupt):
-        until_interrupted(steps([]), [])
 
 
 @pytest.mark.parametrize(

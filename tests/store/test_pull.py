@@ -126,19 +126,17 @@ def left_over() -> list[Path]:
 # --- the hub ----------------------------------------------------------------------------------------------
 
 
-def test_hub_file(hub: HubStandIn) -> None:
-    file = download.fetch_file(source(), QUIET)
-    assert file.read_bytes() == CONTENT
-    num_requests = len(hub.requests)
-    assert download.fetch_file(source(), QUIET) == file
-    assert len(hub.requests) == num_requests  # already there: nobody is asked
-
-
-def test_hub_file_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_file_resumes_after_a_broken_connection_and_is_fetched_once(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.breaks = [20_000]
-    assert download.fetch_file(source(), QUIET).read_bytes() == CONTENT
+    file = download.fetch_file(source(), QUIET)
+    assert file.read_bytes() == CONTENT
     assert hub.downloads()[1].endswith(" bytes=20000-")
+    num_requests = len(hub.requests)
+    assert download.fetch_file(source(), QUIET) == file
+    assert len(hub.requests) == num_requests  # nobody is asked
 
 
 def test_wrong_sha256_is_refused_and_the_file_removed(hub: HubStandIn, mirrored: FileSource) -> None:
@@ -348,6 +346,7 @@ def test_repository(hub: HubStandIn) -> None:
     hub.repos["org/model"] = MODEL_FILES | {"evil.py": b"1/0", "README.md": b"hello", "pytorch_model.bin": b"1"}
     folder = names.pull_repo("org/model")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == MODEL_FILES
+    assert names.resolve_target("org/model") == folder
 
 
 @pytest.fixture
@@ -430,7 +429,7 @@ def test_preset_of_whole_repositories(
     assert (draft / "model.safetensors").read_bytes() == b"1234"
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)  # complete in the hub's cache
     assert names.resolve_target("pair") == target
-    assert names.preset_draft("pair") == "pair"
+    assert (names.preset_draft("pair"), names.preset_draft("org/anything")) == ("pair", "ngram")
     assert names.resolve_draft("pair") == draft
     pull_command("pair")
     assert capsys.readouterr().out.splitlines() == [str(target), str(draft)]
@@ -473,29 +472,6 @@ def test_repository_that_cannot_be_had(hub: HubStandIn, repo: str, revision: str
 def test_repository_without_hub() -> None:
     with pytest.raises(DownloadError, match=r"org/model: not in the local cache, and http://127.0.0.1:9 cannot"):
         names.pull_repo("org/model")
-
-
-# --- what users type --------------------------------------------------------------------------------------
-
-
-def test_resolve(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "folder").mkdir()
-    assert names.resolve_target(str(tmp_path / "folder")) == tmp_path / "folder"
-    hub.repos["org/model"] = MODEL_FILES
-    assert names.resolve_target("org/model").name == names.pull_repo("org/model").name
-    parts: list[tuple[str, str]] = []
-
-    def pulled(name: str, part: str, _: object) -> Path:
-        parts.append((name, part))
-        return tmp_path
-
-    monkeypatch.setattr(names, "pull_part", pulled)
-    names.resolve_target("smollm2-135m")
-    names.resolve_draft("smollm2-135m")
-    names.resolve_draft("qwen2.5-coder-1.5b")
-    assert parts == [("smollm2-135m", "target"), ("smollm2-135m", "draft"), ("qwen2.5-coder-1.5b", "draft")]
-    assert names.preset_draft("qwen2.5-coder-1.5b") == "qwen2.5-coder-1.5b"
-    assert names.preset_draft("org/anything") == "ngram"
 
 
 # --- the command ------------------------------------------------------------------------------------------

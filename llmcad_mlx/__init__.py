@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from llmcad_mlx.errors import (
@@ -72,14 +73,15 @@ def load(
     Raises UsageError for an option that is out of range or does not belong to the target, and what
     `llmcad_mlx.api.load` and `RemoteEngine` raise.
     """
+    options: dict[str, Any] = {
+        "memory": memory, "pinned": pinned, "context": context, "read_bandwidth": read_bandwidth, "verify": verify,
+        "progress": progress,
+    }  # fmt: skip
     if isinstance(target, str) and target.lower().startswith(("http://", "https://")):
-        given = {
-            "draft": draft != "auto", "memory": memory is not None, "pinned": pinned != "auto",
-            "context": context is not None, "read_bandwidth": read_bandwidth is not None, "verify": verify,
-            "progress": progress,
-        }  # fmt: skip
-        for option in (name for name, is_given in given.items() if is_given):
-            raise UsageError(f"{option}: the server at {target} has decided that; leave it out")
+        parameters = signature(load).parameters
+        for option, value in {"draft": draft, **options}.items():
+            if value != parameters[option].default:
+                raise UsageError(f"{option}: the server at {target} has decided that; leave it out")
         from llmcad_mlx.remote import RemoteEngine
 
         return RemoteEngine(target, api_key)
@@ -92,16 +94,7 @@ def load(
             f"target: models cannot run on this device ({error}); "
             'give the address of one that runs `llmcad-mlx serve`: load("http://mac.local:8080")'
         ) from error
-    return load_here(
-        target,
-        draft,
-        memory=memory,
-        pinned=pinned,
-        context=context,
-        read_bandwidth=read_bandwidth,
-        verify=verify,
-        progress=progress,
-    )
+    return load_here(target, draft, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -67,8 +67,7 @@ class Diagnosis:
 def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis:
     """Examine the installation and, if one is named, a model: a folder, a preset or a hub repository.
 
-    A preset or repository that is not there yet is fetched first. Nothing is raised for what is broken; it
-    becomes a line of `problems`.
+    A preset or repository that is not there yet is fetched first. What is broken becomes a line of `problems`.
     """
     machine, home, tested = this_machine(), home_folder(), supported_versions("mlx-lm")
     device, host_kernels, problem = _examine_backend()

@@ -61,8 +61,7 @@ def load_tree_model(
 
 def load_drafters(path: Path | None, target: LoadedModel, model: TreeModel, vocab_size: int) -> list[Drafter]:
     """Who drafts for `model`, which was loaded as `target`, cheapest first: the n-gram drafter, then what is at
-    `path`, if anything: an n-gram table, or a draft model's folder with tables in it or none; nobody for a model
-    that cannot verify a draft.
+    `path`: an n-gram table, or a draft model and the tables in its folder; nobody where no draft can be verified.
 
     Raises ModelError or VocabularyError for an unfit draft model.
     """
@@ -157,7 +156,6 @@ class LoadedPair:
 
     @property
     def max_nodes(self) -> int:
-        """Most nodes of a tree."""
         return self.plan.max_nodes if self.plan is not None else RESIDENT_MAX_NODES
 
     def release(self) -> None:

@@ -2,8 +2,7 @@
 
 Everything the process holds is in the plan: interpreter and libraries, the draft, keys and values, logits and
 activations, stream buffers, and as much of the target as there is room for. A pass reads every streamed byte once,
-so only the number of bytes kept counts. Kept ("pinned") layers are spread evenly over the depth, so that the disk
-is busy while they compute.
+so only the number of bytes kept counts. Kept ("pinned") layers are spread over the depth: the disk stays busy.
 
 With W bytes streamed per pass, B bytes read per second, A tokens per pass, C(N) seconds of computing with N nodes
 and D seconds of a round outside the pass: tokens/s = A / (max(W/B, C(N)) + D), and no more than A·B/W. Without a
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from llmcad_mlx.errors import BudgetError
@@ -32,8 +31,8 @@ class ModelSizes:
     """Bytes of a target's parts.
 
     `layer_bytes`: what can be streamed of each decoder layer. `resident_bytes`: what always stays (norms, biases).
-    `head_bytes`: 0 where the head is the embedding. `hidden`, `widest`: columns of the residual stream and of the
-    largest activation.
+    `head_bytes`: 0 where the head is the embedding. `hidden`, `widest`: columns of residual stream and largest
+    activation.
     """
 
     layer_bytes: tuple[int, ...]
@@ -47,12 +46,10 @@ class ModelSizes:
 
     @property
     def tied(self) -> bool:
-        """Whether the embedding is the head."""
         return self.head_bytes == 0
 
     @property
     def matrix_bytes(self) -> int:
-        """What gives the logits."""
         return self.embedding_bytes if self.tied else self.head_bytes
 
     @property
@@ -130,8 +127,7 @@ class Room:
 class MemoryNeeds:
     """What a pair needs memory for.
 
-    `runtime_bytes`: interpreter and libraries, as measured. `context`: tokens to make room for; `min_context`: how
-    few they may become.
+    `runtime_bytes`: interpreter and libraries, as measured. `context`: tokens to make room for, or `min_context`.
     """
 
     sizes: ModelSizes
@@ -180,7 +176,6 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """What the plan adds up to."""
         return (
             self.runtime_bytes + self.draft_bytes + self.resident_bytes + self.kv_bytes + self.work_bytes
             + self.buffer_bytes + self.pinned_bytes
@@ -292,10 +287,7 @@ def _plan(needs: MemoryNeeds, budget: int | None, pins: Pins, embedding: bool, r
         pin_head=pins.head,
         pin_embedding=pins.head if sizes.tied else embedding,
         head_pieces=head_pieces,
-        num_buffers=room.num_buffers,
-        max_nodes=room.max_nodes,
-        prefill_chunk=room.prefill_chunk,
-        context=room.context,
+        **asdict(room),
     )
 
 
@@ -312,8 +304,7 @@ class ReadRate:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What rounds of the pair have been like. Seconds. `streamed_bytes`: per pass when they were measured; None:
-    all in memory."""
+    """What rounds of the pair have been like. `streamed_bytes`: per pass, as measured; None: all in memory."""
 
     tokens_per_pass: float
     nodes: float
@@ -341,8 +332,7 @@ class Speeds:
     def of(
         cls, streamed_bytes: int, rate: ReadRate | None, measured: Measured | None, drafted: bool = True
     ) -> Speeds:
-        """By the formulas above. rate: None where nothing is read. drafted: whether A is known for this
-        draft."""
+        """By the formulas above. rate: None where nothing is read. drafted: whether A is known for this draft."""
         read_s = streamed_bytes / rate.bytes_per_s if rate is not None else 0.0
         bound = 1.0 / read_s if read_s else None
         if measured is None:
@@ -361,8 +351,7 @@ def _rate(tokens: float, seconds: float) -> float | None:
 
 
 def larger_plans(needs: MemoryNeeds, plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
-    """Plans of larger budgets, each with its name, up to one with which nothing is read. What is pinned is up to
-    the plan."""
+    """Named plans of larger budgets, up to one with which nothing is read. What is pinned is up to the plan."""
     if not plan.streamed_bytes:
         return
     base = plan.budget_bytes or plan.total_bytes

@@ -47,8 +47,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 
 class Progress:
-    """Where a long job reports: bars on a stream that is a terminal, a line for each stage on another one, nothing
-    without a stream."""
+    """Where a long job reports: bars on a terminal, a line for each stage on another stream, nothing for None."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream

@@ -16,7 +16,7 @@ from httpx_sse import EventSource, SSEError
 from llmcad_mlx.errors import ContextLengthError, RemoteError, UsageError, first_line
 from llmcad_mlx.prompt import Prompt, as_list, token_id
 from llmcad_mlx.results import GenerationStats, Result
-from llmcad_mlx.settings import DEFAULT_MAX_TOKENS, SamplingSettings, SpeculationSettings, StopSettings
+from llmcad_mlx.settings import GenerationOptions, SamplingSettings, SpeculationSettings, StopSettings
 
 _CONNECT_S = 10.0
 _SILENCE_S = 120.0  # a server that works says so every few seconds, while a request waits too
@@ -28,10 +28,8 @@ _PASSED_ON = (
     "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "policy", "tree_nodes",
 )  # fmt: skip
-_LOCAL_ONLY = (
-    "on_progress", "on_round", "stop_tokens", "logits_processors", "repetition_context_size",
-    "presence_context_size", "frequency_context_size", "pipeline", "tree", "fallback",
-)  # fmt: skip
+_KNOWN = sorted((*_PASSED_ON, "max_tokens", "stop"))
+_LOCAL_ONLY = {"on_progress", "on_round", *GenerationOptions().keywords()}.difference(_KNOWN)
 _SAMPLING = SamplingSettings()
 _ALWAYS = {
     "stream": True,
@@ -63,8 +61,7 @@ class RemoteEngine:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         """url: "http://mac.local:8080". api_key: the server's; None: that of the environment's LLMCAD_MLX_API_KEY.
 
-        Raises UsageError for an address or key that cannot be one, or that the server refuses, RemoteError when
-        no llmcad-mlx server answers there.
+        Raises UsageError for a wrong address, a key that is none or refused, RemoteError when no server answers.
         """
         parts = urlsplit(url)
         is_plain = parts.hostname and not (parts.query or parts.fragment or parts.username)
@@ -101,8 +98,7 @@ class RemoteEngine:
         self.close()
 
     def close(self) -> None:
-        """End a running generation and the connection. A closed engine cannot generate; closing it again does
-        nothing."""
+        """End a running generation and the connection, for good; closing again does nothing."""
         self._end_running()
         self._client.close()
 
@@ -121,9 +117,8 @@ class RemoteEngine:
         `tree_nodes`, which mean what they mean in `Engine.stream_generate`: the same seed gives the same text.
 
         Closing the iterator ends the generation on the server; a new generation ends one that is still running.
-        Raises UsageError, which is a ValueError, naming an option that is unknown, out of range or not to be had
-        from here, ContextLengthError for a prompt that is too long, RemoteError when the server is busy, goes away
-        or cannot be reached.
+        Raises UsageError, a ValueError, naming an option that is unknown, out of range or not to be had from here,
+        ContextLengthError for too long a prompt, RemoteError when the server is busy, gone or unreachable.
         """
         self._check_open()
         path, body = _completion_request(prompt, options)
@@ -253,10 +248,10 @@ def _completion_request(prompt: Prompt, options: Mapping[str, Any]) -> tuple[str
     for name in options:
         if name in _LOCAL_ONLY:
             raise UsageError(f"{name}: an engine on another machine does not take it; leave it out")
-        if name not in (known := sorted((*_PASSED_ON, "max_tokens", "stop"))):
-            raise UsageError(f"{name}: unknown option; the options are {', '.join(known)}")
+        if name not in _KNOWN:
+            raise UsageError(f"{name}: unknown option; the options are {', '.join(_KNOWN)}")
     SpeculationSettings(**{name: options[name] for name in ("policy", "tree_nodes") if name in options})
-    stopping = StopSettings.of(options.get("max_tokens", DEFAULT_MAX_TOKENS), options.get("stop"))
+    stopping = StopSettings.of(**{name: options[name] for name in ("max_tokens", "stop") if name in options})
     path, body = _prompt(prompt)
     body |= _ALWAYS | {name: _checked(name, options[name]) for name in _PASSED_ON if name in options}
     if stopping.max_tokens != -1:

@@ -32,7 +32,6 @@ class Answer:
     stats: GenerationStats = field(default_factory=GenerationStats)
 
     def add(self, response: Response) -> None:
-        """Take the next token."""
         self.tokens.append(response.token)
         self.pieces.append(response.text)
         self.finish_reason = response.finish_reason or self.finish_reason

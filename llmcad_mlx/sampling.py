@@ -101,8 +101,7 @@ class TargetSampler:
         return row[: self.vocab_size]
 
     def noise_at(self, position: int) -> Row:
-        """The noise (vocab_size,) of a position, read-only because it is shared: draft and target ask for the same
-        ones within a round."""
+        """The noise (vocab_size,) of a position; read-only, for draft and target ask for the same ones."""
         vector = self._noise.pop(position, None)
         if vector is None:
             vector = gumbel(self.settings.seed, position, self.vocab_size)

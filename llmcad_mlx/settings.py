@@ -33,8 +33,7 @@ class SamplingSettings:
     `temperature`: 0 is greedy. `top_p` in (0, 1], 1 is off. `top_k` >= 0, 0 is off. `min_p` in [0, 1],
     0 is off. `seed` in [0, 2^64). Penalties as in mlx-lm, 0 is off; each looks at the last
     `*_context_size` tokens of prompt and output. `logit_bias`: token id → finite number added to its logit.
-    `logits_processors`: callables with mlx-lm's signature, (tokens (L,), logits (1, V)) → logits (1, V),
-    run after the penalties, in order.
+    `logits_processors`: mlx-lm's (tokens (L,), logits (1, V)) → logits (1, V), run in order after the penalties.
 
     Raises UsageError naming the option.
     """
@@ -193,9 +192,8 @@ class MemoryOptions:
 
     memory: bytes for the whole process; None: no limit as long as the models fit into 70 % of physical memory.
     pinned: bytes of the target's weights that stay in memory; None: as much as fits. context: tokens to make room
-    for. read_bandwidth: bytes per second, to emulate slower storage. verify: check a bundle's weights against
-    their checksums: all of them once at load, streamed ones on every read. reserved: bytes of `memory` that the
-    program wants for itself.
+    for. read_bandwidth: bytes per second, to emulate slower storage. verify: compare a bundle's weights with their
+    checksums, all at load, streamed ones on every read. reserved: bytes of `memory` for the program itself.
     """
 
     memory: int | None = None

@@ -60,7 +60,6 @@ class Target:
 
     @property
     def num_cached(self) -> int:
-        """Committed tokens in `cache`."""
         return self.cache.length
 
     @property
@@ -80,15 +79,12 @@ class Target:
     def prefill(
         self,
         tokens: Sequence[int],
-        on_progress: Callable[[int], None],
-        should_stop: Callable[[], bool],
+        on_progress: Callable[[int], None] | None = None,
         background: Background | None = None,
     ) -> None:
         """Append `tokens` to the cache, `prefill_chunk` of them in each pass; see `TreeModel.prefill`."""
         with self._working(background):
-            self.model.prefill(
-                tokens, self.cache, self.prefill_chunk, on_progress=on_progress, should_stop=should_stop
-            )
+            self.model.prefill(tokens, self.cache, self.prefill_chunk, on_progress)
 
     def verify(self, tree: TokenTree, background: Background | None = None) -> Verification:
         """One pass over all nodes. The root is the token that follows the cached ones."""

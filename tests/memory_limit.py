@@ -28,7 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 QWEN = "qwen2.5-coder-1.5b"
 MB = 10**6
 PROMPT = "Write a Python function that merges two sorted lists."
-V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+CGROUPS, V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
+LIMIT, SWAP, PEAK = (
+    ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max_usage_in_bytes")
+    if V1.is_dir()
+    else ("memory.max", "memory.swap.max", "memory.peak")
+)
 KILLED = -9
 
 GENERATE = (sys.executable, "-c", "from llmcad_mlx.cli.main import main; main()", "generate", PROMPT, "--json")
@@ -58,12 +63,9 @@ def limited_group(limit: int) -> Iterator[Path]:
         raise NoCgroupError(f"{group.parent}: {error.strerror}") from None
     try:
         try:
-            if version_2:
-                (group / "memory.max").write_text(str(limit))
-                _write_if_there(group / "memory.swap.max", "0")
-            else:
-                (group / "memory.limit_in_bytes").write_text(str(limit))
-                _write_if_there(group / "memory.memsw.limit_in_bytes", str(limit))
+            (group / LIMIT).write_text(str(limit))
+            if (group / SWAP).exists():
+                (group / SWAP).write_text("0" if version_2 else str(limit))
         except OSError as error:
             raise NoCgroupError(f"{group}: {error.strerror}") from None
         yield group
@@ -73,12 +75,7 @@ def limited_group(limit: int) -> Iterator[Path]:
 
 def _own_group() -> Path:
     line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    return V2 / line[3:].lstrip("/")
-
-
-def _write_if_there(file: Path, text: str) -> None:
-    if file.exists():
-        file.write_text(text)
+    return CGROUPS / line[3:].lstrip("/")
 
 
 def run(command: Sequence[str], group: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -93,10 +90,7 @@ def run(command: Sequence[str], group: Path | None = None) -> subprocess.Complet
 
 def peak_of_group(group: Path) -> int | None:
     """The kernel's own figure, page cache included."""
-    for name in ("memory.peak", "memory.max_usage_in_bytes"):
-        if (group / name).exists():
-            return int((group / name).read_text())
-    return None
+    return int((group / PEAK).read_text()) if (group / PEAK).exists() else None
 
 
 def answer(arguments: Sequence[str], group: Path | None = None) -> dict[str, Any]:

@@ -54,44 +54,24 @@ def refused(output: Callable[..., tuple[str, str]]) -> Refused:
 # --- Models -------------------------------------------------------------------------------------------------
 
 
-def remove(*names: str) -> Callable[[Path], object]:
-    return lambda folder: [(folder / name).unlink() for name in names]
-
-
-def write(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def cut_off(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
-
-
-def config(**changes: Any) -> Callable[[Path], object]:
-    return lambda folder: change_config(folder, **changes)
-
-
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (remove("config.json"), "config.json: missing"),
-    "no weights": (remove("model.safetensors"), "no model*.safetensors"),
-    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "no tokenizer.json"),
-    "half the weights": (cut_off("model.safetensors"), "model.safetensors: "),
-    "foreign weights": (write("model.safetensors", b"GIF89a" * 50), "not a safetensors file"),
-    "an LFS pointer": (write("model.safetensors", b"version https://git-lfs.github.com\n"), "not a safetensors"),
-    "no JSON": (write("config.json", b'{"model_type": "lla'), "config.json: not valid JSON"),
-    "binary JSON": (write("config.json", b"\xff\xfe\x00"), "config.json: not valid JSON"),
-    "broken tokenizer": (write("tokenizer.json", b"{"), "cannot load the tokenizer"),
-    "unknown architecture": (config(model_type="nosuch9"), "unknown architecture 'nosuch9'"),
-    "other sizes": (config(hidden_size=128), "the weights do not match config.json"),
-    "impossible config": (config(num_attention_heads="two"), "does not describe a 'llama' model"),
-    "code of its own": (config(model_file="evil.py"), "brings code of its own ('evil.py'), which is never run"),
-}
-
-
-@pytest.mark.parametrize("damage", BROKEN)
-def test_broken_model_folders(good: Path, bad: Path, refused: Refused, damage: str) -> None:
-    break_it, message = BROKEN[damage]
-    break_it(bad)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"GIF89a" * 50), "not a safetensors file"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json: not valid JSON"),
+        (lambda folder: change_config(folder, num_attention_heads="two"), "does not describe a 'llama' model"),
+        (
+            lambda folder: change_config(folder, model_file="evil.py"),
+            "brings code of its own ('evil.py')",
+        ),
+    ],
+    ids=["foreign weights", "binary JSON", "impossible config", "code of its own"],
+)
+def test_broken_model_folders(
+    good: Path, bad: Path, refused: Refused, damage: Callable[[Path], object], message: str
+) -> None:
     (bad / "evil.py").write_text("raise SystemExit('ran')")
+    damage(bad)
     for words in (["--target", bad], ["--target", good, "--draft", bad]):
         line = refused(FAILED, "generate", "hi", *words)
         assert message in line
@@ -111,8 +91,6 @@ def test_targets_that_are_no_folder(good: Path, tmp_path: Path, refused: Refused
         line = refused(FAILED, "generate", "hi", "--target", missing)
         assert f"'{missing}'" in line
         assert "smollm2-135m" in line
-    (tmp_path / "empty").mkdir()
-    assert "config.json: missing" in refused(FAILED, "generate", "hi", "--target", tmp_path / "empty")
 
 
 def test_a_draft_with_other_tokens(good: Path, bad: Path, refused: Refused) -> None:
@@ -169,12 +147,6 @@ def test_prompts_that_cannot_be_read(good: Path, tmp_path: Path, refused: Refuse
     ):
         # No model is loaded for these: the target does not exist.
         assert message in refused(USAGE, "generate", *words, "--target", tmp_path / "nowhere")
-
-
-def test_a_prompt_longer_than_the_context(good: Path, refused: Refused) -> None:
-    line = refused(USAGE, "generate", "--raw", "x" * 64, "--target", good)
-    assert "its 64 tokens leave no room in the model's context of 64" in line
-    assert "context of 64" in refused(USAGE, "generate", "x" * 500, "--target", good)
 
 
 def test_messages_for_a_model_without_template(tmp_path: Path, refused: Refused) -> None:
@@ -251,40 +223,33 @@ def test_unknown_options_in_python(engine: Engine) -> None:
             load(**{"target": engine.pair.names.target_path, name: value})
 
 
-@pytest.mark.parametrize(
-    ("words", "name"),
-    [
-        (["--temp", "-1"], "temperature"), (["--temp", "nan"], "temperature"), (["--temp", "hot"], "--temp"),
-        (["--top-p", "0"], "top_p"), (["--top-p", "1.5"], "top_p"), (["--top-k", "-1"], "top_k"),
-        (["--top-k", "1.5"], "--top-k"), (["--min-p", "2"], "min_p"), (["--seed", "-1"], "seed"),
-        (["--max-tokens", "0"], "max_tokens"), (["-m", "-2"], "max_tokens"), (["--policy", "fastest"], "policy"),
-        (["--tree-nodes", "0"], "tree_nodes"), (["--tree-nodes", "99999"], "tree_nodes"),
-        (["--policy", "plain", "--tree-nodes", "4"], "tree_nodes"), (["--stop", ""], "stop"),
-        (["--repetition-penalty", "-1"], "repetition_penalty"),
-        (["--presence-penalty", "inf"], "presence_penalty"),
-        (["--frequency-penalty", "nan"], "frequency_penalty"),
-        (["--nonsense"], "--nonsense"), (["--temp"], "--temp"), (["--json=maybe"], "--json"), (["more"], "more"),
-    ],
-)  # fmt: skip
-def test_options_out_of_range_on_the_command_line(refused: Refused, words: list[str], name: str) -> None:
-    # Refused before the target, which does not exist, is looked for.
-    assert name in refused(USAGE, "generate", "hi", "--target", "/nowhere", *words)
+UNREAD = ["generate", "hi", "--target", "/nowhere"]
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
+        # Refused before the target, which does not exist, is looked for.
+        ([*UNREAD, "--temp", "nan"], USAGE, "temperature: must be a finite number"),
+        ([*UNREAD, "--temp", "hot"], USAGE, "'--temp'"),
+        ([*UNREAD, "--top-k", "1.5"], USAGE, "'--top-k'"),
+        ([*UNREAD, "--policy", "plain", "--tree-nodes", "4"], USAGE, "tree_nodes: the plain policy has no tree"),
+        ([*UNREAD, "--stop", ""], USAGE, "stop: "),
+        ([*UNREAD, "--temp"], USAGE, "'--temp' requires an argument"),
+        ([*UNREAD, "--json=maybe"], USAGE, "--json"),
+        ([*UNREAD, "more"], USAGE, "more"),
         (["generate", "hi", "--draft", ""], USAGE, "draft: ''"),
+        (["chat", "--target", "/nowhere", "--temp", "-1"], USAGE, "temperature: -1.0 is out of range"),
+        (["chat", "--target", "/nowhere", "--load", "nothing.chat"], USAGE, "nothing.chat: cannot be read"),
         (["chatter"], USAGE, "No such command 'chatter'"),
         (["--nonsense"], USAGE, "No such option"),
         (["convert"], USAGE, "Missing argument"),
         (["convert", "/nowhere/x.gguf", "/nowhere/out"], FAILED, "/nowhere/x.gguf"),
         (["pull"], USAGE, "pull: name a preset"),
-        (["pull", "nosuchpreset"], FAILED, "nosuchpreset"),
-        (["bench", "--repeat", "0"], USAGE, "repeat"),
+        (["pull", "nosuchpreset"], FAILED, "nosuchpreset: no such preset; there are smollm2-135m, qwen"),
     ],
 )
-def test_other_commands(refused: Refused, argv: list[str], code: int, message: str) -> None:
+def test_bad_usage(refused: Refused, argv: list[str], code: int, message: str) -> None:
     assert message in refused(code, *argv)
 
 
@@ -303,30 +268,15 @@ def test_debug_shows_the_traceback_wherever_it_stands(
     assert "Traceback" in output("--debug", "generate", "hi", "--temp", "-1", code=USAGE)[1]
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (
-            RuntimeError("first line\nsecond line"),
-            "RuntimeError: first line second line; run again with --debug for",
-        ),
-        (MemoryError(), "there is not enough memory; give a smaller --memory or --context, or a smaller model"),
-    ],
-)
-def test_an_unforeseen_error_is_one_line_too(
-    good: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
-) -> None:
-    monkeypatch.setattr(Engine, "stream_generate", Mock(side_effect=error))
-    assert refused(FAILED, "generate", "hi", "--target", good).startswith(f"error: {message}")
+def test_too_little_memory_is_one_line_too(good: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "stream_generate", Mock(side_effect=MemoryError))
+    message = "error: there is not enough memory; give a smaller --memory or --context, or a smaller model"
+    assert refused(FAILED, "generate", "hi", "--target", good).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [(["x" * 99], USAGE, "context of 64"), (["hi", "--top-q", "1"], USAGE, "No such option: --top-q")],
-)
-def test_in_a_process_of_its_own(good: Path, words: list[str], code: int, message: str) -> None:
-    done = finished("generate", *words, "--target", good)
-    assert (done.returncode, done.stdout) == (code, "")
+def test_in_a_process_of_its_own(good: Path) -> None:
+    done = finished("generate", "x" * 99, "--target", good)
+    assert (done.returncode, done.stdout) == (USAGE, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+    assert "context of 64" in done.stderr

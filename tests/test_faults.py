@@ -25,14 +25,13 @@ from llmcad_mlx import Engine, files, load
 from llmcad_mlx.cli.main import run
 from llmcad_mlx.files.bundle import verify_bundle
 from llmcad_mlx.store.convert import convert_folder
-from tests.memory_limit import NoCgroupError, limited_group
+from tests.memory_limit import LIMIT, NoCgroupError, limited_group
 from tests.support.command_line import start
 from tests.support.tiny_folder import copy_folder, make_folder, without_end, write_bundle
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "then the other one ran in and then the other one"
 TOKENS = 40
-LIMITS = ("memory.max", "memory.limit_in_bytes")  # of a memory cgroup
 
 pytestmark = pytest.mark.usefixtures("tiny_home", "streams_small_matrices", "_small_reserve")
 
@@ -192,8 +191,7 @@ def test_a_limit_that_another_process_lowers(model: Path, expected: str) -> None
             assert child.stdout is not None
             first = child.stdout.read(2)
             resident = psutil.Process(child.pid).memory_info().rss
-            (limit,) = (group / name for name in LIMITS if (group / name).exists())
-            limit.write_text(str(resident + (32 << 20)))
+            (group / LIMIT).write_text(str(resident + (32 << 20)))
             out, err = child.communicate(timeout=120)
     except NoCgroupError as reason:
         pytest.skip(f"no memory cgroup can be made here: {reason}")

@@ -26,8 +26,8 @@ from llmcad_mlx.settings import SamplingSettings
 from llmcad_mlx.tree.token_tree import MODEL, TokenTree
 from llmcad_mlx.verifying import Target
 from tests.support.rounds import Rounds, sampler_of
+from tests.support.simulated_stream import WaitingTarget
 from tests.support.tiny import VOCAB, tiny_tree_model
-from tests.support.waiting_target import WaitingTarget
 
 
 @functools.cache

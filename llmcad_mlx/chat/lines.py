@@ -21,10 +21,7 @@ from llmcad_mlx.report import status_line
 
 
 def from_terminal(session: ChatSession, history: Path | None) -> None:
-    """Ask for messages and commands until /quit or Ctrl-D.
-
-    history: the file that keeps what was typed, None to keep nothing.
-    """
+    """Take messages and commands until /quit or Ctrl-D. history: the file that keeps what was typed, if any."""
     names = session.engine.pair.names
     session.screen.note(f"[{names.target_path.name}, draft {names.draft_name}; /help lists the commands]")
     keys = KeyBindings()

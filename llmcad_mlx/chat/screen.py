@@ -232,10 +232,7 @@ class _LastLines:
 
 
 def draw(picture: RoundTree, decode: Callable[[int], str]) -> RenderableType:
-    """The tree, best branches first, with each node's confidence; the surest ones where there are too many.
-
-    decode: from a token id to its text.
-    """
+    """The tree, best branches first, with confidences; of too many nodes the surest. decode: a token's text."""
 
     def text(token: int) -> str:
         return repr(visible(decode(token)))

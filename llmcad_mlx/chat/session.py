@@ -60,10 +60,7 @@ class Conversation:
 
 
 class ChatSession:
-    """One conversation with one engine, shown on one screen.
-
-    `stats` and `round` are those of the last answer.
-    """
+    """One conversation with one engine on one screen. `stats`, `round`: of the last answer."""
 
     def __init__(self, engine: Engine, settings: ChatSettings, screen: Screen, system: str | None = None) -> None:
         """Raises UsageError for a model that cannot chat, and for options that this engine cannot heed."""

@@ -90,10 +90,7 @@ def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_outp
 
 
 class PromptProgress:
-    """A line on a terminal while a long prompt is read, called with the tokens done and in all.
-
-    `close` takes it away: when the first token comes, and whatever else happens.
-    """
+    """A line on a terminal while a long prompt is read, called with the tokens done and in all, until `close`."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled and sys.stderr.isatty()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +19,7 @@ from llmcad_mlx.settings import check_integer
 
 if TYPE_CHECKING:
     from llmcad_mlx.measure.output import Report
+    from llmcad_mlx.measure.runner import OnTurn
 
 Repeat = Annotated[int, Option(help="Repetitions of all prompts.")]
 Warmup = Annotated[int, Option(help="Prompts run before measuring.")]
@@ -167,10 +168,8 @@ def _refuse_others(command: Context, mode: str, used: tuple[str, ...]) -> None:
 
 
 def _publish(report: Report, json_output: bool, out: Path | None = None) -> None:
-    """Print the report, drawn on a terminal, as Markdown elsewhere; write its files into the folder `out`.
-
-    Raises what kept the command from its end: KeyboardInterrupt, or the report's problem.
-    """
+    """Print the report, drawn on a terminal, as Markdown elsewhere; write its files into the folder `out`. Raises
+    what kept the command from its end: KeyboardInterrupt, or the report's problem."""
     if json_output:
         print(json.dumps(report.document))
     elif sys.stdout.isatty():
@@ -192,12 +191,9 @@ def _publish(report: Report, json_output: bool, out: Path | None = None) -> None
 
 
 @contextmanager
-def _measuring(out: Path | None) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr while it is a terminal, from the first measured step on: before it, downloads draw theirs.
-    The callback is called before each step with what it is, and the number of all steps.
-
-    Creates the folder `out` first. Raises UsageError where that is not possible.
-    """
+def _measuring(out: Path | None) -> Iterator[OnTurn]:
+    """A bar on stderr where that is a terminal, from the first measured step on: before it, downloads draw theirs.
+    Creates the folder `out` first; raises UsageError where that is not possible."""
     if out is not None:
         from llmcad_mlx.measure.output import make_folder
 
@@ -212,17 +208,13 @@ def _measuring(out: Path | None) -> Iterator[Callable[[str, int], None]]:
     # Four redraws a second are enough, and take nothing from what is measured.
     bar = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
     task = bar.add_task("", total=None)
-    begun = False
 
     def on_step(label: str, total: int) -> None:
-        nonlocal begun
-        bar.update(task, description=label, total=total, advance=1 if begun else 0)
-        if not begun:
-            bar.start()
-        begun = True
+        bar.update(task, description=label, total=total, advance=int(bar.live.is_started))
+        bar.start()
 
     try:
         yield on_step
     finally:
-        if begun:
+        if bar.live.is_started:
             bar.stop()

@@ -188,10 +188,10 @@ def _restore(path: Path, facts: dict[str, Any], model: str, pair: LoadedPair, to
     cache = cache_of(pair, model)
     first = tokens[: min(_COMPARED, length)]
     if model == TARGET:
-        pair.target.prefill(first, lambda done: None, lambda: False)
+        pair.target.prefill(first)
     for drafter in pair.drafters:
         if model == DRAFT and drafter.cache is not None:  # it leaves the last token for its first round
-            drafter.prefill([*first, first[-1]], lambda done: None, lambda: False)
+            drafter.prefill([*first, first[-1]])
     computed = list(cache.states(len(first)))
     if len(on_kernels) != len(computed):
         raise CacheMismatchError("it has another number of layers")

@@ -2,8 +2,7 @@
 
 What is kept are the keys and values of the tokens that target and draft model have read, and nothing else: no
 random state (noise is keyed by position) and nothing drafted. So going on after a `restore` gives the text that
-going on without it would have given; where a next prompt begins with other tokens, what follows the difference
-is read again.
+going on without it would have given; of a next prompt, what follows the first difference is read again.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copied keys and values."""
         return sum(layer.nbytes for part in self.parts for layer in part.layers if layer is not None)
 
 

@@ -299,12 +299,11 @@ def _agrees(block: Any, original: Any) -> bool:
     )
 
 
-def install_cpu_blocks(model: Module, loaded: Callable[[int], AbstractContextManager[None]] | None = None) -> int:
-    """Let the model's decoder blocks compute on the CPU kernels where both ways agree; returns how many. loaded:
-    see `cpu.use_cpu_blocks`."""
+def install_cpu_blocks(model: Module, loaded: Callable[[int], AbstractContextManager[None]] | None = None) -> None:
+    """Let the model's decoder blocks compute on the CPU kernels where both ways agree. loaded: see
+    `cpu.use_cpu_blocks`."""
     agreed: dict[Hashable, bool] = {}
     rotations: dict[Hashable, _Rotation] = {}
-    count = 0
     for number, block in enumerate(getattr(model, "layers", [])):
         if not _is_candidate(block):
             continue
@@ -314,8 +313,5 @@ def install_cpu_blocks(model: Module, loaded: Callable[[int], AbstractContextMan
         if kind not in agreed:
             with nullcontext() if loaded is None else loaded(number):
                 agreed[kind] = _agrees(block, original)
-        if agreed[kind]:
-            count += 1
-        else:
+        if not agreed[kind]:
             restore(block, CpuBlock)
-    return count

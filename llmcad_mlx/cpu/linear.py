@@ -134,10 +134,9 @@ def _supported(layer: Any) -> bool:
     )
 
 
-def install_cpu_linears(model: Module) -> int:
+def install_cpu_linears(model: Module) -> None:
     """Give the model's linear and embedding layers the CPU kernels where these take them; float32 for everything
-    else. Returns how many layers were changed. Nothing is evaluated."""
-    changed = 0
+    else. Nothing is evaluated."""
     modules: Any = model.modules()
     for module in modules:
         own = own_class(module)
@@ -146,9 +145,7 @@ def install_cpu_linears(model: Module) -> int:
             adapt(module, CpuEmbedding if embeds else CpuLinear, _cpu_weights=WeightViews())
             if "bias" in module:
                 module["bias"] = module["bias"].astype(mx.float32)
-            changed += 1
             continue
         for name, value in list(module.items()):
             if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
                 module[name] = value.astype(mx.float32)
-    return changed

@@ -49,12 +49,11 @@ class Drafter:
     def prefill(
         self,
         tokens: Sequence[int],
-        on_progress: Callable[[int], None] = lambda done: None,
-        should_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[int], None] | None = None,
         limit: int | None = None,
     ) -> bool:
-        """Take in a prompt ahead of the first round, at most `limit` tokens more than are known already. Returns
-        whether there are others."""
+        """Take in a prompt ahead of the first round, at most `limit` tokens more of it; returns whether others are
+        left. on_progress gets the number of tokens done so far."""
         self._read(tokens)
         return False
 

@@ -156,15 +156,14 @@ class ModelDrafter(Drafter):
     def prefill(
         self,
         tokens: Sequence[int],
-        on_progress: Callable[[int], None] = lambda done: None,
-        should_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[int], None] | None = None,
         limit: int | None = None,
     ) -> bool:
         """All but the last token, which is the first root."""
         if self._start:
             self._restart(0)
         missing = tokens[self.cache.length : len(tokens) - 1]
-        self.model.prefill(missing[:limit], self.cache, on_progress=on_progress, should_stop=should_stop)
+        self.model.prefill(missing[:limit], self.cache, on_progress=on_progress)
         return limit is not None and len(missing) > limit
 
     def begin(self, tokens: Sequence[int], sampler: TargetSampler, tree: TokenTree | None = None) -> None:

@@ -42,8 +42,7 @@ _ARRAYS = ("keys", "starts", "totals", "kinds", "tokens", "counts", "single_keys
 
 
 def context_hash(tokens: Sequence[int]) -> int:
-    """32 bits of a context. Of a million contexts one in 4,000 shares its hash with another, and then proposes a
-    wrong token, which costs a row."""
+    """32 bits of a context. Of a million contexts one in 4,000 has another's hash, which costs a row."""
     value = len(tokens)
     for token in tokens:
         value = ((value + token + 1) * _STEP) & _MASK
@@ -160,8 +159,7 @@ class TableDrafter(Drafter):
 
 
 def _blocks(arrays: Mapping[str, npt.NDArray[Any]], bits: int) -> tuple[memoryview, memoryview]:
-    """Buckets (2^bits + 1,) uint32 and blocks, see `TableDrafter`; as Python integers, for which a memoryview is
-    faster than numpy."""
+    """Buckets (2^bits + 1,) uint32 and blocks, see `TableDrafter`: a memoryview gives Python integers fastest."""
     keys = np.concatenate([arrays["keys"], arrays["single_keys"]])
     order = np.argsort(keys, kind="stable")
     keys = keys[order]

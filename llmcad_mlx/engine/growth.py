@@ -37,8 +37,7 @@ _PREFILL_STEP = 64  # prompt tokens a drafter reads at a time while the target w
 class Growth:
     """One round's tree below `tokens` and who grows it. Steps are timed, and charged to `costs` and `stats`.
 
-    Drafters take part in the round from when they are first asked: most rounds of a text that is hard to guess
-    need none but the cheapest.
+    Drafters take part from when first asked: most rounds of text hard to guess need none but the cheapest.
 
     `num_provisional`: steps taken by `provisional_step`, `background_s`: seconds spent in them.
     """
@@ -56,7 +55,6 @@ class Growth:
     _begun: list[Drafter] = field(default_factory=list)
 
     def begin(self, drafter: Drafter) -> None:
-        """Let it take part."""
         drafter.begin(self.tokens, self.sampler, self.tree)
         self._begun.append(drafter)
 
@@ -73,8 +71,7 @@ class Growth:
                     break  # it has no idea about the likeliest nodes, and next come those that are less likely
 
     def provisional_step(self, seconds: float) -> bool:
-        """One step of drafting beyond what was submitted; False when no node is worth one that takes no longer
-        than `seconds`."""
+        """One step of drafting beyond what was submitted; False when no node is worth one within `seconds`."""
         started = self.clock()
         for drafter in self.drafters:
             width = _LOOKUPS

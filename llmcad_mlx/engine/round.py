@@ -40,8 +40,7 @@ class RoundTree:
     walk: Walk
 
     def states(self) -> list[str]:
-        """For each drafted node: accepted, rejected (tested in vain) or provisional (not given to the target); the
-        first is the root."""
+        """For each drafted node: root, accepted, rejected (tested in vain) or provisional (not tested)."""
         states = [PROVISIONAL] * len(self.drafted)
         for node in self.selection.new_to_old:
             states[node] = REJECTED

@@ -38,12 +38,11 @@ class Session:
         policy: GrowthPolicy,
         stats: GenerationStats,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
-        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Make `prompt` the sequence, keeping what caches already hold of it, and feed the rest.
 
         policy: what the rounds to come are grown by; the drafters it uses read the prompt too. on_progress(done,
-        total) counts prompt tokens; should_stop ends the prefill early.
+        total) counts prompt tokens; an exception it raises ends the prefill, and the next one goes on from there.
         """
         started = self.clock()
         self.carried, self._unfinished = None, True
@@ -59,20 +58,18 @@ class Session:
         self.target.prefill(
             prompt[kept:-1],
             lambda done: on_progress(min(kept + done, len(prompt)), len(prompt)),
-            should_stop,
             prefill_steps(drafters, prompt) if policy.pipelined else None,
         )
         for drafter in drafters:
             # Told again with each chunk: whoever wants to end the prompt here raises.
-            drafter.prefill(prompt, lambda done: on_progress(len(prompt), len(prompt)), should_stop)
+            drafter.prefill(prompt, lambda done: on_progress(len(prompt), len(prompt)))
         on_progress(len(prompt), len(prompt))
-        self._unfinished = self.target.cache.length < len(prompt) - 1
+        self._unfinished = False
         self.streamed_bytes = self.target.streamed_bytes
         stats.prompt_s += self.clock() - started
 
     def begin_round(self, policy: GrowthPolicy) -> None:
-        """The next tokens are being found. After a round or a prefill that was broken off, this first makes the
-        caches hold what `tokens` says."""
+        """After a round or a prefill that was broken off, first make the caches hold what `tokens` says."""
         if self._unfinished:
             self.start(list(self.tokens), policy, GenerationStats())
         self._unfinished = True

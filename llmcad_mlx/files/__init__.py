@@ -71,8 +71,7 @@ def write_text(dest: Path, text: str) -> None:
 
 @contextmanager
 def new_file(dest: Path, *, private: bool = False) -> Iterator[Path]:
-    """A temporary file beside `dest`, with the same suffix, that takes its place when the block ends well, else
-    disappears.
+    """A temporary file beside `dest`, of the same suffix, that replaces it if the block ends well, or disappears.
 
     It has the permissions of the file it replaces, or those of any new file; private: it is its owner's alone.
     Raises OSError, and makes no folders.
@@ -93,9 +92,8 @@ def new_file(dest: Path, *, private: bool = False) -> Iterator[Path]:
 def new_folder(dest: Path, num_bytes: int) -> Iterator[Path]:
     """A temporary folder beside `dest` that takes its place when the block ends well, else disappears.
 
-    num_bytes: what will be written, checked beforehand. What killed processes have left of earlier tries is
-    removed. Raises UsageError for a destination that is there and not empty, DiskError when there is no room or
-    the disk cannot be written.
+    num_bytes: what will be written, checked beforehand. What killed processes have left is removed. Raises
+    UsageError for a destination that is not empty, DiskError for a disk that has no room or cannot be written.
     """
     dest = Path(os.path.abspath(dest))
     check_destination(dest)

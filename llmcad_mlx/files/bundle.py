@@ -48,7 +48,6 @@ class BundleLayer:
 
     @property
     def file(self) -> Path:
-        """The file that holds the whole layer."""
         return next(iter(self.tensors)).file
 
     @property
@@ -69,7 +68,6 @@ class Bundle:
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights."""
         return sum(layer.num_bytes for layer in self.layers)
 
     @property
@@ -264,7 +262,6 @@ class BundleWriter:
         self._open.close()
 
     def write_bytes(self, name: str, start: int, data: bytes | memoryview) -> None:
-        """As `SafetensorsWriter.write_bytes`."""
         layer = self._layer_of[name]
         self._files[layer.name].write_bytes(name, start, data)
         self._missing[layer.name] -= len(data)

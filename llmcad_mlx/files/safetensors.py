@@ -1,8 +1,7 @@
 """Safetensors: one reader of headers, which checks them once for everybody, and a writer.
 
 Format (https://huggingface.co/docs/safetensors): 8 bytes of header length, a JSON header with each tensor's dtype,
-shape and range of bytes, the tensors' bytes. MLX trusts a header, so a file that is cut off or foreign must be
-found before MLX opens it.
+shape and range of bytes, the tensors' bytes. MLX trusts a header, so what is cut off or foreign is found before.
 """
 
 from __future__ import annotations

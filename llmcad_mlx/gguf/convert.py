@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from llmcad_mlx.errors import ModelError, UsageError
+from llmcad_mlx.errors import UsageError
 from llmcad_mlx.files import new_folder
 from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import TensorSpec
@@ -50,12 +50,7 @@ class PlannedTensor:
 
 
 def convert_gguf(
-    source: Path,
-    dest: Path,
-    bits: int | None = None,
-    group_size: int = 32,
-    *,
-    progress: Progress | None = None,
+    source: Path, dest: Path, bits: int | None = None, group_size: int = 32, *, progress: Progress | None = None
 ) -> None:
     """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
 
@@ -101,17 +96,17 @@ def plan_weights(header: GgufHeader, model: FamilyModel, bits: int | None, group
     sources = {name: model.gguf_name(name) for name in shapes}
     unknown = header.tensors.keys() - {*sources.values(), *CONFIGURED}
     if unknown:
-        raise ModelError(f"{header.path}: tensor {min(unknown)!r} has no place in {model.config['model_type']}")
+        raise header.refused(f"tensor {min(unknown)!r} has no place in {model.config['model_type']}")
     found = {name: header.tensors[source] for name, source in sources.items() if source in header.tensors}
     missing = [name for name in shapes if name not in found]
     if missing:
-        raise ModelError(f"{header.path}: {len(missing)} tensors are missing, the first for {missing[0]}")
+        raise header.refused(f"{len(missing)} tensors are missing, the first for {missing[0]}")
     if bits is None and not any(kept_bits(tensor.kind) for tensor in found.values()):
         bits = DEFAULT_BITS
     plan = []
     for name, tensor in found.items():
         if tensor.shape != shapes[name]:
-            raise ModelError(f"{header.path}: tensor {tensor.name!r} is {tensor.shape}, expected {shapes[name]}")
+            raise header.refused(f"tensor {tensor.name!r} is {tensor.shape}, expected {shapes[name]}")
         own_bits = None if len(tensor.shape) == 1 or bits == _DENSE else bits or kept_bits(tensor.kind)
         specs = _specs(header, tensor, name, own_bits, group_size)
         offset = model.family.norm_offset if name.endswith("norm.weight") else 0.0
@@ -163,14 +158,12 @@ def _specs(
     header: GgufHeader, tensor: GgufTensor, name: str, bits: int | None, group_size: int
 ) -> tuple[TensorSpec, ...]:
     if not has_values(tensor.kind):
-        raise ModelError(
-            f"{header.path}: tensor {tensor.name!r} has type {tensor.kind.name}, which is not supported"
-        )
+        raise header.refused(f"tensor {tensor.name!r} has type {tensor.kind.name}, which is not supported")
     if bits is None:
         return (TensorSpec(name, "F16", tensor.shape),)
     if tensor.columns % group_size:
-        raise ModelError(
-            f"{header.path}: tensor {tensor.name!r} has rows of {tensor.columns}, "
+        raise header.refused(
+            f"tensor {tensor.name!r} has rows of {tensor.columns}, "
             f"which do not divide into groups of {group_size}; choose another --group-size"
         )
     stem = name.removesuffix(".weight")
@@ -192,8 +185,8 @@ def _write_tensor(
                 writer.write_bytes(spec.name, first * part[0].nbytes, np.ascontiguousarray(part).tobytes())
             advance(raw.nbytes)
     except NotFiniteError:
-        what = f"{header.path}: tensor {tensor.source.name!r}"
-        raise ModelError(f"{what} holds NaN, or values float16 cannot hold") from None
+        name = tensor.source.name
+        raise header.refused(f"tensor {name!r} holds NaN, or values float16 cannot hold") from None
 
 
 def _chunks(header: GgufHeader, planned: PlannedTensor) -> Iterator[tuple[int, Bytes]]:

@@ -35,10 +35,7 @@ class NotFiniteError(ValueError):
 
 
 class Groups(NamedTuple):
-    """Rows of one quantised matrix.
-
-    codes: (rows, columns * bits / 32) uint32; scales, biases: (rows, columns / group_size) float16.
-    """
+    """codes: (rows, columns * bits / 32) uint32; scales, biases: (rows, columns / group_size) float16."""
 
     codes: npt.NDArray[np.uint32]
     scales: Halves
@@ -46,10 +43,7 @@ class Groups(NamedTuple):
 
 
 def group_rows(raw: Bytes, kind: Kind, bits: int, group_size: int) -> Groups:
-    """Turn raw rows, (rows, bytes per row) uint8, into MLX groups.
-
-    Raises NotFiniteError, and NotImplementedError as `values` does.
-    """
+    """Raw rows, (rows, bytes per row) uint8, as MLX groups. Raises NotFiniteError, and the error of `values`."""
     keep = _KEEPING.get(kind)
     if keep is not None and (bits, group_size) == (kept_bits(kind), 32):
         groups = keep(raw)
@@ -88,10 +82,8 @@ def has_values(kind: Kind) -> bool:
 
 
 def values(raw: Bytes, kind: Kind) -> npt.NDArray[np.float32]:
-    """Dequantise raw rows, (rows, bytes per row) uint8, to (rows, columns) float32.
-
-    Raises NotImplementedError for a type the `gguf` package has no dequantiser for.
-    """
+    """Dequantise raw rows, (rows, bytes per row) uint8, to (rows, columns) float32. Raises NotImplementedError for
+    a type the `gguf` package has no dequantiser for."""
     return raw.view(np.float64).astype(np.float32) if kind == Kind.F64 else dequantize(raw, kind)
 
 
@@ -109,9 +101,6 @@ def _packed(codes: Bytes, bits: int) -> npt.NDArray[np.uint32]:
         stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
         packed = np.packbits(stream.reshape(codes.shape[0], -1), axis=-1, bitorder="little")
     return np.ascontiguousarray(packed).view("<u4").astype(np.uint32, copy=False)
-
-
-# --- fitted anew ----------------------------------------------------------------------------------------------
 
 
 def _fitted(weights: npt.NDArray[np.float32], bits: int, group_size: int) -> Groups:
@@ -155,9 +144,6 @@ def _least_squares(
     fitted = (centred * (groups - mean)).sum(axis=-1, keepdims=True) / mx.where(spread > 0, spread, 1)
     usable = fitted > 0
     return mx.where(usable, fitted, scale), mx.where(usable, mean - fitted * code_mean, bias)
-
-
-# --- kept -----------------------------------------------------------------------------------------------------
 
 
 def _from_blocks(raw: Bytes, bits: int, has_offset: bool) -> Groups:

@@ -21,7 +21,6 @@ import numpy.typing as npt
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 from gguf.tensor_mapping import TensorNameMap, get_tensor_name_map
 
-from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.groups import values
 from llmcad_mlx.gguf.reader import GgufHeader, GgufTensor, read_rows, shortest_float32
 
@@ -100,24 +99,19 @@ class FamilyModel:
 
 
 def read_family(header: GgufHeader) -> FamilyModel:
-    """The mlx-lm model for a file.
-
-    Raises ModelError for a family that is not in `FAMILIES`, for variants (experts, partial or scaled
-    rotation) that mlx-lm's model of the family does not cover, for sizes that contradict the tensors, and
-    for one part of a file that was split.
-    """
+    """The mlx-lm model for a file. Raises ModelError for a family that is not in `FAMILIES`, for variants
+    (experts, partial or scaled rotation) that mlx-lm's model of it does not cover, for sizes that contradict the
+    tensors, and for one part of a file that was split."""
     family = FAMILIES.get(header.family)
     if family is None:
-        raise ModelError(
-            f"{header.path}: GGUF family {header.family!r} is not supported ({', '.join(FAMILIES)} are)"
-        )
+        raise header.refused(f"GGUF family {header.family!r} is not supported ({', '.join(FAMILIES)} are)")
     if header.has("split.count") and header.integer("split.count") > 1:
-        raise ModelError(
-            f"{header.path}: one of {header.integer('split.count')} parts of a GGUF file; "
+        raise header.refused(
+            f"one of {header.integer('split.count')} parts of a GGUF file; "
             "join them first (llama-gguf-split --merge)"
         )
     if header.has(".expert_count") and header.integer(".expert_count"):
-        raise ModelError(f"{header.path}: {header.family} with experts is not supported")
+        raise header.refused(f"{header.family} with experts is not supported")
     sizes = _read_dimensions(header, family)
     config = {
         "model_type": family.model_type,
@@ -161,9 +155,9 @@ def _read_dimensions(header: GgufHeader, family: _Family) -> Dimensions:
     _matrix(header, "blk.0.ffn_down.weight", intermediate)
     whole = header.positive(".attention.value_length", head_dim) == head_dim and rotated % 2 == 0
     if not whole or rotated > head_dim or (rotated < head_dim and "longrope" not in family.scalings):
-        raise ModelError(f"{header.path}: heads of {head_dim} with {rotated} rotated dimensions are not supported")
+        raise header.refused(f"heads of {head_dim} with {rotated} rotated dimensions are not supported")
     if family.heads_fill_hidden and head_dim * num_heads != hidden:
-        raise ModelError(f"{header.path}: {header.family} heads do not add up to the hidden size")
+        raise header.refused(f"{header.family} heads do not add up to the hidden size")
     return Dimensions(hidden, intermediate, vocab, num_layers, num_heads, num_kv_heads, head_dim, rotated)
 
 
@@ -171,11 +165,9 @@ def _matrix(header: GgufHeader, name: str, width: int) -> GgufTensor:
     """Raises ModelError unless the file has this matrix, with rows of `width`."""
     tensor = header.tensors.get(name)
     if tensor is None or len(tensor.shape) != 2:
-        raise ModelError(f"{header.path}: tensor {name} is missing or no matrix; the file is not a whole model")
+        raise header.refused(f"tensor {name} is missing or no matrix; the file is not a whole model")
     if tensor.columns != width or width > MAX_WIDTH:
-        raise ModelError(
-            f"{header.path}: tensor {name!r} is {tensor.shape}, but the header asks for rows of {width}"
-        )
+        raise header.refused(f"tensor {name!r} is {tensor.shape}, but the header asks for rows of {width}")
     return tensor
 
 
@@ -190,16 +182,15 @@ def _rope_scaling(header: GgufHeader, sizes: Dimensions, kinds: tuple[str, ...])
     if found == sorted((LONG_FACTORS, SHORT_FACTORS)) and "longrope" in kinds:
         return {"rope_scaling": _longrope(header, sizes)}
     if found:
-        raise ModelError(f"{header.path}: {header.family} with {' and '.join(found)} is not supported")
+        raise header.refused(f"{header.family} with {' and '.join(found)} is not supported")
     kind = header.field(".rope.scaling.type", str, "linear")  # llama.cpp's default too
     factor = header.number(".rope.scaling.factor", 0.0)
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return {}
     if factor <= 0 or kind not in kinds or kind not in ("linear", "yarn"):
         known = " and ".join(name for name in ("linear", "yarn") if name in kinds) or "none"
-        raise ModelError(
-            f"{header.path}: {header.family} with rotary scaling {kind[:40]!r} by {factor:g} "
-            f"is not supported ({known} is)"
+        raise header.refused(
+            f"{header.family} with rotary scaling {kind[:40]!r} by {factor:g} is not supported ({known} is)"
         )
     return {"rope_scaling": {"type": "linear", "factor": factor} if kind == "linear" else _yarn(header, factor)}
 
@@ -232,7 +223,7 @@ def _llama3(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
                 "high_freq_factor": LLAMA3_HIGH,
                 "original_max_position_embeddings": LLAMA3_CONTEXT,
             }
-    raise ModelError(f"{header.path}: the frequencies in {ROPE_FACTORS} are not those of a known Llama 3 model")
+    raise header.refused(f"the frequencies in {ROPE_FACTORS} are not those of a known Llama 3 model")
 
 
 def llama3_divisors(head_dim: int, base: float, factor: float) -> npt.NDArray[np.float64]:
@@ -257,15 +248,15 @@ def _longrope(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
 def _factors(header: GgufHeader, name: str, sizes: Dimensions) -> list[float]:
     tensor = header.tensors[name]
     if tensor.shape != (sizes.rotated // 2,):
-        raise ModelError(
-            f"{header.path}: tensor {name!r} is {tensor.shape}, expected {(sizes.rotated // 2,)} as for its heads"
+        raise header.refused(
+            f"tensor {name!r} is {tensor.shape}, expected {(sizes.rotated // 2,)} as for its heads"
         )
     try:
         factors = values(read_rows(header.path, tensor, 0, 1), tensor.kind).reshape(-1)
     except NotImplementedError:
-        raise ModelError(f"{header.path}: tensor {name!r} has type {tensor.kind.name}, not supported") from None
+        raise header.refused(f"tensor {name!r} has type {tensor.kind.name}, not supported") from None
     if not (np.isfinite(factors).all() and (factors > 0).all()):
-        raise ModelError(f"{header.path}: tensor {name!r} holds numbers that cannot divide a frequency")
+        raise header.refused(f"tensor {name!r} holds numbers that cannot divide a frequency")
     return [shortest_float32(number) for number in factors.tolist()]
 
 
@@ -281,7 +272,7 @@ def _gemma2(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
 def _gemma3(header: GgufHeader, sizes: Dimensions) -> dict[str, object]:
     """Scaled rotation is that of the layers that see everything."""
     if header.number(".final_logit_softcapping", 0.0):
-        raise ModelError(f"{header.path}: gemma3 with capped logits is not supported")
+        raise header.refused("gemma3 with capped logits is not supported")
     config: dict[str, object] = {
         "query_pre_attn_scalar": _query_scalar(sizes, layers_of_27b=62),
         "rope_local_base_freq": header.above_zero(".rope.freq_base_swa", 10000.0),

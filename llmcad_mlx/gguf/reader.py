@@ -84,7 +84,7 @@ class GgufHeader:
         """The architecture's name. Raises ModelError when the file does not say."""
         family = self.metadata.get("general.architecture")
         if not isinstance(family, str) or len(family) > MAX_FAMILY_LENGTH:
-            raise ModelError(f"{self.path}: GGUF file without general.architecture; it is not a model")
+            raise self.refused("GGUF file without general.architecture; it is not a model")
         return family
 
     def has(self, key: str) -> bool:
@@ -131,12 +131,16 @@ class GgufHeader:
             raise self.wrong(key, type(value).__name__)
         return found
 
+    def refused(self, why: str) -> ModelError:
+        """The error for a file that cannot become a model here."""
+        return ModelError(f"{self.path}: {why}")
+
     def wrong(self, key: str, value: object) -> ModelError:
         """The error for a field that is missing or cannot be used."""
         short = reprlib.Repr()  # one line, even where a file holds a list of millions
         short.maxstring = short.maxother = 80
         shown = short.repr(value)
-        return ModelError(f"{self.path}: GGUF field {self._full(key)} is missing or unusable ({shown})")
+        return self.refused(f"GGUF field {self._full(key)} is missing or unusable ({shown})")
 
     def _full(self, key: str) -> str:
         return self.family + key if key.startswith(".") else key
@@ -150,11 +154,8 @@ def shortest_float32(value: float) -> float:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Parse and check the header of `path`.
-
-    Raises ModelError: not a GGUF file, a version or byte order this cannot read, a header that contradicts
-    the file's size, an unknown tensor type.
-    """
+    """The header of `path`. Raises ModelError: not a GGUF file, a version or byte order this cannot read, a header
+    that contradicts the file's size, an unknown tensor type."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(_Cursor(path, data))
@@ -165,10 +166,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 def read_rows(path: Path, tensor: GgufTensor, first: int, count: int) -> npt.NDArray[np.uint8]:
-    """Raw bytes of `count` rows from row `first`: (count, bytes per row) uint8.
-
-    Raises ModelError when the file has become shorter than its header said.
-    """
+    """Raw bytes of `count` rows from row `first`: (count, bytes per row) uint8. Raises ModelError when the file
+    has become shorter than its header said."""
     row_bytes = tensor.num_bytes // tensor.rows
     with path.open("rb") as file:
         file.seek(tensor.offset + first * row_bytes)
@@ -236,10 +235,8 @@ def _tensor(cursor: _Cursor) -> GgufTensor:
 
 
 class _Cursor:
-    """Reads forward through the mapped file, never past its end or what a header may hold.
-
-    The methods raise ModelError for a header that contradicts the file.
-    """
+    """Reads forward through the mapped file, never past its end or what a header may hold: ModelError for one that
+    contradicts the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path

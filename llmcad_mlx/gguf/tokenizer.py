@@ -19,7 +19,6 @@ from typing import Any
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.reader import GgufHeader
 
 SPACE = "▁"
@@ -33,11 +32,8 @@ _END_TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
-    """A tokenizer and what goes with it.
-
-    settings: tokenizer_config.json. ids: for config.json, and generation_config.json, with every token that ends a
-    turn, the file's own first.
-    """
+    """settings: tokenizer_config.json. ids: for config.json and generation_config.json, with every token that ends
+    a turn, the file's own first."""
 
     tokenizer: Tokenizer
     settings: dict[str, Any]
@@ -53,10 +49,7 @@ class GgufTokenizer:
 
 
 def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
-    """Build the tokenizer of a file.
-
-    Raises ModelError for a tokenizer kind or pre-tokenizer that is not known, and for damaged fields.
-    """
+    """The tokenizer of a file. Raises ModelError for an unknown kind or pre-tokenizer, and for damaged fields."""
     vocabulary = _read_vocabulary(header)
     kind = header.field("tokenizer.ggml.model", str)
     if kind == "gpt2":
@@ -64,7 +57,7 @@ def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
     elif kind == "llama":
         tokenizer, adds_bos = _sentencepiece(header, vocabulary), True
     else:
-        raise ModelError(f"{header.path}: tokenizer kind {kind!r} is not supported (gpt2 and llama are)")
+        raise header.refused(f"tokenizer kind {kind!r} is not supported (gpt2 and llama are)")
     tokenizer.add_tokens(vocabulary.added())
     ends = _ends(header, vocabulary)
     bos, pad = (_token_id(header, vocabulary, name) for name in ("bos", "padding"))
@@ -149,9 +142,6 @@ def _ends(header: GgufHeader, vocabulary: _Vocabulary) -> list[int]:
     return ends
 
 
-# --- byte-level BPE -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Splitter:
     """How a named pre-tokenizer cuts text: by `pattern`, or as GPT-2 does, single digits first where it says so.
@@ -209,15 +199,13 @@ _SPLITTERS = {
 
 
 def _byte_level(header: GgufHeader, vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
-    """The tokenizer, without bos, and whether its texts begin with bos where the file does not say.
-
-    Raises ModelError for an unknown pre-tokenizer, and for a merge of tokens that are not there.
-    """
+    """The tokenizer, without bos, and whether its texts begin with bos where the file does not say. Raises
+    ModelError for an unknown pre-tokenizer, and for a merge of tokens that are not there."""
     name = header.field("tokenizer.ggml.pre", str, "gpt-2")
     splitter = _SPLITTERS.get(name)
     if splitter is None:
         known = ", ".join(_SPLITTERS)
-        raise ModelError(f"{header.path}: pre-tokenizer {name!r} is not supported (supported: {known})")
+        raise header.refused(f"pre-tokenizer {name!r} is not supported (supported: {known})")
     ids = vocabulary.ids()
     merges = []
     for text in header.items("tokenizer.ggml.merges", str):
@@ -231,9 +219,6 @@ def _byte_level(header: GgufHeader, vocabulary: _Vocabulary) -> tuple[Tokenizer,
     tokenizer.pre_tokenizer = splitter.build()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, splitter.adds_bos
-
-
-# --- SentencePiece BPE ----------------------------------------------------------------------------------------
 
 
 def _sentencepiece(header: GgufHeader, vocabulary: _Vocabulary) -> Tokenizer:

@@ -189,11 +189,8 @@ class VariantSummary:
 def summarise(
     runs: Sequence[Run], comparable: bool = True, read_bandwidth: float | None = None
 ) -> list[VariantSummary]:
-    """Lines for all variants over all domains, then per domain when there are several.
-
-    comparable: whether mlx-lm's text should equal ours, which above temperature 0 it does not. read_bandwidth:
-    emulated bytes per second.
-    """
+    """Lines for all variants over all domains, then per domain when there are several. comparable: as in
+    `Benchmark`. read_bandwidth: emulated bytes per second."""
     by_domain = grouped(runs, lambda run: run.place.domain)
     groups = {ALL: list(runs)} | (by_domain if len(by_domain) > 1 else {})
     return [

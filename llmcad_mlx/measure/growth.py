@@ -1,9 +1,5 @@
-"""`bench --growth` and `bench --kernels`: how the cost of single steps grows.
-
-Of one target pass with the bytes it reads, with the tree's nodes and with the context: passes of a loaded target
-over random trees of any size, after a context of any length. Of one 4-bit matrix multiplication with its rows, by
-MLX's kernels and, on a Linux CPU, ours.
-"""
+"""`bench --growth`: what a target pass costs by bytes read, nodes and context, measured with random trees.
+`bench --kernels`: what a 4-bit matrix multiplication costs by rows, on MLX's kernels and ours."""
 
 from __future__ import annotations
 
@@ -94,7 +90,7 @@ class PassTimer:
         """Let the cache hold `length` tokens."""
         self._target.truncate(length)
         if missing := self._tokens[self._target.cache.length : length]:
-            self._target.prefill(missing, lambda done: None, lambda: False)
+            self._target.prefill(missing)
 
     def measure(self, nodes: int) -> TimedPass:
         """One pass. It follows one of the same kind, unmeasured: a stream reads ahead during the pass before."""
@@ -321,8 +317,6 @@ def _draw(answered: dict[Question, list[dict[str, Any]]], figure: Any) -> None:
     output.legend_below(figure)
 
 
-# -- kernels ---------------------------------------------------------------------------------------------
-
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128)
 DENSE_ROWS = (1, 4, 16)  # the reference BLAS behind it is slow
 OUT_FEATURES, IN_FEATURES = 8192, 2048
@@ -344,10 +338,7 @@ class KernelTime:
 def time_kernels(
     rows: Sequence[int] = ROWS, repeat: int = 3, shape: tuple[int, int] = (OUT_FEATURES, IN_FEATURES)
 ) -> list[KernelTime]:
-    """Time all kernels there are, interleaved: `repeat` times all row counts, each kernel in turn.
-
-    shape: (output, input) features of the weight. All in float32 on the default device.
-    """
+    """Time all kernels in turn, `repeat` times all row counts, in float32. shape: (output, input) features."""
     rng = np.random.default_rng(0)
     weight = mx.array(rng.standard_normal(shape, dtype=np.float32) / np.sqrt(np.float32(shape[1])))
     packed = mx.quantize(weight, GROUP_SIZE, BITS)
@@ -378,10 +369,8 @@ def time_kernels(
 def _kernels(
     packed: tuple[mx.array, mx.array, mx.array], dense: mx.array
 ) -> dict[str, Callable[[mx.array], mx.array]]:
-    """The kernels by name. Ours is a layer as models use it, with its way from MLX to numpy and back.
-
-    packed: as `mx.quantize` gives them; dense (N, K): the same weight in float32.
-    """
+    """The kernels by name; ours is a layer as models use it. packed: as `mx.quantize` gives them; dense (N, K):
+    the same weight in float32."""
     kernels: dict[str, Callable[[mx.array], mx.array]] = {
         MLX_QUANTIZED: lambda x: mx.quantized_matmul(x, *packed, transpose=True, group_size=GROUP_SIZE, bits=BITS),
         MLX_DENSE: lambda x: x @ dense.T,

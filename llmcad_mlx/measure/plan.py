@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
@@ -41,13 +42,10 @@ def measure_read_rate(reads: Sequence[Read]) -> ReadRate:
     counts. Elsewhere what the page cache holds comes from memory, and the disk may be slower.
     """
     can_drop = hasattr(os, "posix_fadvise")
-    storage = FileStorage(drop_cache=can_drop)
-    try:
+    with closing(FileStorage(drop_cache=can_drop)) as storage:
         sample, rate = timed_read(reads, storage)
         if can_drop:
             sample, rate = timed_read(sample, storage)
-    finally:
-        storage.close()
     return ReadRate(rate, sampled_bytes=sum(read.num_bytes for read in sample), from_disk=can_drop)
 
 

@@ -1,7 +1,4 @@
-"""Runs ways of decoding by turns at the same prompts, so that what disturbs the machine disturbs them alike.
-
-A contender is one way of decoding, with caches, policy and learned costs of its own, on shared weights.
-"""
+"""Runs ways of decoding by turns at the same prompts, so that what disturbs the machine disturbs them alike."""
 
 from __future__ import annotations
 
@@ -140,7 +137,7 @@ def count_mismatches(
 
 
 class Contender(Protocol):
-    """A variant that can generate, over and over, each time from an empty cache."""
+    """A variant on shared weights that can generate, over and over, each time from an empty cache."""
 
     @property
     def name(self) -> str: ...
@@ -266,12 +263,11 @@ class MlxLmContender:
 
 
 class WrongDrafter:
-    """Asks another drafter and proposes other tokens with the same confidences; in all else it is that drafter.
-    "Never slower" is tested with it.
+    """Asks another drafter and proposes none of its candidates, but others with the same confidences: wherever the
+    target agrees with that drafter, all proposals are wrong. "Never slower" is tested with it.
 
-    No proposed token is among the inner drafter's own candidates, so wherever the target agrees with any of
-    those, all proposals are wrong. Prompt lookup, which is often silent, is made to propose below every leaf:
-    with nothing found it claims what two matching tokens would.
+    Prompt lookup, which is often silent, is made to propose below every leaf: with nothing found it claims what
+    two matching tokens would.
     """
 
     def __init__(self, inner: Drafter, vocab_size: int) -> None:

@@ -1,17 +1,15 @@
-"""`llmcad-mlx tune`: from a target to the draft that serves it best: candidates found, measured, one decided
-for, the choice saved.
+"""`llmcad-mlx tune`: finds and measures drafts for a target, decides for one and saves the choice.
 
 Half of each domain's prompts calibrate, the other half are measured. From the first half come tokens per pass A,
 computing C, what a round takes beside its pass D and, where nobody gave it, the read rate B; with W bytes read on
 each pass they predict tokens/s = A / (max(W/B, C) + D) (DESIGN 3.7) for the second half, whose runs tell. A prompt
 counts with its median repetition, and speeds are all tokens over all seconds.
-
-The decision is made so that two runs on the same machine agree: see `decide`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -76,10 +74,8 @@ def split(prompts: Sequence[BenchPrompt]) -> list[frozenset[PromptName]]:
 
 
 def run_tune(plan: TunePlan, target: str | None, show_progress: bool, on_turn: OnTurn) -> Tuning:
-    """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies.
-
-    Raises the errors of `load_pair` for the target; those of a draft are in the result.
-    """
+    """Find the candidates, measure them, choose and save. `show_progress` is for downloads and copies. Raises the
+    errors of `load_pair` for the target; those of a draft are in the result."""
     name = target or DEFAULT_PRESET
     target_path = resolve_target(name, show_progress)
     choice = find_choice(target_path, conditions(plan.memory))
@@ -162,31 +158,28 @@ class Tuning:
         self, who: Sequence[PairPaths], repetitions: range, on_turn: Callable[[str], None]
     ) -> Iterator[list[Run]]:
         work = self.plan.workload
-        pairs: list[LoadedPair] = []
         contenders: list[EngineContender] = []
-        try:
+        with ExitStack() as stack:
+            stack.callback(release_free_memory)
+            stack.callback(contenders.clear)
             for candidate in who:
                 name = candidate.draft_name
                 if name in self.failures:
                     continue
                 try:
-                    pairs.append(pair := self.open_pair(candidate))
+                    pair = self.open_pair(candidate)
+                    stack.callback(pair.release)
                     draft_bytes = sum(drafter.num_bytes for drafter in pair.drafters)
                     seat = self.seats.setdefault(name, Seat(candidate, draft_bytes, pair.plan))
                     # What was learned in an earlier sitting goes on; nothing is saved meanwhile.
-                    own = replace(pair, profile=seat.profile)
-                    contenders.append(EngineContender(name, own, SpeculationSettings()))
+                    contenders.append(
+                        EngineContender(name, replace(pair, profile=seat.profile), SpeculationSettings())
+                    )
                 except (LlmcadError, MemoryError) as error:
                     self._fail(name, error)
             if contenders:
-                prompts = runner.encode_prompts(work.prompts, pairs[0])
+                prompts = runner.encode_prompts(work.prompts, pair)
                 yield from self._do(runner.schedule(contenders, prompts, repetitions, work.warmup), on_turn)
-        finally:
-            contenders.clear()
-            for pair in pairs:
-                pair.release()
-            pairs.clear()
-            release_free_memory()
 
     def _do(self, turns: Iterable[Turn], on_turn: Callable[[str], None]) -> Iterator[list[Run]]:
         """The turns of those that have not failed; what a warm-up took is noted."""
@@ -224,11 +217,8 @@ class Tuning:
         self.failures[name] = str(error) or "there is not enough memory"
 
     def decide(self) -> None:
-        """Find each candidate's figures and, if all was measured, the best.
-
-        On a CPU equal arithmetic gives equal text, and a candidate with another text fails; elsewhere rounding may
-        decide near-ties.
-        """
+        """Find each candidate's figures and, if all was measured, the best. One with another text fails on a CPU,
+        where equal arithmetic gives equal text; elsewhere rounding may decide near-ties."""
         for name, seat in self.seats.items():
             if name in self.failures or not any(run.variant == name for run in self.runs):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,11 +102,7 @@ def _variant(name: str) -> Variant:
     kind, colon, number = name.partition(":")
     policy, *missing = name.split("-no-")
     if colon:
-        if (
-            kind not in ("chain", "tree", "draft")
-            or not (number.isascii() and number.isdigit())
-            or int(number) < 1
-        ):
+        if not re.fullmatch("(chain|tree|draft):0*[1-9][0-9]*", name):
             raise UsageError(
                 f"variants: {name!r} is unknown; a number goes with chain:K, tree:N or draft:N and is at least 1"
             )
@@ -159,12 +156,6 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
-
-
-def mixed_by_domain(prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
-    """The first prompt of each domain, then the second of each, …: a short warm-up meets several domains."""
-    ranks = zip_longest(*grouped(prompts, lambda prompt: prompt.domain).values())
-    return [prompt for rank in ranks for prompt in rank if prompt is not None]
 
 
 def _read(file: Path) -> dict[str, list[BenchPrompt]]:
@@ -227,8 +218,10 @@ class Workload:
         check_integer("warmup", warmup, 0, 10_000)
         if per_domain is not None:
             check_integer("per_domain", per_domain, least, 10_000)
-        found = load_prompts(file, listed(domains), per_domain)
-        return cls(tuple(mixed_by_domain(found)), checked, repeat, warmup)
+        found = grouped(load_prompts(file, listed(domains), per_domain), lambda prompt: prompt.domain)
+        # The first prompt of each domain, then the second of each, …: a short warm-up meets several domains.
+        mixed = (prompt for rank in zip_longest(*found.values()) for prompt in rank if prompt is not None)
+        return cls(tuple(mixed), checked, repeat, warmup)
 
     @property
     def temperature(self) -> float:

@@ -86,9 +86,10 @@ class AdaptedModels:
         Raises LeftToMlxLmError for a model that can verify no draft.
         """
         adapted = self._known.get(id(model))
+        if adapted is None:
+            weakref.finalize(model, self._known.pop, id(model), None)
         if adapted is None or [*map(id, adapted.parts)] != [*map(id, _parts(model))]:
             self._known[id(model)] = adapted = AdaptedModel(model)
-            weakref.finalize(model, self._known.pop, id(model), None)
         if adapted.reason:
             raise LeftToMlxLmError(adapted.reason)
         return adapted
@@ -104,8 +105,7 @@ def _parts(model: Any) -> list[Any]:
 
 @dataclass(slots=True)
 class ModelRows:
-    """One model's part of the caller's prompt cache: mlx-lm's caches, one for each layer, taken over before a
-    generation and written back after."""
+    """One model's part of the caller's prompt cache: mlx-lm's caches, one for each layer."""
 
     adapted: AdaptedModel
     entries: list[Any]
@@ -127,7 +127,6 @@ class ModelRows:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
         return int(self.entries[0].offset)
 
     def put_into(self, cache: ModelCache) -> None:

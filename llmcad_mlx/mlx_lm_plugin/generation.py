@@ -82,8 +82,7 @@ def generate(model: Module, tokenizer: Any, prompt: str | list[int], verbose: bo
 def installed() -> Iterator[None]:
     """While this is open, mlx-lm's functions and commands generate with token trees.
 
-    mlx_lm.server batches requests that name no seed, and batches have no trees; while this is open it serves every
-    request by itself, in turn.
+    mlx_lm.server batches requests that name no seed; as batches have no trees, it then serves them one by one.
     """
     modules = {name: import_module(f"mlx_lm.{name}") for name in COMMANDS}  # mlx_lm.generate names a function too
     owners = [*modules.values(), import_module("mlx_lm")]

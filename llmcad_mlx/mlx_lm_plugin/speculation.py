@@ -53,8 +53,7 @@ class Request:
     num_draft_tokens: int | None = None
 
     def check(self) -> None:
-        """Raise LeftToMlxLmError for what only mlx-lm's own function can heed, UsageError naming an option that is
-        out of range."""
+        """Raise LeftToMlxLmError for what only mlx-lm can heed, UsageError naming an option out of range."""
         if self.max_tokens == 0 or len(self.prompt) == 0:
             raise LeftToMlxLmError("nothing is asked for")
         for name in ("input_embeddings", "kv_bits"):
@@ -127,8 +126,7 @@ class CallerSampler(TargetSampler):
         return rows
 
     def draw_ahead(self) -> None:
-        """mlx-lm always draws one token more than it gives out: so must we, for the next text of a program that
-        seeds once to be the same."""
+        """Draw one token more than is given out, as mlx-lm does: a program that seeds once goes on the same."""
         if self._last is not None:
             mx.eval(self._draw(self._last))
 

@@ -65,9 +65,8 @@ class LayerState:
 class ModelCache(Protocol):
     """The state of one sequence in one model; the module's text says how it is used.
 
-    `layers`: what the model gets as ``cache=``. `length`: committed tokens. `num_slots`: slots in use; the next
-    append's come after them. `expected_slots`: room to make at the first forward, where that can be, because
-    growing leaves holes in memory.
+    `layers`: what the model gets as ``cache=``. `length`: committed tokens. `num_slots`: slots in use, before the
+    next append's. `expected_slots`: room to make at the first forward, because growing leaves holes in memory.
     """
 
     layers: list[Any]
@@ -378,7 +377,6 @@ class PlainCache:
         return range(start, start + n)
 
     def commit(self, slots: Sequence[int], keep: Sequence[int] = ()) -> list[int]:
-        """Commit all uncommitted slots."""
         if keep or list(slots) != list(range(self.length, self.num_slots)):
             raise ValueError("this model cannot forget a token it has seen; commit all appended slots")
         self.length = self.num_slots

@@ -3,8 +3,7 @@
 A draft's folder may leave out parts of the model that its config.json describes.
 
 Rows of the head: `draft_tokens.safetensors` beside the weights holds `tokens` (V',) int32, full ids in ascending
-order, and row i of the head is the logit of token tokens[i]. The embedding, the tokenizer and `vocab_size` stay
-the full ones.
+order, and row i of the head is the logit of token tokens[i]. Embedding, tokenizer and `vocab_size` stay whole.
 
 The embedding: with `"llmcad": {"shares_embedding": true}` in config.json tokens are looked up in the target's,
 which is in memory anyway. It is the target's object that is called, so that it works whatever the target does with
@@ -213,9 +212,6 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
-# --- what a draft may leave out
-
-
 def read_draft_tokens(folder: Path, vocab_size: int | None) -> TokenList | None:
     """The token list of a draft's folder; None where it has none. vocab_size: the full model's, if known. Raises
     ModelError naming the file for anything that is not such a list."""
@@ -273,21 +269,6 @@ def head_path(model: Module) -> str | None:
     linear = [path for path, module in modules if isinstance(module, LINEARS)]
     found = [path for path in linear if path.rpartition(".")[2] == "lm_head"]
     return found[0] if len(found) == 1 else None
-
-
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same model with a head of its own."""
-    changed = {**config, "tie_word_embeddings": False}
-    if isinstance(config.get("text_config"), Mapping):
-        changed["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-    return changed
-
-
-def untied_head_path(config: Mapping[str, Any]) -> str | None:
-    """Where the head would be if it were not the embedding; None where the architecture always ties them."""
-    changed = untied(config)
-    model_class, args_class = _get_classes(config=changed)
-    return head_path(model_class(args_class.from_dict(changed)))  # never evaluated: takes no memory
 
 
 def parent_of(model: Module, path: str) -> tuple[Any, str]:

@@ -115,8 +115,7 @@ class _Probe:
         return ProbeReport("plain", reason, 0.0, self.vocab_size, False, False, single_rows, 0.0)
 
     def _attempt(self, capability: Capability, script: Callable[[Call, bool], Logits]) -> ProbeReport | str:
-        """Run a script with the prompt prefilled by the body alone, then by the whole model. Returns what went
-        wrong last where no way passes."""
+        """The report of a script that passes, its prompt read by the body or the whole model; else the problem."""
         problem = ""
         for pad_single in (False, True):
             close = False
@@ -260,8 +259,7 @@ def _relative_tolerance(model: Module) -> float:
 def cached_probe(
     model: Module, config: Mapping[str, Any], folder: Path, run: Callable[[Module], ProbeReport]
 ) -> ProbeReport:
-    """What `run(model)` found, kept in `folder` for the same model, versions and device, and found out again where
-    the file is missing or damaged."""
+    """What `run(model)` finds, kept in `folder` for the same model, versions and device."""
     leaves: Any = tree_flatten(model.parameters())
     facts = [
         _FORMAT,

@@ -159,7 +159,6 @@ class SlotTable:
 
     @property
     def num_appended(self) -> int:
-        """Rows of the present append."""
         return self.num_slots - self.first_appended
 
     @property
@@ -265,8 +264,7 @@ class SlotTable:
         self._forget_append()
 
     def _renumber(self, num_kept: int) -> None:
-        """The owner has moved the live slots to [0, length), and the ``num_kept`` uncommitted ones, in ascending
-        order, to the places behind."""
+        """The owner has moved the live slots to [0, length), and the ``num_kept`` uncommitted ones behind them."""
         end = self.length + num_kept
         kept = np.setdiff1d(np.arange(self._first_pending, self.num_slots), list(self._gone))
         places = {self.last_slot: self.length - 1} | dict(zip(kept.tolist(), range(self.length, end), strict=True))

@@ -54,9 +54,8 @@ def run(
 ) -> Forward:
     """Announce ``tokens`` to the cache and call the model (or its body) on them.
 
-    pad_single: a single token is forwarded twice and the second row dropped, for models whose arithmetic
-    depends on whether one or several rows come together. Raises ValueError when the output is not one row
-    per token.
+    pad_single: a single token is forwarded twice and the second row dropped, for models that compute one row in
+    another way than several. Raises ValueError when the output is not one row per token.
     """
     rows = list(tokens)
     if pad_single and len(tokens) == 1:
@@ -143,19 +142,14 @@ class TreeModel:
         cache: ModelCache,
         chunk: int | None = None,
         on_progress: Callable[[int], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         """Append and commit ``tokens`` as a chain, ``chunk`` (None: `prefill_chunk`) at a time, without the head.
 
-        Each chunk's keys and values are evaluated before the next. on_progress gets the number of tokens done
-        so far; should_stop is asked before each chunk, and True ends the prefill there (``cache.length``
-        tells where). An exception, Ctrl-C included, leaves the cache at the last finished chunk, or empty if
-        it cannot roll back.
+        Each chunk is evaluated before the next. on_progress gets the number of tokens done so far. An exception,
+        its own and Ctrl-C included, leaves the cache at the last finished chunk, or empty if it cannot roll back.
         """
         chunk = 1 if self.report.single_rows else chunk or self.prefill_chunk
         for start in range(0, len(tokens), chunk):
-            if should_stop is not None and should_stop():
-                return
             part = tokens[start : start + chunk]
             try:
                 slots = run(self._prefill_call, part, cache, None, self.report.pad_single).slots

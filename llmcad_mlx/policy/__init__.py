@@ -83,8 +83,7 @@ class GrowthPolicy:
 
 
 class ChainPolicy(GrowthPolicy):
-    """`source` drafts `length` tokens in a line, the most likely each time; 0 is plain decoding. For comparison:
-    mlx-lm's way.
+    """mlx-lm's way, for comparison: `source` drafts a line of `length` tokens, the likeliest each time; 0: none.
 
     It drafts nothing provisionally; `pipelined` lets the draft read the prompt while the target does.
     """

@@ -1,12 +1,10 @@
 """The default policy: best-first growth, stopped where one more step earns fewer tokens than it costs.
 
-What to expand is decided here; the ledger says what may be risked, at which price, and when a round measures
-instead of earning.
+What to expand is decided here; the ledger says what may be risked, at which price, and when a round measures.
 
 Everything is priced in tokens: a second is worth the tokens that decoding yields in it. Maximising tokens minus
 price times seconds, with the achieved rate as the price, maximises the rate itself (Dinkelbach's method for
-ratios). Best-first order maximises the expected accepted tokens for a number of nodes (SpecExec, OPT-Tree and
-DySpec reach the same rule).
+ratios). Best-first order maximises the expected accepted tokens of so many nodes (SpecExec, OPT-Tree, DySpec).
 """
 
 from __future__ import annotations
@@ -164,8 +162,7 @@ class ThroughputPolicy(GrowthPolicy):
     def _later(self, probability: float, rows: int) -> float:
         """What the steps after one on a leaf of that `probability` gain at most, each on the likeliest child.
 
-        A step that does not pay by itself may be the way to some that do: a pass of three rows is often hardly
-        dearer than one of two.
+        A step that does not pay may lead to some that do: three rows are often hardly dearer than two.
         """
         step = self._prices.step(1)
         best = total = 0.0

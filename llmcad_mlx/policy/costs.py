@@ -50,8 +50,7 @@ class StepTimes:
     def observe(self, rows: int, seconds: float, busy: float | None = None) -> None:
         """One forward of `rows` rows took `seconds`, `busy` of them computing (all, if not given).
 
-        Computing grows at most in proportion to the rows, so the last forward's waiting tells how many more
-        would have found room in it.
+        Computing grows at most in proportion to the rows, so waiting tells how many more would have found room.
 
         A first observation far above what its neighbours suggest is cut to a multiple of that: it may have
         compiled a kernel, and believing it would keep the policy from ever trying that count again.
@@ -162,8 +161,7 @@ class StepTimes:
 
 
 class CostModel:
-    """Draft step and target pass times, and what rounds are like. The round books them, whatever its policy;
-    policies only read.
+    """Draft step and target pass times, and what rounds are like. Rounds book them; policies only read.
 
     `verify`: seconds of passes, waiting included; `computing`: the same without waiting for weights.
     """

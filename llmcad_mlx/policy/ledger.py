@@ -1,13 +1,11 @@
 """What the default policy may risk and has to measure: prices, accounts of gains and losses, the mode of a round.
 
 Prices and accounts are in tokens. A second is worth the tokens that decoding yields in it, so a step costs its
-seconds times that rate. A policy that maximises what it expects still loses where its expectations are wrong for a
-text. An account bounds that loss: what was risked and lost is gone, what was gained may be risked again, and each
-token pays in a small allowance.
+seconds times that rate. A policy that maximises what it expects still loses where it expects the wrong things of a
+text. An account bounds that loss: gains may be risked again, losses are gone, each token pays in an allowance.
 
 Prices come from steps that were taken. A step that is never taken has no price, and one measured on a disturbed
-machine keeps a wrong one for as long as it puts the policy off. So a few rounds do, against the figures, what has
-to be measured again.
+machine keeps a wrong one as long as it puts the policy off. So a few rounds measure again, against the figures.
 """
 
 from __future__ import annotations
@@ -119,8 +117,7 @@ class Ranking(NamedTuple):
 class Prices:
     """Prices of rows in the target's pass and of draft steps, in tokens.
 
-    `rate`: tokens that a second was worth when the round began. They are asked for dozens of times in a round, so
-    each is looked up once in it.
+    `rate`: tokens that a second was worth when the round began. Each is asked for often and computed once.
     """
 
     def __init__(self, costs: CostModel, max_nodes: int) -> None:
@@ -248,8 +245,7 @@ class Schedule:
     def tries_model(self, balance: float) -> bool:
         """Whether to take one step that seems not to pay: its price was measured too rarely or long ago.
 
-        balance: of the model's account. A trial costs as much as a token or two, which a short text never earns
-        back.
+        balance: of the model's account. A trial costs a token or two, which a short text never earns back.
         """
         draft = self._costs.draft
         unknown = sum(draft.times_observed(rows) for rows in range(1, 4)) < _SURE

@@ -22,9 +22,8 @@ class PaperPolicy(GrowthPolicy):
 
     Fallback: when `max_i C_i < alpha`. Alpha starts at 0.01. After a verification, with N_all the length
     of the branch the target followed and N_correct how many of its tokens were right,
-    `alpha ← 0.5·alpha` if all were right, else `alpha ← (N_all − N_correct)/N_all`. That is the printed
-    formula; the papers' prose describes another, alpha divided by the average cumulative confidence after
-    the error, which is not used.
+    `alpha ← 0.5·alpha` if all were right, else `alpha ← (N_all − N_correct)/N_all`, as printed; the papers'
+    prose has another formula, alpha divided by the average cumulative confidence after the error.
 
     While the target waits for its weights, the most likely branch is continued by its best candidates alone
     (the papers' pipeline), by no more than `max_nodes` of them.

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from llmcad_mlx.serve.jobs import (
@@ -27,7 +28,7 @@ from llmcad_mlx.serve.jobs import (
     TokenEvent,
     TokenLogprob,
 )
-from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, JsonResponse, shutting_down, to_json
+from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, shutting_down, to_json
 
 Json = dict[str, Any]
 
@@ -283,11 +284,8 @@ _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-con
 
 @dataclass(frozen=True, slots=True)
 class GenerationResponse:
-    """Waits for a job's answer and sends it, streamed or whole.
-
-    The status is known when the job's turn has come; a stream that has waited `keepalive_s` for that begins
-    without, and says what goes wrong later as an event of its own.
-    """
+    """Waits for a job's answer and sends it, streamed or whole. Its status is known when the job's turn has come:
+    a stream that has waited `keepalive_s` for that begins without, and tells of what goes wrong in an event."""
 
     job: Job
     queue: FairQueue
@@ -301,7 +299,7 @@ class GenerationResponse:
                 if self.job.request.stream:
                     await self._stream(progress, send)
                 else:
-                    await JsonResponse(await self._whole(progress))(scope, receive, send)
+                    await JSONResponse(await self._whole(progress))(scope, receive, send)
 
     async def _progress(self, receive: Receive) -> AsyncGenerator[Progress | None]:
         """The job's events to its end, None after every `keepalive_s` without one. Close it when you leave it.

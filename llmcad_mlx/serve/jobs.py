@@ -1,8 +1,5 @@
-"""Requests on their way: the queue that takes turns between clients, and what the worker tells of each.
-
-Events are plain records, nothing that holds on to a pass's arrays; a job carries them from the worker's thread to
-the event loop.
-"""
+"""Requests on their way: the queue that takes turns between clients, and what the worker tells of each in plain
+records, none of which holds on to a pass's arrays."""
 
 from __future__ import annotations
 
@@ -19,19 +16,16 @@ from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, bad_request, 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and its log probability before penalties and temperature."""
+    """A token's text and its log probability before penalties and temperature."""
 
-    token: int
     text: str
     logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token and the text it added ("" when held back).
-
-    `logprobs`, where asked for: the token's own, then those of the likeliest tokens.
-    """
+    """One generated token and the text it added ("" when held back). `logprobs`, where asked for: its own, then
+    those of the likeliest tokens."""
 
     token: int
     text: str
@@ -72,9 +66,7 @@ _MAX_BACKLOG = 1024  # events a client may be behind: each may hold a tree of hu
 @dataclass(eq=False, slots=True)
 class Job:
     """A request with its prompt's tokens. `events` belong to the loop, everything else may be read anywhere.
-
-    `cancelled`: why the generation ends before its next round, which a client that is still there is told.
-    """
+    `cancelled`: why it ends before its next round, which a client that is still there is told."""
 
     request: GenerationRequest
     prompt: list[int]

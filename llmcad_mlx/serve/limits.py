@@ -1,8 +1,4 @@
-"""What every request has to pass.
-
-A gate that checks Host and key, counts, and lets no traceback out; a body limited in size and time; and uvicorn's
-HTTP protocol, with a limit on how long a request's head may take.
-"""
+"""What every request has to pass: a check of Host and key, and limits in size and time on head and body."""
 
 from __future__ import annotations
 
@@ -47,12 +43,8 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
                     return bytes(body)
                 body += piece
     except TimeoutError:
-        raise ApiError(
-            408,
-            f"the request's body did not arrive within {settings.body_s:g} s",
-            code="slow_body",
-            headers=_CLOSE,
-        ) from None
+        message = f"the request's body did not arrive within {settings.body_s:g} s"
+        raise ApiError(408, message, code="slow_body", headers=_CLOSE) from None
     except ClientDisconnect:
         raise bad_request("the request's body ended early") from None
     await _discard(pieces)
@@ -71,7 +63,7 @@ async def _discard(pieces: AsyncIterator[bytes]) -> None:
 
 
 class Gate:
-    """ASGI middleware. `paths`: the server's own, for the counters."""
+    """ASGI middleware: checks Host and key, counts, lets no traceback out. `paths`: the server's own."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, paths: Collection[str]) -> None:
         self._app = app
@@ -107,7 +99,7 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        if self._checks_host and not _is_local(headers.get("host")):
+        if self._checks_host and not _is_local(headers.get("host", "localhost")):
             return ApiError(400, "this server answers to localhost only; give it a key to serve other names")
         # The page asks its user for the key, so it comes without one.
         if self._key is None or scope["path"] in ("/", "/health") or scope["path"].startswith("/page/"):
@@ -122,10 +114,8 @@ class Gate:
         )
 
 
-def _is_local(host: str | None) -> bool:
+def _is_local(host: str) -> bool:
     """Whether a Host header names this machine; without one, no browser asks."""
-    if host is None:
-        return True
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:

@@ -27,12 +27,12 @@ from pygments.util import ClassNotFound
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.limits import read_body
-from llmcad_mlx.serve.protocol import JsonResponse, read_record
+from llmcad_mlx.serve.protocol import read_record
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
@@ -173,7 +173,7 @@ def page_routes(settings: ServerSettings) -> list[Route]:
         text = read_record(MarkdownText, await read_body(request, settings)).text
         blocks = await run_in_threadpool(markdown.blocks, text)
         told = [{"length": len(one.source.encode("utf-16-le")) // 2, "html": one.html} for one in blocks]
-        return JsonResponse({"blocks": told})
+        return JSONResponse({"blocks": told})
 
     return [Route("/", page_file), Route("/page/{name}", page_file), Route("/markdown", render, methods=["POST"])]
 

@@ -27,7 +27,7 @@ from pydantic import (
     create_model,
 )
 from pydantic_core import ErrorDetails, PydanticKnownError, from_json
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt, template_message
@@ -40,10 +40,8 @@ _ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer with a 4xx or 5xx status, with no path and no traceback in it.
-
-    `param` names the request's field, `code` is for programs.
-    """
+    """An answer with a 4xx or 5xx status, without paths and tracebacks. `param`: the request's field; `code`: for
+    programs."""
 
     status: int
     message: str
@@ -80,21 +78,11 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-class JsonResponse(Response):
-    """An object as the answer."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return to_json(content)
-
-
-def error_response(error: ApiError) -> Response:
+def error_response(error: ApiError) -> JSONResponse:
     """An error as the answer."""
-    return JsonResponse(error.body, error.status, error.headers)
+    return JSONResponse(error.body, error.status, error.headers)
 
 
-Kind = Literal["chat", "completion"]
 Record = TypeVar("Record", bound=BaseModel)
 
 _MAX_TOKEN = 2**31 - 1
@@ -250,13 +238,10 @@ class CompletionRequest(_Request):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What a client asked for.
+    """What a client asked for. `options` have a seed, drawn when none was asked for. `top_logprobs`: how many
+    beside the chosen token's, None for none. `show_tokens`, `show_trees`: which of the speculation to send."""
 
-    `options` have a seed, drawn when none was asked for. `top_logprobs`: None for none, else how many
-    beside the chosen token's. `show_tokens`, `show_trees`: which of the speculation to send.
-    """
-
-    kind: Kind
+    kind: Literal["chat", "completion"]
     prompt: Prompt
     options: GenerationOptions
     tools: list[dict[str, Any]] | None = None

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from llmcad_mlx import __version__
@@ -38,7 +38,6 @@ from llmcad_mlx.serve.page import page_routes
 from llmcad_mlx.serve.protocol import (
     ApiError,
     GenerationRequest,
-    JsonResponse,
     RequestReader,
     bad_request,
     error_response,
@@ -133,11 +132,10 @@ class _Uvicorn(uvicorn.Server):
         """Refuse what waits, break off what runs, send the last answers."""
         _log.warning("shutting down; once more to leave at once")
         # On a thread of its own: that may last a round, and the event loop has answers to send.
-        threading.Thread(target=self._end, name="closing", daemon=True).start()
+        threading.Thread(
+            target=lambda: self.ending.set_result(self._worker.close()), name="closing", daemon=True
+        ).start()
         await super().shutdown(sockets)
-
-    def _end(self) -> None:
-        self.ending.set_result(self._worker.close())
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -241,23 +239,23 @@ class Api:
         return tokens
 
     async def models(self, request: Request) -> Response:
-        return JsonResponse({"object": "list", "data": [self._card]})
+        return JSONResponse({"object": "list", "data": [self._card]})
 
     async def one_model(self, request: Request) -> Response:
         if request.path_params["name"] != self._model.name:
             raise ApiError(404, f"only {self._model.name} is served here", param="model", code="model_not_found")
-        return JsonResponse(self._card)
+        return JSONResponse(self._card)
 
     async def health(self, request: Request) -> Response:
         status, code = ("ok", 200) if self._worker.is_alive else ("unavailable", 503)
-        return JsonResponse({"status": status}, code)
+        return JSONResponse({"status": status}, code)
 
     async def metrics(self, request: Request) -> Response:
-        text = self._metrics.text(len(self._worker.queue), self._worker.num_running)
+        text = self._metrics.text(len(self._worker.queue), int(self._worker.running is not None))
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     async def openapi(self, request: Request) -> Response:
-        return JsonResponse(_openapi_document(self._reader, needs_key=self._settings.api_key is not None))
+        return JSONResponse(_openapi_document(self._reader, needs_key=self._settings.api_key is not None))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -1,7 +1,4 @@
-"""The worker: one thread that loads the model and runs one generation after the other.
-
-MLX's streams belong to a thread, so what is loaded here is used here and nowhere else.
-"""
+"""The worker: the one thread that loads and runs the model, for MLX's streams belong to a thread."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ from llmcad_mlx.engine.session import common_prefix
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.machine import peak_rss_bytes, physical_memory_bytes
 from llmcad_mlx.report import Answer
-from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.jobs import FairQueue, FinishedEvent, Job, PromptEvent, RoundEvent, TokenEvent, TokenLogprob
 from llmcad_mlx.serve.metrics import Metrics
@@ -45,8 +41,7 @@ class Generation:
     """One job on the engine: rounds in, events out. Keeps count of what was done, however it ends."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
-        self.stats = GenerationStats()
-        self.tokens: list[int] = []
+        self.answer = Answer(finish_reason="stop")
         self.has_begun = False  # whether the engine has left what it was at before
         self._engine = engine
         self._job = job
@@ -60,17 +55,14 @@ class Generation:
             self._job.prompt, self._on_progress, rounds.append, options=self._job.request.options
         )
         batch: list[TokenEvent] = []
-        reason = "stop"
         for response in responses:
-            self.stats = response.stats or self.stats
-            self.tokens.append(response.token)
+            self.answer.add(response)
             batch.append(self._token(response))
-            reason = response.finish_reason or reason
             if rounds and len(batch) == len(rounds[-1].walk.tokens):
                 self._job.send(RoundEvent(batch, self._tree(rounds.pop())))
                 batch = []
                 self.check_cancelled()
-        return FinishedEvent(reason, self._usage(reason))
+        return FinishedEvent(self.answer.finish_reason, self._usage())
 
     def _on_progress(self, done: int, total: int) -> None:
         self.has_begun = True
@@ -88,8 +80,7 @@ class Generation:
             row = np.asarray(response.logprobs)[: self._engine.pair.vocab_size]
             likeliest = np.argsort(-row, kind="stable")[:count].tolist() if count else []
             for token in (response.token, *likeliest):
-                logprob = max(float(row[token]), _LEAST_LOGPROB)
-                logprobs.append(TokenLogprob(token, self._text_of(token), logprob))
+                logprobs.append(TokenLogprob(self._text_of(token), max(float(row[token]), _LEAST_LOGPROB)))
         return TokenEvent(response.token, response.text, response.from_draft, logprobs)
 
     def _tree(self, done: Round) -> dict[str, Any] | None:
@@ -111,22 +102,21 @@ class Generation:
             "index": self._num_rounds - 1,
             "nodes": nodes,
             "bonus": None if bonus is None else {"id": bonus, "text": self._text_of(bonus)},
-            "tokens_per_s": self.stats.tokens_per_s,
-            "tokens_per_pass": self.stats.tokens_per_pass,
+            "tokens_per_s": self.answer.stats.tokens_per_s,
+            "tokens_per_pass": self.answer.stats.tokens_per_pass,
             "peak_rss_bytes": peak_rss_bytes(),
             "budget_bytes": None if plan is None else plan.budget_bytes,
         }
 
-    def _usage(self, reason: str) -> dict[str, Any]:
-        options = self._job.request.options
-        report = Answer(self.tokens, [], reason, self.stats).report(self._engine, options)
+    def _usage(self) -> dict[str, Any]:
+        report = self.answer.report(self._engine, self._job.request.options)
         speculation = dict(dropwhile(lambda figure: figure[0] != _REPORT_FROM, report.items()))
-        prompt, completion = self.stats.prompt_tokens, len(self.tokens)
+        prompt, completion = self.answer.stats.prompt_tokens, len(self.answer.tokens)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": self.stats.reused_tokens},
+            "prompt_tokens_details": {"cached_tokens": self.answer.stats.reused_tokens},
             "speculation": speculation,
         }
 
@@ -148,10 +138,7 @@ class PromptCache:
         return sum(snapshot.nbytes for snapshot in self._kept)
 
     def switch(self, engine: Engine, prompt: Sequence[int]) -> None:
-        """Bring the engine to the conversation that `prompt` goes on with.
-
-        What the engine would lose by it is kept, if there is room.
-        """
+        """Bring the engine to the conversation that `prompt` goes on with; what that loses is kept, if it fits."""
         present = engine.tokens
         common = common_prefix(present, prompt)
         best = max(self._kept, key=lambda kept: common_prefix(kept.tokens, prompt), default=None)
@@ -221,7 +208,8 @@ class Worker:
         self._name = name
         self._prompt_cache = PromptCache(settings.prompt_cache_bytes)
         self._model: Future[ServedModel] = Future()
-        self._running: Job | None = None
+        self.running: Job | None = None
+        """The one whose turn it is."""
         # A daemon: an interrupt while a model loads must not wait for the rest of it.
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
 
@@ -235,17 +223,9 @@ class Worker:
         """Whether generations can still run."""
         return self._thread.is_alive()
 
-    @property
-    def num_running(self) -> int:
-        """Generations that run now: 0 or 1."""
-        return int(self._running is not None)
-
     def close(self) -> Ending:
-        """Refuse what waits, end what runs within its round, free the model.
-
-        Clients are told at once; what blocks is the round. Call it off the event loop.
-        """
-        waiting, running = self.queue.close(), self._running
+        """Refuse what waits, end what runs and free the model. Blocks for a round: call it off the event loop."""
+        waiting, running = self.queue.close(), self.running
         for job in waiting if running is None else [*waiting, running]:
             job.cancel(shutting_down())
             job.send(shutting_down())
@@ -263,11 +243,11 @@ class Worker:
         self._model.set_result(model)
         with engine:
             while (job := self.queue.take()) is not None:
-                self._running = job
+                self.running = job
                 try:
                     self._serve(engine, job)
                 finally:
-                    self._running = None
+                    self.running = None
                 del job  # the last one must not keep its prompt while the worker waits
 
     def _serve(self, engine: Engine, job: Job) -> None:
@@ -284,25 +264,23 @@ class Worker:
             # Only what a client can change is said to it; files and code are the log's business.
             end = refused(error) if isinstance(error, UsageError) else internal_error(error)
         if generation.has_begun:  # counted before the client hears of the end, so that it finds itself counted
-            self._metrics.count_generation(generation.stats, time.perf_counter() - started)
+            self._metrics.count_generation(generation.answer.stats, time.perf_counter() - started)
             _log.info("%s: %s", job.request.kind, _summary(generation, end))
         job.send(end)
 
 
 def _summary(generation: Generation, end: FinishedEvent | ApiError) -> str:
-    stats = generation.stats
+    num_tokens, stats = len(generation.answer.tokens), generation.answer.stats
     why = end.finish_reason if isinstance(end, FinishedEvent) else "broken off"
     return (
-        f"{stats.prompt_tokens} prompt tokens ({stats.reused_tokens} cached), {len(generation.tokens)} generated, "
+        f"{stats.prompt_tokens} prompt tokens ({stats.reused_tokens} cached), {num_tokens} generated, "
         f"{stats.tokens_per_s:.1f} tokens/s, {stats.tokens_per_pass:.2f} per pass, {why}"
     )
 
 
 def cache_limit(size: str, budget_bytes: int | None) -> int:
     """Bytes for copies: "auto" is a twentieth of the budget, else of the machine's memory, but not above 1 GiB.
-
-    Raises UsageError for what is no size.
-    """
+    Raises UsageError for what is no size."""
     if size != "auto":
         return parse_size(size, "prompt-cache")
     memory = physical_memory_bytes() if budget_bytes is None else budget_bytes
@@ -310,10 +288,8 @@ def cache_limit(size: str, budget_bytes: int | None) -> int:
 
 
 def public_name(name: str | None) -> str:
-    """A preset's or repository's name as it is, a local file or folder by its last part; None: the default target.
-
-    A prefix like "4bit:" stays.
-    """
+    """A preset's or repository's name as it is, a local file or folder by its last part and with its prefix, like
+    "4bit:"; None: the default target."""
     if name is None:
         return DEFAULT_PRESET
     head, colon, rest = name.rpartition(":")

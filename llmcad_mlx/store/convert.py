@@ -1,8 +1,7 @@
 """From mlx-lm's and Hugging Face's folders to bundles.
 
-Tensors that the model uses as the files hold them are copied as bytes. The others (quantised now,
-or renamed and stacked by mlx-lm) are computed one after the other from lazily loaded arrays, so never more than
-a layer of the model is in memory.
+Tensors that the model uses as the files hold them are copied as bytes. The others (quantised now, or renamed and
+stacked by mlx-lm) are computed one by one from lazily loaded arrays: never is more than a layer in memory.
 """
 
 from __future__ import annotations

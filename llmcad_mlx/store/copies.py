@@ -33,7 +33,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.base import Module
-from mlx_lm.utils import dequantize_model
+from mlx_lm.utils import _get_classes, dequantize_model
 
 from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.safetensors import weight_files
@@ -45,8 +45,6 @@ from llmcad_mlx.models.folder import (
     load_model_folder,
     parent_of,
     read_config,
-    untied,
-    untied_head_path,
 )
 from llmcad_mlx.progress import Progress
 from llmcad_mlx.store import home_folder, locked
@@ -91,7 +89,6 @@ class DerivedDraft:
 
     @property
     def prefix(self) -> str:
-        """What comes before the source's name."""
         if self.source is None:
             return f"{_SELF}{self.bits}"
         return f"{self.bits}bit:" if self.bits is not None else f"trimmed:{self.tokens}:"
@@ -103,9 +100,8 @@ class DerivedDraft:
     def make(self, source: Path, progress: Progress | None = None) -> Path:
         """The folder of the copy of the model in `source`, made where it is not there yet.
 
-        A copy of what the model was before it changed is removed. Raises UsageError for a model that has no more
-        bits or not so many tokens, ModelError for one that cannot be read, quantised or trimmed, DiskError when
-        the copy does not fit the disk.
+        A copy of the model before it changed is removed. Raises UsageError for a model of too few bits or tokens,
+        ModelError for one that cannot be read, quantised or trimmed, DiskError when the disk has no room.
         """
         kind = "self-drafts" if self.source is None else "trimmed-drafts" if self.bits is None else "drafts"
         what = f"{self.tokens}usual" if self.bits is None else f"{self.bits}bit"
@@ -146,9 +142,6 @@ def _state(source: Path) -> str:
     return _digest("\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats))
 
 
-# --- fewer bits ---------------------------------------------------------------------------------------------
-
-
 def stored_bits(loaded: LoadedModel) -> int:
     """Bits of most of the weights that can be quantised. Raises ModelError where none can."""
     found: Counter[int] = Counter()
@@ -186,16 +179,12 @@ def _write_quantised(source: Path, folder: Path, bits: int, name: str, progress:
     write_weights(source, folder, weights, f"{source.name} in {bits} bits", progress)
 
 
-# --- fewer tokens -------------------------------------------------------------------------------------------
-
-
 def usual_tokens(tokenizer: Any, num_tokens: int, counts: npt.NDArray[np.int64] | None = None) -> TokenList:
     """The `num_tokens` tokens of mlx-lm's `tokenizer` that are worth a row, ascending; special ones among them.
 
     counts: (V,) occurrences in a corpus, of the target's own text at best. Of tokens that are equally frequent,
     and without counts of all, the lowest ids are taken: tokenizers number tokens by how frequent they were in
-    what they were trained on. Raises UsageError where `num_tokens` is more than there are or leaves special ones
-    no room.
+    training. Raises UsageError where `num_tokens` is more than there are or leaves special ones no room.
     """
     counts = np.zeros(num_ids(tokenizer), np.int64) if counts is None else counts.copy()
     special = {int(token) for token in (*tokenizer.eos_token_ids, *tokenizer.all_special_ids)}
@@ -219,8 +208,7 @@ def write_trimmed_draft(source: Path, dest: Path, tokens: TokenList, progress: P
 
     Where the head is the embedding, its rows are copied from there, quantised ones bit for bit; the embedding
     stays whole. `dest` appears complete or not at all. Raises UsageError for a destination that is not free,
-    ModelError for a model that cannot be trimmed and tokens it does not have, DiskError when the copy does not fit
-    the disk.
+    ModelError for a model that cannot be trimmed or lacks tokens, DiskError when the copy does not fit the disk.
     """
     loaded = load_model_folder(source, lazy=True, alone=True)
     if loaded.draft_tokens is not None:
@@ -237,8 +225,12 @@ def _trim(loaded: LoadedModel, tokens: TokenList) -> dict[str, Any]:
     check_token_list(tokens, num_ids(loaded.tokenizer), str(loaded.path))
     config = copy.deepcopy(loaded.config)
     path, embedding = head_path(loaded.model), loaded.embedding
-    if path is None:
-        path = untied_head_path(config)
+    if path is None:  # where would it be if it were not the embedding?
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+        model_class, args_class = _get_classes(config=config)
+        path = head_path(model_class(args_class.from_dict(config)))  # never evaluated: takes no memory
         if path is None or embedding is None:
             raise ModelError(
                 f"{loaded.path}: {config['model_type']!r} has no head of its own, so its vocabulary cannot be "
@@ -246,7 +238,6 @@ def _trim(loaded: LoadedModel, tokens: TokenList) -> dict[str, Any]:
             )
         parent, name = parent_of(loaded.model, path)
         parent[name] = embedding.module
-        config = untied(config)
         for key in ("quantization", "quantization_config"):
             settings = config.get(key)
             if isinstance(settings, dict) and embedding.path in settings:

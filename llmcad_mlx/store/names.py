@@ -45,8 +45,7 @@ _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class PairPaths:
-    """Where a pair's models lie. `draft_name` is for people, `draft_path` None for "ngram" and "none": no draft
-    model and no table."""
+    """Where a pair's models lie. `draft_name` is for people, `draft_path` None for "ngram" and "none"."""
 
     target_path: Path
     draft_name: str

@@ -77,7 +77,6 @@ class Conditions:
 
     @property
     def memory_limit(self) -> float:
-        """In bytes."""
         return math.inf if self.memory is None else self.memory
 
 
@@ -90,7 +89,6 @@ class DraftChoice:
     tokens_per_s: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return {"draft": self.draft, **asdict(self.conditions), "tokens_per_s": self.tokens_per_s}
 
     @staticmethod

@@ -190,7 +190,6 @@ class WeightStream:
 
     @property
     def next_unit(self) -> int:
-        """What `wait` returns next."""
         return self._ahead.next_unit
 
     def ready(self) -> bool:

@@ -118,7 +118,6 @@ class StreamParts:
 
     @property
     def matrices(self) -> list[Matrix]:
-        """Embeddings and head."""
         return [*self.embeddings, *([self.head] if self.head else [])]
 
     @property
@@ -156,8 +155,7 @@ class StreamParts:
 def _stored(
     loaded: LoadedModel, module: Module, path: str, own: Mapping[str, mx.array], in_layer: bool
 ) -> dict[str, StoredParameter]:
-    """The parameters that can be streamed, by name: neither small nor, which raises ModelError for one `in_layer`,
-    stored in another form."""
+    """By name, what can be streamed, small ones left out. Raises ModelError for one `in_layer` in another form."""
     found = {}
     for name, value in own.items():
         if value.nbytes <= SMALL_BYTES or value.ndim < 2:

@@ -160,8 +160,7 @@ class TokenTree:
         return self.keep(kept)
 
     def keep(self, nodes: Sequence[int]) -> Selection:
-        """A tree of `nodes` alone: ascending, the first the new root, the rest its descendants, all with their
-        parents."""
+        """A tree of `nodes` alone: ascending, from the new root on; all others' parents must be among them."""
         root = nodes[0]
         tree = TokenTree(self.tokens[root], self.root_position + self.depths[root])
         old_to_new = [DROPPED] * len(self.tokens)

@@ -51,9 +51,8 @@ def walk(
     from the root's child down to `node`: exactly what plain decoding would have emitted by then. It is
     called once per visited node, in order, and must neither keep nor change `path_tokens`.
 
-    `stop(token)` is called once for each emitted token, in order; after the first true answer nothing more
-    is emitted. The stop token itself is emitted, and if it is a drafted child it counts as accepted and is
-    in `nodes`.
+    `stop(token)` is called once for each emitted token, in order; after the first true answer nothing more is
+    emitted. The stop token itself is emitted; if it is a drafted child it is accepted and in `nodes`.
     """
     node = ROOT
     nodes: list[int] = []

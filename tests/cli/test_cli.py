@@ -174,12 +174,12 @@ def test_an_interrupt_keeps_what_there_is(
 
 
 def test_an_error_in_the_middle_keeps_the_text(folder: Path, output: Run, breaking_off: Any) -> None:
-    breaking_off(7, RuntimeError("broke"))
+    breaking_off(7, RuntimeError("broke\noff"))
     words = ["generate", "--raw", PROMPT, "--target", folder]
     out, err = output(*words, code=1)
     assert len(out) > 2
     assert out.endswith("\n")
-    assert err == "error: RuntimeError: broke; run again with --debug for details\n"
+    assert err == "error: RuntimeError: broke off; run again with --debug for details\n"
     assert output(*words, "--json", code=1)[0] == ""  # a failed command has no result
 
 

@@ -99,19 +99,6 @@ def ask(home: Path, *words: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"), [("llmcad-mlx gen", "generate"), ("llmcad-mlx generate --tem", "--temp")]
-)
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shells_question_is_answered(tmp_path: Path, shell: str, line: str, expected: str) -> None:
-    asked = {
-        "_LLMCAD_MLX_COMPLETE": f"complete_{shell}", "COMP_WORDS": line,
-        "COMP_CWORD": str(len(line.split()) - 1), "_TYPER_COMPLETE_ARGS": line,
-        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
-    }  # fmt: skip
-    assert expected in re.split(r"[\s\"(]+", ask(tmp_path, **asked))
-
-
-@pytest.mark.parametrize(
     ("shell", "file"),
     [
         ("bash", ".bash_completions/llmcad-mlx.sh"),
@@ -119,18 +106,23 @@ def test_a_shells_question_is_answered(tmp_path: Path, shell: str, line: str, ex
         ("fish", ".config/fish/completions/llmcad-mlx.fish"),
     ],
 )
-def test_what_is_installed_is_what_is_shown(tmp_path: Path, shell: str, file: str) -> None:
+def test_a_shell_gets_its_script_and_its_answers(tmp_path: Path, shell: str, file: str) -> None:
     shown = ask(tmp_path, "--show-completion", shell)
     assert f"_LLMCAD_MLX_COMPLETE=complete_{shell}" in shown
     assert file in ask(tmp_path, "--install-completion", shell).replace("\n", "")
     written = (tmp_path / file).read_text()
     assert written.startswith(shown.strip())
     assert ("funcstack" in written) == (shell == "zsh")  # or the first Tab of a session would do nothing
+    line = "llmcad-mlx generate --tem"
+    answer = ask(
+        tmp_path, _LLMCAD_MLX_COMPLETE=f"complete_{shell}", COMP_WORDS=line, COMP_CWORD="2",
+        _TYPER_COMPLETE_ARGS=line, _TYPER_COMPLETE_FISH_ACTION="get-args",
+    )  # fmt: skip
+    assert "--temp" in re.split(r"[\s\"(]+", answer)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_tab_completes_in_bash(tmp_path: Path) -> None:
-    """Installed, and typed into a shell of its own."""
     ask(tmp_path, "--install-completion", "bash")
     programs = tmp_path / "bin"
     programs.mkdir()

@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import sys
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,11 +15,8 @@ from llmcad_mlx import loader, machine
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.files.bundle import read_bundle
-from llmcad_mlx.models.folder import LoadedModel
-from llmcad_mlx.store import names
 from tests.support.command_line import TerminalText
-from tests.support.tiny import VOCAB, tiny_tree_model
-from tests.support.tiny_folder import make_folder, write_bundle
+from tests.support.tiny_folder import VOCAB, write_bundle
 
 KEYS = {
     "platform", "python", "cpu", "num_cores", "memory_bytes", "available_bytes", "versions", "device",
@@ -27,28 +24,9 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def tiny_model(monkeypatch):
-    monkeypatch.setattr(names, "resolve_target", lambda name, progress: Path("/models") / name)
-    model = tiny_tree_model(1)
-    loaded = LoadedModel(model.model, None, model.config, Path("/models/tiny"))
-    monkeypatch.setattr(loader, "load_tree_model", lambda path, alone: (loaded, model))
-
-
 def told(out: str) -> dict[str, str]:
     """What is printed for people, by name."""
     return {name: value.strip() for name, value in (line.split("  ", 1) for line in out.splitlines())}
-
-
-def broken_import(monkeypatch, broken: str) -> None:
-    real = importlib.import_module
-
-    def import_module(name: str):
-        if name == broken:
-            raise ImportError("libsomething.so: cannot open\nshared object file")
-        return real(name)
-
-    monkeypatch.setattr(module.importlib, "import_module", import_module)
 
 
 def test_a_sound_installation_has_no_problems(monkeypatch, tmp_path):
@@ -65,22 +43,23 @@ def test_a_sound_installation_has_no_problems(monkeypatch, tmp_path):
     assert found.mlx_lm_tested
 
 
-def test_what_is_told_of_a_model(tiny_model, output):
-    found = diagnose("tiny").model
-    assert (found.path, found.capability, found.reason) == ("/models/tiny", "tree", "")
-    assert (found.vocab_size, found.context_length, found.num_layers) == (VOCAB, 4096, 2)
+def test_what_is_told_of_a_model(own_home, folder, output):
+    found = diagnose(str(folder)).model
+    assert (found.path, found.capability, found.reason) == (str(folder), "tree", "")
+    assert (found.vocab_size, found.context_length, found.num_layers) == (VOCAB, 512, 2)
     assert found.num_host_layers == (2 if cpu_kernels_wanted() else 0)
     assert found.weight_bytes > 0
     assert found.max_difference < 1e-3
     assert found.probe_s > 0
-    lines = told(output("doctor", "tiny")[0])
+    lines = told(output("doctor", folder)[0])
     assert lines["capability"] == "tree"
     assert lines["vocabulary"] == f"{VOCAB} logits"
     assert "on host kernels" in lines["layers"]
-    out, err = output("doctor", "tiny", "--json")
+    out, err = output("doctor", folder, "--json")
     report = json.loads(out)
     assert set(report) == KEYS
     assert report["model"]["capability"] == "tree"
+    assert report["model"]["checksums_verified"] is None  # a stock folder has none
     assert err == ""
 
 
@@ -94,7 +73,8 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path, out
 
 
 def test_a_broken_mlx_is_told_with_its_reason_in_one_line(monkeypatch):
-    broken_import(monkeypatch, "mlx.core")
+    broken = Mock(side_effect=ImportError("libsomething.so: cannot open\nshared object file"))
+    monkeypatch.setattr(importlib, "import_module", broken)
     found = diagnose("some-model")
     assert (found.device, found.host_kernels, found.model) == (None, False, None)
     (problem,) = found.problems
@@ -103,7 +83,7 @@ def test_a_broken_mlx_is_told_with_its_reason_in_one_line(monkeypatch):
 
 @pytest.mark.skipif(not cpu_kernels_wanted(), reason="the host kernels are for Linux CPUs")
 def test_broken_host_kernels_are_told(monkeypatch):
-    broken_import(monkeypatch, "llmcad_mlx.cpu.kernels")
+    monkeypatch.setitem(sys.modules, "llmcad_mlx.cpu.kernels", None)
     found = diagnose()
     assert not found.host_kernels
     assert "numba" in found.problems[0]
@@ -126,18 +106,19 @@ def test_supported_versions_come_from_the_requirement_that_applies_here(monkeypa
 
 
 @pytest.fixture
-def bundle(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "home"))
-    write_bundle(make_folder(tmp_path / "stock"), tmp_path / "bundle")
+def bundle(own_home, folder, tmp_path):
+    write_bundle(folder, tmp_path / "bundle")
     return tmp_path / "bundle"
 
 
-def test_the_bytes_of_a_bundle_are_verified(bundle, output):
+def test_the_bytes_of_a_bundle_are_verified(bundle, output, monkeypatch):
     out, err = output("doctor", bundle)
     assert told(out)["checksums"] == "verified: every byte is as it was written"
     assert err == ""  # the bar is for terminals
-    stock = json.loads(output("doctor", bundle.parent / "stock", "--json")[0])
-    assert stock["model"]["checksums_verified"] is None
+    terminal = TerminalText()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert diagnose(str(bundle), show_progress=True).model.checksums_verified
+    assert "checking bundle" in terminal.getvalue()
 
 
 def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, output):
@@ -151,15 +132,7 @@ def test_altered_bytes_are_one_line_with_file_and_layer(bundle, monkeypatch, out
     assert problem.startswith(f"problem: model: {file}: layer 1 was altered")
 
 
-def test_a_terminal_shows_how_far_verification_is(bundle, monkeypatch):
-    terminal = TerminalText()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    assert diagnose(str(bundle), show_progress=True).model.checksums_verified
-    assert "checking bundle" in terminal.getvalue()
-
-
 def test_memory_of_this_process_and_machine():
-    """psutil's figures and the system's own are about the same thing."""
     here = machine.this_machine()
     assert here.memory_bytes == machine.physical_memory_bytes()
     assert 10**7 < machine.resident_bytes() <= machine.peak_rss_bytes() * 1.05 < here.memory_bytes

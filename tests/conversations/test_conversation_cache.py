@@ -87,7 +87,7 @@ def test_a_loaded_conversation_goes_on_as_it_would_have(
     with load(*pair) as engine:
         messages = first_turn(engine, **options)
         size = engine.save_conversation(file, DATA)
-        went_on = second_turn(engine, messages, **options)
+        went_on = second_turn(engine, messages, policy="paper", **options)
         cache = engine.pair.target.cache
         assert isinstance(cache, LazyKVCache)
         assert family == "host" or any(store.window == WINDOW for store in cache.stores)
@@ -101,34 +101,14 @@ def test_a_loaded_conversation_goes_on_as_it_would_have(
         (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)
         assert drafter.num_cached == stored.cache["lengths"][DRAFT] > 2 * WINDOW
         assert engine.pair.target.cache.length == stored.cache["lengths"][TARGET] == len(stored.cache["tokens"])
-        loaded = second_turn(engine, messages, **options)
+        loaded = second_turn(engine, messages, policy="paper", **options)
         engine.restore(None)
         afresh = second_turn(engine, messages, policy="throughput", **options)
     assert loaded.tokens == went_on.tokens == afresh.tokens
-    assert loaded.stats.reused_tokens == went_on.stats.reused_tokens
+    # A draft without its cache would still give the right text, only later.
+    for name in ("reused_tokens", "target_passes", "drafted", "accepted"):
+        assert getattr(loaded.stats, name) == getattr(went_on.stats, name), name
     assert afresh.stats.reused_tokens == 0
-
-
-def test_several_conversations_take_turns_in_memory(folder: Path, draft: Path) -> None:
-    prompts = [
-        [{"role": "user", "content": text}] for text in ("the cat", "in the other one and then", "on a hat")
-    ]
-    with load(folder, draft) as engine:
-
-        def goes_on(prompt: list[dict[str, str]]) -> tuple[list[int], int]:
-            result = engine.generate([*prompt, SECOND], **OPTIONS, **WARM)
-            return result.tokens, result.stats.reused_tokens
-
-        alone, kept = [], []
-        for prompt in prompts:
-            engine.restore(None)
-            engine.generate(prompt, **OPTIONS, **WARM)
-            kept.append(engine.snapshot())
-            alone.append(goes_on(prompt))
-        for expected, prompt, snapshot in reversed(list(zip(alone, prompts, kept, strict=True))):
-            engine.restore(snapshot)
-            assert goes_on(prompt) == expected
-            assert expected[1] > 0
 
 
 def test_a_snapshot_is_a_tight_copy(folder: Path, draft: Path) -> None:
@@ -161,39 +141,11 @@ def test_a_snapshot_taken_while_a_generation_runs(folder: Path, draft: Path, exp
         assert (result.tokens, result.stats.reused_tokens) == (tokens, len(snapshot.tokens))
 
 
-def test_a_restored_draft_drafts_as_well_as_before(folder: Path, draft: Path, saved: Path, expected: Any) -> None:
-    """A draft without its cache would still give the right text, only later."""
-    messages, _ = expected
-    counts = []
-    for restored in (False, True):
-        with load(folder, draft) as engine:
-            if restored:
-                engine.restore_conversation(read_conversation(saved))
-            else:
-                first_turn(engine)
-            stats = second_turn(engine, messages, policy="paper").stats
-            counts.append((stats.target_passes, stats.drafted, stats.accepted))
-    assert counts[0] == counts[1]
-
-
 def test_another_engines_snapshot_is_refused(folder: Path) -> None:
     with load(folder, None) as one, load(folder, None) as two:
         one.generate("the cat", max_tokens=2)
         with pytest.raises(UsageError, match="another engine's"):
             two.restore(one.snapshot())
-
-
-def test_a_streamed_target_takes_what_a_resident_one_saved(
-    folder: Path, draft: Path, saved: Path, expected: Any
-) -> None:
-    messages, tokens = expected
-    with load(folder, draft, memory="8GB", pinned=0) as engine:
-        assert engine.pair.plan is not None
-        assert engine.pair.plan.streamed_bytes > 0
-        assert engine.restore_conversation(read_conversation(saved)) == []
-        result = second_turn(engine, messages)
-    assert result.tokens == tokens
-    assert result.stats.reused_tokens > 0
 
 
 def test_a_model_whose_state_cannot_be_copied_saves_what_was_said(tmp_path: Path) -> None:
@@ -239,7 +191,6 @@ FORGED: dict[str, tuple[Change, str]] = {
     "unchanged": (lambda facts, arrays: None, ""),
     "other version": (belongs(version="llmcad-mlx 0.0.1"), "it is from another version"),
     "other device": (belongs(device="Apple M9 (gpu), MLX"), "it is from another device"),
-    "other model": (belongs(model="0" * 64), "it is from another model"),
     "no owner": (lambda facts, arrays: facts.update(belongs_to=None), "it cannot be read (TypeError)"),
     "other values": (each(lambda a: a * 1.1, "target.1.values"), "the model computes other values"),
     "NaN": (each(lambda a: a * float("nan"), "target.0.keys"), "the model computes other values"),
@@ -288,11 +239,13 @@ def test_another_models_cache_is_not_used(
             assert second_turn(engine, messages).tokens == afresh
 
 
-def test_another_draft_reads_again_and_the_target_does_not(
+def test_a_streamed_target_takes_what_a_resident_one_saved_and_another_draft_reads_again(
     folder: Path, other: Path, saved: Path, expected: Any
 ) -> None:
     messages, tokens = expected
-    with load(folder, other) as engine:
+    with load(folder, other, memory="8GB", pinned=0) as engine:
+        assert engine.pair.plan is not None
+        assert engine.pair.plan.streamed_bytes > 0
         (line,) = engine.restore_conversation(read_conversation(saved))
         assert line.startswith("the draft's saved cache is not used: the model computes other values")
         (drafter,) = (drafter for drafter in engine.pair.drafters if drafter.cache is not None)

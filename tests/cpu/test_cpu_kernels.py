@@ -54,7 +54,8 @@ def make_linear(
 
 
 def on_kernels(layer: nn.Module) -> nn.Module:
-    assert cpu_linear.install_cpu_linears(nn.Sequential(layer)) == 1
+    cpu_linear.install_cpu_linears(nn.Sequential(layer))
+    assert isinstance(layer, cpu_linear.CpuLinear | cpu_linear.CpuEmbedding)
     return layer
 
 
@@ -162,24 +163,11 @@ def test_a_tied_head_uses_the_kernels(quantized: bool) -> None:
     np.testing.assert_array_equal(np.array(embedding.as_linear(mx.array(x[5:6]))), found[5:6])
 
 
-def test_new_weights_are_seen() -> None:
-    """Streaming replaces a layer's arrays; views of the old ones must not live on."""
-    layer: Any = on_kernels(make_linear(4, 64, "fp32", 128, 8))
-    x = rows_of(128, 3)
-    apply(layer, x)
-    other = make_linear(4, 64, "fp32", 128, 8)
-    other.scales = other.scales * 2  # type: ignore[attr-defined]
-    other.biases = other.biases * 2  # type: ignore[attr-defined]
-    before = apply(layer, x)
-    layer.update({name: mx.array(np.array(other[name])) for name in ("weight", "scales", "biases")})
-    np.testing.assert_allclose(apply(layer, x), 2 * before, rtol=1e-6)
-
-
 def test_layers_the_kernels_cannot_take_keep_mlx_kernels() -> None:
     odd_input, too_small = nn.Linear(40, 8), nn.Linear(64, 3)
     three_bits = nn.QuantizedLinear.from_linear(nn.Linear(128, 8), 64, 3)
     model = nn.Sequential(odd_input, too_small, three_bits)
-    assert cpu_linear.install_cpu_linears(model) == 0
+    cpu_linear.install_cpu_linears(model)
     assert [type(layer) for layer in model.layers] == [nn.Linear, nn.Linear, nn.QuantizedLinear]
 
 
@@ -268,10 +256,6 @@ def sequential(nodes: Nodes, node: int, window: int | None) -> np.ndarray:
     return out
 
 
-def close(found: np.ndarray, exact: np.ndarray) -> bool:
-    return bool(np.abs(found - exact).max() <= 2e-6 * np.abs(exact).max())
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
@@ -296,28 +280,12 @@ def test_attention_over_trees_equals_plain_decoding_bit_for_bit(
                 rows.append(nodes.add(above))
             out = cache.forward(rows)
             for row, node in enumerate(rows):
-                assert close(out[row], nodes.exact(node, window))
+                exact = nodes.exact(node, window)
+                assert np.abs(out[row] - exact).max() <= 2e-6 * np.abs(exact).max()
                 np.testing.assert_array_equal(out[row], sequential(nodes, node, window))
         accepted = [n for n in nodes.path(int(random.integers(first, len(nodes.parents)))) if n >= first]
         cache.commit(accepted)
         tip = accepted[-1]
-
-
-@pytest.mark.parametrize("window", [None, 40])
-def test_attention_of_a_prompt_does_not_depend_on_how_it_is_cut(window: int | None) -> None:
-    nodes = Nodes(4, 2, 64, 0)
-    prompt = [nodes.add(i - 1) for i in range(300)]
-    results = []
-    for size in (300, 128, 7):
-        cache, parts = KernelCache(nodes, window), []
-        for start in range(0, 300, size):
-            part = prompt[start : start + size]
-            parts.append(cache.forward(part))
-            cache.commit(part)
-        results.append(np.concatenate(parts))
-    assert all(close(results[0][n], nodes.exact(n, window)) for n in prompt)
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[0], results[2])
 
 
 def test_attention_survives_extreme_scores() -> None:
@@ -359,26 +327,27 @@ def make_model(family: Any, **changes: Any) -> Any:
     return model
 
 
-# A prompt, two trees with dead slots between them, single tokens: each row's parent (-1: the last committed
-# token, else an earlier row) and the rows that are accepted.
+# A prompt, two trees with dead slots between them, single tokens, and a prompt past the positions that rotation
+# tables grow by: each row's parent (-1: the last committed token, else an earlier row) and the rows accepted.
 _FORWARDS = (
     (range(-1, 11), range(12)),
     ([-1, 0, 0, 1, 2, -1, 3, 5], [0, 2, 4]),
     ([-1, 0, -1, 2], [2, 3]),
     ([-1], [0]),
     ([-1], [0]),
+    (range(-1, 1099), range(1100)),
 )
 
 
-def block_outputs(block: Any) -> list[np.ndarray]:
-    cache = LazyKVCache()
+def block_outputs(block: Any, forwards: Any = _FORWARDS, window: int | None = None) -> list[np.ndarray]:
+    cache = LazyKVCache([window])
     random = np.random.default_rng(1)
     outputs = []
-    for parents, accepted in _FORWARDS:
+    for parents, accepted in forwards:
         first, count = cache.num_slots, len(parents)
         slots = cache.append([first + p if p >= 0 else -1 for p in parents], count)
         x = mx.array(random.standard_normal((1, count, 64)).astype(np.float32))
-        outputs.append(np.array(block(x, cache.mask(count, None, False), cache.layers[0])))
+        outputs.append(np.array(block(x, cache.mask(count, window, False), cache.layers[0])))
         cache.commit([slots[row] for row in accepted])
     return outputs
 
@@ -429,7 +398,9 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "traditional rotation": {"rope": lambda: nn.RoPE(32, traditional=True)},
     "partial traditional rotation": {"rope": lambda: nn.RoPE(16, traditional=True)},
     "one rotated pair": {"rope": lambda: nn.RoPE(2)},
+    "one traditional pair": {"rope": lambda: nn.RoPE(2, traditional=True)},
     "linear scaling": {"rope": lambda: nn.RoPE(32, scale=0.25)},
+    "traditional rotation by little": {"rope": lambda: nn.RoPE(32, traditional=True, base=5e8, scale=0.125)},
     "llama3 scaling": {"rope": lambda: initialize_rope(32, 500000.0, False, _LLAMA3)},
     "yarn scaling": {"rope": lambda: initialize_rope(32, 10000.0, False, _YARN)},
     "qwen2": {"family": qwen2, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -448,28 +419,30 @@ BLOCKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", BLOCKS)
 def test_blocks_equal_mlx_blocks(case: str) -> None:
     ours, theirs = two_models(**BLOCKS[case])
-    assert cpu_block.install_cpu_blocks(ours) == 2
+    cpu_block.install_cpu_blocks(ours)
     for block, original in zip(ours.layers, theirs.layers, strict=True):
+        assert isinstance(block, cpu_block.CpuBlock)
         assert_same_outputs(block, original)
 
 
+@pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(("bits", "dtype"), [(4, "bf16"), (8, "fp16"), (None, "fp32")])
-def test_a_block_gives_a_row_the_same_bits_however_the_prompt_is_cut(bits: int | None, dtype: str) -> None:
-    model, _ = two_models(bits=bits, dtype=dtype, attention_bias=True)
-    assert cpu_block.install_cpu_blocks(model) == 2
-    x = rows_of(64, 45)
-    results = []
-    for size in (45, 21, 20, 7, 1):
-        cache, parts = LazyKVCache(), []
-        for start in range(0, 45, size):
-            part = mx.array(x[None, start : start + size])
-            slots = cache.append(None, part.shape[1])
-            mask = cache.mask(part.shape[1], None, False)
-            parts.append(np.array(model.layers[0](part, mask, cache.layers[0]))[0])
-            cache.commit(list(slots))
-        results.append(np.concatenate(parts))
-    for result in results[1:]:
-        np.testing.assert_array_equal(result, results[0])
+def test_a_block_gives_a_row_the_same_bits_however_the_prompt_is_cut(
+    bits: int | None, dtype: str, window: int | None
+) -> None:
+    ours, theirs = two_models(bits=bits, dtype=dtype, attention_bias=True)
+    cpu_block.install_cpu_blocks(ours)
+    assert isinstance(ours.layers[0], cpu_block.CpuBlock)
+
+    def outputs(model: Any, size: int) -> np.ndarray:
+        counts = [min(size, 300 - start) for start in range(0, 300, size)]
+        chains = [(range(-1, count - 1), range(count)) for count in counts]
+        return np.concatenate(block_outputs(model.layers[0], chains, window), axis=1)
+
+    whole, exact = outputs(ours, 300), outputs(theirs, 300)
+    assert np.abs(whole - exact).max() <= 1e-4 * np.abs(exact).max()
+    for size in (128, 21, 20, 7, 1):
+        np.testing.assert_array_equal(outputs(ours, size), whole)
 
 
 class ReluMLP(llama.MLP):
@@ -504,8 +477,8 @@ def test_a_block_that_does_not_fit_is_left_alone(misfit: str) -> None:
         MISFITS[misfit](changed.layers[0])
     untouched.update(model.parameters())
     cpu_linear.install_cpu_linears(model)
-    assert cpu_block.install_cpu_blocks(model) == 1  # the second layer is as usual
-    assert [adaptations(layer) for layer in model.layers] == [[], [cpu_block.CpuBlock]]
+    cpu_block.install_cpu_blocks(model)
+    assert [adaptations(layer) for layer in model.layers] == [[], [cpu_block.CpuBlock]]  # the second is as usual
     positions.install(model)
     positions.install(untouched)
     assert_same_outputs(model.layers[0], untouched.layers[0])
@@ -517,38 +490,8 @@ def test_a_block_that_does_not_fit_is_left_alone(misfit: str) -> None:
 )
 def test_shapes_the_kernels_cannot_take_are_left_alone(changes: dict[str, Any]) -> None:
     model, _ = two_models(**changes)
-    assert cpu_block.install_cpu_blocks(model) == 0
+    cpu_block.install_cpu_blocks(model)
     assert [adaptations(layer) for layer in model.layers] == [[], []]
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        *(nn.RoPE(dims, traditional=traditional) for dims in (64, 32) for traditional in (False, True)),
-        nn.RoPE(2, traditional=True),
-        nn.RoPE(64, base=1e6, scale=0.125),
-        nn.RoPE(64, traditional=True, base=1e6, scale=0.125),
-        nn.RoPE(64, traditional=True, base=5e8),
-    ],
-    ids=str,
-)
-def test_rotation_tables_equal_fast_rope(rope: nn.RoPE) -> None:
-    dim, num_positions = 64, 1300  # across the steps the tables grow by
-    x = np.random.default_rng(0).standard_normal((1, 1, num_positions, dim)).astype(np.float32)
-    tables = cpu_block._Rotation(rope, dim)
-    tables.upto(10)
-    cos, sin, traditional = tables.upto(num_positions - 1)
-    pairs = cos.shape[1]
-    first = np.arange(pairs) * 2 if traditional else np.arange(pairs)
-    second = first + (1 if traditional else pairs)
-    found = x[0, 0].copy()
-    a, b = x[0, 0][:, first], x[0, 0][:, second]
-    found[:, first] = a * cos[:num_positions] - b * sin[:num_positions]
-    found[:, second] = a * sin[:num_positions] + b * cos[:num_positions]
-    expected = mx.fast.rope(
-        mx.array(x), rope.dims, traditional=rope.traditional, base=rope.base, scale=rope.scale, offset=0
-    )
-    np.testing.assert_allclose(found, np.array(expected)[0, 0], atol=2e-6)
 
 
 def test_layers_that_rotate_alike_share_their_tables() -> None:
@@ -556,6 +499,6 @@ def test_layers_that_rotate_alike_share_their_tables() -> None:
     bases = itertools.count(7)
     for rope, shared in ((None, True), (lambda: nn.RoPE(32, base=float(next(bases))), False)):
         model, _ = two_models(rope=rope)
-        assert cpu_block.install_cpu_blocks(model) == 2
+        cpu_block.install_cpu_blocks(model)
         first, second = (layer._cpu_block.rotation for layer in model.layers)
         assert (first is second) == shared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -171,27 +172,6 @@ def test_any_order_and_batching_gives_the_candidates_of_fresh_forwards(
             assert drafter.cache.num_slots - drafter.cache.num_dead - drafter.cache.length >= len(fed)
 
 
-def test_what_survives_is_not_fed_again() -> None:
-    drafter = ModelDrafter(model())
-    tree = tree_after([1, 2, 3])
-    drafter.begin([1, 2, 3], sampler(), tree)
-    a = tree.add(ROOT, 4, 0.9)
-    b, c = tree.add(a, 5, 0.5), tree.add(a, 6, 0.5)
-    d = tree.add(b, 7, 0.5)
-    drafter.expand(tree, [d, c])  # all were fed; the proposals of the root, a and b were not asked for
-    survivors = tree.reroot(b)
-    drafter.commit(tree, [a], survivors)
-    assert (drafter.cache.length, drafter.cache.num_slots - drafter.cache.num_dead) == (4, 6)
-    drafter.begin([1, 2, 3, 4, 5], sampler(), survivors.tree)
-    assert drafter.expand(survivors.tree, [ROOT]) == [reference([1, 2, 3, 4, 5])]
-    assert drafter.rows_fed == 0
-    node = survivors.tree.add(ROOT, 8, 0.5)
-    assert drafter.expand(survivors.tree, [node]) == [reference([1, 2, 3, 4, 5, 8])]
-    assert drafter.rows_fed == 1
-    drafter.commit(survivors.tree, [node], None)
-    assert drafter.cache.length == 6  # the root, which had its slot, and the node
-
-
 @pytest.mark.parametrize("ended_by", ["another tree", "no tree", "truncate", "prefill"])
 def test_survivors_that_are_not_taken_up_are_forgotten(ended_by: str) -> None:
     drafter, tokens = ModelDrafter(model()), [1, 2, 3]
@@ -213,12 +193,19 @@ def test_survivors_that_are_not_taken_up_are_forgotten(ended_by: str) -> None:
     assert drafter.rows_fed == 1
 
 
-def test_a_prompt_can_be_read_in_pieces() -> None:
-    tokens = np.random.default_rng(0).integers(0, VOCAB, 150).tolist()
-    drafter, lengths = ModelDrafter(model()), []
+def test_a_prompt_can_be_read_in_pieces_and_interrupted() -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 650).tolist()
+    drafter = ModelDrafter(model())
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drafter.prefill(tokens, stop)
+    lengths = [drafter.cache.length]
     while drafter.prefill(tokens, limit=64):
         lengths.append(drafter.cache.length)
-    assert [*lengths, drafter.cache.length] == [64, 128, 149]
+    assert [*lengths, drafter.cache.length] == [512, 576, 640, 649]
     assert proposed(drafter, tokens) == reference(tokens)
     lookups = NgramDrafter()
     assert not lookups.prefill([1, 2, 3, 1, 2], limit=1)
@@ -303,37 +290,17 @@ def test_an_interrupted_round_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -
         assert proposed(drafter, tokens, path) == reference([*tokens, *path])
 
 
-def test_truncate_keeps_what_is_still_true() -> None:
-    drafter = ModelDrafter(model())
-    drafter.prefill([1, 2, 3, 4, 5, 6])
-    proposed(drafter, [1, 2, 3, 4, 5, 6])
-    for length in (3, 100):  # the second time there is nothing to forget
-        drafter.truncate(length)
-        assert drafter.cache.length == 3
-    edited = [1, 2, 3, 9, 8]
-    drafter.prefill(edited)
-    assert drafter.cache.length == 4
-    assert proposed(drafter, edited) == reference(edited)
-
-
-def test_an_interrupted_prefill_is_taken_up_again() -> None:
-    drafter = ModelDrafter(model())
-    tokens = np.random.default_rng(0).integers(0, VOCAB, 1200).tolist()
-    chunks = iter([False, True])
-    drafter.prefill(tokens, lambda done: None, lambda: next(chunks))
-    assert 0 < drafter.cache.length < 1199
-    drafter.prefill(tokens)
-    assert drafter.cache.length == 1199
-    assert proposed(drafter, tokens) == reference(tokens)
-
-
 # -- candidates --------------------------------------------------------------------------------------------
 
 
+WAYS = [candidates.top_candidates, candidates._on_device]  # the second is what a GPU runs, on the CPU
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [1, 5, 40, 4095, 4096, 5000, 50_000, 151_936])
 @pytest.mark.parametrize("levels", [None, 400, 3, 1])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_candidates_equal_a_full_sort(size: int, levels: int | None, temperature: float) -> None:
+def test_candidates_equal_a_full_sort(way: Any, size: int, levels: int | None, temperature: float) -> None:
     """`levels`: how many different values there are, so that ties run across every border. Padding, which has the
     largest ones, is never proposed."""
     random = np.random.default_rng(size)
@@ -344,7 +311,7 @@ def test_candidates_equal_a_full_sort(size: int, levels: int | None, temperature
     logits = logits.astype(np.float32)
     sampler_ = sampler(temperature, size)
     padded = np.concatenate([logits, np.full((3, 14), 500.0, np.float32)], axis=1)
-    found = candidates.top_candidates(mx.array(padded), [7, 8, 7], sampler_, 8)
+    found = way(mx.array(padded), [7, 8, 7], sampler_, 8)
     for row, position, proposal in zip(logits, [7, 8, 7], found, strict=True):
         scores = sampler_.draft_scores(row, position)
         exact = scores.astype(np.float64)
@@ -352,7 +319,8 @@ def test_candidates_equal_a_full_sort(size: int, levels: int | None, temperature
         assert len(set(proposal.tokens)) == len(proposal.tokens) == min(8, size)
         np.testing.assert_array_equal(scores[list(proposal.tokens)], top.astype(np.float32))
         shares = np.exp(top - top[0]) / np.exp(exact - top[0]).sum()
-        np.testing.assert_allclose(proposal.confidences, shares, rtol=1e-4, atol=1e-30)
+        exact_to = 1e-4 if way is candidates.top_candidates else 1e-3
+        np.testing.assert_allclose(proposal.confidences, shares, rtol=exact_to, atol=1e-30)
         assert proposal.source == MODEL
 
 
@@ -367,34 +335,21 @@ def test_the_best_are_found_wherever_they_lie(seed: int, count: int, peak: int) 
     assert sorted(row[list(found.tokens)].tolist()) == np.sort(row)[-count:].tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("size", [5, 40, 5000])
-def test_the_device_way_gives_the_same(temperature: float, size: int) -> None:
-    """What a GPU runs, on the CPU."""
-    logits = mx.array(np.random.default_rng(size).standard_normal((4, size)).astype(np.float32) * 4)
-    sampler_ = sampler(temperature, max(size - 2, 1))
-    here = candidates.top_candidates(logits, [3, 4, 5, 6], sampler_, 8)
-    there = candidates._on_device(logits, [3, 4, 5, 6], sampler_, 8)
-    for ours, theirs in zip(here, there, strict=True):
-        assert list(ours.tokens) == list(theirs.tokens)
-        np.testing.assert_allclose(ours.confidences, theirs.confidences, rtol=1e-4)
-
-
-@pytest.mark.parametrize("way", [candidates.top_candidates, candidates._on_device])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gap", [5.0, 17.0, 40.0, 1e5])
-def test_confidences_stay_probabilities_when_one_token_is_certain(way: object, gap: float) -> None:
+def test_confidences_stay_probabilities_when_one_token_is_certain(way: Any, gap: float) -> None:
     logits = np.zeros((1, 5000), np.float32)
     logits[0, 77] = gap
-    (found,) = way(mx.array(logits), [0], sampler(0.0, 5000), 8)  # type: ignore[operator]
+    (found,) = way(mx.array(logits), [0], sampler(0.0, 5000), 8)
     assert found.tokens[0] == 77
     assert all(0.0 <= confidence <= 1.0 for confidence in found.confidences)
 
 
-@pytest.mark.parametrize("way", [candidates.top_candidates, candidates._on_device])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("size", [40, 5000])
-def test_a_broken_draft_is_named(way: object, bad: float, size: int) -> None:
+def test_a_broken_draft_is_named(way: Any, bad: float, size: int) -> None:
     logits = np.zeros((2, size), np.float32)
     logits[1, 3] = bad
     with pytest.raises(GenerationError, match="draft"):
-        way(mx.array(logits), [0, 1], sampler(0.0, size), 8)  # type: ignore[operator]
+        way(mx.array(logits), [0, 1], sampler(0.0, size), 8)

@@ -22,15 +22,14 @@ from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.policy.paper import PaperPolicy
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying import Target, Verification
 from tests.support.architecture_configs import VOCAB as FAMILY_VOCAB
 from tests.support.architecture_configs import build, config_of
+from tests.support.faults import Interrupting
 from tests.support.rounds import PROMPT, Charged, Rounds, forced, model, plain_text, sampler_of
-from tests.support.simulated_stream import SimulatedClock
+from tests.support.simulated_stream import SimulatedClock, WaitingTarget
 from tests.support.tiny import VOCAB
-from tests.support.waiting_target import WaitingTarget
 
 Background = Callable[[float], bool] | None
 
@@ -43,28 +42,10 @@ def family(name: str) -> TreeModel:
     return TreeModel(built, config_of(name), probe(built))
 
 
-def greedy(vocab_size: int = VOCAB) -> TargetSampler:
-    return sampler_of(vocab_size=vocab_size)
+GREEDY = sampler_of(vocab_size=FAMILY_VOCAB)
 
 
 # -- interruptions -----------------------------------------------------------------------------------------
-
-
-class Interrupting:
-    """Wraps a method so that its n-th call raises, before or after it has done its work."""
-
-    def __init__(self, owner: Any, name: str, call: int, after: bool) -> None:
-        self.inner, self.left, self.after = getattr(owner, name), call, after
-        setattr(owner, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.left -= 1
-        if self.left == 0 and not self.after:
-            raise KeyboardInterrupt
-        result = self.inner(*args, **kwargs)
-        if self.left == 0:
-            raise KeyboardInterrupt
-        return result
 
 
 PLACES = ["verify", "expand", "model expand", "target commit", "drafter commit", "policy", "stop"]
@@ -96,7 +77,7 @@ def test_an_interrupted_round_leaves_a_state_to_start_from(
         "policy": (engine.policy, "verified"),
         "stop": (caller, "stop"),
     }[place]
-    Interrupting(owner, name, call, after)
+    Interrupting(call, after).around(owner, name)
     with pytest.raises(KeyboardInterrupt):
         engine.decode(200, stop=caller.stop)
     if goes_on:
@@ -130,8 +111,13 @@ def test_a_read_error_of_the_target_leaves_a_state_to_go_on_from(place: str) -> 
 def test_an_interrupted_prefill_is_taken_up_again() -> None:
     engine = Rounds(None, [ModelDrafter(model())], forced(8))
     prompt = [(7 * i) % VOCAB for i in range(1400)]
-    chunks = iter([False, True, True, True])
-    engine.begin(prompt, should_stop=lambda: next(chunks))
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.begin(prompt, on_progress=stop)
     assert 0 < engine.target.cache.length < len(prompt) - 1
     stats = GenerationStats()
     engine.begin(prompt, stats)
@@ -189,24 +175,6 @@ def test_counts_and_seconds_add_up(policy: GrowthPolicy) -> None:
     assert engine.costs.draft.predict(1) == 1.0
 
 
-def test_a_stop_ends_the_walk_inside_an_accepted_branch() -> None:
-    engine = Rounds(None, [ModelDrafter(model())], ChainPolicy(6))
-    engine.begin(PROMPT)
-    expected = plain_text(PROMPT, 3)[:3]
-    stats, emitted = GenerationStats(), []
-
-    def stop(token: int) -> bool:
-        emitted.append(token)
-        return len(emitted) == 3
-
-    done = engine.round(stats=stats, stop=stop)
-    assert emitted == list(done.walk.tokens) == engine.tokens[len(PROMPT) :] == expected
-    assert done.walk.stopped
-    assert engine.target.cache.length <= len(engine.tokens)
-    engine.begin([*PROMPT, *expected])  # go on from there
-    assert [*expected, *engine.decode(10)][:12] == plain_text(PROMPT, 12)[:12]
-
-
 # -- models that take no trees -----------------------------------------------------------------------------
 
 
@@ -231,33 +199,30 @@ def bushy() -> GrowthPolicy:
     return ThroughputPolicy(costs, Calibration())
 
 
-@pytest.mark.parametrize("make", [bushy, lambda: forced(16), lambda: PaperPolicy(16), lambda: ChainPolicy(4)])
-def test_a_target_that_takes_chains_only_ever_gets_chains(make: Callable[[], GrowthPolicy]) -> None:
-    target = Watching(family("gpt2"), FAMILY_VOCAB)
-    assert target.cache.capability == "chain"
-    engine = Rounds(target, [NgramDrafter(), ModelDrafter(family("llama"))], make())
+@pytest.mark.parametrize(
+    ("target", "draft", "make"),
+    [
+        ("gpt2", "llama", bushy),
+        ("gpt2", "llama", lambda: forced(16)),
+        ("gpt2", "llama", lambda: PaperPolicy(16)),
+        ("gpt2", "gpt2", lambda: ChainPolicy(4)),
+        ("llama", "gpt2", lambda: forced(12)),  # such a draft proposes below its own line only
+    ],
+)
+def test_a_model_that_takes_chains_only_ever_gets_chains(
+    target: str, draft: str, make: Callable[[], GrowthPolicy]
+) -> None:
+    watched, stats = Watching(family(target), FAMILY_VOCAB), GenerationStats()
+    engine = Rounds(watched, [NgramDrafter(), ModelDrafter(family(draft))], make())
     engine.begin(PROMPT)
-    text = engine.decode(40, greedy(FAMILY_VOCAB))
-    assert all(parents == list(range(-1, len(parents) - 1)) for parents in target.seen)
-    assert max(map(len, target.seen)) > 1
-    assert text == mlx_lm_text("gpt2", PROMPT, len(text))
-
-
-def test_a_draft_that_takes_chains_only_proposes_below_its_own_line() -> None:
-    engine = Rounds(Target(family("gpt2"), FAMILY_VOCAB), [ModelDrafter(family("gpt2"))], ChainPolicy(4))
-    engine.begin(PROMPT)
-    stats = GenerationStats()
-    for _ in range(10):
-        engine.round(greedy(FAMILY_VOCAB), stats)
-    assert stats.acceptance_rate == 1.0
-    assert stats.tokens_per_pass == 5.0
-
-
-def test_a_chain_draft_is_safe_under_a_policy_that_wants_a_tree() -> None:
-    engine = Rounds(Target(family("llama"), FAMILY_VOCAB), [ModelDrafter(family("gpt2"))], forced(12))
-    engine.begin(PROMPT)
-    text = engine.decode(30, greedy(FAMILY_VOCAB))
-    assert text == mlx_lm_text("llama", PROMPT, len(text))
+    while stats.generated_tokens < 40:
+        engine.round(GREEDY, stats)
+    assert engine.tokens == [*PROMPT, *mlx_lm_text(target, PROMPT, stats.generated_tokens)]
+    assert max(map(len, watched.seen)) > 1
+    if watched.cache.capability == "chain":
+        assert all(parents == list(range(-1, len(parents) - 1)) for parents in watched.seen)
+    if target == draft:
+        assert (stats.acceptance_rate, stats.tokens_per_pass) == (1.0, 5.0)
 
 
 def mlx_lm_text(name: str, prompt: Sequence[int], count: int) -> list[int]:
@@ -272,7 +237,7 @@ def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -
     assert target.cache.capability == "plain"
     engine = Rounds(target, [NgramDrafter()], forced(8))
     engine.begin(PROMPT)
-    text = engine.decode(24, greedy(FAMILY_VOCAB))
+    text = engine.decode(24, GREEDY)
     assert text == mlx_lm_text("mamba", PROMPT, 24)
     assert target.seen == [[-1]] * 24
     # Going on keeps the state; an edit starts again.
@@ -280,8 +245,8 @@ def test_a_model_that_cannot_take_tokens_back_runs_plainly_and_equals_mlx_lm() -
     longer = [*PROMPT, *text, 3, 4]
     engine.begin(longer, stats)
     assert stats.reused_tokens == len(PROMPT) + 23
-    assert engine.decode(8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", longer, 8)
+    assert engine.decode(8, GREEDY) == mlx_lm_text("mamba", longer, 8)
     edited = [*PROMPT[:5], 8, 9]
     engine.begin(edited, stats)
     assert stats.reused_tokens == 0
-    assert engine.decode(8, greedy(FAMILY_VOCAB)) == mlx_lm_text("mamba", edited, 8)
+    assert engine.decode(8, GREEDY) == mlx_lm_text("mamba", edited, 8)

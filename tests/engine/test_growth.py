@@ -23,9 +23,8 @@ from llmcad_mlx.settings import SpeculationSettings
 from llmcad_mlx.tree.token_tree import NGRAM, ROOT, Selection, TokenTree
 from llmcad_mlx.verifying import Target
 from tests.support.rounds import PROMPT, Charged, Rounds, forced, model, sampler_of
-from tests.support.simulated_stream import SimulatedClock
+from tests.support.simulated_stream import SimulatedClock, WaitingTarget
 from tests.support.tiny import VOCAB
-from tests.support.waiting_target import WaitingTarget
 
 
 def engine_of(
@@ -199,6 +198,7 @@ def drafted(policy: GrowthPolicy, confidence: float = 0.6) -> TokenTree:
     [
         ({"policy": "paper", "fallback": False}, 9),
         ({"policy": "paper", "fallback": False, "tree_nodes": 5}, 5),
+        ({"policy": "paper", "fallback": False, "tree_nodes": 1}, 1),
         ({"fallback": False}, 16),
         ({"fallback": False, "tree_nodes": 6}, 6),
         ({"tree_nodes": 7}, 7),

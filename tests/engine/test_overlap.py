@@ -25,9 +25,8 @@ from llmcad_mlx.streaming.modules import SequentialFeed
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying import Target
 from tests.support.rounds import PROMPT, Rounds, sampler_of
-from tests.support.simulated_stream import SimulatedClock, SimulatedStream
+from tests.support.simulated_stream import SimulatedClock, SimulatedStream, simulated_target
 from tests.support.tiny import VOCAB, tiny_tree_model
-from tests.support.waiting_target import simulated_target
 
 PASSES = 5
 BYTES = 1000
@@ -172,7 +171,7 @@ class TimedDrafter(ModelDrafter):
             self.clock.now += self.step_s
         return proposals
 
-    def prefill(self, tokens: Sequence[int], *watched: Callable[..., Any], limit: int | None = None) -> bool:
+    def prefill(self, tokens: Sequence[int], *watched: Any, limit: int | None = None) -> bool:
         self.clock.now += 0.01 * self.step_s * len(tokens[self.cache.length : -1][:limit])
         return super().prefill(tokens, *watched, limit=limit)
 
@@ -323,7 +322,7 @@ def test_after_a_prompt_the_first_layers_are_read_at_once() -> None:
     clock = SimulatedClock()
     target = simulated_target(clock)
     stream = stream_of(target)
-    target.prefill(PROMPT, lambda done: None, lambda: False)
+    target.prefill(PROMPT)
     ended = clock.now
     clock.now += 1000.0
     assert stream.ready()

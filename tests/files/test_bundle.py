@@ -121,12 +121,6 @@ def test_any_altered_bit_is_found_and_its_layer_named(
     assert "\n" not in str(caught.value)
 
 
-def change(folder: Path, edit: Callable[[Any], object]) -> None:
-    content = json.loads((folder / FILE).read_text())
-    edit(content)
-    (folder / FILE).write_text(json.dumps(content))
-
-
 def tensor(content: Any, number: int = 0) -> Any:
     return content["layers"][1]["tensors"][number]
 
@@ -156,7 +150,9 @@ FOREIGN: dict[str, tuple[Callable[[Any], object], str]] = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_foreign_file_is_refused_by_name(damaged: Path, kind: str) -> None:
     edit, message = FOREIGN[kind]
-    change(damaged, edit)
+    content = json.loads((damaged / FILE).read_text())
+    edit(content)
+    (damaged / FILE).write_text(json.dumps(content))
     with pytest.raises(ModelError, match=message) as caught:
         read_bundle(damaged)
     assert str(damaged) in str(caught.value)
@@ -232,7 +228,6 @@ def test_an_unaltered_bundle_gives_the_resident_tokens(request: pytest.FixtureRe
             assert engine.pair.plan is not None
             assert (engine.pair.plan.streamed_bytes == 0) == (options in ({"pinned": total}, {}))
             assert engine.generate(PROMPT, max_tokens=12, tree_nodes=6).tokens == expected
-            assert engine.generate(PROMPT + " x", max_tokens=12).stats.target_passes > 0
 
 
 @pytest.mark.parametrize("pinned", [0, 10**9], ids=["streamed", "pinned"])
@@ -317,9 +312,8 @@ def test_a_folder_without_checksums_is_refused(stock: Path, where: dict[str, int
         load(stock, None, verify=True, **where)
 
 
-def test_the_command_line_refuses_and_finds(stock: Path, damaged: Path, output: Any) -> None:
+def test_the_command_line_finds_it_too(damaged: Path, output: Any) -> None:
     words = ["generate", "--raw", PROMPT, "-m", "4", "--verify", "--pinned", "0", "--draft", "none", "--target"]
-    assert "make a bundle with `llmcad-mlx convert" in output(*words, stock, code=2)[1]
     output(*words, damaged)
     alter(damaged, "lm_head.weight")
     (line,) = output(*words, damaged, code=1)[1].splitlines()
@@ -354,7 +348,6 @@ def test_without_verification_each_byte_is_read_once(bundle_folder: Path, monkey
         ("transformer.h.7.attn.c_attn.weight", "layer 7"),
         ("transformer.blocks.0.ffn.weight", "layer 0"),
         ("model.embed_tokens.weight", "embedding"),
-        ("model.embed_tokens.scales", "embedding"),
         ("transformer.wte.weight", "embedding"),
         ("model.tok_embeddings.weight", "embedding"),
         ("lm_head.biases", "head"),
@@ -362,7 +355,6 @@ def test_without_verification_each_byte_is_read_once(bundle_folder: Path, monkey
         ("embed_out.weight", "head"),
         ("model.norm.weight", "rest"),
         ("blocks.weight", "rest"),
-        ("scale", "rest"),
     ],
 )
 def test_layers_are_found_by_name(name: str, group: str) -> None:

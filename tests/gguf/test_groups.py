@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +18,7 @@ from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.models.folder import read_config
 from llmcad_mlx.progress import Progress
 from tests.gguf.test_model import dense
+from tests.gguf.test_reader import little_memory
 from tests.support.tiny_gguf import Family, random_blocks, write_family_gguf
 
 KINDS = (
@@ -107,9 +107,5 @@ def test_memory_is_that_of_a_few_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     wide = WIDE | {"intermediate_size": 1 << 13}
     write_family_gguf(tmp_path / "tiny.gguf", Family("llama", "llama", wide, kind=Kind.Q6_K))
     monkeypatch.setattr(gguf_convert, "CHUNK_VALUES", 1 << 16)
-    tracemalloc.start()
-    try:
+    with little_memory(8 << 20):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
-        assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    finally:
-        tracemalloc.stop()

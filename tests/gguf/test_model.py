@@ -12,6 +12,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 from gguf.constants import RopeScalingType
 from mlx.utils import tree_flatten
@@ -26,41 +27,29 @@ LONG, SHORT = [1.0 + i / 4 for i in range(6)], [1.0] * 6
 WINDOW = 5  # shorter than the text of the tests
 
 
-def window(writer: GGUFWriter) -> None:
-    writer.add_sliding_window(WINDOW)
+def written(**fields: Any) -> Edit:
+    """Adds these fields by the writer's methods."""
+
+    def edit(writer: GGUFWriter) -> None:
+        for name, value in fields.items():
+            getattr(writer, f"add_{name}")(value)
+
+    return edit
 
 
-def own_pattern(writer: GGUFWriter) -> None:
-    window(writer)
-    writer.add_sliding_window_pattern(3)
-    writer.add_rope_freq_base_swa(500.0)
-
-
-def linear(writer: GGUFWriter) -> None:
-    writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-    writer.add_rope_scaling_factor(8.0)
-
-
-def linear_window(writer: GGUFWriter) -> None:
-    window(writer)
-    linear(writer)
-
-
-def yarn(writer: GGUFWriter) -> None:
-    writer.add_rope_scaling_type(RopeScalingType.YARN)
-    writer.add_rope_scaling_factor(4.0)
-    writer.add_rope_scaling_orig_ctx_len(64)
+LINEAR: dict[str, Any] = {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": 8.0}
+linear = written(**LINEAR)
+scaled_by_8 = written(rope_scaling_factor=8.0)
+window = written(sliding_window=WINDOW)
+linear_window = written(sliding_window=WINDOW, **LINEAR)
+own_pattern = written(sliding_window=WINDOW, sliding_window_pattern=3, rope_freq_base_swa=500.0)
+yarn = written(rope_scaling_type=RopeScalingType.YARN, rope_scaling_factor=4.0, rope_scaling_orig_ctx_len=64)
+caps = written(attn_logit_softcapping=20.0, final_logit_softcapping=10.0, sliding_window=4096)
 
 
 def llama3(writer: GGUFWriter, factor: float = 8.0) -> None:
     divisors = llama3_divisors(16, BASE["rope_theta"], factor).astype(np.float32)
     writer.add_tensor("rope_freqs.weight", divisors)
-
-
-def caps(writer: GGUFWriter) -> None:
-    writer.add_attn_logit_softcapping(20.0)
-    writer.add_final_logit_softcapping(10.0)
-    writer.add_sliding_window(4096)
 
 
 def longrope(writer: GGUFWriter) -> None:
@@ -102,7 +91,7 @@ PHI3_LONG = {
 }
 FAMILIES = {
     "llama": Family("llama", "llama"),
-    "llama-untied": Family("llama", "llama", UNTIED),
+    "llama-untied": Family("llama", "llama", UNTIED, kind=Kind.Q4_0),
     "llama-biases": Family("llama", "llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-linear": Family("llama", "llama", {"rope_scaling": LINEAR_ROPE}, linear),
     "llama-3.1": Family("llama", "llama", {"rope_scaling": LLAMA3_ROPE}, llama3),
@@ -161,10 +150,6 @@ def header_of(tmp_path: Path, family: Family) -> GgufHeader:
     return read_gguf_header(tmp_path / "tiny.gguf")
 
 
-def scaled_by_8(writer: GGUFWriter) -> None:
-    writer.add_rope_scaling_factor(8.0)
-
-
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
@@ -175,7 +160,11 @@ CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
         (FAMILIES["gemma2"], [f".{name}" for name in CAPS], CAPS | {"rope_theta": 10000.0}),
         # For other readers than mlx-lm.
         (FAMILIES["gemma2"], [], {"sliding_window": 4096, "hidden_act": "gelu_pytorch_tanh"}),
-        (Family("llama", "llama", edit=scaled_by_8), [], {"rope_scaling": {"type": "linear", "factor": 8.0}}),
+        (
+            Family("llama", "llama", edit=scaled_by_8),
+            [],
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        ),
     ],
     ids=["rotation", "caps", "for other readers", "scaling without a type"],
 )

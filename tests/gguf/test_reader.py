@@ -85,12 +85,10 @@ def test_a_hostile_header_is_refused_or_harmless(
 
 
 def test_not_a_gguf_file(tmp_path: Path) -> None:
-    for name, content in (("empty", b""), ("text", b"hello, this is no model"), ("short", b"GG")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ModelError, match=rf"{name}: .*GGUF file"):
+    (tmp_path / "text").write_bytes(b"hello, this is no model")
+    for name, message in (("text", "text: .*GGUF file"), ("missing", "missing: cannot be read")):
+        with pytest.raises(ModelError, match=message):
             convert_gguf(tmp_path / name, tmp_path / "out")
-    with pytest.raises(ModelError, match="cannot be read"):
-        convert_gguf(tmp_path / "missing.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -105,15 +103,14 @@ def test_types_that_are_gone_or_unknown_are_named(tmp_path: Path, number: int) -
 
 
 HUGE_FILE = 1 << 30  # sparse: it takes no room on the disk
-LITTLE = 64 << 20
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
+def little_memory(limit: int = 64 << 20) -> Iterator[None]:
     tracemalloc.start()
     try:
         yield
-        assert tracemalloc.get_traced_memory()[1] < LITTLE
+        assert tracemalloc.get_traced_memory()[1] < limit
     finally:
         tracemalloc.stop()
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.faults import Interrupting
+
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
@@ -38,22 +40,12 @@ def document(output: Callable[..., tuple[str, str]]) -> Callable[..., dict[str, 
 
 
 @pytest.fixture
-def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
-    """Press Ctrl-C in the n-th generation from now on; returns the names of those that began."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Press Ctrl-C in the n-th generation from now on."""
     from llmcad_mlx.measure.runner import EngineContender
 
-    generate = EngineContender.generate
-
-    def arm(number: int) -> list[str]:
-        calls: list[str] = []
-
-        def generate_or_stop(self: EngineContender, prompt: Any, options: Any) -> Any:
-            calls.append(self.name)
-            if len(calls) == number:
-                raise KeyboardInterrupt
-            return generate(self, prompt, options)
-
-        monkeypatch.setattr(EngineContender, "generate", generate_or_stop)
-        return calls
+    def arm(number: int) -> None:
+        monkeypatch.setattr(EngineContender, "generate", EngineContender.generate)  # what comes back afterwards
+        Interrupting(number, after=False).around(EngineContender, "generate")
 
     return arm

@@ -1,9 +1,12 @@
-"""Runs of made-up times."""
+"""Runs of made-up times, and plots that are drawn."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from llmcad_mlx.measure.output import Plot
 from llmcad_mlx.measure.runner import Generation, Place, Run
 from llmcad_mlx.results import GenerationStats
 
@@ -27,3 +30,10 @@ def made_up(
     stats = GenerationStats(**(known | counts)) if ours else None
     generation = Generation(tokens, len(tokens), 10, 0.5, decode_s, stats, 10**6)
     return Run(variant, Place(domain, prompt, repetition), 0, generation)
+
+
+def drawn(plot: Plot) -> Figure:
+    assert plot.draw is not None
+    figure = Figure()
+    plot.draw(figure)
+    return figure

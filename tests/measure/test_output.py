@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from llmcad_mlx.measure import growth
 from llmcad_mlx.measure.output import NO_PLOTS, Plot, Report, Table
-from llmcad_mlx.measure.runner import until_interrupted
 
 pytestmark = pytest.mark.usefixtures("tiny_home")
 
@@ -83,23 +81,11 @@ def test_without_matplotlib_everything_but_the_plots_is_written(
     assert {file.name for file in tmp_path.iterdir()} == {"mine.json", "mine.md"}
 
 
-def test_ctrl_c_keeps_what_was_found_and_passes_where_that_is_nothing() -> None:
-    def steps(*found: list[int]) -> Iterator[list[int]]:
-        yield from found
-        raise KeyboardInterrupt
-
-    kept: list[int] = []
-    assert until_interrupted(steps([], [1], [2, 3]), kept)
-    assert kept == [1, 2, 3]
-    assert not until_interrupted(iter([[4]]), kept)
-    with pytest.raises(KeyboardInterrupt):
-        until_interrupted(steps([]), [])
-
-
 @pytest.mark.parametrize(
     "words",
     [
         "bench --variants fast", "bench --domains x", "bench --repeat 0", "bench --prompts /no/such/file",
+        "bench --max-tokens 0", "bench --max-tokens -1", "bench --warmup -1",
         "bench --compare ollama", "bench --kernels --repeat 0", "bench --growth --draft auto",
         "bench --growth --variants plain", "bench --growth --max-tokens 8", "bench --growth --per-domain 1",
         "bench --growth --warmup 1", "bench --growth --temp 0", "bench --growth --seed 1",

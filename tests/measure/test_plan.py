@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from llmcad_mlx.measure.plan import timed_read
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.streaming.stream import Read
+from tests.support.simulated_stream import SimulatedClock
 from tests.support.tiny_folder import make_folder
 
 PROMPT = "then the other one ran in and then the other one"
@@ -172,24 +174,15 @@ def test_an_impossible_budget_is_refused_as_generate_refuses_it(folder: Path, ou
         assert err.count("\n") == 1
 
 
-class SlowStorage:
-    """4 MiB per second of a simulated clock."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def read_into(self, file: Path, offset: int, out: memoryview) -> None:
-        self.now += len(out) / (4 << 20)
-
-    def check(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def test_the_rate_is_bytes_over_seconds_of_pieces_and_sampling_ends() -> None:
-    storage = SlowStorage()
+    clock = SimulatedClock()
+
+    def read_into(file: Path, offset: int, out: memoryview) -> None:
+        clock.now += len(out) / (4 << 20)
+
+    storage: Any = SimpleNamespace(read_into=read_into)
     reads = [Read(Path("x"), 100, 3, 0), Read(Path("x"), 200, 15 << 20, 0)]
-    sample, rate = timed_read(reads, storage, lambda: storage.now)
+    sample, rate = timed_read(reads, storage, clock)
     assert rate == pytest.approx(4 << 20)
     pieces = [(100, 3), (200, 4 << 20), (200 + (4 << 20), 4 << 20)]
     assert [(read.offset, read.num_bytes) for read in sample] == pieces  # two seconds are over

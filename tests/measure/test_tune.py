@@ -25,7 +25,6 @@ from llmcad_mlx.measure.tune import (
     Tuning,
     decide,
     median_runs,
-    sittings,
     split,
     tune_report,
 )
@@ -258,7 +257,6 @@ class Stage:
 
 @pytest.fixture
 def staged(models: Path, target: Path, prompts: Path) -> Callable[..., Stage]:
-    """A stage with drafts of these step times."""
     return partial(Stage, models, target, prompts)
 
 
@@ -295,13 +293,6 @@ def test_the_same_draft_wins_twice_in_a_row(staged: Any, target: Path) -> None:
     assert winners == [winners[0]] * 2
 
 
-def test_candidates_are_interleaved_by_prompt_or_by_repetition() -> None:
-    candidates = [PairPaths(Path("t"), name, None) for name in "abc"]
-    assert list(sittings(candidates, 3, together=True)) == [(candidates, range(3))]
-    apart = [(who.draft_name, list(when)) for (who,), when in sittings(candidates, 2, together=False)]
-    assert apart == [("a", [0]), ("b", [0]), ("c", [0]), ("b", [1]), ("c", [1]), ("a", [1])]
-
-
 def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(staged: Any) -> None:
     stage = staged(near=0.01)
     pairs: list[LoadedPair] = []
@@ -317,7 +308,7 @@ def test_apart_only_one_candidate_is_in_memory_and_goes_on_learning(staged: Any)
     assert len(tuning.runs) == 3 * 2 * 4
     assert turns == [3 * 2 * (1 + 4)] * turns[0]
     assert {run.place.repetition for run in tuning.runs} == {0, 1}
-    assert stage.opened.count(NEAR) == 2
+    assert stage.opened == [NEAR, "ngram", NO_DRAFT, "ngram", NO_DRAFT, NEAR]
     assert tuning.seats[NEAR].profile.calibration.probabilities([0.9], MODEL)[0] != 0.9
 
 
@@ -547,7 +538,3 @@ def test_a_choice_that_cannot_be_saved_is_printed_and_an_error(words: Any, own_h
     assert "(chosen)" in out
     assert err.count("\n") == 1
     assert "profiles" in err
-
-
-def test_a_target_that_is_not_there_is_named(output: Any) -> None:
-    assert "/nowhere" in output("tune", "/nowhere", code=1)[1]

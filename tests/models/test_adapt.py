@@ -26,14 +26,8 @@ from llmcad_mlx.models.positions import PerNodeRope
 from tests.support.architecture_configs import VOCAB, build
 
 
-class Noted(Adaptation):
-    """Notes its turn."""
-
-    _turns: list[str]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self._turns.append(type(self).__name__)
-        return super().__call__(x)
+class Unchanged(Adaptation):
+    pass
 
 
 class Doubled(Adaptation):
@@ -67,7 +61,7 @@ def all_three(module: nn.Module) -> list[str]:
     forgotten: list[str] = []
     adapt(module, Doubled, _factor=2)
     adapt(module, Shifted, _shift=mx.array(1.0), _forgotten=forgotten)
-    adapt(module, Noted, _turns=forgotten)
+    adapt(module, Unchanged)
     return forgotten
 
 
@@ -75,7 +69,7 @@ def test_the_last_one_is_outermost_and_the_module_stays_what_it_was() -> None:
     module: Any = nn.Linear(4, 3)
     plain, before = module(mx.ones((1, 4))), dict(tree_flatten(module.parameters()))
     all_three(module)
-    assert adaptations(module) == [Doubled, Shifted, Noted]
+    assert adaptations(module) == [Doubled, Shifted, Unchanged]
     assert mx.array_equal(module(mx.ones((1, 4))), 2 * plain + 1)
     assert isinstance(module, nn.Linear)
     assert (own_class(module), type(module).__name__) == (nn.Linear, "Linear")
@@ -89,13 +83,13 @@ def test_the_last_one_is_outermost_and_the_module_stays_what_it_was() -> None:
     assert not computes_in_float32(nn.Linear(4, 3))
 
 
-@pytest.mark.parametrize("order", itertools.permutations([Doubled, Shifted, Noted]))
+@pytest.mark.parametrize("order", itertools.permutations([Doubled, Shifted, Unchanged]))
 def test_they_go_in_any_order(order: tuple[type[Adaptation], ...]) -> None:
     module: Any = nn.Linear(4, 3)
     x = mx.ones((1, 4))
     plain, attributes = module(x), set(vars(module))
     all_three(module)
-    left = [Doubled, Shifted, Noted]
+    left = [Doubled, Shifted, Unchanged]
     for kind in order:
         restore(module, kind)
         left.remove(kind)
@@ -109,13 +103,13 @@ def test_they_go_in_any_order(order: tuple[type[Adaptation], ...]) -> None:
 def test_once_each_and_by_their_base() -> None:
     module: Any = nn.Linear(4, 3)
     adapt(module, Doubled, _factor=2)
-    adapt(module, Noted, _turns=[])
+    adapt(module, Unchanged)
     adapt(module, Doubled, _factor=3)  # anew, and outermost
-    assert adaptations(module) == [Noted, Doubled]
+    assert adaptations(module) == [Unchanged, Doubled]
     assert mx.array_equal(module(mx.zeros((1, 4))), 3 * module.bias[None])
     adapt(module, ShiftedTwice, _shift=mx.array(1.0), _forgotten=[])
     restore(module, Shifted)
-    assert adaptations(module) == [Noted, Doubled]
+    assert adaptations(module) == [Unchanged, Doubled]
     assert not hasattr(module, "_shift")
     restore(module, Shifted)  # nothing to do
     restore(module, Adaptation)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
 from llmcad_mlx.models.cache import LazyKVCache
-from llmcad_mlx.models.positions import NodePositions
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
 from tests.support.architecture_configs import VOCAB, build, config_of
@@ -161,16 +160,6 @@ def test_random_use_equals_plain_forwards(seed: int, max_dead_share: float, min_
     assert use.difference == 0.0
 
 
-def test_contiguous_acceptance_changes_only_lengths() -> None:
-    cache = LazyKVCache()
-    cache.commit(cache.append(None, 3))
-    slots = cache.append([-1, 3, 4, 3], 4)  # a chain of three and a sibling behind it
-    cache.commit(slots[:2])
-    assert (cache.length, cache.num_slots, cache.num_dead) == (5, 5, 0)
-    cache.append(None, 1)
-    assert cache.mask(1, None, False) is None
-
-
 def test_dead_slots_stay_until_the_share_is_reached() -> None:
     cache = LazyKVCache()
     cache.max_dead_share, cache.min_dead = 0.5, 3
@@ -199,19 +188,17 @@ def test_masks_of_chains_keep_the_fast_kernels() -> None:
     assert cache.layers[1].make_mask(1) is windowed  # built once for all layers
 
 
-def test_mask_of_a_tree_on_paper() -> None:
-    cache = LazyKVCache()
-    cache.commit(cache.append(None, 2))
-    dead = cache.append([-1, -1], 2)
-    cache.commit(dead[1:])  # slot 2 is dead, slot 3 live
-    cache.append([-1, 4, 4], 3)
-    mask = cache.layers[0].make_mask(3)
-    assert isinstance(mask, mx.array)
-    expected = [[1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0, 1]]
-    assert np.array(mask)[0, 0].astype(int).tolist() == expected
-    assert isinstance(cache.offset, NodePositions)
-    assert cache.offset.positions.tolist() == [3, 4, 4]
-    assert mx.array(cache.offset).tolist() == [3, 3, 2]
+@pytest.mark.parametrize("linear", [False, True])
+def test_an_accepted_line_keeps_the_fast_kernels(linear: bool) -> None:
+    cache = LazyKVCache(linear=linear)
+    cache.commit(cache.append(None, 3))
+    cache.append(None, 4)
+    if not linear:
+        cache.append([3, 3], 2)  # siblings behind it
+    assert cache.commit([3], keep=[4, 5]) == [4, 5]
+    assert (cache.length, cache.num_slots, cache.num_dead) == (4, 6, 0)
+    cache.append([5], 1)
+    assert cache.layers[0].make_mask(1) is None
 
 
 @settings(max_examples=80, deadline=None)
@@ -244,34 +231,6 @@ def test_attention_plan_says_what_the_mask_says(data: st.DataObject, window: int
         assert seen == np.flatnonzero(visible[row]).tolist()
 
 
-def test_kept_slots_on_paper() -> None:
-    cache = LazyKVCache()
-    cache.commit(cache.append(None, 2))
-    #            2   3  4  5  6  7  8: 3 and 4 below 2, 5 below 3, 6 and 7 below 4, 8 below 7
-    cache.append([-1, 2, 2, 3, 4, 4, 7], 7)
-    assert cache.commit([2, 4], keep=[8, 7]) == [8, 7]  # 3, 5 and 6 die
-    assert (cache.length, cache.num_slots, cache.num_dead, cache.last_slot) == (4, 9, 3, 4)
-    with pytest.raises(ValueError, match="neither the last committed"):
-        cache.append([6], 1)  # dead
-    with pytest.raises(ValueError, match="not a path"):
-        cache.commit([6])
-    cache.append([8, -1], 2)
-    assert cache.commit([7, 8], keep=[9]) == [9]
-    cache.rollback()
-    assert (cache.length, cache.num_slots, cache.num_dead) == (6, 9, 3)
-
-
-def test_a_kept_line_keeps_the_fast_kernels() -> None:
-    cache = LazyKVCache(linear=True)
-    cache.commit(cache.append(None, 3))
-    cache.append(None, 4)
-    assert cache.commit([3], keep=[4, 5]) == [4, 5]
-    cache.append([5], 1)
-    assert cache.layers[0].make_mask(1) is None
-    with pytest.raises(ValueError, match="chains only"):
-        cache.append([4], 1)
-
-
 def test_wrong_use_is_refused() -> None:
     cache = LazyKVCache()
     layer = cache.stores[0]
@@ -302,6 +261,11 @@ def test_wrong_use_is_refused() -> None:
         with pytest.raises((ValueError, RuntimeError), match=message):
             use()
     assert (cache.length, cache.num_slots) == (3, 5)
+    cache.commit([4])
+    with pytest.raises(ValueError, match="neither the last committed"):
+        cache.append([3], 1)  # dead
+    with pytest.raises(ValueError, match="chains only"):
+        LazyKVCache(linear=True).append([-1, -1], 2)
 
 
 def test_capacity_grows_past_a_step_without_changing_a_bit() -> None:
@@ -318,16 +282,17 @@ def test_capacity_grows_past_a_step_without_changing_a_bit() -> None:
         assert np.array_equal(row, expected)
 
 
-def test_prefill_stops_when_asked_and_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     tree_model = tree_model_of("llama")
     cache = tree_model.new_cache()
-    asked = iter([False, False, True])
-    tree_model.prefill(range(1, 31), cache, chunk=8, should_stop=lambda: next(asked))
-    assert cache.length == 16
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(*done: object) -> None:
+        if done[0] != 8:
+            raise KeyboardInterrupt
 
+    with pytest.raises(KeyboardInterrupt):
+        tree_model.prefill(range(1, 31), cache, 8, interrupt)
+    assert (cache.length, cache.num_slots) == (16, 16)
     with monkeypatch.context() as patch:
         patch.setattr("llmcad_mlx.models.tree_model.mx.eval", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -337,6 +302,8 @@ def test_prefill_stops_when_asked_and_survives_an_interrupt(monkeypatch: pytest.
 
 def test_the_probe_sees_wrong_positions_and_wrong_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without these two the probe's trees must fail; a probe that accepts everything proves nothing."""
+    report = tree_model_of("llama").report
+    assert (report.capability, report.vocab_size, report.body_prefills) == ("tree", VOCAB, True)
     with monkeypatch.context() as patch:
         patch.setattr(LazyKVCache, "offset", property(lambda cache: int(cache.appended_positions()[0])))
         report = tree_model_of("llama").report
@@ -349,13 +316,6 @@ def test_the_probe_sees_wrong_positions_and_wrong_masks(monkeypatch: pytest.Monk
         patch.setattr(LazyKVCache, "visible", all_see_all)
         report = tree_model_of("llama").report
     assert (report.capability, report.reason.split(":")[0]) == ("chain", "masks")
-
-
-def test_reports_of_the_probe() -> None:
-    report = tree_model_of("llama").report
-    assert (report.capability, report.reason, report.max_difference) == ("tree", "", 0.0)
-    assert (report.vocab_size, report.pad_single, report.body_prefills) == (VOCAB, False, True)
-    assert tree_model_of("llama").context_length == 512
 
 
 @pytest.mark.parametrize("expected", [0, 100])

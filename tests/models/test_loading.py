@@ -84,6 +84,10 @@ BROKEN = {
     "other size": (change(hidden_size=32), "weights do not match"),
     "tensor missing": (drop_a_tensor, "weights do not match config.json .Missing 1 parameters"),
     "no weights": (remove("model.safetensors"), "model.safetensors: missing, though the index names it"),
+    "no weights, no index": (
+        lambda folder: (remove("model.safetensors")(folder), remove("model.safetensors.index.json")(folder)),
+        r"no model\*\.safetensors",
+    ),
     "index names a missing file": (
         lambda folder: (drop_a_tensor(folder), name_a_second_file(folder)),
         "model-00001-of-00002.safetensors: missing",
@@ -145,13 +149,6 @@ def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path) -
     convert_folder(folder, folder.parent / "converted", bits=8, group_size=32)
     with load(folder, None, memory="300MB") as engine:
         assert engine.generate([5], max_tokens=2).tokens
-
-
-def test_a_folder_without_weights_or_index(folder: Path) -> None:
-    remove("model.safetensors")(folder)
-    remove("model.safetensors.index.json")(folder)
-    with pytest.raises(ModelError, match=r"no model\*\.safetensors"):
-        load_model_folder(folder)
 
 
 def test_missing_folder_and_a_file_in_its_place(folder: Path) -> None:

@@ -189,9 +189,18 @@ SHARED: dict[str, Callable[[Path], Path]] = {
 }
 
 
+def drafting_first(feed: SequentialFeed, unit: int, take: Any = SequentialFeed.take) -> int:
+    """Take a layer, but not before something was drafted, however fast the disk is."""
+    if feed._background is not None:
+        feed._background(float("inf"))
+    return int(take(feed, unit))
+
+
 @pytest.mark.parametrize("kind", SHARED)
-def test_a_shared_embedding_gives_the_text_of_an_own_one(tmp_path: Path, kind: str) -> None:
-    """In memory, pinned, and looked up row by row while the target's layers are read."""
+def test_a_shared_embedding_gives_the_text_of_an_own_one(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory, pinned, and looked up row by row before and while the target's layers are read."""
     target = SHARED[kind](tmp_path / "target")
     own = trimmed(target, tmp_path / "own")
     shared = without_embedding(copy_folder(own, tmp_path / "shared"))
@@ -214,28 +223,11 @@ def test_a_shared_embedding_gives_the_text_of_an_own_one(tmp_path: Path, kind: s
             found = engine.generate(PROMPT, **options)
         assert found.tokens == expected.tokens
         assert found.stats.accepted == expected.stats.accepted
-
-
-def test_a_shared_embedding_while_layers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Provisional nodes are looked up in the middle of the target's pass, its head's pieces included."""
-    take = SequentialFeed.take
-
-    def drafting_first(feed: SequentialFeed, unit: int) -> int:  # however fast the disk is
-        if feed._background is not None:
-            feed._background(float("inf"))
-        return take(feed, unit)
-
     monkeypatch.setattr(SequentialFeed, "take", drafting_first)
-    untied = make_folder(tmp_path / "untied", layers=6)
-    tied = family_folder(tmp_path / "tied", "qwen2", num_hidden_layers=6, **TIED)
-    for name, folder in (("untied", untied), ("tied", tied)):
-        draft = without_embedding(trimmed(folder, tmp_path / f"{name} draft"))
-        with load(folder, "none") as engine:
-            expected = engine.generate(PROMPT, max_tokens=32, **NO_END).tokens
-        with load(folder, draft, pinned=0) as engine:
-            found = engine.generate(PROMPT, max_tokens=32, tree_nodes=6, **NO_END)
-        assert found.tokens == expected
-        assert found.stats.provisional > 0
+    with load(target, shared, pinned=0) as engine:
+        found = engine.generate(PROMPT, **{**options, "pipeline": True})
+    assert found.tokens == expected.tokens
+    assert found.stats.provisional > 0
 
 
 def test_an_embedding_of_another_width_is_refused(target: Path, tmp_path: Path) -> None:

@@ -125,10 +125,7 @@ def test_beyond_the_largest_the_average_slope_goes_on_and_a_row_always_costs_som
     assert times_of((1, 1.0), (5, 3.0)).predict(9) == pytest.approx(5.0)
     times = times_of((1, 1.0), (4, 1.0))  # two equal times must not promise that rows are free for ever
     assert 1.0 < times.predict(40) < times.predict(80)
-
-
-def test_a_single_measurement_tells_about_all_counts() -> None:
-    times = times_of((8, 1.7))
+    times = times_of((8, 1.7))  # a single measurement tells about all counts
     assert 0.0 < times.predict(1) < times.predict(4) < 1.7 < times.predict(16)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -44,8 +45,7 @@ class RecordedTarget:
     clock: SimulatedClock
     vocab_size: int
     text: Sequence[int] = ()
-    num_cached: int = 0
-    capability: str = "tree"
+    cache: Any = field(default_factory=lambda: SimpleNamespace(length=0, capability="tree"))
     io_wait_s: float = 0.0
     streamed_bytes: int = 0
 
@@ -53,22 +53,22 @@ class RecordedTarget:
         return 0.0
 
     def prefill(self, tokens: Sequence[int], *_: Any) -> None:
-        self.num_cached += len(tokens)
+        self.cache.length += len(tokens)
 
     def truncate(self, length: int) -> None:
-        self.num_cached = min(length, self.num_cached)
+        self.cache.length = min(length, self.cache.length)
 
     def verify(self, tree: TokenTree, background: Callable[[float], bool] | None = None) -> Verification:
         self.clock.now += float(np.interp(len(tree), *zip(*PASS_S, strict=True)))
         logits = np.zeros((len(tree), self.vocab_size), np.float32)
         for node in range(len(tree)):
-            first, path = self.num_cached + 1, tree.path_tokens(node)
+            first, path = self.cache.length + 1, tree.path_tokens(node)
             if list(self.text[first : first + len(path)]) == path and first + len(path) < len(self.text):
                 logits[node, self.text[first + len(path)]] = 1.0  # elsewhere nobody asks
         return Verification(mx.array(logits), range(len(tree)))
 
     def commit(self, verification: Verification, nodes: Sequence[int]) -> None:
-        self.num_cached += 1 + len(nodes)
+        self.cache.length += 1 + len(nodes)
 
 
 def timed(drafter: Drafter, clock: SimulatedClock) -> Drafter:

@@ -73,15 +73,6 @@ def test_best_candidate_continues_below_the_threshold_and_the_threshold_is_exclu
     assert tree.tokens == [0, 1]
 
 
-def test_node_limit_counts_the_root() -> None:
-    table = {tuple([1] * depth): Candidates([1, 2], [0.5, 0.5]) for depth in range(20)}
-    for max_nodes in (1, 2, 5, 8):
-        tree = TokenTree(0)
-        expanded = grow(PaperPolicy(max_nodes), tree, table)
-        assert len(tree) == max_nodes
-        assert (not expanded) == (max_nodes == 1)
-
-
 @pytest.mark.parametrize(
     ("alpha", "confidences", "tokens"),
     [
@@ -101,20 +92,16 @@ def test_falls_back_when_no_branch_is_above_alpha(
     assert tree.tokens == tokens
 
 
-def test_continues_from_a_tree_that_already_has_branches() -> None:
-    tree = TokenTree(0)
-    a = tree.add(ROOT, 1, 0.6)
-    tree.add(ROOT, 2, 0.4)
-    policy = PaperPolicy(max_nodes=4)
-    assert grow(policy, tree, {(1,): Candidates([3], [0.5])}) == [a]
-    assert tree.path_tokens(3) == [1, 3]
-
-
 def test_alpha_update_is_the_printed_formula() -> None:
     policy = PaperPolicy()
+    tree = TokenTree(0)
+    policy.verified(tree, walk_along(tree, []))
+    assert policy.alpha == 0.01  # nothing was drafted
     tree = chain(4)
     policy.verified(tree, walk_along(tree, [1, 2, 3, 4]))
     assert policy.alpha == 0.005
+    policy.verified(tree, walk_along(tree, [1, 2], stopped=True))
+    assert policy.alpha == 0.0025  # what the stop cut off was not wrong
     policy.verified(tree, walk_along(tree, [1]))
     assert policy.alpha == 0.75  # 3 of 4 wrong
     policy.verified(tree, walk_along(tree, []))
@@ -133,16 +120,6 @@ def test_alpha_counts_the_branch_the_target_followed() -> None:
     policy = PaperPolicy()
     policy.verified(tree, walk_along(tree, [a]))
     assert policy.alpha == 0.5  # below node a the branch goes on with token 3: 1 of 2 wrong
-
-
-def test_alpha_stays_without_drafts_and_halves_when_a_stop_cut_a_right_branch() -> None:
-    policy = PaperPolicy()
-    lone = TokenTree(0)
-    policy.verified(lone, walk_along(lone, []))
-    assert policy.alpha == 0.01
-    tree = chain(4)
-    policy.verified(tree, walk_along(tree, [1, 2], stopped=True))
-    assert policy.alpha == 0.005
 
 
 def test_the_papers_pipeline_keeps_one_continuation_of_the_best_branch() -> None:
@@ -166,3 +143,5 @@ def test_the_papers_pipeline_keeps_one_continuation_of_the_best_branch() -> None
     policy.begin(survivors.tree, survivors)
     assert policy.next_leaves(survivors.tree, MODEL) == []  # full already
     assert len(policy.submit(survivors.tree).tree) == 4
+    policy.max_nodes = 6
+    assert [survivors.tree.path_tokens(leaf) for leaf in policy.next_leaves(survivors.tree, MODEL)] == [[7] * 4]

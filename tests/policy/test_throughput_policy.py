@@ -186,14 +186,6 @@ def test_a_perfect_cheap_draft_is_used(confidence: float) -> None:
     assert world.seconds < 0.4 * world.plain_seconds
 
 
-def test_a_perfect_draft_as_dear_as_the_target_is_not_used() -> None:
-    world = World([1.0], [1.0], lambda rows: 1.0, dearer(0.05))
-    world.run(600)
-    tested = world.tested
-    assert world.run(300) < 1.1  # nearly plain decoding
-    assert world.tested - tested < 60
-
-
 @pytest.mark.parametrize("accept", [0.7, 0.8, 0.9])
 def test_a_step_that_pays_only_with_the_next_is_taken(accept: float) -> None:
     """Seconds of a 1.5B target and its 0.5B draft on two cores: the second row costs much, the third next to
@@ -288,12 +280,12 @@ def true_best(num_nodes: int, branching: int, seed: int) -> dict[tuple[int, ...]
     return best
 
 
-def grow(policy: ThroughputPolicy, propose: Propose, source: str = MODEL) -> tuple[TokenTree, list[list[int]]]:
+def grow(policy: ThroughputPolicy, propose: Propose) -> tuple[TokenTree, list[list[int]]]:
     """One round's growth; the tree and the batches of leaves that were expanded."""
     tree = TokenTree(0)
     policy.begin(tree)
     batches = []
-    while leaves := list(policy.next_leaves(tree, source)):
+    while leaves := list(policy.next_leaves(tree, MODEL)):
         batches.append(leaves)
         for leaf in leaves:
             policy.add(tree, leaf, propose(tree.path_tokens(leaf)))
@@ -327,13 +319,6 @@ def test_forced_nodes_are_the_best_of_the_whole_tree(
 def _candidates(path: Sequence[int], branching: int, seed: int) -> Candidates:
     confidences = confidences_below(path, branching, seed)
     return Candidates(list(range(1, branching + 1)), confidences)
-
-
-@pytest.mark.parametrize("source", [MODEL, NGRAM])
-def test_forced_growth_ends_when_nothing_is_proposed(source: str) -> None:
-    policy = ThroughputPolicy(CostModel(), Calibration(), tree_nodes=16)
-    tree, batches = grow(policy, lambda path: Candidates((), (), source), source)
-    assert (len(tree), batches) == (1, [[0]])
 
 
 def test_growth_is_bounded_even_when_the_draft_is_certain() -> None:

@@ -26,7 +26,6 @@ def target(folder: Path) -> LoadedModel:
 
 @pytest.fixture(scope="package")
 def tokens() -> Ids:
-    """Of a student's head."""
     return np.array([0, 1, 5, 6, 7, 20, 21, 22, 23, 24, 30, 31, 50, 60], np.int32)
 
 

@@ -17,16 +17,9 @@ from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.store.convert import convert_folder
 from tests.support.architecture_configs import build, config_of
-from tests.support.tiny_folder import change_config, make_folder, write_folder
+from tests.support.tiny_folder import change_config, family_folder, make_folder, write_folder
 
 TOKENS = mx.array([[3, 17, 5, 40, 2, 9, 3, 3]])
-
-
-def tiny(path: Path, family: str) -> Path:
-    if family == "llama":
-        return make_folder(path, seed=3, layers=3)
-    config = {**config_of(family), "max_position_embeddings": 512}
-    return write_folder(path, build(family), config)
 
 
 def logits(folder: Path) -> np.ndarray:
@@ -40,7 +33,7 @@ def logits(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("added", [1, 2, 7])
 def test_logits_are_the_originals_bit_for_bit(tmp_path: Path, family: str, quantised: bool, added: int) -> None:
-    source = tiny(tmp_path / "source", family)
+    source = family_folder(tmp_path / "source", family, max_position_embeddings=512)
     if quantised:
         convert_folder(source, tmp_path / "quantised", group_size=32)
         source = tmp_path / "quantised"

@@ -120,7 +120,6 @@ def test_the_head_has_the_tokens_that_come_most_often() -> None:
 
 
 def test_layers_say_the_same_with_numpys_exponential(target: LoadedModel) -> None:
-    """And their gradients are the same."""
     layer: Any = dense(target.model.layers[1])
     mx.random.seed(0)
     states, weights = 3 * mx.random.normal((2, 9, 64)), mx.random.normal((2, 9, 64))

@@ -107,7 +107,6 @@ def test_a_corpus_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_a_forecast_lies_between_plain_decoding_and_the_size_of_the_tree(tmp_path: Path) -> None:
-    """And is large for a table that knows the text."""
     folder = make_folder(tmp_path / "model")
     with load(folder, None) as engine:
         given = [[1, 2, n] for n in range(3, 9)]

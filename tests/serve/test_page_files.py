@@ -32,9 +32,9 @@ def read(name: str) -> str:
     return FOLDER.joinpath(name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_file_is_served_with_its_type_and_the_policy(client: TestClient, name: str) -> None:
-    answer = client.get(f"/page/{name}")
+@pytest.mark.parametrize(("path", "name"), [("/", "index.html"), *((f"/page/{name}", name) for name in NAMES)])
+def test_every_file_is_served_with_its_type_and_the_policy(client: TestClient, path: str, name: str) -> None:
+    answer = client.get(path)
     assert answer.status_code == 200
     assert answer.text == read(name)
     kinds = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -42,15 +42,10 @@ def test_every_file_is_served_with_its_type_and_the_policy(client: TestClient, n
     assert answer.headers["x-content-type-options"] == "nosniff"
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'")
+    assert "frame-ancestors 'none'" in policy
     assert "unsafe" not in policy
     assert answer.headers["cache-control"] == "no-cache"
-
-
-def test_the_page_is_at_the_root(client: TestClient) -> None:
-    answer = client.get("/")
-    assert answer.text == read("index.html")
-    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
-    assert [client.head("/").status_code, client.post("/").status_code] == [200, 405]
+    assert [client.head(path).status_code, client.post(path).status_code] == [200, 405]
 
 
 def test_a_browser_that_has_a_file_is_not_sent_it_again(client: TestClient) -> None:

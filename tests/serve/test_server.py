@@ -13,7 +13,7 @@ import pytest
 
 from llmcad_mlx import Engine, UsageError
 from llmcad_mlx.serve import ServerSettings
-from tests.support.serving import CHAT, NAME, Live, Scripted, events, loader, serving, streaming, without
+from tests.support.serving import CHAT, NAME, Live, Scripted, events, loader, serving, streaming
 from tests.support.tiny_folder import make_folder
 
 SPECULATION = {
@@ -47,9 +47,13 @@ def live(folder: Path, draft: Path) -> Iterator[Live]:
         yield server
 
 
+def connected(live: Live, key: str = "none needed") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0)
+
+
 @pytest.fixture
 def client(live: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none needed", max_retries=0) as made:
+    with connected(live) as made:
         yield made
 
 
@@ -121,23 +125,19 @@ def test_a_seed_is_drawn_and_told(live: Live) -> None:
     assert again["choices"][0]["message"] == first["choices"][0]["message"]
 
 
-def test_stop_strings_end_the_text(live: Live, engine: Engine) -> None:
-    full = engine.generate(CHAT, max_tokens=24).text
-    stop = full[5:8]
-    answer = live.chat(max_tokens=24, stop=["no such text", stop]).json()["choices"][0]
-    assert answer["message"]["content"] == full[: full.find(stop)]
-    assert answer["finish_reason"] == "stop"
-
-
 def test_options_reach_the_engine(live: Live, engine: Engine) -> None:
     options: dict[str, Any] = {
         "max_tokens": 16, "temperature": 0.9, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "seed": 3,
         "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "policy": "paper",
     }  # fmt: skip
     bias = {7: 4.0, 9: -50.0}
-    expected = engine.generate(CHAT, **options, logit_bias=bias)
-    answer = live.chat(**options, logit_bias={str(token): value for token, value in bias.items()}).json()
-    assert answer["choices"][0]["message"]["content"] == expected.text
+    full = engine.generate(CHAT, **options, logit_bias=bias).text
+    options["stop"] = ["no such text", full[5:8]]
+    (answer,) = live.chat(**options, logit_bias={str(token): value for token, value in bias.items()}).json()[
+        "choices"
+    ]
+    assert answer["message"]["content"] == full[: full.find(full[5:8])]
+    assert answer["finish_reason"] == "stop"
 
 
 def test_logprobs_are_the_targets(client: openai.OpenAI, engine: Engine) -> None:
@@ -221,7 +221,8 @@ def test_trees_show_what_was_drafted_while_the_target_waited_for_weights(
 
 def test_models(client: openai.OpenAI, live: Live) -> None:
     (card,) = live.get("/v1/models").json()["data"]
-    assert without(card, "created") == {
+    assert card.pop("created") > 0
+    assert card == {
         "id": NAME, "object": "model", "owned_by": "llmcad-mlx", "context_length": 512, "draft": "draft",
     }  # fmt: skip
     assert [model.id for model in client.models.list()] == [NAME]
@@ -257,13 +258,19 @@ def test_an_option_the_engine_refuses_is_a_400_in_a_stream_too(live: Live) -> No
     assert whole.json()["error"]["message"] == "logit_bias: token 5000 is not in the vocabulary of 112"
 
 
-def test_conversations_in_turns_read_only_what_is_new(live: Live) -> None:
-    first, second = ([2 + (start + index * 7) % 100 for index in range(80)] for start in (1, 50))
-    for prompt in (first, second):
-        live.complete(prompt=prompt, max_tokens=4)
-    for prompt in (first, second):
-        usage = live.complete(prompt=[*prompt, 9, 8], max_tokens=4).json()["usage"]
-        assert usage["prompt_tokens_details"]["cached_tokens"] >= len(prompt)
+def test_conversations_in_turns_read_only_what_is_new(live: Live, engine: Engine) -> None:
+    """Two of the three begin alike."""
+    alike, first, second, third = ([2 + (start * 31 + at * 7) % 100 for at in range(60)] for start in range(4))
+    prompts, read_before = [alike + first, second, alike + third], [0, 0, len(alike)]
+    for _ in range(3):
+        for index, prompt in enumerate(prompts):
+            answer = live.complete(prompt=prompt, max_tokens=8).json()
+            expected = engine.generate(prompt, max_tokens=8, policy="plain")
+            assert answer["choices"][0]["text"] == expected.text
+            # The last generated token was fed only if the draft had it.
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= read_before[index]
+            read_before[index] = len(prompt) + len(expected.tokens) - 1
+            prompts[index] = [*prompt, *expected.tokens, 9, 8, 7]
 
 
 def test_metrics_count(live: Live) -> None:
@@ -308,12 +315,9 @@ def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
         for wrong in ("wrong-key", key + "x", key[:-1], "é"):
             sent = httpx.get(f"{live.url}/v1/models", headers={"Authorization": f"Bearer {wrong}".encode()})
             assert sent.status_code == 401
-        with openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0) as client:
+        with connected(live, key) as client:
             assert chat(client, max_tokens=2).choices
-        with (
-            openai.OpenAI(base_url=f"{live.url}/v1", api_key="other", max_retries=0) as client,
-            pytest.raises(openai.AuthenticationError),
-        ):
+        with connected(live, "other") as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
         preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         url, ours = f"{live.url}/v1/chat/completions", {"Origin": "https://example.org"}
@@ -332,7 +336,6 @@ def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"host": "example.org"}, "needs a key"),
         ({"api_key": "short"}, "api-key: give at least 8"),
         ({"api_key": "with a space"}, "api-key"),
         ({"port": 70000}, "port: 70000 is out of range"),
@@ -351,10 +354,7 @@ def test_settings_that_are_refused(options: dict[str, Any], message: str) -> Non
 def tool_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     folder = make_folder(tmp_path_factory.mktemp("models") / "tools", context=2048)
     (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    with (
-        serving(loader(folder, kind=Scripted)) as live,
-        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with serving(loader(folder, kind=Scripted)) as live, connected(live) as client:
         yield client
 
 
@@ -400,11 +400,6 @@ def test_tool_calls_in_a_stream(tool_client: openai.OpenAI, monkeypatch: pytest.
 
 
 def test_what_is_no_call_stays_text(tool_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = "<tool_call>{not json}</tool_call> and so"
-    say(monkeypatch, broken)
-    answer = chat(tool_client, tools=[TOOL]).choices[0]
-    assert (answer.message.content, answer.finish_reason) == (broken, "stop")
-    assert answer.message.tool_calls is None
     say(monkeypatch, CALL)
     unheard = chat(tool_client, tools=[TOOL], tool_choice="none").choices[0]
     assert (unheard.message.content, unheard.message.tool_calls) == (CALL, None)

@@ -10,7 +10,6 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llmcad_mlx import Engine, load
+from llmcad_mlx import load
 from tests.support.command_line import start
 
 REQUESTS, CLIENTS = 200, 20
@@ -28,13 +27,8 @@ REQUESTS, CLIENTS = 200, 20
 pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
-@dataclass(frozen=True)
-class Running:
-    url: str
-    process: subprocess.Popen[Any]
-
-
-def served(folder: Path, *arguments: str) -> Running:
+def served(folder: Path, *arguments: str) -> tuple[str, subprocess.Popen[Any]]:
+    """A server's address and its process."""
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
     process: subprocess.Popen[Any] = start(
         "serve", "--target", folder, "--port", "0", *arguments, stderr=subprocess.PIPE, text=True, env=environment
@@ -42,15 +36,15 @@ def served(folder: Path, *arguments: str) -> Running:
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("serving endless at http://127.0.0.1:"), process.communicate()
-    return Running(line.split()[3], process)
+    return line.split()[3], process
 
 
 @pytest.fixture(scope="module")
-def running(endless: Path) -> Iterator[Running]:
-    server = served(endless, "--draft", "ngram")
-    yield server
-    server.process.kill()
-    server.process.communicate()
+def url(endless: Path) -> Iterator[str]:
+    url, process = served(endless, "--draft", "ngram")
+    yield url
+    process.kill()
+    process.communicate()
 
 
 def wanted(number: int) -> dict[str, Any]:
@@ -89,43 +83,36 @@ def answers(url: str, numbers: range) -> tuple[dict[int, str], float]:
         texts = [*pool.map(partial(answer, client), numbers)]
         lines = client.get("/metrics").text.splitlines()
     resident = next(line for line in lines if line.startswith("llmcad_mlx_resident_memory_bytes"))
-    return {n: text for n, text in zip(numbers, texts, strict=True) if text is not None}, float(
-        resident.split()[1]
-    )
+    answered = {number: text for number, text in zip(numbers, texts, strict=True) if text is not None}
+    return answered, float(resident.split()[1])
 
 
-@pytest.fixture(scope="module")
-def reference(endless: Path) -> Iterator[Engine]:
-    with load(endless, None) as engine:
-        yield engine
-
-
-def test_two_hundred_requests_of_twenty_clients(running: Running, reference: Engine) -> None:
-    first, resident_early = answers(running.url, range(CLIENTS))
-    later, resident_late = answers(running.url, range(CLIENTS, REQUESTS))
+def test_two_hundred_requests_of_twenty_clients(url: str, endless: Path) -> None:
+    first, resident_early = answers(url, range(CLIENTS))
+    later, resident_late = answers(url, range(CLIENTS, REQUESTS))
     texts = first | later
     assert len(texts) < REQUESTS * 0.9
     assert set(range(REQUESTS)) - set(texts) <= set(range(0, REQUESTS, 3))
-    for number, text in texts.items():
-        options = wanted(number)
-        alone = reference.generate(options.pop("prompt"), policy="plain", **options)
-        assert text == alone.text, f"request {number} got another one's answer"
+    with load(endless, None) as reference:
+        for number, text in texts.items():
+            alone = reference.generate(policy="plain", **wanted(number))
+            assert text == alone.text, f"request {number} got another one's answer"
     assert resident_late <= resident_early * 1.05
-    assert "llmcad_mlx_requests_waiting 0" in httpx.get(f"{running.url}/metrics").text
+    assert "llmcad_mlx_requests_waiting 0" in httpx.get(f"{url}/metrics").text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_order(endless: Path, number: int) -> None:
-    server = served(endless, "--draft", "none")
+    url, process = served(endless, "--draft", "none")
     body = {"prompt": "the", "max_tokens": 4000, "stream": True, "policy": "plain"}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         first = next(line for line in lines if line.startswith("data: "))
         assert '"text"' in first
-        server.process.send_signal(number)
+        process.send_signal(number)
         rest = [line for line in lines if line.startswith("data: ")]
-    said, complained = server.process.communicate(timeout=60)
-    assert server.process.returncode == 0
+    said, complained = process.communicate(timeout=60)
+    assert process.returncode == 0
     assert "shutting_down" in rest[-2]
     assert rest[-1] == "data: [DONE]"
     assert said == "stopped; 1 running and 0 waiting requests were ended\n"

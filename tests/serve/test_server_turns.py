@@ -34,10 +34,8 @@ class Gates:
 
 
 @pytest.fixture
-def gates() -> Iterator[Gates]:
-    gates = Gates()
-    yield gates
-    gates.open.set()  # nothing waits for a test that has failed
+def gates() -> Gates:
+    return Gates()
 
 
 def gated(folder: Path, gates: Gates) -> Callable[[], Engine]:
@@ -77,7 +75,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 def live(endless: Path, gates: Gates) -> Iterator[Live]:
     with serving(gated(endless, gates), max_queue=4, keepalive_s=0.05) as server:
         yield server
-        gates.open.set()
+        gates.open.set()  # nothing waits for a test that has failed
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -122,17 +120,14 @@ def test_clients_take_turns_and_a_full_queue_is_a_429(
     assert [prompt[0] for prompt in gates.prompts] == [10, 11, 14, 15, 12]
 
 
-def counted(live: Live, status: int) -> float:
-    return live.metric("requests_total", path="/v1/completions", status=str(status))
-
-
 @pytest.mark.parametrize("hold_prompt", [False, True], ids=["decoding", "reading a long prompt"])
 def test_a_vanished_streams_generation_ends_with_its_round(live: Live, gates: Gates, hold_prompt: bool) -> None:
     gates.hold_prompt = hold_prompt
     prompt = [5, 6, 7] * (1000 if hold_prompt else 1)
     with streaming(live, "/v1/completions", prompt=prompt, max_tokens=200, policy="plain"):
         until(lambda: (gates.prompt_steps if hold_prompt else gates.rounds) == 1)
-    until(lambda: counted(live, 200) == 1)  # the server has noticed
+    # The server has noticed.
+    until(lambda: live.metric("requests_total", path="/v1/completions", status="200") == 1)
     gates.open.set()
     queued(live, "running", 0)
     assert gates.rounds == int(not hold_prompt)
@@ -143,7 +138,7 @@ def test_a_vanished_streams_generation_ends_with_its_round(live: Live, gates: Ga
 def test_a_vanished_request_without_a_stream_ends_too(live: Live, gates: Gates) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{live.url}/v1/completions", json={"prompt": "the", "policy": "plain"}, timeout=0.5)
-    until(lambda: counted(live, 499) == 1)
+    until(lambda: live.metric("requests_total", path="/v1/completions", status="499") == 1)
     gates.open.set()
     queued(live, "running", 0)
     assert gates.rounds == 1
@@ -164,22 +159,17 @@ def test_who_leaves_the_queue_frees_a_place(live: Live, gates: Gates, threads: T
 
 def test_the_end_tells_everybody(endless: Path, gates: Gates, threads: ThreadPoolExecutor) -> None:
     with serving(gated(endless, gates)) as live:
-        first = threads.submit(_streamed, live)
+        first = ask(threads, live, 10, "first", stream=True)
         queued(live, "running", 1)
         second = ask(threads, live, 11, "a")
         queued(live, "waiting", 1)
         live.server.stop()
         assert second.result().status_code == 503
         assert second.result().json()["error"]["code"] == "shutting_down"
-        *_, last = first.result()  # told at once, whatever its round takes
+        *_, last = events(first.result())  # told at once, whatever its round takes
         assert last["error"]["message"] == "the server is shutting down"
         gates.open.set()
     assert gates.rounds == 1
-
-
-def _streamed(live: Live) -> list[Any]:
-    with streaming(live, "/v1/completions", max_tokens=200, policy="plain") as response:
-        return events(response)
 
 
 def test_an_internal_error_tells_no_secrets(live: Live, gates: Gates, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,10 +7,6 @@ import errno
 import io
 import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +26,6 @@ from tests.support.architecture_configs import build, config_of
 from tests.support.hub_stand_in import HubStandIn
 from tests.support.tiny_folder import change_config, copy_folder, make_folder, poison, write_bundle, write_folder
 from tests.support.tiny_gguf import write_tiny_gguf
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -309,44 +303,6 @@ def test_a_failed_write_leaves_nothing_behind(
     with pytest.raises(expected, match=advice):
         convert_folder(stock, tmp_path / "out")
     assert left_over(tmp_path) == []
-
-
-KILLED_HALF_WAY = """
-import sys, time
-from pathlib import Path
-from typing import Any
-from llmcad_mlx.store import convert
-real, calls = convert._write_array, iter(range(1000))
-def write(*arguments):
-    if next(calls) == 10:
-        print("half-way", flush=True)
-        time.sleep(600)
-    real(*arguments)
-convert._write_array = write
-convert.convert_folder(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
-def test_a_killed_conversion_leaves_no_destination_and_the_next_one_cleans_up(stock: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED_HALF_WAY, str(stock), str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "half-way\n"
-        (unfinished,) = tmp_path.iterdir()
-        assert unfinished.name.startswith(f".out.partial-{process.pid}-")
-        convert_folder(stock, tmp_path / "other")  # of another name: leaves it alone
-        with files.new_folder(out, 0) as folder:  # of the same name: it lives, so it stays
-            assert unfinished.exists()
-            assert folder != unfinished
-        shutil.rmtree(out)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert unfinished.exists()
-    assert not out.exists()
-    convert_folder(stock, out)
-    assert left_over(tmp_path) == ["other", "out"]
-    assert verify_bundle(out) is not None
 
 
 def test_of_two_conversions_to_one_destination_the_first_wins(tmp_path: Path) -> None:

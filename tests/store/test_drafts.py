@@ -41,7 +41,6 @@ def target(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def eight(folder: Path, tmp_path: Path) -> Path:
-    """The target in 8 bits."""
     convert_folder(folder, tmp_path / "eight", 8, 32)
     return tmp_path / "eight"
 

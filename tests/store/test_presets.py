@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
-from llmcad_mlx.errors import ModelError
-from llmcad_mlx.store.presets import FileSource, Mirror, PackagedSource, RepoSource, get_preset, list_presets
+from llmcad_mlx.store.presets import FileSource, Mirror, PackagedSource, RepoSource, list_presets
 
 
 def test_packaged_presets_are_whole() -> None:
@@ -27,11 +24,6 @@ def test_a_macs_system_gets_the_rest_of_its_memory() -> None:
         found = re.fullmatch(r"a Mac with (\d+) GB", preset.machine)
         assert found is not None
         assert 0.5 < preset.memory_bytes / (int(found[1]) * 1e9) < 0.7
-
-
-def test_unknown_preset_names_those_there_are() -> None:
-    with pytest.raises(ModelError, match=r"nope: no such preset; there are smollm2-135m, qwen"):
-        get_preset("nope")
 
 
 def test_an_entry_is_part_of_a_files_name_an_address_or_an_argument_of_pip() -> None:

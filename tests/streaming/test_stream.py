@@ -7,9 +7,10 @@ import hashlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -25,7 +26,7 @@ from llmcad_mlx.streaming.modules import OnDemandFeed, RowReader, SequentialFeed
 from llmcad_mlx.streaming.storage import Storage
 from llmcad_mlx.streaming.stream import Outlook, Read, ReadAhead, Unit, WeightStream
 from llmcad_mlx.streaming.weights import Matrix, StoredParameter
-from tests.support.faulty_storage import MemoryStorage, SlowRead, read_error, wrong_bytes
+from tests.support.faults import Interrupting, MemoryStorage, SlowRead, read_error, wrong_bytes
 from tests.support.simulated_stream import SimulatedClock, SimulatedStream
 
 A, B = Path("a.bin"), Path("b.bin")
@@ -374,56 +375,30 @@ def test_background_work_is_done_while_a_unit_is_not_there() -> None:
     assert len(offered) == 4  # only inside the block
 
 
-def test_an_error_in_the_background_leaves_the_feed_usable() -> None:
-    feed, stream = simulated()
-    with pytest.raises(ZeroDivisionError), feed.working(lambda seconds: 1 // 0 > 0):
-        feed.take(0)
-    one_pass(feed, stream)
-    one_pass(feed, stream)
-
-
-class Interrupting:
-    """Lets the n-th call that is counted here be interrupted, before or after it does its work."""
-
-    def __init__(self, number: int, before: bool) -> None:
-        self.left, self.before = number, before
-
-    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(*arguments: Any) -> Any:
-            self.left -= 1
-            if self.left == 0 and self.before:
-                raise KeyboardInterrupt
-            result = call(*arguments)
-            if self.left == 0:
-                raise KeyboardInterrupt
-            return result
-
-        return counting
-
-
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 90), st.booleans())
 def test_an_interruption_anywhere_does_not_misplace_a_layer(
-    num_units: int, num_buffers: int, number: int, before: bool
+    num_units: int, num_buffers: int, number: int, after: bool
 ) -> None:
-    """A signal may come between any two steps; the next pass has the right weights, and all the buffers."""
+    """A signal may come between any two steps, or an error in the background; the next pass has the right
+    weights, and all the buffers."""
     feed, stream = simulated(num_units, num_buffers)
-    interrupting = Interrupting(number, before)
-    real = {name: getattr(stream, name) for name in ("ready", "outlook", "wait", "release", "restart")}
-    for name, call in real.items():
-        setattr(stream, name, interrupting.around(call))
-    clock, feed._clock = feed._clock, interrupting.around(feed._clock)
-    with contextlib.suppress(KeyboardInterrupt):
-        for _ in range(3):
-            with feed.working(lambda seconds: False):
-                for unit in range(num_units):
-                    feed.take(unit)
-                    try:
-                        stream.clock.now += 0.3
-                    finally:
-                        feed.give_back()
-    for name, call in real.items():
-        setattr(stream, name, call)
-    feed._clock = clock
+    interrupting, background = Interrupting(number, after), SimpleNamespace(step=lambda seconds: False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ready", "outlook", "wait", "release", "restart"):
+            patch.setattr(stream, name, getattr(stream, name))  # to be put back
+            interrupting.around(stream, name)
+        patch.setattr(feed, "_clock", feed._clock)
+        interrupting.around(feed, "_clock")
+        interrupting.around(background, "step")
+        with contextlib.suppress(KeyboardInterrupt):
+            for _ in range(3):
+                with feed.working(background.step):
+                    for unit in range(num_units):
+                        feed.take(unit)
+                        try:
+                            stream.clock.now += 0.3
+                        finally:
+                            feed.give_back()
     for _ in range(3):
         one_pass(feed, stream, num_units)
     taken = [one.unit for one in stream.taken][-3 * num_units :]

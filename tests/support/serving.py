@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,21 +114,10 @@ class Scripted(Engine):
     def stream_generate(self, prompt: Any, *callbacks: Any, options: Any) -> Iterator[Response]:
         tokens = self.tokenizer.encode(self.script, add_special_tokens=False)
         (eos, *_) = self.tokenizer.eos_token_ids
-        said: Sequence[int] = [*tokens, eos]
-        sampling = replace(options.sampling, logits_processors=(_Says(said),))
+        wanted = iter([*tokens, eos])
+
+        def only_the_next(_: mx.array, logits: mx.array) -> mx.array:
+            return mx.where(mx.arange(logits.shape[-1]) == next(wanted), logits, -mx.inf)
+
+        sampling = replace(options.sampling, logits_processors=(only_the_next,))
         return super().stream_generate(prompt, *callbacks, options=replace(options, sampling=sampling))
-
-
-class _Says:
-    """A logits processor that lets one token through at a time."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens = iter(tokens)
-
-    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        return mx.where(mx.arange(logits.shape[-1]) == next(self._tokens), logits, -mx.inf)
-
-
-def without(mapping: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A copy without some keys."""
-    return {key: value for key, value in mapping.items() if key not in names}

@@ -1,10 +1,11 @@
-"""A storage for tests: bytes in memory, which goes wrong at chosen reads."""
+"""What goes wrong at a chosen moment: a storage of bytes in memory at some reads, a call that is interrupted."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from llmcad_mlx.errors import StorageError
 
@@ -54,3 +55,24 @@ class SlowRead:
     def __call__(self, file: Path, out: memoryview) -> None:
         self.begun.set()
         assert self.go.wait(30)
+
+
+class Interrupting:
+    """Counts the calls of the methods it is put around and interrupts the n-th, before or after its work."""
+
+    def __init__(self, call: int, after: bool) -> None:
+        self.left, self.after = call, after
+
+    def around(self, owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left == 0 and not self.after:
+                raise KeyboardInterrupt
+            result = inner(*args, **kwargs)
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return result
+
+        setattr(owner, name, counting)

@@ -67,6 +67,7 @@ class ServerSettings:
 def is_loopback(host: str) -> bool:
     """Whether only this machine has the address or name."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
-        return False
+        return host == "localhost"

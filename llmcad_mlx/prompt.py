@@ -12,6 +12,20 @@ from llmcad_mlx.errors import UsageError, first_line
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
+_NOT_THE_TEMPLATES = {
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask",
+}  # fmt: skip
+
+
+def check_template_options(option: str, variables: Mapping[str, Any]) -> None:
+    """Raise UsageError for a variable of chat templates that is none, but says what to do with the template."""
+    for name in variables:
+        if name in _NOT_THE_TEMPLATES:
+            raise UsageError(f"{option}.{name}: is not a variable of the chat template; leave it out")
+
+
 def encode_prompt(
     prompt: Prompt,
     tokenizer: Any,

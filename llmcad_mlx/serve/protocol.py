@@ -31,7 +31,7 @@ from pydantic_core import ErrorDetails, PydanticKnownError, from_json
 from starlette.responses import JSONResponse
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.prompt import Prompt, template_message
+from llmcad_mlx.prompt import Prompt, check_template_options, template_message
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.settings import GenerationOptions, PolicyName
 
@@ -320,11 +320,6 @@ _ENGINE_OPTIONS = {
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "stop", "seed", "policy", "tree_nodes",
 }  # fmt: skip
-_TEMPLATE_ARGUMENTS = {
-    "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
-    "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask",
-}  # fmt: skip
 
 
 class RequestReader:
@@ -343,11 +338,11 @@ class RequestReader:
         if asked.top_logprobs and not asked.logprobs:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
         effort = {} if asked.reasoning_effort is None else {"reasoning_effort": asked.reasoning_effort}
-        template_options = effort | (asked.chat_template_kwargs or {})
-        for name in template_options:
-            if name in _TEMPLATE_ARGUMENTS:
-                field = f"chat_template_kwargs.{name}"
-                raise bad_request(f"{field}: is not the template's to decide; leave it out", field)
+        own_options = asked.chat_template_kwargs or {}
+        try:
+            check_template_options("chat_template_kwargs", own_options)
+        except UsageError as error:
+            raise bad_request(str(error), str(error).partition(":")[0]) from None
         tools = asked.tools if asked.tool_choice != "none" else None
         return self._request(
             asked,
@@ -355,7 +350,7 @@ class RequestReader:
             kind="chat",
             prompt=[_template_message(message, f"messages[{i}]") for i, message in enumerate(asked.messages)],
             tools=[_template_tool(tool) for tool in tools] if tools else None,
-            template_options=template_options,
+            template_options={**self._settings.template_options, **effort, **own_options},
             one_call=asked.parallel_tool_calls is False,
             top_logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
         )

@@ -25,7 +25,8 @@ TEMPLATE = (
     "{{ message.content }}"
     "{% for call in message.tool_calls or [] %}{% set tool_call = call.function %}<tool_call>"
     '{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}</tool_call>'
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if reasoning_effort %}effort {{ reasoning_effort }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if spoken != 5 %}six{% endif %}{% if reasoning_effort %}effort {{ reasoning_effort }}{% endif %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if opened %}<think>\n{% elif not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
@@ -56,7 +57,7 @@ def thinking_folder(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = thinking_folder(tmp_path_factory.mktemp("models") / "thinker")
-    with serving(loader(folder, kind=Scripted), max_tokens=300) as server:
+    with serving(loader(folder, kind=Scripted), max_tokens=300, template_options={"spoken": 5}) as server:
         yield server
 
 
@@ -146,6 +147,7 @@ def test_variables_of_the_template(live: Live, say: Any) -> None:
     assert tokens(chat_template_kwargs={"enable_thinking": False}) == plain + len("TnnTnn")
     assert tokens(chat_template_kwargs={"unknown": [1, {"a": None}]}) == plain
     assert tokens(chat_template_kwargs=None, reasoning_effort=None) == plain
+    assert tokens(chat_template_kwargs={"spoken": 6}) == plain + len("six")
     assert tokens(reasoning_effort="low") == plain + len("effort low")
     assert tokens(messages=[*CHAT, {"role": "assistant", "content": "a"}, *CHAT]) + len("TtT") == tokens(
         messages=[*CHAT, {"role": "assistant", "content": "a", "reasoning": "t"}, *CHAT]

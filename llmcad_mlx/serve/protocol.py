@@ -112,16 +112,17 @@ def _not_zero(value: int) -> int:
 
 
 _Exactly = WrapValidator(_same_type)
-_Int = Annotated[int, BeforeValidator(_whole)]
-_One = Annotated[Literal[1], _Exactly, BeforeValidator(_whole)]
+_Whole = BeforeValidator(_whole)
+_One = Annotated[Literal[1], _Exactly, _Whole]
 _Text = Annotated[str, Field(min_length=1, max_length=1000)]
-_Token = Annotated[_Int, Field(ge=0, le=_MAX_TOKEN)]
+_Token = Annotated[int, Field(ge=0, le=_MAX_TOKEN), _Whole]
+_PromptText = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[_Token], Field(fail_fast=True, min_length=1)]
 _TokenText = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 _Bias = Annotated[float, Field(ge=-1000, le=1000)]
 _Penalty = Annotated[float, Field(ge=-100, le=100)]
-_Limit = Annotated[_Int, Field(ge=-1), AfterValidator(_not_zero)]
-_NumLogprobs = Annotated[_Int, Field(ge=0, le=_MAX_TOP_LOGPROBS)]
+_Limit = Annotated[int, Field(ge=-1), AfterValidator(_not_zero), _Whole]
+_NumLogprobs = Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS), _Whole]
 _Hint = Annotated[dict[str, Any] | None, Field(description=_IGNORED)]
 _Label = Annotated[str | None, Field(description=_IGNORED)]
 
@@ -223,7 +224,7 @@ class _Request(_Record):
     )
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy.")
     top_p: float | None = Field(None, ge=0, le=1, description="Nucleus sampling; 1 is off, 0 is greedy.")
-    top_k: Annotated[_Int, Field(ge=-1, le=_MAX_TOKEN)] | None = Field(
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_TOKEN), _Whole] | None = Field(
         None, description="Sample from the k most likely tokens; 0 and -1 are off."
     )
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability beside the best's; 0 is off.")
@@ -238,11 +239,11 @@ class _Request(_Record):
     stop: _Text | Annotated[list[_Text], Field(fail_fast=True, max_length=16)] | None = Field(
         None, description="Ends the text before one of these."
     )
-    seed: Annotated[_Int, Field(ge=-(2**63), le=2**64 - 1)] | None = Field(
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1), _Whole] | None = Field(
         None, description="Same seed, same text; drawn at random when left out."
     )
     policy: PolicyName | None = Field(None, description="How the draft is used; changes speed, not text.")
-    tree_nodes: Annotated[_Int, Field(ge=1, le=4096)] | None = Field(
+    tree_nodes: Annotated[int, Field(ge=1, le=4096), _Whole] | None = Field(
         None, description="Nodes per target pass, root included."
     )
     speculation: bool | Speculation | None = Field(
@@ -285,10 +286,10 @@ class ChatRequest(_Request):
 
 class CompletionRequest(_Request):
     prompt: (
-        str
+        _PromptText
         | _Ids
-        | Annotated[list[str], Field(fail_fast=True, min_length=1)]
-        | Annotated[list[_Ids], Field(fail_fast=True, min_length=1)]
+        | Annotated[list[_PromptText], Field(fail_fast=True, min_length=1, json_schema_extra={"maxItems": 1})]
+        | Annotated[list[_Ids], Field(fail_fast=True, min_length=1, json_schema_extra={"maxItems": 1})]
     ) = Field(description="Text, or token ids; also as the only one of a list.")
     logprobs: _NumLogprobs | None = Field(None, description="Log probabilities of so many likeliest tokens.")
     echo: Annotated[Literal[False], _Exactly] | None = Field(None, description="The prompt is not repeated.")
@@ -460,7 +461,8 @@ def _refusal(error: ValidationError, body: Any) -> ApiError:
     # Each form that a field may have complains: one that was meant, about more than the type of the whole.
     of_field = [(inner, problem) for inner, problem in problems if inner[: len(path)] == path]
     meant = [found for found in of_field if found[0] != path or not found[1]["type"].endswith("_type")]
-    chosen = [max(meant, key=lambda found: len(found[0]))] if meant else of_field
+    depth = [(len(inner), not problem["type"].endswith("_type")) for inner, problem in meant]
+    chosen = [meant[depth.index(max(depth))]] if meant else of_field
     path, _ = chosen[0]
     where = "".join(f"[{step}]" if isinstance(step, int) else f".{_cut(step)}" for step in path).lstrip(".")
     wording = _wording([problem for _, problem in chosen])

@@ -316,8 +316,11 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = {404: "there is nothing here; see /openapi.json", 405: "this method is not allowed here"}
     message = told.get(error.status_code, error.detail)
-    if error.status_code == 404 and (near := get_close_matches(request.scope["path"], _NEAR, 1, _LIKE)):
-        message = f"there is nothing here; try {_NEAR[near[0]]}, or see /openapi.json"
+    if error.status_code == 404:
+        path = request.scope["path"].rstrip("/")
+        near = [known for known in _NEAR if path.endswith(known.removeprefix("/v1"))]
+        near = near or get_close_matches(path, _NEAR, 1, _LIKE)
+        message = f"there is nothing here; try {_NEAR[near[0]]}, or see /openapi.json" if near else message
     return error_response(ApiError(error.status_code, message, headers=error.headers))
 
 

@@ -293,6 +293,7 @@ def test_unknown_places(live: Live) -> None:
         ("/v1/v1/chat/completions", "/v1/chat/completions"),
         ("/v1/chat/completion", "/v1/chat/completions"),
         ("/v1/engines/tiny/completions", "/v1/completions"),
+        ("/openai/deployments/tiny/chat/completions/", "/v1/chat/completions"),
         ("/v1/responses", "/v1/chat/completions"),
         ("/api/tags", "/v1/models"),
     ):

@@ -12,6 +12,7 @@ from llmcad_mlx.errors import UsageError, first_line
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
+_NEEDED = 'every message needs a "role" and a "content"'
 _NOT_THE_TEMPLATES = {
     "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
     "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "return_tensors", "return_dict",
@@ -82,7 +83,10 @@ def _encode_text(text: str, tokenizer: Any, special: bool) -> list[int]:
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, options: Mapping[str, Any]) -> list[int]:
-    messages = [template_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    try:
+        messages = [template_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    except UsageError as error:
+        raise UsageError(f"prompt: {error}") from None
     if not tokenizer.has_chat_template:
         raise UsageError("prompt: this model has no chat template; give the prompt as text")
     try:
@@ -101,12 +105,12 @@ def template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     made = {name: value for name, value in message.items() if value is not None}
     if not isinstance(made.get("role"), str):
-        raise UsageError(f'{where}.role: give "system", "user" or "assistant"')
+        raise UsageError(f'{where}.role: give "system", "user" or "assistant"; {_NEEDED}')
     calls = made.get("tool_calls")
     if calls and made["role"] != "assistant":
         raise UsageError(f"{where}.tool_calls: only the assistant calls tools")
     if "content" not in made and made["role"] != "assistant":
-        raise UsageError(f"{where}.content: is missing")
+        raise UsageError(f"{where}.content: is missing; {_NEEDED}")
     if "reasoning" in made:
         made.setdefault("reasoning_content", made.pop("reasoning"))
     made["content"] = _content_text(made.get("content", ""), f"{where}.content")

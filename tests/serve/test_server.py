@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -385,6 +386,15 @@ def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
         assert "access-control-allow-origin" not in other.headers
         document = httpx.get(f"{live.url}/openapi.json", headers={"Authorization": f"Bearer {key}"}).json()
         assert document["security"] == [{"key": []}]
+
+
+def test_localhost_is_every_family_that_it_has(folder: Path) -> None:
+    with serving(loader(folder), host="localhost") as live:
+        assert live.url.startswith("http://localhost:")
+        port = live.url.rpartition(":")[2]
+        for *_, address in socket.getaddrinfo("localhost", int(port), type=socket.SOCK_STREAM):
+            name = f"[{address[0]}]" if ":" in str(address[0]) else address[0]
+            assert httpx.get(f"http://{name}:{port}/health").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,9 @@ def _encode_text(text: str, tokenizer: Any, special: bool) -> list[int]:
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, options: Mapping[str, Any]) -> list[int]:
-    try:
-        messages = [template_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
-    except UsageError as error:
-        raise UsageError(f"prompt: {error}") from None
+    messages = [
+        template_message(message, f"prompt: messages[{number}]") for number, message in enumerate(messages)
+    ]
     if not tokenizer.has_chat_template:
         raise UsageError("prompt: this model has no chat template; give the prompt as text")
     try:

@@ -3,6 +3,7 @@ shells."""
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import signal
@@ -24,6 +25,7 @@ from llmcad_mlx.cli.models import convert, doctor, pull
 from llmcad_mlx.cli.options import with_options
 from llmcad_mlx.cli.serve import serve
 from llmcad_mlx.errors import LlmcadError, UsageError
+from llmcad_mlx.open_files import allow_open_files
 
 NAME = "llmcad-mlx"
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
@@ -96,6 +98,12 @@ def _root(
 
 
 def main() -> None:
+    allow_open_files()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: else the next file that is opened would be taken for it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - to the end
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is typed is UTF-8 all the same
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
     sys.exit(run(sys.argv[1:]))

@@ -33,6 +33,7 @@ from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.detokenizer import repair_decoder
 from llmcad_mlx.errors import ModelError, VocabularyError, first_line
+from llmcad_mlx.files import user_path
 from llmcad_mlx.files.safetensors import WeightIndex, missing_part, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
 from llmcad_mlx.models.config import completed
@@ -106,7 +107,7 @@ def load_model_folder(
     alone: such a draft gets a made-up embedding where there is no target: to examine or copy it.
     Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(str(path))
     published, weights = read_config(folder), read_weights(folder)
     config = completed(folder, published, weights)
     is_complete = config == published

@@ -106,7 +106,16 @@ def main() -> None:
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is typed is UTF-8 all the same
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # it was told; Python would complain again
+        _drop_output()
+    sys.exit(code)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(argv: list[str]) -> int:
@@ -117,8 +126,7 @@ def run(argv: list[str]) -> int:
     try:
         return _invoke([word for word in argv if word != "--debug"])
     except BrokenPipeError:
-        # The reader went away (`| head`): not an error. Python would complain again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader went away (`| head`): not an error
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv:

@@ -24,9 +24,13 @@ from llmcad_mlx.files import full_disk_error
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time makes a folder; the others wait and find it done. Raises DiskError."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError as error:
         raise full_disk_error(error, folder) from None
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    try:
         yield
+    finally:
+        lock.release()

@@ -93,7 +93,7 @@ def add(a, b):
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernels are for Linux")
 @pytest.mark.parametrize("place", ["beside", "home", "nowhere", "lost", "damaged"])
 def test_kernels_run_wherever_their_code_can_be_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
     """As in an installation of the system's, used by somebody without a home."""
     source, home = tmp_path / "package" / "kernels.py", tmp_path / "home"
@@ -116,6 +116,7 @@ def test_kernels_run_wherever_their_code_can_be_kept(
         return int(module.add(1, 2))
 
     assert added() == 3
+    assert ("set LLMCAD_MLX_HOME to a folder that can be written" in caplog.text) == (place == "nowhere")
     kept = [*(source.parent / "__pycache__").glob("*.nbi"), *home.rglob("*.nbi")]
     assert [file.is_relative_to(home) for file in kept] == {
         "beside": [False],

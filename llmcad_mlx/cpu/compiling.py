@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from functools import cache
 from typing import Any
 
 import numba
@@ -34,12 +36,22 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             dispatcher._cache = _Cache(function)
             return dispatcher
         usual = config.CACHE_DIR
-        with suppress(RuntimeError, UsageError):
-            try:
-                config.CACHE_DIR = str(home_folder() / "kernels")
-                dispatcher._cache = _Cache(function)
-            finally:
-                config.CACHE_DIR = usual
+        try:
+            config.CACHE_DIR = str(home_folder() / "kernels")
+            dispatcher._cache = _Cache(function)
+        except (RuntimeError, UsageError):
+            _tell_that_none_is_kept()
+        finally:
+            config.CACHE_DIR = usual
         return dispatcher
 
     return compiled
+
+
+@cache
+def _tell_that_none_is_kept() -> None:
+    """Once."""
+    logging.getLogger(__name__).warning(
+        "machine code cannot be kept, so each start takes half a minute longer; "
+        "set LLMCAD_MLX_HOME to a folder that can be written"
+    )

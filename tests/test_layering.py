@@ -85,10 +85,10 @@ def test_imports_form_no_circle() -> None:
     assert not graph, f"these modules import each other, or what does: {sorted(graph)}"
 
 
-# Called by libraries, by name: Starlette, uvicorn, markdown-it, mlx-lm's models.
+# Called by libraries, by name: Starlette, uvicorn, markdown-it, mlx-lm's models, numba, Python's import.
 CALLED_BY_LIBRARIES = {
     "render", "send_400_response", "handle_exit", "validateLink", "normalizeLinkText",
-    "make_mask", "maybe_trim_front",
+    "make_mask", "maybe_trim_front", "_guard_against_spurious_io_errors", "MlxLmFinder",
 }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_a_pre_tokenizer_that_is_not_named_is_assumed(
     header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
     if "tokens" in fields:
         header.metadata["tokenizer.ggml.tokens"][-1] = "<|begin_of_text|>"
-    header.metadata |= {"general.architecture": family, f"{family}.context_length": 64}
+    header.metadata.update({"general.architecture": family, f"{family}.context_length": 64})
     header.metadata["tokenizer.ggml.pre"] = fields["pre"]
     if fields["pre"] is None:
         del header.metadata["tokenizer.ggml.pre"]

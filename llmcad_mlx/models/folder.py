@@ -131,7 +131,8 @@ def load_model_folder(
     tokenizer = like.tokenizer if like is not None and theirs else None
     try:
         if has_tokenizer and tokenizer is None:
-            tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
+            with _plain_path(folder) as path:
+                tokenizer = load_tokenizer(path, {"trust_remote_code": False}, config.get("eos_token_id"))
             repair_decoder(tokenizer)
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {first_line(error)}") from error
@@ -150,8 +151,10 @@ def load_model_folder(
 
 @contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-    """Another path to `folder` where its own has characters that mlx-lm takes for a pattern, as in "model[1]"."""
-    if glob.escape(str(folder)) == str(folder):
+    """Another path to `folder` where its own has characters that mlx-lm takes for a pattern, as in "model[1]", or
+    bytes that are not UTF-8, which MLX and tokenizers cannot open."""
+    name = str(folder)
+    if name == glob.escape(name) == name.encode(errors="ignore").decode():
         yield folder
         return
     with tempfile.TemporaryDirectory() as place:

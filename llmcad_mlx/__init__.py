@@ -18,7 +18,7 @@ from llmcad_mlx.errors import (
     UsageError,
     VocabularyError,
 )
-from llmcad_mlx.open_files import MlxLmFinder
+from llmcad_mlx.process import MlxLmFinder
 
 if TYPE_CHECKING:
     from llmcad_mlx.api import Engine, Response

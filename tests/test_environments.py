@@ -14,7 +14,7 @@ import pytest
 
 from llmcad_mlx import UsageError, load
 from llmcad_mlx.files import home_folder
-from llmcad_mlx.open_files import allow_open_files
+from llmcad_mlx.process import prepare_process
 from tests.support.command_line import ENTRY
 
 PROMPT = [{"role": "user", "content": "Straße"}]
@@ -135,11 +135,11 @@ import resource
 kind = resource.RLIMIT_NOFILE
 resource.setrlimit(kind, (300, min(1000, resource.getrlimit(kind)[1])))
 {imports}
-from llmcad_mlx.open_files import allow_open_files
+from llmcad_mlx.process import prepare_process
 print(resource.getrlimit(kind)[0], resource.getrlimit(kind)[1] <= 1000)
 resource.setrlimit(kind, (400, resource.getrlimit(kind)[1]))
 print(resource.getrlimit(kind)[0])
-allow_open_files()
+prepare_process()
 print(resource.getrlimit(kind)[0] == resource.getrlimit(kind)[1])
 """
 
@@ -166,7 +166,7 @@ def test_the_program_takes_what_it_may(
     monkeypatch.setattr("resource.getrlimit", lambda _: limits)
     monkeypatch.setattr("resource.setrlimit", lambda _, limits: taken.append(limits))
     monkeypatch.setattr("resource.RLIM_INFINITY", -1)
-    allow_open_files()
+    prepare_process()
     assert taken == ([] if expected is None else [expected])
 
 
@@ -191,6 +191,11 @@ def test_bytes_that_are_no_text_are_told(folder: Path) -> None:
     words = f"--target '{folder}' --draft none -m 4"
     done = run(f"printf 'caf\\xe9' | $MAIN generate - {words}", env={"LC_ALL": "C"})
     assert (done.returncode, done.stderr) == (2, b"error: prompt: is not UTF-8 text\n")
+
+
+def test_a_temporary_folder_that_is_not_there(folder: Path) -> None:
+    words = f"--target '{folder}' --draft none -m 4"
+    assert run(f"$MAIN generate hi {words}", env={"TMPDIR": "/nowhere"}).returncode == 0
 
 
 # Streams

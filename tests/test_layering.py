@@ -17,7 +17,7 @@ PACKAGE = Path(llmcad_mlx.__file__).parent
 
 # Bottom to top; the parts of one layer do not import each other. A part is a folder, or a module at the root.
 LAYERS = [
-    {"errors", "machine", "network", "open_files"},
+    {"errors", "machine", "network", "process"},
     {"sizes"},
     {"settings", "results", "prompt", "detokenizer", "progress", "tree", "files"},
     {"policy", "sampling", "models"},

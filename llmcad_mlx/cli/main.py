@@ -25,7 +25,7 @@ from llmcad_mlx.cli.models import convert, doctor, pull
 from llmcad_mlx.cli.options import with_options
 from llmcad_mlx.cli.serve import serve
 from llmcad_mlx.errors import LlmcadError, UsageError
-from llmcad_mlx.open_files import allow_open_files
+from llmcad_mlx.process import prepare_process
 
 NAME = "llmcad-mlx"
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
@@ -98,7 +98,7 @@ def _root(
 
 
 def main() -> None:
-    allow_open_files()
+    prepare_process()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed: else the next file that is opened would be taken for it
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - to the end

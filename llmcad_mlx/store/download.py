@@ -201,7 +201,10 @@ def _with_or_without_token(
 ) -> Found:
     """`fetch` with the user's token (None), and again without (False) where the hub refuses that: public files
     need none, yet with a token that has expired they are refused, too. Raises as `_hub_errors`."""
-    token = build_hf_headers().get("authorization")
+    try:
+        token: str | None = build_hf_headers().get("authorization")
+    except OSError:
+        token = ""  # in a file that this user may not read
     with _hub_errors(what, remedy):
         try:
             if token is None or _HEADER_TEXT.fullmatch(token):

@@ -203,6 +203,14 @@ def test_what_is_public_needs_no_token(
     assert capsys.readouterr().err.count("the hub refuses the token of HF_TOKEN or `hf auth login`; trying") == 2
 
 
+def test_a_token_that_cannot_be_read_is_none(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path))  # a folder, so reading fails
+    assert download.fetch_file(source(), QUIET).read_bytes() == CONTENT
+
+
 def test_a_token_is_said_to_be_bad_and_the_mirror_needs_none(
     hub: HubStandIn, mirrored: FileSource, fetched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

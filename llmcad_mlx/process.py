@@ -1,9 +1,12 @@
-"""How many files this process may have open: mlx-lm sets a limit of its own when it is imported, and must not."""
+"""What this process may have of the system. A library takes what it finds; mlx-lm, when imported, does not."""
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
@@ -45,10 +48,13 @@ class _Loader(SourceFileLoader):
             resource.setrlimit = set_limit
 
 
-def allow_open_files() -> None:
-    """Have as many open as a large model takes, where the system allows it. For programs, not for libraries."""
+def prepare_process() -> None:
+    """For a program of its own: as many open files as a large model takes, where the system allows it, and a
+    folder for temporary files that can be used: MLX fails where TMPDIR names another."""
     import resource
 
+    with suppress(OSError):  # no folder can be
+        os.environ["TMPDIR"] = tempfile.gettempdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED if hard == resource.RLIM_INFINITY else min(_WANTED, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

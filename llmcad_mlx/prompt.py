@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -25,6 +26,15 @@ def check_template_options(option: str, variables: Mapping[str, Any]) -> None:
     for name in variables:
         if name in _NOT_THE_TEMPLATES:
             raise UsageError(f"{option}.{name}: is not a variable of the chat template; leave it out")
+
+
+def typed_text(text: str, option: str) -> str:
+    """What was typed, on a command line or a terminal. It is UTF-8 in every locale, also where Python could not
+    read it so. Raises UsageError beginning with `option` for other bytes."""
+    try:
+        return os.fsencode(text).decode("utf-8") if any("\ud800" <= c <= "\udfff" for c in text) else text
+    except UnicodeError:
+        raise UsageError(f"{option}: is not UTF-8 text") from None
 
 
 def encode_prompt(

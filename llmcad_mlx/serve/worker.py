@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from itertools import dropwhile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from llmcad_mlx.conversations.snapshot import Snapshot
 from llmcad_mlx.engine.round import Round
 from llmcad_mlx.engine.session import common_prefix
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.files import user_path
 from llmcad_mlx.machine import peak_rss_bytes, physical_memory_bytes
 from llmcad_mlx.report import Answer
 from llmcad_mlx.serve import ServerSettings
@@ -308,6 +308,6 @@ def public_name(name: str | None) -> str:
     if name is None:
         return DEFAULT_PRESET
     head, colon, rest = name.rpartition(":")
-    path = Path(rest).expanduser()
+    path = user_path(rest)
     is_local = path.is_absolute() or rest.startswith(("~", ".")) or path.exists()
     return f"{head}{colon}{path.resolve().name or 'model'}" if is_local else name

@@ -14,10 +14,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
-from llmcad_mlx.files import check_destination, read_object
+from llmcad_mlx.files import check_destination, home_folder, read_object, user_path
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.progress import Progress, progress_for
-from llmcad_mlx.store import home_folder, locked
+from llmcad_mlx.store import locked
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.copies import DerivedDraft
 from llmcad_mlx.store.download import fetch_file, fetch_hub_repo
@@ -128,7 +128,7 @@ def resolve_draft(spec: str, show_progress: bool = False) -> Path:
 
     A preset means its draft model, or its target when it has none.
     """
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if path.name.endswith(TABLE_SUFFIX) and path.is_file():
         return path
     return _resolve(spec, "target" if preset_draft(spec) == NGRAM else "draft", show_progress)
@@ -141,7 +141,7 @@ def preset_draft(target: str) -> str:
 
 
 def _resolve(spec: str, part: str, show_progress: bool) -> Path:
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if spec and path.is_dir():
         return path
     if path.suffix == ".gguf" and not path.exists():
@@ -234,7 +234,7 @@ def convert(
     `resolve_target`.
     """
     check_destination(dest)  # before anything is fetched
-    path = Path(source).expanduser()
+    path = user_path(source)
     progress = progress_for(show_progress)
     if path.is_file() or path.suffix == ".gguf":
         convert_gguf(path, dest, bits, group_size or 32, progress=progress)

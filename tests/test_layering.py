@@ -19,7 +19,7 @@ PACKAGE = Path(llmcad_mlx.__file__).parent
 LAYERS = [
     {"errors", "machine"},
     {"sizes"},
-    {"settings", "results", "prompt", "detokenizer", "progress", "tree", "files"},
+    {"settings", "results", "prompt", "detokenizer", "progress", "tree", "files", "markdown"},
     {"policy", "sampling", "models"},
     {"cpu", "drafting", "memory"},
     {"streaming", "gguf"},

@@ -175,11 +175,11 @@ def _publish(report: Report, json_output: bool, out: Path | None = None) -> None
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         for table in report.tables:
             console.print(table.to_rich())
         for note in report.notes:
-            console.print(note, style="dim", markup=False)
+            console.print(note, style="dim")
     else:
         print(report.to_markdown())
     if out is not None and (without_plots := report.write(out)) is not None:

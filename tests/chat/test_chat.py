@@ -386,6 +386,7 @@ TEXTS = [
     "# Title\n\nA paragraph\nof two lines.\n\n- one\n- two\n\n  more of two\n\n1. first\n2. second\n",
     "Before.\n```python\ndef f():\n\n    return 1\n```\nAfter it.\n#hashtag\n",
     "a | b\n--|--\n1 | 2\n3 | 4\n\nText *with* **style** and `code`.\n\n> quote\n> goes on\n",
+    '<div>\n  hello\n</div>\n\nstd::vector<int>\n\n```\na | b\n--|--\n1 | 2\n```\nlast\n\n[a](http://b "Title")\n',
     "Heading\n===\n\ntext\n-\n- item\n***\nlast line without an end",
     "\n\n\nlate",
     "",
@@ -413,6 +414,48 @@ def test_markdown_looks_the_same_however_it_comes(text: str, sizes: list[int]) -
     by_lines = on_screen(GrowingMarkdown(), text.splitlines(keepends=True))
     assert on_screen(GrowingMarkdown(), pieces).split() == by_lines.split()
     assert on_screen(GrowingMarkdown(), list(text)) == by_lines
+
+
+WIDE = "| step | what is done there |\n|---|---|\n| 1 | an explanation that is long |\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("Use std::vector<int>.\n\n<div>\nhello\n</div>\n", ["vector<int>", "<div> hello </div>"]),
+        ("<think>a</think>\n\n<!-- note -->", ["<think>a</think>", "<!-- note -->"]),
+        ("<script>\nx()\n</script>\n", ["<script> x() </script>"]),
+        ("press <kbd>Ctrl</kbd>", ["<kbd>Ctrl</kbd>"]),
+        ("&lt;b&gt; &copy;", ["&lt;b&gt; &copy;"]),
+        ("![sky](http://x/y.png)", ["sky", "http://x/y.png"]),
+        ("[x](http://z/ä%20b) <http://w>", ["x (http://z/ä%20b)", "http://w"]),
+        ('[x](http://y "Title")', ['"Title"']),
+        ("[ref]: http://y\n", ["[ref]: http://y"]),
+        ("|a|b|\n|-|-|\n|1|2|lost|\n", ["lost"]),
+        ("| " + "abcdefgh" * 8 + " | b |\n|-|-|\n| x | " + "stuvwxyz" * 8 + " |\n", ["abcdefgh", "stuvwxyz"]),
+        ("```python title=it.py\nprint(1)\n```", ["title=it.py", "print(1)"]),
+        ("a\u2028b\n\nc\n\nd\n", ["a", "b", "c", "d"]),
+        (f"```\n{WIDE}```\nafter", ["explanation", "after"]),
+    ],
+)
+def test_every_character_that_is_no_marker_is_seen(source: str, shown: list[str]) -> None:
+    for pieces in ([source], list(source)):
+        text = on_screen(GrowingMarkdown(), pieces)
+        assert [part for part in shown if part not in text] == []
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("abé \n*_`~#>-+|:.[]()!<&;\\'\"=/"), max_size=60))
+def test_no_markdown_hides_letters(source: str) -> None:
+    text = on_screen(GrowingMarkdown(), [source])
+    assert [text.count(letter) for letter in "abé"] == [source.count(letter) for letter in "abé"]
+
+
+def test_a_table_in_a_fence_without_a_name_is_a_table() -> None:
+    fenced = on_screen(GrowingMarkdown(), [f"```\n{WIDE}```"])
+    assert fenced == on_screen(GrowingMarkdown(), [WIDE])
+    assert "|" not in fenced
+    assert "|" in on_screen(GrowingMarkdown(), [f"```sql\n{WIDE}```"])
 
 
 def test_markdown_is_printed_block_by_block() -> None:

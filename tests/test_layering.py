@@ -87,7 +87,7 @@ def test_imports_form_no_circle() -> None:
 
 # Called by libraries, by name: Starlette, uvicorn, markdown-it, mlx-lm's models.
 CALLED_BY_LIBRARIES = {
-    "render", "send_400_response", "handle_exit", "validateLink", "normalizeLinkText",
+    "render", "send_400_response", "handle_exit", "validateLink", "normalizeLink", "normalizeLinkText",
     "make_mask", "maybe_trim_front",
 }  # fmt: skip
 

@@ -261,7 +261,8 @@ class TerminalAnswer(AnswerView):
         if time.monotonic() - self._drawn < _REDRAW_S:
             return
         rest = self._print_finished()
-        status = Text(status_line(self._engine, response.stats), "dim", no_wrap=True, overflow="ellipsis")
+        line = status_line(self._engine, response.stats, self._console.width)
+        status = Text(line, "dim", no_wrap=True, overflow="ellipsis")
         self._draw(status if rest is None else Group(_LastLines(rest), status))
 
     def end(self) -> None:

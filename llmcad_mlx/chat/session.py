@@ -190,7 +190,7 @@ class ChatSession:
         self.settings = settings
 
     def _size(self) -> str:
-        count = len(self.conversation.messages) // 2
+        count = len(self.conversation.messages)
         return f"{count} message{'' if count == 1 else 's'}"
 
     def _help(self, _: str) -> None:

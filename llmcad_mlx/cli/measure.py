@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Context, Option
+from typer import Context, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
@@ -25,7 +25,7 @@ Repeat = Annotated[int, Option(help="Repetitions of all prompts.")]
 Warmup = Annotated[int, Option(help="Prompts run before measuring.")]
 
 _FOR_KERNELS = ("repeat", "out", "json_output")
-_FOR_GROWTH = (*_FOR_KERNELS, "target", "memory", "pinned", "context", "read_bandwidth")
+_FOR_GROWTH = (*_FOR_KERNELS, "model", "target", "memory", "pinned", "context", "read_bandwidth")
 
 
 def plan(*, pair: options.Pair, memory: options.Memory, json_output: options.Json = False) -> None:
@@ -41,12 +41,7 @@ def plan(*, pair: options.Pair, memory: options.Memory, json_output: options.Jso
 
 def tune(
     *,
-    target: Annotated[
-        str | None,
-        Argument(
-            metavar="[TARGET]", help="Model folder, hub repository or preset. Default: the embedded smollm2-135m."
-        ),
-    ] = None,
+    target: options.Target = None,
     drafts: Annotated[
         str | None,
         Option(

@@ -56,8 +56,9 @@ def serve(
     from llmcad_mlx.api import Engine
     from llmcad_mlx.loader import load_pair
     from llmcad_mlx.serve.server import LlmServer
-    from llmcad_mlx.serve.worker import cache_limit, public_name
+    from llmcad_mlx.serve.worker import cache_limit
     from llmcad_mlx.sizes import parse_size
+    from llmcad_mlx.store.names import public_name
 
     settings = ServerSettings(
         host=host,

@@ -25,7 +25,7 @@ from llmcad_mlx.memory import (
     streamed_choices,
 )
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.names import device_name, pair_profile_path
+from llmcad_mlx.store.names import device_name, own_draft_name, pair_profile_path
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.streaming.storage import FileStorage, Storage
 from llmcad_mlx.streaming.stream import Read
@@ -144,7 +144,7 @@ def plan_report(pair: PlannedPair, forecast: Forecast) -> Report:
     plan, names = pair.plan, pair.names
     document = {
         "target": str(names.target_path),
-        "draft": names.draft_name,
+        "draft": own_draft_name(names.draft_name),
         "device": device_name(),
         "emulated": pair.options.read_bandwidth is not None,
         **_plan_json(plan, forecast.speeds),
@@ -230,7 +230,7 @@ def _budget_table(pair: PlannedPair) -> Table:
     if plan.budget_bytes is not None:
         sizes, total = sizes | {"spare": plan.spare_bytes}, plan.budget_bytes
     sizes |= {"total": total, "streamed per pass": plan.streamed_bytes}
-    title = f"{pair.names.target_path.name}, draft {pair.names.draft_name}"
+    title = f"{pair.names.target_label}, draft {pair.names.draft_label}"
     rows = tuple((name, details.get(name, ""), _megabytes(size)) for name, size in sizes.items())
     return Table(title, ("memory", "", "size"), rows)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from itertools import dropwhile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from llmcad_mlx.serve.jobs import FairQueue, FinishedEvent, Job, PromptEvent, Ro
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.protocol import ApiError, internal_error, refused, shutting_down
 from llmcad_mlx.sizes import parse_size
-from llmcad_mlx.store.names import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import COMMITTED
 
 _log = logging.getLogger(__name__)
@@ -235,7 +233,7 @@ class Worker:
     def _run(self) -> None:
         try:
             engine = self._load()
-            pair, draft = engine.pair, public_name(engine.pair.names.draft_name)
+            pair, draft = engine.pair, engine.pair.names.draft_label
             model = ServedModel(self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer)
         except BaseException as error:
             self._model.set_exception(error)
@@ -285,14 +283,3 @@ def cache_limit(size: str, budget_bytes: int | None) -> int:
         return parse_size(size, "prompt-cache")
     memory = physical_memory_bytes() if budget_bytes is None else budget_bytes
     return min(round(memory * _CACHE_SHARE), _MOST_CACHE)
-
-
-def public_name(name: str | None) -> str:
-    """A preset's or repository's name as it is, a local file or folder by its last part and with its prefix, like
-    "4bit:"; None: the default target."""
-    if name is None:
-        return DEFAULT_PRESET
-    head, colon, rest = name.rpartition(":")
-    path = Path(rest).expanduser()
-    is_local = path.is_absolute() or rest.startswith(("~", ".")) or path.exists()
-    return f"{head}{colon}{path.resolve().name or 'model'}" if is_local else name

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -40,16 +40,29 @@ MARKER = "llmcad_source.json"
 FORMAT = 3
 """Raised when conversion changes, so that folders of an older form are made again."""
 
+_HUB_FOLDER = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class PairPaths:
-    """Where a pair's models lie. `draft_name` is for people, `draft_path` None for "ngram" and "none"."""
+    """Where a pair's models lie. `draft_name`: as `--draft` takes it; `draft_path`: None for "ngram" and "none".
+    `target_name`: what was asked for; "": only the folder is known."""
 
     target_path: Path
     draft_name: str
     draft_path: Path | None
+    target_name: str = field(default="", compare=False)
+
+    @property
+    def target_label(self) -> str:
+        """The target's name for people."""
+        return public_name(self.target_name or str(self.target_path.resolve()))
+
+    @property
+    def draft_label(self) -> str:
+        """The draft's name for people."""
+        return public_name(own_draft_name(self.draft_name))
 
 
 def find_pair(
@@ -66,14 +79,15 @@ def find_pair(
             raise UsageError(f"draft: {draft!r} is not a folder, repository, preset, 'ngram', 'self:4' or 'none'")
         DerivedDraft.parse(draft)
     target_path = resolve_target(target_name, show_progress)
-    if draft != AUTO_DRAFT:
-        return pair_with_draft(target_path, draft, show_progress)
-    choice = find_choice(target_path, conditions or Conditions(device_name()))
-    if choice is None:
-        return pair_with_draft(target_path, preset_draft(target_name), show_progress)
+    choice = None
+    if draft == AUTO_DRAFT:
+        choice = find_choice(target_path, conditions or Conditions(device_name()))
+        draft = preset_draft(target_name) if choice is None else choice.draft
     try:
-        return pair_with_draft(target_path, choice.draft, show_progress)
+        return replace(pair_with_draft(target_path, draft, show_progress), target_name=target_name)
     except LlmcadError as error:
+        if choice is None:
+            raise
         raise ModelError(
             f"{error}. `llmcad-mlx tune` chose this draft for {target_path}: run it again, or give --draft"
         ) from None
@@ -112,6 +126,28 @@ def device_name() -> str:
     if mx.default_device() == mx.cpu:
         return "cpu"
     return f"{mx.device_info().get('device_name', 'gpu')} (gpu)"
+
+
+def public_name(name: str | None) -> str:
+    """A preset's or repository's name as it is, a local file or folder by its last part and with its prefix, like
+    "4bit:"; None: the default target."""
+    if name is None:
+        return DEFAULT_PRESET
+    head, colon, rest = name.rpartition(":")
+    path = Path(rest).expanduser()
+    if not (path.is_absolute() or rest.startswith(("~", ".")) or path.exists()):
+        return name
+    in_cache = _HUB_FOLDER.search(str(path))
+    return f"{head}{colon}{'/'.join(in_cache.groups()) if in_cache else path.resolve().name or 'model'}"
+
+
+def own_draft_name(name: str) -> str:
+    """A draft as `--draft` takes it, but a preset's by a name that is not also its target's."""
+    derived = DerivedDraft.parse(name)
+    if derived is not None:
+        return derived.renamed(own_draft_name)
+    preset = None if Path(name).exists() else find_preset(name)
+    return name if preset is None else preset.draft_name or name
 
 
 def resolve_target(spec: str, show_progress: bool = False) -> Path:

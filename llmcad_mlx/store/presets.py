@@ -58,7 +58,7 @@ Source = FileSource | RepoSource | PackagedSource
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A target and its draft. `draft` is None when the n-gram drafter serves.
+    """A target and its draft. `draft` is None when the n-gram drafter serves; `draft_name` is the draft's own.
 
     machine: what it is for, in words ("a Mac with 8 GB"); None: any. memory_bytes: for such a machine a budget
     that leaves room for others, else what the process needs with all weights in memory.
@@ -71,6 +71,7 @@ class Preset:
     target: Source
     draft: Source | None
     machine: str | None = None
+    draft_name: str = ""
 
 
 def list_presets() -> list[Preset]:
@@ -93,8 +94,10 @@ def get_preset(name: str) -> Preset:
 
 
 def _preset(name: str, target: dict[str, Any], draft: Any, **facts: Any) -> Preset:
-    draft_source = None if draft == NGRAM else _source(**draft)
-    return Preset(name, target=_source(**target), draft=draft_source, **facts)
+    if draft == NGRAM:
+        return Preset(name, target=_source(**target), draft=None, **facts)
+    own_name = draft.pop("name", "") or draft.get("packaged") or draft["repo"]
+    return Preset(name, target=_source(**target), draft=_source(**draft), draft_name=own_name, **facts)
 
 
 def _source(packaged: str = "", mirror: dict[str, Any] | None = None, **entries: Any) -> Source:

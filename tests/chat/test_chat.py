@@ -25,7 +25,8 @@ from llmcad_mlx.chat.lines import CommandCompleter
 from llmcad_mlx.chat.screen import AnswerView, GrowingColours, GrowingMarkdown, TerminalAnswer, draw, visible
 from llmcad_mlx.chat.session import ChatSession, Conversation, Message
 from llmcad_mlx.engine.round import RoundTree
-from llmcad_mlx.report import Answer
+from llmcad_mlx.report import Answer, status_line
+from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.tree.walk import walk
@@ -290,7 +291,7 @@ def test_a_saved_conversation_goes_on_elsewhere(chat: Chat, engine: Engine, tmp_
     assert other.stats.reused_tokens == chat.stats.reused_tokens > 0
     assert other.conversation == chat.conversation
     assert other.settings.options == chat.settings.options
-    assert "[loaded a.chat: 1 message; the last one was: tell me of the cat]" in other.said
+    assert "[loaded a.chat: 2 messages; the last one was: tell me of the cat]" in other.said
 
 
 def test_a_cache_that_does_not_fit_is_read_again(chat: Chat, engine: Engine, tmp_path: Path) -> None:
@@ -479,6 +480,15 @@ def test_accepted_draft_tokens_have_a_colour() -> None:
     assert printed(*blocks, text.rest() or "", color_system="standard", force_terminal=True) == (
         "own\x1b[32m dra\x1b[0m\x1b[32mfted\x1b[0m\n\x1b[32mnext\x1b[0m own\n"
     )
+
+
+@pytest.mark.parametrize(("width", "shown"), [(100, 3), (40, 2), (20, 1), (5, 1)])
+def test_a_status_line_has_what_fits(engine: Engine, width: int, shown: int) -> None:
+    stats = GenerationStats(generated_tokens=100, target_passes=50, decode_s=2.0)
+    parts = status_line(engine, stats, width).split(" · ")
+    assert parts[:2] == ["50.0 tokens/s", "2.00 tokens per pass"][:shown]
+    assert len(parts) == shown
+    assert status_line(engine, None, width).startswith("memory ")
 
 
 def test_an_answer_taller_than_the_screen_is_printed_once(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:

@@ -20,8 +20,9 @@ from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.answers import PartMaker, ToolListener
 from llmcad_mlx.serve.jobs import FairQueue, Job, RoundEvent, TokenEvent
 from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, RequestReader
-from llmcad_mlx.serve.worker import PromptCache, cache_limit, public_name
+from llmcad_mlx.serve.worker import PromptCache, cache_limit
 from llmcad_mlx.settings import GenerationOptions, MemoryOptions
+from llmcad_mlx.store.names import public_name
 
 pytestmark = pytest.mark.usefixtures("tiny_home")
 

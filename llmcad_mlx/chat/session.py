@@ -160,7 +160,7 @@ class ChatSession:
         self.screen.note(f"[taken back: {_short(question.content)}]")
 
     def _save(self, name: str) -> None:
-        data = {"conversation": asdict(self.conversation), "settings": self.settings.values()}
+        data = {"conversation": asdict(self.conversation), "settings": self.settings.values(in_full=True)}
         size = self.engine.save_conversation(Path(name), data)
         self.screen.note(f"[saved {name}: {self._size()}, {format_size(size)} with the caches]")
 

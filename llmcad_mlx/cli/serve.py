@@ -31,8 +31,12 @@ def serve(
     ] = None,
     name: Annotated[str | None, Option(help="What the model is called. Default: the target's name.")] = None,
     temp: Annotated[
-        float, Option(help="Sampling temperature of requests that give none; 0 is greedy.")
-    ] = _DEFAULT.temperature,
+        float | None,
+        Option(
+            help="Sampling temperature of requests that give none; 0 is greedy. Default: the model's own "
+            "sampling, as its generation_config.json has it, else 0."
+        ),
+    ] = None,
     max_tokens: Annotated[
         int,
         Option(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import dropwhile
 from typing import Any
 
@@ -19,6 +19,7 @@ from llmcad_mlx.engine.round import Round
 from llmcad_mlx.engine.session import common_prefix
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.machine import peak_rss_bytes, physical_memory_bytes
+from llmcad_mlx.models.folder import own_sampling
 from llmcad_mlx.report import Answer
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.jobs import FairQueue, FinishedEvent, Job, PromptEvent, RoundEvent, TokenEvent, TokenLogprob
@@ -185,6 +186,8 @@ class ServedModel:
     vocab_size: int
     tokenizer: Any
     """mlx-lm's TokenizerWrapper. One thread at a time may encode."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """The model's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +237,10 @@ class Worker:
         try:
             engine = self._load()
             pair, draft = engine.pair, engine.pair.names.draft_label
-            model = ServedModel(self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer)
+            sampling = own_sampling(pair.names.target_path)
+            model = ServedModel(
+                self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer, sampling
+            )
         except BaseException as error:
             self._model.set_exception(error)
             return

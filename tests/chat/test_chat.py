@@ -30,7 +30,7 @@ from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.tree.walk import walk
-from tests.support.tiny_folder import EOS, make_folder
+from tests.support.tiny_folder import EOS, copy_folder, make_folder
 
 QUESTION = "tell me of the cat"
 ASKED = [{"role": "user", "content": QUESTION}]
@@ -536,6 +536,30 @@ def test_json_is_one_object_for_each_answer(piped: Any, folder: Path, engine: En
     assert (second["seed"], second["policy"]) == (3, "throughput")
     assert second["generated_tokens"] == len(second["tokens"])
     assert "target passes" in err
+
+
+def test_the_models_own_sampling_is_the_default(
+    piped: Any, folder: Path, tmp_path: Path, output: Callable[..., tuple[str, str]]
+) -> None:
+    """And `generate` and Python stay greedy."""
+    sampled = copy_folder(folder, tmp_path / "sampled")
+    own = {"temperature": 0.9, "top_p": 0.8}
+    (sampled / "generation_config.json").write_text(json.dumps({"do_sample": True, **own}))
+    words = ("--target", sampled, "--draft", "none", "-m", 12)
+    with load(sampled, None) as engine:
+        greedy = engine.generate(ASKED, max_tokens=12).text
+        seeds = set()
+        for given, used in (
+            ((), own), (("--top-p", 1), {"temperature": 0.9}), (("--temp", 0.5), {**own, "temperature": 0.5}),
+            (("--seed", 7), {**own, "seed": 7}), (("--temp", 0), {}),
+        ):  # fmt: skip
+            report = json.loads(piped(0, QUESTION.encode(), *words, *given, "--json")[0])
+            seeds.add(report["seed"])
+            used = {**used, "seed": report["seed"]}
+            assert report["text"] == engine.generate(ASKED, max_tokens=12, **used).text
+        assert len(seeds) == 4  # two were drawn, the others are 7, and 0 where the temperature was given
+    assert output("generate", QUESTION, *words)[0] == greedy + "\n"
+    assert greedy == report["text"]
 
 
 def test_lines_that_cannot_be_are_told_and_the_others_answered(piped: Any, folder: Path, engine: Engine) -> None:

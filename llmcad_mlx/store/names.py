@@ -115,10 +115,14 @@ def pair_with_draft(target_path: Path, draft: str | None, show_progress: bool) -
 def pair_profile_path(pair: PairPaths, streamed_bytes: int | None, read_bandwidth: float | None) -> Path:
     """Step times depend on what is streamed and how fast, so each way of running has a profile of its own.
 
-    streamed_bytes: per pass; None where all is in memory and no budget was set. read_bandwidth: emulated.
+    streamed_bytes: per pass; None or 0 where all is in memory, with a budget or without. read_bandwidth: emulated.
     """
-    way = () if streamed_bytes is None else (f"{streamed_bytes} streamed", f"{read_bandwidth} bytes/s")
-    return profile_path([pair.target_path.resolve(), pair.draft_path or pair.draft_name, *way], device_name())
+    way = () if not streamed_bytes else (f"{streamed_bytes} streamed", f"{read_bandwidth} bytes/s")
+    folders = [path for path in (pair.target_path, pair.draft_path) if path is not None]
+    files = [file.stat() for folder in folders for file in sorted(folder.glob("model*.safetensors"))]
+    weights = [f"{file.st_size} {file.st_mtime_ns}" for file in files]  # another model may come to lie there
+    models = (pair.target_path.resolve(), pair.draft_path or pair.draft_name)
+    return profile_path([*models, *weights, *way], device_name())
 
 
 def device_name() -> str:

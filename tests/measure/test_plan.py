@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.streaming.stream import Read
 from tests.support.simulated_stream import SimulatedClock
-from tests.support.tiny_folder import make_folder
+from tests.support.tiny_folder import copy_folder, make_folder
 
 PROMPT = "then the other one ran in and then the other one"
 LAYERS = 6
@@ -75,8 +76,10 @@ def test_the_table_has_a_row_for_each_part(folder: Path, draft: Path, output: An
     assert sum(sizes) == pytest.approx(2000, abs=0.05 * len(sizes))
     assert cells(out, "pinned layers") == ["0 of 6", "0.0 MB"]
     assert cells(out, "target KV")[0] == "64 tokens"
-    assert "not measured yet for this pair: run generate" in out
-    assert cells(out, "speculative, A / (max(W/B, C) + D)") == ["–"]
+    assert "not measured yet for this pair: run generate with the same options" in out
+    for name in ("speculative, A / (max(W/B, C) + D)", "at most, A·B/W", "plain, 1 / max(W/B, C)"):
+        assert cells(out, name) == ["not measured"]
+    assert float(cells(out, "plain streamer at most, B/W")[0].replace(",", "")) > 0
 
 
 def test_a_given_rate_is_used_and_marked(folder: Path, document: Any, output: Any) -> None:
@@ -131,19 +134,60 @@ def test_what_was_measured_makes_the_forecast(folder: Path, draft: Path, documen
     other = document("plan", *words[:4], "--pinned", "300kB", "--read-bandwidth", "40MB/s")["measured"]
     assert other is None  # another rate, under which nothing ran
     near = document("plan", *words[:4], "--pinned", "300kB", "--read-bandwidth", "20MB/s")
-    assert near["measured"] == measured
     assert near["streamed_bytes"] < measured["streamed_bytes"]
+    assert near["measured"] is None  # the same rate, but other bytes
+    assert near["tokens_per_s"]["plain"] is near["tokens_per_s"]["speculative"] is None
+    assert near["tokens_per_s"]["plain_bound"] == pytest.approx(20e6 / near["streamed_bytes"])
 
 
 @pytest.mark.parametrize("policy", ["throughput", "paper", "chain", "plain"])
-def test_a_run_in_memory_tells_something_about_streaming(
-    folder: Path, draft: Path, policy: str, document: Any
-) -> None:
+def test_a_plan_has_no_figures_of_another_situation(folder: Path, draft: Path, policy: str, document: Any) -> None:
+    """What ran in memory is said of plans that read nothing, whatever their budget, and of no others; and back."""
+    words = ("--target", folder, "--draft", draft)
+    streaming = (*words, "--pinned", 0, "--read-bandwidth", "20MB/s")
     with load(folder, draft) as engine:
         engine.generate(PROMPT, max_tokens=40, policy=policy)
-    found = document("plan", "--target", folder, "--draft", draft, "--pinned", 0, "--read-bandwidth", "20MB/s")
-    assert found["measured"]["streamed_bytes"] is None
-    assert (found["measured"]["tokens_per_pass"] > 1) == (policy != "plain")
+    assert document("plan", *streaming)["measured"] is None
+    for budget in ((), ("--memory", "3GB"), ("--memory", "4GB", "--read-bandwidth", "20MB/s")):
+        found = document("plan", *words, *budget)
+        assert found["streamed_bytes"] == 0
+        assert found["measured"]["streamed_bytes"] is None
+        assert (found["measured"]["tokens_per_pass"] > 1) == (policy != "plain")
+        assert found["tokens_per_s"]["plain"] > 0
+
+
+def test_another_model_in_the_same_folder_has_no_figures(folder: Path, tmp_path: Path, document: Any) -> None:
+    target = copy_folder(folder, tmp_path / "model")
+    with load(target, None) as engine:
+        engine.generate(PROMPT, max_tokens=20)
+    words = ("plan", target, "--draft", "none")
+    assert document(*words)["measured"] is not None
+    shutil.rmtree(target)
+    make_folder(target, layers=LAYERS, noise=0.5)
+    assert document(*words)["measured"] is None
+
+
+def test_what_streamed_says_nothing_of_a_plan_that_reads_nothing(
+    folder: Path, draft: Path, document: Any, output: Any
+) -> None:
+    with load(folder, draft, pinned=0, read_bandwidth="20MB/s") as engine:
+        engine.generate(PROMPT, max_tokens=40)
+    words = ("--target", folder, "--draft", draft, "--memory", "3GB")
+    for rate in ((), ("--read-bandwidth", "20MB/s")):
+        found = document("plan", *words, *rate)
+        assert found["streamed_bytes"] == 0
+        assert found["measured"] is None
+        assert set(found["tokens_per_s"].values()) == {None}
+    out = output("plan", *words)[0]
+    assert cells(out, "plain, 1 / max(W/B, C)") == ["not measured"]
+    assert cells(out, "plain streamer at most, B/W") == ["–"]  # nothing is read
+    with load(folder, draft, memory="3GB") as engine:
+        engine.generate(PROMPT, max_tokens=40)
+    assert document("plan", *words)["measured"]["tokens_per_pass"] > 1
+    streaming = document("plan", *words[:4], "--pinned", 0, "--read-bandwidth", "20MB/s")
+    assert streaming["measured"]["streamed_bytes"] == streaming["streamed_bytes"]
+    for row in streaming["larger"]:
+        assert (row["tokens_per_s"]["plain"] is None) == (row["streamed_bytes"] != 0)
 
 
 def test_more_memory_and_smaller_drafts(folder: Path, draft: Path, document: Any, output: Any) -> None:

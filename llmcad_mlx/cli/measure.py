@@ -18,6 +18,7 @@ from llmcad_mlx.measure.workload import DEFAULT_VARIANTS, MLX_LM, Workload, list
 from llmcad_mlx.settings import check_integer
 
 if TYPE_CHECKING:
+    from llmcad_mlx.loader import PlannedPair
     from llmcad_mlx.measure.output import Report
     from llmcad_mlx.measure.runner import OnTurn
 
@@ -29,13 +30,21 @@ _FOR_GROWTH = (*_FOR_KERNELS, "model", "target", "memory", "pinned", "context", 
 
 
 def plan(*, pair: options.Pair, memory: options.Memory, json_output: options.Json = False) -> None:
-    """Show what a memory budget is spent on, predict the speed, and say what more memory would buy."""
+    """Show what a memory budget is spent on, predict the speed, and say what more memory would buy.
+
+    Of models that are not on this machine only config.json is fetched; their sizes are estimated from it.
+    """
     from llmcad_mlx.loader import conditions, plan_pair
     from llmcad_mlx.measure.plan import make_forecast, plan_report
-    from llmcad_mlx.store.names import find_pair
+    from llmcad_mlx.measure.sketch import SketchedPair, sketch_pair
+    from llmcad_mlx.store.names import find_pair, missing_pair
 
-    names = find_pair(pair.target, pair.draft, not json_output, conditions(memory))
-    planned = plan_pair(names, memory)
+    planned: PlannedPair | SketchedPair
+    if missing := missing_pair(pair.target, pair.draft, conditions(memory)):
+        planned = sketch_pair(*missing, memory)
+    else:
+        names = find_pair(pair.target, pair.draft, not json_output, conditions(memory))
+        planned = plan_pair(names, memory)
     _publish(plan_report(planned, make_forecast(planned)), json_output)
 
 

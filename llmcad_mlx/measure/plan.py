@@ -15,6 +15,7 @@ from typing import Any
 
 from llmcad_mlx.loader import PlannedPair
 from llmcad_mlx.measure.output import NOTHING, Report, Table, milliseconds, number
+from llmcad_mlx.measure.sketch import SketchedPair
 from llmcad_mlx.memory import (
     Measured,
     MemoryPlan,
@@ -92,14 +93,14 @@ class Forecast:
     drafts: Sequence[Alternative]
 
 
-def make_forecast(pair: PlannedPair) -> Forecast:
+def make_forecast(pair: PlannedPair | SketchedPair) -> Forecast:
     """Predict. Reads some of the streamed weights where no rate was given. Raises StorageError."""
     given, rate = pair.options.read_bandwidth, None
     measured = find_measured(pair.names, pair.plan, given)
     if given is not None:
         rate = ReadRate(given, emulated=True)
-    elif reads := [read for unit in pair.weights.streamed(pair.plan)[1] for read in unit.reads]:
-        rate = measure_read_rate(reads)
+    elif pair.reads:
+        rate = measure_read_rate(pair.reads)
 
     def speeds(plan: MemoryPlan) -> Speeds:
         """Measured with that very plan, or what follows from the rate alone."""
@@ -135,7 +136,7 @@ def find_measured(names: PairPaths, plan: MemoryPlan, read_bandwidth: float | No
     )
 
 
-def plan_report(pair: PlannedPair, forecast: Forecast) -> Report:
+def plan_report(pair: PlannedPair | SketchedPair, forecast: Forecast) -> Report:
     """The budget, the speed and what would change it; the document in bytes, bytes per second, tokens per second;
     null: not known, or no limit."""
     plan, names = pair.plan, pair.names
@@ -143,6 +144,7 @@ def plan_report(pair: PlannedPair, forecast: Forecast) -> Report:
         "target": str(names.target_path),
         "draft": own_draft_name(names.draft_name),
         "device": device_name(),
+        "estimated": pair.estimated,
         "emulated": pair.options.read_bandwidth is not None,
         **_plan_json(plan, forecast.speeds),
         "parts": budget_parts(pair),
@@ -168,7 +170,7 @@ def _plan_json(plan: MemoryPlan, speeds: Speeds) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in _PLAN_FIELDS} | {"tokens_per_s": asdict(speeds)}
 
 
-def budget_parts(pair: PlannedPair) -> dict[str, int]:
+def budget_parts(pair: PlannedPair | SketchedPair) -> dict[str, int]:
     """What the plan adds up to, part by part."""
     plan, sizes = pair.plan, pair.needs.sizes
     head = {} if sizes.tied else {"pinned head": sizes.head_bytes * plan.pin_head}
@@ -187,7 +189,7 @@ def budget_parts(pair: PlannedPair) -> dict[str, int]:
     }
 
 
-def _tables(pair: PlannedPair, forecast: Forecast) -> list[Table]:
+def _tables(pair: PlannedPair | SketchedPair, forecast: Forecast) -> list[Table]:
     plan = pair.plan
     names = (
         "speculative, A / (max(W/B, C) + D)",
@@ -220,7 +222,7 @@ def _tables(pair: PlannedPair, forecast: Forecast) -> list[Table]:
     return tables
 
 
-def _budget_table(pair: PlannedPair) -> Table:
+def _budget_table(pair: PlannedPair | SketchedPair) -> Table:
     plan = pair.plan
     details = {
         "draft KV": f"{plan.context} tokens",
@@ -232,7 +234,7 @@ def _budget_table(pair: PlannedPair) -> Table:
     if plan.budget_bytes is not None:
         sizes, total = sizes | {"spare": plan.spare_bytes}, plan.budget_bytes
     sizes |= {"total": total, "streamed per pass": plan.streamed_bytes}
-    title = f"{pair.names.target_label}, draft {pair.names.draft_label}"
+    title = f"{pair.names.target_label}, draft {pair.names.draft_label}{' (estimated)' if pair.estimated else ''}"
     rows = tuple((name, details.get(name, ""), _megabytes(size)) for name, size in sizes.items())
     return Table(title, ("memory", "", "size"), rows)
 
@@ -246,13 +248,15 @@ def _megabytes(num_bytes: int | None) -> str:
     return number(None if num_bytes is None else num_bytes / 1e6, 1, " MB")
 
 
-def _notes(pair: PlannedPair, forecast: Forecast) -> list[str]:
+def _notes(pair: PlannedPair | SketchedPair, forecast: Forecast) -> list[str]:
     plan = pair.plan
     notes = ["No budget is set: --memory 6GB sets one."] if plan.budget_bytes is None else []
+    if pair.estimated:
+        notes.append("Sizes are estimated from config.json: weights of target or draft are not on this machine.")
     notes += [
         f"Room for {plan.context} tokens of context, trees of {plan.max_nodes} nodes, "
         f"prompt chunks of {plan.prefill_chunk} tokens.",
-        _rate_note(forecast.rate),
+        _rate_note(forecast.rate, plan),
         _measured_note(forecast.measured),
     ]
     if forecast.larger:
@@ -264,7 +268,9 @@ def _notes(pair: PlannedPair, forecast: Forecast) -> list[str]:
     return notes
 
 
-def _rate_note(rate: ReadRate | None) -> str:
+def _rate_note(rate: ReadRate | None, plan: MemoryPlan) -> str:
+    if rate is None and plan.streamed_bytes:
+        return "B is not measured: there are no weights to read yet; --read-bandwidth states a rate."
     if rate is None:
         return "Nothing is read while decoding."
     figure = f"B = {format_size(round(rate.bytes_per_s))}/s"

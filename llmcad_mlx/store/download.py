@@ -29,13 +29,23 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from huggingface_hub import constants, errors, get_hf_file_metadata, get_session, hf_hub_url, snapshot_download
+from huggingface_hub import (
+    constants,
+    errors,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.file_download import DryRunFileInfo, HfFileMetadata, http_get, repo_folder_name
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from llmcad_mlx.errors import DownloadError, first_line
 from llmcad_mlx.files import HOME_REMEDY, full_disk_error, is_full, read_object, require_free_space, write_text
+from llmcad_mlx.files.safetensors import missing_part
 from llmcad_mlx.progress import Advance, Progress
 from llmcad_mlx.store import home_folder
 from llmcad_mlx.store.presets import FileSource, Mirror
@@ -118,6 +128,32 @@ def fetch_hub_repo(repo: str, revision: str | None, progress: Progress) -> Path:
             files = []  # the hub does not say; without `dry_run` the error has its reason
         _fetch_large_files(repo, [file for file in files if file.will_download], progress)
         return Path(_snapshot(repo, revision, progress))
+
+
+def fetch_hub_file(repo: str, revision: str | None, name: str) -> Path:
+    """One small file of a repository, in the hub's cache. Raises DownloadError when it cannot be had."""
+    with _hub_errors(f"{repo}/{name}", _REMEDY):
+        try:
+            _require_hub()
+        except HubUnreachableError:
+            found = try_to_load_from_cache(repo, name, revision=revision)
+            if not isinstance(found, str):
+                raise
+            return Path(found)
+        found = hf_hub_download(
+            repo, name, revision=revision, etag_timeout=ETAG_TIMEOUT_S, endpoint=_endpoint(), tqdm_class=_NoBars
+        )
+        return Path(found)
+
+
+def cached_hub_repo(repo: str, revision: str | None) -> Path | None:
+    """The model in a repository, where all of its weights are in the hub's cache; None elsewhere."""
+    try:
+        folder = Path(_snapshot(repo, revision, None, local_files_only=True))
+        is_whole = any(folder.glob("model*.safetensors")) and missing_part(folder) is None
+    except Exception:  # of many kinds; whoever fetches it is told
+        return None
+    return folder if is_whole else None
 
 
 def _check_sha256(part: Path, what: str, sha256: str, progress: Progress) -> None:

@@ -10,22 +10,25 @@ import re
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.files import check_destination, read_object
 from llmcad_mlx.gguf.convert import convert_gguf
+from llmcad_mlx.models.folder import read_config
 from llmcad_mlx.progress import Progress, progress_for
 from llmcad_mlx.store import home_folder, locked
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.copies import DerivedDraft
-from llmcad_mlx.store.download import fetch_file, fetch_hub_repo
+from llmcad_mlx.store.download import cached_hub_repo, fetch_file, fetch_hub_file, fetch_hub_repo
 from llmcad_mlx.store.presets import (
     NGRAM,
     FileSource,
     PackagedSource,
     RepoSource,
+    Source,
     find_preset,
     get_preset,
     list_presets,
@@ -178,6 +181,63 @@ def preset_draft(target: str) -> str:
     """What drafts for a target by default: for a preset with a draft model its name, else "ngram"."""
     preset = None if Path(target).exists() else find_preset(target)
     return NGRAM if preset is None or preset.draft is None else target
+
+
+def missing_pair(target: str | None, draft: str, conditions: Conditions) -> tuple[str, str] | None:
+    """Target and draft, the latter never "auto", where the weights of one would have to be fetched; None where all
+    are here, or where a name is none and `find_pair` says why. Nothing is fetched."""
+    name = DEFAULT_PRESET if target is None else target
+    found = local_folder(name, "target")
+    if draft == AUTO_DRAFT:
+        choice = None if found is None else find_choice(found, conditions)
+        draft = preset_draft(name) if choice is None else choice.draft
+    source: str | None = draft
+    while source is not None and (derived := DerivedDraft.parse(source)) is not None:
+        source = derived.source
+    is_here = source in (None, NO_DRAFT, NGRAM) or local_folder(str(source), "draft") is not None
+    return None if found is not None and is_here else (name, draft)
+
+
+def published_config(spec: str, part: str) -> dict[str, Any]:
+    """config.json of a folder, a preset's "target" or "draft", or a hub repository, of which it alone is fetched.
+
+    Raises ModelError for what has none, DownloadError where it cannot be had.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return read_config(path)
+    source = _source_of(spec, part)
+    if isinstance(source, FileSource):
+        if not source.config:
+            raise ModelError(f"{spec}: what it needs is not known before it is here: llmcad-mlx pull {spec}")
+        return dict(source.config)
+    if isinstance(source, PackagedSource):
+        return read_config(source.path)
+    if isinstance(source, RepoSource):
+        return read_config(fetch_hub_file(source.repo, source.revision, "config.json").parent)
+    return read_config(_resolve(spec, part, show_progress=False))  # which says what is wrong
+
+
+def _source_of(spec: str, part: str) -> Source | None:
+    """Where the part of a preset, or a repository, comes from; None for any other name."""
+    preset = find_preset(spec)
+    if preset is not None:
+        return preset.target if part == "target" else preset.draft or preset.target
+    return RepoSource(spec, None) if _REPOSITORY.fullmatch(spec) else None
+
+
+def local_folder(spec: str, part: str) -> Path | None:
+    """Where the weights lie; None where they are to be fetched. What is neither is the place where it is not."""
+    path, source = Path(spec).expanduser(), _source_of(spec, part)
+    if path.is_dir():
+        only_config = (path / "config.json").is_file() and not any(path.glob("*.safetensors"))
+        return None if only_config else path
+    if isinstance(source, FileSource):
+        folder = home_folder() / "models" / spec / part
+        return folder if _complete(folder, source) else None
+    if isinstance(source, RepoSource):
+        return cached_hub_repo(source.repo, source.revision)
+    return source.path if isinstance(source, PackagedSource) else path
 
 
 def _resolve(spec: str, part: str, show_progress: bool) -> Path:

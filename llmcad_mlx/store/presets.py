@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class FileSource:
     num_bytes: int
     sha256: str
     mirror: Mirror | None
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """config.json of what it becomes, as far as sizes go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class RepoSource:
     """A whole hub repository with an mlx-lm model, used as it is."""
 
     repo: str
-    revision: str
+    revision: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from llmcad_mlx.loader import plan_pair
 from llmcad_mlx.measure.plan import timed_read
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
+from llmcad_mlx.store.presets import FileSource, get_preset
 from llmcad_mlx.streaming.stream import Read
 from tests.support.simulated_stream import SimulatedClock
 from tests.support.tiny_folder import copy_folder, make_folder
@@ -22,7 +24,8 @@ PROMPT = "then the other one ran in and then the other one"
 LAYERS = 6
 MB = 10**6
 KEYS = {
-    "target", "draft", "device", "emulated", "budget_bytes", "total_bytes", "pinned_bytes", "streamed_bytes",
+    "target", "draft", "device", "estimated", "emulated",
+    "budget_bytes", "total_bytes", "pinned_bytes", "streamed_bytes",
     "context", "max_nodes", "prefill_chunk", "num_buffers", "parts", "num_layers", "pinned_layers", "pin_head",
     "pin_embedding", "read_rate", "measured", "tokens_per_s", "larger", "drafts",
 }  # fmt: skip
@@ -230,3 +233,94 @@ def test_the_rate_is_bytes_over_seconds_of_pieces_and_sampling_ends() -> None:
     assert rate == pytest.approx(4 << 20)
     pieces = [(100, 3), (200, 4 << 20), (200 + (4 << 20), 4 << 20)]
     assert [(read.offset, read.num_bytes) for read in sample] == pieces  # two seconds are over
+
+
+SIZES = (
+    "target KV",
+    "draft KV",
+    "draft weights",
+    "stream buffers",
+    "pinned layers",
+    "pinned head",
+    "small weights",
+)
+
+
+def without_weights(folder: Path, path: Path) -> Path:
+    """The folder as it is before its weights are fetched: config.json alone."""
+    path.mkdir()
+    config = {**json.loads((folder / "config.json").read_text()), "torch_dtype": "float32"}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("missing", [("target",), ("draft",), ("target", "draft")])
+@pytest.mark.parametrize("where", [(), ("--pinned", "300kB", "--context", 64, "--read-bandwidth", "20MB/s")])
+def test_a_config_is_enough_for_sizes(
+    folder: Path, draft: Path, tmp_path: Path, missing: tuple[str, ...], where: Any, document: Any, output: Any
+) -> None:
+    pair = {"target": folder, "draft": draft}
+    whole = document("plan", *(word for name, path in pair.items() for word in (f"--{name}", path)), *where)
+    pair |= {name: without_weights(pair[name], tmp_path / name) for name in missing}
+    words = ("plan", *(word for name, path in pair.items() for word in (f"--{name}", path)), *where)
+    found = document(*words)
+    assert (whole["estimated"], found["estimated"]) == (False, True)
+    assert {name: found["parts"][name] for name in SIZES} == pytest.approx(
+        {name: whole["parts"][name] for name in SIZES}, rel=0.03
+    )
+    for name in ("streamed_bytes", "pinned_layers", "context", "max_nodes", "prefill_chunk"):
+        assert found[name] == whole[name]
+    assert found["measured"] is None
+    assert found["tokens_per_s"]["speculative"] is found["tokens_per_s"]["plain"] is None
+    if where:
+        assert found["tokens_per_s"]["plain_bound"] == pytest.approx(20e6 / found["streamed_bytes"])
+    out = output(*words)[0]
+    assert "(estimated)" in out
+    assert "estimated from config.json" in out
+    assert cells(out, "plain, 1 / max(W/B, C)") == ["not measured"]
+
+
+def test_a_rate_is_not_known_before_there_is_something_to_read(folder: Path, tmp_path: Path, output: Any) -> None:
+    out = output("plan", without_weights(folder, tmp_path / "model"), "--pinned", 0)[0]
+    assert "B is not measured: there are no weights to read yet; --read-bandwidth states a rate." in out
+    assert cells(out, "plain streamer at most, B/W") == ["not measured"]
+
+
+@pytest.mark.parametrize("target", ["smollm2-135m", "qwen2.5-coder-1.5b"])
+def test_presets_are_planned_before_they_are_fetched(
+    target: str, document: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcad_mlx.store.names.fetch_file", pytest.fail)
+    preset = get_preset(target)
+    found = document("plan", target, "--memory", "3GB")
+    assert found["estimated"] is True
+    assert found["draft"] == preset.draft_name != target
+    fetched = [source.num_bytes for source in (preset.target, preset.draft) if isinstance(source, FileSource)]
+    weights = sum(found["parts"].get(name, 0) for name in ("small weights", "pinned layers", "pinned head"))
+    weights += found["parts"].get("pinned embedding", 0) or found["parts"]["pinned embedding, also the head"]
+    assert weights == pytest.approx(fetched[0], rel=0.15)
+    if len(fetched) > 1:
+        assert found["parts"]["draft weights"] == pytest.approx(fetched[1], rel=0.15)
+
+
+def test_derived_drafts_are_planned_before_they_are_made(document: Any) -> None:
+    def draft_bytes(name: str) -> int:
+        size: int = document("plan", "qwen2.5-coder-1.5b", "--draft", name)["parts"]["draft weights"]
+        return size
+
+    name = "qwen2.5-coder-1.5b"
+    whole, bits, trimmed = (draft_bytes(f"{prefix}{name}") for prefix in ("", "4bit:", "trimmed:8192:"))
+    assert draft_bytes("self:3") > whole > bits > trimmed > draft_bytes(f"trimmed:8192:4bit:{name}") > 0
+    assert draft_bytes("none") == draft_bytes("ngram") == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [("{", "not valid JSON"), ({}, "no model_type"), ({"model_type": "no-such"}, "that mlx-lm knows"),
+     ({"model_type": "llama"}, "that mlx-lm knows")],
+)  # fmt: skip
+def test_a_config_of_no_model_is_refused(tmp_path: Path, config: Any, said: str, output: Any) -> None:
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    err = output("plan", tmp_path, code=1)[1]
+    assert said in err
+    assert err.count("\n") == 1

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import dequantize_model
 
 from convert import exit_code_of
 from llmcad_mlx.gguf.convert import convert_gguf
@@ -44,7 +45,8 @@ def main() -> None:
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
-    model, tokenizer = mlx_lm.load(str(folder))[:2]
+    model, tokenizer = mlx_lm.load(str(folder), lazy=True)[:2]
+    model = dequantize_model(model)  # the same numbers, and many rows are multiplied sooner
     model.set_dtype(mx.float32)
     return model, tokenizer
 

@@ -64,7 +64,9 @@ def _encode_text(text: str, tokenizer: Any, special: bool) -> list[int]:
 def _encode_chat(
     messages: list[dict[str, Any]], tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None
 ) -> list[int]:
-    messages = [template_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    messages = [
+        template_message(message, f"prompt: messages[{number}]") for number, message in enumerate(messages)
+    ]
     if not tokenizer.has_chat_template:
         raise UsageError("prompt: this model has no chat template; give the prompt as text")
     try:

@@ -163,8 +163,8 @@ def test_messages_for_a_model_without_template(tmp_path: Path, refused: Refused)
         ([1, "a"], "'a' is neither"), ([True], "True is neither"), ([1.5], "1.5 is neither"),
         ([-1], "token -1 is not in the vocabulary of 112"), ([112], "token 112 is not in the vocabulary"),
         ([1, {"role": "user", "content": "x"}], "neither a token id nor a message"),
-        ([{"role": "user"}], "needs a .role. and a .content"), ([{"content": "x"}], "needs a .role."),
-        ([{"role": 3, "content": "x"}], "needs a .role."),
+        ([{"role": "user"}], "content: is missing"), ([{"content": "x"}], "role: give"),
+        ([{"role": 3, "content": "x"}], "role: give"),
         ([{"role": "robot", "content": "x"}], "chat template refuses the messages: unknown role robot"),
     ],
 )  # fmt: skip

@@ -71,6 +71,11 @@ def test_the_limit_ends_with_length_unless_the_last_token_ends_the_text_anyway()
     assert feed(encode("xyz"), limit=2, stop="y")[-1] == Piece(IDS["y"], "", "stop")
 
 
+def test_the_first_blank_is_text() -> None:
+    assert text_of(feed(encode(" the cat"))) == " the cat"
+    assert feed(encode(" the cat"), stop=" the")[-1].finish_reason == "stop"
+
+
 def whole_string_answer(text: str, stops: list[str]) -> tuple[str, bool]:
     """Character by character: the first prefix that ends with a stop string, the longest if several."""
     for end in range(len(text) + 1):

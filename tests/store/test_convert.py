@@ -207,7 +207,7 @@ def test_memory_stays_far_below_the_models_size(tmp_path: Path, quantised: bool)
 def test_gguf_on_the_command_line(tmp_path: Path, output: Any) -> None:
     out, err = output("convert", write_tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "out")
     assert out == f"{tmp_path / 'out'}\n"
-    assert "converting to 4-bit groups" in err
+    assert "weights: 100% F32 in 4 bits" in err
     bundle = verify_bundle(tmp_path / "out")
     assert bundle is not None
     assert '"source": "tiny.gguf"' in (tmp_path / "out" / "llmcad.json").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from llmcad_mlx.errors import (
     UsageError,
     VocabularyError,
 )
+from llmcad_mlx.process import MlxLmFinder
 
 if TYPE_CHECKING:
     from llmcad_mlx.api import Engine, Response
@@ -46,6 +48,8 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+sys.meta_path.insert(0, MlxLmFinder)  # every module below may be the first that imports mlx-lm
 
 # Imported on first use: `llmcad-mlx --help`, `doctor` and engines on another machine must work without MLX.
 _MODULES = {

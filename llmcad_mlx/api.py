@@ -313,7 +313,7 @@ class Engine:
         context = self.pair.context_length
         if context is not None and prompt_tokens >= context:
             raise ContextLengthError(
-                f"prompt: its {prompt_tokens} tokens leave no room in the model's context of {context}; shorten it"
+                f"prompt: its {prompt_tokens} tokens leave no room in the {self.pair.context_in_words}; shorten it"
             )
         room = None if context is None else context - prompt_tokens
         wanted = None if max_tokens == -1 else max_tokens

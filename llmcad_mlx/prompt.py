@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,6 +11,15 @@ from typing import Any
 from llmcad_mlx.errors import UsageError, first_line
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+def typed_text(text: str, option: str) -> str:
+    """What was typed, on a command line or a terminal. It is UTF-8 in every locale, also where Python could not
+    read it so. Raises UsageError beginning with `option` for other bytes."""
+    try:
+        return os.fsencode(text).decode("utf-8") if any("\ud800" <= c <= "\udfff" for c in text) else text
+    except UnicodeError:
+        raise UsageError(f"{option}: is not UTF-8 text") from None
 
 
 def encode_prompt(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.sizes import parse_rate, parse_size
+from llmcad_mlx.sizes import check_unit, parse_rate, parse_size
 
 LogitsProcessor: TypeAlias = Callable[[Any, Any], Any]
 """mlx-lm's: (tokens (L,) int32, logits (1, V)) → logits (1, V), MLX arrays."""
@@ -246,6 +246,7 @@ def _as_bytes(option: str, value: int | str, least: int) -> int:
         value = parse_size(value, option)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{option}: {value!r} is not a number of bytes; give one, or text like 6GB")
+    check_unit(value, option, "GB")
     return value
 
 

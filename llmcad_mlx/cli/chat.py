@@ -11,6 +11,7 @@ from typer import Context, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import LlmcadError
+from llmcad_mlx.prompt import typed_text
 from llmcad_mlx.settings import GenerationOptions, SamplingSettings, StopSettings, sampling_under
 
 if TYPE_CHECKING:
@@ -45,14 +46,15 @@ def chat(
     With --json each answer is one JSON object on a line of its own.
     """
     chosen = GenerationOptions(sampling, speculation, StopSettings(max_tokens))
+    system = None if system is None else typed_text(system, "system")
     from llmcad_mlx.api import Engine
     from llmcad_mlx.chat.commands import ChatSettings
     from llmcad_mlx.chat.lines import from_pipe, from_terminal
     from llmcad_mlx.chat.screen import PlainScreen, TerminalScreen
     from llmcad_mlx.chat.session import ChatSession
     from llmcad_mlx.conversations.file import read_conversation
+    from llmcad_mlx.files import home_folder
     from llmcad_mlx.loader import load_pair
-    from llmcad_mlx.store import home_folder
 
     saved = None if load_file is None else read_conversation(load_file)
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not json_output

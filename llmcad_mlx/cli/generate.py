@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.prompt import typed_text
 from llmcad_mlx.settings import DEFAULT_MAX_TOKENS, GenerationOptions, StopSettings
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def generate(
     """Answer one prompt; text goes to standard output, a line of figures to standard error."""
     if raw and system is not None:
         raise UsageError("system: a raw prompt takes no system message; leave one of the two out")
-    chosen = GenerationOptions(sampling, speculation, StopSettings.of(max_tokens, stop))
+    texts = None if stop is None else [typed_text(text, "stop") for text in stop]
+    chosen = GenerationOptions(sampling, speculation, StopSettings.of(max_tokens, texts))
+    system = None if system is None else typed_text(system, "system")
     text = _read_prompt(prompt, prompt_file)
     # Only now: a mistake in what was typed is told at once.
     from llmcad_mlx.api import Engine
@@ -119,7 +122,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         if file is not None:
             text = file.read_text(encoding="utf-8")
         else:
-            text = sys.stdin.read() if prompt == "-" else str(prompt)
+            text = sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else typed_text(str(prompt), option)
     except OSError as error:
         raise UsageError(f"{option}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -72,6 +72,11 @@ def convert_gguf(
     plan = plan_weights(header, model, bits, group_size)
     progress = progress or Progress()
     progress.note(_summary(plan))
+    if tokenizer.assumed is not None:
+        progress.note(
+            f"{source}: does not name its pre-tokenizer (tokenizer.ggml.pre); {tokenizer.assumed!r} is assumed, "
+            "and if that is wrong, so is the text: prefer a newer file"
+        )
     specs = [spec for tensor in plan for spec in tensor.specs]
     with new_folder(dest, sum(spec.num_bytes for spec in specs)) as folder:
         num_bytes = sum(tensor.source.num_bytes for tensor in plan)

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from llmcad_mlx.errors import ModelError, first_line
+from llmcad_mlx.files import user_path
 from llmcad_mlx.files.safetensors import DTYPES, TensorExtent, dtype_name, read_weights
 from llmcad_mlx.loader import DEFAULT_CONTEXT, MIN_CONTEXT, release_free_memory
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
@@ -71,7 +72,7 @@ def sketch_pair(target: str, draft: str, options: MemoryOptions) -> SketchedPair
         draft_kv_bytes_per_token=draft_kv_bytes,
     )
     budget = options.memory or default_budget(model.num_bytes + draft_bytes, physical_memory_bytes())
-    names = PairPaths(Path(target).expanduser(), draft, None, target)
+    names = PairPaths(user_path(target), draft, None, target)
     return SketchedPair(names, options, needs, make_plan(needs, budget, options.pinned))
 
 
@@ -91,7 +92,7 @@ class _Sketch:
             is_tied = any(place.get("tie_word_embeddings") for place in _places(config))
             if is_tied and isinstance(model.get("lm_head"), LINEARS):
                 del model["lm_head"]  # some models drop it only when they meet the weights
-            model.set_dtype(_dtype(config, Path(name).expanduser()))
+            model.set_dtype(_dtype(config, user_path(name)))
             _quantise(model, config)
             kv_bytes = _kv_bytes_per_token(model)
         except (Exception, SystemExit) as error:  # model files raise anything when a config is not theirs

@@ -34,7 +34,7 @@ from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.detokenizer import repair_decoder
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError, first_line
-from llmcad_mlx.files import read_object
+from llmcad_mlx.files import read_object, user_path
 from llmcad_mlx.files.safetensors import WeightIndex, missing_part, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
 from llmcad_mlx.models.config import completed
@@ -109,7 +109,7 @@ def load_model_folder(
     alone: such a draft gets a made-up embedding where there is no target: to examine or copy it.
     Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(str(path))
     published, weights = read_config(folder), read_weights(folder)
     config = completed(folder, published, weights)
     is_complete = config == published
@@ -133,7 +133,8 @@ def load_model_folder(
     tokenizer = like.tokenizer if like is not None and theirs else None
     try:
         if has_tokenizer and tokenizer is None:
-            tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
+            with _plain_path(folder) as path:
+                tokenizer = load_tokenizer(path, {"trust_remote_code": False}, config.get("eos_token_id"))
             repair_decoder(tokenizer)
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {first_line(error)}") from error
@@ -152,8 +153,10 @@ def load_model_folder(
 
 @contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-    """Another path to `folder` where its own has characters that mlx-lm takes for a pattern, as in "model[1]"."""
-    if glob.escape(str(folder)) == str(folder):
+    """Another path to `folder` where its own has characters that mlx-lm takes for a pattern, as in "model[1]", or
+    bytes that are not UTF-8, which MLX and tokenizers cannot open."""
+    name = str(folder)
+    if name == glob.escape(name) == name.encode(errors="ignore").decode():
         yield folder
         return
     with tempfile.TemporaryDirectory() as place:

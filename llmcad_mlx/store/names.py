@@ -15,11 +15,11 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
-from llmcad_mlx.files import check_destination, read_object
+from llmcad_mlx.files import check_destination, home_folder, read_object, user_path
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.models.folder import read_config
 from llmcad_mlx.progress import Progress, progress_for
-from llmcad_mlx.store import home_folder, locked
+from llmcad_mlx.store import locked
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.copies import DerivedDraft
 from llmcad_mlx.store.download import cached_hub_repo, fetch_file, fetch_hub_file, fetch_hub_repo
@@ -141,7 +141,7 @@ def public_name(name: str | None) -> str:
     if name is None:
         return DEFAULT_PRESET
     head, colon, rest = name.rpartition(":")
-    path = Path(rest).expanduser()
+    path = user_path(rest)
     if not (path.is_absolute() or rest.startswith(("~", ".")) or path.exists()):
         return name
     in_cache = _HUB_FOLDER.search(str(path))
@@ -171,7 +171,7 @@ def resolve_draft(spec: str, show_progress: bool = False) -> Path:
 
     A preset means its draft model, or its target when it has none.
     """
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if path.name.endswith(TABLE_SUFFIX) and path.is_file():
         return path
     return _resolve(spec, "target" if preset_draft(spec) == NGRAM else "draft", show_progress)
@@ -203,7 +203,7 @@ def published_config(spec: str, part: str) -> dict[str, Any]:
 
     Raises ModelError for what has none, DownloadError where it cannot be had.
     """
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if path.is_dir():
         return read_config(path)
     source = _source_of(spec, part)
@@ -214,7 +214,7 @@ def published_config(spec: str, part: str) -> dict[str, Any]:
     if isinstance(source, PackagedSource):
         return read_config(source.path)
     if isinstance(source, RepoSource):
-        return read_config(fetch_hub_file(source.repo, source.revision, "config.json").parent)
+        return read_config(fetch_hub_file(source.repo, source.revision, "config.json", Progress()).parent)
     return read_config(_resolve(spec, part, show_progress=False))  # which says what is wrong
 
 
@@ -228,7 +228,7 @@ def _source_of(spec: str, part: str) -> Source | None:
 
 def local_folder(spec: str, part: str) -> Path | None:
     """Where the weights lie; None where they are to be fetched. What is neither is the place where it is not."""
-    path, source = Path(spec).expanduser(), _source_of(spec, part)
+    path, source = user_path(spec), _source_of(spec, part)
     if path.is_dir():
         only_config = (path / "config.json").is_file() and not any(path.glob("*.safetensors"))
         return None if only_config else path
@@ -241,7 +241,7 @@ def local_folder(spec: str, part: str) -> Path | None:
 
 
 def _resolve(spec: str, part: str, show_progress: bool) -> Path:
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if spec and path.is_dir():
         return path
     if path.suffix == ".gguf" and not path.exists():
@@ -334,7 +334,7 @@ def convert(
     `resolve_target`.
     """
     check_destination(dest)  # before anything is fetched
-    path = Path(source).expanduser()
+    path = user_path(source)
     progress = progress_for(show_progress)
     if path.is_file() or path.suffix == ".gguf":
         convert_gguf(path, dest, bits, group_size or 32, progress=progress)

@@ -144,6 +144,9 @@ def test_commands_and_what_they_take(line: str, call: tuple[str, str] | None) ->
         ("/set temprature 1", "temprature: unknown option; did you mean temperature?"),
         ("/set xyzzy 1", "xyzzy: unknown option; /set lists them"),
         ("/set temperature", "/set: give a name and a value, like /set temperature VALUE"),
+        ("caf\udce9", "what you typed: is not UTF-8 text"),
+        ("/system caf\udce9", "what you typed: is not UTF-8 text"),
+        ("/set stop caf\udce9", "what you typed: is not UTF-8 text"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line_and_changes_nothing(chat: Chat, line: str, message: str) -> None:
@@ -271,6 +274,12 @@ def test_clear_forgets_messages_and_caches(chat: Chat, engine: Engine) -> None:
     assert engine.snapshot() is None
     chat.say("/system none")
     assert chat.conversation.system is None
+
+
+def test_what_is_typed_is_utf8_whatever_the_locale(chat: Chat) -> None:
+    chat.say("/system gr\udcc3\udcbc\udcc3\udc9fe", "Stra\udcc3\udc9fe")  # as Python reads it without a locale
+    assert chat.conversation.system == "grüße"
+    assert chat.conversation.messages[0].content == "Straße"
 
 
 def test_a_full_context_is_said_and_the_message_not_kept(chat: Chat) -> None:

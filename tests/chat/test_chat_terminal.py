@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 class Terminal:
-    def __init__(self, *words: object) -> None:
-        environment = {**os.environ, "TERM": "xterm-256color", "NUMBA_NUM_THREADS": "1"}
+    def __init__(self, *words: object, **variables: str) -> None:
+        environment = {**os.environ, "TERM": "xterm-256color", "NUMBA_NUM_THREADS": "1", **variables}
         self.child = pexpect.spawn(
             sys.executable, ["-c", CHILD, "chat", *map(str, words)], env=environment, encoding="utf-8",
             codec_errors="replace", timeout=30, dimensions=(40, 100),
@@ -113,6 +113,23 @@ def test_a_whole_session(endless: Path, draft: Path, tiny_home: Path, tmp_path: 
     assert again.close() == 0
     assert (tiny_home / "chat_history").stat().st_mode & 0o777 == 0o600
     assert "+some\n+lines\n" in (tiny_home / "chat_history").read_text()
+
+
+def test_a_terminal_without_a_locale(endless: Path, tmp_path: Path) -> None:
+    file, locale = tmp_path / "talk.chat", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    chat = Terminal("--target", endless, "--draft", "ngram", "-m", "2", **locale, NO_COLOR="1")
+    chat.wait()
+    chat.say("Straße", "[cut at max_tokens 2")
+    chat.type("caf")
+    chat.child.buffer = ""
+    os.write(chat.child.child_fd, b"\xe9\r")
+    chat.wait("what you typed: is not UTF-8 text")
+    chat.say("and then", "[cut at max_tokens 2")
+    chat.say(f"/save {file}", "[saved")
+    chat.type("\x04")
+    assert chat.close() == 0
+    said = read_conversation(file).data["conversation"]["messages"]
+    assert [message["content"] for message in said[::2]] == ["Straße", "and then"]
 
 
 def test_no_history_keeps_nothing(endless: Path, tiny_home: Path) -> None:

@@ -77,7 +77,7 @@ def test_prompt_sources_and_templates(
     file.write_text(PROMPT, encoding="utf-8")
     chat = expected([{"role": "user", "content": PROMPT}], max_tokens=8) + "\n"
     assert output("generate", "--prompt-file", file, *target)[0] == chat
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     assert output("generate", "-", *target)[0] == chat
     with_system = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
     brief = expected(with_system, max_tokens=8) + "\n"

@@ -136,14 +136,16 @@ ODD = {
     "leftover": write("model.safetensors.incomplete", ""),
     "leftover of the hub's client": leave_traces_of_a_download,
     "path like a pattern": lambda folder: None,
+    "path that is no text": lambda folder: None,
 }
+PATHS = {"path like a pattern": "my model[1]*", "path that is no text": "caf\udce9"}
 
 
 @pytest.mark.parametrize("case", ODD)
 def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path) -> None:
     ODD[case](folder)
-    if case == "path like a pattern":
-        folder = folder.rename(folder.parent / "my model[1]*")
+    if case in PATHS:
+        folder = folder.rename(folder.parent / PATHS[case])
     assert mx.array_equal(
         load_model_folder(folder).model(mx.array([[5]])), tiny_llama(vocab=VOCAB)(mx.array([[5]]))
     )

@@ -33,7 +33,7 @@ from starlette.responses import JSONResponse
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt, check_template_options, template_message
 from llmcad_mlx.serve import ServerSettings
-from llmcad_mlx.settings import GenerationOptions, PolicyName
+from llmcad_mlx.settings import GenerationOptions, PolicyName, sampling_under
 
 _log = logging.getLogger(__name__)
 _ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -326,10 +326,14 @@ _ENGINE_OPTIONS = {
 class RequestReader:
     """Reads the bodies of requests: checks them with the models above and with this server's limits."""
 
-    def __init__(self, settings: ServerSettings, model: str) -> None:
-        """`model`: the name of what is served."""
+    def __init__(self, settings: ServerSettings, model: str, sampling: Mapping[str, float] | None = None) -> None:
+        """`model`: the name of what is served; `sampling`: its own."""
         self._settings = settings
+        self._own_sampling = sampling or {}
+        self._given_sampling = {} if settings.temperature is None else {"temperature": settings.temperature}
         self._model = model
+        self.default_sampling = sampling_under(self._own_sampling, self._given_sampling)
+        """Of requests that ask for none."""
 
     def chat(self, body: bytes) -> GenerationRequest:
         """A conversation to answer. Raises ApiError: 400 naming the field, 404 for another model."""
@@ -377,17 +381,11 @@ class RequestReader:
             raise bad_request("stream_options: goes with stream only", "stream_options")
         shown, limit = asked.speculation, self._settings.max_tokens
         options = {
-            "temperature": self._settings.temperature,
             # Drawn, not fixed: who asks twice at a temperature expects two answers. 53 bits stay exact everywhere.
             "seed": secrets.randbits(53),
             "max_tokens": min(max_tokens, limit) if max_tokens and max_tokens > 0 else limit,
-            **asked.model_dump(include=_ENGINE_OPTIONS, exclude_none=True),
+            **sampling_under(self._own_sampling, {**self._given_sampling, **_engine_options(asked)}),
         }
-        options["seed"] %= 2**64  # OpenAI's are signed
-        if asked.top_k == -1:
-            del options["top_k"]
-        if asked.top_p == 0:  # the smallest nucleus: the likeliest token alone
-            options |= {"temperature": 0.0, "top_p": 1.0}
         if asked.logit_bias is not None:
             options["logit_bias"] = {int(token): value for token, value in asked.logit_bias.items()}
         try:
@@ -403,6 +401,18 @@ class RequestReader:
             show_trees=shown.trees if isinstance(shown, Speculation) else bool(shown),
             user=asked.user or "",
         )
+
+
+def _engine_options(asked: _Request) -> dict[str, Any]:
+    """What is asked for, in the engine's words."""
+    options = asked.model_dump(include=_ENGINE_OPTIONS, exclude_none=True)
+    if asked.seed is not None:
+        options["seed"] = asked.seed % 2**64  # OpenAI's are signed
+    if asked.top_k == -1:
+        options["top_k"] = 0
+    if asked.top_p == 0:  # the smallest nucleus: the likeliest token alone
+        options |= {"temperature": 0.0, "top_p": 1.0}
+    return options
 
 
 def refused(error: UsageError) -> ApiError:

@@ -223,6 +223,7 @@ def test_models(client: openai.OpenAI, live: Live) -> None:
     assert card.pop("created") > 0
     assert card == {
         "id": NAME, "object": "model", "owned_by": "llmcad-mlx", "context_length": 512, "draft": "draft",
+        "sampling": {},
     }  # fmt: skip
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME

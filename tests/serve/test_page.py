@@ -373,7 +373,12 @@ def test_what_is_stored_may_be_anything(page: Page, server: ScriptedServer, stor
     ],
 )
 def test_trying_again_says_why_the_answer_is_the_same(
-    visitor: Visitor, server: ScriptedServer, settings: dict[str, float], sampling: Any, said: str
+    visitor: Visitor,
+    server: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, float],
+    sampling: Any,
+    said: str,
 ) -> None:
     server.model |= {} if sampling is None else {"sampling": sampling}
     server.scripts = [answer("Blue."), answer("Green."), answer("Green.")]
@@ -386,6 +391,13 @@ def test_trying_again_says_why_the_answer_is_the_same(
     expect(state).not_to_contain_text("same")
     again.click()
     expect(state).to_contain_text(said)
+    with monkeypatch.context() as gone:
+        gone.setattr(server, "scripts", [refusal(503, "Gone.")])
+        again.click()
+        expect(page.locator("#error")).to_have_text("Gone.")
+        finished(page)
+        expect(page.locator(".answer .text")).to_have_text("Green.")  # no other one came
+        expect(page.get_by_label("Message")).to_have_value("")
     page.get_by_role("button", name="Settings").click()
     shown = str((sampling or {"temperature": 0})["temperature"])
     expect(page.get_by_label("Temperature")).to_have_attribute("placeholder", shown)

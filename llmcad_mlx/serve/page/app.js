@@ -42,7 +42,7 @@ async function findModel() {
   }
 }
 
-/** @param {string} [earlier]  the answer that this one is tried in place of */
+/** @param {Turn} [earlier]  the turn that this one is tried in place of */
 async function send(question, earlier) {
   if (running || !question.trim()) return;
   showError("");
@@ -144,10 +144,11 @@ async function end(turn, problem, earlier) {
     if (problem.status === 401 && (await key.ask(problem.message))) {
       byId("message").value = "";
       if (!model) await findModel();
-      return send(turn.question);
+      return send(turn.question, earlier);
     }
+    if (earlier) bringBack(earlier);
   } else {
-    turn.note = stopped ? "stopped" : problem ? "cut off" : ending(turn.answer, earlier);
+    turn.note = stopped ? "stopped" : problem ? "cut off" : ending(turn.answer, earlier?.answer.text);
     save();
     await turn.view.finish(turn.note);
   }
@@ -184,7 +185,15 @@ function again() {
   takeBack(turn);
   byId("message").value = "";
   fitMessage();
-  send(turn.question, turn.answer.text);
+  send(turn.question, turn);
+}
+
+/** No other answer came: the earlier one stays. */
+function bringBack({ question, answer, note }) {
+  if (byId("message").value === question) byId("message").value = "";
+  fitMessage();
+  addTurn(question, answer, note).view.finish(note);
+  save();
 }
 
 function showRounds(answer, index) {

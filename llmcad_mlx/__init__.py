@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from llmcad_mlx.errors import (
+    BudgetError,
     ContextLengthError,
     DownloadError,
     GenerationError,
     LlmcadError,
     ModelError,
     RemoteError,
+    StorageError,
     UsageError,
     VocabularyError,
 )
+from llmcad_mlx.process import MlxLmFinder
 
 if TYPE_CHECKING:
     from llmcad_mlx.api import Engine, Response
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetError",
     "ContextLengthError",
     "DownloadError",
     "Engine",
@@ -37,11 +42,14 @@ __all__ = [
     "RemoteError",
     "Response",
     "Result",
+    "StorageError",
     "UsageError",
     "VocabularyError",
     "__version__",
     "load",
 ]
+
+sys.meta_path.insert(0, MlxLmFinder)  # every module below may be the first that imports mlx-lm
 
 # Imported on first use: `llmcad-mlx --help`, `doctor` and engines on another machine must work without MLX.
 _MODULES = {

@@ -34,7 +34,7 @@ from llmcad_mlx.tree.token_tree import COMMITTED, MODEL
 Progress = Callable[[int, int], None]
 
 
-@dataclass
+@dataclass(repr=False)
 class Response(GenerationResponse):
     """One token of a generation; extends mlx-lm's `GenerationResponse`.
 
@@ -44,6 +44,10 @@ class Response(GenerationResponse):
     """
 
     stats: GenerationStats | None = None
+
+    def __repr__(self) -> str:
+        """Without the log probabilities, of which there are as many as tokens in the vocabulary."""
+        return f"Response({self.text!r}, token={self.token}, finish_reason={self.finish_reason!r})"
 
     @property
     def logprobs(self) -> mx.array:
@@ -309,7 +313,7 @@ class Engine:
         context = self.pair.context_length
         if context is not None and prompt_tokens >= context:
             raise ContextLengthError(
-                f"prompt: its {prompt_tokens} tokens leave no room in the model's context of {context}; shorten it"
+                f"prompt: its {prompt_tokens} tokens leave no room in the {self.pair.context_in_words}; shorten it"
             )
         room = None if context is None else context - prompt_tokens
         wanted = None if max_tokens == -1 else max_tokens

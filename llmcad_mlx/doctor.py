@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from llmcad_mlx.errors import LlmcadError
+from llmcad_mlx.files import home_folder
 from llmcad_mlx.machine import Machine, this_machine
-from llmcad_mlx.store import home_folder
 
 
 @dataclass(frozen=True, slots=True)

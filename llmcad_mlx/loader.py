@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -28,6 +28,7 @@ from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, vocabulary_hash
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
+from llmcad_mlx.files import home_folder
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
 from llmcad_mlx.memory import MemoryNeeds, MemoryPlan, default_budget, make_plan
@@ -41,11 +42,12 @@ from llmcad_mlx.models.folder import (
 from llmcad_mlx.models.probe import cached_probe, probe
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.policy.best_first import provisional_nodes
+from llmcad_mlx.progress import Progress, progress_for
 from llmcad_mlx.settings import MemoryOptions
-from llmcad_mlx.store import home_folder
 from llmcad_mlx.store.names import NO_DRAFT, TABLE_SUFFIX, PairPaths, device_name, find_pair, pair_profile_path
 from llmcad_mlx.store.profile import Conditions, PairProfile
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
+from llmcad_mlx.streaming.stream import Read
 from llmcad_mlx.verifying import Target
 
 
@@ -155,6 +157,18 @@ class LoadedPair:
     clock: Callable[[], float] = field(default=time.perf_counter)
 
     @property
+    def context_in_words(self) -> str:
+        """Whose limit `context_length` is: the model's own, or what the memory plan has made room for."""
+        longest = self.target.model.context_length
+        if self.plan is None or longest == self.context_length:
+            return f"model's context of {self.context_length} tokens"
+        at_most = "" if longest is None else f", up to {longest}"
+        return (
+            f"context of {self.context_length} tokens that the memory plan has room for (--context asks for "
+            f"more{at_most}, and more --memory gives more)"
+        )
+
+    @property
     def max_nodes(self) -> int:
         return self.plan.max_nodes if self.plan is not None else RESIDENT_MAX_NODES
 
@@ -251,6 +265,12 @@ class PlannedPair:
     drafters: list[Drafter]
     needs: MemoryNeeds
     plan: MemoryPlan
+    estimated: ClassVar[bool] = False
+
+    @property
+    def reads(self) -> list[Read]:
+        """What a pass reads, in order."""
+        return [read for unit in self.weights.streamed(self.plan)[1] for read in unit.reads]
 
     def build(self) -> LoadedPair:
         """Bring in the weights that the plan pins, and begin to read the others."""
@@ -268,13 +288,20 @@ def load_pair(
 ) -> LoadedPair:
     """All phases. See `api.load` for the arguments and errors."""
     options = options or MemoryOptions()
-    return load_names(find_pair(target, draft, show_progress, conditions(options)), options)
+    names = find_pair(target, draft, show_progress, conditions(options))
+    return load_names(names, options, progress_for(show_progress))
 
 
-def load_names(names: PairPaths, options: MemoryOptions) -> LoadedPair:
-    """All phases after the first."""
+def load_names(names: PairPaths, options: MemoryOptions, progress: Progress | None = None) -> LoadedPair:
+    """All phases after the first. progress: is told when there is less room for context than usual."""
     if is_planned([names], options):
-        return plan_pair(names, options).build()
+        planned = plan_pair(names, options)
+        if progress is not None and planned.plan.context < planned.needs.context:
+            progress.note(
+                f"[memory: room for {planned.plan.context} tokens of context, not {planned.needs.context}; "
+                f"--context {planned.needs.context} or more --memory makes it]"
+            )
+        return planned.build()
     return PreparedTarget.in_memory(names.target_path).build(names)
 
 

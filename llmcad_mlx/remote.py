@@ -14,9 +14,16 @@ import httpx
 from httpx_sse import EventSource, SSEError
 
 from llmcad_mlx.errors import ContextLengthError, RemoteError, UsageError, first_line
+from llmcad_mlx.network import is_this_machine, through_proxy
 from llmcad_mlx.prompt import Prompt, as_list, token_id
 from llmcad_mlx.results import GenerationStats, Result
-from llmcad_mlx.settings import GenerationOptions, SamplingSettings, SpeculationSettings, StopSettings
+from llmcad_mlx.settings import (
+    OWN_SAMPLING,
+    GenerationOptions,
+    SamplingSettings,
+    SpeculationSettings,
+    StopSettings,
+)
 
 _CONNECT_S = 10.0
 _SILENCE_S = 120.0  # a server that works says so every few seconds, while a request waits too
@@ -36,8 +43,7 @@ _ALWAYS = {
     "stream_options": {"include_usage": True},
     "speculation": {"tokens": True},
     # An engine's defaults, whatever the server's are.
-    "temperature": _SAMPLING.temperature,
-    "seed": _SAMPLING.seed,
+    **{name: getattr(_SAMPLING, name) for name in (*OWN_SAMPLING, "seed")},
 }
 
 
@@ -75,7 +81,20 @@ class RemoteEngine:
         timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
         # A connection for each request: one that was kept may close just when it is used again.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
+        local = is_this_machine(parts.hostname or "")
+        self._via = "" if local else through_proxy(self.url)
+        try:
+            # With a transport of its own a client asks no proxy.
+            direct = httpx.HTTPTransport(verify=parts.scheme == "https", limits=limits) if local else None
+            self._client = httpx.Client(
+                base_url=self.url, headers=headers, timeout=timeout, limits=limits, transport=direct,
+                verify=direct is None,
+            )  # fmt: skip
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            raise UsageError(
+                f"{self.url}: cannot be reached with the proxy or certificates that the environment names "
+                f"({first_line(error)}); change or unset ALL_PROXY, HTTP_PROXY, NO_PROXY, SSL_CERT_FILE"
+            ) from None
         self._running: httpx.Response | None = None
         try:
             with self._asked("GET", "/v1/models") as response:
@@ -192,10 +211,12 @@ class RemoteEngine:
         try:
             response = self._client.send(self._client.build_request(method, path, **content), stream=True)
         except httpx.TimeoutException:
-            raise RemoteError(f"{self.url}: no answer in time; check the address and the network") from None
+            raise RemoteError(
+                f"{self.url}: no answer in time{self._via}; check the address and the network"
+            ) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RemoteError(
-                f"{self.url}: no connection ({first_line(error)}); is `llmcad-mlx serve` running there?"
+                f"{self.url}: no connection ({first_line(error)}){self._via}; is `llmcad-mlx serve` running there?"
             ) from None
         try:
             if response.status_code != 200:
@@ -235,7 +256,7 @@ class RemoteEngine:
         return RemoteError(f"{self.url}: {message}")
 
     def _stranger(self) -> RemoteError:
-        return RemoteError(f"{self.url}: no llmcad-mlx server answers there; check address and port")
+        return RemoteError(f"{self.url}: no llmcad-mlx server answers there{self._via}; check address and port")
 
     def _went_away(self, stats: GenerationStats) -> RemoteError:
         return RemoteError(
@@ -258,6 +279,12 @@ def _completion_request(prompt: Prompt, options: Mapping[str, Any]) -> tuple[str
         body["max_tokens"] = stopping.max_tokens
     if stopping.stop_strings:
         body["stop"] = list(stopping.stop_strings)
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UsageError("prompt: it is not UTF-8 text") from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"prompt: cannot be sent as JSON ({first_line(error)})") from None
     return path, body
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.sizes import parse_rate, parse_size
+from llmcad_mlx.sizes import check_unit, parse_rate, parse_size
 
 LogitsProcessor: TypeAlias = Callable[[Any, Any], Any]
 """mlx-lm's: (tokens (L,) int32, logits (1, V)) → logits (1, V), MLX arrays."""
@@ -80,6 +80,15 @@ class SamplingSettings:
         if not all(callable(processor) for processor in self.logits_processors):
             raise UsageError("logits_processors: every entry must be callable (tokens, logits) -> logits")
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
+
+
+OWN_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's own generation_config.json may say."""
+
+
+def sampling_under(own: Mapping[str, float], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's own sampling beneath the options that were given; who asks for greedy decoding gets none of it."""
+    return dict(given) if given.get("temperature") == 0 else {**own, **given}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +246,7 @@ def _as_bytes(option: str, value: int | str, least: int) -> int:
         value = parse_size(value, option)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{option}: {value!r} is not a number of bytes; give one, or text like 6GB")
+    check_unit(value, option, "GB")
     return value
 
 

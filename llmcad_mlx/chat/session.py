@@ -14,6 +14,7 @@ from llmcad_mlx.conversations.file import SavedConversation, read_conversation
 from llmcad_mlx.engine.round import Round, RoundTree
 from llmcad_mlx.errors import ContextLengthError, LlmcadError, UsageError
 from llmcad_mlx.progress import interruptible
+from llmcad_mlx.prompt import typed_text
 from llmcad_mlx.report import Answer, rows_table, stats_table
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sizes import format_size
@@ -84,6 +85,7 @@ class ChatSession:
         answer stays in the conversation as far as it got.
         """
         try:
+            line = typed_text(line, "what you typed")
             call = parse(line)
             if call is not None:
                 name, argument = call
@@ -100,7 +102,7 @@ class ChatSession:
         """Answer the last one of `messages`, which become the conversation. Whatever ends the answer, what came of
         it joins them; where nothing came, the conversation stays as it was."""
         asked, answer, complete = replace(self.conversation, messages=messages), Answer(), False
-        context = self.engine.pair.context_length
+        context = self.engine.pair.context_in_words
         try:
             with interruptible() as check, self.screen.answer(self.engine, self.settings, answer) as view:
                 for response in self.engine.stream_generate(
@@ -112,9 +114,7 @@ class ChatSession:
                     check()
             complete = True
         except ContextLengthError:
-            raise UsageError(
-                f"the conversation no longer fits the model's context of {context} tokens; /undo or /clear"
-            ) from None
+            raise UsageError(f"the conversation no longer fits the {context}; /undo or /clear") from None
         finally:
             text = "".join(answer.pieces)
             if complete or text:
@@ -124,7 +124,7 @@ class ChatSession:
             if answer.stats.generated_tokens == limit:
                 self.screen.note(f"[cut at max_tokens {limit}; /set max_tokens -1 takes the limit away]")
             else:
-                self.screen.note(f"[the model's context of {context} tokens is full; /undo or /clear]")
+                self.screen.note(f"[the {context} is full; /undo or /clear]")
         elif not text:
             self.screen.note("[the answer is empty]")
 
@@ -160,7 +160,7 @@ class ChatSession:
         self.screen.note(f"[taken back: {_short(question.content)}]")
 
     def _save(self, name: str) -> None:
-        data = {"conversation": asdict(self.conversation), "settings": self.settings.values()}
+        data = {"conversation": asdict(self.conversation), "settings": self.settings.values(in_full=True)}
         size = self.engine.save_conversation(Path(name), data)
         self.screen.note(f"[saved {name}: {self._size()}, {format_size(size)} with the caches]")
 
@@ -190,7 +190,7 @@ class ChatSession:
         self.settings = settings
 
     def _size(self) -> str:
-        count = len(self.conversation.messages) // 2
+        count = len(self.conversation.messages)
         return f"{count} message{'' if count == 1 else 's'}"
 
     def _help(self, _: str) -> None:

@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.prompt import typed_text
 from llmcad_mlx.settings import DEFAULT_MAX_TOKENS, GenerationOptions, StopSettings
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def generate(
     raw: Annotated[
         bool, Option("--raw", help="Give the prompt to the model as it is, without chat template.")
     ] = False,
-    pair: options.Pair,
+    pair: options.OptionalPair,
     memory: options.VerifiedMemory,
     speculation: options.Speculation,
     max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS,
@@ -38,12 +39,17 @@ def generate(
     stop: Annotated[
         list[str] | None, Option(metavar="TEXT", help="End before this text; may be given again.")
     ] = None,
+    stats: Annotated[
+        bool, Option("--stats", help="End with all figures: passes, acceptance, times, memory.")
+    ] = False,
     json_output: options.Json = False,
 ) -> None:
-    """Answer one prompt; text goes to standard output, figures to standard error."""
+    """Answer one prompt; text goes to standard output, a line of figures to standard error."""
     if raw and system is not None:
         raise UsageError("system: a raw prompt takes no system message; leave one of the two out")
-    chosen = GenerationOptions(sampling, speculation, StopSettings.of(max_tokens, stop))
+    texts = None if stop is None else [typed_text(text, "stop") for text in stop]
+    chosen = GenerationOptions(sampling, speculation, StopSettings.of(max_tokens, texts))
+    system = None if system is None else typed_text(system, "system")
     text = _read_prompt(prompt, prompt_file)
     # Only now: a mistake in what was typed is told at once.
     from llmcad_mlx.api import Engine
@@ -56,10 +62,10 @@ def generate(
             asked = [{"role": role, "content": content} for role, content in said.items() if content is not None]
         elif system is not None:
             raise UsageError("system: this model has no chat template, so it takes no system message")
-        _answer(engine, asked, chosen, json_output)
+        _answer(engine, asked, chosen, json_output, stats)
 
 
-def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_output: bool) -> None:
+def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_output: bool, in_full: bool) -> None:
     from llmcad_mlx.progress import interruptible
     from llmcad_mlx.report import Answer, closing_lines
 
@@ -85,7 +91,7 @@ def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_outp
         raise
     finish()
     if not json_output:
-        for line in closing_lines(engine, answer.stats):
+        for line in closing_lines(engine, answer.stats, in_full):
             print(line, file=sys.stderr)
 
 
@@ -116,7 +122,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         if file is not None:
             text = file.read_text(encoding="utf-8")
         else:
-            text = sys.stdin.read() if prompt == "-" else str(prompt)
+            text = sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else typed_text(str(prompt), option)
     except OSError as error:
         raise UsageError(f"{option}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -3,6 +3,7 @@ shells."""
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import signal
@@ -24,6 +25,7 @@ from llmcad_mlx.cli.models import convert, doctor, pull
 from llmcad_mlx.cli.options import with_options
 from llmcad_mlx.cli.serve import serve
 from llmcad_mlx.errors import LlmcadError, UsageError
+from llmcad_mlx.process import prepare_process
 
 NAME = "llmcad-mlx"
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
@@ -96,9 +98,24 @@ def _root(
 
 
 def main() -> None:
+    prepare_process()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: else the next file that is opened would be taken for it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - to the end
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is typed is UTF-8 all the same
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # it was told; Python would complain again
+        _drop_output()
+    sys.exit(code)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(argv: list[str]) -> int:
@@ -109,8 +126,7 @@ def run(argv: list[str]) -> int:
     try:
         return _invoke([word for word in argv if word != "--debug"])
     except BrokenPipeError:
-        # The reader went away (`| head`): not an error. Python would complain again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader went away (`| head`): not an error
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv:

@@ -25,7 +25,7 @@ from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of, cache_par
 from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files import full_disk_error, new_file, require_free_space
+from llmcad_mlx.files import full_disk_error, new_file, require_free_space, user_path
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec, dtype_name, header_bytes, read_header
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.machine import package_version
@@ -37,7 +37,7 @@ DIGEST = TensorSpec("sha256", "U8", (32,))
 
 _BLOCK_BYTES = 4 << 20
 _COMPARED = 8  # first tokens, computed again
-_REMEDY = "make room or choose another disk"
+_REMEDY = "choose another disk"
 
 
 class CacheMismatchError(ValueError):
@@ -59,7 +59,7 @@ def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tok
     The file appears whole or not at all, readable by its owner only. An older conversation gives way, another
     file does not. Raises UsageError for a path that cannot be used, DiskError when the disk has no room.
     """
-    path = path.expanduser().absolute()
+    path = user_path(str(path)).absolute()
     if not path.parent.is_dir():
         raise UsageError(f"{path}: there is no folder {path.parent}; make it or choose another")
     if path.exists():
@@ -104,7 +104,7 @@ def _arrays(model: str, layers: Iterable[LayerState | None]) -> Iterator[tuple[s
 
 def read_conversation(path: Path) -> SavedConversation:
     """Read a file's header. Raises UsageError, one line, for a file that is not a saved conversation."""
-    path = path.expanduser().absolute()
+    path = user_path(str(path)).absolute()
     try:
         metadata = read_header(path)[0]["__metadata__"]
         if metadata["llmcad_mlx"] != FORMAT:

@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from llmcad_mlx.cpu.compiling import kernel
 from llmcad_mlx.cpu.kernels import (
     _F32,
     _F32V,
@@ -150,7 +151,7 @@ def _values_tile(typing, p, p_step, v, v_step, count, out, out_step, vectors, mr
     return types.void(*[types.intp] * 7, vectors, mr), _void(emit)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+@kernel(inline="always")
 def _values_rows(p, p_step, v, v_step, count, out, out_step, dim, rows):  # type: ignore[no-untyped-def]
     """`_values_tile` for any row count and any head dimension that is a multiple of 32."""
     for first in range(0, dim, 64):
@@ -171,7 +172,7 @@ def _values_rows(p, p_step, v, v_step, count, out, out_step, dim, rows):  # type
                 m += 1
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _score_run(q, keys, slot, count, out, out_step, rows):  # type: ignore[no-untyped-def]
     """out[m, j] = q[m] . keys[slot + j]; writes up to 3 floats more per row. keys (capacity, dim)."""
     dim = keys.shape[1]
@@ -181,7 +182,7 @@ def _score_run(q, keys, slot, count, out, out_step, rows):  # type: ignore[no-un
         tile_packed(keys, keys, at, step, at, at, 0, 0, q, dim // 32, out + 4 * j, out_step, rows)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """Rows of out = x * rsqrt(mean(x^2) + eps) * weight; the last dimension is a multiple of 16."""
     dim = x.shape[1]
@@ -192,7 +193,7 @@ def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
             out[m, i] = x[m, i] * scale * weight[i]
 
 
-@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
+@kernel(parallel=True)
 def silu_times(gate, up, threads):  # type: ignore[no-untyped-def]
     """gate = silu(gate) * up, both (M, N) contiguous with N a multiple of 16."""
     blocks = gate.size // 16
@@ -204,7 +205,7 @@ def silu_times(gate, up, threads):  # type: ignore[no-untyped-def]
         _silu_times(gate.ctypes.data + 64 * first, up.ctypes.data + 64 * first, last - first)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+@kernel(inline="always")
 def _softmax(scores, m, lowest, seen):  # type: ignore[no-untyped-def]
     """In place: row m of scores becomes the softmax over [lowest, seen), and 0 outside."""
     at, width = scores.ctypes.data + m * scores.strides[0], scores.shape[1]
@@ -226,7 +227,7 @@ def _softmax(scores, m, lowest, seen):  # type: ignore[no-untyped-def]
         scores[m, j] = scores[m, j] / total
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+@kernel(inline="always")
 def _values_of_tree(scores, values, plan, first, out, out_step):  # type: ignore[no-untyped-def]
     """out[m] += scores[m] @ values: those in `runs`, then the row's own. values (capacity, dim)."""
     count, dim = scores.shape[0], values.shape[1]
@@ -245,7 +246,7 @@ def _values_of_tree(scores, values, plan, first, out, out_step):  # type: ignore
             _values_rows(p, step, v + own[j] * v_step, v_step, 1, out + m * out_step, out_step, dim, 1)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _attend(q, keys, values, plan, scale, out, item, prefix, longest):  # type: ignore[no-untyped-def]
     """One head of one tile of up to 6 rows."""
     positions, runs, own_ends, causal = plan.positions, plan.runs, plan.own_ends, plan.causal
@@ -299,7 +300,7 @@ def _attend(q, keys, values, plan, scale, out, item, prefix, longest):  # type: 
         _values_of_tree(scores, values_of, plan, first, out_at, out.strides[0])
 
 
-@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
+@kernel(parallel=True)
 def attention(q, keys, values, plan, scale, out):  # type: ignore[no-untyped-def]
     """Attention of M rows over the committed sequence and their own slots.
 

@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
-import numba as nb
 import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.normalization import RMSNorm
 
 from llmcad_mlx.cpu import attention as cpu_attention
 from llmcad_mlx.cpu import kernels as cpu_kernels
+from llmcad_mlx.cpu.compiling import kernel
 from llmcad_mlx.cpu.linear import CpuLinear, num_threads
 from llmcad_mlx.models.adapt import Adaptation, adapt, restore
 from llmcad_mlx.models.cache import Floats, LayerCache, LazyKVCache
@@ -29,7 +29,7 @@ _ROTATION_STEP = 512  # positions added to a rotation table at a time
 _TOLERANCE = 1e-4  # against MLX's block, relative to the largest output
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _add_bias(out, bias):  # type: ignore[no-untyped-def]
     if bias.size:
         for m in range(out.shape[0]):
@@ -37,7 +37,7 @@ def _add_bias(out, bias):  # type: ignore[no-untyped-def]
                 out[m, i] += bias[i]
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _linear(x, layer, threads, out):  # type: ignore[no-untyped-def]
     weight, scales, biases, shift, split, bias = layer
     if x.shape[0] <= cpu_kernels.FEW_ROWS:
@@ -47,7 +47,7 @@ def _linear(x, layer, threads, out):  # type: ignore[no-untyped-def]
     _add_bias(out, bias)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _linear_three(x, first, second, third, threads, out1, out2, out3):  # type: ignore[no-untyped-def]
     """The third may be of no rows."""
     if x.shape[0] <= cpu_kernels.FEW_ROWS and first[4] == second[4] == third[4]:
@@ -62,7 +62,7 @@ def _linear_three(x, first, second, third, threads, out1, out2, out3):  # type: 
             _linear(x, third, threads, out3)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _rotate(x, heads, dim, positions, cos, sin, traditional, out, slots):  # type: ignore[no-untyped-def]
     """Rotate rows (M, heads * dim) into out (M, heads, dim), or with `slots` into out (heads, slot, dim)."""
     half = cos.shape[1]
@@ -80,14 +80,14 @@ def _rotate(x, heads, dim, positions, cos, sin, traditional, out, slots):  # typ
                 target[i] = source[i]
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _norm_heads(x, heads, dim, weight, eps):  # type: ignore[no-untyped-def]
     if weight.size:
         rows = x.reshape(x.shape[0] * heads, dim)
         cpu_attention.rms_norm(rows, weight, eps, rows)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _block(h, attention_weights, mlp_weights, norms, rotation, cache, plan, heads, dim, scale, threads):  # type: ignore[no-untyped-def]
     """One decoder block over h (M, hidden), in place. See `CpuBlock` for what the tuples hold."""
     wq, wk, wv, wo = attention_weights

@@ -27,6 +27,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from llmcad_mlx.cpu.compiling import kernel
+
 LANES = 16
 FEW_ROWS = 20  # up to here `matmul_few` is faster, although each tile of 6 rows unpacks the weights anew
 K_BLOCK = 32  # chunks of a block of weights unpacked together
@@ -310,7 +312,7 @@ def _store_sums(typing, acc, step, out):  # type: ignore[no-untyped-def]
     return types.void(types.intp, types.intp, types.intp), _void(emit)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def pack_rows(x: np.ndarray, first: int, rows: int, split: bool, out: np.ndarray) -> None:
     """Pack activation rows (M, K) [first, first + rows) as (chunk, half, row, lane) into flat `out`. `split` puts
     the even elements of each chunk in the first half and the odd ones in the second."""
@@ -329,7 +331,7 @@ def pack_rows(x: np.ndarray, first: int, rows: int, split: bool, out: np.ndarray
                     out[at + half + i] = x[first + m, c * 32 + 16 + i]
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _tile_bounds(rows):  # type: ignore[no-untyped-def]
     """Where tiles of at most 6 rows begin and end, as even as possible: (tiles + 1,)."""
     tiles = (rows + 5) // 6
@@ -339,7 +341,7 @@ def _tile_bounds(rows):  # type: ignore[no-untyped-def]
     return bounds
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _few_block(packed, bounds, weight, scales, biases, shift, chunks, block, out):  # type: ignore[no-untyped-def]
     """Columns [4 * block, 4 * block + 4) of out, for all rows."""
     n = min(block * 4, weight.shape[0] - 4)
@@ -355,7 +357,7 @@ def _few_block(packed, bounds, weight, scales, biases, shift, chunks, block, out
         )  # fmt: skip
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@kernel()
 def _pack_all(x, bounds, split):  # type: ignore[no-untyped-def]
     packed = np.empty(x.size, np.float32)
     width = x.shape[1]
@@ -365,7 +367,7 @@ def _pack_all(x, bounds, split):  # type: ignore[no-untyped-def]
     return packed
 
 
-@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
+@kernel(parallel=True)
 def matmul_few(x, weight, scales, biases, shift, split, out):  # type: ignore[no-untyped-def]
     """out (M, N) = x (M, K) @ weight.T for few rows: weights are unpacked in registers, never stored."""
     chunks = x.shape[1] // 32
@@ -375,7 +377,7 @@ def matmul_few(x, weight, scales, biases, shift, split, out):  # type: ignore[no
         _few_block(packed, bounds, weight, scales, biases, shift, chunks, block, out)
 
 
-@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
+@kernel(parallel=True)
 def matmul_few_three(x, first, second, third, out1, out2, out3):  # type: ignore[no-untyped-def]
     """Three `matmul_few` of one input in one parallel region: waking threads costs more than a small product. All
     are (weight, scales, biases, shift, split, bias) of equal `split`; the bias is not added."""
@@ -396,7 +398,7 @@ def matmul_few_three(x, first, second, third, out1, out2, out3):  # type: ignore
             _few_block(packed, bounds, w3, s3, b3, shift3, chunks, item - blocks2, out3)
 
 
-@nb.njit(cache=True, nogil=True, parallel=True, boundscheck=False)
+@kernel(parallel=True)
 def matmul_many(x, weight, scales, biases, shift, split, threads, out):  # type: ignore[no-untyped-def]
     """out (M, N) = x (M, K) @ weight.T for many rows: a block of weights is unpacked once for all rows."""
     rows, chunks, num_out = x.shape[0], x.shape[1] // 32, weight.shape[0]

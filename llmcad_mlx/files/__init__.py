@@ -20,10 +20,30 @@ from typing import Any
 from llmcad_mlx.errors import LlmcadError, UsageError
 
 RESERVE_BYTES = 64 << 20
-HOME_REMEDY = "make room or set LLMCAD_MLX_HOME to another disk"
-"""What to do when the folder of models is full."""
+HOME_REMEDY = "set LLMCAD_MLX_HOME to another disk"
+"""What to do when the folder of models is full or cannot be written."""
 
-_REMEDY = "make room or choose a folder on another disk"
+_REMEDY = "choose a folder on another disk"
+
+
+def user_path(text: str) -> Path:
+    """What a user wrote as a path, with a home folder for "~" where there is one."""
+    return Path(os.path.expanduser(text))
+
+
+def home_folder() -> Path:
+    """The folder named by LLMCAD_MLX_HOME, else llmcad-mlx in XDG_CACHE_HOME or ~/.cache. It may not exist yet.
+
+    Raises UsageError where nothing tells.
+    """
+    if named := os.environ.get("LLMCAD_MLX_HOME"):
+        return user_path(named).absolute()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # the standard says to ignore others
+        cache = user_path("~/.cache")
+    if not cache.is_absolute():
+        raise UsageError("LLMCAD_MLX_HOME: is not set, and this user has no home; name a folder to keep models in")
+    return cache / "llmcad-mlx"
 
 
 class DiskError(LlmcadError):
@@ -38,7 +58,7 @@ def require_free_space(folder: Path, num_bytes: int, what: str, remedy: str = HO
     needed, free = num_bytes + RESERVE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         sizes = f"{needed / 1e9:.2f} GB are needed for {what}, {free / 1e9:.2f} GB are free"
-        raise DiskError(f"{folder}: {sizes}; {remedy}")
+        raise DiskError(f"{folder}: {sizes}; make room or {remedy}")
 
 
 def is_full(error: OSError) -> bool:
@@ -49,8 +69,8 @@ def is_full(error: OSError) -> bool:
 def full_disk_error(error: OSError, path: Path | str, remedy: str = HOME_REMEDY) -> DiskError:
     """The one-line error for a write to `path` that failed."""
     if is_full(error):
-        return DiskError(f"{path}: the disk is full; {remedy}")
-    return DiskError(f"{path}: cannot be written ({error.strerror or error})")
+        return DiskError(f"{path}: the disk is full; make room or {remedy}")
+    return DiskError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -33,11 +33,12 @@ _END_TEXTS = (
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
     """settings: tokenizer_config.json. ids: for config.json and generation_config.json, with every token that ends
-    a turn, the file's own first."""
+    a turn, the file's own first. assumed: the pre-tokenizer where the file does not name its own."""
 
     tokenizer: Tokenizer
     settings: dict[str, Any]
     ids: Mapping[str, object]
+    assumed: str | None = None
 
     def save(self, folder: Path) -> None:
         """Write the files transformers loads; the template inside and, for newer readers, as its own file."""
@@ -52,8 +53,12 @@ def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
     """The tokenizer of a file. Raises ModelError for an unknown kind or pre-tokenizer, and for damaged fields."""
     vocabulary = _read_vocabulary(header)
     kind = header.field("tokenizer.ggml.model", str)
+    assumed = None
     if kind == "gpt2":
-        tokenizer, adds_bos = _byte_level(header, vocabulary)
+        name = header.field("tokenizer.ggml.pre", str, "")
+        if name in _UNNAMED:
+            name = assumed = _likely_splitter(header, vocabulary)
+        tokenizer, adds_bos = _byte_level(header, vocabulary, name)
     elif kind == "llama":
         tokenizer, adds_bos = _sentencepiece(header, vocabulary), True
     else:
@@ -82,7 +87,7 @@ def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
     if template:
         settings["chat_template"] = template
     ids = {**{f"{name}_token_id": number for name, number in known.items()}, "eos_token_id": ends}
-    return GgufTokenizer(tokenizer, settings, ids)
+    return GgufTokenizer(tokenizer, settings, ids, assumed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +184,7 @@ _CASED_WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UNNAMED = ("", "default")
 _DIGITS = _Splitter(single_digits=True)
 _QWEN2 = _Splitter(_words(""), nfc=True)
 _LLAMA3 = _Splitter(_words("{1,3}"), ignore_merges=True, adds_bos=True)
@@ -198,10 +204,16 @@ _SPLITTERS = {
 }
 
 
-def _byte_level(header: GgufHeader, vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
-    """The tokenizer, without bos, and whether its texts begin with bos where the file does not say. Raises
-    ModelError for an unknown pre-tokenizer, and for a merge of tokens that are not there."""
-    name = header.field("tokenizer.ggml.pre", str, "gpt-2")
+def _likely_splitter(header: GgufHeader, vocabulary: _Vocabulary) -> str:
+    """For a file of the time before pre-tokenizers had names, or one whose maker did not know it."""
+    if header.family in ("qwen2", "qwen3"):
+        return "qwen2"
+    return "llama-bpe" if "<|begin_of_text|>" in vocabulary.tokens else "gpt-2"
+
+
+def _byte_level(header: GgufHeader, vocabulary: _Vocabulary, name: str) -> tuple[Tokenizer, bool]:
+    """The tokenizer with the named pre-tokenizer, without bos, and whether its texts begin with bos where the file
+    does not say. Raises ModelError for an unknown name, and for a merge of tokens that are not there."""
     splitter = _SPLITTERS.get(name)
     if splitter is None:
         known = ", ".join(_SPLITTERS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
+from llmcad_mlx.files import user_path
 from llmcad_mlx.measure.workload import listed
 from llmcad_mlx.models.folder import DRAFT_TOKENS, load_model_folder, read_config, vocabulary_size
 from llmcad_mlx.store.copies import BITS, SELF_BITS, DerivedDraft, stored_bits
@@ -128,5 +129,5 @@ def _lasting(name: str) -> str:
         return derived.renamed(_lasting)
     if name in (NGRAM, NO_DRAFT):
         return name
-    path = Path(name).expanduser()
+    path = user_path(name)
     return str(path.resolve()) if path.exists() else name

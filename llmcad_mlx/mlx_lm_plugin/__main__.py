@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 
 from llmcad_mlx.errors import LlmcadError
+from llmcad_mlx.process import prepare_process
 
 _HELP = """usage: python -m llmcad_mlx.mlx_lm_plugin {generate,chat,server} [options]
 
@@ -34,6 +35,7 @@ def main(words: list[str]) -> int:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    prepare_process()
     sys.argv = [f"mlx_lm.{words[0]}", *words[1:]]
     try:
         with installed():

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import dropwhile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,13 @@ from llmcad_mlx.engine.round import Round
 from llmcad_mlx.engine.session import common_prefix
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.machine import peak_rss_bytes, physical_memory_bytes
+from llmcad_mlx.models.folder import own_sampling
 from llmcad_mlx.report import Answer
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.jobs import FairQueue, FinishedEvent, Job, PromptEvent, RoundEvent, TokenEvent, TokenLogprob
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.protocol import ApiError, internal_error, refused, shutting_down
 from llmcad_mlx.sizes import parse_size
-from llmcad_mlx.store.names import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import COMMITTED
 
 _log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class Generation:
         self._engine = engine
         self._job = job
         self._num_rounds = 0
-        self._text_of = engine.token_texts.text
+        self._texts = engine.token_texts
 
     def run(self) -> FinishedEvent:
         """Generate to the end. Raises CancelledError, and what the engine raises."""
@@ -62,6 +61,8 @@ class Generation:
                 self._job.send(RoundEvent(batch, self._tree(rounds.pop())))
                 batch = []
                 self.check_cancelled()
+                if self._job.is_complete:
+                    break
         return FinishedEvent(self.answer.finish_reason, self._usage())
 
     def _on_progress(self, done: int, total: int) -> None:
@@ -80,8 +81,21 @@ class Generation:
             row = np.asarray(response.logprobs)[: self._engine.pair.vocab_size]
             likeliest = np.argsort(-row, kind="stable")[:count].tolist() if count else []
             for token in (response.token, *likeliest):
-                logprobs.append(TokenLogprob(self._text_of(token), max(float(row[token]), _LEAST_LOGPROB)))
+                is_chosen = token == response.token
+                text = response.text if is_chosen else self._texts.text(token)
+                content = self._bytes_shown(token) if is_chosen else self._texts.bytes_of(token)
+                logprobs.append(TokenLogprob(token, text, content, max(float(row[token]), _LEAST_LOGPROB)))
         return TokenEvent(response.token, response.text, response.from_draft, logprobs)
+
+    def _bytes_shown(self, token: int) -> bytes:
+        """What the latest token gives to the answer's bytes: none where it ends the text, and without the blank
+        that some tokenizers take off the beginning of a text."""
+        tokenizer = self._engine.tokenizer
+        if token in tokenizer.eos_token_ids:
+            return b""
+        if len(self.answer.tokens) == 1 and "\ufffd" not in (text := str(tokenizer.decode([token]))):
+            return text.encode()
+        return self._texts.bytes_of(token)
 
     def _tree(self, done: Round) -> dict[str, Any] | None:
         """The round as the contract has it, where asked for: nodes as drafted, parents first."""
@@ -91,7 +105,7 @@ class Generation:
         tree, bonus, plan = done.drafted, done.bonus_token, self._engine.pair.plan
         nodes = [
             {
-                "id": token, "text": self._text_of(token), "parent": tree.parents[node],
+                "id": token, "text": self._texts.text(token), "parent": tree.parents[node],
                 "confidence": tree.confidences[node],
                 "source": "target" if tree.sources[node] == COMMITTED else tree.sources[node],
                 "state": state,
@@ -101,7 +115,7 @@ class Generation:
         return {
             "index": self._num_rounds - 1,
             "nodes": nodes,
-            "bonus": None if bonus is None else {"id": bonus, "text": self._text_of(bonus)},
+            "bonus": None if bonus is None else {"id": bonus, "text": self._texts.text(bonus)},
             "tokens_per_s": self.answer.stats.tokens_per_s,
             "tokens_per_pass": self.answer.stats.tokens_per_pass,
             "peak_rss_bytes": peak_rss_bytes(),
@@ -187,6 +201,8 @@ class ServedModel:
     vocab_size: int
     tokenizer: Any
     """mlx-lm's TokenizerWrapper. One thread at a time may encode."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """The model's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +251,11 @@ class Worker:
     def _run(self) -> None:
         try:
             engine = self._load()
-            pair, draft = engine.pair, public_name(engine.pair.names.draft_name)
-            model = ServedModel(self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer)
+            pair, draft = engine.pair, engine.pair.names.draft_label
+            sampling = own_sampling(pair.names.target_path)
+            model = ServedModel(
+                self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer, sampling
+            )
         except BaseException as error:
             self._model.set_exception(error)
             return
@@ -285,14 +304,3 @@ def cache_limit(size: str, budget_bytes: int | None) -> int:
         return parse_size(size, "prompt-cache")
     memory = physical_memory_bytes() if budget_bytes is None else budget_bytes
     return min(round(memory * _CACHE_SHARE), _MOST_CACHE)
-
-
-def public_name(name: str | None) -> str:
-    """A preset's or repository's name as it is, a local file or folder by its last part and with its prefix, like
-    "4bit:"; None: the default target."""
-    if name is None:
-        return DEFAULT_PRESET
-    head, colon, rest = name.rpartition(":")
-    path = Path(rest).expanduser()
-    is_local = path.is_absolute() or rest.startswith(("~", ".")) or path.exists()
-    return f"{head}{colon}{path.resolve().name or 'model'}" if is_local else name

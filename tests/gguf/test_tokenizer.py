@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
+from llmcad_mlx.progress import progress_for
 from llmcad_mlx.store.names import pull_part
 from tests.support.tiny_gguf import END, TEMPLATE, write_tiny_gguf
 
@@ -79,6 +81,46 @@ def test_mlx_lm_finds_template_end_and_fast_detokenizer(tiny_folder: Path) -> No
         assert json.loads((tiny_folder / name).read_text())["eos_token_id"] == [end]
     assert (tiny_folder / "chat_template.jinja").read_text() == TEMPLATE
     assert json.loads((tiny_folder / "tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("fields", "family", "assumed"),
+    [
+        ({"pre": None}, "llama", "gpt-2"),
+        ({"pre": ""}, "llama", "gpt-2"),
+        ({"pre": "default"}, "qwen2", "qwen2"),
+        ({"pre": None}, "qwen3", "qwen2"),
+        ({"pre": None, "tokens": 5}, "llama", "llama-bpe"),
+        ({"pre": "smollm"}, "qwen2", None),
+    ],
+)
+def test_a_pre_tokenizer_that_is_not_named_is_assumed(
+    tmp_path: Path, fields: dict[str, Any], family: str, assumed: str | None
+) -> None:
+    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
+    if "tokens" in fields:
+        header.metadata["tokenizer.ggml.tokens"][-1] = "<|begin_of_text|>"
+    header.metadata.update({"general.architecture": family, f"{family}.context_length": 64})
+    header.metadata["tokenizer.ggml.pre"] = fields["pre"]
+    if fields["pre"] is None:
+        del header.metadata["tokenizer.ggml.pre"]
+    found = read_tokenizer(header)
+    assert found.assumed == assumed
+    named = {**header.metadata, "tokenizer.ggml.pre": assumed or "smollm"}
+    expected = read_tokenizer(replace(header, metadata=named)).tokenizer
+    text = "It's 12345 hello\n\n\tx"
+    assert found.tokenizer.encode(text).ids == expected.encode(text).ids
+
+
+def test_what_is_assumed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "old.gguf"
+    data = write_tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
+    file.write_bytes(data.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.old"))
+    convert_gguf(file, tmp_path / "out", progress=progress_for(True))
+    line = f"{file}: does not name its pre-tokenizer (tokenizer.ggml.pre); 'gpt-2' is assumed"
+    assert capsys.readouterr().err.count(line) == 1
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "other", progress=progress_for(True))
+    assert "assumed" not in capsys.readouterr().err
 
 
 def test_bos_only_where_the_file_asks_for_it(tmp_path: Path) -> None:

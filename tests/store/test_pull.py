@@ -22,10 +22,11 @@ import pytest
 from llmcad_mlx import files as disk
 from llmcad_mlx.cli.models import pull as pull_command
 from llmcad_mlx.errors import DownloadError, ModelError
+from llmcad_mlx.files import home_folder
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
-from llmcad_mlx.progress import Progress
-from llmcad_mlx.store import download, home_folder, names, presets
+from llmcad_mlx.progress import Progress, progress_for
+from llmcad_mlx.store import download, names, presets
 from llmcad_mlx.store.presets import FileSource, Mirror, Preset, RepoSource
 from tests.support.hub_stand_in import HubStandIn
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -186,6 +187,71 @@ def test_offline_mode_is_respected(hub: HubStandIn, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
         download.fetch_file(source(), QUIET)
     assert not hub.requests
+
+
+@pytest.mark.parametrize(("token", "status"), [("hf_old", 401), ("hf_old", 403), ("caf\u00e9", 0), ("a\tb", 0)])
+def test_what_is_public_needs_no_token(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], token: str, status: int
+) -> None:
+    """One that has expired, may not read this, or is no token at all."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.refuses_tokens = status
+    hub.repos["org/model"] = MODEL_FILES
+    told = progress_for(True)
+    assert download.fetch_file(source(), told).read_bytes() == CONTENT
+    assert (names.pull_repo("org/model", progress=told) / "config.json").exists()
+    assert capsys.readouterr().err.count("the hub refuses the token of HF_TOKEN or `hf auth login`; trying") == 2
+
+
+def test_a_token_that_cannot_be_read_is_none(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path))  # a folder, so reading fails
+    assert download.fetch_file(source(), QUIET).read_bytes() == CONTENT
+
+
+def test_a_token_is_said_to_be_bad_and_the_mirror_needs_none(
+    hub: HubStandIn, mirrored: FileSource, fetched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a hub that gives nothing to nobody, either."""
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    hub.status = 401
+    refused = "the hub refuses the token of HF_TOKEN .*; renew the token, and check the name"
+    with pytest.raises(DownloadError, match=rf"\Aorg/files/tiny.gguf: {refused}\Z"):
+        download.fetch_file(source(), QUIET)
+    with pytest.raises(DownloadError, match=rf"\Aorg/files: {refused}\Z"):
+        names.pull_repo("org/files")
+    assert download.fetch_file(mirrored, QUIET).read_bytes() == CONTENT
+    assert len(fetched) == 3
+
+
+def test_a_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://me:secret@127.0.0.1:9")
+    with pytest.raises(DownloadError, match=r"through the proxy http://127\.0\.0\.1:9 \(NO_PROXY=") as caught:
+        names.pull_repo("org/model")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ImportError("Using SOCKS proxy, but"), ValueError("no such scheme")])
+def test_a_client_that_cannot_be_made_is_told_in_one_line(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(download, "get_hf_file_metadata", Mock(side_effect=error))
+    with pytest.raises(DownloadError, match=f"org/files/tiny.gguf: {error}"):
+        download.fetch_file(source(), QUIET)
+
+
+def test_a_cache_that_cannot_be_written_says_which_variable_names_another(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(disk.DiskError, match=r"org/files: cannot be written .*; set HF_HOME to another disk"):
+        names.pull_repo("org/files")
+    monkeypatch.setenv("LLMCAD_MLX_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(disk.DiskError, match=r"cannot be written .*; set LLMCAD_MLX_HOME to another disk"):
+        download.fetch_file(source(), QUIET)
 
 
 def test_the_hub_continues_what_the_mirror_began(
@@ -483,3 +549,24 @@ def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     for preset in presets.list_presets():
         assert f"{preset.name}: {preset.summary}" in printed
     assert "Apache-2.0, 1,609 MB to download, 2.6 GB memory" in printed
+
+
+def test_plan_fetches_only_a_configuration(
+    hub: HubStandIn, folder: Path, output: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    hub.repos |= {"org/target": files, "org/draft": files, "org/empty": {"README.md": b"nothing"}}
+    words = ("plan", "org/target", "--draft", "org/draft", "--json")
+    found = json.loads(output(*words)[0])
+    assert found["estimated"] is True
+    assert (found["target"], found["draft"]) == ("org/target", "org/draft")
+    assert {request.split("/")[-1].split()[0] for request in hub.downloads()} == {"config.json"}
+    assert "config.json: the repository has no such file" in output("plan", "org/empty", code=1)[1]
+    with monkeypatch.context() as gone:
+        gone.setenv("HF_ENDPOINT", NOWHERE)
+        assert json.loads(output(*words)[0])["parts"].keys() == found["parts"].keys()
+        assert "cannot be reached" in output("plan", "org/other", code=1)[1]
+    names.pull_repo("org/target")
+    assert json.loads(output(*words)[0])["estimated"] is True  # the draft is still missing
+    names.pull_repo("org/draft")
+    assert json.loads(output(*words)[0])["estimated"] is False

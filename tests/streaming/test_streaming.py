@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from llmcad_mlx import UsageError, load
 from llmcad_mlx.errors import BudgetError, ModelError, StorageError
+from llmcad_mlx.memory import make_plan
 from llmcad_mlx.streaming import build as assembly
 from llmcad_mlx.streaming.storage import FileStorage
 from tests.support.tiny_folder import copy_folder, family_folder, make_folder
@@ -113,7 +116,8 @@ def test_an_impossible_budget_is_refused_with_the_smallest_one(llama: Path) -> N
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("memory", "much"), ("memory", 0), ("memory", True), ("pinned", "all"), ("pinned", -1), ("context", 0),
+        ("memory", "much"), ("memory", 0), ("memory", 16), ("memory", True), ("pinned", "all"),
+        ("pinned", -1), ("pinned", "16"), ("context", 0), ("read_bandwidth", "250"),
         ("read_bandwidth", "fast"), ("read_bandwidth", 0.0), ("read_bandwidth", float("nan")),
     ],
 )  # fmt: skip
@@ -122,9 +126,27 @@ def test_impossible_memory_options_are_refused(llama: Path, option: str, value: 
         load(llama, None, **{option: value})
 
 
-def test_a_prompt_longer_than_the_planned_context_is_refused(llama: Path) -> None:
-    with load(llama, None, pinned=0, context=16) as engine, pytest.raises(UsageError, match="context of 16"):
+def test_a_prompt_longer_than_the_context_is_refused_with_whose_it_is(llama: Path) -> None:
+    with load(llama, None, pinned=0, context=16) as engine, pytest.raises(UsageError) as caught:
         engine.generate(PROMPT * 3)
+    assert "in the context of 16 tokens that the memory plan has room for (--context asks for" in str(caught.value)
+    with load(llama, None, pinned=0, context=10**6) as engine, pytest.raises(UsageError) as caught:
+        engine.generate(PROMPT * 10**4)
+    assert re.search(r"in the model's context of \d+ tokens; shorten it", str(caught.value))
+
+
+def test_a_budget_that_shrinks_the_context_is_told_at_load(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("llmcad_mlx.loader.make_plan", lambda *given: replace(make_plan(*given), context=20))
+        load(llama, None, pinned=0, progress=True).close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"\d{3,}", "N", line) for line in lines] == [
+        "[memory: room for 20 tokens of context, not N; --context N or more --memory makes it]"
+    ]
+    load(llama, None, pinned=0, progress=True).close()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_model_stored_in_another_form_is_told_to_convert(tmp_path: Path) -> None:

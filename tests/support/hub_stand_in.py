@@ -24,6 +24,8 @@ class HubStandIn:
     """The next downloads of longer files end after so many bytes, without warning."""
     status: int = 0
     """Answer every request below /api/models/ and for files with this status."""
+    refuses_tokens: int = 0
+    """Answer every request that shows a token with this status."""
     etag: str = ""
     """Sent instead of a file's sha256."""
     requests: list[str] = field(default_factory=list)
@@ -61,7 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/").split("/")
         self.hub.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
-        if path == ["api", "models"]:
+        if self.hub.refuses_tokens and "Authorization" in self.headers:
+            self._fail(self.hub.refuses_tokens, "")
+        elif path == ["api", "models"]:
             self._json([])
         elif self.hub.status:
             self._fail(self.hub.status, "")

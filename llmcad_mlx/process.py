@@ -1,0 +1,61 @@
+"""What this process may have of the system. A library takes what it finds; mlx-lm, when imported, does not."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
+from typing import Any
+
+_MODULE = "mlx_lm.utils"
+_WANTED = 4096  # a large model lies in some hundred files, and a server has a socket for each client
+
+
+class MlxLmFinder:
+    """Finds `mlx_lm.utils` for Python's import, and keeps it from setting the limit of open files to a fixed pair:
+    where less is allowed that is an error, elsewhere it takes from the program around us what it had."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Nothing for any other module."""
+        spec = PathFinder.find_spec(name, path, target) if name == _MODULE else None
+        if spec is not None and type(spec.loader) is SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        import resource
+
+        set_limit: Callable[..., None] = resource.setrlimit
+
+        def for_others(*limits: Any) -> None:
+            """Whoever calls it meanwhile, in another thread."""
+            if sys._getframe(1).f_globals is not vars(module):
+                set_limit(*limits)
+
+        resource.setrlimit = for_others
+        try:
+            super().exec_module(module)
+        finally:
+            resource.setrlimit = set_limit
+
+
+def prepare_process() -> None:
+    """For a program of its own: as many open files as a large model takes, where the system allows it, and a
+    folder for temporary files that can be used: MLX fails where TMPDIR names another."""
+    import resource
+
+    with suppress(OSError):  # no folder can be
+        os.environ["TMPDIR"] = tempfile.gettempdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED if hard == resource.RLIM_INFINITY else min(_WANTED, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

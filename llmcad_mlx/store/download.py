@@ -150,11 +150,11 @@ def fetch_hub_file(repo: str, revision: str | None, name: str, progress: Progres
     """One small file of a repository, in the hub's cache. Raises DownloadError when it cannot be had."""
     try:
         _require_hub()
-    except HubUnreachableError:
+    except HubUnreachableError as unreachable:
         found = try_to_load_from_cache(repo, name, revision=revision)
-        if not isinstance(found, str):
-            raise
-        return Path(found)
+        if isinstance(found, str):
+            return Path(found)
+        raise DownloadError(f"{repo}/{name}: not in the local cache, and {unreachable}") from None
 
     def fetch(token: bool | None) -> Path:
         where: dict[str, Any] = {"endpoint": _endpoint(), "etag_timeout": ETAG_TIMEOUT_S, "token": token}

@@ -565,7 +565,9 @@ def test_plan_fetches_only_a_configuration(
     with monkeypatch.context() as gone:
         gone.setenv("HF_ENDPOINT", NOWHERE)
         assert json.loads(output(*words)[0])["parts"].keys() == found["parts"].keys()
-        assert "cannot be reached" in output("plan", "org/other", code=1)[1]
+        told = output("plan", "org/other", code=1)[1]
+        assert told.startswith("error: org/other/config.json: not in the local cache, and ")
+        assert "cannot be reached" in told
     names.pull_repo("org/target")
     assert json.loads(output(*words)[0])["estimated"] is True  # the draft is still missing
     names.pull_repo("org/draft")

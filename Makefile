@@ -16,11 +16,11 @@ PAIR_PROMPT := "Write a Python function that merges two sorted lists, with type 
 
 # The main job: the target's weights are read from the disk on every pass, but for what is pinned.
 demo: $(READY)
-	$(BIN)/llmcad-mlx generate --memory 800MB --pinned 30MB --max-tokens 120 $(DEMO_PROMPT)
+	$(BIN)/llmcad-mlx generate --stats --memory 800MB --pinned 30MB --max-tokens 120 $(DEMO_PROMPT)
 
 # The same with a target of 1.1 GB and its draft in 1 GB; a download of 1.6 GB.
 demo-pair: $(READY)
-	$(BIN)/llmcad-mlx generate --target qwen2.5-coder-1.5b --memory 1GB --max-tokens 120 $(PAIR_PROMPT)
+	$(BIN)/llmcad-mlx generate --stats --target qwen2.5-coder-1.5b --memory 1GB --max-tokens 120 $(PAIR_PROMPT)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(JOBS) -m "not large"

@@ -9,12 +9,14 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from llmcad_mlx.errors import (
+    BudgetError,
     ContextLengthError,
     DownloadError,
     GenerationError,
     LlmcadError,
     ModelError,
     RemoteError,
+    StorageError,
     UsageError,
     VocabularyError,
 )
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetError",
     "ContextLengthError",
     "DownloadError",
     "Engine",
@@ -39,6 +42,7 @@ __all__ = [
     "RemoteError",
     "Response",
     "Result",
+    "StorageError",
     "UsageError",
     "VocabularyError",
     "__version__",

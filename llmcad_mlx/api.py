@@ -34,7 +34,7 @@ from llmcad_mlx.tree.token_tree import COMMITTED, MODEL
 Progress = Callable[[int, int], None]
 
 
-@dataclass
+@dataclass(repr=False)
 class Response(GenerationResponse):
     """One token of a generation; extends mlx-lm's `GenerationResponse`.
 
@@ -44,6 +44,10 @@ class Response(GenerationResponse):
     """
 
     stats: GenerationStats | None = None
+
+    def __repr__(self) -> str:
+        """Without the log probabilities, of which there are as many as tokens in the vocabulary."""
+        return f"Response({self.text!r}, token={self.token}, finish_reason={self.finish_reason!r})"
 
     @property
     def logprobs(self) -> mx.array:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -47,6 +47,7 @@ from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import NO_DRAFT, TABLE_SUFFIX, PairPaths, device_name, find_pair, pair_profile_path
 from llmcad_mlx.store.profile import Conditions, PairProfile
 from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
+from llmcad_mlx.streaming.stream import Read
 from llmcad_mlx.verifying import Target
 
 
@@ -264,6 +265,12 @@ class PlannedPair:
     drafters: list[Drafter]
     needs: MemoryNeeds
     plan: MemoryPlan
+    estimated: ClassVar[bool] = False
+
+    @property
+    def reads(self) -> list[Read]:
+        """What a pass reads, in order."""
+        return [read for unit in self.weights.streamed(self.plan)[1] for read in unit.reads]
 
     def build(self) -> LoadedPair:
         """Bring in the weights that the plan pins, and begin to read the others."""

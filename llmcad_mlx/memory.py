@@ -88,11 +88,6 @@ def _choices(sizes: ModelSizes) -> list[Pins]:
     return [Pins(size + sizes.matrix_bytes * head, n, head) for head in with_head for size, n in counts]
 
 
-def streamed_choices(sizes: ModelSizes) -> list[int]:
-    """The `streamed_bytes` that plans for this model can have, largest first."""
-    return sorted({sizes.pass_bytes - pins.num_bytes for pins in _choices(sizes)}, reverse=True)
-
-
 def spread(count: int, total: int) -> tuple[int, ...]:
     """`count` of `total` indices with gaps that differ by one at most."""
     return tuple((2 * i + 1) * total // (2 * count) for i in range(count))
@@ -329,18 +324,16 @@ class Speeds:
     plain_bound: float | None
 
     @classmethod
-    def of(
-        cls, streamed_bytes: int, rate: ReadRate | None, measured: Measured | None, drafted: bool = True
-    ) -> Speeds:
-        """By the formulas above. rate: None where nothing is read. drafted: whether A is known for this draft."""
+    def of(cls, streamed_bytes: int, rate: ReadRate | None, measured: Measured | None) -> Speeds:
+        """By the formulas above. rate: None where nothing is read."""
         read_s = streamed_bytes / rate.bytes_per_s if rate is not None else 0.0
         bound = 1.0 / read_s if read_s else None
         if measured is None:
             return cls(None, None, None, bound)
-        a = measured.tokens_per_pass if drafted else None
+        a = measured.tokens_per_pass
         return cls(
-            speculative=a and _rate(a, max(read_s, measured.pass_s) + measured.rest_s),
-            speculative_bound=a and bound and a * bound,
+            speculative=_rate(a, max(read_s, measured.pass_s) + measured.rest_s),
+            speculative_bound=bound and a * bound,
             plain=_rate(1.0, max(read_s, measured.plain_pass_s)),
             plain_bound=bound,
         )

@@ -17,7 +17,13 @@ from llmcad_mlx.errors import ContextLengthError, RemoteError, UsageError, first
 from llmcad_mlx.network import is_this_machine, through_proxy
 from llmcad_mlx.prompt import Prompt, as_list, token_id
 from llmcad_mlx.results import GenerationStats, Result
-from llmcad_mlx.settings import GenerationOptions, SamplingSettings, SpeculationSettings, StopSettings
+from llmcad_mlx.settings import (
+    OWN_SAMPLING,
+    GenerationOptions,
+    SamplingSettings,
+    SpeculationSettings,
+    StopSettings,
+)
 
 _CONNECT_S = 10.0
 _SILENCE_S = 120.0  # a server that works says so every few seconds, while a request waits too
@@ -37,8 +43,7 @@ _ALWAYS = {
     "stream_options": {"include_usage": True},
     "speculation": {"tokens": True},
     # An engine's defaults, whatever the server's are.
-    "temperature": _SAMPLING.temperature,
-    "seed": _SAMPLING.seed,
+    **{name: getattr(_SAMPLING, name) for name in (*OWN_SAMPLING, "seed")},
 }
 
 

@@ -58,20 +58,28 @@ class Answer:
         }
 
 
-def closing_lines(engine: Engine, stats: GenerationStats) -> list[str]:
-    """Tokens/s, tokens per pass, acceptance and passes; under a plan also what was pinned, streamed and hidden."""
+def closing_lines(engine: Engine, stats: GenerationStats, in_full: bool) -> list[str]:
+    """One line of speeds; in_full: also passes, acceptance, times and memory, and under a plan what was pinned,
+    streamed and hidden."""
     plan = engine.pair.plan
     lines = [
         f"[prompt {stats.prompt_tokens} tokens, {stats.prompt_tokens_per_s:.0f} tokens/s; "
-        f"generated {stats.generated_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s; "
-        f"{stats.tokens_per_pass:.2f} tokens per pass, {stats.target_passes} target passes, "
-        f"acceptance {stats.acceptance_rate:.0%}]"
+        f"generated {stats.generated_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, "
+        f"{stats.tokens_per_pass:.2f} tokens per pass{_emulated(engine, ';')}]"
     ]
-    if plan is not None:
+    if not in_full:
+        return lines
+    lines.append(f"[{stats.target_passes} target passes, acceptance {stats.acceptance_rate:.0%}; {_times(stats)}]")
+    if plan is None:
+        lines.append(
+            f"[memory {_memory(engine)}; drafted {stats.drafted}; tested {stats.tested}; "
+            f"accepted {stats.accepted}]"
+        )
+    else:
         lines += [
             f"[memory {_memory(engine)}; target: {format_size(plan.pinned_bytes)} pinned, "
             f"{format_size(plan.streamed_bytes)} streamed per pass, "
-            f"{format_size(stats.streamed_bytes)} in all{_emulated(engine, ';')}]",
+            f"{format_size(stats.streamed_bytes)} in all]",
             f"[drafted {stats.drafted}, of them {stats.provisional} while weights loaded; tested {stats.tested}; "
             f"accepted {stats.accepted}; drafting survived {stats.survived} of {stats.target_passes} passes; "
             f"waited {stats.io_wait_s:.1f} of {stats.decode_s:.1f} s]",
@@ -79,12 +87,14 @@ def closing_lines(engine: Engine, stats: GenerationStats) -> list[str]:
     return lines
 
 
-def status_line(engine: Engine, stats: GenerationStats | None) -> str:
-    """Tokens/s, tokens per pass, and peak memory against the budget."""
-    memory = f"memory {_memory(engine)}"
-    if stats is None:
-        return memory
-    return f"{stats.tokens_per_s:.1f} tokens/s · {stats.tokens_per_pass:.2f} tokens per pass · {memory}"
+def status_line(engine: Engine, stats: GenerationStats | None, width: int) -> str:
+    """Tokens/s, tokens per pass, and peak memory against the budget: what of it fits into so many columns."""
+    figures = [f"memory {_memory(engine)}"]
+    if stats is not None:
+        figures[:0] = [f"{stats.tokens_per_s:.1f} tokens/s", f"{stats.tokens_per_pass:.2f} tokens per pass"]
+    while len(figures) > 1 and len(" · ".join(figures)) > width:
+        figures.pop()
+    return " · ".join(figures)
 
 
 def stats_table(engine: Engine, stats: GenerationStats) -> Table:
@@ -96,8 +106,7 @@ def stats_table(engine: Engine, stats: GenerationStats) -> Table:
         "target passes": f"{stats.target_passes}, {stats.tokens_per_pass:.2f} tokens per pass",
         "draft": f"{stats.drafted} drafted, {stats.tested} tested, {stats.accepted} accepted; "
         f"acceptance rate {stats.acceptance_rate:.0%}",
-        "time": f"{stats.decode_s:.2f} s: drafting {stats.draft_s - stats.hidden_draft_s:.2f}, verifying "
-        f"{stats.verify_s:.2f}, waiting for weights {stats.io_wait_s:.2f}",
+        "time": _times(stats),
         "memory": f"{_memory(engine)} at most",
     }
     if stats.streamed_bytes:
@@ -108,9 +117,18 @@ def stats_table(engine: Engine, stats: GenerationStats) -> Table:
 def rows_table(rows: Mapping[str, str]) -> Table:
     """Names and what is said of them, without a frame."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _times(stats: GenerationStats) -> str:
+    return (
+        f"{stats.decode_s:.2f} s: drafting {stats.draft_s - stats.hidden_draft_s:.2f}, verifying "
+        f"{stats.verify_s:.2f}, waiting for weights {stats.io_wait_s:.2f}"
+    )
 
 
 def _memory(engine: Engine) -> str:

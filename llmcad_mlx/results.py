@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_SHOWN = 60  # characters of a text in a repr
+
 
 @dataclass(slots=True)
 class GenerationStats:
@@ -73,3 +75,8 @@ class Result:
     tokens: list[int]
     finish_reason: str
     stats: GenerationStats
+
+    def __repr__(self) -> str:
+        """One line: the text's beginning, and how many tokens there are."""
+        text = repr(self.text) if len(self.text) <= _SHOWN else f"{self.text[:_SHOWN]!r}…"
+        return f"Result({text}, {len(self.tokens)} tokens, {self.finish_reason!r})"

@@ -82,6 +82,15 @@ class SamplingSettings:
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
 
 
+OWN_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's own generation_config.json may say."""
+
+
+def sampling_under(own: Mapping[str, float], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's own sampling beneath the options that were given; who asks for greedy decoding gets none of it."""
+    return dict(given) if given.get("temperature") == 0 else {**own, **given}
+
+
 @dataclass(frozen=True, slots=True)
 class SpeculationSettings:
     """How the draft is used.

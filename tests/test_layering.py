@@ -19,7 +19,7 @@ PACKAGE = Path(llmcad_mlx.__file__).parent
 LAYERS = [
     {"errors", "machine", "network", "process"},
     {"sizes"},
-    {"settings", "results", "prompt", "detokenizer", "progress", "tree", "files"},
+    {"settings", "results", "prompt", "detokenizer", "progress", "tree", "files", "markdown"},
     {"policy", "sampling", "models"},
     {"cpu", "drafting", "memory"},
     {"streaming", "gguf"},
@@ -87,7 +87,7 @@ def test_imports_form_no_circle() -> None:
 
 # Called by libraries, by name: Starlette, uvicorn, markdown-it, mlx-lm's models, numba, Python's import.
 CALLED_BY_LIBRARIES = {
-    "render", "send_400_response", "handle_exit", "validateLink", "normalizeLinkText",
+    "render", "send_400_response", "handle_exit", "validateLink", "normalizeLink", "normalizeLinkText",
     "make_mask", "maybe_trim_front", "_guard_against_spurious_io_errors", "MlxLmFinder",
     "bytes_of",  # for the server's log probabilities, which are on their way
 }  # fmt: skip

@@ -18,14 +18,21 @@ from llmcad_mlx.memory import (
     ModelSizes,
     ReadRate,
     Speeds,
+    _choices,
     default_budget,
     larger_plans,
     make_plan,
     spread,
-    streamed_choices,
 )
 
 MB = 10**6
+
+
+def streamed_choices(sizes: ModelSizes) -> list[int]:
+    """The `streamed_bytes` that plans for this model can have, largest first."""
+    return sorted({sizes.pass_bytes - pins.num_bytes for pins in _choices(sizes)}, reverse=True)
+
+
 LARGE = 10**12
 
 

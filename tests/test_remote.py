@@ -118,7 +118,8 @@ def test_what_is_asked_for(server: ScriptedServer, monkeypatch: pytest.MonkeyPat
         engine.generate([3, 4], max_tokens=-1, stop=["x", "y"])
     always = {
         "model": "tiny", "stream": True, "stream_options": {"include_usage": True},
-        "speculation": {"tokens": True}, "temperature": 0.0, "seed": 0,
+        "speculation": {"tokens": True}, "temperature": 0.0,
+        "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 0.0, "seed": 0,
     }  # fmt: skip
     paths = ("models", "completions", "chat/completions", "completions")
     assert server.seen == [

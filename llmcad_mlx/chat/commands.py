@@ -81,10 +81,11 @@ class ChatSettings:
     options: GenerationOptions
     colour: bool = False
 
-    def values(self) -> dict[str, Any]:
-        """The options by name, as JSON takes them; without those that are off unless somebody sets them."""
+    def values(self, in_full: bool = False) -> dict[str, Any]:
+        """The options by name, as JSON takes them; in_full: those too that are off unless somebody sets them."""
         values, defaults = self.options.keywords(), GenerationOptions().keywords()
-        hidden = {COLOUR, *(name for name in _SHOWN_WHEN_SET if values[name] == defaults[name])}
+        off = [name for name in _SHOWN_WHEN_SET if values[name] == defaults[name] and not in_full]
+        hidden = {COLOUR, *off}
         return {name: values[name] for name in SETTINGS if name not in hidden}
 
     def with_values(self, values: Mapping[str, Any]) -> ChatSettings:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -23,7 +24,7 @@ from llmcad_mlx.report import status_line
 def from_terminal(session: ChatSession, history: Path | None) -> None:
     """Take messages and commands until /quit or Ctrl-D. history: the file that keeps what was typed, if any."""
     names = session.engine.pair.names
-    session.screen.note(f"[{names.target_path.name}, draft {names.draft_name}; /help lists the commands]")
+    session.screen.note(f"[{names.target_label}, draft {names.draft_label}; /help lists the commands]")
     keys = KeyBindings()
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))  # what Alt-Enter sends, too
@@ -34,19 +35,22 @@ def from_terminal(session: ChatSession, history: Path | None) -> None:
         key_bindings=keys,
         completer=CommandCompleter(),
         complete_while_typing=False,
-        bottom_toolbar=lambda: status_line(session.engine, session.stats),
+        bottom_toolbar=lambda: status_line(session.engine, session.stats, get_app().output.get_size().columns),
         prompt_continuation="... ",
         style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"}),
         enable_suspend=True,
     )
     going = True
     while going:
+        stopped = ""
         try:
-            going = session.handle(prompt.prompt())
+            line = prompt.prompt()
+            stopped = "stopped; "
+            going = session.handle(line)
         except EOFError:
             return
         except KeyboardInterrupt:
-            session.screen.note("[stopped; /quit or Ctrl-D ends the chat]")
+            session.screen.note(f"[{stopped}/quit or Ctrl-D ends the chat]")
 
 
 def from_pipe(session: ChatSession) -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Self
+from collections import Counter
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, ClassVar, Self
 
+from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.markdown import Markdown
+from rich.markdown import Markdown, TableElement
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from llmcad_mlx.api import Engine, Response
 from llmcad_mlx.chat.commands import ChatSettings
 from llmcad_mlx.engine.round import ACCEPTED, PROVISIONAL, REJECTED, RoundTree
+from llmcad_mlx.markdown import NO_MARKER, MarkdownParser
 from llmcad_mlx.report import Answer, status_line
 from llmcad_mlx.tree.token_tree import MODEL, ROOT
 
@@ -122,6 +126,67 @@ class TerminalScreen:
 Screen = PlainScreen | TerminalScreen
 
 
+class _Parser(MarkdownParser):
+    """Addresses are shown, so they stay as they were written. A table in a fence that names no language is a
+    table: wrapped as code it could not be read."""
+
+    def normalizeLink(self, url: str) -> str:  # noqa: N802
+        return url
+
+    def parse(self, src: str, env: MutableMapping[str, Any] | None = None) -> list[Token]:
+        return [part for token in super().parse(src, env) for part in self._table_in(token) or [token]]
+
+    def _table_in(self, token: Token) -> list[Token]:
+        if token.type != "fence" or token.info.strip():
+            return []
+        tokens = super().parse(token.content)
+        if not tokens or [t.type for t in tokens if t.level == 0] != ["table_open", "table_close"]:
+            return []
+        for part in tokens:
+            part.level += token.level
+        tokens[0].map = token.map
+        return tokens
+
+
+_PARSER = _Parser()
+
+
+class _Table(TableElement):
+    """Long words go on in the next line: rich would cut them."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            if isinstance(table, Table):
+                for column in table.columns:
+                    column.overflow = "fold"
+            yield table
+
+
+class ShownMarkdown(Markdown):
+    """Markdown of which the reader sees every character but markers; where a layout would leave one out (a cell
+    beyond the last column, a title of a link), the source as it is."""
+
+    elements: ClassVar = {**Markdown.elements, "table_open": _Table}
+
+    def __init__(self, text: str) -> None:
+        super().__init__("", hyperlinks=False)
+        self._source, self.parsed = text, _PARSER.parse(text)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown: list[Any] = [*super().__rich_console__(console, options)]
+        # What names a language, and the numbers of a list, which may be counted anew, are markers.
+        markers = "".join(t.info.partition(" ")[0] for t in self.parsed if t.type in ("fence", "list_item_open"))
+        wanted = _letters(self._source) - _letters(markers)
+        if wanted <= _letters("".join(part.text for part in shown if not part.control)):
+            yield from shown
+        else:
+            yield Text(self._source)
+
+
+def _letters(text: str) -> Counter[str]:
+    return Counter(NO_MARKER.findall(text))
+
+
 class GrowingMarkdown:
     """Markdown by its top-level blocks: the last one may change, those before it do not."""
 
@@ -136,11 +201,11 @@ class GrowingMarkdown:
         """All blocks but the last, each once. The line that is being written does not count: it may turn into
         anything."""
         complete = self._text[: self._text.rfind("\n") + 1]
-        starts = [t.map[0] for t in Markdown(complete).parsed if t.level == 0 and t.map]
+        starts = [t.map[0] for t in _PARSER.parse(complete) if t.level == 0 and t.map]
         if len(set(starts)) > 1:
-            lines = self._text.splitlines(keepends=True)
-            done, self._text = "".join(lines[: starts[-1]]), "".join(lines[starts[-1] :])
-            yield self._spaced(done)
+            lines = self._text.split("\n")  # what Markdown takes for lines
+            self._text = "\n".join(lines[starts[-1] :])
+            yield self._spaced("\n".join(lines[: starts[-1]]))
             self._printed = True
 
     def rest(self) -> RenderableType | None:
@@ -148,7 +213,7 @@ class GrowingMarkdown:
         return self._spaced(self._text) if self._text.strip() else None
 
     def _spaced(self, text: str) -> RenderableType:
-        markdown = Markdown(text.strip("\n"))
+        markdown = ShownMarkdown(text.strip("\n"))
         return Group("", markdown) if self._printed else markdown
 
 
@@ -196,7 +261,8 @@ class TerminalAnswer(AnswerView):
         if time.monotonic() - self._drawn < _REDRAW_S:
             return
         rest = self._print_finished()
-        status = Text(status_line(self._engine, response.stats), "dim", no_wrap=True, overflow="ellipsis")
+        line = status_line(self._engine, response.stats, self._console.width)
+        status = Text(line, "dim", no_wrap=True, overflow="ellipsis")
         self._draw(status if rest is None else Group(_LastLines(rest), status))
 
     def end(self) -> None:

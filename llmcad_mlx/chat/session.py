@@ -160,7 +160,7 @@ class ChatSession:
         self.screen.note(f"[taken back: {_short(question.content)}]")
 
     def _save(self, name: str) -> None:
-        data = {"conversation": asdict(self.conversation), "settings": self.settings.values()}
+        data = {"conversation": asdict(self.conversation), "settings": self.settings.values(in_full=True)}
         size = self.engine.save_conversation(Path(name), data)
         self.screen.note(f"[saved {name}: {self._size()}, {format_size(size)} with the caches]")
 
@@ -190,7 +190,7 @@ class ChatSession:
         self.settings = settings
 
     def _size(self) -> str:
-        count = len(self.conversation.messages) // 2
+        count = len(self.conversation.messages)
         return f"{count} message{'' if count == 1 else 's'}"
 
     def _help(self, _: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Context, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.prompt import typed_text
-from llmcad_mlx.settings import GenerationOptions, StopSettings
+from llmcad_mlx.settings import GenerationOptions, SamplingSettings, StopSettings, sampling_under
+
+if TYPE_CHECKING:
+    from llmcad_mlx.api import Engine
 
 
 def chat(
@@ -34,7 +38,8 @@ def chat(
     sampling: options.Sampling,
     json_output: options.Json = False,
 ) -> None:
-    """Talk with a model. /help lists what else can be typed.
+    """Talk with a model. /help lists what else can be typed. Sampling that is not given is the model's own, as its
+    generation_config.json has it; --temp 0 is greedy.
 
     Where input or output is no terminal, each line of standard input is one message and answers are plain text.
 
@@ -55,7 +60,7 @@ def chat(
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not json_output
     plain = None if interactive else PlainScreen(json_output)
     with Engine(load_pair(pair.target, pair.draft, not json_output, memory)) as engine:
-        settings = ChatSettings(chosen, show_accepted)
+        settings = ChatSettings(chosen, show_accepted).with_values(_own_sampling(engine, command, sampling))
         session = ChatSession(engine, settings, plain or TerminalScreen(), system)
         if saved is not None:  # what was given counts more than what it was saved with
             session.load(saved, keep=tuple(options.given(command)))
@@ -65,3 +70,15 @@ def chat(
         from_pipe(session)
     if count := plain.num_errors:
         raise LlmcadError(f"{count} line{'' if count == 1 else 's'} could not be answered or obeyed; see above")
+
+
+def _own_sampling(engine: Engine, command: Context, sampling: SamplingSettings) -> dict[str, Any]:
+    """The model's own sampling, as far as nothing else was asked for, and then a seed of this chat's own."""
+    from llmcad_mlx.models.folder import own_sampling
+
+    given = {name: getattr(sampling, name) for name in options.given(command) if hasattr(sampling, name)}
+    used = sampling_under(own_sampling(engine.pair.names.target_path), given)
+    own = {name: value for name, value in used.items() if name not in given}
+    if own.get("temperature") and "seed" not in given:
+        own["seed"] = secrets.randbits(32)
+    return own

@@ -31,7 +31,7 @@ def generate(
     raw: Annotated[
         bool, Option("--raw", help="Give the prompt to the model as it is, without chat template.")
     ] = False,
-    pair: options.Pair,
+    pair: options.OptionalPair,
     memory: options.VerifiedMemory,
     speculation: options.Speculation,
     max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS,
@@ -39,9 +39,12 @@ def generate(
     stop: Annotated[
         list[str] | None, Option(metavar="TEXT", help="End before this text; may be given again.")
     ] = None,
+    stats: Annotated[
+        bool, Option("--stats", help="End with all figures: passes, acceptance, times, memory.")
+    ] = False,
     json_output: options.Json = False,
 ) -> None:
-    """Answer one prompt; text goes to standard output, figures to standard error."""
+    """Answer one prompt; text goes to standard output, a line of figures to standard error."""
     if raw and system is not None:
         raise UsageError("system: a raw prompt takes no system message; leave one of the two out")
     texts = None if stop is None else [typed_text(text, "stop") for text in stop]
@@ -59,10 +62,10 @@ def generate(
             asked = [{"role": role, "content": content} for role, content in said.items() if content is not None]
         elif system is not None:
             raise UsageError("system: this model has no chat template, so it takes no system message")
-        _answer(engine, asked, chosen, json_output)
+        _answer(engine, asked, chosen, json_output, stats)
 
 
-def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_output: bool) -> None:
+def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_output: bool, in_full: bool) -> None:
     from llmcad_mlx.progress import interruptible
     from llmcad_mlx.report import Answer, closing_lines
 
@@ -88,7 +91,7 @@ def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_outp
         raise
     finish()
     if not json_output:
-        for line in closing_lines(engine, answer.stats):
+        for line in closing_lines(engine, answer.stats, in_full):
             print(line, file=sys.stderr)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Context, Option
+from typer import Context, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
@@ -18,6 +18,7 @@ from llmcad_mlx.measure.workload import DEFAULT_VARIANTS, MLX_LM, Workload, list
 from llmcad_mlx.settings import check_integer
 
 if TYPE_CHECKING:
+    from llmcad_mlx.loader import PlannedPair
     from llmcad_mlx.measure.output import Report
     from llmcad_mlx.measure.runner import OnTurn
 
@@ -25,28 +26,31 @@ Repeat = Annotated[int, Option(help="Repetitions of all prompts.")]
 Warmup = Annotated[int, Option(help="Prompts run before measuring.")]
 
 _FOR_KERNELS = ("repeat", "out", "json_output")
-_FOR_GROWTH = (*_FOR_KERNELS, "target", "memory", "pinned", "context", "read_bandwidth")
+_FOR_GROWTH = (*_FOR_KERNELS, "model", "target", "memory", "pinned", "context", "read_bandwidth")
 
 
 def plan(*, pair: options.Pair, memory: options.Memory, json_output: options.Json = False) -> None:
-    """Show what a memory budget is spent on, predict the speed, and say what more memory would buy."""
+    """Show what a memory budget is spent on, predict the speed, and say what more memory would buy.
+
+    Of models that are not on this machine only config.json is fetched; their sizes are estimated from it.
+    """
     from llmcad_mlx.loader import conditions, plan_pair
     from llmcad_mlx.measure.plan import make_forecast, plan_report
-    from llmcad_mlx.store.names import find_pair
+    from llmcad_mlx.measure.sketch import SketchedPair, sketch_pair
+    from llmcad_mlx.store.names import find_pair, missing_pair
 
-    names = find_pair(pair.target, pair.draft, not json_output, conditions(memory))
-    planned = plan_pair(names, memory)
+    planned: PlannedPair | SketchedPair
+    if missing := missing_pair(pair.target, pair.draft, conditions(memory)):
+        planned = sketch_pair(*missing, memory)
+    else:
+        names = find_pair(pair.target, pair.draft, not json_output, conditions(memory))
+        planned = plan_pair(names, memory)
     _publish(plan_report(planned, make_forecast(planned)), json_output)
 
 
 def tune(
     *,
-    target: Annotated[
-        str | None,
-        Argument(
-            metavar="[TARGET]", help="Model folder, hub repository or preset. Default: the embedded smollm2-135m."
-        ),
-    ] = None,
+    target: options.Target = None,
     drafts: Annotated[
         str | None,
         Option(
@@ -175,11 +179,11 @@ def _publish(report: Report, json_output: bool, out: Path | None = None) -> None
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         for table in report.tables:
             console.print(table.to_rich())
         for note in report.notes:
-            console.print(note, style="dim", markup=False)
+            console.print(note, style="dim")
     else:
         print(report.to_markdown())
     if out is not None and (without_plots := report.write(out)) is not None:

@@ -12,8 +12,9 @@ from functools import wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
 
-from typer import Context, Option
+from typer import Argument, Context, Option
 
+from llmcad_mlx.errors import UsageError
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings, SpeculationSettings
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object and nothing else.")]
@@ -29,6 +30,18 @@ class PairOptions:
     target: str | None = None
     draft: str = "auto"
 
+    @classmethod
+    def of(cls, model: str | None = None, target: str | None = None, draft: str = "auto") -> PairOptions:
+        """The target as an argument or as an option. Raises UsageError where both are given."""
+        return cls(one_target(model, target), draft)
+
+
+def one_target(model: str | None = None, target: str | None = None) -> str | None:
+    """The one that is given. Raises UsageError for two."""
+    if model is not None and target is not None:
+        raise UsageError(f"target: {model} or {target}? Name one model, with --target or without")
+    return target if model is None else model
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -39,10 +52,14 @@ class _Group:
     options: Mapping[str, Any]
 
 
-_PAIR = {
+_TARGET = {
     "target": Annotated[
         str | None, Option(help="Model folder, hub repository or preset. Default: the embedded smollm2-135m.")
     ],
+}
+_MODEL = {"model": Annotated[str | None, Argument(metavar="[MODEL]", help="The same as --target.")]}
+_PAIR = {
+    **_TARGET,
     "draft": Annotated[
         str,
         Option(
@@ -92,7 +109,10 @@ _PENALTIES = {
     "frequency_penalty": Annotated[float, Option(help="The same, for each time a token occurred.")],
 }
 
-Pair = Annotated[PairOptions, _Group(PairOptions, _PAIR)]
+Target = Annotated[str | None, _Group(one_target, {**_MODEL, **_TARGET})]
+Pair = Annotated[PairOptions, _Group(PairOptions.of, {**_MODEL, **_PAIR})]
+OptionalPair = Annotated[PairOptions, _Group(PairOptions, _PAIR)]
+"""For a command whose argument is something else."""
 Memory = Annotated[MemoryOptions, _Group(MemoryOptions.of, _MEMORY)]
 VerifiedMemory = Annotated[MemoryOptions, _Group(MemoryOptions.of, {**_MEMORY, **_VERIFY})]
 Speculation = Annotated[SpeculationSettings, _Group(SpeculationSettings, _SPECULATION)]

@@ -31,8 +31,12 @@ def serve(
     ] = None,
     name: Annotated[str | None, Option(help="What the model is called. Default: the target's name.")] = None,
     temp: Annotated[
-        float, Option(help="Sampling temperature of requests that give none; 0 is greedy.")
-    ] = _DEFAULT.temperature,
+        float | None,
+        Option(
+            help="Sampling temperature of requests that give none; 0 is greedy. Default: the model's own "
+            "sampling, as its generation_config.json has it, else 0."
+        ),
+    ] = None,
     max_tokens: Annotated[
         int,
         Option(
@@ -56,8 +60,9 @@ def serve(
     from llmcad_mlx.api import Engine
     from llmcad_mlx.loader import load_pair
     from llmcad_mlx.serve.server import LlmServer
-    from llmcad_mlx.serve.worker import cache_limit, public_name
+    from llmcad_mlx.serve.worker import cache_limit
     from llmcad_mlx.sizes import parse_size
+    from llmcad_mlx.store.names import public_name
 
     settings = ServerSettings(
         host=host,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from gguf.constants import Keys
 from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import UsageError
@@ -86,7 +87,8 @@ def convert_gguf(
             writer.finish(source.name)
         tokenizer.save(folder)
         config = {**model.config, **tokenizer.ids, "torch_dtype": "float16", **_quantization(plan, group_size)}
-        for name, content in (("generation_config.json", tokenizer.ids), ("config.json", config)):
+        generation = {**tokenizer.ids, **_sampling(header)}
+        for name, content in (("generation_config.json", generation), ("config.json", config)):
             text = json.dumps(content, indent=2, sort_keys=True)
             (folder / name).write_text(text + "\n", encoding="utf-8")
 
@@ -139,6 +141,20 @@ def _summary(plan: Sequence[PlannedTensor]) -> str:
             shares[f"{tensor.source.kind.name} in {form}"] += tensor.source.rows * tensor.source.columns
     total = shares.total()
     return "weights: " + ", ".join(f"{count / total:.0%} {made}" for made, count in shares.most_common())
+
+
+def _sampling(header: GgufHeader) -> dict[str, object]:
+    """The sampling that the file recommends, as entries of generation_config.json; {} where it recommends none."""
+    keys, found = Keys.General, dict[str, object]()
+    for name, key in (
+        ("temperature", keys.SAMPLING_TEMP), ("top_p", keys.SAMPLING_TOP_P), ("min_p", keys.SAMPLING_MIN_P),
+        ("repetition_penalty", keys.SAMPLING_PENALTY_REPEAT),
+    ):  # fmt: skip
+        if header.has(key):
+            found[name] = header.number(key)
+    if header.has(keys.SAMPLING_TOP_K):
+        found["top_k"] = header.integer(keys.SAMPLING_TOP_K)
+    return found | {"do_sample": found.get("temperature") != 0.0} if found else found
 
 
 def _quantization(plan: Sequence[PlannedTensor], group_size: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, number, shar
 from llmcad_mlx.measure.runner import OnTurn, Run, total_stats
 from llmcad_mlx.measure.workload import MLX_LM, PLAIN, Variant, Workload, grouped
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.names import DEFAULT_PRESET
+from llmcad_mlx.store.names import DEFAULT_PRESET, own_draft_name
 
 ALL = "all"
 
@@ -58,7 +58,7 @@ def bench_report(done: Benchmark) -> Report:
     lines, wrong = summarise(runs, done.comparable, rate), runner.run_mismatches(runs, done.comparable)
     document = {
         "target": done.target,
-        "draft": pair.names.draft_name,
+        "draft": own_draft_name(pair.names.draft_name),
         "options": {
             "variants": [variant.name for variant in done.variants],
             "prompts": [f"{prompt.domain}/{prompt.name}" for prompt in work.prompts],
@@ -71,7 +71,7 @@ def bench_report(done: Benchmark) -> Report:
     }
     return Report.of_runs(
         "bench",
-        f"{done.target}, draft {pair.names.draft_name}",
+        f"{done.target}, draft {pair.names.draft_label}",
         rate,
         summary_tables(lines),
         _notes(done),

@@ -54,7 +54,7 @@ class Table:
             title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
         )
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+            table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

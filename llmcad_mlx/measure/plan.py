@@ -15,6 +15,7 @@ from typing import Any
 
 from llmcad_mlx.loader import PlannedPair
 from llmcad_mlx.measure.output import NOTHING, Report, Table, milliseconds, number
+from llmcad_mlx.measure.sketch import SketchedPair
 from llmcad_mlx.memory import (
     Measured,
     MemoryPlan,
@@ -22,14 +23,14 @@ from llmcad_mlx.memory import (
     Speeds,
     larger_plans,
     smaller_drafts,
-    streamed_choices,
 )
 from llmcad_mlx.sizes import format_size
-from llmcad_mlx.store.names import device_name, pair_profile_path
+from llmcad_mlx.store.names import PairPaths, device_name, own_draft_name, pair_profile_path
 from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.streaming.storage import FileStorage, Storage
 from llmcad_mlx.streaming.stream import Read
 
+NOT_MEASURED = "not measured"
 _SAMPLE_BYTES = 256 << 20
 _SAMPLE_S = 2.0
 _PIECE_BYTES = 4 << 20
@@ -83,7 +84,7 @@ class Alternative:
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """A planned pair's future. `rate`: None where nothing is read. `larger`: with more memory; `drafts`: with
-    other drafts, whose tokens per pass are not known."""
+    other drafts, of which nothing is measured."""
 
     rate: ReadRate | None
     measured: Measured | None
@@ -92,60 +93,58 @@ class Forecast:
     drafts: Sequence[Alternative]
 
 
-def make_forecast(pair: PlannedPair) -> Forecast:
+def make_forecast(pair: PlannedPair | SketchedPair) -> Forecast:
     """Predict. Reads some of the streamed weights where no rate was given. Raises StorageError."""
-    given, measured, rate = pair.options.read_bandwidth, find_measured(pair), None
+    given, rate = pair.options.read_bandwidth, None
+    measured = find_measured(pair.names, pair.plan, given)
     if given is not None:
         rate = ReadRate(given, emulated=True)
-    elif reads := [read for unit in pair.weights.streamed(pair.plan)[1] for read in unit.reads]:
-        rate = measure_read_rate(reads)
+    elif pair.reads:
+        rate = measure_read_rate(pair.reads)
 
-    def speeds(plan: MemoryPlan, drafted: bool = True) -> Speeds:
-        return Speeds.of(plan.streamed_bytes, rate, measured, drafted)
+    def speeds(plan: MemoryPlan) -> Speeds:
+        """Measured with that very plan, or what follows from the rate alone."""
+        return Speeds.of(plan.streamed_bytes, rate, find_measured(pair.names, plan, given))
 
     larger = larger_plans(pair.needs, pair.plan)
     drafts = smaller_drafts(pair.needs, pair.plan, pair.options.pinned)
     return Forecast(
         rate=rate,
         measured=measured,
-        speeds=speeds(pair.plan),
+        speeds=Speeds.of(pair.plan.streamed_bytes, rate, measured),
         larger=[Alternative(name, plan, speeds(plan)) for name, plan in larger],
-        drafts=[Alternative(name, plan, speeds(plan, drafted=False)) for name, plan in drafts],
+        drafts=[Alternative(name, plan, Speeds.of(plan.streamed_bytes, rate, None)) for name, plan in drafts],
     )
 
 
-def find_measured(pair: PlannedPair) -> Measured | None:
-    """From the saved profile of this way of running, or of the most similar one that has run."""
-    plan, rate = pair.plan, pair.options.read_bandwidth
-    near = sorted(streamed_choices(pair.needs.sizes), key=lambda size: abs(size - plan.streamed_bytes))
-    ways: list[tuple[int | None, float | None]] = [
-        (size, given) for given in dict.fromkeys((rate, None)) for size in near
-    ]
-    for streamed, bandwidth in (*ways, (None, None)):
-        costs = PairProfile(pair_profile_path(pair.names, streamed, bandwidth)).costs
-        totals = costs.totals
-        if totals.rounds and costs.computing:
-            nodes = totals.rows / totals.rounds
-            return Measured(
-                tokens_per_pass=totals.tokens / totals.rounds,
-                nodes=nodes,
-                pass_s=costs.computing.predict(max(round(nodes), 1)),
-                plain_pass_s=costs.computing.predict(1),
-                rest_s=totals.rest_s / totals.rounds,
-                draft_step_s=costs.draft.predict(1) if costs.draft else None,
-                streamed_bytes=streamed,
-            )
-    return None
+def find_measured(names: PairPaths, plan: MemoryPlan, read_bandwidth: float | None) -> Measured | None:
+    """From the saved profile of this pair with so many streamed bytes; None where it never ran so. What was
+    learned with other bytes says little: trees, passes and waiting are others."""
+    costs = PairProfile(pair_profile_path(names, plan.streamed_bytes, read_bandwidth)).costs
+    totals = costs.totals
+    if not totals.rounds or not costs.computing:
+        return None
+    nodes = totals.rows / totals.rounds
+    return Measured(
+        tokens_per_pass=totals.tokens / totals.rounds,
+        nodes=nodes,
+        pass_s=costs.computing.predict(max(round(nodes), 1)),
+        plain_pass_s=costs.computing.predict(1),
+        rest_s=totals.rest_s / totals.rounds,
+        draft_step_s=costs.draft.predict(1) if costs.draft else None,
+        streamed_bytes=plan.streamed_bytes or None,
+    )
 
 
-def plan_report(pair: PlannedPair, forecast: Forecast) -> Report:
+def plan_report(pair: PlannedPair | SketchedPair, forecast: Forecast) -> Report:
     """The budget, the speed and what would change it; the document in bytes, bytes per second, tokens per second;
     null: not known, or no limit."""
     plan, names = pair.plan, pair.names
     document = {
         "target": str(names.target_path),
-        "draft": names.draft_name,
+        "draft": own_draft_name(names.draft_name),
         "device": device_name(),
+        "estimated": pair.estimated,
         "emulated": pair.options.read_bandwidth is not None,
         **_plan_json(plan, forecast.speeds),
         "parts": budget_parts(pair),
@@ -171,7 +170,7 @@ def _plan_json(plan: MemoryPlan, speeds: Speeds) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in _PLAN_FIELDS} | {"tokens_per_s": asdict(speeds)}
 
 
-def budget_parts(pair: PlannedPair) -> dict[str, int]:
+def budget_parts(pair: PlannedPair | SketchedPair) -> dict[str, int]:
     """What the plan adds up to, part by part."""
     plan, sizes = pair.plan, pair.needs.sizes
     head = {} if sizes.tied else {"pinned head": sizes.head_bytes * plan.pin_head}
@@ -190,8 +189,8 @@ def budget_parts(pair: PlannedPair) -> dict[str, int]:
     }
 
 
-def _tables(pair: PlannedPair, forecast: Forecast) -> list[Table]:
-    plan, speeds = pair.plan, _figures(forecast.speeds)
+def _tables(pair: PlannedPair | SketchedPair, forecast: Forecast) -> list[Table]:
+    plan = pair.plan
     names = (
         "speculative, A / (max(W/B, C) + D)",
         "at most, A·B/W",
@@ -199,6 +198,11 @@ def _tables(pair: PlannedPair, forecast: Forecast) -> list[Table]:
         "plain streamer at most, B/W",
     )
     title = "predicted speed (emulated)" if pair.options.read_bandwidth else "predicted speed"
+    reads = plan.streamed_bytes > 0
+    speeds = [
+        NOT_MEASURED if figure is None and is_meant else number(figure, 2)
+        for figure, is_meant in zip(astuple(forecast.speeds), (True, reads, True, reads), strict=True)
+    ]
     tables = [_budget_table(pair), Table(title, ("", "tokens per s"), tuple(zip(names, speeds, strict=True)))]
     if forecast.larger:
         header = ("memory", "budget", "pinned", "streamed per pass", "tokens per s", "at most", "plain", "at most")
@@ -218,7 +222,7 @@ def _tables(pair: PlannedPair, forecast: Forecast) -> list[Table]:
     return tables
 
 
-def _budget_table(pair: PlannedPair) -> Table:
+def _budget_table(pair: PlannedPair | SketchedPair) -> Table:
     plan = pair.plan
     details = {
         "draft KV": f"{plan.context} tokens",
@@ -230,7 +234,7 @@ def _budget_table(pair: PlannedPair) -> Table:
     if plan.budget_bytes is not None:
         sizes, total = sizes | {"spare": plan.spare_bytes}, plan.budget_bytes
     sizes |= {"total": total, "streamed per pass": plan.streamed_bytes}
-    title = f"{pair.names.target_path.name}, draft {pair.names.draft_name}"
+    title = f"{pair.names.target_label}, draft {pair.names.draft_label}{' (estimated)' if pair.estimated else ''}"
     rows = tuple((name, details.get(name, ""), _megabytes(size)) for name, size in sizes.items())
     return Table(title, ("memory", "", "size"), rows)
 
@@ -244,21 +248,29 @@ def _megabytes(num_bytes: int | None) -> str:
     return number(None if num_bytes is None else num_bytes / 1e6, 1, " MB")
 
 
-def _notes(pair: PlannedPair, forecast: Forecast) -> list[str]:
+def _notes(pair: PlannedPair | SketchedPair, forecast: Forecast) -> list[str]:
     plan = pair.plan
     notes = ["No budget is set: --memory 6GB sets one."] if plan.budget_bytes is None else []
+    if pair.estimated:
+        notes.append("Sizes are estimated from config.json: weights of target or draft are not on this machine.")
     notes += [
         f"Room for {plan.context} tokens of context, trees of {plan.max_nodes} nodes, "
         f"prompt chunks of {plan.prefill_chunk} tokens.",
-        _rate_note(forecast.rate),
-        _measured_note(forecast.measured, plan),
+        _rate_note(forecast.rate, plan),
+        _measured_note(forecast.measured),
     ]
+    if forecast.larger:
+        notes.append(
+            "Other plans have speeds once they have run: what was measured with one says little of others."
+        )
     if forecast.larger and pair.options.pinned is not None:
         notes.append("Larger budgets are spent as --pinned auto would.")
     return notes
 
 
-def _rate_note(rate: ReadRate | None) -> str:
+def _rate_note(rate: ReadRate | None, plan: MemoryPlan) -> str:
+    if rate is None and plan.streamed_bytes:
+        return "B is not measured: there are no weights to read yet; --read-bandwidth states a rate."
     if rate is None:
         return "Nothing is read while decoding."
     figure = f"B = {format_size(round(rate.bytes_per_s))}/s"
@@ -270,13 +282,12 @@ def _rate_note(rate: ReadRate | None) -> str:
     return f"{sample}; they may have come from the page cache, and the disk may be slower."
 
 
-def _measured_note(measured: Measured | None, plan: MemoryPlan) -> str:
+def _measured_note(measured: Measured | None) -> str:
     if measured is None:
-        return "A, C and D are not measured yet for this pair: run generate, then plan again."
-    where = "all weights in memory"
-    if measured.streamed_bytes is not None:
-        same = measured.streamed_bytes == plan.streamed_bytes
-        where = "this plan" if same else f"{format_size(measured.streamed_bytes)} streamed per pass"
+        return (
+            "A, C and D are not measured yet for this pair: run generate with the same options, then plan again."
+        )
+    where = "all weights in memory" if measured.streamed_bytes is None else "this plan"
     step = "" if measured.draft_step_s is None else f"; a draft step takes {milliseconds(measured.draft_step_s)}"
     return (
         f"A = {measured.tokens_per_pass:.2f} tokens per pass of {measured.nodes:.1f} nodes, "

@@ -13,6 +13,7 @@ tokenizer out, and says by `"vocabulary"` beside it, a `vocabulary_hash`, which 
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import glob
 import tempfile
@@ -32,11 +33,12 @@ from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from llmcad_mlx.detokenizer import repair_decoder
-from llmcad_mlx.errors import ModelError, VocabularyError, first_line
-from llmcad_mlx.files import user_path
+from llmcad_mlx.errors import ModelError, UsageError, VocabularyError, first_line
+from llmcad_mlx.files import read_object, user_path
 from llmcad_mlx.files.safetensors import WeightIndex, missing_part, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
 from llmcad_mlx.models.config import completed
+from llmcad_mlx.settings import OWN_SAMPLING, SamplingSettings
 
 DRAFT_TOKENS = "draft_tokens.safetensors"
 
@@ -197,6 +199,27 @@ def read_config(folder: Path) -> dict[str, Any]:
             "use a model that mlx-lm supports"
         )
     return config
+
+
+def own_sampling(folder: Path) -> dict[str, float]:
+    """The sampling that the folder's generation_config.json recommends, as options of a generation; {} where it
+    recommends none, or greedy decoding. Values that cannot be are left out."""
+    recommended = read_object(folder / "generation_config.json")
+    if recommended.get("do_sample") is False:
+        return {}
+    found: dict[str, Any] = {}
+    for name in OWN_SAMPLING:
+        value = recommended.get(name)
+        if name == "top_k" and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        with contextlib.suppress(UsageError):
+            if value is not None and SamplingSettings(**{name: value}) != SamplingSettings():
+                found[name] = value
+    if recommended.get("do_sample") is True and recommended.get("temperature") is None:
+        found["temperature"] = 1.0  # transformers' default
+    if "temperature" not in found:  # greedy: of the others only the penalty does anything
+        found = {name: value for name, value in found.items() if name == "repetition_penalty"}
+    return found
 
 
 def _why_not_built(folder: Path, config: dict[str, Any], error: Exception) -> str:

@@ -17,9 +17,10 @@ class ServerSettings:
     `host`: loopback needs no key, any other address needs `api_key`. `port`: 0 takes a free one. `cors`: origins
     whose pages may call the server; none by default. `max_queue`: requests that may wait; one client may hold half
     of the places. `max_body_bytes`, `max_prompt_tokens` (None: the model's context), `max_tokens`: limits of one
-    request. `temperature`: of requests that name none. `prompt_cache_bytes`: for the caches of conversations that
-    wait. `body_s`: seconds in which a request's body must have arrived, `header_s`: its head. `keepalive_s`:
-    silence after which a stream gets a comment, so that nobody in between takes it for dead.
+    request. `temperature`: of requests that name none (None: the model's own sampling). `prompt_cache_bytes`: for
+    the caches of conversations that wait. `body_s`: seconds in which a request's body must have arrived,
+    `header_s`: its head. `keepalive_s`: silence after which a stream gets a comment, so that nobody in between
+    takes it for dead.
 
     Raises UsageError naming the option.
     """
@@ -32,7 +33,7 @@ class ServerSettings:
     max_body_bytes: int = 4_000_000
     max_prompt_tokens: int | None = None
     max_tokens: int = 4096
-    temperature: float = 0.0
+    temperature: float | None = None
     prompt_cache_bytes: int = 256 << 20
     body_s: float = 30.0
     header_s: float = 10.0
@@ -46,7 +47,7 @@ class ServerSettings:
         if self.max_prompt_tokens is not None:
             check_integer("max-prompt-tokens", self.max_prompt_tokens, 1, 2**31 - 1)
         check_integer("prompt-cache", self.prompt_cache_bytes, 0, 1 << 50)
-        if not 0 <= self.temperature <= 100:
+        if self.temperature is not None and not 0 <= self.temperature <= 100:
             raise UsageError(f"temp: {self.temperature} is out of range; it must be from 0 to 100")
         key = self.api_key
         if key is not None and (len(key) < 8 or not all("!" <= letter <= "~" for letter in key)):

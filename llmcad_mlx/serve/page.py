@@ -15,7 +15,6 @@ from io import StringIO
 from itertools import pairwise
 from typing import Any
 
-from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
@@ -30,6 +29,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from llmcad_mlx.markdown import NO_MARKER, MarkdownParser
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.limits import read_body
 from llmcad_mlx.serve.protocol import read_record
@@ -43,8 +43,6 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",  # kept, but asked for again with its tag: a newer package shows at once
 }
-_LINKS = ("http:", "https:", "mailto:")
-_NO_MARKER = re.compile(r"[^\s!-/:-@\[-`{-~]")
 _MOST_COLOURED = 100_000  # characters of code; Pygments' lexers are slower than the rest
 
 
@@ -79,23 +77,11 @@ class _Renderer(RendererHTML):
     code_block = fence
 
 
-class Markdown(MarkdownIt):
-    """CommonMark with tables and struck-out text, of which everything is shown that is not a marker.
-
-    No HTML: what looks like it is text. No images, and links only to the web and to mail. No entities and no link
-    definitions, which would show other characters than were written, or none.
-    """
+class Markdown(MarkdownParser):
+    """Answers as HTML, of which everything is shown that is not a marker."""
 
     def __init__(self) -> None:
-        super().__init__("commonmark", {"html": False}, renderer_cls=_Renderer)
-        self.enable(["table", "strikethrough"])
-        self.disable(["entity", "reference", "html_block", "html_inline", "image"])
-
-    def validateLink(self, url: str) -> bool:  # noqa: N802
-        return url.lower().startswith(_LINKS)
-
-    def normalizeLinkText(self, link: str) -> str:  # noqa: N802
-        return link
+        super().__init__(renderer_cls=_Renderer)
 
     def blocks(self, text: str) -> list[Block]:
         """The document's outermost elements in order; their sources together are the text."""
@@ -108,7 +94,7 @@ class Markdown(MarkdownIt):
 
     def _html(self, source: str, group: Sequence[Token]) -> str:
         # Cells beyond a table's last column are dropped: then the source is shown as it is.
-        if len(_NO_MARKER.findall(source)) != sum(len(_NO_MARKER.findall(t.content + t.info)) for t in group):
+        if len(NO_MARKER.findall(source)) != sum(len(NO_MARKER.findall(t.content + t.info)) for t in group):
             return f"<p>{escapeHtml(source.strip())}</p>"
         return str(self.renderer.render(group, self.options, {}))
 

@@ -32,7 +32,7 @@ from starlette.responses import JSONResponse
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import Prompt, template_message
 from llmcad_mlx.serve import ServerSettings
-from llmcad_mlx.settings import GenerationOptions, PolicyName
+from llmcad_mlx.settings import GenerationOptions, PolicyName, sampling_under
 
 _log = logging.getLogger(__name__)
 _ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -262,10 +262,14 @@ _ENGINE_OPTIONS = {
 class RequestReader:
     """Reads the bodies of requests: checks them with the models above and with this server's limits."""
 
-    def __init__(self, settings: ServerSettings, model: str) -> None:
-        """`model`: the name of what is served."""
+    def __init__(self, settings: ServerSettings, model: str, sampling: Mapping[str, float] | None = None) -> None:
+        """`model`: the name of what is served; `sampling`: its own."""
         self._settings = settings
+        self._own_sampling = sampling or {}
+        self._given_sampling = {} if settings.temperature is None else {"temperature": settings.temperature}
         self._model = model
+        self.default_sampling = sampling_under(self._own_sampling, self._given_sampling)
+        """Of requests that ask for none."""
         self.chat_model = _with_limit(ChatRequest, settings.max_tokens)
         self.completion_model = _with_limit(CompletionRequest, settings.max_tokens)
 
@@ -304,11 +308,13 @@ class RequestReader:
             raise bad_request("stream_options: goes with stream only", "stream_options")
         shown = asked.speculation
         options = {
-            "temperature": self._settings.temperature,
             # Drawn, not fixed: who asks twice at a temperature expects two answers. 53 bits stay exact everywhere.
             "seed": secrets.randbits(53),
             "max_tokens": max_tokens or self._settings.max_tokens,
-            **asked.model_dump(include=_ENGINE_OPTIONS, exclude_none=True),
+            **sampling_under(
+                self._own_sampling,
+                {**self._given_sampling, **asked.model_dump(include=_ENGINE_OPTIONS, exclude_none=True)},
+            ),
         }
         if asked.logit_bias is not None:
             options["logit_bias"] = {int(token): value for token, value in asked.logit_bias.items()}

@@ -161,7 +161,7 @@ class Api:
         self._model = model
         self._worker = worker
         self._metrics = metrics
-        self._reader = RequestReader(settings, model.name)
+        self._reader = RequestReader(settings, model.name, model.sampling)
         self._card = {
             "id": model.name,
             "object": "model",
@@ -169,6 +169,7 @@ class Api:
             "owned_by": "llmcad-mlx",
             "context_length": model.context_length,
             "draft": model.draft,
+            "sampling": self._reader.default_sampling,
         }
         # A tokenizer encodes for one at a time; not on the worker's thread, which may be busy for minutes.
         self._encoding = asyncio.Lock()

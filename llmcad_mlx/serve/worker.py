@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import dropwhile
 from typing import Any
 
@@ -18,15 +18,14 @@ from llmcad_mlx.conversations.snapshot import Snapshot
 from llmcad_mlx.engine.round import Round
 from llmcad_mlx.engine.session import common_prefix
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.files import user_path
 from llmcad_mlx.machine import peak_rss_bytes, physical_memory_bytes
+from llmcad_mlx.models.folder import own_sampling
 from llmcad_mlx.report import Answer
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.jobs import FairQueue, FinishedEvent, Job, PromptEvent, RoundEvent, TokenEvent, TokenLogprob
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.protocol import ApiError, internal_error, refused, shutting_down
 from llmcad_mlx.sizes import parse_size
-from llmcad_mlx.store.names import DEFAULT_PRESET
 from llmcad_mlx.tree.token_tree import COMMITTED
 
 _log = logging.getLogger(__name__)
@@ -187,6 +186,8 @@ class ServedModel:
     vocab_size: int
     tokenizer: Any
     """mlx-lm's TokenizerWrapper. One thread at a time may encode."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """The model's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +236,11 @@ class Worker:
     def _run(self) -> None:
         try:
             engine = self._load()
-            pair, draft = engine.pair, public_name(engine.pair.names.draft_name)
-            model = ServedModel(self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer)
+            pair, draft = engine.pair, engine.pair.names.draft_label
+            sampling = own_sampling(pair.names.target_path)
+            model = ServedModel(
+                self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer, sampling
+            )
         except BaseException as error:
             self._model.set_exception(error)
             return
@@ -285,14 +289,3 @@ def cache_limit(size: str, budget_bytes: int | None) -> int:
         return parse_size(size, "prompt-cache")
     memory = physical_memory_bytes() if budget_bytes is None else budget_bytes
     return min(round(memory * _CACHE_SHARE), _MOST_CACHE)
-
-
-def public_name(name: str | None) -> str:
-    """A preset's or repository's name as it is, a local file or folder by its last part and with its prefix, like
-    "4bit:"; None: the default target."""
-    if name is None:
-        return DEFAULT_PRESET
-    head, colon, rest = name.rpartition(":")
-    path = user_path(rest)
-    is_local = path.is_absolute() or rest.startswith(("~", ".")) or path.exists()
-    return f"{head}{colon}{path.resolve().name or 'model'}" if is_local else name

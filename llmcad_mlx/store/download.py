@@ -30,7 +30,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock
-from huggingface_hub import constants, errors, get_hf_file_metadata, get_session, hf_hub_url, snapshot_download
+from huggingface_hub import (
+    constants,
+    errors,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.file_download import DryRunFileInfo, HfFileMetadata, http_get, repo_folder_name
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
@@ -45,6 +54,7 @@ from llmcad_mlx.files import (
     require_free_space,
     write_text,
 )
+from llmcad_mlx.files.safetensors import missing_part
 from llmcad_mlx.network import through_proxy
 from llmcad_mlx.progress import Advance, Progress
 from llmcad_mlx.store.presets import FileSource, Mirror
@@ -134,6 +144,33 @@ def fetch_hub_repo(repo: str, revision: str | None, progress: Progress) -> Path:
         return Path(_snapshot(repo, revision, progress, token))
 
     return _with_or_without_token(repo, _REMEDY, progress, fetch)
+
+
+def fetch_hub_file(repo: str, revision: str | None, name: str, progress: Progress) -> Path:
+    """One small file of a repository, in the hub's cache. Raises DownloadError when it cannot be had."""
+    try:
+        _require_hub()
+    except HubUnreachableError:
+        found = try_to_load_from_cache(repo, name, revision=revision)
+        if not isinstance(found, str):
+            raise
+        return Path(found)
+
+    def fetch(token: bool | None) -> Path:
+        where: dict[str, Any] = {"endpoint": _endpoint(), "etag_timeout": ETAG_TIMEOUT_S, "token": token}
+        return Path(hf_hub_download(repo, name, revision=revision, tqdm_class=_NoBars, **where))
+
+    return _with_or_without_token(f"{repo}/{name}", _REMEDY, progress, fetch)
+
+
+def cached_hub_repo(repo: str, revision: str | None) -> Path | None:
+    """The model in a repository, where all of its weights are in the hub's cache; None elsewhere."""
+    try:
+        folder = Path(_snapshot(repo, revision, None, None, local_files_only=True))
+        is_whole = any(folder.glob("model*.safetensors")) and missing_part(folder) is None
+    except Exception:  # of many kinds; whoever fetches it is told
+        return None
+    return folder if is_whole else None
 
 
 def _check_sha256(part: Path, what: str, sha256: str, progress: Progress) -> None:

@@ -8,24 +8,27 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.files import check_destination, home_folder, read_object, user_path
 from llmcad_mlx.gguf.convert import convert_gguf
+from llmcad_mlx.models.folder import read_config
 from llmcad_mlx.progress import Progress, progress_for
 from llmcad_mlx.store import locked
 from llmcad_mlx.store.convert import convert_folder
 from llmcad_mlx.store.copies import DerivedDraft
-from llmcad_mlx.store.download import fetch_file, fetch_hub_repo
+from llmcad_mlx.store.download import cached_hub_repo, fetch_file, fetch_hub_file, fetch_hub_repo
 from llmcad_mlx.store.presets import (
     NGRAM,
     FileSource,
     PackagedSource,
     RepoSource,
+    Source,
     find_preset,
     get_preset,
     list_presets,
@@ -40,16 +43,29 @@ MARKER = "llmcad_source.json"
 FORMAT = 3
 """Raised when conversion changes, so that folders of an older form are made again."""
 
+_HUB_FOLDER = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class PairPaths:
-    """Where a pair's models lie. `draft_name` is for people, `draft_path` None for "ngram" and "none"."""
+    """Where a pair's models lie. `draft_name`: as `--draft` takes it; `draft_path`: None for "ngram" and "none".
+    `target_name`: what was asked for; "": only the folder is known."""
 
     target_path: Path
     draft_name: str
     draft_path: Path | None
+    target_name: str = field(default="", compare=False)
+
+    @property
+    def target_label(self) -> str:
+        """The target's name for people."""
+        return public_name(self.target_name or str(self.target_path.resolve()))
+
+    @property
+    def draft_label(self) -> str:
+        """The draft's name for people."""
+        return public_name(own_draft_name(self.draft_name))
 
 
 def find_pair(
@@ -66,14 +82,15 @@ def find_pair(
             raise UsageError(f"draft: {draft!r} is not a folder, repository, preset, 'ngram', 'self:4' or 'none'")
         DerivedDraft.parse(draft)
     target_path = resolve_target(target_name, show_progress)
-    if draft != AUTO_DRAFT:
-        return pair_with_draft(target_path, draft, show_progress)
-    choice = find_choice(target_path, conditions or Conditions(device_name()))
-    if choice is None:
-        return pair_with_draft(target_path, preset_draft(target_name), show_progress)
+    choice = None
+    if draft == AUTO_DRAFT:
+        choice = find_choice(target_path, conditions or Conditions(device_name()))
+        draft = preset_draft(target_name) if choice is None else choice.draft
     try:
-        return pair_with_draft(target_path, choice.draft, show_progress)
+        return replace(pair_with_draft(target_path, draft, show_progress), target_name=target_name)
     except LlmcadError as error:
+        if choice is None:
+            raise
         raise ModelError(
             f"{error}. `llmcad-mlx tune` chose this draft for {target_path}: run it again, or give --draft"
         ) from None
@@ -101,10 +118,14 @@ def pair_with_draft(target_path: Path, draft: str | None, show_progress: bool) -
 def pair_profile_path(pair: PairPaths, streamed_bytes: int | None, read_bandwidth: float | None) -> Path:
     """Step times depend on what is streamed and how fast, so each way of running has a profile of its own.
 
-    streamed_bytes: per pass; None where all is in memory and no budget was set. read_bandwidth: emulated.
+    streamed_bytes: per pass; None or 0 where all is in memory, with a budget or without. read_bandwidth: emulated.
     """
-    way = () if streamed_bytes is None else (f"{streamed_bytes} streamed", f"{read_bandwidth} bytes/s")
-    return profile_path([pair.target_path.resolve(), pair.draft_path or pair.draft_name, *way], device_name())
+    way = () if not streamed_bytes else (f"{streamed_bytes} streamed", f"{read_bandwidth} bytes/s")
+    folders = [path for path in (pair.target_path, pair.draft_path) if path is not None]
+    files = [file.stat() for folder in folders for file in sorted(folder.glob("model*.safetensors"))]
+    weights = [f"{file.st_size} {file.st_mtime_ns}" for file in files]  # another model may come to lie there
+    models = (pair.target_path.resolve(), pair.draft_path or pair.draft_name)
+    return profile_path([*models, *weights, *way], device_name())
 
 
 def device_name() -> str:
@@ -112,6 +133,28 @@ def device_name() -> str:
     if mx.default_device() == mx.cpu:
         return "cpu"
     return f"{mx.device_info().get('device_name', 'gpu')} (gpu)"
+
+
+def public_name(name: str | None) -> str:
+    """A preset's or repository's name as it is, a local file or folder by its last part and with its prefix, like
+    "4bit:"; None: the default target."""
+    if name is None:
+        return DEFAULT_PRESET
+    head, colon, rest = name.rpartition(":")
+    path = user_path(rest)
+    if not (path.is_absolute() or rest.startswith(("~", ".")) or path.exists()):
+        return name
+    in_cache = _HUB_FOLDER.search(str(path))
+    return f"{head}{colon}{'/'.join(in_cache.groups()) if in_cache else path.resolve().name or 'model'}"
+
+
+def own_draft_name(name: str) -> str:
+    """A draft as `--draft` takes it, but a preset's by a name that is not also its target's."""
+    derived = DerivedDraft.parse(name)
+    if derived is not None:
+        return derived.renamed(own_draft_name)
+    preset = None if Path(name).exists() else find_preset(name)
+    return name if preset is None else preset.draft_name or name
 
 
 def resolve_target(spec: str, show_progress: bool = False) -> Path:
@@ -138,6 +181,63 @@ def preset_draft(target: str) -> str:
     """What drafts for a target by default: for a preset with a draft model its name, else "ngram"."""
     preset = None if Path(target).exists() else find_preset(target)
     return NGRAM if preset is None or preset.draft is None else target
+
+
+def missing_pair(target: str | None, draft: str, conditions: Conditions) -> tuple[str, str] | None:
+    """Target and draft, the latter never "auto", where the weights of one would have to be fetched; None where all
+    are here, or where a name is none and `find_pair` says why. Nothing is fetched."""
+    name = DEFAULT_PRESET if target is None else target
+    found = local_folder(name, "target")
+    if draft == AUTO_DRAFT:
+        choice = None if found is None else find_choice(found, conditions)
+        draft = preset_draft(name) if choice is None else choice.draft
+    source: str | None = draft
+    while source is not None and (derived := DerivedDraft.parse(source)) is not None:
+        source = derived.source
+    is_here = source in (None, NO_DRAFT, NGRAM) or local_folder(str(source), "draft") is not None
+    return None if found is not None and is_here else (name, draft)
+
+
+def published_config(spec: str, part: str) -> dict[str, Any]:
+    """config.json of a folder, a preset's "target" or "draft", or a hub repository, of which it alone is fetched.
+
+    Raises ModelError for what has none, DownloadError where it cannot be had.
+    """
+    path = user_path(spec)
+    if path.is_dir():
+        return read_config(path)
+    source = _source_of(spec, part)
+    if isinstance(source, FileSource):
+        if not source.config:
+            raise ModelError(f"{spec}: what it needs is not known before it is here: llmcad-mlx pull {spec}")
+        return dict(source.config)
+    if isinstance(source, PackagedSource):
+        return read_config(source.path)
+    if isinstance(source, RepoSource):
+        return read_config(fetch_hub_file(source.repo, source.revision, "config.json", Progress()).parent)
+    return read_config(_resolve(spec, part, show_progress=False))  # which says what is wrong
+
+
+def _source_of(spec: str, part: str) -> Source | None:
+    """Where the part of a preset, or a repository, comes from; None for any other name."""
+    preset = find_preset(spec)
+    if preset is not None:
+        return preset.target if part == "target" else preset.draft or preset.target
+    return RepoSource(spec, None) if _REPOSITORY.fullmatch(spec) else None
+
+
+def local_folder(spec: str, part: str) -> Path | None:
+    """Where the weights lie; None where they are to be fetched. What is neither is the place where it is not."""
+    path, source = user_path(spec), _source_of(spec, part)
+    if path.is_dir():
+        only_config = (path / "config.json").is_file() and not any(path.glob("*.safetensors"))
+        return None if only_config else path
+    if isinstance(source, FileSource):
+        folder = home_folder() / "models" / spec / part
+        return folder if _complete(folder, source) else None
+    if isinstance(source, RepoSource):
+        return cached_hub_repo(source.repo, source.revision)
+    return source.path if isinstance(source, PackagedSource) else path
 
 
 def _resolve(spec: str, part: str, show_progress: bool) -> Path:

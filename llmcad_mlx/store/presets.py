@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class FileSource:
     num_bytes: int
     sha256: str
     mirror: Mirror | None
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """config.json of what it becomes, as far as sizes go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class RepoSource:
     """A whole hub repository with an mlx-lm model, used as it is."""
 
     repo: str
-    revision: str
+    revision: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ Source = FileSource | RepoSource | PackagedSource
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A target and its draft. `draft` is None when the n-gram drafter serves.
+    """A target and its draft. `draft` is None when the n-gram drafter serves; `draft_name` is the draft's own.
 
     machine: what it is for, in words ("a Mac with 8 GB"); None: any. memory_bytes: for such a machine a budget
     that leaves room for others, else what the process needs with all weights in memory.
@@ -71,6 +74,7 @@ class Preset:
     target: Source
     draft: Source | None
     machine: str | None = None
+    draft_name: str = ""
 
 
 def list_presets() -> list[Preset]:
@@ -93,8 +97,10 @@ def get_preset(name: str) -> Preset:
 
 
 def _preset(name: str, target: dict[str, Any], draft: Any, **facts: Any) -> Preset:
-    draft_source = None if draft == NGRAM else _source(**draft)
-    return Preset(name, target=_source(**target), draft=draft_source, **facts)
+    if draft == NGRAM:
+        return Preset(name, target=_source(**target), draft=None, **facts)
+    own_name = draft.pop("name", "") or draft.get("packaged") or draft["repo"]
+    return Preset(name, target=_source(**target), draft=_source(**draft), draft_name=own_name, **facts)
 
 
 def _source(packaged: str = "", mirror: dict[str, Any] | None = None, **entries: Any) -> Source:

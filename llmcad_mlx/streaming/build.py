@@ -111,18 +111,7 @@ class Prepared:
 
     @property
     def sizes(self) -> ModelSizes:
-        parts = self.parts
-        shapes = [p.extent.shape for layer in parts.layers for p in layer]
-        return ModelSizes(
-            layer_bytes=parts.layer_bytes,
-            resident_bytes=sum(module[name].nbytes for module, name in parts.resident),
-            embedding_bytes=sum(m.num_bytes for m in parts.embeddings),
-            head_bytes=parts.head.num_bytes if parts.head else 0,
-            kv_bytes_per_token=self._kv_bytes_per_token,
-            logit_columns=self.model.vocab_size,
-            hidden=max((_columns(m.module) for m in parts.matrices), default=0),
-            widest=max((shape[-2] for shape in shapes), default=0),
-        )
+        return sizes_of(self.parts, self._kv_bytes_per_token, self.model.vocab_size)
 
     def build(self, plan: MemoryPlan, read_bandwidth: float | None) -> SequentialFeed | None:
         """Make the model ready under `plan`; returns what feeds its passes, None where they read nothing.
@@ -273,6 +262,21 @@ def _leading_layers(model: Any) -> Iterator[int]:
         yield count
     finally:
         body.layers = layers
+
+
+def sizes_of(parts: StreamParts, kv_bytes_per_token: int, logit_columns: int) -> ModelSizes:
+    """The sizes of a model that was taken apart."""
+    shapes = [p.extent.shape for layer in parts.layers for p in layer]
+    return ModelSizes(
+        layer_bytes=parts.layer_bytes,
+        resident_bytes=sum(module[name].nbytes for module, name in parts.resident),
+        embedding_bytes=sum(m.num_bytes for m in parts.embeddings),
+        head_bytes=parts.head.num_bytes if parts.head else 0,
+        kv_bytes_per_token=kv_bytes_per_token,
+        logit_columns=logit_columns,
+        hidden=max((_columns(m.module) for m in parts.matrices), default=0),
+        widest=max((shape[-2] for shape in shapes), default=0),
+    )
 
 
 def kv_bytes_per_token(model: TreeModel) -> int:

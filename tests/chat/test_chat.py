@@ -25,11 +25,12 @@ from llmcad_mlx.chat.lines import CommandCompleter
 from llmcad_mlx.chat.screen import AnswerView, GrowingColours, GrowingMarkdown, TerminalAnswer, draw, visible
 from llmcad_mlx.chat.session import ChatSession, Conversation, Message
 from llmcad_mlx.engine.round import RoundTree
-from llmcad_mlx.report import Answer
+from llmcad_mlx.report import Answer, status_line
+from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.tree.walk import walk
-from tests.support.tiny_folder import EOS, make_folder
+from tests.support.tiny_folder import EOS, copy_folder, make_folder
 
 QUESTION = "tell me of the cat"
 ASKED = [{"role": "user", "content": QUESTION}]
@@ -299,7 +300,7 @@ def test_a_saved_conversation_goes_on_elsewhere(chat: Chat, engine: Engine, tmp_
     assert other.stats.reused_tokens == chat.stats.reused_tokens > 0
     assert other.conversation == chat.conversation
     assert other.settings.options == chat.settings.options
-    assert "[loaded a.chat: 1 message; the last one was: tell me of the cat]" in other.said
+    assert "[loaded a.chat: 2 messages; the last one was: tell me of the cat]" in other.said
 
 
 def test_a_cache_that_does_not_fit_is_read_again(chat: Chat, engine: Engine, tmp_path: Path) -> None:
@@ -395,6 +396,7 @@ TEXTS = [
     "# Title\n\nA paragraph\nof two lines.\n\n- one\n- two\n\n  more of two\n\n1. first\n2. second\n",
     "Before.\n```python\ndef f():\n\n    return 1\n```\nAfter it.\n#hashtag\n",
     "a | b\n--|--\n1 | 2\n3 | 4\n\nText *with* **style** and `code`.\n\n> quote\n> goes on\n",
+    '<div>\n  hello\n</div>\n\nstd::vector<int>\n\n```\na | b\n--|--\n1 | 2\n```\nlast\n\n[a](http://b "Title")\n',
     "Heading\n===\n\ntext\n-\n- item\n***\nlast line without an end",
     "\n\n\nlate",
     "",
@@ -424,6 +426,48 @@ def test_markdown_looks_the_same_however_it_comes(text: str, sizes: list[int]) -
     assert on_screen(GrowingMarkdown(), list(text)) == by_lines
 
 
+WIDE = "| step | what is done there |\n|---|---|\n| 1 | an explanation that is long |\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("Use std::vector<int>.\n\n<div>\nhello\n</div>\n", ["vector<int>", "<div> hello </div>"]),
+        ("<think>a</think>\n\n<!-- note -->", ["<think>a</think>", "<!-- note -->"]),
+        ("<script>\nx()\n</script>\n", ["<script> x() </script>"]),
+        ("press <kbd>Ctrl</kbd>", ["<kbd>Ctrl</kbd>"]),
+        ("&lt;b&gt; &copy;", ["&lt;b&gt; &copy;"]),
+        ("![sky](http://x/y.png)", ["sky", "http://x/y.png"]),
+        ("[x](http://z/ä%20b) <http://w>", ["x (http://z/ä%20b)", "http://w"]),
+        ('[x](http://y "Title")', ['"Title"']),
+        ("[ref]: http://y\n", ["[ref]: http://y"]),
+        ("|a|b|\n|-|-|\n|1|2|lost|\n", ["lost"]),
+        ("| " + "abcdefgh" * 8 + " | b |\n|-|-|\n| x | " + "stuvwxyz" * 8 + " |\n", ["abcdefgh", "stuvwxyz"]),
+        ("```python title=it.py\nprint(1)\n```", ["title=it.py", "print(1)"]),
+        ("a\u2028b\n\nc\n\nd\n", ["a", "b", "c", "d"]),
+        (f"```\n{WIDE}```\nafter", ["explanation", "after"]),
+    ],
+)
+def test_every_character_that_is_no_marker_is_seen(source: str, shown: list[str]) -> None:
+    for pieces in ([source], list(source)):
+        text = on_screen(GrowingMarkdown(), pieces)
+        assert [part for part in shown if part not in text] == []
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("abé \n*_`~#>-+|:.[]()!<&;\\'\"=/"), max_size=60))
+def test_no_markdown_hides_letters(source: str) -> None:
+    text = on_screen(GrowingMarkdown(), [source])
+    assert [text.count(letter) for letter in "abé"] == [source.count(letter) for letter in "abé"]
+
+
+def test_a_table_in_a_fence_without_a_name_is_a_table() -> None:
+    fenced = on_screen(GrowingMarkdown(), [f"```\n{WIDE}```"])
+    assert fenced == on_screen(GrowingMarkdown(), [WIDE])
+    assert "|" not in fenced
+    assert "|" in on_screen(GrowingMarkdown(), [f"```sql\n{WIDE}```"])
+
+
 def test_markdown_is_printed_block_by_block() -> None:
     text, blocks = GrowingMarkdown(), []
     for char in "# Title\n\nOne.\n\nTwo":
@@ -445,6 +489,15 @@ def test_accepted_draft_tokens_have_a_colour() -> None:
     assert printed(*blocks, text.rest() or "", color_system="standard", force_terminal=True) == (
         "own\x1b[32m dra\x1b[0m\x1b[32mfted\x1b[0m\n\x1b[32mnext\x1b[0m own\n"
     )
+
+
+@pytest.mark.parametrize(("width", "shown"), [(100, 3), (40, 2), (20, 1), (5, 1)])
+def test_a_status_line_has_what_fits(engine: Engine, width: int, shown: int) -> None:
+    stats = GenerationStats(generated_tokens=100, target_passes=50, decode_s=2.0)
+    parts = status_line(engine, stats, width).split(" · ")
+    assert parts[:2] == ["50.0 tokens/s", "2.00 tokens per pass"][:shown]
+    assert len(parts) == shown
+    assert status_line(engine, None, width).startswith("memory ")
 
 
 def test_an_answer_taller_than_the_screen_is_printed_once(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -492,6 +545,30 @@ def test_json_is_one_object_for_each_answer(piped: Any, folder: Path, engine: En
     assert (second["seed"], second["policy"]) == (3, "throughput")
     assert second["generated_tokens"] == len(second["tokens"])
     assert "target passes" in err
+
+
+def test_the_models_own_sampling_is_the_default(
+    piped: Any, folder: Path, tmp_path: Path, output: Callable[..., tuple[str, str]]
+) -> None:
+    """And `generate` and Python stay greedy."""
+    sampled = copy_folder(folder, tmp_path / "sampled")
+    own = {"temperature": 0.9, "top_p": 0.8}
+    (sampled / "generation_config.json").write_text(json.dumps({"do_sample": True, **own}))
+    words = ("--target", sampled, "--draft", "none", "-m", 12)
+    with load(sampled, None) as engine:
+        greedy = engine.generate(ASKED, max_tokens=12).text
+        seeds = set()
+        for given, used in (
+            ((), own), (("--top-p", 1), {"temperature": 0.9}), (("--temp", 0.5), {**own, "temperature": 0.5}),
+            (("--seed", 7), {**own, "seed": 7}), (("--temp", 0), {}),
+        ):  # fmt: skip
+            report = json.loads(piped(0, QUESTION.encode(), *words, *given, "--json")[0])
+            seeds.add(report["seed"])
+            used = {**used, "seed": report["seed"]}
+            assert report["text"] == engine.generate(ASKED, max_tokens=12, **used).text
+        assert len(seeds) == 4  # two were drawn, the others are 7, and 0 where the temperature was given
+    assert output("generate", QUESTION, *words)[0] == greedy + "\n"
+    assert greedy == report["text"]
 
 
 def test_lines_that_cannot_be_are_told_and_the_others_answered(piped: Any, folder: Path, engine: Engine) -> None:

@@ -67,8 +67,8 @@ def test_a_whole_session(endless: Path, draft: Path, tiny_home: Path, tmp_path: 
     chat.child.expect(r"\x1b\[2m[\d.]+ tokens/s · [\d.]+ tokens per pass")  # it is answering
     chat.child.sendintr()
     chat.wait("[stopped; /quit or Ctrl-D ends the chat]")
-    chat.child.sendintr()  # at the prompt it ends nothing either
-    chat.wait("[stopped; /quit or Ctrl-D ends the chat]")
+    chat.child.sendintr()  # at the prompt there is nothing to stop
+    chat.wait("[/quit or Ctrl-D ends the chat]")
     chat.say("/undo", "[taken back: in the other one]")
     chat.say("/set max_tokens 24", "[max_tokens 24]")
     chat.say("/set temperature 0.8", "[temperature 0.8]")
@@ -98,7 +98,7 @@ def test_a_whole_session(endless: Path, draft: Path, tiny_home: Path, tmp_path: 
             prompt.append({"role": "assistant", "content": answer["content"]})
 
     again = Terminal(*words, "--load", file)
-    again.wait("[loaded talk.chat: 2 messages; the last one was: some lines]")
+    again.wait("[loaded talk.chat: 4 messages; the last one was: some lines]")
     again.say("and then", "[cut at max_tokens 24")
     again.type("/stats\r")
     again.child.expect(r"prompt +(\d+) tokens, (\d+) of them read before")
@@ -108,7 +108,7 @@ def test_a_whole_session(endless: Path, draft: Path, tiny_home: Path, tmp_path: 
     again.type("\x1b[A\x1b[A\x1b[A")  # the history of both runs: /stats, and then, /quit
     again.expect("/qui")  # the t stands there already
     again.type("\x03")
-    again.wait("[stopped")
+    again.wait("[/quit or Ctrl-D")
     again.type("\x04")
     assert again.close() == 0
     assert (tiny_home / "chat_history").stat().st_mode & 0o777 == 0o600

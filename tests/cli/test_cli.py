@@ -52,8 +52,21 @@ def test_text_on_stdout_figures_on_stderr(
     out, err = output("generate", PROMPT, "--target", folder, "--draft", draft, "-m", "20")
     assert out == expected([{"role": "user", "content": PROMPT}], max_tokens=20) + "\n"
     assert err.count("\n") == 1
-    for figure in ("[prompt ", "generated 20 tokens", "tokens/s", "tokens per pass", "acceptance", "passes"):
+    for figure in ("[prompt ", "generated 20 tokens", "tokens/s", "tokens per pass"):
         assert figure in err
+    same, in_full = output("generate", PROMPT, "--target", folder, "--draft", draft, "-m", "20", "--stats")
+    assert same == out
+    for figure in ("[prompt ", "target passes", "acceptance", "drafting", "verifying", "memory", "drafted"):
+        assert figure in in_full
+
+
+@pytest.mark.parametrize("command", ["plan", "chat", "serve", "tune", "bench"])
+def test_the_model_is_the_first_word_or_the_target(folder: Path, output: Run, command: str) -> None:
+    told = output(command, folder, "--target", "other", code=2)[1]
+    assert told == f"error: target: {folder} or other? Name one model, with --target or without\n"
+    for words in ((folder,), ("--target", folder)):
+        err = output(command, *words, "--memory", "1MB", *({"serve": ("--port", 0)}.get(command, ())), code=2)[1]
+        assert "1 MB is too little" in err
 
 
 def test_prompt_sources_and_templates(
@@ -105,8 +118,9 @@ def test_a_streamed_answer_tells_what_was_read(
     where = ("--target", folder, "--raw", "--max-tokens", "8", "--pinned", "0", "--read-bandwidth", "50MB/s")
     text, figures = output("generate", PROMPT, *where)
     assert text == expected(PROMPT, max_tokens=8) + "\n"
-    assert " pinned" in figures
+    assert figures.count("\n") == 1
     assert "reads emulated at 50 MB/s" in figures
+    assert " pinned" in output("generate", PROMPT, *where, "--stats")[1]
     report = json.loads(output("generate", PROMPT, *where, "--json")[0])
     assert report["emulated"] is True
     assert report["streamed_bytes"] > 8 * 1000

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import pydoc
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import GenerationResponse
 
+import llmcad_mlx
 from llmcad_mlx import ContextLengthError, Engine, GenerationError, UsageError, load
 from llmcad_mlx.drafting.model import ModelDrafter
 from tests.support.architecture_configs import build, config_of
@@ -43,6 +46,24 @@ def plain(folder: Path) -> Iterator[Callable[..., list[int]]]:
             return reference.generate(prompt, policy="plain", **options).tokens
 
         yield tokens
+
+
+def test_results_are_shown_in_one_short_line(engine: Engine) -> None:
+    result = engine.generate(TEXT, max_tokens=60)
+    (response, *_) = engine.stream_generate(TEXT, max_tokens=1)
+    for shown in (repr(result), repr(response)):
+        assert len(shown) < 200
+        assert "\n" not in shown
+    assert "60 tokens" in repr(result)
+    assert repr(response.text) in repr(response)
+
+
+def test_what_users_import_is_shown() -> None:
+    for name in ("load", "Engine", "BudgetError", "StorageError"):
+        assert name in dir(llmcad_mlx)
+        assert callable(getattr(llmcad_mlx, name))
+        assert name in pydoc.render_doc(llmcad_mlx, renderer=pydoc.plaintext)
+    assert "memory" in inspect.signature(load).parameters
 
 
 def end_after(count: int) -> Callable[[mx.array, mx.array], mx.array]:

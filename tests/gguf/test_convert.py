@@ -16,6 +16,7 @@ from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.gguf import convert as gguf_convert
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.reader import read_gguf_header
+from llmcad_mlx.models.folder import own_sampling
 from llmcad_mlx.store.names import pull_part
 from tests.support.tiny_gguf import HIDDEN, write_tiny_gguf
 
@@ -91,3 +92,25 @@ def test_converted_draft_answers(question: str, answer: str) -> None:
     model.set_dtype(mx.float32)  # half precision is slow on a CPU
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
     assert answer in mlx_lm.generate(model, tokenizer, prompt, max_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampling"),
+    [
+        ({}, {}),
+        ({"temp": 0.6, "top_k": 20, "top_p": 0.95, "penalty_repeat": 1.05},
+         {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}),
+        ({"min_p": 0.01}, {"temperature": 1.0, "min_p": 0.01}),
+        ({"temp": 0.0, "top_k": 20}, {}),
+    ],
+)  # fmt: skip
+def test_the_sampling_that_a_file_recommends_is_kept(
+    tmp_path: Path, fields: dict[str, float], sampling: dict[str, float]
+) -> None:
+    def add(writer: Any) -> None:
+        for name, value in fields.items():
+            write = writer.add_int32 if isinstance(value, int) else writer.add_float32
+            write(f"general.sampling.{name}", value)
+
+    convert_gguf(write_tiny_gguf(tmp_path / "tiny.gguf", edit=add), tmp_path / "out")
+    assert own_sampling(tmp_path / "out") == sampling

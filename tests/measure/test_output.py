@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from llmcad_mlx.measure import growth
 from llmcad_mlx.measure.output import NO_PLOTS, Plot, Report, Table
@@ -50,6 +53,19 @@ def test_files_hold_what_is_printed_versions_and_the_command(
 def report_of(*plots: Plot) -> Report:
     table = Table.of("a title", [{"name": "x", "ms": "1.0"}, {"name": "longer", "ms": "22.0"}])
     return Report.of_runs("mine", "tiny", 1e6, [table], ["A note."], {"a": 1}, plots=plots)
+
+
+@pytest.mark.parametrize("width", [24, 40, 80])
+def test_a_narrow_terminal_cuts_nothing_off(width: int) -> None:
+    cells = {"": "speculative, A / (max(W/B, C) + D) [x]", "tokens per s": "not measured", "size": "1234.5 MB"}
+    out = io.StringIO()
+    console = Console(file=out, width=width, color_system=None, markup=False)
+    console.print(Table.of("[model]: a title that is longer than the lines are", [cells]).to_rich())
+    assert "…" not in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    shown = Counter("".join(out.getvalue().split()))
+    for text in (*cells, *cells.values(), "[model]:"):
+        assert Counter("".join(text.split())) <= shown
 
 
 def test_a_table_is_aligned_and_the_document_complete() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +15,17 @@ from llmcad_mlx.loader import plan_pair
 from llmcad_mlx.measure.plan import timed_read
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
+from llmcad_mlx.store.presets import FileSource, get_preset
 from llmcad_mlx.streaming.stream import Read
 from tests.support.simulated_stream import SimulatedClock
-from tests.support.tiny_folder import make_folder
+from tests.support.tiny_folder import copy_folder, make_folder
 
 PROMPT = "then the other one ran in and then the other one"
 LAYERS = 6
 MB = 10**6
 KEYS = {
-    "target", "draft", "device", "emulated", "budget_bytes", "total_bytes", "pinned_bytes", "streamed_bytes",
+    "target", "draft", "device", "estimated", "emulated",
+    "budget_bytes", "total_bytes", "pinned_bytes", "streamed_bytes",
     "context", "max_nodes", "prefill_chunk", "num_buffers", "parts", "num_layers", "pinned_layers", "pin_head",
     "pin_embedding", "read_rate", "measured", "tokens_per_s", "larger", "drafts",
 }  # fmt: skip
@@ -75,8 +79,10 @@ def test_the_table_has_a_row_for_each_part(folder: Path, draft: Path, output: An
     assert sum(sizes) == pytest.approx(2000, abs=0.05 * len(sizes))
     assert cells(out, "pinned layers") == ["0 of 6", "0.0 MB"]
     assert cells(out, "target KV")[0] == "64 tokens"
-    assert "not measured yet for this pair: run generate" in out
-    assert cells(out, "speculative, A / (max(W/B, C) + D)") == ["–"]
+    assert "not measured yet for this pair: run generate with the same options" in out
+    for name in ("speculative, A / (max(W/B, C) + D)", "at most, A·B/W", "plain, 1 / max(W/B, C)"):
+        assert cells(out, name) == ["not measured"]
+    assert float(cells(out, "plain streamer at most, B/W")[0].replace(",", "")) > 0
 
 
 def test_a_given_rate_is_used_and_marked(folder: Path, document: Any, output: Any) -> None:
@@ -131,19 +137,60 @@ def test_what_was_measured_makes_the_forecast(folder: Path, draft: Path, documen
     other = document("plan", *words[:4], "--pinned", "300kB", "--read-bandwidth", "40MB/s")["measured"]
     assert other is None  # another rate, under which nothing ran
     near = document("plan", *words[:4], "--pinned", "300kB", "--read-bandwidth", "20MB/s")
-    assert near["measured"] == measured
     assert near["streamed_bytes"] < measured["streamed_bytes"]
+    assert near["measured"] is None  # the same rate, but other bytes
+    assert near["tokens_per_s"]["plain"] is near["tokens_per_s"]["speculative"] is None
+    assert near["tokens_per_s"]["plain_bound"] == pytest.approx(20e6 / near["streamed_bytes"])
 
 
 @pytest.mark.parametrize("policy", ["throughput", "paper", "chain", "plain"])
-def test_a_run_in_memory_tells_something_about_streaming(
-    folder: Path, draft: Path, policy: str, document: Any
-) -> None:
+def test_a_plan_has_no_figures_of_another_situation(folder: Path, draft: Path, policy: str, document: Any) -> None:
+    """What ran in memory is said of plans that read nothing, whatever their budget, and of no others; and back."""
+    words = ("--target", folder, "--draft", draft)
+    streaming = (*words, "--pinned", 0, "--read-bandwidth", "20MB/s")
     with load(folder, draft) as engine:
         engine.generate(PROMPT, max_tokens=40, policy=policy)
-    found = document("plan", "--target", folder, "--draft", draft, "--pinned", 0, "--read-bandwidth", "20MB/s")
-    assert found["measured"]["streamed_bytes"] is None
-    assert (found["measured"]["tokens_per_pass"] > 1) == (policy != "plain")
+    assert document("plan", *streaming)["measured"] is None
+    for budget in ((), ("--memory", "3GB"), ("--memory", "4GB", "--read-bandwidth", "20MB/s")):
+        found = document("plan", *words, *budget)
+        assert found["streamed_bytes"] == 0
+        assert found["measured"]["streamed_bytes"] is None
+        assert (found["measured"]["tokens_per_pass"] > 1) == (policy != "plain")
+        assert found["tokens_per_s"]["plain"] > 0
+
+
+def test_another_model_in_the_same_folder_has_no_figures(folder: Path, tmp_path: Path, document: Any) -> None:
+    target = copy_folder(folder, tmp_path / "model")
+    with load(target, None) as engine:
+        engine.generate(PROMPT, max_tokens=20)
+    words = ("plan", target, "--draft", "none")
+    assert document(*words)["measured"] is not None
+    shutil.rmtree(target)
+    make_folder(target, layers=LAYERS, noise=0.5)
+    assert document(*words)["measured"] is None
+
+
+def test_what_streamed_says_nothing_of_a_plan_that_reads_nothing(
+    folder: Path, draft: Path, document: Any, output: Any
+) -> None:
+    with load(folder, draft, pinned=0, read_bandwidth="20MB/s") as engine:
+        engine.generate(PROMPT, max_tokens=40)
+    words = ("--target", folder, "--draft", draft, "--memory", "3GB")
+    for rate in ((), ("--read-bandwidth", "20MB/s")):
+        found = document("plan", *words, *rate)
+        assert found["streamed_bytes"] == 0
+        assert found["measured"] is None
+        assert set(found["tokens_per_s"].values()) == {None}
+    out = output("plan", *words)[0]
+    assert cells(out, "plain, 1 / max(W/B, C)") == ["not measured"]
+    assert cells(out, "plain streamer at most, B/W") == ["–"]  # nothing is read
+    with load(folder, draft, memory="3GB") as engine:
+        engine.generate(PROMPT, max_tokens=40)
+    assert document("plan", *words)["measured"]["tokens_per_pass"] > 1
+    streaming = document("plan", *words[:4], "--pinned", 0, "--read-bandwidth", "20MB/s")
+    assert streaming["measured"]["streamed_bytes"] == streaming["streamed_bytes"]
+    for row in streaming["larger"]:
+        assert (row["tokens_per_s"]["plain"] is None) == (row["streamed_bytes"] != 0)
 
 
 def test_more_memory_and_smaller_drafts(folder: Path, draft: Path, document: Any, output: Any) -> None:
@@ -186,3 +233,94 @@ def test_the_rate_is_bytes_over_seconds_of_pieces_and_sampling_ends() -> None:
     assert rate == pytest.approx(4 << 20)
     pieces = [(100, 3), (200, 4 << 20), (200 + (4 << 20), 4 << 20)]
     assert [(read.offset, read.num_bytes) for read in sample] == pieces  # two seconds are over
+
+
+SIZES = (
+    "target KV",
+    "draft KV",
+    "draft weights",
+    "stream buffers",
+    "pinned layers",
+    "pinned head",
+    "small weights",
+)
+
+
+def without_weights(folder: Path, path: Path) -> Path:
+    """The folder as it is before its weights are fetched: config.json alone."""
+    path.mkdir()
+    config = {**json.loads((folder / "config.json").read_text()), "torch_dtype": "float32"}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("missing", [("target",), ("draft",), ("target", "draft")])
+@pytest.mark.parametrize("where", [(), ("--pinned", "300kB", "--context", 64, "--read-bandwidth", "20MB/s")])
+def test_a_config_is_enough_for_sizes(
+    folder: Path, draft: Path, tmp_path: Path, missing: tuple[str, ...], where: Any, document: Any, output: Any
+) -> None:
+    pair = {"target": folder, "draft": draft}
+    whole = document("plan", *(word for name, path in pair.items() for word in (f"--{name}", path)), *where)
+    pair |= {name: without_weights(pair[name], tmp_path / name) for name in missing}
+    words = ("plan", *(word for name, path in pair.items() for word in (f"--{name}", path)), *where)
+    found = document(*words)
+    assert (whole["estimated"], found["estimated"]) == (False, True)
+    assert {name: found["parts"][name] for name in SIZES} == pytest.approx(
+        {name: whole["parts"][name] for name in SIZES}, rel=0.03
+    )
+    for name in ("streamed_bytes", "pinned_layers", "context", "max_nodes", "prefill_chunk"):
+        assert found[name] == whole[name]
+    assert found["measured"] is None
+    assert found["tokens_per_s"]["speculative"] is found["tokens_per_s"]["plain"] is None
+    if where:
+        assert found["tokens_per_s"]["plain_bound"] == pytest.approx(20e6 / found["streamed_bytes"])
+    out = output(*words)[0]
+    assert "(estimated)" in out
+    assert "estimated from config.json" in out
+    assert cells(out, "plain, 1 / max(W/B, C)") == ["not measured"]
+
+
+def test_a_rate_is_not_known_before_there_is_something_to_read(folder: Path, tmp_path: Path, output: Any) -> None:
+    out = output("plan", without_weights(folder, tmp_path / "model"), "--pinned", 0)[0]
+    assert "B is not measured: there are no weights to read yet; --read-bandwidth states a rate." in out
+    assert cells(out, "plain streamer at most, B/W") == ["not measured"]
+
+
+@pytest.mark.parametrize("target", ["smollm2-135m", "qwen2.5-coder-1.5b"])
+def test_presets_are_planned_before_they_are_fetched(
+    target: str, document: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcad_mlx.store.names.fetch_file", pytest.fail)
+    preset = get_preset(target)
+    found = document("plan", target, "--memory", "3GB")
+    assert found["estimated"] is True
+    assert found["draft"] == preset.draft_name != target
+    fetched = [source.num_bytes for source in (preset.target, preset.draft) if isinstance(source, FileSource)]
+    weights = sum(found["parts"].get(name, 0) for name in ("small weights", "pinned layers", "pinned head"))
+    weights += found["parts"].get("pinned embedding", 0) or found["parts"]["pinned embedding, also the head"]
+    assert weights == pytest.approx(fetched[0], rel=0.15)
+    if len(fetched) > 1:
+        assert found["parts"]["draft weights"] == pytest.approx(fetched[1], rel=0.15)
+
+
+def test_derived_drafts_are_planned_before_they_are_made(document: Any) -> None:
+    def draft_bytes(name: str) -> int:
+        size: int = document("plan", "qwen2.5-coder-1.5b", "--draft", name)["parts"]["draft weights"]
+        return size
+
+    name = "qwen2.5-coder-1.5b"
+    whole, bits, trimmed = (draft_bytes(f"{prefix}{name}") for prefix in ("", "4bit:", "trimmed:8192:"))
+    assert draft_bytes("self:3") > whole > bits > trimmed > draft_bytes(f"trimmed:8192:4bit:{name}") > 0
+    assert draft_bytes("none") == draft_bytes("ngram") == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [("{", "not valid JSON"), ({}, "no model_type"), ({"model_type": "no-such"}, "that mlx-lm knows"),
+     ({"model_type": "llama"}, "that mlx-lm knows")],
+)  # fmt: skip
+def test_a_config_of_no_model_is_refused(tmp_path: Path, config: Any, said: str, output: Any) -> None:
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    err = output("plan", tmp_path, code=1)[1]
+    assert said in err
+    assert err.count("\n") == 1

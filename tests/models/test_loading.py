@@ -7,13 +7,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from llmcad_mlx import load
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.models.folder import load_model_folder
+from llmcad_mlx.models.folder import load_model_folder, own_sampling
 from llmcad_mlx.store.convert import convert_folder
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_folder import EOS, VOCAB, change_config, copy_folder, token_ids
@@ -158,3 +159,30 @@ def test_missing_folder_and_a_file_in_its_place(folder: Path) -> None:
         load_model_folder(folder / "nothing")
     with pytest.raises(ModelError, match="is a file"):
         load_model_folder(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "sampling"),
+    [
+        (None, {}),
+        ("{", {}),
+        ("[]", {}),
+        ({"eos_token_id": 2}, {}),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
+         {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}),
+        ({"temperature": 0.6, "top_k": 64.0, "min_p": 0.05}, {"temperature": 0.6, "top_k": 64, "min_p": 0.05}),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.8}, {}),
+        ({"do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.9}, {}),
+        ({"top_p": 0.9}, {}),
+        ({"repetition_penalty": 1.05}, {"repetition_penalty": 1.05}),
+        ({"temperature": 0.7, "top_p": None, "top_k": 0, "min_p": "x", "repetition_penalty": -1},
+         {"temperature": 0.7}),
+        ({"do_sample": None, "temperature": "hot", "top_p": 0, "top_k": 2.5}, {}),
+    ],
+)  # fmt: skip
+def test_the_sampling_a_folder_recommends(tmp_path: Path, content: Any, sampling: dict[str, float]) -> None:
+    if content is not None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "generation_config.json").write_text(text)
+    assert own_sampling(tmp_path) == sampling

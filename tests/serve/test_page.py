@@ -309,6 +309,100 @@ def test_stop_try_again_and_new(page: Page, server: ScriptedServer) -> None:
     assert contents == [["First question", "Soft grey cloud", "Second question"]] * 2 + [["New"]]
 
 
+def test_a_reload_keeps_the_conversation_and_new_chat_can_be_undone(page: Page, server: ScriptedServer) -> None:
+    never = threading.Event()
+    server.scripts = [
+        [FIRST, SECOND, USAGE, DONE],
+        answer("**Bold** <b>"),
+        [FIRST, never],
+        [never],
+        answer("End."),
+    ]
+    ask(page, "One")
+    ask(page, "Two", count=2)
+    shown = page.locator(".answer .text")
+    for _ in range(2):
+        page.reload()
+        finished(page, 2)
+        assert texts(page, ".question") == ["One", "Two"]
+        assert texts(page, ".answer .text") == ["Soft grey clouds.", "Bold <b>"]
+        assert texts(page, ".answer strong") == ["Bold"]
+        assert texts(page, ".token.drafted") == ["Soft", " grey", "s"]
+    expect(page.locator(".state").first).to_contain_text("5 tokens · 20.0 tokens/s")
+    expect(page.get_by_role("button", name="Show trees")).to_have_count(0)  # rounds are not kept
+    say(page, "Three")
+    expect(shown.last).to_have_text("Soft grey cloud")
+    page.reload()
+    finished(page, 3)
+    expect(shown.last).to_have_text("Soft grey cloud")  # as far as it had come
+    expect(page.locator(".state").last).to_contain_text("cut off")
+    page.get_by_role("button", name="New").click()
+    expect(page.locator(".answer")).to_have_count(0)
+    page.reload()
+    page.get_by_role("button", name="Bring back the last chat").click()
+    finished(page, 3)
+    say(page, "Four")
+    page.wait_for_function("() => document.querySelectorAll('.question').length === 4")
+    page.reload()
+    finished(page, 3)
+    expect(page.get_by_label("Message")).to_have_value("Four")  # it had no answer yet
+    page.get_by_label("Message").press("Enter")
+    finished(page, 4)
+    expect(page.get_by_role("button", name="Bring back the last chat")).to_be_hidden()
+    said = [message["content"] for message in server.requests[-1]["messages"]]
+    assert said == ["One", "Soft grey clouds.", "Two", "**Bold** <b>", "Three", "Soft grey cloud", "Four"]
+
+
+@pytest.mark.parametrize(
+    "stored", ["{", "[]", "null", '{"turns": 3}', '{"turns": [null, {"question": 1}, {"question": "x"}]}',
+               '{"turns": [{"question": "x", "answer": {"text": "y", "tokens": [[null], 3], "figures": 3}}]}'],
+)  # fmt: skip
+def test_what_is_stored_may_be_anything(page: Page, server: ScriptedServer, stored: str) -> None:
+    page.add_init_script(f"localStorage['llmcad-mlx.conversation'] = {json.dumps(stored)}")
+    page.reload()
+    ask(page, count=2 if "y" in stored else 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling", "said"),
+    [
+        ({}, None, "the temperature is 0"),
+        ({}, {"temperature": 0.7}, "the same answer again"),
+        ({"temperature": 0.5, "seed": 3}, None, "the seed is fixed"),
+        ({"temperature": 0}, {"temperature": 0.7}, "the temperature is 0"),
+    ],
+)
+def test_trying_again_says_why_the_answer_is_the_same(
+    visitor: Visitor,
+    server: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, float],
+    sampling: Any,
+    said: str,
+) -> None:
+    server.model |= {} if sampling is None else {"sampling": sampling}
+    server.scripts = [answer("Blue."), answer("Green."), answer("Green.")]
+    page = visitor.open(server.url)
+    page.evaluate("text => { localStorage['llmcad-mlx.settings'] = text }", json.dumps(settings))
+    ask(page)
+    again, state = page.get_by_role("button", name="Try again"), page.locator(".state")
+    again.click()
+    expect(page.locator(".answer .text")).to_have_text("Green.")
+    expect(state).not_to_contain_text("same")
+    again.click()
+    expect(state).to_contain_text(said)
+    with monkeypatch.context() as gone:
+        gone.setattr(server, "scripts", [refusal(503, "Gone.")])
+        again.click()
+        expect(page.locator("#error")).to_have_text("Gone.")
+        finished(page)
+        expect(page.locator(".answer .text")).to_have_text("Green.")  # no other one came
+        expect(page.get_by_label("Message")).to_have_value("")
+    page.get_by_role("button", name="Settings").click()
+    shown = str((sampling or {"temperature": 0})["temperature"])
+    expect(page.get_by_label("Temperature")).to_have_attribute("placeholder", shown)
+
+
 def test_settings_are_checked_sent_and_kept(page: Page, server: ScriptedServer) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Top p").fill("1.5")
@@ -346,7 +440,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(visitor: Visitor, server: Scrip
     expect(page.locator("#model")).to_have_text("tiny · draft tinier")
     ask(page)
     page.reload()
-    ask(page)
+    ask(page, count=2)
     assert page.evaluate("JSON.stringify(localStorage)").find("right-key-1") == -1
     assert page.evaluate("Object.values(sessionStorage)") == ["right-key-1"]
     server.key = "newer-key-1"
@@ -357,7 +451,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(visitor: Visitor, server: Scrip
     page.get_by_label("Message").press("Enter")
     dialog.get_by_label("Key").fill("newer-key-1")
     dialog.get_by_role("button", name="Use key").click()
-    finished(page, 2)
+    finished(page, 3)
     assert server.requests[-1]["messages"][-1]["content"] == "Still here"
     expect(page.get_by_label("Message")).to_have_value("")
 

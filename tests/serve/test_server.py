@@ -11,10 +11,10 @@ import httpx
 import openai
 import pytest
 
-from llmcad_mlx import Engine, UsageError
+from llmcad_mlx import Engine, UsageError, load
 from llmcad_mlx.serve import ServerSettings
 from tests.support.serving import CHAT, NAME, Live, Scripted, events, loader, serving, streaming
-from tests.support.tiny_folder import make_folder
+from tests.support.tiny_folder import copy_folder, make_folder
 
 SPECULATION = {
     "seed", "policy", "device", "emulated", "target_passes", "drafted", "tested", "accepted", "tokens_per_pass",
@@ -224,6 +224,7 @@ def test_models(client: openai.OpenAI, live: Live) -> None:
     assert card.pop("created") > 0
     assert card == {
         "id": NAME, "object": "model", "owned_by": "llmcad-mlx", "context_length": 512, "draft": "draft",
+        "sampling": {},
     }  # fmt: skip
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
@@ -419,3 +420,19 @@ def test_tools_are_shown_to_the_model(tool_client: openai.OpenAI, monkeypatch: p
     assert prompt_tokens(tools=[TOOL], tool_choice="none") == bare
     with pytest.raises(openai.BadRequestError, match="tool_choice: must be 'auto' or 'none'"):
         prompt_tokens(tools=[TOOL], tool_choice="required")
+
+
+def test_requests_get_the_models_own_sampling(folder: Path, tmp_path: Path) -> None:
+    sampled = copy_folder(folder, tmp_path / "sampled")
+    own = {"temperature": 0.9, "top_p": 0.8}
+    (sampled / "generation_config.json").write_text(json.dumps({"do_sample": True, **own}))
+    with loader(sampled, None)() as reference, serving(loader(sampled, None)) as live:
+        assert live.get("/v1/models").json()["data"][0]["sampling"] == own
+        for asked, used in (({}, own), ({"top_p": 1}, {"temperature": 0.9}), ({"temperature": 0}, {})):
+            answer = live.chat(max_tokens=12, seed=5, **asked).json()
+            expected = reference.generate(CHAT, max_tokens=12, seed=5, **used)
+            assert answer["choices"][0]["message"]["content"] == expected.text
+        with load(live.url) as remote:  # which is an engine like any other
+            assert remote.generate(CHAT, max_tokens=12).text == reference.generate(CHAT, max_tokens=12).text
+            used = {"max_tokens": 12, "temperature": 0.9, "seed": 5}
+            assert remote.generate(CHAT, **used).text == reference.generate(CHAT, **used).text

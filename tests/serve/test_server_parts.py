@@ -20,8 +20,9 @@ from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.answers import PartMaker, ToolListener
 from llmcad_mlx.serve.jobs import FairQueue, Job, RoundEvent, TokenEvent
 from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, RequestReader
-from llmcad_mlx.serve.worker import PromptCache, cache_limit, public_name
-from llmcad_mlx.settings import GenerationOptions, MemoryOptions
+from llmcad_mlx.serve.worker import PromptCache, cache_limit
+from llmcad_mlx.settings import GenerationOptions, MemoryOptions, SamplingSettings
+from llmcad_mlx.store.names import public_name
 
 pytestmark = pytest.mark.usefixtures("tiny_home")
 
@@ -153,6 +154,32 @@ def test_what_a_request_asks_for() -> None:
     asked = READER.completion(b'{"prompt": [1, 2], "echo": false, "logprobs": 3, "speculation": true}')
     assert (asked.prompt, asked.top_logprobs, asked.show_tokens, asked.show_trees) == ([1, 2], 3, True, True)
     assert (asked.options.sampling.temperature, asked.options.stopping.max_tokens) == (0.25, 100)
+
+
+OWN = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("server", "asked", "used"),
+    [
+        (None, {}, OWN),
+        (None, {"top_p": 0.5}, {**OWN, "top_p": 0.5}),
+        (None, {"temperature": 1.5}, {**OWN, "temperature": 1.5}),
+        (None, {"temperature": 0}, {}),
+        (None, {"temperature": None}, OWN),
+        (0.0, {}, {}),
+        (0.0, {"temperature": 0.9}, {**OWN, "temperature": 0.9}),
+        (0.3, {}, {**OWN, "temperature": 0.3}),
+    ],
+)
+def test_a_models_own_sampling_is_what_requests_get_that_ask_for_none(
+    server: float | None, asked: dict[str, Any], used: dict[str, float]
+) -> None:
+    reader = RequestReader(ServerSettings(temperature=server), "tiny", OWN)
+    body = json.dumps({"messages": MESSAGES, "seed": 3, **asked}).encode()
+    assert reader.chat(body).options.sampling == SamplingSettings(seed=3, **used)
+    if not asked:
+        assert reader.default_sampling.items() >= used.items()
 
 
 def test_names_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

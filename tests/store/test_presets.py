@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pytest
+
+from llmcad_mlx.store.names import PairPaths, public_name
 from llmcad_mlx.store.presets import FileSource, Mirror, PackagedSource, RepoSource, list_presets
 
 
@@ -42,3 +46,31 @@ def test_an_entry_is_part_of_a_files_name_an_address_or_an_argument_of_pip() -> 
             assert source.mirror is not None
             for requirement in source.mirror.requirements:
                 assert re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9.]*", requirement)
+
+
+QWEN = "qwen2.5-coder-1.5b"
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "shown"),
+    [
+        (QWEN, QWEN, (QWEN, "qwen2.5-coder-0.5b")),
+        (QWEN, f"4bit:{QWEN}", (QWEN, "4bit:qwen2.5-coder-0.5b")),
+        (QWEN, f"trimmed:8192:4bit:{QWEN}", (QWEN, "trimmed:8192:4bit:qwen2.5-coder-0.5b")),
+        ("smollm2-135m", "smollm2-135m", ("smollm2-135m", "smollm2-135m-draft")),
+        ("qwen3-8b", "qwen3-8b", ("qwen3-8b", "mlx-community/Qwen3-0.6B-4bit")),
+        ("org/name", "self:4", ("org/name", "self:4")),
+        ("/a/model", "ngram", ("model", "ngram")),
+        ("/a/model", "3bit:/a/draft", ("model", "3bit:draft")),
+        ("", "none", ("target", "none")),
+    ],
+)
+def test_target_and_draft_go_by_their_own_names(target: str, draft: str, shown: tuple[str, str]) -> None:
+    pair = PairPaths(Path("/home/models/x/target"), draft, None, target)
+    assert (pair.target_label, pair.draft_label) == shown
+
+
+def test_a_repository_in_the_hubs_cache_goes_by_its_name() -> None:
+    folder = "/a/hub/models--mlx-community--Qwen3-0.6B-4bit/snapshots/0123abc"
+    assert public_name(folder) == "mlx-community/Qwen3-0.6B-4bit"
+    assert public_name(f"4bit:{folder}") == "4bit:mlx-community/Qwen3-0.6B-4bit"

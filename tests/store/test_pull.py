@@ -549,3 +549,24 @@ def test_list_prints_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     for preset in presets.list_presets():
         assert f"{preset.name}: {preset.summary}" in printed
     assert "Apache-2.0, 1,609 MB to download, 2.6 GB memory" in printed
+
+
+def test_plan_fetches_only_a_configuration(
+    hub: HubStandIn, folder: Path, output: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    hub.repos |= {"org/target": files, "org/draft": files, "org/empty": {"README.md": b"nothing"}}
+    words = ("plan", "org/target", "--draft", "org/draft", "--json")
+    found = json.loads(output(*words)[0])
+    assert found["estimated"] is True
+    assert (found["target"], found["draft"]) == ("org/target", "org/draft")
+    assert {request.split("/")[-1].split()[0] for request in hub.downloads()} == {"config.json"}
+    assert "config.json: the repository has no such file" in output("plan", "org/empty", code=1)[1]
+    with monkeypatch.context() as gone:
+        gone.setenv("HF_ENDPOINT", NOWHERE)
+        assert json.loads(output(*words)[0])["parts"].keys() == found["parts"].keys()
+        assert "cannot be reached" in output("plan", "org/other", code=1)[1]
+    names.pull_repo("org/target")
+    assert json.loads(output(*words)[0])["estimated"] is True  # the draft is still missing
+    names.pull_repo("org/draft")
+    assert json.loads(output(*words)[0])["estimated"] is False

@@ -19,6 +19,24 @@ export class Answer {
   #accepted = 0;
   #pathTested = 0;
 
+  /** What is kept of it between visits: without rounds, which are many times its size. */
+  saved() {
+    const { text, finishReason, figures, numTokens } = this;
+    return { text, finishReason, figures, numTokens, tokens: this.tokens.map(({ end, drafted }) => [end, drafted]) };
+  }
+
+  /** The answer that `saved` was made of. `saved.text` is a string; what else makes no sense is left out. */
+  static from({ text, finishReason, figures, numTokens, tokens }) {
+    const answer = new Answer();
+    answer.text = text;
+    answer.finishReason = finishReason ?? null;
+    if (typeof figures === "object") answer.figures = { ...figures };
+    if (Number.isInteger(numTokens)) answer.numTokens = numTokens;
+    const places = Array.isArray(tokens) ? tokens.filter((token) => Number.isInteger(token?.[0])) : [];
+    answer.tokens = places.map(([end, drafted]) => ({ end, drafted: drafted === true, round: -1 }));
+    return answer;
+  }
+
   /** Take one chunk of the stream. */
   add(chunk) {
     const { round, tokens } = chunk.speculation ?? {};

@@ -4,9 +4,10 @@ import { Answer } from "./answer.js";
 import { ServerError, listModels, streamChat } from "./client.js";
 import { AnswerView, addQuestion, clearConversation } from "./conversation.js";
 import { showFigures } from "./figures.js";
+import { loadTurns, saveTurns } from "./kept.js";
 import { ApiKey } from "./key.js";
 import { RoundsView } from "./rounds.js";
-import { requestFields, setUpSettings } from "./settings.js";
+import { requestFields, setUpSettings, showDefaults } from "./settings.js";
 
 const SMALL = matchMedia("(max-width: 699px)");
 const byId = (id) => document.getElementById(id);
@@ -16,15 +17,24 @@ const rounds = new RoundsView((answer, index) => {
   for (const turn of turns) turn.view.showRound(turn.answer === answer ? index : null);
 });
 
-/** @type {{question: string, element: Element, answer: Answer, view: AnswerView}[]} */
+/**
+ * @typedef {{question: string, element: Element, answer: Answer, view: AnswerView, note: string | null}} Turn
+ * `note`: why the answer ended, "" for by itself, null before that
+ */
+/** @type {Turn[]} */
 let turns = [];
+let previous = []; // the turns before "New chat"
 let model = "";
+let sampling = {}; // of requests that ask for none
+let leaving = false;
 let running = null; // the AbortController of the answer being written
 
 async function findModel() {
   try {
     const [first] = await listModels(key.value);
     model = first?.id ?? "";
+    sampling = first?.sampling ?? {};
+    showDefaults(sampling);
     byId("model").textContent = first?.draft ? `${model} · draft ${first.draft}` : model;
   } catch (error) {
     if (error.status === 401 && (await key.ask(error.message))) return findModel();
@@ -32,20 +42,16 @@ async function findModel() {
   }
 }
 
-async function send(question) {
+/** @param {Turn} [earlier]  the turn that this one is tried in place of */
+async function send(question, earlier) {
   if (running || !question.trim()) return;
   showError("");
   const messages = conversation(question);
   const answer = new Answer();
-  const element = addQuestion(question);
-  const view = new AnswerView(answer, key, {
-    onToken: (round) => showRounds(answer, round),
-    onRounds: () => showRounds(answer),
-    onAgain: () => again(),
-  });
-  const turn = { question, element, answer, view };
-  turns.push(turn);
+  const turn = addTurn(question, answer);
+  const { view } = turn;
   rounds.show(answer);
+  save();
   setRunning(new AbortController());
   let problem = null;
   try {
@@ -55,7 +61,40 @@ async function send(question) {
   } finally {
     setRunning(null);
   }
-  if (turns.at(-1) === turn) await end(turn, problem);
+  if (turns.at(-1) === turn) await end(turn, problem, earlier);
+}
+
+/** @returns {Turn} */
+function addTurn(question, answer, note = null) {
+  const element = addQuestion(question);
+  const view = new AnswerView(answer, key, {
+    onToken: (round) => showRounds(answer, round),
+    onRounds: () => showRounds(answer),
+    onAgain: () => again(),
+  });
+  const turn = { question, element, answer, view, note };
+  turns.push(turn);
+  return turn;
+}
+
+/** Show turns of an earlier visit, or those before "New chat". A question without any answer goes where it is typed. */
+function showTurns(kept) {
+  for (const { question, answer, note } of kept) {
+    if (answer.text) addTurn(question, answer, note);
+    else byId("message").value ||= question;
+  }
+  if (turns.length) showFigures(turns.at(-1).answer.figures);
+  fitMessage();
+  save();
+}
+
+function finishShown() {
+  for (const turn of turns) if (turn.note !== null) turn.view.finish(turn.note);
+}
+
+function save() {
+  if (!leaving) saveTurns(turns, previous);
+  byId("restore").hidden = !previous.length;
 }
 
 /** System prompt, all turns so far, the question. */
@@ -97,7 +136,7 @@ async function receive(messages, answer, view, signal) {
 }
 
 /** The answer is there, or was stopped, or failed. A question without any answer goes back to where it was typed. */
-async function end(turn, problem) {
+async function end(turn, problem, earlier) {
   const stopped = problem?.name === "AbortError";
   if (problem && !stopped && !(problem instanceof ServerError)) console.error(problem);
   if (problem && !turn.answer.text) {
@@ -105,16 +144,27 @@ async function end(turn, problem) {
     if (problem.status === 401 && (await key.ask(problem.message))) {
       byId("message").value = "";
       if (!model) await findModel();
-      return send(turn.question);
+      return send(turn.question, earlier);
     }
+    if (earlier) bringBack(earlier);
   } else {
-    await turn.view.finish(stopped ? "stopped" : problem ? "cut off" : ending(turn.answer));
+    turn.note = stopped ? "stopped" : problem ? "cut off" : ending(turn.answer, earlier?.answer.text);
+    save();
+    await turn.view.finish(turn.note);
   }
   if (problem && !stopped) showError(problem instanceof ServerError ? problem.message : `The page failed: ${problem.message}`);
 }
 
-function ending(answer) {
-  return answer.finishReason === "length" ? "ended at the limit of tokens" : "";
+function ending(answer, earlier) {
+  const notes = answer.finishReason === "length" ? ["ended at the limit of tokens"] : [];
+  if (answer.text === earlier) notes.push(whyTheSame());
+  return notes.join(" · ");
+}
+
+function whyTheSame() {
+  const { temperature = sampling.temperature, seed } = requestFields().fields;
+  if (!temperature) return "the same answer, for the temperature is 0; Settings can raise it";
+  return seed === undefined ? "the same answer again" : "the same answer, for the seed is fixed; Settings can clear it";
 }
 
 function takeBack(turn) {
@@ -125,6 +175,7 @@ function takeBack(turn) {
   if (!turns.length) clearConversation();
   if (!byId("message").value) byId("message").value = turn.question;
   fitMessage();
+  save();
 }
 
 /** Ask the last question once more. */
@@ -134,7 +185,15 @@ function again() {
   takeBack(turn);
   byId("message").value = "";
   fitMessage();
-  send(turn.question);
+  send(turn.question, turn);
+}
+
+/** No other answer came: the earlier one stays. */
+function bringBack({ question, answer, note }) {
+  if (byId("message").value === question) byId("message").value = "";
+  fitMessage();
+  addTurn(question, answer, note).view.finish(note);
+  save();
 }
 
 function showRounds(answer, index) {
@@ -143,12 +202,25 @@ function showRounds(answer, index) {
 }
 
 function newConversation() {
+  if (running) turns.at(-1).note = "stopped";
   running?.abort();
+  previous = turns.length ? turns : previous;
   turns = [];
   clearConversation();
+  save();
   rounds.clear();
   showFigures({});
   showError("");
+  byId("message").focus();
+}
+
+/** Undo "New chat". */
+function restore() {
+  const kept = previous;
+  previous = [];
+  clearConversation();
+  showTurns(kept);
+  finishShown();
   byId("message").focus();
 }
 
@@ -201,6 +273,12 @@ document.addEventListener("keydown", (event) => {
 });
 byId("stop").addEventListener("click", () => running?.abort());
 byId("new").addEventListener("click", newConversation);
+byId("restore").addEventListener("click", restore);
+addEventListener("pagehide", () => {
+  save(); // what comes after it is a connection that breaks, and no reason to take the question back
+  leaving = true;
+});
+addEventListener("pageshow", () => (leaving = false));
 byId("tint").addEventListener("click", () => {
   byId("tint").setAttribute("aria-pressed", document.body.classList.toggle("tint"));
 });
@@ -215,4 +293,7 @@ visualViewport?.addEventListener("resize", () => {
 
 showTree(!SMALL.matches);
 setUpSettings();
-findModel();
+const kept = loadTurns();
+previous = kept.previous;
+showTurns(kept.turns);
+findModel().finally(finishShown); // Markdown is rendered by the server, which may want a key

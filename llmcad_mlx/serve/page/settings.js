@@ -2,6 +2,7 @@
 
 const STORED = "llmcad-mlx.settings";
 const NUMBERS = ["temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "tree_nodes"];
+const DEFAULTS = { temperature: "0", top_p: "off", top_k: "off", min_p: "off", repetition_penalty: "off" };
 const TEXTS = ["system", "policy"];
 
 let unstored = null; // settings that the browser would not keep
@@ -36,6 +37,12 @@ export function setUpSettings() {
     save(read(form));
     dialog.close();
   });
+}
+
+/** Say in empty fields what the server chooses. @param {object} sampling  what it has on its own account */
+export function showDefaults(sampling) {
+  const fields = byId("settings-form").elements;
+  for (const [name, none] of Object.entries(DEFAULTS)) fields[name].placeholder = sampling[name] ?? none;
 }
 
 function fill(form, settings) {

@@ -13,6 +13,21 @@ from llmcad_mlx.errors import UsageError, first_line
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
+_NEEDED = 'every message needs a "role" and a "content"'
+_NOT_THE_TEMPLATES = {
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask",
+}  # fmt: skip
+
+
+def check_template_options(option: str, variables: Mapping[str, Any]) -> None:
+    """Raise UsageError for a variable of chat templates that is none, but says what to do with the template."""
+    for name in variables:
+        if name in _NOT_THE_TEMPLATES:
+            raise UsageError(f"{option}.{name}: is not a variable of the chat template; leave it out")
+
+
 def typed_text(text: str, option: str) -> str:
     """What was typed, on a command line or a terminal. It is UTF-8 in every locale, also where Python could not
     read it so. Raises UsageError beginning with `option` for other bytes."""
@@ -23,9 +38,14 @@ def typed_text(text: str, option: str) -> str:
 
 
 def encode_prompt(
-    prompt: Prompt, tokenizer: Any, vocab_size: int, tools: Sequence[Mapping[str, Any]] | None = None
+    prompt: Prompt,
+    tokenizer: Any,
+    vocab_size: int,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt; at least one. `tools`: functions that the chat template shows with messages.
+    `template_options`: other variables of the template, like {"enable_thinking": False}.
 
     Text gets the tokenizer's special tokens unless it begins with them, as in mlx-lm; messages go through the
     chat template. Token ids may be any sequence of integers, arrays included. Raises UsageError for a prompt that
@@ -36,8 +56,9 @@ def encode_prompt(
     else:
         items = as_list(prompt)
         is_chat = bool(items) and all(isinstance(item, Mapping) for item in items)
+        options = {**(template_options or {}), **({"tools": list(tools)} if tools else {})}
         tokens = (
-            _encode_chat([dict(m) for m in items], tokenizer, tools)
+            _encode_chat([dict(m) for m in items], tokenizer, options)
             if is_chat
             else [token_id(item) for item in items]
         )
@@ -71,16 +92,13 @@ def _encode_text(text: str, tokenizer: Any, special: bool) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
 
-def _encode_chat(
-    messages: list[dict[str, Any]], tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None
-) -> list[int]:
+def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, options: Mapping[str, Any]) -> list[int]:
     messages = [
         template_message(message, f"prompt: messages[{number}]") for number, message in enumerate(messages)
     ]
     if not tokenizer.has_chat_template:
         raise UsageError("prompt: this model has no chat template; give the prompt as text")
     try:
-        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # templates are programs: they raise what they like at messages they cannot take
         raise UsageError(f"prompt: the model's chat template refuses the messages: {first_line(error)}") from error
@@ -90,17 +108,20 @@ def _encode_chat(
 def template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A message in OpenAI's form as chat templates expect it: content is text, the arguments of calls are objects.
 
-    Other fields go to the template as they are. Raises UsageError beginning with `where` for a message without a
-    role, one without content that calls nothing, content that is not text, and calls that are not the assistant's.
+    An answer's `reasoning` becomes `reasoning_content`, as templates name it; other fields stay as they are.
+    Raises UsageError beginning with `where` for a message without a role, one without content that is not the
+    assistant's, content that is not text, and calls that are not the assistant's.
     """
     made = {name: value for name, value in message.items() if value is not None}
     if not isinstance(made.get("role"), str):
-        raise UsageError(f'{where}.role: give "system", "user" or "assistant"')
+        raise UsageError(f'{where}.role: give "system", "user" or "assistant"; {_NEEDED}')
     calls = made.get("tool_calls")
     if calls and made["role"] != "assistant":
         raise UsageError(f"{where}.tool_calls: only the assistant calls tools")
-    if "content" not in made and not calls:
-        raise UsageError(f"{where}.content: is missing")
+    if "content" not in made and made["role"] != "assistant":
+        raise UsageError(f"{where}.content: is missing; {_NEEDED}")
+    if "reasoning" in made:
+        made.setdefault("reasoning_content", made.pop("reasoning"))
     made["content"] = _content_text(made.get("content", ""), f"{where}.content")
     if made["role"] == "developer":
         made["role"] = "system"

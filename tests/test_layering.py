@@ -89,7 +89,6 @@ def test_imports_form_no_circle() -> None:
 CALLED_BY_LIBRARIES = {
     "render", "send_400_response", "handle_exit", "validateLink", "normalizeLink", "normalizeLinkText",
     "make_mask", "maybe_trim_front", "_guard_against_spurious_io_errors", "MlxLmFinder",
-    "bytes_of",  # for the server's log probabilities, which are on their way
 }  # fmt: skip
 
 

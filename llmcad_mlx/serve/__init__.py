@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.prompt import check_template_options
 from llmcad_mlx.settings import check_integer
 
 
@@ -17,10 +20,10 @@ class ServerSettings:
     `host`: loopback needs no key, any other address needs `api_key`. `port`: 0 takes a free one. `cors`: origins
     whose pages may call the server; none by default. `max_queue`: requests that may wait; one client may hold half
     of the places. `max_body_bytes`, `max_prompt_tokens` (None: the model's context), `max_tokens`: limits of one
-    request. `temperature`: of requests that name none (None: the model's own sampling). `prompt_cache_bytes`: for
-    the caches of conversations that wait. `body_s`: seconds in which a request's body must have arrived,
-    `header_s`: its head. `keepalive_s`: silence after which a stream gets a comment, so that nobody in between
-    takes it for dead.
+    request. `temperature`: of requests that name none (None: the model's own sampling). `template_options`:
+    variables of the chat template, where a request does not give others. `prompt_cache_bytes`: for the caches of
+    conversations that wait. `body_s`: seconds in which a request's body must have arrived, `header_s`: its head.
+    `keepalive_s`: silence after which a stream gets a comment, so that nobody in between takes it for dead.
 
     Raises UsageError naming the option.
     """
@@ -34,6 +37,7 @@ class ServerSettings:
     max_prompt_tokens: int | None = None
     max_tokens: int = 4096
     temperature: float | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     prompt_cache_bytes: int = 256 << 20
     body_s: float = 30.0
     header_s: float = 10.0
@@ -49,6 +53,7 @@ class ServerSettings:
         check_integer("prompt-cache", self.prompt_cache_bytes, 0, 1 << 50)
         if self.temperature is not None and not 0 <= self.temperature <= 100:
             raise UsageError(f"temp: {self.temperature} is out of range; it must be from 0 to 100")
+        check_template_options("chat-template-args", self.template_options)
         key = self.api_key
         if key is not None and (len(key) < 8 or not all("!" <= letter <= "~" for letter in key)):
             raise UsageError("api-key: give at least 8 printable ASCII characters without spaces")
@@ -68,6 +73,7 @@ class ServerSettings:
 def is_loopback(host: str) -> bool:
     """Whether only this machine has the address or name."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
-        return False
+        return host == "localhost"

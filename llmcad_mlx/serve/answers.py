@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -12,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
@@ -23,7 +24,6 @@ from llmcad_mlx.serve.jobs import (
     FinishedEvent,
     Job,
     Progress,
-    PromptEvent,
     RoundEvent,
     TokenEvent,
     TokenLogprob,
@@ -35,67 +35,202 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Plain text, finished tool calls (without OpenAI's "index"), their tokens, and the tree of their round."""
+    """Plain text, thinking, finished tool calls (without OpenAI's "index"), their tokens, and the tree of their
+    round."""
 
     text: str = ""
+    reasoning: str = ""
     calls: Sequence[Json] = ()
     tokens: Sequence[TokenEvent] = ()
     tree: Json | None = None
 
 
-class ToolListener:
-    """Separates text from tool calls as the text comes in.
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A stretch of text between markers, which are no text. `end`: "" where it goes on to the next one of its
+    kind, None where to the end of the answer. `first_only`: with nothing but calls and thinking before it."""
 
-    Each family of models writes calls its own way; mlx-lm's tokenizer knows the markers and the parser. Text
-    between the markers is held back until the call is complete. What cannot be parsed is given as text, markers
-    included, so that nothing the model wrote is lost.
+    kind: Literal["thinking", "call", "json"]
+    start: str
+    end: str | None
+    first_only: bool = False
+
+
+# Models trained on other markers than their template's write calls as plain JSON.
+_JSON_BLOCKS = (
+    *(_Block("json", f"```{language}\n{bracket}", "\n```") for language in ("json", "") for bracket in "{["),
+    _Block("json", "{", None, first_only=True),
+    _Block("json", "[{", None, first_only=True),
+)
+_DECODER = json.JSONDecoder()
+_OBJECT_BEGINS = re.compile(r'\[?\s*\{\s*("|$)')
+
+
+class AnswerListener:
+    """Separates text, thinking and tool calls as the text comes in.
+
+    Each family of models writes them its own way; mlx-lm's tokenizer knows the markers and a parser of calls. What
+    may be a call is held back until it is complete. What is none is given as text, markers included, so that
+    nothing the model wrote is lost; markers inside of thinking are thinking.
     """
 
-    def __init__(self, tokenizer: Any, tools: Sequence[Json]) -> None:
-        """`tokenizer`: mlx-lm's TokenizerWrapper of a model that calls tools."""
-        self._start = str(tokenizer.tool_call_start)
-        self._end = str(tokenizer.tool_call_end)  # "": a call goes on to the next one, or to the end
-        self._parse = tokenizer.tool_parser
-        self._tools = list(tools)
+    def __init__(
+        self, tokenizer: Any, tools: Sequence[Json] | None, thinking: bool | None = None, one_call: bool = False
+    ) -> None:
+        """`tokenizer`: mlx-lm's TokenizerWrapper, of a model that calls tools if there are `tools`. `thinking`:
+        whether the answer begins within thinking; None for a model that does not think. `one_call`: nothing is
+        wanted after the first."""
+        self._blocks: list[_Block] = []
+        self._block: _Block | None = None
+        if thinking is not None:
+            self._blocks.append(_Block("thinking", str(tokenizer.think_start), str(tokenizer.think_end)))
+            self._block = self._blocks[0] if thinking else None
+        if tools is not None:
+            self._blocks += (
+                _Block("call", str(tokenizer.tool_call_start), str(tokenizer.tool_call_end)),
+                *_JSON_BLOCKS,
+            )
+            self._parse = tokenizer.tool_parser
+        self._tools = list(tools or ())
+        self._names = {tool["function"]["name"] for tool in self._tools}
+        self._one_call = one_call
         self._buffer = ""
-        self._inside = False
-        self._after_call = False
+        self._parts: list[Part] = []
+        self._has_text = False
+        self._after_block = False  # where white space is no text
+        self.is_complete = False
+        """Whether the one call that is wanted is there."""
 
     def feed(self, text: str) -> Part:
         """What the next piece of text adds."""
+        if self.is_complete:
+            return Part()
         self._buffer += text
-        shown: list[str] = []
-        calls: list[Json] = []
-        while (marker := (self._end or self._start) if self._inside else self._start) in self._buffer:
-            before, _, self._buffer = self._buffer.partition(marker)
-            heard = self._close(before, self._end) if self._inside else Part(self._visible(before))
-            shown.append(heard.text)
-            calls.extend(heard.calls)
-            self._inside = not self._inside or not self._end  # without an end marker, the next call has begun
-        if not self._inside:
-            keep = _possible_start(self._buffer, self._start)
-            shown.append(self._visible(self._buffer[:keep]))
-            self._buffer = self._buffer[keep:]
-        return Part("".join(shown), calls)
+        while self._step():
+            pass
+        return self._heard()
 
     def finish(self) -> Part:
         """The end of the text: a call without its end is taken as it is."""
-        return self._close(self._buffer, "") if self._inside else Part(self._visible(self._buffer))
+        if self.is_complete:
+            return Part()
+        if self._block is not None:
+            self._close(self._buffer, "")
+        else:
+            self._show(self._buffer)
+        self._buffer = ""
+        return self._heard()
 
-    def _close(self, text: str, end: str) -> Part:
+    def _step(self) -> bool:
+        """Take a marker and what comes before it out of the buffer; False where there is none, and what may begin
+        one stays."""
+        block, buffer = self._block, self._buffer
+        if self.is_complete:
+            return False
+        if block is None:
+            starts = ((buffer.find(one.start), one) for one in self._possible())
+            at, block = min(
+                ((at, one) for at, one in starts if at >= 0 and not (one.first_only and buffer[:at].strip())),
+                key=lambda found: found[0],
+                default=(-1, None),
+            )
+            if block is None:
+                self._keep(
+                    min((_possible_start(buffer, one.start) for one in self._possible()), default=len(buffer))
+                )
+                return False
+            self._show(buffer[:at])
+            self._buffer, self._block = buffer[at + len(block.start) :], block
+            return True
+        end = block.start if block.end == "" else block.end
+        if end is not None and end in buffer:
+            before, _, self._buffer = buffer.partition(end)
+            self._close(before, block.end or "")
+            self._block = block if block.end == "" else None
+            return True
+        if block.kind == "thinking":
+            self._keep(_possible_start(buffer, str(end)))
+        elif end is None and not self._may_be_call(block.start + buffer):
+            self._show(block.start)
+            self._block = None
+            return True
+        return False
+
+    def _possible(self) -> Iterator[_Block]:
+        return (block for block in self._blocks if not (block.first_only and self._has_text))
+
+    def _keep(self, start: int) -> None:
+        """Give what is before `start`."""
+        self._show(self._buffer[:start])
+        self._buffer = self._buffer[start:]
+
+    def _show(self, text: str) -> None:
+        if self._block is not None and self._block.kind == "thinking":
+            self._parts.append(Part(reasoning=text))
+            return
+        if self._after_block:
+            text = text.lstrip()
+        if text:
+            self._after_block = False
+            self._has_text = self._has_text or not text.isspace()
+            self._parts.append(Part(text))
+
+    def _close(self, text: str, end: str) -> None:
+        block = self._block
+        assert block is not None
+        self._after_block = True
+        if block.kind == "thinking":
+            self._show(text)
+            return
         try:
-            parsed = self._parse(text, self._tools)
-            calls = [_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
+            found = self._parse(text, self._tools) if block.kind == "call" else self._read_json(block.start + text)
+            calls = [_call(call) for call in (found if isinstance(found, list) else [found])]
         except Exception:  # parsers of many hands, fed with whatever a model wrote
-            return Part(self._start + text + end)
-        self._after_call = True
-        return Part(calls=calls)
+            self._after_block = False
+            self._show(block.start + text + end)
+            return
+        self.is_complete = self._one_call and bool(calls)
+        self._parts.append(Part(calls=calls[:1] if self._one_call else calls))
 
-    def _visible(self, text: str) -> str:
-        """Without the white space after a call, which is no text."""
-        if self._after_call and (text := text.lstrip()):
-            self._after_call = False
-        return text
+    def _read_json(self, text: str) -> list[Json]:
+        """Calls of the given tools, one after the other or in a list. Raises ValueError for anything else."""
+        text = text.removeprefix("```json\n").removeprefix("```\n").rstrip().removesuffix("```").strip()
+        calls: list[Json] = []
+        while text:
+            value, end = _DECODER.raw_decode(text)
+            calls += value if isinstance(value, list) else [value]
+            text = text[end:].lstrip()
+        if not calls or not all(map(self._is_call, calls)):
+            raise ValueError("no calls")
+        return [
+            {"name": call["name"], "arguments": call.get("arguments", call.get("parameters"))} for call in calls
+        ]
+
+    def _is_call(self, value: Any) -> bool:
+        return (
+            isinstance(value, dict)
+            and value.get("name") in self._names
+            and isinstance(value.get("arguments", value.get("parameters")), dict)
+        )
+
+    def _may_be_call(self, text: str) -> bool:
+        """Whether more text may still make calls of it."""
+        if not _OBJECT_BEGINS.match(text):
+            return False
+        try:
+            value, end = _DECODER.raw_decode(text)
+        except (ValueError, RecursionError):
+            return True
+        calls = value if isinstance(value, list) else [value]
+        return all(map(self._is_call, calls)) and text[end:].lstrip()[:1] in ("", "{")
+
+    def _heard(self) -> Part:
+        parts, self._parts = self._parts, []
+        return Part(
+            "".join(part.text for part in parts),
+            "".join(part.reasoning for part in parts),
+            [call for part in parts for call in part.calls],
+        )
 
 
 def _call(parsed: Json) -> Json:
@@ -121,9 +256,9 @@ class PartMaker:
     round's first, or one without text where the whole round shows none.
     """
 
-    def __init__(self, tools: ToolListener | None) -> None:
-        """`tools`: listens for tool calls, None for a request without tools."""
-        self._tools = tools
+    def __init__(self, listener: AnswerListener | None) -> None:
+        """`listener`: None where the answer is nothing but text."""
+        self._listener = listener
         self._held: list[TokenEvent] = []
         self._tree: Json | None = None
 
@@ -133,13 +268,18 @@ class PartMaker:
         self._tree = event.tree
         for token in event.tokens:
             self._held.append(token)
-            heard = Part(token.text) if self._tools is None else self._tools.feed(token.text)
-            if heard.text or heard.calls:
+            heard = Part(token.text) if self._listener is None else self._listener.feed(token.text)
+            if heard.text or heard.reasoning or heard.calls:
                 yield self._part(heard)
 
     def finish(self) -> Part:
         """What is left at the end; it may be empty."""
-        return self._part(Part() if self._tools is None else self._tools.finish())
+        return self._part(Part() if self._listener is None else self._listener.finish())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing that still comes is wanted."""
+        return self._listener is not None and self._listener.is_complete
 
     def _part(self, heard: Part) -> Part:
         part = replace(heard, tokens=self._held, tree=self._tree)
@@ -174,6 +314,7 @@ class Answer(ABC):
         """All parts as one object."""
         joined = Part(
             "".join(part.text for part in parts),
+            "".join(part.reasoning for part in parts),
             [call for part in parts for call in part.calls],
             [token for part in parts for token in part.tokens],
         )
@@ -235,9 +376,13 @@ class ChatAnswer(Answer):
     def _said(self, part: Part, is_whole: bool) -> Json:
         if is_whole:
             text = part.text.rstrip() or None if part.calls else part.text
-            calls: Json = {"tool_calls": part.calls} if part.calls else {}
-            return {"message": {"role": "assistant", "content": text, "refusal": None, **calls}}
+            more: Json = {"reasoning": part.reasoning} if part.reasoning else {}
+            if part.calls:
+                more["tool_calls"] = part.calls
+            return {"message": {"role": "assistant", "content": text, "refusal": None, **more}}
         delta: Json = {"content": part.text} if part.text else {}
+        if part.reasoning:
+            delta["reasoning"] = part.reasoning
         if part.calls:
             numbered = enumerate(part.calls, self._num_calls)
             delta["tool_calls"] = [{"index": index, **call} for index, call in numbered]
@@ -252,9 +397,7 @@ class ChatAnswer(Answer):
 
 
 def _logprob(entry: TokenLogprob) -> Json:
-    # A token may be part of a character: then its text is a stand-in, and its bytes are not known.
-    known = None if "\ufffd" in entry.text else list(entry.text.encode())
-    return {"token": entry.text, "logprob": entry.logprob, "bytes": known}
+    return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.content)}
 
 
 class CompletionAnswer(Answer):
@@ -273,9 +416,19 @@ class CompletionAnswer(Answer):
         return {
             "tokens": [token.logprobs[0].text for token in tokens],
             "token_logprobs": [token.logprobs[0].logprob for token in tokens],
-            "top_logprobs": [{top.text: top.logprob for top in token.logprobs[1:]} for token in tokens],
+            "top_logprobs": [_by_text(*token.logprobs) for token in tokens],
             "text_offset": ends,
         }
+
+
+def _by_text(chosen: TokenLogprob, *likeliest: TokenLogprob) -> dict[str, float]:
+    """Log probabilities by text. Of tokens with one text the chosen one has it, else the likeliest; the others are
+    there by their ids."""
+    found: dict[str, float] = {}
+    for one in likeliest if chosen in likeliest else (*likeliest, chosen):
+        is_taken = one.text in found or (one.text == chosen.text and one != chosen)
+        found[f"token_id:{one.token}" if is_taken else one.text] = one.logprob
+    return found
 
 
 _DONE = b"data: [DONE]\n\n"
@@ -337,33 +490,40 @@ class GenerationResponse:
         made: list[Part] = []
         async for event in progress:
             if isinstance(event, RoundEvent):
-                made.extend(self.parts.round(event))
+                made.extend(self._parts_of(event))
             elif isinstance(event, FinishedEvent):
                 return self.answer.whole([*made, self.parts.finish()], event)
         raise AssertionError("a job ends with an event")
+
+    def _parts_of(self, event: RoundEvent) -> Iterator[Part]:
+        yield from self.parts.round(event)
+        self.job.is_complete = self.parts.is_complete
 
     async def _stream(self, progress: AsyncIterator[Progress | None], send: Send) -> None:
         await anext(progress)  # raises what keeps it from beginning
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         try:
             await _send_piece(send, _events(self.answer.opening()))
+            last = time.monotonic()
             async for event in progress:
-                await _send_piece(send, self._piece(event))
+                piece = self._piece(event)
+                if event is None or (not piece and time.monotonic() - last >= self.keepalive_s):
+                    piece = b": still working\n\n"
+                if piece:
+                    await _send_piece(send, piece)
+                    last = time.monotonic()
         except ApiError as error:
             await _send_piece(send, _events([error.body]) + _DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _piece(self, event: Progress | None) -> bytes:
-        """What a stream gets for an event; nothing for a round that shows nothing."""
+        """What a stream gets for an event; nothing for one that shows nothing."""
         match event:
-            case None:
-                return b": still working\n\n"
-            case PromptEvent():
-                return b": prompt %d of %d\n\n" % (event.done, event.total)
             case RoundEvent():
-                return _events([self.answer.chunk(part) for part in self.parts.round(event)])
+                return _events([self.answer.chunk(part) for part in self._parts_of(event)])
             case FinishedEvent():
                 return _events(self.answer.closing(self.parts.finish(), event)) + _DONE
+        return b""
 
 
 async def _wait_until_gone(receive: Receive) -> None:

@@ -16,16 +16,18 @@ from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, bad_request, 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's text and its log probability before penalties and temperature."""
+    """A token's text and bytes, and its log probability before penalties and temperature."""
 
+    token: int
     text: str
+    content: bytes
     logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One generated token and the text it added ("" when held back). `logprobs`, where asked for: its own, then
-    those of the likeliest tokens."""
+    those of the likeliest tokens, which may have it among them, the same. Its own text is what it added."""
 
     token: int
     text: str
@@ -66,7 +68,8 @@ _MAX_BACKLOG = 1024  # events a client may be behind: each may hold a tree of hu
 @dataclass(eq=False, slots=True)
 class Job:
     """A request with its prompt's tokens. `events` belong to the loop, everything else may be read anywhere.
-    `cancelled`: why it ends before its next round, which a client that is still there is told."""
+    `cancelled`: why it ends before its next round, which a client that is still there is told. `is_complete`: it
+    ends there too, but in order, for nothing that could still come is wanted."""
 
     request: GenerationRequest
     prompt: list[int]
@@ -74,6 +77,7 @@ class Job:
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     cancelled: ApiError | None = None
+    is_complete: bool = False
 
     def send(self, event: Event) -> None:
         """Hand an event to the loop; called by the worker."""

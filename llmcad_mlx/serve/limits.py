@@ -63,7 +63,11 @@ async def _discard(pieces: AsyncIterator[bytes]) -> None:
 
 
 class Gate:
-    """ASGI middleware: checks Host and key, counts, lets no traceback out. `paths`: the server's own."""
+    """ASGI middleware: checks Host and key, counts, lets no traceback out. `paths`: the server's own.
+
+    Paths of the API are found with doubled and trailing slashes, and without `/v1`, too: clients join them with
+    base addresses that their users write.
+    """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, paths: Collection[str]) -> None:
         self._app = app
@@ -77,6 +81,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": self._path(scope["path"])}
         status = 0
 
         async def noting(message: Message) -> None:
@@ -97,10 +102,21 @@ class Gate:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.count_request(path, status or _GONE)
 
+    def _path(self, path: str) -> str:
+        plain = "/" + "/".join(filter(None, path.split("/")))
+        for known in (plain, f"/v1{plain}"):
+            if (known != "/" and known in self._paths) or known.startswith("/v1/models/"):
+                return known
+        return path
+
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         if self._checks_host and not _is_local(headers.get("host", "localhost")):
-            return ApiError(400, "this server answers to localhost only; give it a key to serve other names")
+            message = (
+                "this server answers to localhost only; give it a key to serve other names "
+                "(llmcad-mlx serve --api-key KEY), or call it 127.0.0.1"
+            )
+            return ApiError(400, message, code="unknown_host")
         # The page asks its user for the key, so it comes without one.
         if self._key is None or scope["path"] in ("/", "/health") or scope["path"].startswith("/page/"):
             return None
@@ -120,7 +136,8 @@ def _is_local(host: str) -> bool:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return False
-    return name.endswith(".localhost") or is_loopback(name)
+    # 0.0.0.0 and [::] lead nowhere else, and no name server can give a page such a name.
+    return name in ("0.0.0.0", "::") or f".{name.rstrip('.')}".endswith(".localhost") or is_loopback(name)
 
 
 class GuardedProtocol(H11Protocol):

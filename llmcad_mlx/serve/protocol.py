@@ -1,8 +1,8 @@
 """What clients send, as checked records, and how they are refused.
 
 Requests are checked with the pydantic models below, and `/openapi.json` shows their JSON schemas. A field that
-OpenAI knows and this server cannot heed is not among them, so it is refused by name; the few that change no output
-(labels, for the most part) are accepted and ignored.
+would change the answer and that this server cannot heed is not among them, so it is refused by name; labels and
+hints are accepted and ignored, and so is every field that is null, as typed clients send them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import logging
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,13 +25,13 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    create_model,
+    model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticKnownError, from_json
 from starlette.responses import JSONResponse
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.prompt import Prompt, template_message
+from llmcad_mlx.prompt import Prompt, check_template_options, template_message
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.settings import GenerationOptions, PolicyName, sampling_under
 
@@ -99,29 +100,65 @@ def _same_type(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     return found
 
 
+def _whole(value: Any) -> Any:
+    """JSON Schema, and so /openapi.json, counts 64.0 as an integer; some clients have no other numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise PydanticKnownError("greater_than_equal", {"ge": 1})
+    return value
+
+
 _Exactly = WrapValidator(_same_type)
+_Whole = BeforeValidator(_whole)
+_One = Annotated[Literal[1], _Exactly, _Whole]
 _Text = Annotated[str, Field(min_length=1, max_length=1000)]
-_Token = Annotated[int, Field(ge=0, le=_MAX_TOKEN)]
+_Token = Annotated[int, Field(ge=0, le=_MAX_TOKEN), _Whole]
+_PromptText = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[_Token], Field(fail_fast=True, min_length=1)]
 _TokenText = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 _Bias = Annotated[float, Field(ge=-1000, le=1000)]
 _Penalty = Annotated[float, Field(ge=-100, le=100)]
-_Limit = Annotated[int, Field(ge=1)]
+_Limit = Annotated[int, Field(ge=-1), AfterValidator(_not_zero), _Whole]
+_NumLogprobs = Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS), _Whole]
+_Hint = Annotated[dict[str, Any] | None, Field(description=_IGNORED)]
+_Label = Annotated[str | None, Field(description=_IGNORED)]
 
 
 class _Record(BaseModel):
-    """JSON as it is: no field beyond the known ones, no text taken for a number."""
+    """JSON as it is: no field beyond the known ones that is not null, no text taken for a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if item is not None or name in cls.model_fields}
 
 
 class TextPart(_Record):
     type: Literal["text"]
     text: str
+    cache_control: _Hint = None
+    prompt_cache_breakpoint: _Hint = None
+
+
+def _as_text(arguments: Any) -> Any:
+    """Arguments that are left empty, or that a client sends back as an object."""
+    if arguments is None or arguments == "":
+        return "{}"
+    return json.dumps(arguments) if isinstance(arguments, dict) else arguments
 
 
 class CalledFunction(_Record):
+    model_config = ConfigDict(extra="ignore")
+
     name: str = Field(min_length=1)
-    arguments: Annotated[Json[dict[str, Any]], BeforeValidator(lambda text: "{}" if text == "" else text)]
+    arguments: Annotated[Json[dict[str, Any]], BeforeValidator(_as_text)]
 
 
 class ToolCall(_Record):
@@ -138,19 +175,30 @@ class Message(_Record):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = Field(None, description="Ignored.")
+    reasoning: str | None = Field(None, description="An answer's thinking, sent back; the template decides.")
+    reasoning_content: str | None = Field(None, description="Another name of `reasoning`.")
+    # What answers of some server have, and clients send back.
+    id: _Label = None
+    refusal: _Label = None
+    annotations: Annotated[list[Any] | None, Field(description=_IGNORED)] = None
+    reasoning_details: Annotated[list[Any] | None, Field(description=_IGNORED)] = None
+    thinking_blocks: Annotated[list[Any] | None, Field(description=_IGNORED)] = None
+    provider_specific_fields: _Hint = None
+    cache_control: _Hint = None
 
 
 class Function(_Record):
     name: str = Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
-    strict: Annotated[Literal[False], _Exactly] | None = None
+    strict: bool | None = Field(None, description="The model sees the schema; nothing enforces it.")
+    cache_control: _Hint = None
 
 
 class Tool(_Record):
     type: Literal["function"]
     function: Function
+    cache_control: _Hint = None
 
 
 class TextFormat(_Record):
@@ -159,6 +207,7 @@ class TextFormat(_Record):
 
 class StreamOptions(_Record):
     include_usage: bool | None = None
+    include_obfuscation: Annotated[bool | None, Field(description=_IGNORED)] = None
 
 
 class Speculation(_Record):
@@ -170,10 +219,14 @@ class _Request(_Record):
     """The fields of both kinds. None: left out, or null."""
 
     model: str | None = Field(None, description="The name in /v1/models, or left out.")
-    max_tokens: _Limit | None = Field(None, description="Tokens to generate at most.")
+    max_tokens: _Limit | None = Field(
+        None, description="Tokens to generate at most. The server's limit where that is less, or for -1."
+    )
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus sampling; 1 is off.")
-    top_k: _Token | None = Field(None, description="Sample from the k most likely tokens; 0 is off.")
+    top_p: float | None = Field(None, ge=0, le=1, description="Nucleus sampling; 1 is off, 0 is greedy.")
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_TOKEN), _Whole] | None = Field(
+        None, description="Sample from the k most likely tokens; 0 and -1 are off."
+    )
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability beside the best's; 0 is off.")
     repetition_penalty: float | None = Field(
         None, ge=0, le=100, description="Divides logits of the last 20 tokens; 0 is off."
@@ -186,65 +239,76 @@ class _Request(_Record):
     stop: _Text | Annotated[list[_Text], Field(fail_fast=True, max_length=16)] | None = Field(
         None, description="Ends the text before one of these."
     )
-    seed: int | None = Field(
-        None, ge=0, le=2**64 - 1, description="Same seed, same text; drawn at random when left out."
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1), _Whole] | None = Field(
+        None, description="Same seed, same text; drawn at random when left out."
     )
     policy: PolicyName | None = Field(None, description="How the draft is used; changes speed, not text.")
-    tree_nodes: int | None = Field(None, ge=1, le=4096, description="Nodes per target pass, root included.")
+    tree_nodes: Annotated[int, Field(ge=1, le=4096), _Whole] | None = Field(
+        None, description="Nodes per target pass, root included."
+    )
     speculation: bool | Speculation | None = Field(
         None, description="Also send which tokens came from the draft, and each round's token tree."
     )
     stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    n: Annotated[Literal[1], _Exactly] | None = Field(None, description="One answer per request.")
+    n: _One | None = Field(None, description="One answer per request.")
     user: str | None = Field(None, max_length=512, description="Whose turn it is in the queue.")
-    metadata: dict[str, Any] | None = Field(None, description=_IGNORED)
+    metadata: _Hint = None
 
 
 class ChatRequest(_Request):
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: _Limit | None = Field(None, description="The same as max_tokens.")
     logprobs: bool | None = Field(None, description="Also give the target's log probability of each token.")
-    top_logprobs: int | None = Field(
-        None, ge=0, le=_MAX_TOP_LOGPROBS, description="And of so many likeliest tokens."
-    )
+    top_logprobs: _NumLogprobs | None = Field(None, description="And of so many likeliest tokens.")
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
         None, max_length=128, description="Functions it may call."
     )
     tool_choice: Literal["auto", "none"] | None = Field(None, description="The others cannot be enforced.")
-    parallel_tool_calls: Annotated[Literal[True], _Exactly] | None = Field(
-        None, description="The model decides how many functions it calls."
+    parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description='Variables of the model\'s chat template, like {"enable_thinking": false}.'
     )
+    reasoning_effort: str | None = Field(None, max_length=64, description="Heeded where the template knows it.")
     response_format: TextFormat | None = Field(None, description="Text only.")
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = Field(
         None, description="Text only."
     )
-    store: Annotated[Literal[False], _Exactly] | None = Field(None, description="Nothing is stored.")
-    service_tier: str | None = Field(None, description=_IGNORED)
-    safety_identifier: str | None = Field(None, description=_IGNORED)
-    prompt_cache_key: str | None = Field(None, description=_IGNORED)
+    store: bool | None = Field(None, description="Nothing is stored.")
+    prediction: _Hint = None
+    prompt_cache_options: _Hint = None
+    prompt_cache_key: _Label = None
+    prompt_cache_retention: _Label = None
+    safety_identifier: _Label = None
+    service_tier: _Label = None
+    verbosity: _Label = None
 
 
 class CompletionRequest(_Request):
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[_Token], Field(fail_fast=True, min_length=1)] = (
-        Field(description="Text, or token ids.")
-    )
-    logprobs: int | None = Field(
-        None, ge=0, le=_MAX_TOP_LOGPROBS, description="Log probabilities of so many likeliest tokens."
-    )
+    prompt: (
+        _PromptText
+        | _Ids
+        | Annotated[list[_PromptText], Field(fail_fast=True, min_length=1, json_schema_extra={"maxItems": 1})]
+        | Annotated[list[_Ids], Field(fail_fast=True, min_length=1, json_schema_extra={"maxItems": 1})]
+    ) = Field(description="Text, or token ids; also as the only one of a list.")
+    logprobs: _NumLogprobs | None = Field(None, description="Log probabilities of so many likeliest tokens.")
     echo: Annotated[Literal[False], _Exactly] | None = Field(None, description="The prompt is not repeated.")
-    best_of: Annotated[Literal[1], _Exactly] | None = Field(None, description="One answer per request.")
+    best_of: _One | None = Field(None, description="One answer per request.")
+    suffix: Literal[""] | None = Field(None, description="Nothing is filled in between two texts.")
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What a client asked for. `options` have a seed, drawn when none was asked for. `top_logprobs`: how many
-    beside the chosen token's, None for none. `show_tokens`, `show_trees`: which of the speculation to send."""
+    beside the chosen token's, None for none. `show_tokens`, `show_trees`: which of the speculation to send.
+    `template_options`: variables for the chat template. `one_call`: end with the first tool call."""
 
     kind: Literal["chat", "completion"]
     prompt: Prompt
     options: GenerationOptions
     tools: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    one_call: bool = False
     stream: bool = False
     include_usage: bool = False
     top_logprobs: int | None = None
@@ -270,33 +334,42 @@ class RequestReader:
         self._model = model
         self.default_sampling = sampling_under(self._own_sampling, self._given_sampling)
         """Of requests that ask for none."""
-        self.chat_model = _with_limit(ChatRequest, settings.max_tokens)
-        self.completion_model = _with_limit(CompletionRequest, settings.max_tokens)
 
     def chat(self, body: bytes) -> GenerationRequest:
         """A conversation to answer. Raises ApiError: 400 naming the field, 404 for another model."""
-        asked = read_record(self.chat_model, body)
+        asked = read_record(ChatRequest, body)
         if asked.max_tokens and asked.max_completion_tokens not in (None, asked.max_tokens):
             raise bad_request("max_completion_tokens: differs from max_tokens; give one", "max_completion_tokens")
         if asked.top_logprobs and not asked.logprobs:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
-        if asked.tool_choice == "auto" and not asked.tools:
-            raise bad_request("tool_choice: there are no tools", "tool_choice")
+        effort = {} if asked.reasoning_effort is None else {"reasoning_effort": asked.reasoning_effort}
+        own_options = asked.chat_template_kwargs or {}
+        try:
+            check_template_options("chat_template_kwargs", own_options)
+        except UsageError as error:
+            raise bad_request(str(error), str(error).partition(":")[0]) from None
         tools = asked.tools if asked.tool_choice != "none" else None
         return self._request(
             asked,
             asked.max_tokens or asked.max_completion_tokens,
             kind="chat",
             prompt=[_template_message(message, f"messages[{i}]") for i, message in enumerate(asked.messages)],
-            tools=[tool.model_dump(exclude_unset=True) for tool in tools] if tools else None,
+            tools=[_template_tool(tool) for tool in tools] if tools else None,
+            template_options={**self._settings.template_options, **effort, **own_options},
+            one_call=asked.parallel_tool_calls is False,
             top_logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
         )
 
     def completion(self, body: bytes) -> GenerationRequest:
         """A text to continue. Raises as `chat` does."""
-        asked = read_record(self.completion_model, body)
+        asked = read_record(CompletionRequest, body)
+        prompt = asked.prompt
+        if not isinstance(prompt, str) and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise bad_request("prompt: one text per request; send each in a request of its own", "prompt")
+            prompt = prompt[0]
         return self._request(
-            asked, asked.max_tokens, kind="completion", prompt=asked.prompt, top_logprobs=asked.logprobs
+            asked, asked.max_tokens, kind="completion", prompt=prompt, top_logprobs=asked.logprobs
         )
 
     def _request(self, asked: _Request, max_tokens: int | None, **own: Any) -> GenerationRequest:
@@ -306,15 +379,12 @@ class RequestReader:
             raise ApiError(404, message, param="model", code="model_not_found")
         if asked.stream_options is not None and not asked.stream:
             raise bad_request("stream_options: goes with stream only", "stream_options")
-        shown = asked.speculation
+        shown, limit = asked.speculation, self._settings.max_tokens
         options = {
             # Drawn, not fixed: who asks twice at a temperature expects two answers. 53 bits stay exact everywhere.
             "seed": secrets.randbits(53),
-            "max_tokens": max_tokens or self._settings.max_tokens,
-            **sampling_under(
-                self._own_sampling,
-                {**self._given_sampling, **asked.model_dump(include=_ENGINE_OPTIONS, exclude_none=True)},
-            ),
+            "max_tokens": min(max_tokens, limit) if max_tokens and max_tokens > 0 else limit,
+            **sampling_under(self._own_sampling, {**self._given_sampling, **_engine_options(asked)}),
         }
         if asked.logit_bias is not None:
             options["logit_bias"] = {int(token): value for token, value in asked.logit_bias.items()}
@@ -333,25 +403,28 @@ class RequestReader:
         )
 
 
+def _engine_options(asked: _Request) -> dict[str, Any]:
+    """What is asked for, in the engine's words."""
+    options = asked.model_dump(include=_ENGINE_OPTIONS, exclude_none=True)
+    if asked.seed is not None:
+        options["seed"] = asked.seed % 2**64  # OpenAI's are signed
+    if asked.top_k == -1:
+        options["top_k"] = 0
+    if asked.top_p == 0:  # the smallest nucleus: the likeliest token alone
+        options |= {"temperature": 0.0, "top_p": 1.0}
+    return options
+
+
 def refused(error: UsageError) -> ApiError:
     """An option or prompt that the engine refuses."""
     option, colon, _ = str(error).partition(":")
     return bad_request(str(error), option if colon and option.isidentifier() else None)
 
 
-def _with_limit(kind: type[Record], max_tokens: int) -> type[Record]:
-    """The model with the server's own limit on the length of an answer."""
-    limits: dict[str, Any] = {
-        name: (int | None, Field(None, ge=1, le=max_tokens, description=field.description))
-        for name, field in kind.model_fields.items()
-        if name in ("max_tokens", "max_completion_tokens")
-    }
-    return create_model(kind.__name__, __base__=kind, **limits)
-
-
 def _template_message(message: Message, where: str) -> dict[str, Any]:
     """A message for the chat template. Raises ApiError (400) for one that no template could take."""
-    made = message.model_dump(include={"role", "content", "name", "tool_call_id"}, exclude_none=True)
+    told = {"role", "content", "name", "tool_call_id", "reasoning", "reasoning_content"}
+    made = message.model_dump(include=told, exclude_none=True)
     if message.tool_calls:
         calls = [call.model_dump(include={"id", "function"}, exclude_unset=True) for call in message.tool_calls]
         made["tool_calls"] = [{"type": "function", **call} for call in calls]
@@ -359,6 +432,11 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
         return template_message(made, where)
     except UsageError as error:
         raise bad_request(str(error), str(error).partition(":")[0]) from None
+
+
+def _template_tool(tool: Tool) -> dict[str, Any]:
+    function = tool.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+    return {"type": "function", "function": function}
 
 
 def read_record(kind: type[Record], body: bytes) -> Record:
@@ -393,10 +471,18 @@ def _refusal(error: ValidationError, body: Any) -> ApiError:
     # Each form that a field may have complains: one that was meant, about more than the type of the whole.
     of_field = [(inner, problem) for inner, problem in problems if inner[: len(path)] == path]
     meant = [found for found in of_field if found[0] != path or not found[1]["type"].endswith("_type")]
-    chosen = [max(meant, key=lambda found: len(found[0]))] if meant else of_field
+    depth = [(len(inner), not problem["type"].endswith("_type")) for inner, problem in meant]
+    chosen = [meant[depth.index(max(depth))]] if meant else of_field
     path, _ = chosen[0]
     where = "".join(f"[{step}]" if isinstance(step, int) else f".{_cut(step)}" for step in path).lstrip(".")
-    return bad_request(f"{where or 'the body'}: {_wording([problem for _, problem in chosen])}", where or None)
+    wording = _wording([problem for _, problem in chosen])
+    if wording == _PLAIN["extra_forbidden"] and path[-1] in _INSTEAD:
+        wording = wording.replace("see /openapi.json", _INSTEAD[path[-1]])
+    elif where in _BECAUSE:
+        wording += f": {_BECAUSE[where]}"
+    elif path[-1:] == ["type"] and "content" in path:
+        wording += ": text only; images, audio and files are not taken"
+    return bad_request(f"{where or 'the body'}: {wording}", where or None)
 
 
 def _path(problem: ErrorDetails, body: Any) -> list[int | str]:
@@ -413,6 +499,27 @@ _PLAIN = {
     "missing": "is missing",
     "extra_forbidden": "is not a field this server knows; see /openapi.json",
     "json_invalid": "is not valid JSON",
+}
+
+
+_BECAUSE = {
+    "tool_choice": "that the model calls a tool cannot be enforced; leave it out and say so in a message",
+    "suffix": "nothing is filled in between two texts; write the model's own markers into the prompt",
+    "response_format.type": "a form of the answer cannot be enforced; describe it in a message",
+}
+_INSTEAD: dict[int | str, str] = {
+    "enable_thinking": 'use chat_template_kwargs, like {"enable_thinking": false}',
+    "function_call": "use tool_choice, and tool_calls in messages",
+    "functions": "use tools",
+    "images": "images are not taken",
+    "max_new_tokens": "use max_tokens",
+    "n_predict": "use max_tokens",
+    "num_ctx": "the context is the server's: serve --context",
+    "num_predict": "use max_tokens",
+    "random_seed": "use seed",
+    "repeat_penalty": "use repetition_penalty",
+    "stop_sequences": "use stop",
+    "thinking": 'use chat_template_kwargs, like {"enable_thinking": false}',
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from difflib import get_close_matches
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -30,13 +32,15 @@ from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import encode_prompt
 from llmcad_mlx.serve import ServerSettings
-from llmcad_mlx.serve.answers import ChatAnswer, CompletionAnswer, GenerationResponse, PartMaker, ToolListener
+from llmcad_mlx.serve.answers import AnswerListener, ChatAnswer, CompletionAnswer, GenerationResponse, PartMaker
 from llmcad_mlx.serve.jobs import Job
 from llmcad_mlx.serve.limits import Gate, GuardedProtocol, read_body
 from llmcad_mlx.serve.metrics import CONTENT_TYPE, Metrics
 from llmcad_mlx.serve.page import page_routes
 from llmcad_mlx.serve.protocol import (
     ApiError,
+    ChatRequest,
+    CompletionRequest,
     GenerationRequest,
     RequestReader,
     bad_request,
@@ -51,6 +55,8 @@ _MAX_CONNECTIONS = 1000
 _IDLE_S = 30
 _LINGER_S = 5  # how long answers that were broken off may take to reach their clients
 _MOST_RETRY_S = 60
+_LIKE = 0.75  # difflib's ratio of two paths, from where on one is named for the other
+_PROMPT_END = 24  # tokens that hold a marker and the white space after it
 
 
 class LlmServer:
@@ -66,7 +72,7 @@ class LlmServer:
         self._settings = settings
         self._metrics = Metrics()
         self._worker = Worker(load, settings, self._metrics, name)
-        self._socket: socket.socket | None = None
+        self._sockets: list[socket.socket] = []
         self._uvicorn: _Uvicorn | None = None
         self.url = ""
         """Where the server is, after `start`."""
@@ -74,13 +80,13 @@ class LlmServer:
     def start(self) -> ServedModel:
         """Take the address, then load. Raises UsageError for an address that is not to be had."""
         host = self._settings.host
-        self._socket = _bind(host, self._settings.port)
-        port = self._socket.getsockname()[1]
+        self._sockets = _bind(host, self._settings.port)
+        port = self._sockets[0].getsockname()[1]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         try:
             model = self._worker.start()
         except BaseException:
-            self._socket.close()
+            self._close()
             raise
         config = uvicorn.Config(
             Api(self._settings, model, self._worker, self._metrics).asgi(),
@@ -101,10 +107,12 @@ class LlmServer:
 
     def run(self) -> Ending:
         """Serve until told to stop. Raises KeyboardInterrupt when told so twice: a generation may still run."""
-        if self._socket is None or self._uvicorn is None:
+        if self._uvicorn is None:
             raise RuntimeError("start the server before running it")
-        with self._socket:
-            self._uvicorn.run(sockets=[self._socket])
+        try:
+            self._uvicorn.run(sockets=self._sockets)
+        finally:
+            self._close()
         if self._uvicorn.force_exit:
             raise KeyboardInterrupt
         return self._uvicorn.ending.result()
@@ -113,6 +121,10 @@ class LlmServer:
         """Make `run` return; from any thread."""
         if self._uvicorn is not None:
             self._uvicorn.should_exit = True
+
+    def _close(self) -> None:
+        for one in self._sockets:
+            one.close()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -138,19 +150,33 @@ class _Uvicorn(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """A bound socket; for "localhost" one for each family of addresses that it has, as clients try any."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        server = socket.socket(family, kind, protocol)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UsageError(f"host: {host} is no address of this machine: {error.strerror}") from None
-    try:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(address)
-    except OSError as error:
-        server.close()
-        raise UsageError(f"port: {host}:{port} cannot be used: {error.strerror}; give another --port") from None
-    return server
+    by_family = {family: address for family, _, _, _, address in reversed(found)}
+    families = [found[0][0], *(by_family if host == "localhost" else ())]
+    sockets: list[socket.socket] = []
+    for family in dict.fromkeys(families):
+        server = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            address, _, *more = by_family[family]
+            server.bind((address, port, *more))
+        except OSError as error:
+            server.close()
+            if error.errno == errno.EADDRNOTAVAIL and len(by_family) > 1:
+                continue
+            for one in sockets:
+                one.close()
+            raise UsageError(
+                f"port: {host}:{port} cannot be used: {error.strerror}; give another --port"
+            ) from None
+        sockets.append(server)
+        port = server.getsockname()[1]  # a free one is the same in both
+    return sockets
 
 
 class Api:
@@ -193,7 +219,8 @@ class Api:
             CORSMiddleware,
             allow_origins=list(self._settings.cors),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],
+            allow_private_network=True,  # Chromium asks for it before a page of the web may call this machine
             expose_headers=["Retry-After"],
         )
         app = Starlette(
@@ -208,13 +235,11 @@ class Api:
         if not self._worker.is_alive:
             raise shutting_down()
         wanted, name = read(await read_body(request, self._settings)), self._model.name
-        tools = None
-        if wanted.tools is not None:
-            if not self._model.tokenizer.has_tool_calling:
-                raise bad_request(f"tools: {name} has no chat template for tools; leave them out", "tools")
-            tools = ToolListener(self._model.tokenizer, wanted.tools)
+        if wanted.tools is not None and not self._model.tokenizer.has_tool_calling:
+            raise bad_request(f"tools: {name} has no chat template for tools; leave them out", "tools")
         async with self._encoding:
             prompt = await asyncio.to_thread(self._encode, wanted)
+            listener = self._listener(wanted, prompt)
         client = f"{request.client.host if request.client else ''} {wanted.user}"
         job, queue = Job(wanted, prompt, client, asyncio.get_running_loop()), self._worker.queue
         if not queue.put(job):
@@ -222,13 +247,31 @@ class Api:
             retry_after = {"Retry-After": str(min(max(wait, 1), _MOST_RETRY_S))}
             raise ApiError(429, "too many requests are waiting", code="queue_full", headers=retry_after)
         answer = ChatAnswer(wanted, name) if wanted.kind == "chat" else CompletionAnswer(wanted, name)
-        return GenerationResponse(job, queue, answer, PartMaker(tools), self._settings.keepalive_s)
+        return GenerationResponse(job, queue, answer, PartMaker(listener), self._settings.keepalive_s)
+
+    def _listener(self, wanted: GenerationRequest, prompt: list[int]) -> AnswerListener | None:
+        """What separates the answer's text from the rest; None for an answer that is nothing but text."""
+        tokenizer = self._model.tokenizer
+        thinking: bool | None = None
+        if wanted.kind == "chat" and tokenizer.has_thinking:
+            # Some templates open the block themselves.
+            end = str(tokenizer.decode(prompt[-_PROMPT_END:])).rstrip()
+            thinking = end.endswith(tokenizer.think_start)
+        if thinking is None and wanted.tools is None:
+            return None
+        return AnswerListener(tokenizer, wanted.tools, thinking, wanted.one_call)
 
     def _encode(self, wanted: GenerationRequest) -> list[int]:
         """The prompt's tokens. Raises ApiError for one that is malformed or too long."""
         field = "messages" if wanted.kind == "chat" else "prompt"
         try:
-            tokens = encode_prompt(wanted.prompt, self._model.tokenizer, self._model.vocab_size, wanted.tools)
+            tokens = encode_prompt(
+                wanted.prompt,
+                self._model.tokenizer,
+                self._model.vocab_size,
+                wanted.tools,
+                wanted.template_options,
+            )
         except UsageError as error:
             raise bad_request(str(error), field) from None
         context, limit = self._model.context_length, self._settings.max_prompt_tokens
@@ -258,7 +301,17 @@ class Api:
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(_openapi_document(self._reader, needs_key=self._settings.api_key is not None))
+        return JSONResponse(_openapi_document(needs_key=self._settings.api_key is not None))
+
+
+_NEAR = {
+    **{path: path for path in ("/v1/chat/completions", "/v1/completions", "/v1/models")},
+    "/v1/responses": "/v1/chat/completions",
+    "/v1/messages": "/v1/chat/completions",
+    "/api/chat": "/v1/chat/completions",
+    "/api/generate": "/v1/completions",
+    "/api/tags": "/v1/models",
+}  # paths that clients ask for, of other programs too, and what they want
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -266,6 +319,11 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = {404: "there is nothing here; see /openapi.json", 405: "this method is not allowed here"}
     message = told.get(error.status_code, error.detail)
+    if error.status_code == 404:
+        path = request.scope["path"].rstrip("/")
+        near = [known for known in _NEAR if path.endswith(known.removeprefix("/v1"))]
+        near = near or get_close_matches(path, _NEAR, 1, _LIKE)
+        message = f"there is nothing here; try {_NEAR[near[0]]}, or see /openapi.json" if near else message
     return error_response(ApiError(error.status_code, message, headers=error.headers))
 
 
@@ -292,19 +350,18 @@ class Answer(BaseModel):
     speculation: dict[str, Any] | None = None
 
 
-def _openapi_document(reader: RequestReader, needs_key: bool) -> dict[str, Any]:
+def _openapi_document(needs_key: bool) -> dict[str, Any]:
     """An OpenAPI 3.1 document of the whole server."""
-    chat, completion = reader.chat_model, reader.completion_model
     _, schemas = models_json_schema(
-        [(model, "validation") for model in (chat, completion, Answer, Error)],
+        [(model, "validation") for model in (ChatRequest, CompletionRequest, Answer, Error)],
         ref_template="#/components/schemas/{model}",
     )
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "llmcad-mlx", "version": __version__},
         "paths": {
-            "/v1/chat/completions": {"post": _generation("Answer a conversation.", chat)},
-            "/v1/completions": {"post": _generation("Continue a text.", completion)},
+            "/v1/chat/completions": {"post": _generation("Answer a conversation.", ChatRequest)},
+            "/v1/completions": {"post": _generation("Continue a text.", CompletionRequest)},
             "/v1/models": {"get": _get("The model that is served.")},
             "/health": {"get": {**_get("Whether the server works."), "security": []}},
             "/metrics": {"get": _get("Counters, as Prometheus reads them.", "text/plain", "string")},

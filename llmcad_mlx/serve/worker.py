@@ -45,7 +45,7 @@ class Generation:
         self._engine = engine
         self._job = job
         self._num_rounds = 0
-        self._text_of = engine.token_texts.text
+        self._texts = engine.token_texts
 
     def run(self) -> FinishedEvent:
         """Generate to the end. Raises CancelledError, and what the engine raises."""
@@ -61,6 +61,8 @@ class Generation:
                 self._job.send(RoundEvent(batch, self._tree(rounds.pop())))
                 batch = []
                 self.check_cancelled()
+                if self._job.is_complete:
+                    break
         return FinishedEvent(self.answer.finish_reason, self._usage())
 
     def _on_progress(self, done: int, total: int) -> None:
@@ -79,8 +81,21 @@ class Generation:
             row = np.asarray(response.logprobs)[: self._engine.pair.vocab_size]
             likeliest = np.argsort(-row, kind="stable")[:count].tolist() if count else []
             for token in (response.token, *likeliest):
-                logprobs.append(TokenLogprob(self._text_of(token), max(float(row[token]), _LEAST_LOGPROB)))
+                is_chosen = token == response.token
+                text = response.text if is_chosen else self._texts.text(token)
+                content = self._bytes_shown(token) if is_chosen else self._texts.bytes_of(token)
+                logprobs.append(TokenLogprob(token, text, content, max(float(row[token]), _LEAST_LOGPROB)))
         return TokenEvent(response.token, response.text, response.from_draft, logprobs)
+
+    def _bytes_shown(self, token: int) -> bytes:
+        """What the latest token gives to the answer's bytes: none where it ends the text, and without the blank
+        that some tokenizers take off the beginning of a text."""
+        tokenizer = self._engine.tokenizer
+        if token in tokenizer.eos_token_ids:
+            return b""
+        if len(self.answer.tokens) == 1 and "\ufffd" not in (text := str(tokenizer.decode([token]))):
+            return text.encode()
+        return self._texts.bytes_of(token)
 
     def _tree(self, done: Round) -> dict[str, Any] | None:
         """The round as the contract has it, where asked for: nodes as drafted, parents first."""
@@ -90,7 +105,7 @@ class Generation:
         tree, bonus, plan = done.drafted, done.bonus_token, self._engine.pair.plan
         nodes = [
             {
-                "id": token, "text": self._text_of(token), "parent": tree.parents[node],
+                "id": token, "text": self._texts.text(token), "parent": tree.parents[node],
                 "confidence": tree.confidences[node],
                 "source": "target" if tree.sources[node] == COMMITTED else tree.sources[node],
                 "state": state,
@@ -100,7 +115,7 @@ class Generation:
         return {
             "index": self._num_rounds - 1,
             "nodes": nodes,
-            "bonus": None if bonus is None else {"id": bonus, "text": self._text_of(bonus)},
+            "bonus": None if bonus is None else {"id": bonus, "text": self._texts.text(bonus)},
             "tokens_per_s": self.answer.stats.tokens_per_s,
             "tokens_per_pass": self.answer.stats.tokens_per_pass,
             "peak_rss_bytes": peak_rss_bytes(),

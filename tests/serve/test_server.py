@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,15 +148,13 @@ def test_logprobs_are_the_targets(client: openai.OpenAI, engine: Engine) -> None
     assert len(content) == len(expected)
     for said, wanted in zip(content, expected, strict=True):
         assert said.logprob == pytest.approx(float(wanted.logprobs[wanted.token]), abs=1e-4)
-        assert said.token == engine.tokenizer.decode([wanted.token])
+        assert said.token == wanted.text
         tops = [top.logprob for top in said.top_logprobs]
         assert len(tops) == 3
         assert tops == sorted(tops, reverse=True)
         assert said.top_logprobs[0].token == said.token  # greedy
-        if "\ufffd" in said.token:  # a part of a character
-            assert said.bytes is None
-        else:
-            assert bytes(said.bytes).decode() == said.token
+    text = answer.choices[0].message.content
+    assert bytes(byte for said in content for byte in said.bytes).decode(errors="replace") == text
 
 
 def test_logprobs_in_a_stream_and_in_completions(client: openai.OpenAI) -> None:
@@ -294,9 +293,59 @@ def test_metrics_count(live: Live) -> None:
 
 def test_unknown_places(live: Live) -> None:
     assert live.get("/nowhere").json()["error"]["message"] == "there is nothing here; see /openapi.json"
+    for path, near in (
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/v1/engines/tiny/completions", "/v1/completions"),
+        ("/openai/deployments/tiny/chat/completions/", "/v1/chat/completions"),
+        ("/v1/responses", "/v1/chat/completions"),
+        ("/api/tags", "/v1/models"),
+    ):
+        said = live.post(path).json()["error"]["message"]
+        assert said == f"there is nothing here; try {near}, or see /openapi.json"
     wrong = live.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1//chat/completions", "/v1/chat/completions/", "/chat/completions", "//chat//completions/"]
+)
+def test_base_addresses_as_users_write_them(live: Live, path: str) -> None:
+    assert live.post(path, messages=CHAT, max_tokens=2).status_code == 200
+    assert live.post(path.replace("chat", ""), prompt="a", max_tokens=2).status_code == 200
+    assert live.get(path.replace("chat/completions", "models").replace("chat//completions", "models")).json()[
+        "data"
+    ]
+
+
+def test_models_are_found_there_too(live: Live) -> None:
+    for path in ("/v1/models/tiny/", "/models/tiny", "/v1//models//tiny"):
+        assert live.get(path).json()["id"] == NAME
+
+
+SAME: list[dict[str, Any]] = [
+    {"max_tokens": 24.0}, {"seed": -1}, {"seed": -(2**63)}, {"seed": 2**64 - 1}, {"top_k": -1}, {"store": True},
+    {"reasoning_effort": "high"}, {"verbosity": "low"}, {"prediction": {"type": "content", "content": "x"}},
+    {"parallel_tool_calls": False}, {"chat_template_kwargs": {"enable_thinking": False}}, {"tool_choice": "auto"},
+    {"tools": [], "tool_choice": "none"}, {"functions": None}, {"temperature": 0.9, "top_p": 0, "seed": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", SAME, ids=str)
+def test_what_changes_no_greedy_answer(live: Live, engine: Engine, fields: dict[str, Any]) -> None:
+    answer = live.chat(**{"max_tokens": 24, "temperature": 0, **fields})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == engine.generate(CHAT, max_tokens=24).text
+
+
+def test_seeds_may_be_negative(live: Live) -> None:
+    def text(seed: int) -> str:
+        answer = live.chat(max_tokens=24, temperature=1.0, seed=seed).json()
+        assert answer["usage"]["speculation"]["seed"] == seed % 2**64
+        return str(answer["choices"][0]["message"]["content"])
+
+    assert text(-1) == text(-1) == text(2**64 - 1) != text(-2)
 
 
 def test_cors_is_off_unless_asked(live: Live) -> None:
@@ -322,18 +371,33 @@ def test_a_key_opens_everything_but_health_and_the_page(folder: Path) -> None:
             assert chat(client, max_tokens=2).choices
         with connected(live, "other") as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
-        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        preflight = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os,x-stainless-lang",
+            "Access-Control-Request-Private-Network": "true",
+        }
         url, ours = f"{live.url}/v1/chat/completions", {"Origin": "https://example.org"}
         allowed = httpx.options(url, headers={**ours, **preflight})
         refused = httpx.get(f"{live.url}/v1/models", headers=ours)
         sent = httpx.get(f"{live.url}/v1/models", headers={**ours, "Authorization": f"Bearer {key}"})
         assert [answer.status_code for answer in (allowed, refused, sent)] == [200, 401, 200]
+        assert allowed.headers["access-control-allow-private-network"] == "true"
+        assert "x-stainless-os" in allowed.headers["access-control-allow-headers"]
         for answer in (allowed, refused, sent):
             assert answer.headers["access-control-allow-origin"] == "https://example.org"
         other = httpx.options(url, headers={"Origin": "https://evil.example", **preflight})
         assert "access-control-allow-origin" not in other.headers
         document = httpx.get(f"{live.url}/openapi.json", headers={"Authorization": f"Bearer {key}"}).json()
         assert document["security"] == [{"key": []}]
+
+
+def test_localhost_is_every_family_that_it_has(folder: Path) -> None:
+    with serving(loader(folder), host="localhost") as live:
+        assert live.url.startswith("http://localhost:")
+        port = live.url.rpartition(":")[2]
+        for *_, address in socket.getaddrinfo("localhost", int(port), type=socket.SOCK_STREAM):
+            name = f"[{address[0]}]" if ":" in str(address[0]) else address[0]
+            assert httpx.get(f"http://{name}:{port}/health").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def said(content: object) -> list[dict[str, object]]:
 
 INFINITE = b'{"messages": [{"role": "user", "content": ""}], "temperature": 1e999}'
 TOO_DEEP = b'{"messages":' + b"[" * 150 + b"]" * 150 + b"}"
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+NAMED = {"type": "function", "function": {"name": "f"}}
 BROKEN_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
 
 
@@ -83,19 +85,48 @@ BROKEN_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "a
         ({"messages": [{"content": "x"}]}, "messages[0].role: is missing"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: is missing"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: must be 'system', "),
-        ({"messages": said([{"type": "image_url"}])}, "messages[0].content[0].type: must be 'text', not \"image"),
+        (
+            {"messages": said([IMAGE])},
+            "messages[0].content[0].type: must be 'text', not \"image_url\": text only; im",
+        ),
+        (
+            {"messages": said([{"type": "input_audio"}])},
+            "messages[0].content[0].type: must be 'text', not \"input_a",
+        ),
+        (
+            {"messages": said([{"type": "text", "text": None}])},
+            "messages[0].content[0].text: must be a valid string",
+        ),
+        (
+            {"messages": [{**MESSAGES[0], "images": ["x"]}]},
+            "messages[0].images: is not a field this server knows; im",
+        ),
+        ({"messages": [{**MESSAGES[0], "function_call": {}}]}, "messages[0].function_call: is not a field this"),
         ({"messages": said("x" * 90_000)}, "the prompt has "),
         ({"messages": [BROKEN_CALL]}, "messages[0].tool_calls[0].function.arguments: is not valid JSON"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.type: "),
         ({"stream_options": {"include_usage": True}}, "stream_options: goes with stream only"),
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
-        ({"top_p": 0}, "top_p: must be greater than 0, not 0"),
+        ({"top_p": -0.1}, "top_p: must be greater than or equal to 0, not -0.1"),
         ({"max_tokens": 0}, "max_tokens: must be greater than or equal to 1, not 0"),
-        ({"max_tokens": 9}, "max_tokens: must be less than or equal to 8, not 9"),
+        ({"max_tokens": -2}, "max_tokens: must be greater than or equal to -1, not -2"),
+        ({"max_tokens": 8.5}, "max_tokens: must be a valid integer, not 8.5"),
+        ({"n": True}, "n: must be 1, not true"),
+        ({"seed": 2**64}, "seed: must be less than or equal to 184467440737095"),
+        ({"seed": -(2**63) - 1}, "seed: must be greater than or equal to -9223372036854775808"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens: differs from max_tokens"),
         ({"temperature": 1e-9}, "temperature: 1e-09 is too small; use 0 for greedy decoding"),
         ({"policy": "plain", "tree_nodes": 4}, "tree_nodes: the plain policy has no tree"),
-        ({"tool_choice": "auto"}, "tool_choice: there are no tools"),
+        (
+            {"tool_choice": "required"},
+            "tool_choice: must be 'auto' or 'none', not \"required\": that the model calls a",
+        ),
+        ({"tool_choice": NAMED}, "tool_choice: must be 'auto' or 'none', not an object: that the model calls a"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize: is not a variable of the"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools: is not a variable of the"),
+        ({"num_ctx": 8192}, "num_ctx: is not a field this server knows; the context is the server's: serve --con"),
+        ({"repeat_penalty": 1.1}, "repeat_penalty: is not a field this server knows; use repetition_penalty"),
+        ({"functions": []}, "functions: is not a field this server knows; use tools"),
         ({"stop": ["a", 5]}, "stop[1]: must be a valid string, not 5"),
         ({"stop": ""}, "stop: must have at least 1 character"),
         ({"stop": "x" * 1001}, "stop: must have at most 1000 characters"),
@@ -115,6 +146,25 @@ def test_what_a_request_is_refused_for(live: Live, body: bytes | dict[str, Any],
     field, colon, _ = message.partition(": ")
     if colon and not message.startswith("the body"):
         assert answer.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": ["a", "b"]}, "prompt: one text per request; send each in a request of its own"),
+        ({"prompt": [[5], [6]]}, "prompt: one text per request"),
+        ({"prompt": []}, "prompt: must have at least 1 item"),
+        ({"prompt": [[]]}, "prompt[0]: must have at least 1 item"),
+        ({"prompt": ""}, "prompt: must have at least 1 character"),
+        ({"prompt": [""]}, "prompt[0]: must have at least 1 character"),
+        ({"prompt": [5, "a"]}, 'prompt[1]: must be a valid integer, not "a"'),
+        ({"prompt": [5.5]}, "prompt[0]: must be a valid integer"),
+        ({"suffix": "x"}, "suffix: must be '', not \"x\": nothing is filled in between two texts"),
+        ({"echo": True}, "echo: must be False, not true"),
+    ],
+)
+def test_what_a_completion_is_refused_for(live: Live, body: dict[str, Any], message: str) -> None:
+    assert refused(live.complete(**body)).startswith(message)
 
 
 def test_the_pages_markdown_is_read_as_strictly(live: Live) -> None:
@@ -231,14 +281,22 @@ def test_what_is_no_http(live: Live, line: str) -> None:
     assert raw(live, HOST, line=line).startswith(b"HTTP/1.1 400 ")
 
 
-FOREIGN = ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil", "[")
+FOREIGN = (
+    "evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil", "[", "host.docker.internal:80",
+    "evillocalhost", "192.168.0.5", "0.0.0.0.evil",
+)  # fmt: skip
+OWN = (
+    "localhost", "127.0.0.1:1234", "127.0.0.2", "[::1]:80", "LOCALHOST", "localhost.:80", "a.localhost",
+    "0.0.0.0:80", "[::]", "[::ffff:127.0.0.1]",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("host", [*FOREIGN, "localhost", "127.0.0.1:1234", "[::1]:80", "LOCALHOST"])
+@pytest.mark.parametrize("host", [*FOREIGN, *OWN])
 def test_other_names_for_this_machine(live: Live, host: str) -> None:
     """A name that somebody's DNS points here must not make their web page one of ours."""
     answer = raw(live, f"Host: {host}", "Connection: close", line="GET /v1/models HTTP/1.1")
     assert int(answer.split()[1]) == (400 if host in FOREIGN else 200)
+    assert (b"--api-key" in answer) == (host in FOREIGN)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,11 @@ def test_what_keeps_it_from_starting(endless: Path, output: Callable[..., tuple[
         said = output("serve", "--target", endless, "--port", port, code=2)
     problem = f"127.0.0.1:{port} cannot be used: Address already in use"
     assert said == ("", f"error: port: {problem}; give another --port\n")
+    for wrong in ("{", "[1]"):
+        said = output("serve", "--target", endless, "--chat-template-args", wrong, code=2)
+        assert said[1].startswith(f"error: chat-template-args: '{wrong}' is no JSON object; write it like ")
+    said = output("serve", "--target", endless, "--chat-template-args", '{"tokenize": true}', code=2)
+    assert said[1].startswith("error: chat-template-args.tokenize: is not a variable of the chat template")
     out, line = output("serve", "--target", endless / "nothing", "--port", "0", code=1)
     assert out == ""
     assert line.startswith("error: ")

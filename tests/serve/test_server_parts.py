@@ -17,7 +17,7 @@ from llmcad_mlx import Engine, UsageError
 from llmcad_mlx.errors import BudgetError
 from llmcad_mlx.loader import load_pair
 from llmcad_mlx.serve import ServerSettings
-from llmcad_mlx.serve.answers import PartMaker, ToolListener
+from llmcad_mlx.serve.answers import AnswerListener, PartMaker
 from llmcad_mlx.serve.jobs import FairQueue, Job, RoundEvent, TokenEvent
 from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, RequestReader
 from llmcad_mlx.serve.worker import PromptCache, cache_limit
@@ -57,19 +57,33 @@ def test_a_closed_queue_takes_no_more() -> None:
         queue.put(job("a"))
 
 
-def heard(text: str, size: int, start: str = "<tool_call>", end: str = "</tool_call>") -> tuple[str, list[Any]]:
+def heard(
+    text: str,
+    size: int,
+    start: str = "<tool_call>",
+    end: str = "</tool_call>",
+    thinking: bool | None = None,
+    one_call: bool = False,
+) -> tuple[str, str, list[Any]]:
+    """What is text, thinking and calls of an answer that comes in pieces of a size."""
+
     def parse(text: str, tools: Any) -> Any:
         return json.loads(text)
 
-    tokenizer = SimpleNamespace(tool_call_start=start, tool_call_end=end, tool_parser=parse)
-    listener = ToolListener(tokenizer, [])
+    tokenizer = SimpleNamespace(
+        tool_call_start=start, tool_call_end=end, tool_parser=parse, think_start="<think>", think_end="</think>"
+    )
+    tools = [{"type": "function", "function": {"name": name}} for name in "fg"]
+    listener = AnswerListener(tokenizer, tools, thinking, one_call)
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     all_heard = [*(listener.feed(piece) for piece in pieces), listener.finish()]
     calls = [call["function"] for one in all_heard for call in one.calls]
-    return "".join(one.text for one in all_heard), [(call["name"], call["arguments"]) for call in calls]
+    texts, thoughts = ("".join(getattr(one, name) for one in all_heard) for name in ("text", "reasoning"))
+    return texts, thoughts, [(call["name"], call["arguments"]) for call in calls]
 
 
-CALL = '<tool_call>{"name": "f", "arguments": {"x": "é<"}}</tool_call>'
+JSON = '{"name": "f", "arguments": {"x": "é<"}}'
+CALL = f"<tool_call>{JSON}</tool_call>"
 FOUND = ("f", '{"x": "é<"}')
 
 
@@ -86,18 +100,74 @@ FOUND = ("f", '{"x": "é<"}')
         ('<tool_call>{"name": 3}</tool_call>', '<tool_call>{"name": 3}</tool_call>', []),
         ("cut <tool_call>{", "cut <tool_call>{", []),
         ("cut <tool_c", "cut <tool_c", []),
+        # Models trained otherwise than their template says.
+        (JSON, "", [FOUND]),
+        (f" {JSON}\n{JSON}", " ", [FOUND, FOUND]),
+        (f"[{JSON}, {JSON}]", "", [FOUND, FOUND]),
+        (JSON.replace("arguments", "parameters"), "", [FOUND]),
+        (f"Sure:\n```json\n{JSON}\n```\nDone.", "Sure:\nDone.", [FOUND]),
+        (f"```json\n{JSON}```", "", [FOUND]),
+        (f"```\n{JSON}\n{JSON}\n```", "", [FOUND, FOUND]),
+        (f"{JSON} is what I would call", f"{JSON} is what I would call", []),
+        (f"I would say {JSON}", f"I would say {JSON}", []),
+        (JSON.replace('"f"', '"h"'), JSON.replace('"f"', '"h"'), []),
+        (JSON[:-1], JSON[:-1], []),
+        ('{"name": "f"}', '{"name": "f"}', []),
+        ('{"name": "f", "arguments": 5}', '{"name": "f", "arguments": 5}', []),
+        (f'{{"a": [1, 2]}} and {CALL}', '{"a": [1, 2]} and ', [FOUND]),
+        ('```json\n{"a": 1}\n```\nthen', '```json\n{"a": 1}\n```\nthen', []),
+        ("```python\nf({})\n```\n", "```python\nf({})\n```\n", []),
+        (f"```json\n{CALL}\n```", "```json\n```", [FOUND]),
+        ("[" * 3000, "[" * 3000, []),
+        ("[{" * 3000, "[{" * 3000, []),
+        ("<think>is text</think>", "<think>is text</think>", []),
     ],
 )
 def test_tool_calls_however_the_text_is_cut(
     text: str, shown: str, calls: list[tuple[str, str]], size: int
 ) -> None:
-    assert heard(text, size) == (shown, calls)
+    assert heard(text, size) == (shown, "", calls)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+@pytest.mark.parametrize(
+    ("text", "is_open", "shown", "thought", "calls"),
+    [
+        ("plan</think>Paris", True, "Paris", "plan", []),
+        ("<think>\nplan\n</think>\n\nParis", False, "Paris", "\nplan\n", []),
+        ("Paris", False, "Paris", "", []),
+        ("only a plan", True, "", "only a plan", []),
+        ("cut</thi", True, "", "cut</thi", []),
+        ("cut<thi", False, "cut<thi", "", []),
+        ("a</think>b<think>c</think>d", True, "bd", "ac", []),
+        (f"I could {CALL} or {JSON}</think>\n{CALL}", True, "", f"I could {CALL} or {JSON}", [FOUND]),
+        (f"plan</think>\n{JSON}", True, "", "plan", [FOUND]),
+        (CALL.replace("é<", "<think>"), False, "", "", [("f", '{"x": "<think>"}')]),
+    ],
+)
+def test_thinking_is_told_from_text(
+    text: str, is_open: bool, shown: str, thought: str, calls: list[tuple[str, str]], size: int
+) -> None:
+    assert heard(text, size, thinking=is_open) == (shown, thought, calls)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "start", "end"),
+    [
+        (f"a{CALL}{CALL} and more", "<tool_call>", "</tool_call>"),
+        (f"a[CALL]{JSON}[CALL]{JSON}", "[CALL]", ""),
+        (f"a```json\n[{JSON}, {JSON}]\n```more", "<tool_call>", "</tool_call>"),
+    ],
+)
+def test_nothing_comes_after_the_one_call_that_is_wanted(text: str, start: str, end: str, size: int) -> None:
+    assert heard(text, size, start, end, one_call=True) == ("a", "", [FOUND])
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_calls_without_an_end_marker(size: int) -> None:
     text = 'so [CALL]{"name": "f", "arguments": {}}[CALL]{"name": "g", "arguments": {"y": 1}}'
-    assert heard(text, size, "[CALL]", "") == ("so ", [("f", "{}"), ("g", '{"y": 1}')])
+    assert heard(text, size, "[CALL]", "") == ("so ", "", [("f", "{}"), ("g", '{"y": 1}')])
 
 
 def test_every_token_and_every_tree_is_in_one_part() -> None:

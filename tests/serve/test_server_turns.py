@@ -31,6 +31,7 @@ class Gates:
     failure: Exception | None = None
     prompt_steps: int = 0
     hold_prompt: bool = False
+    slow_prompt_s: float = 0.0
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def gated(folder: Path, gates: Gates) -> Callable[[], Engine]:
 
             def progress(done: int, total: int) -> None:
                 gates.prompt_steps += 1
+                time.sleep(gates.slow_prompt_s)
                 if gates.hold_prompt:
                     assert gates.open.wait(60)
                 on_progress(done, total)
@@ -155,6 +157,19 @@ def test_who_leaves_the_queue_frees_a_place(live: Live, gates: Gates, threads: T
     gates.open.set()
     assert first.result().status_code == 200
     assert len(gates.prompts) == 1
+
+
+@pytest.mark.parametrize("keepalive_s", [0.05, 10.0])
+def test_a_stream_has_comments_only_after_a_silence(endless: Path, gates: Gates, keepalive_s: float) -> None:
+    gates.open.set()
+    gates.slow_prompt_s = 0.03  # a chunk of a prompt is no silence yet, several are
+    with serving(gated(endless, gates), keepalive_s=keepalive_s) as live:
+        answer = live.complete(prompt=[5, 6, 7] * 2000, max_tokens=3, policy="plain", stream=True)
+    assert gates.prompt_steps > 3
+    comments = [line for line in answer.text.splitlines() if line.startswith(":")]
+    assert set(comments) <= {": still working"}
+    assert bool(comments) == (keepalive_s < 1)
+    assert len(events(answer)) >= 3
 
 
 def test_the_end_tells_everybody(endless: Path, gates: Gates, threads: ThreadPoolExecutor) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,13 @@ def streaming(live: Live, path: str = "/v1/chat/completions", **body: Any) -> It
 
 
 class Scripted(Engine):
-    """An engine whose target wants to say what a class attribute says, and then ends."""
+    """An engine whose target wants to say what a class attribute says, text or tokens, and then ends."""
 
-    script: str = ""
+    script: str | Sequence[int] = ""
 
     def stream_generate(self, prompt: Any, *callbacks: Any, options: Any) -> Iterator[Response]:
-        tokens = self.tokenizer.encode(self.script, add_special_tokens=False)
+        script = self.script
+        tokens = self.tokenizer.encode(script, add_special_tokens=False) if isinstance(script, str) else script
         (eos, *_) = self.tokenizer.eos_token_ids
         wanted = iter([*tokens, eos])
 

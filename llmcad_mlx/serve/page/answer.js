@@ -18,6 +18,7 @@ export class Answer {
   numTokens = 0;
   #accepted = 0;
   #pathTested = 0;
+  #hasTokens = false;
 
   /** What is kept of it between visits: without rounds, which are many times its size. */
   saved() {
@@ -42,14 +43,21 @@ export class Answer {
     const { round, tokens } = chunk.speculation ?? {};
     if (isRound(round)) this.#addRound(round);
     const choice = chunk.choices?.[0];
-    const piece = choice?.delta?.content;
-    if (typeof piece === "string" && piece) this.#addText(piece, Array.isArray(tokens) ? tokens : []);
+    const piece = this.#written(choice?.delta, Array.isArray(tokens) ? tokens : []);
+    if (piece) this.#addText(piece, Array.isArray(tokens) ? tokens : []);
     this.finishReason = choice?.finish_reason ?? this.finishReason;
     if (chunk.usage) {
       this.numTokens = chunk.usage.completion_tokens ?? this.numTokens;
       this.figures = { ...this.figures, ...chunk.usage.speculation };
       if (this.figures.tested === 0) delete this.figures.acceptance_rate; // 0 of 0 is no share
     }
+  }
+
+  /** What a chunk adds, as the model wrote it: the server takes thinking out of the text, but not out of its tokens. */
+  #written(delta, tokens) {
+    this.#hasTokens ||= tokens.length > 0;
+    if (this.#hasTokens) return tokens.map((token) => token.text).join("");
+    return (delta?.reasoning ?? "") + (delta?.content ?? "");
   }
 
   /** Tokens' texts are cut out of the piece in order; text that no token claims becomes a token of its own. */

@@ -159,14 +159,18 @@ class LoadedPair:
     @property
     def context_in_words(self) -> str:
         """Whose limit `context_length` is: the model's own, or what the memory plan has made room for."""
+        if advice := self.context_advice:
+            return f"context of {self.context_length} tokens that the memory plan has room for ({advice})"
+        return f"model's context of {self.context_length} tokens"
+
+    @property
+    def context_advice(self) -> str:
+        """How to get more context; "" where the model has no more."""
         longest = self.target.model.context_length
         if self.plan is None or longest == self.context_length:
-            return f"model's context of {self.context_length} tokens"
+            return ""
         at_most = "" if longest is None else f", up to {longest}"
-        return (
-            f"context of {self.context_length} tokens that the memory plan has room for (--context asks for "
-            f"more{at_most}, and more --memory gives more)"
-        )
+        return f"--context asks for more{at_most}, and more --memory gives more"
 
     @property
     def max_nodes(self) -> int:

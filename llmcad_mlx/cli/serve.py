@@ -14,6 +14,7 @@ from typer import Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.prompt import typed_text
 from llmcad_mlx.serve import ServerSettings
 
 _DEFAULT = ServerSettings()
@@ -89,6 +90,7 @@ def serve(
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("llmcad_mlx.serve").setLevel(logging.INFO)  # a line for each answer; never what was said
+    name = None if name is None else typed_text(name, "name")
     server = LlmServer(settings, load_engine, name or public_name(pair.target))
     try:
         model = server.start()

@@ -279,6 +279,8 @@ class Api:
         most = min((n for n in (None if context is None else context - 1, limit) if n is not None), default=None)
         if most is not None and len(tokens) > most:
             message = f"the prompt has {len(tokens)} tokens, and there is room for {most}; shorten it"
+            if most != limit and (advice := self._model.context_advice):
+                message += f", or start the server anew: {advice}"
             raise bad_request(message, field, "context_length_exceeded")
         return tokens
 

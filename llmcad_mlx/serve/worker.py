@@ -203,6 +203,8 @@ class ServedModel:
     """mlx-lm's TokenizerWrapper. One thread at a time may encode."""
     sampling: Mapping[str, float] = field(default_factory=dict)
     """The model's own."""
+    context_advice: str = ""
+    """How to get more context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +256,9 @@ class Worker:
             pair, draft = engine.pair, engine.pair.names.draft_label
             sampling = own_sampling(pair.names.target_path)
             model = ServedModel(
-                self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer, sampling
-            )
+                self._name, draft, pair.context_length, pair.vocab_size, engine.tokenizer, sampling,
+                pair.context_advice,
+            )  # fmt: skip
         except BaseException as error:
             self._model.set_exception(error)
             return

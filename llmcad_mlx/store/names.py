@@ -6,6 +6,7 @@ Presets are fetched and checked, and GGUF files converted into bundles; reposito
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass, field, replace
@@ -145,7 +146,8 @@ def public_name(name: str | None) -> str:
     if not (path.is_absolute() or rest.startswith(("~", ".")) or path.exists()):
         return name
     in_cache = _HUB_FOLDER.search(str(path))
-    return f"{head}{colon}{'/'.join(in_cache.groups()) if in_cache else path.resolve().name or 'model'}"
+    own = os.fsencode(path.resolve().name).decode(errors="replace")  # a file's name may be no text
+    return f"{head}{colon}{'/'.join(in_cache.groups()) if in_cache else own or 'model'}"
 
 
 def own_draft_name(name: str) -> str:

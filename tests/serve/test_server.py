@@ -211,6 +211,8 @@ def test_trees_show_what_was_drafted_while_the_target_waited_for_weights(
     """Also nodes added after the pass had begun: the target was never given those."""
     with serving(loader(folder, draft, pinned="0", read_bandwidth="20MB/s", context=128)) as streamed:
         answer = streamed.chat(max_tokens=12, tree_nodes=4, policy="throughput", speculation=True).json()
+        refused = streamed.complete(prompt="!" * 200).json()["error"]["message"]
+    assert "room for 127; shorten it, or start the server anew: --context asks for more, up to 512" in refused
     rounds = answer["speculation"]["rounds"]
     states = [[node["state"] for node in done["nodes"]] for done in rounds]
     assert max(map(len, states)) > 4

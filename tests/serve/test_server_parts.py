@@ -260,6 +260,7 @@ def test_names_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert public_name("mlx-community/Qwen3-8B-4bit") == "mlx-community/Qwen3-8B-4bit"
     assert public_name(str(tmp_path / "local")) == public_name("local") == public_name("./local/") == "local"
     assert public_name(f"4bit:{tmp_path / 'local'}") == "4bit:local"
+    assert public_name(str(tmp_path / "caf\udce9")) == "caf\ufffd"  # JSON has no place for what is no text
 
 
 @settings(deadline=None, max_examples=5)

@@ -292,7 +292,8 @@ def test_presets_are_planned_before_they_are_fetched(
 ) -> None:
     monkeypatch.setattr("llmcad_mlx.store.names.fetch_file", pytest.fail)
     preset = get_preset(target)
-    found = document("plan", target, "--memory", "3GB")
+    # So much that all is pinned beside what the other tests of this process have left.
+    found = document("plan", target, "--memory", "8GB")
     assert found["estimated"] is True
     assert found["draft"] == preset.draft_name != target
     fetched = [source.num_bytes for source in (preset.target, preset.draft) if isinstance(source, FileSource)]

@@ -333,12 +333,14 @@ class Answer(ABC):
     def _choice(self, part: Part, finish_reason: str | None, *, is_whole: bool) -> Json:
         said = self._said(part, is_whole)
         self._num_calls += len(part.calls)
+        # Where one call is all that is wanted, the limit may be reached before the generation is told to end.
+        is_call = self._num_calls and (finish_reason == "stop" or (finish_reason and self._request.one_call))
         has_logprobs = self._request.top_logprobs is not None and len(part.tokens) > 0
         return {
             "index": 0,
             **said,
             "logprobs": self._logprobs(part.tokens) if has_logprobs else None,
-            "finish_reason": "tool_calls" if self._num_calls and finish_reason == "stop" else finish_reason,
+            "finish_reason": "tool_calls" if is_call else finish_reason,
         }
 
     @abstractmethod

@@ -495,6 +495,22 @@ def test_an_answer_that_breaks_off_is_kept(page: Page, server: ScriptedServer) -
     expect(page.get_by_label("Message")).to_have_value("Anyone?")
 
 
+@pytest.mark.parametrize("tokens", [True, False])
+def test_thinking_is_shown_too(page: Page, server: ScriptedServer, tokens: bool) -> None:
+    """The server takes it out of the text; a token has its markers still."""
+    parts = [("<think>plan", "reasoning", "plan"), ("</think>\n", None, ""), ("Paris", "content", "Paris")]
+    chunks = [
+        event({
+            "choices": [{"index": 0, "delta": {} if name is None else {name: told}, "finish_reason": None}],
+            "speculation": {"tokens": [{"id": 5, "text": written, "from_draft": False}] if tokens else []},
+        })
+        for written, name, told in parts
+    ]  # fmt: skip
+    server.scripts = [[*chunks, DONE]]
+    ask(page, "What is it?")
+    expect(page.locator(".answer .text")).to_have_text("<think>plan</think> Paris" if tokens else "planParis")
+
+
 def test_hostile_text_is_shown_as_text(visitor: Visitor, server: ScriptedServer) -> None:
     server.model = {"id": HOSTILE, "draft": HOSTILE}
     hostile = tree_round(0, [node(HOSTILE, -1, "root"), node(HOSTILE, 0, "accepted", 0.5, HOSTILE)], HOSTILE)

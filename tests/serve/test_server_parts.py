@@ -207,6 +207,22 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 READER = RequestReader(ServerSettings(max_tokens=100, temperature=0.25), "tiny")
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"max_tokens": -1}, {"max_tokens": 100}), ({"max_tokens": 32000}, {"max_tokens": 100}),
+        ({"max_completion_tokens": 101.0}, {"max_tokens": 100}), ({"max_tokens": 99}, {"max_tokens": 99}),
+        ({"seed": -1}, {"seed": 2**64 - 1}), ({"seed": -(2**63)}, {"seed": 2**63}), ({"seed": 7.0}, {"seed": 7}),
+        ({"top_k": -1, "temperature": 1}, {"top_k": 0, "temperature": 1.0}),
+        ({"top_p": 0, "temperature": 1}, {"top_p": 1.0, "temperature": 0.0, "top_k": 0}),
+    ],
+)  # fmt: skip
+def test_what_values_of_other_apis_mean(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    reader = RequestReader(ServerSettings(max_tokens=100), "tiny", {"temperature": 0.7, "top_k": 5, "top_p": 0.9})
+    options = reader.chat(json.dumps({"messages": MESSAGES, **fields}).encode()).options.keywords()
+    assert {name: options[name] for name in expected} == expected
+
+
 def test_what_a_request_asks_for() -> None:
     asked = READER.chat(json.dumps({
         "messages": [*MESSAGES, {"role": "developer", "content": [{"type": "text", "text": "a"}] * 2}],

@@ -7,17 +7,29 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens at this name or address."""
+    address = _address(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
 def is_this_machine(host: str) -> bool:
-    """Whether a connection to this name or address never leaves the machine."""
+    """Whether a connection to this name or address never leaves the machine. 0.0.0.0 and :: lead nowhere else,
+    though what listens there can be reached from elsewhere."""
     name = host.lower().rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
+    address = _address(name)
+    if address is None:
+        return f".{name}".endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for a name."""
     try:
-        address = ipaddress.ip_address(name)
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return False
-    inner = getattr(address, "ipv4_mapped", None) or address
-    return bool(inner.is_loopback or inner.is_unspecified)
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def through_proxy(url: str) -> str:

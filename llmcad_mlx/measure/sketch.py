@@ -24,7 +24,7 @@ from llmcad_mlx.files.safetensors import DTYPES, TensorExtent, dtype_name, read_
 from llmcad_mlx.loader import DEFAULT_CONTEXT, MIN_CONTEXT, release_free_memory
 from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
 from llmcad_mlx.memory import MemoryNeeds, MemoryPlan, ModelSizes, default_budget, make_plan
-from llmcad_mlx.models.config import completed
+from llmcad_mlx.models.config import completed, context_length
 from llmcad_mlx.models.folder import LINEARS, LoadedModel, shares_embedding
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.copies import GROUP_SIZE, DerivedDraft
@@ -107,9 +107,8 @@ class _Sketch:
         }
         parts = StreamParts.of(LoadedModel(model, None, config, Path(name), weights, frozenset(weights)))
         columns = parts.head_matrix.num_rows if parts.head_matrix else 0
-        lengths = [place.get("max_position_embeddings") for place in _places(config)]
-        context = next((length for length in lengths if isinstance(length, int)), None)
-        return cls(sizes_of(parts, kv_bytes, columns), sum(array.nbytes for _, array in leaves), context)
+        num_bytes = sum(array.nbytes for _, array in leaves)
+        return cls(sizes_of(parts, kv_bytes, columns), num_bytes, context_length(config))
 
 
 def _places(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

@@ -14,6 +14,7 @@ import copy
 import importlib
 import inspect
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,11 @@ from mlx_lm.utils import _get_classes
 
 from llmcad_mlx.errors import ModelError
 
-MOST_CONTEXT = "max_context"
+_MOST_CONTEXT = "max_context"
 """Under "llmcad" in a config: tokens up to which the model computes what its publisher's does."""
 
-_OWN_NAMES = {
-    "layers_block_type",
-    "tie_word_embeddings",
-}  # lists in which mlx-lm and transformers name the layers differently
+# Not filled in: mlx-lm and transformers name kinds of layers differently; the weights have a say in the other.
+_NOT_FILLED_IN = {"layers_block_type", "tie_word_embeddings"}
 _MOVED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "rope_parameters"}
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "mamba_hidden_act")
 _SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu"}
@@ -57,7 +56,7 @@ def completed(folder: Path, config: Mapping[str, Any], weights: Iterable[str]) -
     source = inspect.getsource(importlib.import_module(args.__module__))
     reference, usual = _reference(config), _reference({"model_type": config["model_type"]})
     for name, value in _readable(reference).items():
-        if name in known & optional - _OWN_NAMES and found.get(name) is None and value is not None:
+        if name in known & optional - _NOT_FILLED_IN and found.get(name) is None and value is not None:
             found[name] = value
     _tie(found, config, reference, known, any("lm_head" in name for name in weights))
     if "sliding_window" in usual:  # else another model's field
@@ -72,6 +71,16 @@ def completed(folder: Path, config: Mapping[str, Any], weights: Iterable[str]) -
             f"{config['model_type']!r}: its text would be another one; choose another model"
         )
     return found
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model was made for and computes as its publisher's does; None when its config does not say."""
+    most = (config.get("llmcad") or {}).get(_MOST_CONTEXT, math.inf)
+    for place in (config, config.get("text_config") or {}):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
+            if isinstance(place.get(name), int):
+                return int(min(place[name], most))
+    return None if most == math.inf else int(most)
 
 
 def _reference(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def _keep_window(found: dict[str, Any], reference: Mapping[str, Any], is_heeded:
     if kinds is None:  # all layers have it
         is_heeded = is_heeded and found["model_type"] not in _ALL_SLIDING
     if not is_heeded and (kinds is None or "sliding_attention" in kinds):
-        found["llmcad"] = {**(found.get("llmcad") or {}), MOST_CONTEXT: window}
+        found["llmcad"] = {**(found.get("llmcad") or {}), _MOST_CONTEXT: window}
 
 
 def _ignored(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from mlx.utils import tree_reduce
 from mlx_lm.models.cache import make_prompt_cache
 
 from llmcad_mlx.models.cache import Capability, LazyKVCache, ModelCache, PlainCache
-from llmcad_mlx.models.config import MOST_CONTEXT
+from llmcad_mlx.models.config import context_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +112,8 @@ class TreeModel:
 
     @property
     def context_length(self) -> int | None:
-        """Tokens the model was made for, None when its config does not say."""
-        most = (self.config.get("llmcad") or {}).get(MOST_CONTEXT, math.inf)
-        for config in (self.config, self.config.get("text_config") or {}):
-            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
-                if isinstance(config.get(name), int):
-                    return int(min(config[name], most))
-        return None if most == math.inf else int(most)
+        """See `config.context_length`."""
+        return context_length(self.config)
 
     def new_cache(self) -> ModelCache:
         """An empty cache for one sequence; `PlainCache` for a "plain" model."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from llmcad_mlx.errors import UsageError
+from llmcad_mlx.network import is_loopback
 from llmcad_mlx.prompt import check_template_options
 from llmcad_mlx.settings import check_integer
 
@@ -68,12 +68,3 @@ class ServerSettings:
                 f"host: {self.host} can be reached from other machines, so it needs a key; "
                 "give --api-key or set LLMCAD_MLX_API_KEY"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine has the address or name."""
-    try:
-        address = ipaddress.ip_address(host)
-        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-    except ValueError:
-        return host == "localhost"

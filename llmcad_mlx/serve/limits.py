@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llmcad_mlx.serve import ServerSettings, is_loopback
+from llmcad_mlx.network import is_loopback, is_this_machine
+from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.metrics import Metrics
 from llmcad_mlx.serve.protocol import ApiError, bad_request, error_response, internal_error, to_json
 
@@ -133,11 +134,9 @@ class Gate:
 def _is_local(host: str) -> bool:
     """Whether a Host header names this machine; without one, no browser asks."""
     try:
-        name = urlsplit(f"//{host}").hostname or ""
+        return is_this_machine(urlsplit(f"//{host}").hostname or "")  # no name server gives a page such a name
     except ValueError:
         return False
-    # 0.0.0.0 and [::] lead nowhere else, and no name server can give a page such a name.
-    return name in ("0.0.0.0", "::") or f".{name.rstrip('.')}".endswith(".localhost") or is_loopback(name)
 
 
 class GuardedProtocol(H11Protocol):

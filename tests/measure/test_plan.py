@@ -18,7 +18,7 @@ from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.store.presets import FileSource, get_preset
 from llmcad_mlx.streaming.stream import Read
 from tests.support.simulated_stream import SimulatedClock
-from tests.support.tiny_folder import copy_folder, make_folder
+from tests.support.tiny_folder import copy_folder, family_folder, make_folder
 
 PROMPT = "then the other one ran in and then the other one"
 LAYERS = 6
@@ -252,6 +252,14 @@ def without_weights(folder: Path, path: Path) -> Path:
     config = {**json.loads((folder / "config.json").read_text()), "torch_dtype": "float32"}
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def test_a_config_says_the_same_context_as_the_model(tmp_path: Path, document: Any) -> None:
+    """Here a window that mlx-lm does not heed limits it."""
+    model = family_folder(tmp_path / "model", "starcoder2")
+    alone = without_weights(model, tmp_path / "alone")
+    plans = [document("plan", "--target", path, "--draft", "none", "--memory", "8GB") for path in (model, alone)]
+    assert [plan["context"] for plan in plans] == [8, 8]
 
 
 @pytest.mark.parametrize("missing", [("target",), ("draft",), ("target", "draft")])

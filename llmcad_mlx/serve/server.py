@@ -32,11 +32,12 @@ from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import encode_prompt
 from llmcad_mlx.serve import ServerSettings
-from llmcad_mlx.serve.answers import AnswerListener, ChatAnswer, CompletionAnswer, GenerationResponse, PartMaker
+from llmcad_mlx.serve.answers import ChatAnswer, CompletionAnswer, GenerationResponse
 from llmcad_mlx.serve.jobs import Job
 from llmcad_mlx.serve.limits import Gate, GuardedProtocol, read_body
 from llmcad_mlx.serve.metrics import CONTENT_TYPE, Metrics
 from llmcad_mlx.serve.page import page_routes
+from llmcad_mlx.serve.parts import AnswerListener, PartMaker
 from llmcad_mlx.serve.protocol import (
     ApiError,
     ChatRequest,

@@ -17,8 +17,8 @@ from llmcad_mlx import Engine, UsageError
 from llmcad_mlx.errors import BudgetError
 from llmcad_mlx.loader import load_pair
 from llmcad_mlx.serve import ServerSettings
-from llmcad_mlx.serve.answers import AnswerListener, PartMaker
 from llmcad_mlx.serve.jobs import FairQueue, Job, RoundEvent, TokenEvent
+from llmcad_mlx.serve.parts import AnswerListener, PartMaker
 from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, RequestReader
 from llmcad_mlx.serve.worker import PromptCache, cache_limit
 from llmcad_mlx.settings import GenerationOptions, MemoryOptions, SamplingSettings

@@ -136,10 +136,11 @@ def _fill(file: Path, handle: int, offset: int, out: memoryview) -> None:
 
 
 def _direct_part(offset: int, out: memoryview) -> tuple[int, int]:
-    """From where to where in `out` a read at `offset` of a file can be direct: whole blocks, or nothing."""
-    if len(out) < BLOCK_BYTES or (address_of(out) - offset) % BLOCK_BYTES:
+    """From where to where in `out` a read at `offset` of a file can be direct: whole blocks, or nothing (0, 0)."""
+    first, last = -offset % BLOCK_BYTES, len(out) - (offset + len(out)) % BLOCK_BYTES
+    if first >= last or (address_of(out) - offset) % BLOCK_BYTES:
         return 0, 0
-    return -offset % BLOCK_BYTES, len(out) - (offset + len(out)) % BLOCK_BYTES
+    return first, last
 
 
 def address_of(memory: memoryview) -> int:

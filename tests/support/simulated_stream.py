@@ -49,8 +49,8 @@ class Taken:
 
 
 class SimulatedStream:
-    """A `WeightStream` with one reader and units of one piece. A unit takes `bytes / bytes_per_s` seconds, while the
-    clock goes on for other reasons."""
+    """A `WeightStream` with one reader and units of one piece. A unit takes `bytes / bytes_per_s` seconds, while
+    the clock goes on for other reasons."""
 
     def __init__(
         self, unit_bytes: Sequence[int], num_buffers: int, bytes_per_s: float, clock: SimulatedClock

@@ -30,7 +30,7 @@ from starlette.routing import Route
 from llmcad_mlx import __version__
 from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.prompt import encode_prompt, opened_thinking
+from llmcad_mlx.prompt import encode_prompt
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.answers import ChatAnswer, CompletionAnswer, GenerationResponse
 from llmcad_mlx.serve.jobs import Job
@@ -57,6 +57,7 @@ _IDLE_S = 30
 _LINGER_S = 5  # how long answers that were broken off may take to reach their clients
 _MOST_RETRY_S = 60
 _LIKE = 0.75  # difflib's ratio of two paths, from where on one is named for the other
+_PROMPT_END = 24  # tokens that hold a marker and the white space after it
 
 
 class LlmServer:
@@ -254,7 +255,9 @@ class Api:
         tokenizer = self._model.tokenizer
         thinking: bool | None = None
         if wanted.kind == "chat" and tokenizer.has_thinking:
-            thinking = bool(opened_thinking(tokenizer, prompt))
+            # Some templates open the block themselves.
+            end = str(tokenizer.decode(prompt[-_PROMPT_END:])).rstrip()
+            thinking = end.endswith(tokenizer.think_start)
         if thinking is None and wanted.tools is None:
             return None
         return AnswerListener(tokenizer, wanted.tools, thinking, wanted.one_call)

@@ -241,7 +241,7 @@ def test_a_folder_with_the_original_file_alone(tmp_path: Path, spm: sentencepiec
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (folder / "tokenizer.model").write_bytes(spm.serialized_model_proto())
     tokenizer = load_model_folder(folder).tokenizer
-    for text in ("def f:\n    return x", "if x:\n\n   a  b\n ", *CORPUS):
+    for text in ("def f:\n    return x", "if x:\n\n   a  b\n ", *(f"x{text}" for text in CORPUS)):
         assert pieces_of(tokenizer, text) == text
 
 

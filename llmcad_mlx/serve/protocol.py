@@ -268,7 +268,7 @@ class _Request(_Record):
     stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Heeded with stream.")
     n: _One | None = Field(None, description="One answer per request.")
-    user: str | None = Field(None, max_length=512, description="Whose turn it is in the queue.")
+    user: str | None = Field(None, description="Whose turn it is in the queue.")
     metadata: _Hint = None
     cache_prompt: Annotated[bool | None, Field(description=_IGNORED)] = None
 
@@ -528,13 +528,14 @@ _PLAIN = {
 }
 
 
+_NO_FORM = "a form of the answer cannot be enforced; describe it in a message, or as a tool for tool_choice"
 _BECAUSE = {
     "best_of": "one answer is made; send the request again for another",
     "echo": "the prompt is not repeated; put it before the answer, or leave echo out",
     "messages.content.type": "text only; images, audio and files are not taken",
     "modalities": "only text is written; leave it out",
     "n": "one answer is made; send the request again for another",
-    "response_format.type": "a form of the answer cannot be enforced; describe it in a message",
+    "response_format.type": _NO_FORM,
     "suffix": "nothing is filled in between two texts; write the model's own markers into the prompt",
     "tool_choice.type": "name a function, or use required",
     "tools.type": "only functions can be called; leave other tools out",
@@ -544,8 +545,7 @@ _INSTEAD: dict[int | str, str] = {
     "enable_thinking": 'use chat_template_kwargs, like {"enable_thinking": false}',
     "function_call": "use tool_choice, and tool_calls in messages",
     "functions": "use tools",
-    "grammar": "a form of the answer cannot be enforced; describe it in a message",
-    "guided_json": "a form of the answer cannot be enforced; describe it in a message",
+    **dict.fromkeys(("format", "grammar", "guided_json", "json_schema"), _NO_FORM),
     "images": "images are not taken",
     "max_new_tokens": "use max_tokens",
     "n_predict": "use max_tokens",

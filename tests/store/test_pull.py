@@ -23,7 +23,7 @@ import pytest
 from llmcad_mlx import files as disk
 from llmcad_mlx.cli.models import pull as pull_command
 from llmcad_mlx.errors import DownloadError, ModelError
-from llmcad_mlx.files import home_folder
+from llmcad_mlx.files import home_folder, read_object
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.models.folder import own_sampling
@@ -438,6 +438,22 @@ def test_incomplete_folder_is_made_again(
     names.pull_preset("tiny", keep_source=True)
     assert weights.read_bytes() == whole
     assert [file.suffix for file in (home_folder() / "files").iterdir()] == [".gguf"]
+
+
+def test_a_part_is_converted_in_the_bits_that_its_preset_asks_for(
+    tiny_preset: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own,) = names.pull_preset("tiny")
+    source = tiny_preset.target
+    assert isinstance(source, FileSource)
+    asking = dataclasses.replace(tiny_preset, target=dataclasses.replace(source, bits=8))
+    only(asking, monkeypatch)
+    (folder,) = names.pull_preset("tiny")  # made anew, though the file is the same
+    assert folder == own
+    assert read_object(folder / "config.json")["quantization"]["bits"] == 8
+    only(tiny_preset, monkeypatch)
+    names.pull_preset("tiny")
+    assert read_object(folder / "config.json")["quantization"]["bits"] == 4
 
 
 MODEL_FILES = {"config.json": b"{}", "model.safetensors": b"12345678", "tokenizer.json": b"{}"}

@@ -262,7 +262,7 @@ def test_a_template_without_calls_cannot_begin_one(template: str) -> None:
         return "f g <tool"
 
     tokenizer = SimpleNamespace(
-        apply_chat_template=rendered, has_chat_template=True, tool_call_start="<tool_call>", think_end=None
+        apply_chat_template=rendered, has_chat_template=True, tool_call_start="<tool_call>", encode=None
     )
     asked = GenerationRequest("chat", [], GenerationOptions(), [], must_call=("f",))
     with pytest.raises(ApiError, match="tool_choice: this model's chat template shows no form of calls"):

@@ -91,7 +91,7 @@ def test_prompt_sources_and_templates(
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} {{ message.content }}{% endfor %}"
-    "{% if enable_thinking is false %}no thinking{% endif %}{{ spoken }}"
+    "{% if quiet is false %}no thinking{% endif %}{{ spoken }}"
 )
 
 
@@ -102,14 +102,14 @@ def test_variables_of_the_template(
     (model / "chat_template.jinja").write_text(TEMPLATE)
     words = ["--target", model, "-m", "8"]
     for option, variables, text in (
-        ("--chat-template-config", '{"enable_thinking": false}', f"user {PROMPT}no thinking"),
-        ("--chat-template-args", '{"enable_thinking": false, "spoken": "x"}', f"user {PROMPT}no thinkingx"),
+        ("--chat-template-config", '{"quiet": false}', f"user {PROMPT}no thinking"),
+        ("--chat-template-args", '{"quiet": false, "spoken": "x"}', f"user {PROMPT}no thinkingx"),
         ("--chat-template-config", "{}", f"user {PROMPT}"),
     ):
         answer = expected(text, max_tokens=8)
         assert output("generate", PROMPT, *words, option, variables)[0] == answer + "\n"
     base = make_folder(tmp_path / "base", template=False)
-    config = ("--chat-template-config", '{"enable_thinking": false}')
+    config = ("--chat-template-config", '{"quiet": false}')
     told = output("generate", PROMPT, "--raw", *words, *config, code=2)[1]
     assert told == "error: chat-template-config: a raw prompt goes through no template; leave one of the two out\n"
     told = output("generate", PROMPT, "--target", base, *config, code=2)[1]

@@ -42,7 +42,10 @@ def beginning_with_call(
 def _call(wanted: GenerationRequest, name: str, arguments: dict[str, int], tokenizer: Any) -> str:
     """The text of a call."""
     call = {"id": _ID, "type": "function", "function": {"name": name, "arguments": arguments}}
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
     text = ""
     with suppress(UsageError):  # of a template that takes no calls
         text = chat_text(messages, tokenizer, {**wanted.template_options, "tools": wanted.tools}, is_asked=False)

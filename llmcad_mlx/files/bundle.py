@@ -30,6 +30,7 @@ from typing import Any
 
 from llmcad_mlx import __version__
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.files import check_open_files
 from llmcad_mlx.files.safetensors import (
     DATA_ALIGNMENT,
     SafetensorsWriter,
@@ -105,6 +106,7 @@ def read_bundle(folder: Path, index: WeightIndex | None = None) -> Bundle | None
     except FileNotFoundError:
         return None
     except OSError as error:
+        check_open_files(error, file)
         raise ModelError(f"{file}: cannot be read ({error.strerror or error}); make the bundle again") from None
     except (ValueError, RecursionError):
         raise ModelError(f"{file}: cut off, or not valid JSON; make the bundle again") from None
@@ -185,6 +187,7 @@ def verify_bundle(folder: Path, advance: Callable[[int], None] = lambda num_byte
                     left -= len(block)
                     advance(len(block))
         except OSError as error:
+            check_open_files(error, layer.file)
             raise ModelError(f"{layer.file}: cannot be read ({error.strerror or error}); check the disk") from None
         if digest.hexdigest() != layer.sha256:
             raise ModelError(

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files import MAX_IO_BYTES
+from llmcad_mlx.files import MAX_IO_BYTES, check_open_files
 
 DATA_ALIGNMENT = 16 << 10
 """Tensor bytes are written from a multiple of this on: a page of Apple silicon, and a multiple of disks'
@@ -119,6 +119,7 @@ def read_tensors(file: Path) -> list[TensorExtent]:
         size = file.stat().st_size
         header, start = read_header(file)
     except OSError as error:
+        check_open_files(error, file)
         raise ModelError(f"{file}: cannot be read ({error.strerror}); download it again") from error
     except ValueError as error:
         raise ModelError(f"{file}: {error}; download it again") from error
@@ -184,6 +185,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{file}: missing; {remedy}") from None
     except OSError as error:
+        check_open_files(error, file)
         raise ModelError(f"{file}: cannot be read ({error.strerror}); {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not valid JSON ({str(error).splitlines()[0]}); {remedy}") from error

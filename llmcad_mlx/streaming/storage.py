@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llmcad_mlx.errors import StorageError
-from llmcad_mlx.files import MAX_IO_BYTES
+from llmcad_mlx.files import MAX_IO_BYTES, check_open_files
 from llmcad_mlx.files.safetensors import DATA_ALIGNMENT
 
 BLOCK_BYTES = DATA_ALIGNMENT
@@ -82,6 +82,7 @@ class FileStorage:
                     last = first
             _fill(file, opened.cached, offset + last, out[last:])
         except OSError as error:
+            check_open_files(error, file)
             raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check the disk") from error
 
     def _opened(self, file: Path) -> _OpenFile:
@@ -99,7 +100,7 @@ class FileStorage:
                     opened.uncached = _open_uncached(file)
             _fill(file, opened.uncached, offset, out)
         except OSError as error:  # file systems without direct reads refuse at one or the other
-            if error.errno != errno.EINVAL:
+            if error.errno not in (errno.EINVAL, errno.EMFILE, errno.ENFILE):
                 raise
             opened.can_be_direct = False
         return opened.can_be_direct

@@ -88,10 +88,9 @@ def short_pieces(way: ReadWay, bytes_per_s: float) -> ReadWay:
 
 
 def fits_page_cache(plan: MemoryPlan) -> bool:
-    """Whether the system can keep in its page cache what a pass reads. `plan`: some of it may be in memory
-    already."""
+    """Whether the system can keep in its page cache what a pass reads, beside all that is planned."""
     process = psutil.Process().memory_info().rss
-    most = min(psutil.virtual_memory().available + process, *_cgroup_limits())
+    most = min([psutil.virtual_memory().available + process, *_cgroup_limits()])
     return plan.streamed_bytes <= (most - plan.total_bytes) * _CACHE_SHARE
 
 

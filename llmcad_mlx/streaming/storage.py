@@ -36,6 +36,10 @@ class ReadWay:
     piece_bytes: int
 
 
+DEFAULT_WAY = ReadWay(direct=True, num_readers=4, piece_bytes=16 << 20)
+"""Where nothing was measured. Large pieces need the interpreter's lock less often."""
+
+
 class Storage(Protocol):
     """Bytes of files. Reading threads and the computing thread use it at the same time."""
 

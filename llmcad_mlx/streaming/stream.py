@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from llmcad_mlx.errors import StorageError
-from llmcad_mlx.streaming.storage import BLOCK_BYTES, ReadWay, Storage
+from llmcad_mlx.streaming.storage import BLOCK_BYTES, DEFAULT_WAY, ReadWay, Storage
 
 
 @dataclass(slots=True, eq=False)
@@ -216,10 +216,6 @@ class Unit:
         return pieces
 
 
-class _StoppedError(Exception):
-    """The read is not wanted any more."""
-
-
 class SwitchingOften:
     """While somebody has begun and not ended, a Python thread that waits for the interpreter's lock gets it after
     0.5 ms, not 5. Readers need it after each piece: beside a thread that never rests, one reader of 16 MB pieces
@@ -262,7 +258,7 @@ class WeightStream:
         units: Sequence[Unit],
         buffers: Sequence[memoryview],
         storage: Storage,
-        way: ReadWay,
+        way: ReadWay = DEFAULT_WAY,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """buffers: each as large as the largest unit."""

@@ -26,11 +26,8 @@ import psutil
 from llmcad_mlx.files import home_folder, read_object, write_text
 from llmcad_mlx.files.safetensors import WeightIndex
 from llmcad_mlx.memory import MemoryPlan, ReadRate
-from llmcad_mlx.streaming.storage import BLOCK_BYTES, FileStorage, ReadWay, address_of
+from llmcad_mlx.streaming.storage import BLOCK_BYTES, DEFAULT_WAY, FileStorage, ReadWay, address_of
 from llmcad_mlx.streaming.stream import Read, Unit, WeightStream
-
-DEFAULT_WAY = ReadWay(direct=True, num_readers=4, piece_bytes=16 << 20)
-"""Where nothing was measured. Large pieces need the interpreter's lock less often."""
 
 WAYS = tuple(
     ReadWay(direct, num_readers, piece_bytes << 20)

@@ -20,9 +20,9 @@ from llmcad_mlx import load
 from llmcad_mlx.errors import StorageError
 from llmcad_mlx.files.safetensors import TensorExtent
 from llmcad_mlx.streaming import build, ways
-from llmcad_mlx.streaming.storage import BLOCK_BYTES, FileStorage, ReadWay, address_of
+from llmcad_mlx.streaming.storage import BLOCK_BYTES, DEFAULT_WAY, FileStorage, ReadWay, address_of
 from llmcad_mlx.streaming.stream import Read, WeightStream
-from llmcad_mlx.streaming.ways import DEFAULT_WAY, WAYS, WayRate, best_way, keep_way, known_way
+from llmcad_mlx.streaming.ways import WAYS, WayRate, best_way, keep_way, known_way
 from llmcad_mlx.streaming.weights import Matrix, StoredParameter, StreamParts
 from tests.support.faults import MemoryStorage
 from tests.support.tiny_folder import make_folder, write_bundle

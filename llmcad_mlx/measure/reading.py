@@ -2,9 +2,9 @@
 
 python -m llmcad_mlx.measure.reading FOLDER [--seconds 15]
 
-Reads parts of the weights in FOLDER that the page cache does not hold, past it (direct) and through it, with 1, 4 and
-8 threads, in pieces of 4 and 16 MB; each alone and beside a Python thread that never rests. The best way is kept, and
-used by later loads of models on that disk.
+Reads parts of the weights in FOLDER that the page cache does not hold, past it (direct) and through it, with 1, 4
+and 8 threads, in pieces of 4 and 16 MiB; each alone and beside a Python thread that never rests. The best way is
+kept, and used by later loads of models on that disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def ways_table(rates: list[WayRate]) -> Table:
             {
                 "way": "direct" if rate.way.direct else "buffered",
                 "readers": str(rate.way.num_readers),
-                "pieces": format_size(rate.way.piece_bytes),
+                "pieces": f"{rate.way.piece_bytes >> 20} MiB",
                 "alone": number(rate.bytes_per_s / 1e9, 2),
                 "beside Python": number(rate.beside_python_bytes_per_s / 1e9, 2),
                 "share": number(rate.beside_python_bytes_per_s / rate.bytes_per_s, 2),

@@ -30,7 +30,7 @@ from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
-from mlx_lm.utils import _get_classes, load_model, load_tokenizer
+from mlx_lm.utils import _get_classes, load_model
 
 from llmcad_mlx.detokenizer import repair_decoder
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError, first_line
@@ -38,6 +38,7 @@ from llmcad_mlx.files import read_object, user_path
 from llmcad_mlx.files.safetensors import WeightIndex, missing_part, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
 from llmcad_mlx.models.config import completed
+from llmcad_mlx.models.tokenizer import load_tokenizer
 from llmcad_mlx.settings import OWN_SAMPLING, SamplingSettings
 
 DRAFT_TOKENS = "draft_tokens.safetensors"
@@ -134,7 +135,7 @@ def load_model_folder(
     try:
         if has_tokenizer and tokenizer is None:
             with _plain_path(folder) as path:
-                tokenizer = load_tokenizer(path, {"trust_remote_code": False}, config.get("eos_token_id"))
+                tokenizer = load_tokenizer(path, config.get("eos_token_id"))
             repair_decoder(tokenizer)
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {first_line(error)}") from error

@@ -12,7 +12,7 @@ from llmcad_mlx.measure.runner import EngineContender, variant_pair
 from llmcad_mlx.measure.workload import load_prompts, parse_variants
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.store.names import DEFAULT_PRESET
-from llmcad_mlx.store.presets import PackagedSource, get_preset
+from llmcad_mlx.store.presets import FileSource, PackagedSource, get_preset
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TABLE
 from tests.support.real_text import PROMPTS, REPEAT, chat, compare, default_engine
 
@@ -33,6 +33,14 @@ def test_speculative_text_equals_plain_text(engine: Engine, temperature: float) 
         found = compare(engine, prompt, 64, temperature=temperature, seed=seed, **options)
         assert found.tokens > 20
         assert found.mismatches == 0, prompt
+
+
+def test_with_its_publishers_sampling_a_first_answer_ends(engine: Engine) -> None:
+    """Greedy, the model says the same line until no token is left."""
+    target = get_preset(DEFAULT_PRESET).target
+    assert isinstance(target, FileSource)
+    options = GenerationOptions.of(max_tokens=1024, **target.sampling)
+    assert engine.generate(chat("What is a hash table?"), options=options).finish_reason == "stop"
 
 
 def test_repeated_text_takes_few_passes(engine: Engine) -> None:

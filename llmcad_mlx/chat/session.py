@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,22 @@ class Conversation:
 class ChatSession:
     """One conversation with one engine on one screen. `stats`, `round`: of the last answer."""
 
-    def __init__(self, engine: Engine, settings: ChatSettings, screen: Screen, system: str | None = None) -> None:
-        """Raises UsageError for a model that cannot chat, and for options that this engine cannot heed."""
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ChatSettings,
+        screen: Screen,
+        system: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """template_options: variables of the model's chat template. Raises UsageError for a model that cannot
+        chat, and for options that this engine cannot heed."""
         if not engine.tokenizer.has_chat_template:
             raise UsageError("target: this model has no chat template; use `llmcad-mlx generate` with it")
         engine.check_options(settings.options)
         self.engine, self.settings, self.screen = engine, settings, screen
         self.conversation = Conversation(system)
+        self._template_options = template_options
         self.stats: GenerationStats | None = None
         self.round: RoundTree | None = None
         self._commands: dict[str, Callable[[str], None]] = {
@@ -106,7 +115,10 @@ class ChatSession:
         try:
             with interruptible() as check, self.screen.answer(self.engine, self.settings, answer) as view:
                 for response in self.engine.stream_generate(
-                    asked.prompt(), view.progress, self._keep_round, options=self.settings.options
+                    self.engine.encode(asked.prompt(), self._template_options),
+                    view.progress,
+                    self._keep_round,
+                    options=self.settings.options,
                 ):
                     answer.add(response)
                     self.stats = response.stats

@@ -571,6 +571,16 @@ def test_the_models_own_sampling_is_the_default(
     assert greedy == report["text"]
 
 
+def test_variables_of_the_template(piped: Any, folder: Path, engine: Engine, tmp_path: Path) -> None:
+    model = copy_folder(folder, tmp_path / "model")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}{{ spoken }}"
+    (model / "chat_template.jinja").write_text(template)
+    words = ("--target", model, "-m", 6, "--json", "--chat-template-config", '{"spoken": "six"}')
+    first, second = map(json.loads, piped(0, b"a\nb\n", *words)[0].splitlines())
+    assert first["text"] == engine.generate("asix", max_tokens=6).text
+    assert second["text"] == engine.generate(f"a{first['text']}bsix", max_tokens=6).text
+
+
 def test_lines_that_cannot_be_are_told_and_the_others_answered(piped: Any, folder: Path, engine: Engine) -> None:
     data = b"/nonsense\n\xff\xfe\n\ntell me of the cat\n/quit\nnever answered\n"
     out, err = piped(1, data, "--target", folder, "-m", 12)

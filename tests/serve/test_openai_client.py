@@ -35,6 +35,7 @@ WEATHER = {
     "type": "function",
     "function": {"name": "weather", "description": "Tells it.", "parameters": PARAMETERS},
 }
+NAMED = {"type": "function", "function": {"name": "weather"}}
 JSON_CALL = '{"name": "weather", "arguments": {"town": "Bern"}}'
 CALL = f"<tool_call>{JSON_CALL}</tool_call>"
 
@@ -246,6 +247,71 @@ def test_one_call_ends_the_answer(client: openai.OpenAI, say: Any, stream: bool)
     assert tokens < len(f"Yes. {CALL}" * 5)
 
 
+OTHERS = [{"type": "function", "function": {"name": name}} for name in ("web", "we")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    ("tools", "choice", "opening"),
+    [
+        ([WEATHER, *OTHERS], NAMED, CALL.partition('"town"')[0]),
+        ([WEATHER], "required", CALL.partition('"town"')[0]),
+        ([WEATHER, *OTHERS], "required", CALL.partition("ather")[0]),
+    ],
+)
+def test_a_call_that_is_wanted_is_begun_for_the_model(
+    client: openai.OpenAI, say: Any, tools: Any, choice: Any, opening: str, opened: bool, stream: bool
+) -> None:
+    say(CALL.removeprefix(opening))
+    body = {
+        "tools": tools, "tool_choice": choice, "stream": stream, "logprobs": True,
+        "extra_body": {"chat_template_kwargs": {"opened": opened}, "speculation": {"tokens": True}},
+    }  # fmt: skip
+    answer = ask(client, **body)
+    chunks = [*answer] if stream else []
+    if stream:
+        text, thought, calls = put_together(chunks)
+        reason, written = chunks[-1].choices[0].finish_reason, [c for one in chunks for c in tokens_of(one)]
+        logprobs = [entry for one in chunks for entry in getattr(one.choices[0].logprobs, "content", None) or []]
+    else:
+        (said,) = answer.choices
+        text, thought, reason = (
+            said.message.content or "",
+            getattr(said.message, "reasoning", ""),
+            said.finish_reason,
+        )
+        calls = [(c.function.name, json.loads(c.function.arguments)) for c in said.message.tool_calls]
+        written, logprobs = tokens_of(answer), said.logprobs.content
+        assert answer.usage.completion_tokens == len(written)  # those that were begun with are of the answer
+    assert (text, thought, calls, reason) == ("", "", [("weather", {"town": "Bern"})], "tool_calls")
+    whole = ("</think>\n\n" if opened else "") + CALL
+    assert "".join(token["text"] for token in written) == whole
+    assert "".join(entry.token for entry in logprobs) == whole
+
+
+def tokens_of(answer: Any) -> list[Any]:
+    return list((getattr(answer, "speculation", None) or {}).get("tokens", []))
+
+
+def test_what_becomes_no_call_comes_back_as_text(client: openai.OpenAI, say: Any) -> None:
+    begun = CALL.partition('"town"')[0]
+    for script, limit, reason in (("never", None, "stop"), ("never", 12, "length")):
+        say(script)
+        choice = ask(client, tools=[WEATHER], tool_choice=NAMED, max_tokens=limit).choices[0]
+        assert choice.message.tool_calls is None
+        assert choice.finish_reason == reason
+        assert (begun + script).startswith(choice.message.content)
+        assert len(choice.message.content) > 5
+    assert choice.message.content != begun + script
+
+
+def test_only_tools_of_the_request_can_be_wanted(live: Live) -> None:
+    for tools in ([], OTHERS):
+        answer = live.chat(tools=tools, tool_choice=NAMED)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tool_choice")
+
+
 EPHEMERAL = {"cache_control": {"type": "ephemeral"}}
 STRICT = {**WEATHER["function"], "strict": True}
 AGENT: dict[str, Any] = {
@@ -287,6 +353,35 @@ LIBRARIES: dict[str, tuple[str, dict[str, Any]]] = {
         "messages": [{"content": "Be brief.", "role": "developer"}, {"content": "hi", "role": "user"}],
         "model": NAME, "max_completion_tokens": 1024, "n": 1, "stream": False, "temperature": 0.7, "stop": None,
         "logit_bias": {}, "tools": [{"type": "function", "function": STRICT}], "parallel_tool_calls": True,
+    }),
+    "Continue": ("/v1/chat/completions", {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "model": NAME,
+        "max_tokens": 4096, "temperature": 0, "stream": False, "tools": [{"type": "function", "function": STRICT}],
+    }),
+    "Cline": ("/v1/chat/completions", {
+        "model": NAME, "temperature": 0, "stream": False, "stream_options": {"include_usage": True},
+        "messages": [
+            {"role": "system", "content": "Code."},
+            {"role": "user", "content": [{"type": "text", "text": "<task>"}, {"type": "text", "text": "hi"}]},
+        ],
+    }),
+    "Zed": ("/v1/chat/completions", {
+        "model": NAME, "stream": False, "max_completion_tokens": 32000, "stop": [], "temperature": 1, "tools": [],
+        "parallel_tool_calls": False, "prompt_cache_key": "k", "reasoning_effort": None,
+        "messages": [*CHAT, {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}},
+        ]}, {"role": "tool", "content": [{"type": "text", "text": "rain"}], "tool_call_id": "1"}],
+    }),
+    "Open WebUI": ("/v1/chat/completions", {
+        "model": NAME, "messages": CHAT, "stream": False, "stream_options": {"include_usage": True}, "user": "me",
+        "tools": [{"type": "function", "function": {
+            "type": "function", "name": "web", "description": "", "parameters": PARAMETERS,
+        }}],
+    }),
+    "a refusal sent back": ("/v1/chat/completions", {
+        "messages": [*CHAT, {"role": "assistant", "content": [
+            {"type": "text", "text": "a", "annotations": []}, {"type": "refusal", "refusal": "No."},
+        ]}, *CHAT],
     }),
     "LangChain, completion": ("/v1/completions", {
         "model": NAME, "prompt": ["Say hi"], "frequency_penalty": 0, "logit_bias": {}, "logprobs": None,

@@ -7,6 +7,7 @@ program asks the system by itself, so tests put another `memory_of_process` in t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -90,8 +91,8 @@ _PHYS_FOOTPRINT, _LIFETIME_MAX_PHYS_FOOTPRINT = 9, 30
 def footprint_of_process(library: Any) -> ProcessMemory | None:
     """What macOS counts against this process, by `proc_pid_rusage` of its C library; None where it cannot be had.
 
-    `ri_phys_footprint` is what `task_info` calls `phys_footprint`; one call gives it and its peak. Written from the
-    public headers; never run on macOS.
+    `ri_phys_footprint` is what `task_info` calls `phys_footprint`; one call gives it and its peak. Written from
+    the public headers; never run on macOS.
     """
     words = (ctypes.c_uint64 * _NUM_WORDS)()
     try:
@@ -110,6 +111,13 @@ def resident_bytes() -> int:
 def peak_rss_bytes() -> int:
     """The most memory this process ever took."""
     return memory_of_process().peak
+
+
+def trim_heap() -> None:
+    """Give memory that the C library holds free back to the system, where it can (Linux)."""
+    if psutil.LINUX:
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def working_set_bytes() -> int | None:

@@ -25,7 +25,7 @@ _CONTEXT_STEP = 64
 _LOGIT_COPIES = 1.25  # the whole, and a piece of a streamed head
 _RESERVE = 24 << 20  # the allocator's loose ends
 _CACHE_SHARE = 32  # of a budget MLX may keep one part as freed memory, which a pass's temporaries are made of
-_LEAST_CACHE, _MOST_CACHE = 16 << 20, 256 << 20
+LEAST_CACHE, _MOST_CACHE = 16 << 20, 256 << 20
 
 # When MLX's Metal attention keeps no scores (mlx/backend/metal/scaled_dot_product_attention.cpp).
 _VECTOR_ROWS, _VECTOR_HEADS = 8, 32  # up to so many rows, and rows times query heads of a key's head
@@ -35,7 +35,7 @@ _TILED_DIMS = frozenset((64, 72, 80, 96, 128))
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """How a model attends with MLX's own operation, which keeps scores of all rows and keys where it has no kernel.
+    """How a model attends with MLX's own operation, which keeps all scores where it has no kernel.
 
     `itemsize`: bytes of a score. `has_kernels`: on Metal, for usual shapes; elsewhere there are none.
     """
@@ -172,12 +172,12 @@ class MemoryNeeds:
     loading_bytes: int = 0
 
     def most_room(self, budget: int | None) -> Room:
-        cache = _MOST_CACHE if budget is None else min(max(budget // _CACHE_SHARE, _LEAST_CACHE), _MOST_CACHE)
+        cache = _MOST_CACHE if budget is None else min(max(budget // _CACHE_SHARE, LEAST_CACHE), _MOST_CACHE)
         return Room(self.context, max_nodes=256, prefill_chunk=512, num_buffers=3, cache_bytes=cache)
 
     @property
     def least_room(self) -> Room:
-        return Room(self.min_context, max_nodes=16, prefill_chunk=64, num_buffers=2, cache_bytes=_LEAST_CACHE)
+        return Room(self.min_context, max_nodes=16, prefill_chunk=64, num_buffers=2, cache_bytes=LEAST_CACHE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,15 +261,15 @@ def make_plan(needs: MemoryNeeds, budget: int | None, pinned: int | None = None)
 
 _SHARE = 0.70
 _GPU_SHARE, _LEFT = 0.85, 0.35
-"""Of the working set that Metal recommends: near it, models that are not wired ran 43 to 150 times slower. And what
-stays for others: 16 GB Macs with more than that wired froze."""
+"""Of the working set that Metal recommends: near it, models that are not wired ran 43 to 150 times slower. And
+what stays for others: 16 GB Macs with more than that wired froze."""
 
 
 def default_budget(
     weight_bytes: int, physical_bytes: int, working_set_bytes: int | None = None, runtime_bytes: int = 0
 ) -> int | None:
-    """None where the weights fit into it, else 70 % of physical memory. Where a GPU recommends a working set, 85 % of
-    that and what the process takes beside it, with 35 % of physical memory left over.
+    """None where the weights fit into it, else 70 % of physical memory. Where a GPU recommends a working set, 85 %
+    of that and what the process takes beside it, with 35 % of physical memory left over.
 
     runtime_bytes: what is taken beside the weights, outside the GPU's working set.
     """
@@ -277,6 +277,11 @@ def default_budget(
     if working_set_bytes is not None:
         share = min(round((1 - _LEFT) * physical_bytes), round(_GPU_SHARE * working_set_bytes) + runtime_bytes)
     return None if weight_bytes <= share else share
+
+
+def wired_share(working_set_bytes: int) -> int:
+    """The most of a GPU's working set to hold in memory whatever else wants it."""
+    return round(_GPU_SHARE * working_set_bytes)
 
 
 def _too_little(needs: MemoryNeeds, budget: int, pinned: int | None) -> BudgetError:
@@ -322,7 +327,9 @@ def _plan(needs: MemoryNeeds, budget: int | None, pins: Pins, embedding: bool, r
     logits = round(room.max_nodes * sizes.logit_columns * 4 * _LOGIT_COPIES)
     activations = room.prefill_chunk * (3 * sizes.widest + 6 * sizes.hidden) * 4
     if sizes.attention is not None:
-        activations += sizes.attention.score_bytes(max(room.prefill_chunk, room.max_nodes), room.context + room.max_nodes)
+        activations += sizes.attention.score_bytes(
+            max(room.prefill_chunk, room.max_nodes), room.context + room.max_nodes
+        )
     compacted = -(-kv // max(len(sizes.layer_bytes), 1))  # a layer's rows are copied before they move
     largest_layer = max(sizes.layer_bytes, default=0)
     head_pieces = max(-(-sizes.matrix_bytes // max(largest_layer, 1 << 20)), 1)
@@ -415,8 +422,7 @@ def larger_plans(needs: MemoryNeeds, plan: MemoryPlan) -> Iterator[tuple[str, Me
         yield f"+{more} %", larger
         if not larger.streamed_bytes:
             return
-    whole = make_plan(needs, None)
-    yield "all resident", replace(whole, budget_bytes=whole.total_bytes)
+    yield "all resident", make_plan(needs, make_plan(needs, None).total_bytes)
 
 
 def smaller_drafts(needs: MemoryNeeds, plan: MemoryPlan, pinned: int | None) -> Iterator[tuple[str, MemoryPlan]]:

@@ -286,8 +286,8 @@ class LazyKVCache(SlotTable):
     def _close_gaps(self, kept: Sequence[int]) -> None:
         """One gather per layer, from the first gap on. ``kept``: all uncommitted slots, ascending.
 
-        The rows are a copy before they are stored: an array that is still to be read cannot be changed in place, and
-        all of the layer's buffer would be copied. Layer by layer, so that the copies of one are all that is added.
+        The rows are copied before they are stored: an array that is still to be read cannot be changed in place,
+        and all of the layer's buffer would be copied. Layer by layer, so that only one's copies are added.
         """
         order = np.concatenate([self.live_slots(), np.asarray(kept, np.int32)])
         gaps = np.flatnonzero(order != np.arange(len(order)))

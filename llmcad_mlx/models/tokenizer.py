@@ -1,14 +1,15 @@
 """Loading a tokenizer without making Python objects of a tokenizer.json.
 
-mlx-lm and transformers parse the file three times, for its decoder, for its added tokens, and for the vocabulary from
-which most of transformers' classes build a tokenizer anew: 735 MB for the 33 MB of Gemma 3, where the tokenizer itself
-takes 100. Here they get a folder like the model's whose tokenizer.json has everything but the vocabulary. What they
-make of it, with all that they know of the model's family, then gets the vocabulary.
+mlx-lm and transformers parse the file three times, for its decoder, for its added tokens, and for the vocabulary
+from which most of transformers' classes build a tokenizer anew: 735 MB for the 33 MB of Gemma 3, where the
+tokenizer itself takes 100. Here they get a folder like the model's whose tokenizer.json has everything but the
+vocabulary. What they make of it, with all that they know of the model's family, then gets the vocabulary.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,28 +24,45 @@ from tokenizers.models import BPE
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from llmcad_mlx.files import read_object
+from llmcad_mlx.machine import trim_heap
 
 _FILE = "tokenizer.json"
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _PREFIX, _SUFFIX = "continuing_subword_prefix", "end_of_word_suffix"  # a vocabulary is built with these
 _OPTIONS = ("dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
+_LOADING_SHARE = 11  # bytes a byte of the file: 11.2 with the 11 MB of Qwen2.5, 10.5 with the 33 MB of Gemma 3
+_LOADING_SHARE_OF_OTHERS = 22  # with Python objects
 _OF_TOKENS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def load_tokenizer(folder: Path, eos_token_ids: Any) -> Any:
     """mlx-lm's TokenizerWrapper of a model folder, without code that the folder brings along.
 
-    It encodes and decodes as the one that mlx-lm loads. Its streaming detokenizer is the general one, which keeps no
-    table of all tokens. Raises what mlx-lm, transformers and tokenizers raise for files they do not understand.
+    It encodes and decodes as the one that mlx-lm loads. Its streaming detokenizer is the general one, which keeps
+    no table of all tokens. Raises what mlx-lm, transformers and tokenizers raise for files they do not understand.
     """
-    return _without_objects(folder, eos_token_ids) or load_by_mlx_lm(
-        folder, {"trust_remote_code": False}, eos_token_ids
-    )
+    tokenizer = _without_objects(folder, eos_token_ids)
+    if tokenizer is None:
+        tokenizer = load_by_mlx_lm(folder, {"trust_remote_code": False}, eos_token_ids)
+    trim_heap()
+    return tokenizer
+
+
+def tokenizer_loading_bytes(folder: Path) -> int:
+    """About the most that `load_tokenizer` takes at a time, beside what the process has already; 0 where the
+    folder has no tokenizer.json."""
+    file = folder / _FILE
+    size = file.stat().st_size if file.is_file() else 0
+    if not size:
+        return 0
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return size * (_LOADING_SHARE if content.find(b'"merges"') >= 0 else _LOADING_SHARE_OF_OTHERS)
 
 
 def _without_objects(folder: Path, eos_token_ids: Any) -> Any:
     """None for a kind of tokenizer that is not known to be the same when it is loaded in two steps."""
-    if not (folder / _FILE).is_file() or "fix_mistral_regex" in read_object(folder / "tokenizer_config.json"):
+    asked = read_object(folder / "tokenizer_config.json")
+    if not (folder / _FILE).is_file() or "fix_mistral_regex" in asked:  # changes large vocabularies only
         return None
     whole = Tokenizer.from_file(str(folder / _FILE))
     if not isinstance(whole.model, BPE):
@@ -73,8 +91,8 @@ def _without_objects(folder: Path, eos_token_ids: Any) -> Any:
 
 @contextmanager
 def _without_vocabulary(folder: Path, whole: Tokenizer) -> Iterator[Path]:
-    """A folder with the files of `folder`, but a tokenizer.json that has no tokens except added ones, numbered from
-    0 in the order of their ids."""
+    """A folder with the files of `folder`, but a tokenizer.json that has no tokens except added ones, numbered
+    from 0 in the order of their ids."""
     added = [token for _, token in sorted(whole.get_added_tokens_decoder().items())]
     content = {
         "version": "1.0",
@@ -107,11 +125,14 @@ def _state(part: Any) -> Any:
 
 
 def _fill(tokenizer: Any, whole: Tokenizer) -> bool:
-    """Give a tokenizer without vocabulary that of `whole`, which then belongs to it. False where what it was made by
-    might have looked at the vocabulary."""
+    """Give a tokenizer without vocabulary that of `whole`, which then belongs to it. False where what made it may
+    have looked at the vocabulary."""
     kind = type(tokenizer)
     native = TokenizersBackend.convert_to_native_format
-    if not isinstance(tokenizer, TokenizersBackend) or kind.convert_to_native_format.__func__ is not native.__func__:
+    if (
+        not isinstance(tokenizer, TokenizersBackend)
+        or kind.convert_to_native_format.__func__ is not native.__func__
+    ):
         return False
     small, model = tokenizer._tokenizer, whole.model
     if not isinstance(small.model, BPE):

@@ -14,6 +14,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 TEMPLATE_OPTION = "chat-template-config"
+_PROMPT_END = 24  # tokens that hold the tag of thinking and the white space after it
 _NEEDED = 'every message needs a "role" and a "content"'
 _NOT_THE_TEMPLATES = {
     "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
@@ -83,6 +84,16 @@ def encode_prompt(
         if not 0 <= token < vocab_size:
             raise UsageError(f"prompt: token {token} is not in the vocabulary of {vocab_size}")
     return tokens
+
+
+def opened_thinking(tokenizer: Any, prompt: Sequence[int]) -> str:
+    """The tag of thinking at the end of a chat's prompt, and the blanks after it: some templates open the block
+    themselves. "" where the answer does not begin within thinking. `tokenizer`: mlx-lm's TokenizerWrapper."""
+    if not tokenizer.has_thinking:
+        return ""
+    end = str(tokenizer.decode(list(prompt[-_PROMPT_END:])))
+    start = end.rfind(tokenizer.think_start)
+    return end[start:] if start >= 0 and end[start:].rstrip() == tokenizer.think_start else ""
 
 
 def as_list(prompt: Any) -> list[Any]:

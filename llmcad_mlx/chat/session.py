@@ -14,7 +14,7 @@ from llmcad_mlx.conversations.file import SavedConversation, read_conversation
 from llmcad_mlx.engine.round import Round, RoundTree
 from llmcad_mlx.errors import ContextLengthError, LlmcadError, UsageError
 from llmcad_mlx.progress import interruptible
-from llmcad_mlx.prompt import typed_text
+from llmcad_mlx.prompt import opened_thinking, typed_text
 from llmcad_mlx.report import Answer, rows_table, stats_table
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sizes import format_size
@@ -112,13 +112,13 @@ class ChatSession:
         it joins them; where nothing came, the conversation stays as it was."""
         asked, answer, complete = replace(self.conversation, messages=messages), Answer(), False
         context = self.engine.pair.context_in_words
+        prompt = self.engine.encode(asked.prompt(), self._template_options)
+        opened = opened_thinking(self.engine.tokenizer, prompt)
         try:
             with interruptible() as check, self.screen.answer(self.engine, self.settings, answer) as view:
+                view.begin(opened)
                 for response in self.engine.stream_generate(
-                    self.engine.encode(asked.prompt(), self._template_options),
-                    view.progress,
-                    self._keep_round,
-                    options=self.settings.options,
+                    prompt, view.progress, self._keep_round, options=self.settings.options
                 ):
                     answer.add(response)
                     self.stats = response.stats
@@ -130,7 +130,9 @@ class ChatSession:
         finally:
             text = "".join(answer.pieces)
             if complete or text:
-                self.conversation = replace(asked, messages=(*messages, Message(ASSISTANT, text, complete)))
+                self.conversation = replace(
+                    asked, messages=(*messages, Message(ASSISTANT, opened + text, complete))
+                )
         if answer.finish_reason == "length":
             limit = self.settings.options.stopping.max_tokens
             if answer.stats.generated_tokens == limit:

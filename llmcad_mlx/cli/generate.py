@@ -126,9 +126,11 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     option = "prompt" if file is None else f"prompt-file: {file}"
     try:
         if file is not None:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         else:
-            text = sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else typed_text(str(prompt), option)
+            text = (
+                sys.stdin.buffer.read().decode("utf-8-sig") if prompt == "-" else typed_text(str(prompt), option)
+            )
     except OSError as error:
         raise UsageError(f"{option}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -31,7 +31,7 @@ from starlette.routing import Route
 from llmcad_mlx import __version__
 from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.prompt import encode_prompt
+from llmcad_mlx.prompt import encode_prompt, opened_thinking
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.answers import ChatAnswer, CompletionAnswer, GenerationResponse
 from llmcad_mlx.serve.jobs import Job
@@ -60,7 +60,6 @@ _LINGER_S = 5  # how long answers that were broken off may take to reach their c
 _MOST_RETRY_S = 60
 _PROBE_S = 1.0
 _LIKE = 0.75  # difflib's ratio of two paths, from where on one is named for the other
-_PROMPT_END = 24  # tokens that hold a marker and the white space after it
 
 
 class LlmServer:
@@ -281,8 +280,7 @@ class Api:
         tokenizer = self._model.tokenizer
         if wanted.kind != "chat" or not tokenizer.has_thinking:
             return None
-        # Some templates open the block themselves.
-        return str(tokenizer.decode(prompt[-_PROMPT_END:])).rstrip().endswith(tokenizer.think_start)
+        return bool(opened_thinking(tokenizer, prompt))
 
     def _encode(self, wanted: GenerationRequest) -> list[int]:
         """The prompt's tokens. Raises ApiError for one that is malformed or too long."""

@@ -74,11 +74,12 @@ def test_prompt_sources_and_templates(
 ) -> None:
     target = ["--target", folder, "-m", "8"]
     file = tmp_path / "prompt.txt"
-    file.write_text(PROMPT, encoding="utf-8")
     chat = expected([{"role": "user", "content": PROMPT}], max_tokens=8) + "\n"
-    assert output("generate", "--prompt-file", file, *target)[0] == chat
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
-    assert output("generate", "-", *target)[0] == chat
+    for encoding in ("utf-8", "utf-8-sig"):  # some editors begin a file with a mark of its encoding
+        file.write_text(PROMPT, encoding=encoding)
+        assert output("generate", "--prompt-file", file, *target)[0] == chat
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode(encoding))))
+        assert output("generate", "-", *target)[0] == chat
     with_system = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
     brief = expected(with_system, max_tokens=8) + "\n"
     assert output("generate", PROMPT, "--system", "be brief", *target)[0] == brief

@@ -28,6 +28,7 @@ from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
 from llmcad_mlx.estimate import DraftEstimate, ModelEstimate, context_room, estimate_needs
 from llmcad_mlx.files import home_folder
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
+from llmcad_mlx.first_run import compile_kernels
 from llmcad_mlx.machine import memory_of_process, physical_memory_bytes, trim_heap, working_set_bytes
 from llmcad_mlx.memory import LEAST_CACHE, MemoryNeeds, MemoryPlan, default_budget, make_plan, wired_share
 from llmcad_mlx.models.folder import (
@@ -355,6 +356,8 @@ def plan_pair(names: PairPaths, options: MemoryOptions) -> PlannedPair:
     budget = _budget([names], options)
     if budget is not None:
         _refuse_early(names, options, budget)
+        folders = [names.target_path, names.draft_path]
+        compile_kernels([folder for folder in folders if folder is not None and folder.is_dir()], budget)
     limits = MlxLimits.while_loading()
     try:
         target = PreparedTarget.to_be_planned(names.target_path, options)

@@ -100,7 +100,11 @@ class LoadedModel:
 
 
 def load_model_folder(
-    path: str | Path, lazy: bool = False, like: LoadedModel | None = None, alone: bool = False
+    path: str | Path,
+    lazy: bool = False,
+    like: LoadedModel | None = None,
+    alone: bool = False,
+    tokenizer: bool = True,
 ) -> LoadedModel:
     """Load the model and tokenizer of an mlx-lm folder; code that a folder brings along is never run.
 
@@ -108,6 +112,7 @@ def load_model_folder(
     the files are the same: a tokenizer takes over 100 MB. Its embedding is taken by a draft that has none, and
     then the tokenizer too where the draft has none either.
     alone: such a draft gets a made-up embedding where there is no target: to examine or copy it.
+    tokenizer: False leaves it out.
     Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
     """
     folder = user_path(str(path))
@@ -131,17 +136,17 @@ def load_model_folder(
     except Exception as error:  # model files raise anything when a config is not what they expect
         raise ModelError(_why_not_built(folder, config, error)) from error
     theirs = like is not None and (not has_tokenizer or _same_tokenizer(folder, like.path))
-    tokenizer = like.tokenizer if like is not None and theirs else None
+    text = like.tokenizer if like is not None and theirs else None
     try:
-        if has_tokenizer and tokenizer is None:
+        if tokenizer and has_tokenizer and text is None:
             with _plain_path(folder) as path:
-                tokenizer = load_tokenizer(path, config.get("eos_token_id"))
-            repair_decoder(tokenizer)
+                text = load_tokenizer(path, config.get("eos_token_id"))
+            repair_decoder(text)
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {first_line(error)}") from error
     return LoadedModel(
         model,
-        tokenizer,
+        text,
         config,
         folder,
         weights,

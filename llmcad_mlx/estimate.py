@@ -39,6 +39,7 @@ MIN_CONTEXT = 1024  # what it makes room for where memory is short and nobody as
 _TOKENIZER_BYTES = 400  # a token, in memory: 380 with a vocabulary of 262,000
 _TOKENIZER_LOADING_BYTES = 1400  # a token
 _KERNEL_BYTES = 128 << 20  # what the process has more once the first model is loaded; 130 MB measured on Linux
+_MODULES_BYTES = 24 << 20  # a model without weights, and modules that are imported for it
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _HEAD = ("lm_head",)  # there is one, where the config does not say otherwise
 
@@ -64,7 +65,7 @@ def estimate_needs(
         runtime_bytes=now + kernels + num_tokens * _TOKENIZER_BYTES + options.reserved,
         draft_bytes=draft.num_bytes,
         draft_kv_bytes_per_token=draft.kv_bytes_per_token,
-        loading_bytes=now + loading,
+        loading_bytes=now + _MODULES_BYTES + loading,
     )
 
 
@@ -85,7 +86,9 @@ class ModelEstimate:
             model = model_class(args_class.from_dict(config))
             is_tied = any(place.get("tie_word_embeddings") for place in _places(config))
             if is_tied and isinstance(model.get("lm_head"), LINEARS):
-                del model["lm_head"]  # some models drop it only when they meet the weights
+                del model["lm_head"]  # some models drop it only when they meet the weights, and note it (gemma3)
+                if hasattr(model, "tie_word_embeddings"):
+                    model.tie_word_embeddings = True
             model.set_dtype(_dtype(config, user_path(name)))
             _quantise(model, config)
             state = _token_state(model, config)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, vocabulary_hash
-from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
+from llmcad_mlx.errors import BudgetError, ModelError, UsageError, VocabularyError
 from llmcad_mlx.estimate import DraftEstimate, ModelEstimate, context_room, estimate_needs
 from llmcad_mlx.files import home_folder
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
@@ -128,6 +128,7 @@ def probe_folder() -> Path:
 
 
 RESIDENT_MAX_NODES = 64
+_DIFFERENCE = 8 << 20  # between the memory of two processes that have done the same
 
 
 def conditions(options: MemoryOptions) -> Conditions:
@@ -378,7 +379,14 @@ def _refuse_early(names: PairPaths, options: MemoryOptions, budget: int) -> None
         draft = DraftEstimate.at(names.draft_path)
     except ModelError:
         return  # loading says what is wrong
-    make_plan(estimate_needs(model, draft, options, names.target_path), budget, options.pinned)
+    needs = estimate_needs(model, draft, options, names.target_path)
+    try:
+        make_plan(needs, budget, options.pinned)
+    except BudgetError:
+        # The next process may begin with a little more memory than this one; the size that is named shall work.
+        runtime, loading = needs.runtime_bytes + _DIFFERENCE, needs.loading_bytes + _DIFFERENCE
+        make_plan(replace(needs, runtime_bytes=runtime, loading_bytes=loading), budget, options.pinned)
+        raise
 
 
 def _budget(pairs: Sequence[PairPaths], options: MemoryOptions) -> int | None:

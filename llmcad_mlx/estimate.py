@@ -39,7 +39,7 @@ MIN_CONTEXT = 1024  # what it makes room for where memory is short and nobody as
 _TOKENIZER_BYTES = 400  # a token, in memory: 380 with a vocabulary of 262,000
 _TOKENIZER_LOADING_BYTES = 1400  # a token
 _KERNEL_BYTES = 128 << 20  # what the process has more once the first model is loaded; 130 MB measured on Linux
-_MODULES_BYTES = 24 << 20  # a model without weights, and modules that are imported for it
+_MODULES_BYTES = 8 << 20  # a model without weights, and modules that are imported for it
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _HEAD = ("lm_head",)  # there is one, where the config does not say otherwise
 

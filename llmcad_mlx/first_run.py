@@ -20,12 +20,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from llmcad_mlx.cpu import COMPILER_BYTES, UNFINISHED, cpu_kernels_wanted
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.files import home_folder, write_text
 from llmcad_mlx.files.safetensors import read_weights
 from llmcad_mlx.machine import memory_of_process
 from llmcad_mlx.memory import MemoryNeeds, make_plan
 from llmcad_mlx.models.folder import load_model_folder, read_config
+from llmcad_mlx.process import COMPILER_BYTES, UNFINISHED
 from llmcad_mlx.streaming.build import Prepared
 from llmcad_mlx.verifying import Target
 

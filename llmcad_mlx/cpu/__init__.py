@@ -16,12 +16,6 @@ from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import UsageError
 
-COMPILER_BYTES = "LLMCAD_MLX_COMPILER_BYTES"
-"""Environment variable: what a process that only compiles may take before it ends, for another one to go on."""
-
-UNFINISHED = 75
-"""Its exit code then: EX_TEMPFAIL."""
-
 
 def cpu_kernels_wanted() -> bool:
     """True where MLX would run on a CPU without Apple's Accelerate."""

@@ -13,10 +13,10 @@ import numba
 from numba.core import config
 from numba.core.caching import FunctionCache
 
-from llmcad_mlx.cpu import COMPILER_BYTES, UNFINISHED
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.files import home_folder
 from llmcad_mlx.machine import resident_bytes
+from llmcad_mlx.process import COMPILER_BYTES, UNFINISHED
 
 
 class _Cache(FunctionCache):

@@ -40,7 +40,7 @@ _SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "g
 _MUST_HEED = (
     "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "scale_attn_by_inverse_layer_idx",
     "scale_attn_weights", "moe_apply_router_weight_on_input", "swiglu_alpha", "swiglu_limit",
-    "norm_topk_prob", "router_jitter_noise",
+    "norm_topk_prob",
 )  # fmt: skip
 _ALL_SLIDING = ("mistral", "ministral3")  # mlx-lm can have windows in some of their layers, not in all
 
@@ -134,12 +134,18 @@ def _source_of_text(module: ModuleType, nested: Mapping[str, Any]) -> str:
 
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Tokens that a model was made for and computes as its publisher's does; None when its config does not say."""
-    most = (config.get("llmcad") or {}).get(_MOST_CONTEXT, math.inf)
+    most = own_limit(config) or math.inf
     for place in (config, config.get("text_config") or {}):
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
             if isinstance(place.get(name), int):
                 return int(min(place[name], most))
     return None if most == math.inf else int(most)
+
+
+def own_limit(config: Mapping[str, Any]) -> int | None:
+    """Tokens up to which a completed config says that mlx-lm computes the publisher's text; None: all."""
+    limit: int | None = (config.get("llmcad") or {}).get(_MOST_CONTEXT)
+    return limit
 
 
 def correct_rope(model: Module, config: Mapping[str, Any]) -> None:

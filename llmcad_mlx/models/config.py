@@ -42,6 +42,7 @@ _MUST_HEED = (
     "scale_attn_weights", "moe_apply_router_weight_on_input", "swiglu_alpha", "swiglu_limit",
     "norm_topk_prob",
 )  # fmt: skip
+_LEAST_VOCABULARY = {"phi3small": 100352}  # MLX checks no index: writing beyond a row ends in a segfault
 _ALL_SLIDING = ("mistral", "ministral3")  # mlx-lm can have windows in some of their layers, not in all
 
 
@@ -58,6 +59,12 @@ def completed(folder: Path, config: Mapping[str, Any], weights: Iterable[str]) -
         args = _get_classes(config=found)[1]
     except (Exception, SystemExit):  # told when the model is built
         return found
+    needed = _LEAST_VOCABULARY.get(config["model_type"], 0)
+    if isinstance(config.get("vocab_size"), int) and config["vocab_size"] < needed:
+        raise ModelError(
+            f"{folder / 'config.json'}: vocab_size is {config['vocab_size']}, but mlx-lm's {config['model_type']} "
+            f"writes to {needed} logits whatever it is; choose another model"
+        )
     reference, has_head = _reference(config), any("lm_head" in name for name in weights)
     ignored = [
         *_complete_whole(found, config, reference, args, has_head),

@@ -23,7 +23,7 @@ from llmcad_mlx.models.config import _ACTIVATIONS, _MUST_HEED, completed, contex
 from llmcad_mlx.models.folder import load_model_folder, read_config
 from llmcad_mlx.store.convert import convert_folder
 from tests.support.architecture_configs import FAMILIES, METAL_ONLY, WINDOW, build, config_of
-from tests.support.tiny_folder import family_folder
+from tests.support.tiny_folder import family_folder, write_folder
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -120,6 +120,13 @@ def test_a_window_that_mlx_lm_ignores_limits_the_context(
     )
     with load(folder, None) as engine:
         assert engine.pair.context_length == context
+
+
+def test_a_vocabulary_that_mlx_lm_would_write_beyond_is_refused(tmp_path: Path) -> None:
+    """Its phi3small bars tokens by fixed ids, and MLX writes wherever an index points."""
+    model, config = build("phi3small"), {**config_of("phi3small"), "vocab_size": 64}
+    with pytest.raises(ModelError, match="vocab_size is 64, but mlx-lm's phi3small writes to 100352 logits"):
+        load_model_folder(write_folder(tmp_path / "model", model, config))
 
 
 def by_kind_of_layer(full: dict[str, Any], sliding: dict[str, Any]) -> dict[str, Any]:

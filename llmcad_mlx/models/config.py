@@ -15,7 +15,7 @@ import inspect
 import io
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +34,15 @@ _MODELS = "mlx_lm.models"
 
 # Not filled in: mlx-lm and transformers name kinds of layers differently; the weights have a say in the other.
 _NOT_FILLED_IN = {"layers_block_type", "tie_word_embeddings"}
-_MOVED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "rope_parameters"}
+_MOVED = {
+    "rope_theta", "rope_scaling", "rope_local_base_freq", "swa_rope_theta", "partial_rotary_factor",
+    "rope_parameters", "rotary_emb_base", "rotary_pct",
+}  # fmt: skip
+_ROPE_NAMES = (
+    ("rope_theta", "rope_theta"), ("partial_rotary_factor", "partial_rotary_factor"),
+    ("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor"),
+)  # fmt: skip
+"""What mlx-lm calls what `rope_parameters` hold."""
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "mamba_hidden_act")
 _SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu"}
 _MUST_HEED = (
@@ -89,6 +97,12 @@ def _complete_whole(
     for name, value in _readable(reference).items():
         if name in fillable and found.get(name) is None and value is not None:
             found[name] = value
+    found.update(_under_other_names(found, parameters.keys()))
+    if "rope_scaling" in parameters:  # some must have it
+        found.setdefault("rope_scaling", None)
+    if "head_dim" in parameters.keys() - optional and found.get("head_dim") is None:
+        with contextlib.suppress(KeyError, TypeError):  # told when the model is built
+            found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
     if "tie_word_embeddings" in parameters:
         _tie(found, [config], reference, has_head)
     usual, source = _reference({"model_type": config["model_type"]}), inspect.getsource(_module_of(args))
@@ -112,6 +126,7 @@ def _complete_text(
         full, usual = _reference(nested), _reference(kind)
     text = {name: value for name, value in _readable(full).items() if value is not None}
     text |= {name: value for name, value in nested.items() if value is not None or name not in text}
+    text = {"rope_scaling": None, **text, **_under_other_names(text)}
     _tie(text, [nested, config], full, has_head)
     if not has_head and text.get("tie_word_embeddings") is None:
         text["tie_word_embeddings"] = True
@@ -199,14 +214,30 @@ def _reference(config: Mapping[str, Any]) -> dict[str, Any]:
         logging.set_verbosity(verbosity)
 
 
+def _under_other_names(config: Mapping[str, Any], wanted: Container[str] | None = None) -> dict[str, Any]:
+    """What a config says under one of two names that transformers takes for the same, by the other one; of the
+    names in `wanted`, or of all."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    pairs = CONFIG_MAPPING[kind].attribute_map.items() if kind in CONFIG_MAPPING else ()
+    found: dict[str, Any] = {}
+    for one, other in [*pairs, *((new, old) for old, new in pairs), ("n_ctx", "n_positions")]:
+        value = config.get(other)
+        if value is not None and config.get(one) is None and (wanted is None or one in wanted):
+            found[one] = value
+    return found
+
+
 def _readable(reference: Mapping[str, Any]) -> dict[str, Any]:
     """`reference` with what is in `rope_parameters` under the names it had before, which mlx-lm looks for."""
     values = dict(reference)
     parameters = reference.get("rope_parameters") or {}
     full, local = _full_attention(parameters), parameters.get("sliding_attention") or {}
-    values["rope_local_base_freq"] = values.get("rope_local_base_freq") or local.get("rope_theta")
-    for name in ("rope_theta", "partial_rotary_factor"):
-        values[name] = full.get(name) if values.get(name) is None else values[name]
+    for name in ("rope_local_base_freq", "swa_rope_theta"):
+        values[name] = values.get(name) or local.get("rope_theta")
+    for old, name in _ROPE_NAMES:
+        values[old] = full.get(name) if values.get(old) is None else values[old]
     if values.get("rope_scaling") is None and (kind := _rope_kind(full)) != "default":
         values["rope_scaling"] = {**full, "type": kind, "rope_type": kind}
     return values
@@ -269,7 +300,8 @@ def _ignored(
     if "rope_parameters" in source:
         return
     base = local.get("rope_theta")
-    if base not in (None, full.get("rope_theta")) and "rope_local_base_freq" not in source:
+    heeds = "rope_local_base_freq" in source or "swa_rope_theta" in source
+    if base not in (None, full.get("rope_theta")) and not heeds:
         yield "rope_theta of layers with a window", base
     kind = _rope_kind(full)
     if kind in ("default", "mrope"):

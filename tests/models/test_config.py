@@ -370,3 +370,49 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> Non
     found = beside_transformers(family)
     unexplained = {name: values for name, values in found.items() if f"{family}.{name}" not in DIFFERENT}
     assert not unexplained
+
+
+# What mlx-lm must have, and a config.json written by transformers 5 with its defaults does not say: refused.
+NOT_WRITTEN = {
+    "apertus": {"mlp_bias", "post_norm", "qk_norm"}, "bailing_hybrid": {"group_norm_size"},
+    "exaone_moe": {"is_moe_layer"}, "glm_moe_dsa": {"topk_method", "scoring_func", "moe_layer_freq"},
+    "kimi_linear": {"rope_theta", "linear_attn_config"}, "lfm2": {"block_dim"},
+    "longcat_flash": {"attention_method", "zero_expert_type", "mla_scale_q_lora", "mla_scale_kv_lora"},
+    "mamba2": {"intermediate_size"}, "minimax": {"shared_intermediate_size", "rotary_dim"},
+    "pixtral": {"text_config"}, "solar_open": {"intermediate_size", "first_k_dense_replace"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", families_of_both())
+def test_what_transformers_writes_is_enough(family: str) -> None:
+    """Names that differ between the two, and settings that one leaves out."""
+    if family == "mimo_v2_flash":
+        pytest.skip("transformers has other names for half of its fields")
+    config = json.loads(CONFIG_MAPPING[family]().to_json_string())
+    done = completed(Path("model"), config, ["lm_head.weight"])
+    parameters = inspect.signature(_get_classes(config)[1]).parameters
+    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    assert required - done.keys() == NOT_WRITTEN.get(family, set())
+
+
+@pytest.mark.parametrize(
+    ("family", "moved", "old"),
+    [
+        ("gpt_neox", {"partial_rotary_factor": 0.25}, {"rotary_emb_base": 500.0, "rotary_pct": 0.25}),
+        ("exaone4", {}, {"rope_theta": 500.0, "rope_scaling": None}),
+        (
+            "glm4_moe",
+            {"partial_rotary_factor": 0.25},
+            {"rope_theta": 500.0, "rope_scaling": None, "partial_rotary_factor": 0.25},
+        ),
+    ],
+)
+def test_rotary_settings_under_names_of_their_own(
+    tmp_path: Path, family: str, moved: dict[str, Any], old: dict[str, Any]
+) -> None:
+    drop = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
+    before = rewrite(family_folder(tmp_path / "old", family), drop, **old)
+    after = rewrite(
+        family_folder(tmp_path / "new", family), drop, rope_parameters={**DEFAULT, "rope_theta": 500.0, **moved}
+    )
+    assert mx.array_equal(logits(after), logits(before))

@@ -98,7 +98,7 @@ def _complete_whole(
         if name in fillable and found.get(name) is None and value is not None:
             found[name] = value
     found.update(_under_other_names(found, parameters.keys()))
-    if "rope_scaling" in parameters:  # some must have it
+    if "rope_scaling" in parameters.keys() - optional:
         found.setdefault("rope_scaling", None)
     if "head_dim" in parameters.keys() - optional and found.get("head_dim") is None:
         with contextlib.suppress(KeyError, TypeError):  # told when the model is built

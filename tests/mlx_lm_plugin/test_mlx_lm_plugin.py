@@ -407,7 +407,7 @@ def test_a_config_is_read_as_its_publisher_does(folder: Path, tmp_path: Path, ca
     drop, changes, difference = READ_OTHERWISE[case]
     place = rewrite(copy_folder(folder, tmp_path / "model"), drop, **changes)
     with llmcad_mlx.load(place, None) as engine:
-        expected = engine.generate(PROMPT, max_tokens=8, raw=True).tokens
+        expected = engine.generate(PROMPT, max_tokens=8).tokens
     for options in ({}, {"kv_bits": 8}):
         with pytest.raises(UsageError, match=rf"\({difference}\); load it with llmcad_mlx.mlx_lm_plugin.load"):
             list(stream_generate(*mlx_lm.load(str(place)), PROMPT, max_tokens=8, **options))

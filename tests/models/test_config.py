@@ -233,7 +233,8 @@ TEXT_TYPES = {
     "kimi_k25": "deepseek_v3", "kimi_vl": "deepseek_v3", "gemma3n": "gemma3n_text", "gemma4": "gemma4_text",
     "llama4": "llama4_text", "qwen2_vl": "qwen2_vl_text", "qwen3_vl": "qwen3_vl_text", "lfm2-vl": "lfm2",
     "qwen3_vl_moe": "qwen3_vl_moe_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text",
-    "minimax_m3_vl": "minimax_m3_vl_text", "muse_spark": "muse_spark_text", "prism_hadamard_qwen35": "qwen3_5_text",
+    "minimax_m3_vl": "minimax_m3_vl_text", "muse_spark": "muse_spark_text",
+    "prism_hadamard_qwen35": "qwen3_5_text",
 }  # fmt: skip
 NESTING = [family for family in FAMILIES if "text_config" in FAMILIES[family]]
 

@@ -32,8 +32,8 @@ Edit = Callable[[GGUFWriter], None]
 # a block may be any bytes.
 _SCALE_BYTES = {
     Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,),
-    Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,), Kind.IQ1_S: (0,), Kind.IQ2_XXS: (0,), Kind.IQ2_XS: (0,),
-    Kind.IQ2_S: (0,), Kind.IQ3_XXS: (0,), Kind.IQ3_S: (0,),
+    Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,), Kind.IQ2_XXS: (0,), Kind.IQ2_XS: (0,),
+    Kind.IQ3_XXS: (0,), Kind.IQ3_S: (0,),
 }  # fmt: skip
 HIDDEN = 64
 BASE: Config = {

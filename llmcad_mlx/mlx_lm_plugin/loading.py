@@ -82,8 +82,8 @@ def check_reading(model: Any, tokenizer: Any) -> None:
         as_loaded = args_class.from_dict(copy.deepcopy(config))
     except Exception:  # not a model's folder, or one of another mlx-lm
         return
-    args = getattr(model, "args", None)
-    if type(args) is not args_class or args != as_loaded:
+    args: Any = getattr(model, "args", None)
+    if not isinstance(args, args_class) or args != as_loaded:
         return
     published = _as_published(folder, config)
     meant = model_class(args_class.from_dict(copy.deepcopy(published)))
@@ -110,7 +110,7 @@ def _as_published(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _difference(loaded: Module, published: Module) -> str:
+def _difference(loaded: Any, published: Any) -> str:
     """The first setting of a module that differs, by its path; "" where all are equal."""
     ours, theirs = ({name: _settings(module) for name, module in m.named_modules()} for m in (loaded, published))
     for path in [*ours, *(theirs.keys() - ours.keys())]:

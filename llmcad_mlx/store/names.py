@@ -297,7 +297,7 @@ def pull_part(name: str, part: str, progress: Progress | None = None, keep_sourc
             file = fetch_file(source, progress or Progress())
             made = folder.with_name(f"{part}.new")
             shutil.rmtree(made, ignore_errors=True)  # of a try that was killed
-            convert_gguf(file, made, progress=progress)
+            convert_gguf(file, made, source.bits, progress=progress, sampling=source.sampling)
             (made / MARKER).write_text(json.dumps(_marker(made, source), indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)  # of an older form, or damaged; kept while the disk may fill
             made.rename(folder)
@@ -325,6 +325,7 @@ def _marker(folder: Path, source: FileSource) -> dict[str, object]:
     return {
         "format": FORMAT,
         "sha256": source.sha256,
+        **({} if source.bits is None else {"bits": source.bits}),
         "weight_bytes": sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
     }
 

@@ -181,7 +181,8 @@ PATHS = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path) -> None:
+@pytest.mark.usefixtures("own_home")
+def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path, output: Any) -> None:
     ODD[case](folder)
     if case in PATHS:
         folder = folder.rename(folder.parent / PATHS[case])
@@ -191,6 +192,8 @@ def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path) -
     convert_folder(folder, folder.parent / "converted", bits=8, group_size=32)
     with load(folder, None, memory="8GB", pinned=0) as engine:
         assert engine.generate([5], max_tokens=2).tokens
+    assert output("doctor", folder)[1] == ""
+    assert json.loads(output("plan", folder, "--json")[0])["estimated"] is False
 
 
 def test_a_path_as_people_write_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

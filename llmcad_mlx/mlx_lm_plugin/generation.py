@@ -15,6 +15,7 @@ from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModels, LeftToMlxLmError
+from llmcad_mlx.mlx_lm_plugin.loading import Place, load_model, replaced
 from llmcad_mlx.mlx_lm_plugin.speculation import OPTIONS, Request, Speculation
 
 COMMANDS = ("generate", "chat", "server")
@@ -35,11 +36,13 @@ def stream_generate(
     """As mlx_lm's function of that name, verifying token trees; see the package for what each option does.
 
     `from_draft` tells which tokens were drafted, without a draft model too. A first call prepares the model, which
-    takes about twenty forwards of a token. Raises UsageError naming an option, VocabularyError for a draft model
-    with too few tokens, and what mlx-lm raises where its function runs.
+    takes about twenty forwards of a token. Raises UsageError naming an option, or for a model that mlx-lm has not
+    loaded as its publisher's code would (`load` does), VocabularyError for a draft model with too few tokens, and
+    what mlx-lm raises where its function runs.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
+    _MODELS.check(model, tokenizer)
     speculation: Speculation | None = None
     try:
         for unknown in sorted(kwargs.keys() - OPTIONS):
@@ -80,19 +83,14 @@ def generate(model: Module, tokenizer: Any, prompt: str | list[int], verbose: bo
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """While this is open, mlx-lm's functions and commands generate with token trees.
+    """While this is open, mlx-lm's functions and commands load models as `load` does and generate with trees.
 
     mlx_lm.server batches requests that name no seed; as batches have no trees, it then serves them one by one.
     """
     modules = {name: import_module(f"mlx_lm.{name}") for name in COMMANDS}  # mlx_lm.generate names a function too
     owners = [*modules.values(), import_module("mlx_lm")]
-    places: list[tuple[Any, str, Any]] = [(owner, "stream_generate", stream_generate) for owner in owners]
+    places: list[Place] = [(owner, "stream_generate", stream_generate) for owner in owners]
+    places.append((import_module("mlx_lm.utils"), "load_model", load_model))
     places.append((modules["server"].ResponseGenerator, "_is_batchable", lambda generator, arguments: False))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    try:
-        for place in places:
-            setattr(*place)
+    with replaced(places):
         yield
-    finally:
-        for place in before:
-            setattr(*place)

@@ -22,15 +22,17 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from llmcad_mlx import UsageError, VocabularyError, mlx_lm_plugin
+import llmcad_mlx
+from llmcad_mlx import ModelError, UsageError, VocabularyError, mlx_lm_plugin
 from llmcad_mlx.engine.growth import make_policy
 from llmcad_mlx.mlx_lm_plugin import speculation
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModels
 from llmcad_mlx.mlx_lm_plugin.generation import generate, installed, stream_generate
 from llmcad_mlx.settings import SpeculationSettings
+from tests.models.test_config import rewrite
 from tests.support.architecture_configs import build
 from tests.support.tiny import tiny_llama
-from tests.support.tiny_folder import EOS, VOCAB
+from tests.support.tiny_folder import EOS, VOCAB, copy_folder
 
 PROMPT = "then the other one ran in and then the other one"
 SECOND = "and the one in the other"
@@ -385,6 +387,54 @@ def test_verbose_prints_the_text_and_mlx_lms_figures(loaded: Loaded, capsys: pyt
     theirs = capsys.readouterr().out
     assert text in ours
     assert re.sub(r"\d", "", ours) == re.sub(r"\d", "", theirs)
+
+
+MOVED = {"rope_parameters": {"rope_theta": 300.0, "rope_type": "default"}}
+READ_OTHERWISE = {
+    "moved": (("rope_theta",), MOVED, r"model.layers.\d.self_attn.rope.base is 300.0, not 10000"),
+    "moved, by its own word": (
+        ("rope_theta", "tie_word_embeddings"),
+        MOVED,
+        r"(.* is 300.0, not 10000|it has a lm_head)",
+    ),
+    "head": (("tie_word_embeddings",), {}, r"it has a lm_head"),
+}
+
+
+@pytest.mark.parametrize("case", READ_OTHERWISE)
+def test_a_config_is_read_as_its_publisher_does(folder: Path, tmp_path: Path, case: str) -> None:
+    """By `load` and what is installed; what mlx-lm alone has loaded is refused, whatever runs it."""
+    drop, changes, difference = READ_OTHERWISE[case]
+    place = rewrite(copy_folder(folder, tmp_path / "model"), drop, **changes)
+    with llmcad_mlx.load(place, None) as engine:
+        expected = engine.generate(PROMPT, max_tokens=8).tokens
+    for options in ({}, {"kv_bits": 8}):
+        with pytest.raises(UsageError, match=rf"\({difference}\); load it with llmcad_mlx.mlx_lm_plugin.load"):
+            list(stream_generate(*mlx_lm.load(str(place)), PROMPT, max_tokens=8, **options))
+    assert [r.token for r in stream_generate(*mlx_lm_plugin.load(str(place)), PROMPT, max_tokens=8)] == expected
+    with installed():
+        model, tokenizer, config = mlx_lm.load(str(place), return_config=True)
+    assert [r.token for r in stream_generate(model, tokenizer, PROMPT, max_tokens=8)] == expected
+    assert config["rope_theta"] == model.args.rope_theta
+    assert mlx_lm.utils.load_model.__module__ == "mlx_lm.utils"
+
+
+def test_settings_that_a_caller_gave_are_not_a_misreading(folder: Path) -> None:
+    own = mlx_lm.load(str(folder), model_config={"rope_theta": 5.0})
+    assert len(list(stream_generate(*own, PROMPT, max_tokens=4))) == 4
+
+
+def test_what_mlx_lm_would_ignore_is_refused(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = rewrite(copy_folder(folder, tmp_path / "model"), hidden_act="gelu")
+    with pytest.raises(ModelError, match="hidden_act is 'gelu', which mlx-lm does not heed"):
+        mlx_lm_plugin.load(str(place))
+    with pytest.raises(ModelError, match="hidden_act is 'gelu', which mlx-lm does not heed"):
+        list(stream_generate(*mlx_lm.load(str(place)), PROMPT, max_tokens=4))
+    rewrite(place, ("layer_types",), hidden_act="silu", model_type="mistral", sliding_window=8)
+    list(stream_generate(*mlx_lm.load(str(place)), PROMPT, max_tokens=4))
+    assert "mlx-lm ignores the window of 8 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("version", ["0.31.3", "0.32.1", "0.32.9", "0.33.0", "1.0"])

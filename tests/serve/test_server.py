@@ -347,7 +347,8 @@ def test_what_changes_no_greedy_answer(live: Live, engine: Engine, fields: dict[
 
 def test_a_byte_order_mark_is_no_part_of_the_body(live: Live) -> None:
     body = b"\xef\xbb\xbf" + json.dumps({"messages": CHAT, "max_tokens": 2}).encode()
-    assert httpx.post(f"{live.url}/v1/chat/completions", content=body).status_code == 200
+    sent = {"content": body, "headers": {"Content-Type": "application/json"}}
+    assert httpx.post(f"{live.url}/v1/chat/completions", **sent).status_code == 200
 
 
 def test_seeds_may_be_negative(live: Live) -> None:

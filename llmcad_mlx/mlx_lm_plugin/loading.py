@@ -54,7 +54,7 @@ def load_model(
     config = mlx_lm.utils.load_config(folder) | (model_config or {})
     config = _as_published(folder, config, _weight_names(folder))
     model, config = _mlx_lm_load_model(model_path, lazy, strict, config, *arguments, **options)
-    correct_rope(model, config)
+    correct_rope(model, config, folder)
     if (most := own_limit(config)) is not None:
         setattr(model, _MOST_TOKENS, most)
     return model, config
@@ -112,8 +112,10 @@ def check_reading(model: Any, tokenizer: Any) -> None:
     high, low = random[0].tolist()  # new modules draw their weights, and a caller may have set a seed
     try:
         meant = model_class(args_class.from_dict(copy.deepcopy(published)))
-        correct_rope(meant, published)
+        correct_rope(meant, published, folder)
         difference = _difference(model, model_class(as_loaded), meant)
+    except ModelError:
+        raise
     except Exception:  # mlx-lm cannot build it at all
         return
     finally:

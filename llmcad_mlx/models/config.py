@@ -23,6 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
+from mlx.nn.layers.positional_encoding import RoPE
 from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE
 from mlx_lm.utils import _get_classes
 
@@ -52,6 +53,7 @@ _MUST_HEED = (
     "norm_topk_prob",
 )  # fmt: skip
 _LEAST_VOCABULARY = {"phi3small": 100352}  # MLX checks no index: writing beyond a row ends in a segfault
+_PLAIN = ("default", "mrope")  # kinds of rotation that mlx-lm computes alike, as only text comes in
 _LONGROPE = ("longrope", "su")  # two words for one
 _ALL_SLIDING = ("mistral", "ministral3")  # mlx-lm can have windows in some of their layers, not in all
 
@@ -81,11 +83,15 @@ def completed(folder: Path, config: Mapping[str, Any], weights: Iterable[str]) -
         *_complete_text(found, config, reference, args, has_head),
     ]
     for field, value in ignored:
-        raise ModelError(
-            f"{folder / 'config.json'}: {field} is {value!r}, which mlx-lm does not heed for "
-            f"{config['model_type']!r}: its text would be another one; choose another model"
-        )
+        raise _not_heeded(folder, config, field, value)
     return found
+
+
+def _not_heeded(folder: Path, config: Mapping[str, Any], field: str, value: Any) -> ModelError:
+    return ModelError(
+        f"{folder / 'config.json'}: {field} is {value!r}, which mlx-lm does not heed for "
+        f"{config['model_type']!r}: its text would be another one; choose another model"
+    )
 
 
 def _complete_whole(
@@ -174,8 +180,10 @@ def own_limit(config: Mapping[str, Any]) -> int | None:
     return limit
 
 
-def correct_rope(model: Module, config: Mapping[str, Any]) -> None:
+def correct_rope(model: Module, config: Mapping[str, Any], folder: Path) -> None:
     """Set right in a model just built from a completed config what mlx-lm does not heed of scaled rotation.
+
+    Raises ModelError where it heeds nothing of it: all rotations are plain ones.
 
     Formulas: transformers' `_compute_yarn_parameters`, where `truncate` false leaves the corrected range as it is,
     `attention_factor` is what queries and keys are multiplied with, and `mscale` counts only beside
@@ -185,7 +193,10 @@ def correct_rope(model: Module, config: Mapping[str, Any]) -> None:
     part: Mapping[str, Any] = config.get("text_config") or {}
     part = part if _rope_settings(part) else config
     settings = _rope_settings(part)
-    for module in model.modules() if _rope_kind(settings) in ("yarn", *_LONGROPE) else ():
+    kind, ropes = _rope_kind(settings), [module for module in model.modules() if isinstance(module, RoPE)]
+    if kind not in _PLAIN and settings.get("factor") != 1 and ropes and not _has_scaled_rope(model):
+        raise _not_heeded(folder, config, "rope_type", kind)
+    for module in model.modules() if kind in ("yarn", *_LONGROPE) else ():
         if isinstance(module, SuScaledRoPE):
             long, short = (mx.array(settings.get(name, 1.0)) for name in ("long_factor", "short_factor"))
             module._freqs = module._freqs / long * short
@@ -196,6 +207,16 @@ def correct_rope(model: Module, config: Mapping[str, Any]) -> None:
                 module._freqs = _untruncated_yarn(module.dims, base, settings, part)
             if (scale := _yarn_scale(settings)) is not None:
                 module.mscale = scale
+
+
+def _has_scaled_rope(model: Module) -> bool:
+    names = ("rope", "rotary")
+    return any(
+        module.scale != 1
+        if isinstance(module, RoPE)
+        else any(name in type(module).__name__.lower() for name in names)
+        for module in model.modules()
+    )
 
 
 def _rope_settings(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -358,7 +379,7 @@ def _ignored(
     if base not in (None, full.get("rope_theta")) and not heeds:
         yield "rope_theta of layers with a window", base
     kind = _rope_kind(full)
-    if kind in ("default", "mrope"):
+    if kind in _PLAIN:
         return
     is_heeded = "rope_scaling" in source
     if args is not None:

@@ -206,6 +206,17 @@ def test_a_scale_of_yarn_counts_only_beside_the_other(tmp_path: Path, factors: d
     assert scales == pytest.approx([0.1 * np.log(4.0) + 1] * len(scales))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek", "gemma3n"])
+def test_a_scaling_of_which_no_module_of_mlx_lm_takes_notice_is_refused(tmp_path: Path, family: str) -> None:
+    """These have the field, and hand it to nobody, or to nobody who knows this kind."""
+    config, settings = config_of(family), {**YARN, "type": "yarn"}
+    if "text_config" in config:
+        config = {**config, "text_config": {**config["text_config"], "rope_scaling": settings}}
+    folder = write_folder(tmp_path / "model", build(family), {**config, "rope_scaling": settings})
+    with pytest.raises(ModelError, match="rope_type is 'yarn', which mlx-lm does not heed"):
+        load_model_folder(folder)
+
+
 LONGROPE = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 9.0, 27.0]}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -14,9 +14,10 @@ from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from llmcad_mlx.errors import UsageError
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModels, LeftToMlxLmError
-from llmcad_mlx.mlx_lm_plugin.loading import Place, load_model, replaced
-from llmcad_mlx.mlx_lm_plugin.speculation import OPTIONS, Request, Speculation
+from llmcad_mlx.mlx_lm_plugin.loading import Place, load_model, most_tokens, replaced
+from llmcad_mlx.mlx_lm_plugin.speculation import OPTIONS, Request, Speculation, encoded
 
 COMMANDS = ("generate", "chat", "server")
 
@@ -36,13 +37,16 @@ def stream_generate(
     """As mlx_lm's function of that name, verifying token trees; see the package for what each option does.
 
     `from_draft` tells which tokens were drafted, without a draft model too. A first call prepares the model, which
-    takes about twenty forwards of a token. Raises UsageError naming an option, or for a model that mlx-lm has not
-    loaded as its publisher's code would (`load` does), VocabularyError for a draft model with too few tokens, and
-    what mlx-lm raises where its function runs.
+    takes about twenty forwards of a token. A model of `load` gives no text beyond the tokens up to which mlx-lm
+    computes it as its publisher's code does. Raises UsageError naming an option, for a prompt beyond those, or for
+    a model that mlx-lm has not loaded as its publisher's code would (`load` does), VocabularyError for a draft
+    model with too few tokens, and what mlx-lm raises where its function runs.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
     _MODELS.check(model, tokenizer)
+    if (most := most_tokens(model)) is not None:
+        max_tokens = _within(most, encoded(tokenizer, prompt), max_tokens, kwargs.get("prompt_cache"))
     speculation: Speculation | None = None
     try:
         for unknown in sorted(kwargs.keys() - OPTIONS):
@@ -59,6 +63,18 @@ def stream_generate(
     else:
         with wired_limit(model, [stream]):
             yield from speculation.run()
+
+
+def _within(most: int, prompt: Sequence[int], max_tokens: int, prompt_cache: Any) -> int:
+    """How many tokens a model that computes only `most` as it should may give. Raises UsageError for none."""
+    before = getattr(prompt_cache[0], "offset", 0) if prompt_cache else 0
+    room = most - before - len(prompt)
+    if room < 1:
+        raise UsageError(
+            f"prompt: {before + len(prompt)} tokens, but mlx-lm computes as the model's publisher does only up to "
+            f"{most}; give a shorter one"
+        )
+    return room if max_tokens < 0 else min(max_tokens, room)
 
 
 def generate(model: Module, tokenizer: Any, prompt: str | list[int], verbose: bool = False, **kwargs: Any) -> str:

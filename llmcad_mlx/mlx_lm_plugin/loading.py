@@ -18,13 +18,15 @@ import mlx.core as mx
 import mlx_lm.utils
 from mlx.nn.layers.base import Module
 
-from llmcad_mlx.errors import UsageError
+from llmcad_mlx.errors import ModelError, UsageError
 from llmcad_mlx.files import read_object
 from llmcad_mlx.files.safetensors import read_weights
 from llmcad_mlx.models.config import completed, correct_rope, own_limit
 
 _LOG = logging.getLogger("llmcad_mlx.mlx_lm_plugin")
 _mlx_lm_load_model = mlx_lm.utils.load_model
+
+_MOST_TOKENS = "llmcad_mlx_most_tokens"
 
 Place = tuple[Any, str, Any]
 """An object, the name of something in it, and what to put there."""
@@ -48,10 +50,20 @@ def load_model(
     **options: Any,
 ) -> tuple[Module, dict[str, Any]]:
     """As mlx_lm's function of that name; see `load`."""
-    config = _as_published(Path(model_path), mlx_lm.utils.load_config(Path(model_path)) | (model_config or {}))
+    folder = Path(model_path)
+    config = mlx_lm.utils.load_config(folder) | (model_config or {})
+    config = _as_published(folder, config, _weight_names(folder))
     model, config = _mlx_lm_load_model(model_path, lazy, strict, config, *arguments, **options)
-    correct_rope(model, config)
+    correct_rope(model, config, folder)
+    if (most := own_limit(config)) is not None:
+        setattr(model, _MOST_TOKENS, most)
     return model, config
+
+
+def most_tokens(model: Any) -> int | None:
+    """Tokens up to which a model that `load_model` has loaded computes what its publisher's does; None: all."""
+    most: int | None = getattr(model, _MOST_TOKENS, None)
+    return most
 
 
 @contextmanager
@@ -85,40 +97,65 @@ def check_reading(model: Any, tokenizer: Any) -> None:
     args: Any = getattr(model, "args", None)
     if not isinstance(args, args_class) or args != as_loaded:
         return
-    published = _as_published(folder, config)
-    meant = model_class(args_class.from_dict(copy.deepcopy(published)))
-    correct_rope(meant, published)
-    if difference := _difference(model_class(as_loaded), meant):
+    try:
+        names = _weight_names(folder)
+    except ModelError:  # changed since
+        return
+    published = _as_published(folder, config, names)
+    if (most := own_limit(published)) is not None:
+        _LOG.warning(
+            "%s: mlx-lm computes as the publisher's code does up to %d tokens; beyond, the text is another",
+            folder,
+            most,
+        )
+    random: Any = mx.random.state
+    high, low = random[0].tolist()  # new modules draw their weights, and a caller may have set a seed
+    try:
+        meant = model_class(args_class.from_dict(copy.deepcopy(published)))
+        correct_rope(meant, published, folder)
+        difference = _difference(model, model_class(as_loaded), meant)
+    except ModelError:
+        raise
+    except Exception:  # mlx-lm cannot build it at all
+        return
+    finally:
+        mx.random.seed(high << 32 | low)
+    if difference:
         raise UsageError(
             f"model: mlx-lm reads {folder / 'config.json'} otherwise than its publisher's code does "
             f"({difference}); load it with llmcad_mlx.mlx_lm_plugin.load"
         )
 
 
-def _as_published(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Raises ModelError for what mlx-lm would ignore."""
-    if config.get("model_file") is not None:  # its own code knows what it means
-        return config
+def _weight_names(folder: Path) -> set[str]:
+    """Raises ModelError for files that are damaged."""
     names = set(read_object(folder / "model.safetensors.index.json").get("weight_map") or ())
     if any(folder.glob("model*.safetensors")):  # where a part of the model is enough, there may be none yet
         names |= read_weights(folder).keys()
-    found = completed(folder, config, names)
-    if (window := own_limit(found)) is not None:
-        _LOG.warning(
-            "%s: mlx-lm ignores the window of %d tokens, so beyond it the text is another", folder, window
-        )
-    return found
+    return names
 
 
-def _difference(loaded: Any, published: Any) -> str:
-    """The first setting of a module that differs, by its path; "" where all are equal."""
-    ours, theirs = ({name: _settings(module) for name, module in m.named_modules()} for m in (loaded, published))
+def _as_published(folder: Path, config: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Raises ModelError for what mlx-lm would ignore. names: of the tensors in the files."""
+    if config.get("model_file") is not None:  # its own code knows what it means
+        return config
+    return completed(folder, config, names)
+
+
+def _difference(model: Any, loaded: Any, published: Any) -> str:
+    """The first setting of a module, by its path, in which `loaded` and `published` differ, and in which `model`
+    is not as it is meant, for its weights may be quantised or its modules replaced; "" where there is none."""
+    held, ours, theirs = (
+        {name: _settings(module) for name, module in one.named_modules()} for one in (model, loaded, published)
+    )
     for path in [*ours, *(theirs.keys() - ours.keys())]:
-        if path not in ours or path not in theirs:
-            return f"it has {'a' if path in theirs else 'no'} {path}"
-        for name in ours[path].keys() | theirs[path].keys():
+        if (path in ours) != (path in theirs):
+            if (path in held) != (path in theirs):
+                return f"it has {'a' if path in theirs else 'no'} {path}"
+            continue
+        for name in sorted(ours[path].keys() | theirs[path].keys()):
             mine, other = ours[path].get(name), theirs[path].get(name)
-            if mine != other:
+            if mine != other and held.get(path, {}).get(name) != other:
                 return f"{path}.{name} is {other}, not {mine}" if path else f"{name} is {other}, not {mine}"
     return ""
 

@@ -4,7 +4,8 @@ mlx-lm takes what a config.json leaves out from defaults of its own, and looks f
 of transformers wrote them: a rotary base that is now inside `rope_parameters` silently becomes another one.
 transformers' class for the model type is the reference: what it finds in the file, and its defaults, are filled in
 where mlx-lm has a field of the same meaning. What mlx-lm would ignore although it changes the computation is
-refused; a window that it ignores limits the context, for up to there both compute the same.
+refused; a window that it ignores, or a second set of rotary factors for long texts, limits the context, for up to
+there both compute the same.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
+from mlx.nn.layers.positional_encoding import RoPE
 from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE
 from mlx_lm.utils import _get_classes
 
@@ -51,6 +53,8 @@ _MUST_HEED = (
     "norm_topk_prob",
 )  # fmt: skip
 _LEAST_VOCABULARY = {"phi3small": 100352}  # MLX checks no index: writing beyond a row ends in a segfault
+_PLAIN = ("default", "mrope")  # kinds of rotation that mlx-lm computes alike, as only text comes in
+_LONGROPE = ("longrope", "su")  # two words for one
 _ALL_SLIDING = ("mistral", "ministral3")  # mlx-lm can have windows in some of their layers, not in all
 
 
@@ -79,11 +83,15 @@ def completed(folder: Path, config: Mapping[str, Any], weights: Iterable[str]) -
         *_complete_text(found, config, reference, args, has_head),
     ]
     for field, value in ignored:
-        raise ModelError(
-            f"{folder / 'config.json'}: {field} is {value!r}, which mlx-lm does not heed for "
-            f"{config['model_type']!r}: its text would be another one; choose another model"
-        )
+        raise _not_heeded(folder, config, field, value)
     return found
+
+
+def _not_heeded(folder: Path, config: Mapping[str, Any], field: str, value: Any) -> ModelError:
+    return ModelError(
+        f"{folder / 'config.json'}: {field} is {value!r}, which mlx-lm does not heed for "
+        f"{config['model_type']!r}: its text would be another one; choose another model"
+    )
 
 
 def _complete_whole(
@@ -107,6 +115,7 @@ def _complete_whole(
         _tie(found, [config], reference, has_head)
     usual, source = _reference({"model_type": config["model_type"]}), inspect.getsource(_module_of(args))
     _keep_window(found, found, reference, usual, source)
+    _keep_short_factors(found, found)
     yield from _ignored(config, found, usual, source, args)
 
 
@@ -132,6 +141,7 @@ def _complete_text(
         text["tie_word_embeddings"] = True
     source = _source_of_text(_module_of(args), nested)
     _keep_window(found, text, full, usual, source)
+    _keep_short_factors(found, text)
     found["text_config"] = text
     yield from _ignored(nested, text, usual, source)
 
@@ -170,22 +180,72 @@ def own_limit(config: Mapping[str, Any]) -> int | None:
     return limit
 
 
-def correct_rope(model: Module, config: Mapping[str, Any]) -> None:
+def correct_rope(model: Module, config: Mapping[str, Any], folder: Path) -> None:
     """Set right in a model just built from a completed config what mlx-lm does not heed of scaled rotation.
 
+    Raises ModelError where it heeds nothing of it: all rotations are plain ones.
+
     Formulas: transformers' `_compute_yarn_parameters`, where `truncate` false leaves the corrected range as it is,
-    and `attention_factor` is what queries and keys are multiplied with.
+    `attention_factor` is what queries and keys are multiplied with, and `mscale` counts only beside
+    `mscale_all_dim`; and `_compute_longrope_parameters`, for sequences up to `original_max_position_embeddings`,
+    beyond which `completed` lets no context go.
     """
-    for part in (config, config.get("text_config") or {}):
-        settings = _full_attention(part.get("rope_scaling") or part.get("rope_parameters") or {})
-        base, factor = settings.get("rope_theta", part.get("rope_theta")), settings.get("attention_factor")
-        for module in model.modules() if _rope_kind(settings) in ("yarn", "longrope") else ():
-            if isinstance(module, YarnRoPE) and settings.get("truncate") is False:
+    part: Mapping[str, Any] = config.get("text_config") or {}
+    part = part if _rope_settings(part) else config
+    settings = _rope_settings(part)
+    kind, ropes = _rope_kind(settings), [module for module in model.modules() if isinstance(module, RoPE)]
+    if kind not in _PLAIN and settings.get("factor") != 1 and ropes and not _has_scaled_rope(model):
+        raise _not_heeded(folder, config, "rope_type", kind)
+    for module in model.modules() if kind in ("yarn", *_LONGROPE) else ():
+        if isinstance(module, SuScaledRoPE):
+            long, short = (mx.array(settings.get(name, 1.0)) for name in ("long_factor", "short_factor"))
+            module._freqs = module._freqs / long * short
+            module._scale = _longrope_scale(settings, part)
+        elif isinstance(module, YarnRoPE):
+            if settings.get("truncate") is False:
+                base = settings.get("rope_theta", part.get("rope_theta"))
                 module._freqs = _untruncated_yarn(module.dims, base, settings, part)
-            if isinstance(module, YarnRoPE) and factor is not None:
-                module.mscale = factor
-            elif isinstance(module, SuScaledRoPE) and factor is not None:
-                module._scale = factor
+            if (scale := _yarn_scale(settings)) is not None:
+                module.mscale = scale
+
+
+def _has_scaled_rope(model: Module) -> bool:
+    names = ("rope", "rotary")
+    return any(
+        module.scale != 1
+        if isinstance(module, RoPE)
+        else any(name in type(module).__name__.lower() for name in names)
+        for module in model.modules()
+    )
+
+
+def _rope_settings(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _full_attention(part.get("rope_scaling") or part.get("rope_parameters") or {})
+
+
+def _trained_context(settings: Mapping[str, Any], part: Mapping[str, Any]) -> Any:
+    """Positions that a model with longrope was trained with before its context was extended."""
+    name = "original_max_position_embeddings"
+    return settings.get(name) or part.get(name) or part.get("max_position_embeddings")
+
+
+def _longrope_scale(settings: Mapping[str, Any], part: Mapping[str, Any]) -> float:
+    context = _trained_context(settings, part)
+    scale = settings.get("attention_factor")
+    if part.get("model_type") == "phimoe":
+        scale = settings.get("short_mscale", scale)
+    if scale is None:
+        factor = settings.get("factor") or part.get("max_position_embeddings", context) / context
+        scale = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    return float(scale)
+
+
+def _yarn_scale(settings: Mapping[str, Any]) -> float | None:
+    """None where mlx-lm computes the same."""
+    scale: float | None = settings.get("attention_factor")
+    if scale is None and bool(settings.get("mscale")) != bool(settings.get("mscale_all_dim")):
+        scale = 0.1 * math.log(max(settings["factor"], 1)) + 1
+    return scale
 
 
 def _untruncated_yarn(dims: int, base: float, settings: Mapping[str, Any], part: Mapping[str, Any]) -> mx.array:
@@ -282,7 +342,22 @@ def _keep_window(
     if kinds is None:  # all layers have it
         is_heeded = is_heeded and part.get("model_type") not in _ALL_SLIDING
     if not is_heeded and (kinds is None or "sliding_attention" in kinds):
-        found["llmcad"] = {**(found.get("llmcad") or {}), _MOST_CONTEXT: window}
+        _limit_context(found, window)
+
+
+def _keep_short_factors(found: dict[str, Any], part: Mapping[str, Any]) -> None:
+    """Limit the context to where one set of factors of longrope ends: mlx-lm has but one for all lengths."""
+    settings = _rope_settings(part)
+    if _rope_kind(settings) not in _LONGROPE:
+        return
+    context = _trained_context(settings, part)
+    differ = any(settings.get(f"short_{name}") != settings.get(f"long_{name}") for name in ("factor", "mscale"))
+    if differ and isinstance(context, int):
+        _limit_context(found, context)
+
+
+def _limit_context(found: dict[str, Any], most: int) -> None:
+    found["llmcad"] = {**(found.get("llmcad") or {}), _MOST_CONTEXT: min(most, own_limit(found) or most)}
 
 
 def _ignored(
@@ -304,7 +379,7 @@ def _ignored(
     if base not in (None, full.get("rope_theta")) and not heeds:
         yield "rope_theta of layers with a window", base
     kind = _rope_kind(full)
-    if kind in ("default", "mrope"):
+    if kind in _PLAIN:
         return
     is_heeded = "rope_scaling" in source
     if args is not None:

@@ -130,7 +130,7 @@ def load_model_folder(
         with _plain_path(folder) as path:
             model, config = load_model(path, lazy=lazy, model_config=config, get_model_classes=parts.classes)
         restore(model, Adaptation)
-        correct_rope(model, config)
+        correct_rope(model, config, folder)
     except SystemExit:
         raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
     except ModelError:

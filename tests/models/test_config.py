@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE
 from mlx_lm.utils import _get_classes, quantize_model
 from mlx_lm.utils import load_model as mlx_load_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -169,6 +170,12 @@ def test_rotary_settings_by_kind_of_layer_and_in_other_words(
     assert mx.array_equal(logits(after), logits(before))
 
 
+def test_rotary_settings_in_a_place_that_transformers_does_not_read_are_refused() -> None:
+    """Olmo 3 has them by kind of layer: of others transformers computes nothing, though somebody meant them."""
+    config = {**config_of("olmo3"), "rope_parameters": {"rope_theta": 1e5, **YARN}}
+    assert "rope_type is 'yarn', which mlx-lm does not heed for 'olmo3'" in refusal(config)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "olmo3", "gpt_oss"])
 @pytest.mark.parametrize("more", [{}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"attention_factor": 1.5}])
 def test_yarn_is_as_transformers_computes_it(tmp_path: Path, family: str, more: dict[str, float]) -> None:
@@ -177,7 +184,7 @@ def test_yarn_is_as_transformers_computes_it(tmp_path: Path, family: str, more: 
     folder = rewrite(family_folder(tmp_path / "model", family), rope_theta=1000.0, rope_scaling=settings)
     model = load_model_folder(folder).model
     (rope,) = {
-        tuple(module._freqs.tolist()): module for module in model.modules() if type(module).__name__ == "YarnRoPE"
+        tuple(module._freqs.tolist()): module for module in model.modules() if isinstance(module, YarnRoPE)
     }.values()
     size = rope.dims
     inverse = 1000.0 ** -(np.arange(0, size, 2) / size)
@@ -189,6 +196,66 @@ def test_yarn_is_as_transformers_computes_it(tmp_path: Path, family: str, more: 
     kept = 1 - np.clip((np.arange(size // 2) - low) / (high - low), 0, 1)
     assert np.allclose(1 / np.array(rope._freqs), inverse / 4.0 * (1 - kept) + inverse * kept, rtol=1e-5)
     assert rope.mscale == pytest.approx(more.get("attention_factor", 0.1 * np.log(4.0) + 1))
+
+
+@pytest.mark.parametrize("factors", [{"mscale": 0.5}, {"mscale_all_dim": 0.5}])
+def test_a_scale_of_yarn_counts_only_beside_the_other(tmp_path: Path, factors: dict[str, float]) -> None:
+    folder = rewrite(family_folder(tmp_path / "model", "qwen2"), rope_scaling={**YARN, **factors})
+    scales = [rope.mscale for rope in load_model_folder(folder).model.modules() if isinstance(rope, YarnRoPE)]
+    assert scales
+    assert scales == pytest.approx([0.1 * np.log(4.0) + 1] * len(scales))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek", "gemma3n"])
+def test_a_scaling_of_which_no_module_of_mlx_lm_takes_notice_is_refused(tmp_path: Path, family: str) -> None:
+    """These have the field, and hand it to nobody, or to nobody who knows this kind."""
+    config, settings = config_of(family), {**YARN, "type": "yarn"}
+    if "text_config" in config:
+        config = {**config, "text_config": {**config["text_config"], "rope_scaling": settings}}
+    folder = write_folder(tmp_path / "model", build(family), {**config, "rope_scaling": settings})
+    with pytest.raises(ModelError, match="rope_type is 'yarn', which mlx-lm does not heed"):
+        load_model_folder(folder)
+
+
+LONGROPE = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 9.0, 27.0]}
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "scale"),
+    [
+        ("phi3", {}, np.sqrt(1 + np.log(512 / 64) / np.log(64))),
+        ("phi3", {"type": "su"}, np.sqrt(1 + np.log(512 / 64) / np.log(64))),
+        ("phi3", {"factor": 2.0}, np.sqrt(1 + np.log(2) / np.log(64))),
+        ("phi3", {"attention_factor": 1.5}, 1.5),
+        ("phimoe", {"short_mscale": 1.25, "long_mscale": 1.5}, 1.25),
+        ("minicpm3", {}, np.sqrt(1 + np.log(512 / 64) / np.log(64))),
+    ],
+)
+@pytest.mark.parametrize("form", ["rope_scaling", "rope_parameters"])
+def test_longrope_is_as_transformers_computes_it(
+    tmp_path: Path, family: str, more: dict[str, Any], scale: float, form: str
+) -> None:
+    """mlx-lm takes the factors of long texts for all; up to the length of training they are the short ones."""
+    settings = {"type": "longrope", **LONGROPE, "original_max_position_embeddings": 64, **more}
+    if form == "rope_parameters":
+        settings = {**settings, "rope_type": settings.pop("type").replace("su", "longrope"), "rope_theta": 500.0}
+    changes = {"original_max_position_embeddings": 64, "max_position_embeddings": 512, form: settings}
+    if form == "rope_scaling":
+        changes["rope_theta"] = 500.0
+    folder = family_folder(tmp_path / "model", family)
+    drop = ("rope_theta", "rope_scaling", "partial_rotary_factor", "sliding_window")
+    loaded = load_model_folder(rewrite(folder, drop, **changes))
+    ropes = [module for module in loaded.model.modules() if isinstance(module, SuScaledRoPE)]
+    assert ropes
+    for rope in ropes:
+        periods = np.array(LONGROPE["short_factor"]) * 500.0 ** (np.arange(0, 8, 2) / 8)
+        assert np.allclose(np.array(rope._freqs), periods, rtol=1e-6)
+        assert rope._scale == pytest.approx(scale)
+    assert context_length(loaded.config) == 64
+    one_set = {**settings, "long_factor": settings["short_factor"]}
+    if "short_mscale" in more:
+        one_set["long_mscale"] = more["short_mscale"]
+    assert context_length(load_model_folder(rewrite(folder, **{form: one_set})).config) == 512
 
 
 def test_numbers_that_json_has_not_are_read(tmp_path: Path) -> None:
@@ -373,7 +440,9 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> Non
     assert not unexplained
 
 
-# What mlx-lm must have, and a config.json written by transformers 5 with its defaults does not say: refused.
+# What mlx-lm must have, and a config.json written by transformers 5 with its defaults does not say. transformers
+# fixes these in its code, or derives them by rules of its own: guessing them could change the text, so mlx-lm's
+# complaint that they are missing stands. Published configs have them.
 NOT_WRITTEN = {
     "apertus": {"mlp_bias", "post_norm", "qk_norm"}, "bailing_hybrid": {"group_norm_size"},
     "exaone_moe": {"is_moe_layer"}, "glm_moe_dsa": {"topk_method", "scoring_func", "moe_layer_freq"},
@@ -389,7 +458,7 @@ NOT_WRITTEN = {
 def test_what_transformers_writes_is_enough(family: str) -> None:
     """Names that differ between the two, and settings that one leaves out."""
     if family == "mimo_v2_flash":
-        pytest.skip("transformers has other names for half of its fields")
+        pytest.skip("transformers' class has other fields than the published configs, which mlx-lm reads")
     config = json.loads(CONFIG_MAPPING[family]().to_json_string())
     done = completed(Path("model"), config, ["lm_head.weight"])
     parameters = inspect.signature(_get_classes(config)[1]).parameters

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from llmcad_mlx.cpu import unlisted_arrays, use_cpu_blocks, use_cpu_linears
 from llmcad_mlx.errors import StorageError
 from llmcad_mlx.files.bundle import FILE, Bundle
 from llmcad_mlx.files.safetensors import TensorExtent
-from llmcad_mlx.memory import MemoryPlan, ModelSizes
+from llmcad_mlx.memory import Attention, MemoryPlan, ModelSizes
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import adapt, forget_weights, restore
 from llmcad_mlx.models.folder import LoadedModel
@@ -46,6 +46,7 @@ from llmcad_mlx.streaming.ways import fits_page_cache, known_way, short_pieces
 from llmcad_mlx.streaming.weights import PlacedUnit, StreamParts
 
 _CHECKED_BYTES = 4 << 20  # at a time
+_NUM_HEADS = ("num_attention_heads", "n_heads", "n_head")  # in configurations
 
 
 class Prepared:
@@ -67,7 +68,8 @@ class Prepared:
             report = cached_probe(model, loaded.config, probes, _probe_leading)
             self.model = TreeModel(model, loaded.config, report)
             with _leading_layers(model) as count:
-                self._kv_bytes_per_token = kv_bytes_per_token(self.model) * len(self.parts.layers) // count
+                state = token_state(self.model)
+                self._state = replace(state, kv_bytes=state.kv_bytes * len(self.parts.layers) // count)
         self._attach((), (), self.storage)  # a draft may look tokens up before `build`
 
     @contextmanager
@@ -113,7 +115,7 @@ class Prepared:
 
     @property
     def sizes(self) -> ModelSizes:
-        return sizes_of(self.parts, self._kv_bytes_per_token, self.model.vocab_size)
+        return sizes_of(self.parts, self._state, self.model.vocab_size)
 
     def build(self, plan: MemoryPlan, read_bandwidth: float | None) -> SequentialFeed | None:
         """Make the model ready under `plan`; returns what feeds its passes, None where they read nothing.
@@ -293,7 +295,7 @@ def _leading_layers(model: Any) -> Iterator[int]:
         body.layers = layers
 
 
-def sizes_of(parts: StreamParts, kv_bytes_per_token: int, logit_columns: int) -> ModelSizes:
+def sizes_of(parts: StreamParts, state: TokenState, logit_columns: int) -> ModelSizes:
     """The sizes of a model that was taken apart."""
     shapes = [p.extent.shape for layer in parts.layers for p in layer]
     return ModelSizes(
@@ -301,18 +303,40 @@ def sizes_of(parts: StreamParts, kv_bytes_per_token: int, logit_columns: int) ->
         resident_bytes=sum(module[name].nbytes for module, name in parts.resident),
         embedding_bytes=sum(m.num_bytes for m in parts.embeddings),
         head_bytes=parts.head.num_bytes if parts.head else 0,
-        kv_bytes_per_token=kv_bytes_per_token,
+        kv_bytes_per_token=state.kv_bytes,
         logit_columns=logit_columns,
         hidden=max((_columns(m.module) for m in parts.matrices), default=0),
         widest=max((shape[-2] for shape in shapes), default=0),
+        attention=state.attention,
     )
 
 
-def kv_bytes_per_token(model: TreeModel) -> int:
-    """Bytes of one token's keys and values, found by forwarding one."""
+@dataclass(frozen=True, slots=True)
+class TokenState:
+    """What a model keeps of a token, in bytes, and how it attends; None: without scores."""
+
+    kv_bytes: int
+    attention: Attention | None
+
+
+def token_state(model: TreeModel) -> TokenState:
+    """Found by forwarding one token."""
     cache = model.new_cache()
     model.prefill([0], cache)
-    return cache.slot_nbytes
+    return TokenState(cache.slot_nbytes, attention_of(cache.layers, model.config))
+
+
+def attention_of(layers: Sequence[Any], config: Mapping[str, Any]) -> Attention | None:
+    """How a model attends, by the caches of its layers after a forward. None where all are on the CPU kernels."""
+    found = [leaf.keys for layer in layers for leaf in getattr(layer, "caches", [layer]) if hasattr(leaf, "keys")]
+    keys = [array for array in found if isinstance(array, mx.array) and array.ndim == 4]
+    if not keys:
+        return None
+    widest = max(keys, key=lambda array: array.shape[3])
+    text = config.get("text_config") or config
+    heads = next((text[name] for name in _NUM_HEADS if isinstance(text.get(name), int)), widest.shape[1])
+    on_metal = mx.default_device() == mx.gpu and mx.metal.is_available()
+    return Attention(heads, widest.shape[1], widest.shape[3], widest.itemsize, on_metal)
 
 
 def _columns(module: Any) -> int:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,8 +37,9 @@ class ReadWay:
     piece_bytes: int
 
 
-DEFAULT_WAY = ReadWay(direct=True, num_readers=4, piece_bytes=16 << 20)
-"""Where nothing was measured. Large pieces need the interpreter's lock less often."""
+DEFAULT_WAY = ReadWay(direct=sys.platform == "darwin", num_readers=4, piece_bytes=16 << 20)
+"""Where nothing was measured. Large pieces need the interpreter's lock less often. Past the cache on macOS, where
+cached weights push out what is pinned; on Linux passes waited longer for such reads (docs/LOG.md)."""
 
 
 class Storage(Protocol):

@@ -128,7 +128,8 @@ def _lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
         tested = f" (tested: {found.mlx_lm_tested})" if name == "mlx-lm" else ""
         yield name, f"{version or 'not installed'}{tested}"
     yield "back end", found.device or "none"
-    yield "host kernels", "on" if found.host_kernels else "off"
+    switched = " (LLMCAD_MLX_KERNELS=mlx)" if found.kernels == "mlx" else ""
+    yield "host kernels", "on" if found.host_kernels else f"off{switched}"
     yield "models folder", f"{found.models_folder}, {_gigabytes(found.models_folder_free_bytes)} free"
     if model is None:
         return

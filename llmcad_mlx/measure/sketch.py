@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.errors import ModelError, first_line
 from llmcad_mlx.files import user_path
 from llmcad_mlx.files.safetensors import DTYPES, TensorExtent, dtype_name, read_weights
@@ -151,8 +152,8 @@ def _kv_bytes_per_token(model: Any) -> int:
     model(mx.array([[0]]), cache=cache)
     arrays = [array for part in cache for array in (getattr(part, "keys", None), getattr(part, "values", None))]
     shapes = [(array.nbytes // array.shape[2], array.itemsize) for array in arrays if isinstance(array, mx.array)]
-    on_cpu = mx.default_device() == mx.cpu  # where keys and values are float32
-    return sum(num_bytes * 4 // itemsize if on_cpu else num_bytes for num_bytes, itemsize in shapes)
+    widened = cpu_kernels_wanted()  # which keep keys and values in float32
+    return sum(num_bytes * 4 // itemsize if widened else num_bytes for num_bytes, itemsize in shapes)
 
 
 def _draft_needs(name: str, target: Mapping[str, Any]) -> tuple[int, int]:

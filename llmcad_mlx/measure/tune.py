@@ -16,8 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import mlx.core as mx
-
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.errors import LlmcadError, UsageError
 from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.measure import output, runner
@@ -217,14 +216,14 @@ class Tuning:
         self.failures[name] = str(error) or "there is not enough memory"
 
     def decide(self) -> None:
-        """Find each candidate's figures and, if all was measured, the best. One with another text fails on a CPU,
-        where equal arithmetic gives equal text; elsewhere rounding may decide near-ties."""
+        """Find each candidate's figures and, if all was measured, the best. One with another text fails on our own
+        kernels, where equal arithmetic gives equal text; elsewhere rounding may decide near-ties."""
         for name, seat in self.seats.items():
             if name in self.failures or not any(run.variant == name for run in self.runs):
                 continue
             line = candidate_figures(self.plan, seat, self.runs)
             wrong = f"{line.mismatches} of {line.num_compared} tokens are not the target's own"
-            if line.mismatches and mx.default_device() == mx.cpu:
+            if line.mismatches and cpu_kernels_wanted():
                 self.failures[name] = f"{wrong}; please report this"
             else:
                 self.lines.append(line)

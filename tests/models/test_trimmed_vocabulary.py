@@ -26,7 +26,6 @@ from llmcad_mlx.loader import load_tree_model, plan_pair
 from llmcad_mlx.models.folder import DRAFT_TOKENS, check_same_tokens
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings
@@ -75,23 +74,17 @@ def without_embedding(folder: Path) -> Path:
 # -- candidates --------------------------------------------------------------------------------------------
 
 
-def on_device(logits: mx.array, positions: Any, own: TargetSampler, count: int, tokens: Any) -> Any:
-    """What a GPU runs, on the CPU."""
-    found = candidates._on_device(logits, positions, own, count, tokens)
-    return [Candidates(tokens[list(row.tokens)].tolist(), row.confidences) for row in found]
-
-
-@pytest.mark.parametrize("way", [candidates.top_candidates, on_device])
+@pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("kept", [1, 5, 600, 4999, 5000])
-def test_candidates_are_the_full_ones_restricted_to_the_list(way: Any, temperature: float, kept: int) -> None:
+def test_candidates_are_the_full_ones_restricted_to_the_list(on_host: bool, temperature: float, kept: int) -> None:
     """The same scores at the same tokens, noise included, and a softmax over the list alone."""
     random = np.random.default_rng(kept)
     logits = (random.standard_normal((3, 5000)) * 4).astype(np.float32)
     tokens = np.sort(random.choice(5000, kept, replace=False)).astype(np.int32)
     positions = [7, 8, 7]
     own = TargetSampler(SamplingSettings(temperature=temperature, seed=11), 5000)
-    found = way(mx.array(logits[:, tokens]), positions, own, 8, tokens)
+    found = candidates.top_candidates(mx.array(logits[:, tokens]), positions, own, 8, tokens, on_host)
     for row, position, proposal in zip(logits, positions, found, strict=True):
         scores = own.draft_scores(row, position)
         if temperature:  # as the target does it: the log probabilities of all tokens, and their noise

@@ -160,8 +160,8 @@ class ThroughputPolicy(GrowthPolicy):
         return leaves[:best]
 
     def _places(self, ranking: Ranking, taken: int, count: int) -> float:
-        """Tokens that places in the pass cost `count` new nodes, `taken` before them: those of more rows, or, where
-        the pass is at the edge of a step of its costs, those of the least likely nodes."""
+        """Tokens that places in the pass cost `count` new nodes, after `taken` others: the price of more rows, or,
+        where that is above it, what the least likely nodes promise: the pass may be at the edge of a step."""
         more = self._prices.more_rows(ranking.rows + taken, count)
         last = ranking.rows - taken
         return more if last <= count else min(more, sum(ranking.probabilities[last - count : last]))

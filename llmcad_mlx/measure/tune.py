@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from llmcad_mlx.cpu import cpu_kernels_wanted
-from llmcad_mlx.errors import LlmcadError, UsageError
+from llmcad_mlx.errors import LlmcadError, UsageError, is_out_of_memory
 from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.measure import output, runner
 from llmcad_mlx.measure.candidates import DraftOptions, Lineup, find_candidates, short_name
@@ -209,7 +209,7 @@ class Tuning:
                     contenders.append(
                         EngineContender(name, replace(pair, profile=seat.profile), SpeculationSettings())
                     )
-                except (LlmcadError, MemoryError) as error:
+                except (LlmcadError, MemoryError, RuntimeError) as error:
                     self._fail(name, error)
             if contenders:
                 prompts = runner.encode_prompts(work.prompts, pair)
@@ -226,7 +226,7 @@ class Tuning:
                 continue
             try:
                 run = turn.run(self.plan.workload.options)
-            except (LlmcadError, MemoryError) as error:
+            except (LlmcadError, MemoryError, RuntimeError) as error:
                 self._fail(name, error)
                 continue
             if turn.warms_up:
@@ -245,10 +245,11 @@ class Tuning:
         own, without = times[-1]
         return f"its warm-up took {own:.1f} s for an answer that takes {without:.1f} s without a draft"
 
-    def _fail(self, name: str, error: LlmcadError | MemoryError) -> None:
-        if name == NO_DRAFT:
+    def _fail(self, name: str, error: Exception) -> None:
+        no_memory = is_out_of_memory(error)
+        if name == NO_DRAFT or not (no_memory or isinstance(error, LlmcadError)):
             raise error
-        self.failures[name] = str(error) or "there is not enough memory"
+        self.failures[name] = "there is not enough memory" if no_memory else str(error)
 
     def decide(self) -> None:
         """Find each candidate's figures and, if all was measured, the best. One with another text fails on our own

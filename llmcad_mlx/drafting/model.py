@@ -98,14 +98,14 @@ def _on_device(
             noise = noise[:, vocabulary]
         scores = scores / temperature + mx.array(noise[:, : scores.shape[1]])
     tokens, top = _largest(scores, min(count, scores.shape[1]))
+    logprobs = top - mx.logsumexp(scores, axis=-1, keepdims=True)
+    mx.eval(tokens, logprobs)
     # Rounding must not make a probability of more than 1; a NaN stays one.
-    confidences = mx.minimum(mx.exp(top - mx.logsumexp(scores, axis=-1, keepdims=True)), 1.0)
-    mx.eval(tokens, confidences)
-    ids: list[list[int]] = tokens.tolist()  # type: ignore[assignment]
-    values: list[list[float]] = confidences.tolist()  # type: ignore[assignment]
-    if not all(map(math.isfinite, itertools.chain.from_iterable(values))):
+    confidences = np.exp(np.minimum(np.asarray(logprobs), 0.0))
+    if not np.isfinite(confidences).all():
         raise _broken_draft()
-    return [Candidates(t, c) for t, c in zip(ids, values, strict=True)]
+    ids: list[list[int]] = tokens.tolist()  # type: ignore[assignment]
+    return [Candidates(t, c) for t, c in zip(ids, confidences.tolist(), strict=True)]
 
 
 def _largest(scores: mx.array, count: int) -> tuple[mx.array, mx.array]:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting import model as candidates
 from llmcad_mlx.drafting.lookup import NgramDrafter
@@ -123,7 +124,9 @@ def test_proposals_are_what_followed_the_longest_of_the_latest_matches(
 def reference(tokens: Sequence[int], temperature: float = 0.0) -> Candidates:
     """Candidates after `tokens`, from a fresh forward of all of them."""
     logits = model().forward(tokens, model().new_cache()).logits[-1:]
-    (found,) = candidates.top_candidates(logits, [len(tokens)], sampler(temperature), 8)
+    (found,) = candidates.top_candidates(
+        logits, [len(tokens)], sampler(temperature), 8, on_host=cpu_kernels_wanted()
+    )
     return found
 
 

@@ -34,7 +34,7 @@ from llmcad_mlx.store.names import DEFAULT_PRESET, find_pair, resolve_target
 from llmcad_mlx.streaming.modules import SequentialFeed
 from llmcad_mlx.tree.token_tree import ROOT, TokenTree
 from tests.support.real_text import PROMPTS, compare
-from tests.support.tiny import VOCAB, tiny_llama
+from tests.support.tiny import VOCAB, WEIGHTS, tiny_llama
 from tests.support.tiny_folder import EOS, change_config, copy_folder, family_folder, make_folder, write_folder
 from tests.support.tiny_folder import VOCAB as FOLDER_VOCAB
 from tests.test_lossless import FakeClock, make_engine, make_policy, plain, run
@@ -165,7 +165,7 @@ def test_folders_draft_in_memory_and_beside_a_streamed_target(
         assert isinstance(drafter, ModelDrafter)
         assert drafter.model.vocab_size == len(kept)
         full = load_tree_model(target)[1].weight_bytes
-        assert drafter.model.weight_bytes == full - (FOLDER_VOCAB - len(kept)) * 64 * 4
+        assert drafter.model.weight_bytes == full - (FOLDER_VOCAB - len(kept)) * 64 * WEIGHTS.size
         if engine.pair.plan is not None:
             assert engine.pair.plan.draft_bytes >= drafter.model.weight_bytes
     assert found.tokens == expected

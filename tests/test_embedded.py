@@ -110,7 +110,7 @@ def test_text_makes_sense(engine: Engine) -> None:
 
 
 def test_as_on_a_mac_it_computes_in_16_bits_with_mlx_s_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo's job, streamed, for as few tokens as MLX's float16 on a CPU allows: a second or two for each row."""
+    """The demo's job, streamed, for as few tokens as MLX's float16 on a CPU allows: seconds for each row."""
     monkeypatch.setenv(SWITCH, "mlx")
     with default_engine(draft="ngram", pinned="30MB") as engine:
         report = engine.pair.target.model.report

@@ -24,7 +24,7 @@ def chosen_kernels() -> str:
     """What `SWITCH` says: "auto", also where it is not set, or "mlx". Raises UsageError for anything else."""
     chosen = os.environ.get(SWITCH) or "auto"
     if chosen not in ("auto", "mlx"):
-        raise UsageError(f"{SWITCH}: {chosen!r} is neither auto nor mlx; unset it, or set one of them")
+        raise UsageError(f"LLMCAD_MLX_KERNELS: {chosen!r} is neither auto nor mlx; unset it, or set one of them")
     return chosen
 
 

@@ -31,7 +31,7 @@ from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
-from mlx_lm.utils import _decode_tagged_floats, _get_classes, load_model, load_tokenizer
+from mlx_lm.utils import _decode_tagged_floats, _get_classes, load_model
 
 from llmcad_mlx.detokenizer import repair_decoder
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError, first_line
@@ -39,6 +39,7 @@ from llmcad_mlx.files import POINTER, is_pointer, read_object, user_path
 from llmcad_mlx.files.safetensors import WeightIndex, missing_part, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
 from llmcad_mlx.models.config import completed, correct_rope
+from llmcad_mlx.models.tokenizer import load_tokenizer
 from llmcad_mlx.settings import OWN_SAMPLING, SamplingSettings
 
 DRAFT_TOKENS = "draft_tokens.safetensors"
@@ -100,7 +101,11 @@ class LoadedModel:
 
 
 def load_model_folder(
-    path: str | Path, lazy: bool = False, like: LoadedModel | None = None, alone: bool = False
+    path: str | Path,
+    lazy: bool = False,
+    like: LoadedModel | None = None,
+    alone: bool = False,
+    tokenizer: bool = True,
 ) -> LoadedModel:
     """Load the model and tokenizer of an mlx-lm folder; code that a folder brings along is never run.
 
@@ -108,6 +113,7 @@ def load_model_folder(
     the files are the same: a tokenizer takes over 100 MB. Its embedding is taken by a draft that has none, and
     then the tokenizer too where the draft has none either.
     alone: such a draft gets a made-up embedding where there is no target: to examine or copy it.
+    tokenizer: False leaves it out.
     Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
     """
     folder = user_path(str(path))
@@ -132,22 +138,22 @@ def load_model_folder(
     except Exception as error:  # model files raise anything when a config is not what they expect
         raise ModelError(_why_not_built(folder, config, error)) from error
     theirs = like is not None and (not has_tokenizer or _same_tokenizer(folder, like.path))
-    tokenizer = like.tokenizer if like is not None and theirs else None
+    text = like.tokenizer if like is not None and theirs else None
     try:
-        if has_tokenizer and tokenizer is None:
+        if tokenizer and has_tokenizer and text is None:
             for file in folder.glob("tokenizer*"):
                 if is_pointer(file):
                     raise ModelError(f"{file}: {POINTER}")
             with _plain_path(folder) as path:
-                tokenizer = load_tokenizer(path, {"trust_remote_code": False}, config.get("eos_token_id"))
-            repair_decoder(tokenizer)
+                text = load_tokenizer(path, config.get("eos_token_id"))
+            repair_decoder(text)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {first_line(error)}") from error
     return LoadedModel(
         model,
-        tokenizer,
+        text,
         config,
         folder,
         weights,

@@ -67,7 +67,9 @@ def test_a_model_of_mlx_lms_may_be_used_in_one_thread_after_another(
         return [part.token for part in mlx_lm_plugin.stream_generate(model, tokenizer, [5, 6, 7], max_tokens=8)]
 
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
-        loaded = first.submit(mlx_lm_plugin.load, str(family_folder(tmp_path / "model", family, **changes))).result()
+        loaded = first.submit(
+            mlx_lm_plugin.load, str(family_folder(tmp_path / "model", family, **changes))
+        ).result()
         texts = [thread.submit(answer, *loaded[:2]).result() for thread in (first, second)]
     assert texts[0] == texts[1]
 

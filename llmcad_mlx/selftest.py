@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -70,9 +70,9 @@ class _NotHereError(Exception):
     """Why a check does not apply."""
 
 
-def self_test(model: str | None = None) -> Iterator[Check]:
+def self_test(model: str | None = None, names: Container[str] | None = None) -> Iterator[Check]:
     """Run the ten checks one after the other; a failure does not end them. model: a folder, preset or repository,
-    which should be one that this machine is to run; None: the embedded default."""
+    which should be one that this machine is to run; None: the embedded default. names: only these checks."""
     tests = _Model(model)
     checks: Sequence[tuple[str, Callable[[], str]]] = (
         ("machine", _machine),
@@ -88,6 +88,8 @@ def self_test(model: str | None = None) -> Iterator[Check]:
     )
     try:
         for name, check in checks:
+            if names is not None and name not in names:
+                continue
             started = time.perf_counter()
             try:
                 passed, finding = True, check()
@@ -356,7 +358,7 @@ class _Model:
         budget = plan_pair(names, options).plan.total_bytes
         swapped = psutil.swap_memory().sout
         command = [
-            sys.executable, "-m", "llmcad_mlx", "generate", PROMPT, "--target", str(names.target_path),
+            sys.executable, "-m", "llmcad_mlx", "generate", PROMPT, "--raw", "--target", str(names.target_path),
             *(("--draft", str(names.draft_path or names.draft_name))), "--pinned", "0", "--json",
             "--memory", f"{-(-budget // 10**6)}MB", "-m", str(max(len(self._plain), 20)),
         ]  # fmt: skip

@@ -47,7 +47,7 @@ def main() -> None:
         for line in LINES:
             screen.show(Text.assemble((">>> ", "bold"), line))
             session.handle(line)
-            screen.note(status_line(engine, session.stats))
+            screen.note(status_line(engine, session.stats, WIDTH))
     FILE.write_text(screen.console.export_svg(title="llmcad-mlx chat"), encoding="utf-8")
 
 

@@ -305,9 +305,10 @@ class Engine:
             self._turns.end()
             return restore_caches(saved, self.pair, session)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. Raises UsageError for an empty or malformed one."""
-        return encode_prompt(prompt, self.tokenizer, self.pair.vocab_size)
+    def encode(self, prompt: Prompt, template_options: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a prompt. template_options: variables of the chat template, {"enable_thinking": False} for
+        example. Raises UsageError for an empty or malformed prompt."""
+        return encode_prompt(prompt, self.tokenizer, self.pair.vocab_size, template_options=template_options)
 
     def _token_limit(self, prompt_tokens: int, max_tokens: int) -> int | None:
         context = self.pair.context_length

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 _MODULE = "mlx_lm.utils"
+_LOCAL = "localhost,127.0.0.1,::1"
 _WANTED = 4096  # a large model lies in some hundred files, and a server has a socket for each client
 
 
@@ -49,9 +50,15 @@ class _Loader(SourceFileLoader):
 
 
 def prepare_process() -> None:
-    """For a program of its own: as many open files as a large model takes, where the system allows it, and a
-    folder for temporary files that can be used: MLX fails where TMPDIR names another."""
+    """For a program of its own: as many open files as a large model takes, where the system allows it, a folder
+    for temporary files that can be used (MLX fails where TMPDIR names another), and no proxy for this machine,
+    where a copy of the hub may be served."""
     import resource
+
+    names = {name.lower() for name in os.environ}
+    if names & {"http_proxy", "https_proxy", "all_proxy"}:  # else a system's own settings would no longer count
+        own = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        os.environ["no_proxy"] = f"{own},{_LOCAL}" if own else _LOCAL
 
     with suppress(OSError):  # no folder can be
         os.environ["TMPDIR"] = tempfile.gettempdir()

@@ -13,6 +13,8 @@ from llmcad_mlx.errors import UsageError, first_line
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
+TEMPLATE_OPTION = "chat-template-config"
+_PROMPT_END = 24  # tokens that hold the tag of thinking and the white space after it
 _NEEDED = 'every message needs a "role" and a "content"'
 _NOT_THE_TEMPLATES = {
     "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
@@ -26,6 +28,20 @@ def check_template_options(option: str, variables: Mapping[str, Any]) -> None:
     for name in variables:
         if name in _NOT_THE_TEMPLATES:
             raise UsageError(f"{option}.{name}: is not a variable of the chat template; leave it out")
+
+
+def template_options(text: str | None) -> dict[str, Any]:
+    """Variables of the chat template, typed as a JSON object; none for None. Raises UsageError."""
+    try:
+        found = json.loads(typed_text(text or "{}", TEMPLATE_OPTION))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(
+            f'{TEMPLATE_OPTION}: {text!r} is no JSON object; write it like {{"enable_thinking": false}}'
+        )
+    check_template_options(TEMPLATE_OPTION, found)
+    return found
 
 
 def typed_text(text: str, option: str) -> str:
@@ -70,6 +86,16 @@ def encode_prompt(
     return tokens
 
 
+def opened_thinking(tokenizer: Any, prompt: Sequence[int]) -> str:
+    """The tag of thinking at the end of a chat's prompt, and the blanks after it: some templates open the block
+    themselves. "" where the answer does not begin within thinking. `tokenizer`: mlx-lm's TokenizerWrapper."""
+    if not tokenizer.has_thinking:
+        return ""
+    end = str(tokenizer.decode(list(prompt[-_PROMPT_END:])))
+    start = end.rfind(tokenizer.think_start)
+    return end[start:] if start >= 0 and end[start:].rstrip() == tokenizer.think_start else ""
+
+
 def as_list(prompt: Any) -> list[Any]:
     """The token ids or messages of a prompt that is no text."""
     if hasattr(prompt, "tolist"):
@@ -93,16 +119,21 @@ def _encode_text(text: str, tokenizer: Any, special: bool) -> list[int]:
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, options: Mapping[str, Any]) -> list[int]:
-    messages = [
-        template_message(message, f"prompt: messages[{number}]") for number, message in enumerate(messages)
-    ]
+    return _encode_text(chat_text(messages, tokenizer, options), tokenizer, special=False)
+
+
+def chat_text(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, options: Mapping[str, Any], is_asked: bool = True
+) -> str:
+    """What the model's chat template makes of messages. is_asked: an answer is to follow. Raises UsageError."""
+    made = [template_message(message, f"prompt: messages[{number}]") for number, message in enumerate(messages)]
     if not tokenizer.has_chat_template:
         raise UsageError("prompt: this model has no chat template; give the prompt as text")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        text = tokenizer.apply_chat_template(made, tokenize=False, add_generation_prompt=is_asked, **options)
     except Exception as error:  # templates are programs: they raise what they like at messages they cannot take
         raise UsageError(f"prompt: the model's chat template refuses the messages: {first_line(error)}") from error
-    return _encode_text(text, tokenizer, special=False)
+    return str(text)
 
 
 def template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -135,6 +166,7 @@ def _content_text(content: Any, where: str) -> str:
         return content
     if not isinstance(content, Sequence):
         raise UsageError(f"{where}: give text, or a list of text parts")
+    content = [text_part(part) for part in content]
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(part.get("text"), str):
@@ -143,6 +175,14 @@ def _content_text(content: Any, where: str) -> str:
             )
             raise UsageError(f"{where}[{number}]: {what}")
     return "".join(part["text"] for part in content)
+
+
+def text_part(part: Any) -> Any:
+    """A part of a message's content; a refusal, which is what the model said, as text."""
+    match part:
+        case {"type": "refusal", "refusal": str(text)}:
+            return {"type": "text", "text": text}
+    return part
 
 
 def _template_call(call: Any) -> Any:

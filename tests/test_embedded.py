@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from llmcad_mlx import Engine
+from llmcad_mlx import Engine, load
 from llmcad_mlx.measure.runner import EngineContender, variant_pair
 from llmcad_mlx.measure.workload import load_prompts, parse_variants
 from llmcad_mlx.settings import GenerationOptions
 from llmcad_mlx.store.names import DEFAULT_PRESET
-from llmcad_mlx.store.presets import PackagedSource, get_preset
+from llmcad_mlx.store.presets import FileSource, PackagedSource, get_preset
 from llmcad_mlx.tree.token_tree import MODEL, NGRAM, TABLE
 from tests.support.real_text import PROMPTS, REPEAT, chat, compare, default_engine
 
@@ -33,6 +33,14 @@ def test_speculative_text_equals_plain_text(engine: Engine, temperature: float) 
         found = compare(engine, prompt, 64, temperature=temperature, seed=seed, **options)
         assert found.tokens > 20
         assert found.mismatches == 0, prompt
+
+
+def test_with_its_publishers_sampling_a_first_answer_ends(engine: Engine) -> None:
+    """Greedy, the model says the same line until no token is left."""
+    target = get_preset(DEFAULT_PRESET).target
+    assert isinstance(target, FileSource)
+    options = GenerationOptions.of(max_tokens=1024, **target.sampling)
+    assert engine.generate(chat("What is a hash table?"), options=options).finish_reason == "stop"
 
 
 def test_repeated_text_takes_few_passes(engine: Engine) -> None:
@@ -64,6 +72,33 @@ def test_the_draft_guesses_what_the_target_says(engine: Engine) -> None:
     stats = [answer.stats for answer in answers if answer.stats is not None]
     assert len(stats) == 4
     assert sum(s.generated_tokens for s in stats) / sum(s.target_passes for s in stats) > 1.6
+
+
+ODD = (
+    " ", "\n\n\n", "a", "The capital of France is", "😀👩‍👩‍👧", "مرحبا بالعالم", "日本é đem", "<|im_end|> <think>",
+    "def f(x):\n    if x:\n", "1234567890" * 20, "a b " * 80, "\x00\u200b\ufeff",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_odd_prompts_have_the_same_text_every_way(engine: Engine, temperature: float) -> None:
+    """In memory, streamed, with trees and chains; and it is what the tokenizer decodes."""
+    with load(engine.pair.names.target_path, "ngram", pinned=0) as streamed:
+        for seed, prompt in enumerate(ODD):
+            options = {"max_tokens": 8, "temperature": temperature, "seed": seed}
+            expected = engine.generate(prompt, policy="plain", **options)
+            assert expected.text == engine.tokenizer.decode(
+                [token for token in expected.tokens if token not in engine.tokenizer.eos_token_ids]
+            )
+            for way, settings in ((engine, {"tree_nodes": 16}), (engine, {"policy": "chain"}), (streamed, {})):
+                assert way.generate(prompt, **options, **settings).tokens == expected.tokens, prompt
+
+
+def test_the_first_blank_of_an_answer_is_there(engine: Engine) -> None:
+    answer = engine.generate("The capital of France is", max_tokens=3)
+    assert answer.text.startswith(" Paris")
+    stopped = engine.generate("The capital of France is", max_tokens=3, stop=[" Paris"])
+    assert (stopped.text, stopped.finish_reason) == ("", "stop")
 
 
 def test_text_makes_sense(engine: Engine) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
+from urllib.request import proxy_bypass
 
 import pytest
 
 from llmcad_mlx import UsageError, load
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.files import home_folder
 from llmcad_mlx.process import prepare_process
 from tests.support.command_line import ENTRY
@@ -196,6 +198,67 @@ def test_bytes_that_are_no_text_are_told(folder: Path) -> None:
 def test_a_temporary_folder_that_is_not_there(folder: Path) -> None:
     words = f"--target '{folder}' --draft none -m 4"
     assert run(f"$MAIN generate hi {words}", env={"TMPDIR": "/nowhere"}).returncode == 0
+
+
+@pytest.mark.skipif(not cpu_kernels_wanted(), reason="elsewhere MLX needs none")
+@pytest.mark.parametrize(
+    ("named", "usable"),
+    [
+        ({"TMPDIR": "/nowhere"}, False), ({"TMPDIR": ""}, False), ({"TMPDIR": "/dev/null"}, False),
+        ({"TMP": "/nowhere"}, False), ({"TMPDIR": "/tmp", "TMP": "/nowhere"}, True), ({}, True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("memory", [None, "8GB"])
+def test_a_program_around_us_is_told_of_its_temporary_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, named: dict[str, str], usable: bool, memory: str | None
+) -> None:
+    for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    if usable:
+        load(folder, None, memory=memory).close()
+        return
+    ((name, value),) = named.items()
+    with pytest.raises(
+        UsageError, match=f"{name}: '{value}' is no folder for temporary files; name another, or un"
+    ):
+        load(folder, None, memory=memory)
+
+
+# Proxies
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, None),
+        ({"NO_PROXY": "a.test"}, None),
+        ({"HTTPS_PROXY": "http://p:1"}, "localhost,127.0.0.1,::1"),
+        ({"all_proxy": "http://p:1", "NO_PROXY": "a.test"}, "a.test,localhost,127.0.0.1,::1"),
+        (
+            {"HTTP_PROXY": "http://p:1", "no_proxy": "b.test", "NO_PROXY": "a.test"},
+            "b.test,localhost,127.0.0.1,::1",
+        ),
+    ],
+)
+def test_the_program_asks_no_proxy_for_this_machine(
+    monkeypatch: pytest.MonkeyPatch, before: dict[str, str], after: str | None
+) -> None:
+    """huggingface_hub would, for a copy of the hub that is served here."""
+    for name in [*os.environ]:
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "")  # so that it is put back at the end
+    monkeypatch.delenv("no_proxy")
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("resource.setrlimit", lambda *_: None)
+    prepare_process()
+    assert os.environ.get("no_proxy") == after
+    if after is not None:
+        assert all(proxy_bypass(host) for host in ("localhost", "127.0.0.1:80"))
+        assert not proxy_bypass("huggingface.co")
 
 
 # Streams

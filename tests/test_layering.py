@@ -32,6 +32,7 @@ LAYERS = [
     {"measure", "chat"},
     {"serve"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

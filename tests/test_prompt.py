@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.prompt import encode_prompt
-from tests.support.tiny_folder import VOCAB, make_tokenizer
+from tests.support.tiny_folder import SPECIAL, VOCAB, make_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content | trim }}"
@@ -54,3 +55,14 @@ def test_messages_come_to_the_template_as_it_expects_them(message: dict[str, Any
 def test_what_is_no_prompt_is_refused_in_one_line(prompt: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         encode_prompt(prompt, TOKENIZER, VOCAB)
+
+
+def test_a_begin_token_comes_once() -> None:
+    """By the tokenizer where neither the text nor the template has it."""
+    fast, begin = make_tokenizer(), SPECIAL[0]
+    fast.post_processor = TemplateProcessing(single=[begin, "$A"], special_tokens=[(begin, 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token=begin, chat_template=TEMPLATE)
+    tokenizer = TokenizerWrapper(made)
+    for prompt in ("a", f"{begin}a", [{"role": "user", "content": "a"}]):
+        tokens = encode_prompt(prompt, tokenizer, VOCAB)
+        assert (tokens[0], tokens.count(0)) == (0, 1)

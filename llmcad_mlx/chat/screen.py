@@ -47,6 +47,9 @@ class AnswerView:
     def __exit__(self, *_: object) -> None:
         self.end()
 
+    def begin(self, opened: str) -> None:
+        """What the prompt ends with that is part of the answer: the tag of thinking, or nothing."""
+
     def progress(self, done: int, total: int) -> None:
         """Prompt tokens read so far."""
 
@@ -87,6 +90,9 @@ class PlainScreen:
 
 
 class _PlainAnswer(AnswerView):
+    def begin(self, opened: str) -> None:
+        print(opened, end="", flush=True)
+
     def add(self, response: Response) -> None:
         print(visible(response.text), end="", flush=True)
 
@@ -194,6 +200,9 @@ class GrowingMarkdown:
         self._text = ""
         self._printed = False
 
+    def begin(self, opened: str) -> None:
+        self._text = opened
+
     def add(self, response: Response) -> None:
         self._text += visible(response.text)
 
@@ -223,6 +232,9 @@ class GrowingColours:
     def __init__(self) -> None:
         self._text = Text()
 
+    def begin(self, opened: str) -> None:
+        self._text.append(opened)
+
     def add(self, response: Response) -> None:
         self._text.append(visible(response.text), "green" if response.from_draft else None)
 
@@ -251,6 +263,9 @@ class TerminalAnswer(AnswerView):
     def __enter__(self) -> Self:
         self._live.start()
         return self
+
+    def begin(self, opened: str) -> None:
+        self._text.begin(opened)
 
     def progress(self, done: int, total: int) -> None:
         if time.monotonic() - self._started > _SHOW_PROGRESS_S:

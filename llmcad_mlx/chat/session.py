@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from llmcad_mlx.conversations.file import SavedConversation, read_conversation
 from llmcad_mlx.engine.round import Round, RoundTree
 from llmcad_mlx.errors import ContextLengthError, LlmcadError, UsageError
 from llmcad_mlx.progress import interruptible
-from llmcad_mlx.prompt import typed_text
+from llmcad_mlx.prompt import opened_thinking, typed_text
 from llmcad_mlx.report import Answer, rows_table, stats_table
 from llmcad_mlx.results import GenerationStats
 from llmcad_mlx.sizes import format_size
@@ -63,13 +63,22 @@ class Conversation:
 class ChatSession:
     """One conversation with one engine on one screen. `stats`, `round`: of the last answer."""
 
-    def __init__(self, engine: Engine, settings: ChatSettings, screen: Screen, system: str | None = None) -> None:
-        """Raises UsageError for a model that cannot chat, and for options that this engine cannot heed."""
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ChatSettings,
+        screen: Screen,
+        system: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """template_options: variables of the model's chat template. Raises UsageError for a model that cannot
+        chat, and for options that this engine cannot heed."""
         if not engine.tokenizer.has_chat_template:
             raise UsageError("target: this model has no chat template; use `llmcad-mlx generate` with it")
         engine.check_options(settings.options)
         self.engine, self.settings, self.screen = engine, settings, screen
         self.conversation = Conversation(system)
+        self._template_options = template_options
         self.stats: GenerationStats | None = None
         self.round: RoundTree | None = None
         self._commands: dict[str, Callable[[str], None]] = {
@@ -103,10 +112,13 @@ class ChatSession:
         it joins them; where nothing came, the conversation stays as it was."""
         asked, answer, complete = replace(self.conversation, messages=messages), Answer(), False
         context = self.engine.pair.context_in_words
+        prompt = self.engine.encode(asked.prompt(), self._template_options)
+        opened = opened_thinking(self.engine.tokenizer, prompt)
         try:
             with interruptible() as check, self.screen.answer(self.engine, self.settings, answer) as view:
+                view.begin(opened)
                 for response in self.engine.stream_generate(
-                    asked.prompt(), view.progress, self._keep_round, options=self.settings.options
+                    prompt, view.progress, self._keep_round, options=self.settings.options
                 ):
                     answer.add(response)
                     self.stats = response.stats
@@ -118,7 +130,9 @@ class ChatSession:
         finally:
             text = "".join(answer.pieces)
             if complete or text:
-                self.conversation = replace(asked, messages=(*messages, Message(ASSISTANT, text, complete)))
+                self.conversation = replace(
+                    asked, messages=(*messages, Message(ASSISTANT, opened + text, complete))
+                )
         if answer.finish_reason == "length":
             limit = self.settings.options.stopping.max_tokens
             if answer.stats.generated_tokens == limit:

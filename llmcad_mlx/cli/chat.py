@@ -11,7 +11,7 @@ from typer import Context, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import LlmcadError
-from llmcad_mlx.prompt import typed_text
+from llmcad_mlx.prompt import template_options, typed_text
 from llmcad_mlx.settings import GenerationOptions, SamplingSettings, StopSettings, sampling_under
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def chat(
     no_history: Annotated[
         bool, Option("--no-history", help="Do not keep what is typed for the next run.")
     ] = False,
+    chat_template_config: options.TemplateConfig = None,
     show_accepted: Annotated[
         bool, Option("--show-accepted", help="Colour the tokens that the draft wrote; no Markdown then.")
     ] = False,
@@ -46,6 +47,7 @@ def chat(
     With --json each answer is one JSON object on a line of its own.
     """
     chosen = GenerationOptions(sampling, speculation, StopSettings(max_tokens))
+    variables = template_options(chat_template_config)
     system = None if system is None else typed_text(system, "system")
     from llmcad_mlx.api import Engine
     from llmcad_mlx.chat.commands import ChatSettings
@@ -61,7 +63,7 @@ def chat(
     plain = None if interactive else PlainScreen(json_output)
     with Engine(load_pair(pair.target, pair.draft, not json_output, memory)) as engine:
         settings = ChatSettings(chosen, show_accepted).with_values(_own_sampling(engine, command, sampling))
-        session = ChatSession(engine, settings, plain or TerminalScreen(), system)
+        session = ChatSession(engine, settings, plain or TerminalScreen(), system, variables)
         if saved is not None:  # what was given counts more than what it was saved with
             session.load(saved, keep=tuple(options.given(command)))
         if plain is None:

@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from llmcad_mlx.cli import options
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.prompt import typed_text
+from llmcad_mlx.prompt import TEMPLATE_OPTION, template_options, typed_text
 from llmcad_mlx.settings import DEFAULT_MAX_TOKENS, GenerationOptions, StopSettings
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def generate(
     raw: Annotated[
         bool, Option("--raw", help="Give the prompt to the model as it is, without chat template.")
     ] = False,
+    chat_template_config: options.TemplateConfig = None,
     pair: options.OptionalPair,
     memory: options.VerifiedMemory,
     speculation: options.Speculation,
@@ -47,6 +48,9 @@ def generate(
     """Answer one prompt; text goes to standard output, a line of figures to standard error."""
     if raw and system is not None:
         raise UsageError("system: a raw prompt takes no system message; leave one of the two out")
+    if raw and chat_template_config is not None:
+        raise UsageError(f"{TEMPLATE_OPTION}: a raw prompt goes through no template; leave one of the two out")
+    variables = template_options(chat_template_config)
     texts = None if stop is None else [typed_text(text, "stop") for text in stop]
     chosen = GenerationOptions(sampling, speculation, StopSettings.of(max_tokens, texts))
     system = None if system is None else typed_text(system, "system")
@@ -62,7 +66,9 @@ def generate(
             asked = [{"role": role, "content": content} for role, content in said.items() if content is not None]
         elif system is not None:
             raise UsageError("system: this model has no chat template, so it takes no system message")
-        _answer(engine, asked, chosen, json_output, stats)
+        elif variables:
+            raise UsageError(f"{TEMPLATE_OPTION}: this model has no chat template; leave it out")
+        _answer(engine, engine.encode(asked, variables), chosen, json_output, stats)
 
 
 def _answer(engine: Engine, prompt: Prompt, chosen: GenerationOptions, json_output: bool, in_full: bool) -> None:
@@ -120,9 +126,11 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     option = "prompt" if file is None else f"prompt-file: {file}"
     try:
         if file is not None:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         else:
-            text = sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else typed_text(str(prompt), option)
+            text = (
+                sys.stdin.buffer.read().decode("utf-8-sig") if prompt == "-" else typed_text(str(prompt), option)
+            )
     except OSError as error:
         raise UsageError(f"{option}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -19,6 +19,15 @@ from llmcad_mlx.settings import MemoryOptions, SamplingSettings, SpeculationSett
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object and nothing else.")]
 MaxTokens = Annotated[int, Option("--max-tokens", "-m", help="Tokens to generate at most; -1: no limit.")]
+TemplateConfig = Annotated[
+    str | None,
+    Option(
+        "--chat-template-config",
+        "--chat-template-args",
+        metavar="JSON",
+        help='Variables of the chat template, like {"enable_thinking": false}.',
+    ),
+]
 Temperature = Annotated[float, Option("--temp", help="Sampling temperature; 0 is greedy.")]
 Seed = Annotated[int, Option(help="Same seed, same text, under every policy.")]
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Option
 
 from llmcad_mlx.cli import options
-from llmcad_mlx.errors import UsageError
-from llmcad_mlx.prompt import typed_text
+from llmcad_mlx.prompt import template_options, typed_text
 from llmcad_mlx.serve import ServerSettings
 
 _DEFAULT = ServerSettings()
@@ -40,9 +38,7 @@ def serve(
             "sampling, as its generation_config.json has it, else 0."
         ),
     ] = None,
-    chat_template_args: Annotated[
-        str | None, Option(metavar="JSON", help='Variables of the chat template, like {"enable_thinking": false}.')
-    ] = None,
+    chat_template_config: options.TemplateConfig = None,
     max_tokens: Annotated[
         int,
         Option(
@@ -80,7 +76,7 @@ def serve(
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_tokens,
         temperature=temp,
-        template_options=_template_options(chat_template_args or "{}"),
+        template_options=template_options(chat_template_config),
         prompt_cache_bytes=cache_limit(prompt_cache, memory.memory),
     )
 
@@ -101,15 +97,3 @@ def serve(
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
     print(f"stopped; {ending.broken_off} running and {ending.refused} waiting requests were ended", flush=True)
-
-
-def _template_options(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UsageError(
-            f'chat-template-args: {text!r} is no JSON object; write it like {{"enable_thinking": false}}'
-        )
-    return found

@@ -14,6 +14,8 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
+from llmcad_mlx.errors import UsageError
+
 
 def cpu_kernels_wanted() -> bool:
     """True where MLX would run on a CPU without Apple's Accelerate."""
@@ -31,6 +33,7 @@ def use_cpu_linears(model: Module) -> None:
     """The first half of `prepare_for_device`: linear layers. Evaluates nothing."""
     if not cpu_kernels_wanted():
         return
+    _check_temporary_folder()
     # Waiting threads spin for about 0.1 ms, then sleep. By default they spin for milliseconds: where something
     # else runs on the machine that keeps their partner off the core, and a forward takes thirty times as long.
     # Without any spinning, waking up costs a small model half its speed. Read when the threads start.
@@ -38,6 +41,15 @@ def use_cpu_linears(model: Module) -> None:
     from llmcad_mlx.cpu.linear import install_cpu_linears
 
     install_cpu_linears(model)
+
+
+def _check_temporary_folder() -> None:
+    """Raise UsageError where MLX, which compiles in it, would fail with a message about a file system."""
+    for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"):  # the first that is set counts, also where it is empty
+        if (folder := os.environ.get(name)) is not None:
+            if not os.access(os.path.join(folder, ""), os.W_OK | os.X_OK):
+                raise UsageError(f"{name}: {folder!r} is no folder for temporary files; name another, or unset it")
+            return
 
 
 def use_cpu_blocks(model: Module, loaded: Callable[[int], AbstractContextManager[None]] | None = None) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llmcad_mlx.errors import LlmcadError, UsageError
+from llmcad_mlx.errors import LlmcadError, StorageError, UsageError
 
 RESERVE_BYTES = 64 << 20
 HOME_REMEDY = "set LLMCAD_MLX_HOME to another disk"
@@ -71,6 +71,12 @@ def full_disk_error(error: OSError, path: Path | str, remedy: str = HOME_REMEDY)
     if is_full(error):
         return DiskError(f"{path}: the disk is full; make room or {remedy}")
     return DiskError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+
+
+def check_open_files(error: OSError, file: Path) -> None:
+    """Raise StorageError where a file could not be opened because too many are open: nothing is wrong with it."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise StorageError(f"{file}: cannot be opened, too many files are; raise the limit (ulimit -n)") from error
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 
 from llmcad_mlx import __version__
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.files import check_open_files
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, WeightIndex, read_weights
 
 FILE = "llmcad.json"
@@ -88,6 +89,7 @@ def read_bundle(folder: Path, index: WeightIndex | None = None) -> Bundle | None
     except FileNotFoundError:
         return None
     except OSError as error:
+        check_open_files(error, file)
         raise ModelError(f"{file}: cannot be read ({error.strerror or error}); make the bundle again") from None
     except (ValueError, RecursionError):
         raise ModelError(f"{file}: cut off, or not valid JSON; make the bundle again") from None
@@ -167,6 +169,7 @@ def verify_bundle(folder: Path, advance: Callable[[int], None] = lambda num_byte
                     left -= len(block)
                     advance(len(block))
         except OSError as error:
+            check_open_files(error, layer.file)
             raise ModelError(f"{layer.file}: cannot be read ({error.strerror or error}); check the disk") from None
         if digest.hexdigest() != layer.sha256:
             raise ModelError(

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.files import check_open_files
 
 DATA_ALIGNMENT = 4096
 """Tensor bytes are written from a multiple of this on: a page, and a block of most disks."""
@@ -117,6 +118,7 @@ def read_tensors(file: Path) -> list[TensorExtent]:
         size = file.stat().st_size
         header, start = read_header(file)
     except OSError as error:
+        check_open_files(error, file)
         raise ModelError(f"{file}: cannot be read ({error.strerror}); download it again") from error
     except ValueError as error:
         raise ModelError(f"{file}: {error}; download it again") from error
@@ -182,6 +184,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{file}: missing; {remedy}") from None
     except OSError as error:
+        check_open_files(error, file)
         raise ModelError(f"{file}: cannot be read ({error.strerror}); {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not valid JSON ({str(error).splitlines()[0]}); {remedy}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,14 +51,21 @@ class PlannedTensor:
 
 
 def convert_gguf(
-    source: Path, dest: Path, bits: int | None = None, group_size: int = 32, *, progress: Progress | None = None
+    source: Path,
+    dest: Path,
+    bits: int | None = None,
+    group_size: int = 32,
+    *,
+    progress: Progress | None = None,
+    sampling: Mapping[str, float] | None = None,
 ) -> None:
     """Write the model in `source` to the bundle `dest`: weights in MLX groups, tokenizer, chat template.
 
     The folder appears complete or not at all; what was made of what is told as a note. `bits` is one of 2, 3, 4,
     5, 6, 8, 16 (float16); None: each matrix keeps its precision, see `groups.kept_bits`, or gets 4 where none in
     the file is quantised. `group_size` is one of 32, 64, 128; with 32, blocks of 4, 5 and 8 bits keep their codes
-    (see `groups`). `dest` must be new or empty.
+    (see `groups`). `dest` must be new or empty. `sampling`: what generation_config.json recommends, where the file
+    recommends nothing.
 
     Raises UsageError for an option or a destination that cannot be used, ModelError for a file that is not a
     GGUF model of a supported family or is damaged, DiskError when it does not fit the disk.
@@ -87,7 +94,7 @@ def convert_gguf(
             writer.finish(source.name)
         tokenizer.save(folder)
         config = {**model.config, **tokenizer.ids, "torch_dtype": "float16", **_quantization(plan, group_size)}
-        generation = {**tokenizer.ids, **_sampling(header)}
+        generation = {**tokenizer.ids, **_sampling(header, sampling or {})}
         for name, content in (("generation_config.json", generation), ("config.json", config)):
             text = json.dumps(content, indent=2, sort_keys=True)
             (folder / name).write_text(text + "\n", encoding="utf-8")
@@ -143,8 +150,8 @@ def _summary(plan: Sequence[PlannedTensor]) -> str:
     return "weights: " + ", ".join(f"{count / total:.0%} {made}" for made, count in shares.most_common())
 
 
-def _sampling(header: GgufHeader) -> dict[str, object]:
-    """The sampling that the file recommends, as entries of generation_config.json; {} where it recommends none."""
+def _sampling(header: GgufHeader, otherwise: Mapping[str, float]) -> dict[str, object]:
+    """The sampling that the file recommends, as entries of generation_config.json; `otherwise` where none."""
     keys, found = Keys.General, dict[str, object]()
     for name, key in (
         ("temperature", keys.SAMPLING_TEMP), ("top_p", keys.SAMPLING_TOP_P), ("min_p", keys.SAMPLING_MIN_P),
@@ -154,6 +161,7 @@ def _sampling(header: GgufHeader) -> dict[str, object]:
             found[name] = header.number(key)
     if header.has(keys.SAMPLING_TOP_K):
         found["top_k"] = header.integer(keys.SAMPLING_TOP_K)
+    found = found or {**otherwise}
     return found | {"do_sample": found.get("temperature") != 0.0} if found else found
 
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from llmcad_mlx.errors import ModelError
+from llmcad_mlx.files import check_open_files
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -162,6 +163,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     except ValueError as error:  # mmap of an empty file
         raise ModelError(f"{path}: not a GGUF file ({error})") from None
     except OSError as error:
+        check_open_files(error, path)
         raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 

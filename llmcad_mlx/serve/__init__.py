@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.network import is_loopback
-from llmcad_mlx.prompt import check_template_options
+from llmcad_mlx.prompt import TEMPLATE_OPTION, check_template_options
 from llmcad_mlx.settings import check_integer
 
 
@@ -53,7 +53,7 @@ class ServerSettings:
         check_integer("prompt-cache", self.prompt_cache_bytes, 0, 1 << 50)
         if self.temperature is not None and not 0 <= self.temperature <= 100:
             raise UsageError(f"temp: {self.temperature} is out of range; it must be from 0 to 100")
-        check_template_options("chat-template-args", self.template_options)
+        check_template_options(TEMPLATE_OPTION, self.template_options)
         key = self.api_key
         if key is not None and (len(key) < 8 or not all("!" <= letter <= "~" for letter in key)):
             raise UsageError("api-key: give at least 8 printable ASCII characters without spaces")

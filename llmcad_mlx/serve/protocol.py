@@ -31,7 +31,7 @@ from pydantic_core import ErrorDetails, PydanticKnownError, from_json
 from starlette.responses import JSONResponse
 
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.prompt import Prompt, check_template_options, template_message
+from llmcad_mlx.prompt import Prompt, check_template_options, template_message, text_part
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.settings import GenerationOptions, PolicyName, sampling_under
 
@@ -114,7 +114,7 @@ def _not_zero(value: int) -> int:
 _Exactly = WrapValidator(_same_type)
 _Whole = BeforeValidator(_whole)
 _One = Annotated[Literal[1], _Exactly, _Whole]
-_Text = Annotated[str, Field(min_length=1, max_length=1000)]
+_Text = Annotated[str, Field(max_length=1000)]
 _Token = Annotated[int, Field(ge=0, le=_MAX_TOKEN), _Whole]
 _PromptText = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[_Token], Field(fail_fast=True, min_length=1)]
@@ -145,6 +145,12 @@ class TextPart(_Record):
     text: str
     cache_control: _Hint = None
     prompt_cache_breakpoint: _Hint = None
+    annotations: Annotated[list[Any] | None, Field(description=_IGNORED)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_any(cls, value: Any) -> Any:
+        return text_part(value)
 
 
 def _as_text(arguments: Any) -> Any:
@@ -192,6 +198,7 @@ class Function(_Record):
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
     strict: bool | None = Field(None, description="The model sees the schema; nothing enforces it.")
+    type: _Label = None
     cache_control: _Hint = None
 
 
@@ -199,6 +206,15 @@ class Tool(_Record):
     type: Literal["function"]
     function: Function
     cache_control: _Hint = None
+
+
+class NamedFunction(_Record):
+    name: str
+
+
+class NamedTool(_Record):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class TextFormat(_Record):
@@ -237,7 +253,7 @@ class _Request(_Record):
         None, max_length=1024, description="Token id to a number added to its logit."
     )
     stop: _Text | Annotated[list[_Text], Field(fail_fast=True, max_length=16)] | None = Field(
-        None, description="Ends the text before one of these."
+        None, description="Ends the text before one of these; an empty one does nothing."
     )
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1), _Whole] | None = Field(
         None, description="Same seed, same text; drawn at random when left out."
@@ -250,10 +266,11 @@ class _Request(_Record):
         None, description="Also send which tokens came from the draft, and each round's token tree."
     )
     stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
-    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    stream_options: StreamOptions | None = Field(None, description="Heeded with stream.")
     n: _One | None = Field(None, description="One answer per request.")
-    user: str | None = Field(None, max_length=512, description="Whose turn it is in the queue.")
+    user: str | None = Field(None, description="Whose turn it is in the queue.")
     metadata: _Hint = None
+    cache_prompt: Annotated[bool | None, Field(description=_IGNORED)] = None
 
 
 class ChatRequest(_Request):
@@ -264,7 +281,9 @@ class ChatRequest(_Request):
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
         None, max_length=128, description="Functions it may call."
     )
-    tool_choice: Literal["auto", "none"] | None = Field(None, description="The others cannot be enforced.")
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+        None, description="required, or a function: the answer begins as a call; nothing enforces its arguments."
+    )
     parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call.")
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description='Variables of the model\'s chat template, like {"enable_thinking": false}.'
@@ -301,13 +320,15 @@ class CompletionRequest(_Request):
 class GenerationRequest:
     """What a client asked for. `options` have a seed, drawn when none was asked for. `top_logprobs`: how many
     beside the chosen token's, None for none. `show_tokens`, `show_trees`: which of the speculation to send.
-    `template_options`: variables for the chat template. `one_call`: end with the first tool call."""
+    `template_options`: variables for the chat template. `must_call`: names of the tools one of which is to be
+    called; none where that is the model's choice. `one_call`: end with the first tool call."""
 
     kind: Literal["chat", "completion"]
     prompt: Prompt
     options: GenerationOptions
     tools: list[dict[str, Any]] | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
+    must_call: tuple[str, ...] = ()
     one_call: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -348,7 +369,13 @@ class RequestReader:
             check_template_options("chat_template_kwargs", own_options)
         except UsageError as error:
             raise bad_request(str(error), str(error).partition(":")[0]) from None
-        tools = asked.tools if asked.tool_choice != "none" else None
+        tools, choice = asked.tools if asked.tool_choice != "none" else None, asked.tool_choice
+        known = [tool.function.name for tool in tools or ()]
+        wanted = [choice.function.name] if isinstance(choice, NamedTool) else known if choice == "required" else []
+        if choice not in (None, "auto", "none") and not (wanted and set(wanted) <= set(known)):
+            raise bad_request(
+                "tool_choice: names none of the tools; give it in tools, or leave it out", "tool_choice"
+            )
         return self._request(
             asked,
             asked.max_tokens or asked.max_completion_tokens,
@@ -356,7 +383,8 @@ class RequestReader:
             prompt=[_template_message(message, f"messages[{i}]") for i, message in enumerate(asked.messages)],
             tools=[_template_tool(tool) for tool in tools] if tools else None,
             template_options={**self._settings.template_options, **effort, **own_options},
-            one_call=asked.parallel_tool_calls is False,
+            must_call=tuple(wanted),
+            one_call=asked.parallel_tool_calls is False or isinstance(choice, NamedTool),
             top_logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
         )
 
@@ -377,8 +405,6 @@ class RequestReader:
         if asked.model not in (None, self._model):
             message = f'model: "{asked.model[:80]}" is not served here; ask for "{self._model}" or leave it out'
             raise ApiError(404, message, param="model", code="model_not_found")
-        if asked.stream_options is not None and not asked.stream:
-            raise bad_request("stream_options: goes with stream only", "stream_options")
         shown, limit = asked.speculation, self._settings.max_tokens
         options = {
             # Drawn, not fixed: who asks twice at a temperature expects two answers. 53 bits stay exact everywhere.
@@ -406,6 +432,8 @@ class RequestReader:
 def _engine_options(asked: _Request) -> dict[str, Any]:
     """What is asked for, in the engine's words."""
     options = asked.model_dump(include=_ENGINE_OPTIONS, exclude_none=True)
+    if asked.stop is not None:
+        options["stop"] = [text for text in ([asked.stop] if isinstance(asked.stop, str) else asked.stop) if text]
     if asked.seed is not None:
         options["seed"] = asked.seed % 2**64  # OpenAI's are signed
     if asked.top_k == -1:
@@ -478,10 +506,8 @@ def _refusal(error: ValidationError, body: Any) -> ApiError:
     wording = _wording([problem for _, problem in chosen])
     if wording == _PLAIN["extra_forbidden"] and path[-1] in _INSTEAD:
         wording = wording.replace("see /openapi.json", _INSTEAD[path[-1]])
-    elif where in _BECAUSE:
-        wording += f": {_BECAUSE[where]}"
-    elif path[-1:] == ["type"] and "content" in path:
-        wording += ": text only; images, audio and files are not taken"
+    elif because := _BECAUSE.get(re.sub(r"\[\d+\]", "", where)):
+        wording += f": {because}"
     return bad_request(f"{where or 'the body'}: {wording}", where or None)
 
 
@@ -502,24 +528,35 @@ _PLAIN = {
 }
 
 
+_NO_FORM = "a form of the answer cannot be enforced; describe it in a message, or as a tool for tool_choice"
 _BECAUSE = {
-    "tool_choice": "that the model calls a tool cannot be enforced; leave it out and say so in a message",
+    "best_of": "one answer is made; send the request again for another",
+    "echo": "the prompt is not repeated; put it before the answer, or leave echo out",
+    "messages.content.type": "text only; images, audio and files are not taken",
+    "modalities": "only text is written; leave it out",
+    "n": "one answer is made; send the request again for another",
+    "response_format.type": _NO_FORM,
     "suffix": "nothing is filled in between two texts; write the model's own markers into the prompt",
-    "response_format.type": "a form of the answer cannot be enforced; describe it in a message",
+    "tool_choice.type": "name a function, or use required",
+    "tools.type": "only functions can be called; leave other tools out",
 }
 _INSTEAD: dict[int | str, str] = {
+    "audio": "only text is written; leave it out",
     "enable_thinking": 'use chat_template_kwargs, like {"enable_thinking": false}',
     "function_call": "use tool_choice, and tool_calls in messages",
     "functions": "use tools",
+    **dict.fromkeys(("format", "grammar", "guided_json", "json_schema"), _NO_FORM),
     "images": "images are not taken",
     "max_new_tokens": "use max_tokens",
     "n_predict": "use max_tokens",
     "num_ctx": "the context is the server's: serve --context",
     "num_predict": "use max_tokens",
     "random_seed": "use seed",
+    "reasoning": "use reasoning_effort",
     "repeat_penalty": "use repetition_penalty",
     "stop_sequences": "use stop",
     "thinking": 'use chat_template_kwargs, like {"enable_thinking": false}',
+    "web_search_options": "the web is not searched; leave it out",
 }
 
 
@@ -528,6 +565,7 @@ def _wording(problems: Sequence[ErrorDetails]) -> str:
     if plain := _PLAIN.get(problems[0]["type"]):
         return plain
     said = " or ".join(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in problems))
+    said = said.replace("False", "false")  # of a Literal: in JSON's words
     said = re.sub("dictionary( or instance of [A-Za-z]+)?", "object", said).replace(" after validation", "")
     if not problems[0]["msg"].startswith("Input should be "):
         return re.sub("^[A-Za-z]+ should", "must", said)

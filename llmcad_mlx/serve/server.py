@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import math
+import os
 import socket
 import threading
 import time
@@ -30,12 +31,13 @@ from starlette.routing import Route
 from llmcad_mlx import __version__
 from llmcad_mlx.api import Engine
 from llmcad_mlx.errors import UsageError
-from llmcad_mlx.prompt import encode_prompt
+from llmcad_mlx.prompt import encode_prompt, opened_thinking
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.answers import ChatAnswer, CompletionAnswer, GenerationResponse
 from llmcad_mlx.serve.jobs import Job
 from llmcad_mlx.serve.limits import Gate, GuardedProtocol, read_body
 from llmcad_mlx.serve.metrics import CONTENT_TYPE, Metrics
+from llmcad_mlx.serve.opening import beginning_with_call
 from llmcad_mlx.serve.page import page_routes
 from llmcad_mlx.serve.parts import AnswerListener, PartMaker
 from llmcad_mlx.serve.protocol import (
@@ -56,8 +58,8 @@ _MAX_CONNECTIONS = 1000
 _IDLE_S = 30
 _LINGER_S = 5  # how long answers that were broken off may take to reach their clients
 _MOST_RETRY_S = 60
+_PROBE_S = 1.0
 _LIKE = 0.75  # difflib's ratio of two paths, from where on one is named for the other
-_PROMPT_END = 24  # tokens that hold a marker and the white space after it
 
 
 class LlmServer:
@@ -152,7 +154,10 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
-    """A bound socket; for "localhost" one for each family of addresses that it has, as clients try any."""
+    """A listening socket; for "localhost" one for each family of addresses that it has, as clients try any.
+
+    It listens while the model loads, so that nobody else can take the address meanwhile, and clients wait.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -165,7 +170,10 @@ def _bind(host: str, port: int) -> list[socket.socket]:
         try:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             address, _, *more = by_family[family]
+            if port:
+                _require_silence(family, (address, port, *more))
             server.bind((address, port, *more))
+            server.listen()
         except OSError as error:
             server.close()
             if error.errno == errno.EADDRNOTAVAIL and len(by_family) > 1:
@@ -178,6 +186,16 @@ def _bind(host: str, port: int) -> list[socket.socket]:
         sockets.append(server)
         port = server.getsockname()[1]  # a free one is the same in both
     return sockets
+
+
+def _require_silence(family: socket.AddressFamily, address: tuple[Any, ...]) -> None:
+    """Raise OSError where somebody answers. macOS lets a server take one address of a port whose others are
+    another's."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_S)
+        # A connection may meet itself where nobody listens.
+        if probe.connect_ex(address) == 0 and probe.getsockname() != probe.getpeername():
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 class Api:
@@ -240,7 +258,14 @@ class Api:
             raise bad_request(f"tools: {name} has no chat template for tools; leave them out", "tools")
         async with self._encoding:
             prompt = await asyncio.to_thread(self._encode, wanted)
-            listener = self._listener(wanted, prompt)
+            thinking = self._thinking(wanted, prompt)
+            if wanted.must_call:
+                wanted = await asyncio.to_thread(
+                    beginning_with_call, wanted, prompt, self._model.tokenizer, bool(thinking)
+                )
+        listener = None
+        if thinking is not None or wanted.tools is not None:  # else the answer is nothing but text
+            listener = AnswerListener(self._model.tokenizer, wanted.tools, thinking, wanted.one_call)
         client = f"{request.client.host if request.client else ''} {wanted.user}"
         job, queue = Job(wanted, prompt, client, asyncio.get_running_loop()), self._worker.queue
         if not queue.put(job):
@@ -250,17 +275,12 @@ class Api:
         answer = ChatAnswer(wanted, name) if wanted.kind == "chat" else CompletionAnswer(wanted, name)
         return GenerationResponse(job, queue, answer, PartMaker(listener), self._settings.keepalive_s)
 
-    def _listener(self, wanted: GenerationRequest, prompt: list[int]) -> AnswerListener | None:
-        """What separates the answer's text from the rest; None for an answer that is nothing but text."""
+    def _thinking(self, wanted: GenerationRequest, prompt: list[int]) -> bool | None:
+        """Whether the answer begins within thinking; None for an answer without any."""
         tokenizer = self._model.tokenizer
-        thinking: bool | None = None
-        if wanted.kind == "chat" and tokenizer.has_thinking:
-            # Some templates open the block themselves.
-            end = str(tokenizer.decode(prompt[-_PROMPT_END:])).rstrip()
-            thinking = end.endswith(tokenizer.think_start)
-        if thinking is None and wanted.tools is None:
+        if wanted.kind != "chat" or not tokenizer.has_thinking:
             return None
-        return AnswerListener(tokenizer, wanted.tools, thinking, wanted.one_call)
+        return bool(opened_thinking(tokenizer, prompt))
 
     def _encode(self, wanted: GenerationRequest) -> list[int]:
         """The prompt's tokens. Raises ApiError for one that is malformed or too long."""

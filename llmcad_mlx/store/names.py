@@ -290,7 +290,7 @@ def pull_part(name: str, part: str, progress: Progress | None = None, keep_sourc
             file = fetch_file(source, progress or Progress())
             made = folder.with_name(f"{part}.new")
             shutil.rmtree(made, ignore_errors=True)  # of a try that was killed
-            convert_gguf(file, made, source.bits, progress=progress)
+            convert_gguf(file, made, source.bits, progress=progress, sampling=source.sampling)
             (made / MARKER).write_text(json.dumps(_marker(made, source), indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)  # of an older form, or damaged; kept while the disk may fill
             made.rename(folder)

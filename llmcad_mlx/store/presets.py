@@ -34,6 +34,8 @@ class FileSource:
     mirror: Mirror | None
     config: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """config.json of what it becomes, as far as sizes go."""
+    sampling: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """What the model's publisher recommends, for a file that does not say."""
     bits: int | None = None
     """Of its matrices once converted; None: those of the file."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llmcad_mlx.errors import StorageError
+from llmcad_mlx.files import check_open_files
 
 _BURST_S = 0.02
 _PIECE_BYTES = 1 << 20
@@ -53,6 +54,7 @@ class FileStorage:
             if self._drop_cache:
                 os.posix_fadvise(handle, offset, len(out), os.POSIX_FADV_DONTNEED)
         except OSError as error:
+            check_open_files(error, file)
             raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check the disk") from error
 
     def check(self) -> None:

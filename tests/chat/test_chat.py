@@ -25,12 +25,14 @@ from llmcad_mlx.chat.lines import CommandCompleter
 from llmcad_mlx.chat.screen import AnswerView, GrowingColours, GrowingMarkdown, TerminalAnswer, draw, visible
 from llmcad_mlx.chat.session import ChatSession, Conversation, Message
 from llmcad_mlx.engine.round import RoundTree
+from llmcad_mlx.loader import load_pair
 from llmcad_mlx.report import Answer, status_line
 from llmcad_mlx.results import GenerationStats
-from llmcad_mlx.settings import GenerationOptions
+from llmcad_mlx.settings import GenerationOptions, MemoryOptions
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.tree.walk import walk
-from tests.support.tiny_folder import EOS, copy_folder, make_folder
+from tests.support.serving import Scripted
+from tests.support.tiny_folder import CHAT_TEMPLATE, EOS, byte_level_folder, copy_folder, make_folder
 
 QUESTION = "tell me of the cat"
 ASKED = [{"role": "user", "content": QUESTION}]
@@ -569,6 +571,39 @@ def test_the_models_own_sampling_is_the_default(
         assert len(seeds) == 4  # two were drawn, the others are 7, and 0 where the temperature was given
     assert output("generate", QUESTION, *words)[0] == greedy + "\n"
     assert greedy == report["text"]
+
+
+def test_thinking_that_the_template_begins_is_shown_whole(
+    piped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And sent back so."""
+    folder = byte_level_folder(tmp_path / "thinker", ("<think>", "</think>"))
+    end = "{% if add_generation_prompt %}<think>\n{% endif %}"
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + end)
+    monkeypatch.setattr(Scripted, "script", "plan</think>Paris")
+    whole = "<think>\nplan</think>Paris"
+    with Scripted(load_pair(str(folder), "none", False, MemoryOptions())) as engine:
+        chat = Chat(engine)
+        chat.say("Which town?")
+        assert chat.answers() == [whole]
+        shown = io.StringIO()
+        for text in (GrowingMarkdown(), GrowingColours()):
+            with TerminalAnswer(Console(file=shown, color_system=None), text, engine) as view:
+                view.begin("<think>\n")
+                view.add(token("plan</think>"))
+        assert shown.getvalue().split() == ["<think>", "plan</think>"] * 2
+    monkeypatch.setattr("llmcad_mlx.api.Engine", Scripted)
+    assert piped(0, b"Which town?\n", "--target", folder)[0] == whole + "\n"
+
+
+def test_variables_of_the_template(piped: Any, folder: Path, engine: Engine, tmp_path: Path) -> None:
+    model = copy_folder(folder, tmp_path / "model")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}{{ spoken }}"
+    (model / "chat_template.jinja").write_text(template)
+    words = ("--target", model, "-m", 6, "--json", "--chat-template-config", '{"spoken": "six"}')
+    first, second = map(json.loads, piped(0, b"a\nb\n", *words)[0].splitlines())
+    assert first["text"] == engine.generate("asix", max_tokens=6).text
+    assert second["text"] == engine.generate(f"a{first['text']}bsix", max_tokens=6).text
 
 
 def test_lines_that_cannot_be_are_told_and_the_others_answered(piped: Any, folder: Path, engine: Engine) -> None:

@@ -22,7 +22,7 @@ from llmcad_mlx import Engine, load
 from llmcad_mlx.cli.generate import PromptProgress
 from llmcad_mlx.settings import GenerationOptions
 from tests.support.command_line import TerminalText, read_all, start
-from tests.support.tiny_folder import make_folder
+from tests.support.tiny_folder import copy_folder, make_folder
 
 CONTRACT = {
     "text", "tokens", "finish_reason", "prompt_tokens", "generated_tokens", "seed", "policy", "device", "emulated",
@@ -74,11 +74,12 @@ def test_prompt_sources_and_templates(
 ) -> None:
     target = ["--target", folder, "-m", "8"]
     file = tmp_path / "prompt.txt"
-    file.write_text(PROMPT, encoding="utf-8")
     chat = expected([{"role": "user", "content": PROMPT}], max_tokens=8) + "\n"
-    assert output("generate", "--prompt-file", file, *target)[0] == chat
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
-    assert output("generate", "-", *target)[0] == chat
+    for encoding in ("utf-8", "utf-8-sig"):  # some editors begin a file with a mark of its encoding
+        file.write_text(PROMPT, encoding=encoding)
+        assert output("generate", "--prompt-file", file, *target)[0] == chat
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode(encoding))))
+        assert output("generate", "-", *target)[0] == chat
     with_system = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
     brief = expected(with_system, max_tokens=8) + "\n"
     assert output("generate", PROMPT, "--system", "be brief", *target)[0] == brief
@@ -87,6 +88,33 @@ def test_prompt_sources_and_templates(
 
     base = make_folder(tmp_path / "base", template=False)
     assert output("generate", PROMPT, "--target", base, "-m", "8")[0] == raw
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }}{% endfor %}"
+    "{% if quiet is false %}no thinking{% endif %}{{ spoken }}"
+)
+
+
+def test_variables_of_the_template(
+    folder: Path, tmp_path: Path, output: Run, expected: Callable[..., str]
+) -> None:
+    model = copy_folder(folder, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    words = ["--target", model, "-m", "8"]
+    for option, variables, text in (
+        ("--chat-template-config", '{"quiet": false}', f"user {PROMPT}no thinking"),
+        ("--chat-template-args", '{"quiet": false, "spoken": "x"}', f"user {PROMPT}no thinkingx"),
+        ("--chat-template-config", "{}", f"user {PROMPT}"),
+    ):
+        answer = expected(text, max_tokens=8)
+        assert output("generate", PROMPT, *words, option, variables)[0] == answer + "\n"
+    base = make_folder(tmp_path / "base", template=False)
+    config = ("--chat-template-config", '{"quiet": false}')
+    told = output("generate", PROMPT, "--raw", *words, *config, code=2)[1]
+    assert told == "error: chat-template-config: a raw prompt goes through no template; leave one of the two out\n"
+    told = output("generate", PROMPT, "--target", base, *config, code=2)[1]
+    assert told == "error: chat-template-config: this model has no chat template; leave it out\n"
 
 
 def test_options_reach_the_engine(folder: Path, output: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,10 @@ def test_a_pipe_gets_no_colours_and_a_terminal_the_same_text() -> None:
 
 def test_no_command_shows_the_help_and_version_the_version(output: Callable[..., tuple[str, str]]) -> None:
     assert "Commands" in output(code=2)[0]
-    assert output("--version") == (f"llmcad-mlx {__version__}\n", "")
+    version = f"llmcad-mlx {__version__}\n"
+    assert output("--version") == (version, "")
+    words = [sys.executable, "-m", "llmcad_mlx", "--version"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == version
 
 
 # --- Completion ---------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ def test_what_is_told_of_a_model(own_home, folder, output):
     assert found.weight_bytes > 0
     assert found.max_difference < 1e-3
     assert found.probe_s > 0
+    again = diagnose(str(folder)).model
+    assert (again.probe_s, again.load_s > 0) == (0.0, True)  # what the first one found is kept
     lines = told(output("doctor", folder)[0])
     assert lines["capability"] == "tree"
     assert lines["vocabulary"] == f"{VOCAB} logits"

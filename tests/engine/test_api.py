@@ -20,7 +20,7 @@ import llmcad_mlx
 from llmcad_mlx import ContextLengthError, Engine, GenerationError, UsageError, load
 from llmcad_mlx.drafting.model import ModelDrafter
 from tests.support.architecture_configs import build, config_of
-from tests.support.tiny_folder import EOS, write_folder
+from tests.support.tiny_folder import EOS, change_config, copy_folder, write_folder
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "plain"},
@@ -247,6 +247,14 @@ def test_the_draft_keeps_its_cache_too(folder: Path, draft: Path) -> None:
         second = [*first, *answer.tokens, *session.encode("more of it")]
         session.generate(second, max_tokens=1, **SPECULATIVE)
         assert fed == second[before:-1]
+
+
+def test_each_of_several_end_tokens_ends_a_text(folder: Path, tmp_path: Path) -> None:
+    several = copy_folder(folder, tmp_path / "several")
+    change_config(several, eos_token_id=[EOS, 5])
+    with load(several, None) as session:
+        result = session.generate(TEXT, max_tokens=9, logit_bias={5: 1e3})
+    assert (result.tokens, result.text, result.finish_reason) == ([5], "", "stop")
 
 
 # --- What ends early ----------------------------------------------------------------------------------------

@@ -12,17 +12,22 @@ from typing import Any
 import mlx_lm.tokenizer_utils
 import pytest
 import sentencepiece
+from gguf.constants import TokenType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from llmcad_mlx.detokenizer import Detokenizer, repair_decoder
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.gguf.convert import convert_gguf
 from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
+from llmcad_mlx.models.folder import load_model_folder
 from llmcad_mlx.progress import progress_for
 from llmcad_mlx.store.names import pull_part
+from tests.support.tiny import tiny_llama
+from tests.support.tiny_folder import write_folder
 from tests.support.tiny_gguf import END, TEMPLATE, write_tiny_gguf
 
 CORPUS = (
@@ -130,6 +135,26 @@ def test_bos_only_where_the_file_asks_for_it(tmp_path: Path) -> None:
     assert with_bos.encode("he", add_special_tokens=False).tokens == ["he"]
 
 
+def pieces_of(tokenizer: Any, text: str) -> str:
+    """The text again, token by token."""
+    detokenizer = Detokenizer(tokenizer, cleans_up=False)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    return "".join(map(detokenizer.push, tokens)) + detokenizer.flush()
+
+
+@pytest.mark.parametrize("word", ["đem", "ilÖve", "日本é", "čaj"])
+def test_added_tokens_of_a_file_are_read_as_they_are(tmp_path: Path, word: str) -> None:
+    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf"))
+    at = header.metadata["tokenizer.ggml.tokens"].index("[PAD0]")
+    header.metadata["tokenizer.ggml.tokens"][at] = word
+    header.metadata["tokenizer.ggml.token_type"][at] = int(TokenType.USER_DEFINED)
+    read_tokenizer(header).save(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    repair_decoder(tokenizer)
+    assert at in tokenizer.encode(f"he{word} he")
+    assert pieces_of(tokenizer, f"he{word} he") == f"he{word} he"
+
+
 SPACED = ["He", "'s", "Ġin", "ĠNewYork", "Ġ"]
 
 
@@ -205,6 +230,19 @@ def test_scored_pieces_give_sentencepiece_ids(tmp_path: Path, spm: sentencepiece
     for text in (*CORPUS, "unseen: ŋ ☃ words", "hello hello"):
         assert tokenizer.encode(text).ids == [spm.bos_id(), *spm.encode(text)], text
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_folder_with_the_original_file_alone(tmp_path: Path, spm: sentencepiece.SentencePieceProcessor) -> None:
+    """Llama 2 as some publish it, without tokenizer.json: every blank but the first is kept, on every line."""
+    model = tiny_llama(0, vocab=spm.vocab_size())
+    args = {key: value for key, value in vars(model.args).items() if value is not None and key != "layer_types"}
+    folder = write_folder(tmp_path / "model", model, {**args, "max_position_embeddings": 64})
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (folder / "tokenizer.model").write_bytes(spm.serialized_model_proto())
+    tokenizer = load_model_folder(folder).tokenizer
+    for text in ("def f:\n    return x", "if x:\n\n   a  b\n ", *(f"x{text}" for text in CORPUS)):
+        assert pieces_of(tokenizer, text) == text
 
 
 @pytest.mark.large

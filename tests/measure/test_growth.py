@@ -187,6 +187,18 @@ def test_only_questions_with_something_to_compare_are_drawn() -> None:
     lines = {line.get_label(): [list(data) for data in line.get_data()] for line in figure.axes[0].lines}
     assert lines["bytes / rate"] == [[0.0, 30.0], [0.0, 300.0]]
     assert lines["computing: waits left out"] == [[0.0, 30.0], [150.0, 400.0]]
+    assert {axes.get_ylabel() for axes in figure.axes} == {"ms per pass"}
+    assert [axes.get_title() for axes in figure.axes] == [
+        "16 nodes, 256 tokens", "0 kB read, 256 tokens", "0 kB read, 16 nodes",
+    ]  # fmt: skip
+    # From zero, and with room for the slowest pass.
+    assert [axes.get_xlim() for axes in figure.axes] == [(0, pytest.approx(1.05 * most)) for most in (30, 2, 256)]
+    assert [axes.get_ylim() for axes in figure.axes] == [
+        (0, pytest.approx(1.1 * most)) for most in (900, 200, 100)
+    ]
+    (legend,) = figure.legends
+    told = [text.get_text() for text in legend.get_texts()]
+    assert sorted(told) == ["bytes / rate", "computing: waits left out", "measured: median, min to max"]
     done = made_up(interrupted=True)
     assert len(drawn(*growth_report(done).plots).axes) == 1
     nothing = growth_report(replace(done, points=done.points[:1]))

@@ -142,7 +142,8 @@ PATHS = {"path like a pattern": "my model[1]*", "path that is no text": "caf\udc
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path) -> None:
+@pytest.mark.usefixtures("own_home")
+def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path, output: Any) -> None:
     ODD[case](folder)
     if case in PATHS:
         folder = folder.rename(folder.parent / PATHS[case])
@@ -152,6 +153,8 @@ def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path) -
     convert_folder(folder, folder.parent / "converted", bits=8, group_size=32)
     with load(folder, None, memory="8GB", pinned=0) as engine:
         assert engine.generate([5], max_tokens=2).tokens
+    assert output("doctor", folder)[1] == ""
+    assert json.loads(output("plan", folder, "--json")[0])["estimated"] is False
 
 
 def test_missing_folder_and_a_file_in_its_place(folder: Path) -> None:

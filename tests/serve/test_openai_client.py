@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from tests.support.serving import CHAT, NAME, Live, Scripted, events, loader, serving, streaming
 from tests.support.tiny import tiny_llama
-from tests.support.tiny_folder import SPECIAL, make_folder, write_folder
+from tests.support.tiny_folder import SPECIAL, byte_level_folder, write_folder
 
 pytestmark = pytest.mark.usefixtures("tiny_home")
 
@@ -35,29 +36,27 @@ WEATHER = {
     "type": "function",
     "function": {"name": "weather", "description": "Tells it.", "parameters": PARAMETERS},
 }
+NAMED = {"type": "function", "function": {"name": "weather"}}
 JSON_CALL = '{"name": "weather", "arguments": {"town": "Bern"}}'
 CALL = f"<tool_call>{JSON_CALL}</tool_call>"
 
 
-def thinking_folder(path: Path) -> Path:
-    """A model whose tokenizer has the tags of thinking as tokens, in place of two letters."""
-    folder = make_folder(path, context=4096)
-    file = folder / "tokenizer.json"
-    written = json.loads(file.read_text())
-    vocabulary = written["model"]["vocab"]
-    for letter, tag in (("^", "<think>"), ("~", "</think>")):
-        vocabulary[tag] = vocabulary.pop(letter)
-    tokenizer = Tokenizer.from_str(json.dumps(written))
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
-    tokenizer.save(str(file))
+SENTENCES = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tags of thinking are tokens."""
+    folder = byte_level_folder(tmp_path_factory.mktemp("models") / "thinker", ("<think>", "</think>"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    folder = thinking_folder(tmp_path_factory.mktemp("models") / "thinker")
-    with serving(loader(folder, kind=Scripted), max_tokens=300, template_options={"spoken": 5}) as server:
+def live(thinker: Path) -> Iterator[Live]:
+    with serving(loader(thinker, kind=Scripted), max_tokens=300, template_options={"spoken": 5}) as server:
         yield server
 
 
@@ -246,6 +245,71 @@ def test_one_call_ends_the_answer(client: openai.OpenAI, say: Any, stream: bool)
     assert tokens < len(f"Yes. {CALL}" * 5)
 
 
+OTHERS = [{"type": "function", "function": {"name": name}} for name in ("web", "we")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    ("tools", "choice", "opening"),
+    [
+        ([WEATHER, *OTHERS], NAMED, CALL.partition('"town"')[0]),
+        ([WEATHER], "required", CALL.partition('"town"')[0]),
+        ([WEATHER, *OTHERS], "required", CALL.partition("ather")[0]),
+    ],
+)
+def test_a_call_that_is_wanted_is_begun_for_the_model(
+    client: openai.OpenAI, say: Any, tools: Any, choice: Any, opening: str, opened: bool, stream: bool
+) -> None:
+    say(CALL.removeprefix(opening))
+    body = {
+        "tools": tools, "tool_choice": choice, "stream": stream, "logprobs": True,
+        "extra_body": {"chat_template_kwargs": {"opened": opened}, "speculation": {"tokens": True}},
+    }  # fmt: skip
+    answer = ask(client, **body)
+    chunks = [*answer] if stream else []
+    if stream:
+        text, thought, calls = put_together(chunks)
+        reason, written = chunks[-1].choices[0].finish_reason, [c for one in chunks for c in tokens_of(one)]
+        logprobs = [entry for one in chunks for entry in getattr(one.choices[0].logprobs, "content", None) or []]
+    else:
+        (said,) = answer.choices
+        text, thought, reason = (
+            said.message.content or "",
+            getattr(said.message, "reasoning", ""),
+            said.finish_reason,
+        )
+        calls = [(c.function.name, json.loads(c.function.arguments)) for c in said.message.tool_calls]
+        written, logprobs = tokens_of(answer), said.logprobs.content
+        assert answer.usage.completion_tokens == len(written)  # those that were begun with are of the answer
+    assert (text, thought, calls, reason) == ("", "", [("weather", {"town": "Bern"})], "tool_calls")
+    whole = ("</think>\n\n" if opened else "") + CALL
+    assert "".join(token["text"] for token in written) == whole
+    assert "".join(entry.token for entry in logprobs) == whole
+
+
+def tokens_of(answer: Any) -> list[Any]:
+    return list((getattr(answer, "speculation", None) or {}).get("tokens", []))
+
+
+def test_what_becomes_no_call_comes_back_as_text(client: openai.OpenAI, say: Any) -> None:
+    begun = CALL.partition('"town"')[0]
+    for script, limit, reason in (("never", None, "stop"), ("never", 12, "length")):
+        say(script)
+        choice = ask(client, tools=[WEATHER], tool_choice=NAMED, max_tokens=limit).choices[0]
+        assert choice.message.tool_calls is None
+        assert choice.finish_reason == reason
+        assert (begun + script).startswith(choice.message.content)
+        assert len(choice.message.content) > 5
+    assert choice.message.content != begun + script
+
+
+def test_only_tools_of_the_request_can_be_wanted(live: Live) -> None:
+    for tools in ([], OTHERS):
+        answer = live.chat(tools=tools, tool_choice=NAMED)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tool_choice")
+
+
 EPHEMERAL = {"cache_control": {"type": "ephemeral"}}
 STRICT = {**WEATHER["function"], "strict": True}
 AGENT: dict[str, Any] = {
@@ -288,6 +352,35 @@ LIBRARIES: dict[str, tuple[str, dict[str, Any]]] = {
         "model": NAME, "max_completion_tokens": 1024, "n": 1, "stream": False, "temperature": 0.7, "stop": None,
         "logit_bias": {}, "tools": [{"type": "function", "function": STRICT}], "parallel_tool_calls": True,
     }),
+    "Continue": ("/v1/chat/completions", {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "model": NAME,
+        "max_tokens": 4096, "temperature": 0, "stream": False, "tools": [{"type": "function", "function": STRICT}],
+    }),
+    "Cline": ("/v1/chat/completions", {
+        "model": NAME, "temperature": 0, "stream": False, "stream_options": {"include_usage": True},
+        "messages": [
+            {"role": "system", "content": "Code."},
+            {"role": "user", "content": [{"type": "text", "text": "<task>"}, {"type": "text", "text": "hi"}]},
+        ],
+    }),
+    "Zed": ("/v1/chat/completions", {
+        "model": NAME, "stream": False, "max_completion_tokens": 32000, "stop": [], "temperature": 1, "tools": [],
+        "parallel_tool_calls": False, "prompt_cache_key": "k", "reasoning_effort": None,
+        "messages": [*CHAT, {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}},
+        ]}, {"role": "tool", "content": [{"type": "text", "text": "rain"}], "tool_call_id": "1"}],
+    }),
+    "Open WebUI": ("/v1/chat/completions", {
+        "model": NAME, "messages": CHAT, "stream": False, "stream_options": {"include_usage": True}, "user": "me",
+        "tools": [{"type": "function", "function": {
+            "type": "function", "name": "web", "description": "", "parameters": PARAMETERS,
+        }}],
+    }),
+    "a refusal sent back": ("/v1/chat/completions", {
+        "messages": [*CHAT, {"role": "assistant", "content": [
+            {"type": "text", "text": "a", "annotations": []}, {"type": "refusal", "refusal": "No."},
+        ]}, *CHAT],
+    }),
     "LangChain, completion": ("/v1/completions", {
         "model": NAME, "prompt": ["Say hi"], "frequency_penalty": 0, "logit_bias": {}, "logprobs": None,
         "max_tokens": 256, "n": 1, "presence_penalty": 0, "seed": None, "temperature": 0.7, "top_p": 1,
@@ -311,12 +404,24 @@ def test_what_other_libraries_send(live: Live, say: Any, path: str, body: dict[s
     assert (choice["message"]["content"] if "message" in choice else choice["text"]) == "Hello."
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wanted", [8192, 32000.0, -1, None])
+def test_more_tokens_than_the_server_gives_end_with_length(
+    client: openai.OpenAI, say: Any, wanted: float | None, stream: bool
+) -> None:
+    say("x y " * 200)
+    answer = ask(client, max_tokens=wanted, stream=stream)
+    (*_, last) = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    assert last.finish_reason == "length"
+    if not stream:
+        assert answer.usage.completion_tokens == 300
+
+
 def sentencepiece_folder(path: Path) -> Path:
     """Words that begin with a blank, and bytes for all other characters."""
     words = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "the", "▁x", "x", "<0x20>x"]
     tokenizer = Tokenizer(models.BPE({word: at for at, word in enumerate(words)}, [], byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.decoder = SENTENCES
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     model = tiny_llama(0, vocab=len(words))
     args = {key: value for key, value in vars(model.args).items() if value is not None and key != "layer_types"}
@@ -325,28 +430,50 @@ def sentencepiece_folder(path: Path) -> Path:
     return folder
 
 
-THE, X, BLANK = 259, 261, 258
-EMOJI = [2 + byte for byte in "😀".encode()]
+TEXTS: dict[Callable[[Path], Path], dict[str, list[str]]] = {
+    sentencepiece_folder: {
+        "the x x": ["▁the", "▁x", "▁x"],
+        " the": ["▁", "▁the"],
+        "the😀 x": ["▁the", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "▁x"],
+        "😀": ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"],
+        "\ufffd\ufffd x": ["<0xF0>", "<0x9F>", "▁x"],
+        "the\n  x": ["the", "<0x0A>", "▁", "▁x"],
+    },
+    byte_level_folder: {
+        " the cat": ["Ġthe", "Ġ", "c", "a", "t"],
+        "    return": ["Ġ", "Ġ", "Ġ", "Ġ", "r", "e", "t", "u", "r", "n"],
+        "é😀": ["Ã", "©", "ð", "Ł", "ĺ", "Ģ"],
+    },
+    partial(byte_level_folder, decoder=SENTENCES): {" the a\n x": ["Ġthe", "Ġa", "Ċ", "Ġ", "x"]},  # "tekken"
+    partial(byte_level_folder, added=("đem", "ilÖve", "日本é")): {
+        "x đem ilÖve日本é": ["x", "Ġ", "đem", "Ġ", "ilÖve", "日本é"]
+    },
+}
 
 
 @pytest.mark.parametrize(
-    "tokens",
-    [[THE, X, X], [BLANK, THE], [THE, *EMOJI, X], EMOJI, [*EMOJI[:2], X], [THE + 1, 2 + ord("\n"), BLANK, X]],
-    ids=["blanks", "a blank first", "an emoji", "only an emoji", "a broken emoji", "no blank first"],
+    ("make", "text", "words"), [(make, *case) for make, cases in TEXTS.items() for case in cases.items()]
 )
-def test_logprobs_join_to_the_text(tmp_path_factory: pytest.TempPathFactory, say: Any, tokens: list[int]) -> None:
-    folder = sentencepiece_folder(tmp_path_factory.mktemp("models") / "sentences")
-    say(tokens)
-    with serving(loader(folder, "none", kind=Scripted)) as live:
+def test_text_is_the_tokenizers_own_everywhere(
+    tmp_path_factory: pytest.TempPathFactory, say: Any, make: Callable[[Path], Path], text: str, words: list[str]
+) -> None:
+    """Whole, streamed, with stop strings at the first token, in log probabilities, in what shows single tokens."""
+    folder = make(tmp_path_factory.mktemp("models") / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    say([tokenizer.token_to_id(word) for word in words])
+    with serving(loader(folder, "ngram", kind=Scripted)) as live:
         chat = live.chat(logprobs=True, top_logprobs=5).json()["choices"][0]
         plain = live.complete(prompt=[5], logprobs=20).json()["choices"][0]
-    text, content = chat["message"]["content"], chat["logprobs"]["content"]
-    assert (
-        "".join(entry["token"] for entry in content)
-        == text
-        == plain["text"]
-        == "".join(plain["logprobs"]["tokens"])
-    )
+        whole = live.complete(prompt=[5], speculation=True).json()
+        stopped = live.complete(prompt=[5], stop=text[:2]).json()["choices"][0]
+        with streaming(live, "/v1/completions", prompt=[5]) as response:
+            streamed = "".join(chunk["choices"][0]["text"] for chunk in events(response))
+    content, shown = chat["logprobs"]["content"], whole["speculation"]
+    assert chat["message"]["content"] == plain["text"] == whole["choices"][0]["text"] == streamed == text
+    assert "".join(entry["token"] for entry in content) == "".join(plain["logprobs"]["tokens"]) == text
+    assert "".join(token["text"] for token in shown["tokens"]) == text
+    assert not {"Ġ", "Ċ", "▁"} & set("".join(node["text"] for done in shown["rounds"] for node in done["nodes"]))
+    assert (stopped["text"], stopped["finish_reason"]) == ("", "stop")
     if "\ufffd" not in text:
         assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == text
     for entry in content:

@@ -329,6 +329,11 @@ SAME: list[dict[str, Any]] = [
     {"reasoning_effort": "high"}, {"verbosity": "low"}, {"prediction": {"type": "content", "content": "x"}},
     {"parallel_tool_calls": False}, {"chat_template_kwargs": {"enable_thinking": False}}, {"tool_choice": "auto"},
     {"tools": [], "tool_choice": "none"}, {"functions": None}, {"temperature": 0.9, "top_p": 0, "seed": 3},
+    {"stream_options": {"include_usage": True}}, {"stop": ""}, {"stop": ["", "no such text", ""]}, {"stop": []},
+    {"audio": None, "web_search_options": None, "modalities": ["text"], "logprobs": False, "top_logprobs": 0},
+    {"service_tier": "flex", "metadata": {"a": "b"}, "user": "me", "safety_identifier": "a", "logit_bias": {}},
+    {"prompt_cache_key": "a", "cache_prompt": True, "max_completion_tokens": 24, "n": 1, "stop": None},
+    {"messages": [{**CHAT[0], "content": [{"type": "text", "text": CHAT[0]["content"]}]}]},
 ]  # fmt: skip
 
 
@@ -484,8 +489,7 @@ def test_tools_are_shown_to_the_model(tool_client: openai.OpenAI, monkeypatch: p
     bare = prompt_tokens()
     assert prompt_tokens(tools=[TOOL]) > bare + 40
     assert prompt_tokens(tools=[TOOL], tool_choice="none") == bare
-    with pytest.raises(openai.BadRequestError, match="tool_choice: must be 'auto' or 'none'"):
-        prompt_tokens(tools=[TOOL], tool_choice="required")
+    assert prompt_tokens(tools=[TOOL], tool_choice="required") == prompt_tokens(tools=[TOOL]) > bare
 
 
 def test_requests_get_the_models_own_sampling(folder: Path, tmp_path: Path) -> None:

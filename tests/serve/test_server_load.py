@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +19,9 @@ from typing import Any
 import httpx
 import pytest
 
-from llmcad_mlx import load
+from llmcad_mlx import Engine, UsageError, load
+from llmcad_mlx.serve import ServerSettings
+from llmcad_mlx.serve.server import LlmServer
 from tests.support.command_line import start
 
 REQUESTS, CLIENTS = 200, 20
@@ -37,6 +40,55 @@ def served(folder: Path, *arguments: str) -> tuple[str, subprocess.Popen[Any]]:
     line = process.stdout.readline()
     assert line.startswith("serving endless at http://127.0.0.1:"), process.communicate()
     return line.split()[3], process
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0"), ("localhost", "localhost")],
+)
+def test_of_two_that_start_at_once_the_second_is_told_before_it_loads(first: str, second: str) -> None:
+    """The first one still loads."""
+    loading, told = threading.Event(), threading.Event()
+
+    def load_until_told() -> Engine:
+        loading.set()
+        told.wait(30)
+        raise UsageError("made up")
+
+    def never() -> Engine:
+        raise AssertionError("it loads")
+
+    def settings(host: str, port: int) -> ServerSettings:
+        return ServerSettings(host=host, port=port, api_key="12345678")
+
+    early = LlmServer(settings(first, 0), load_until_told, "early")
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(early.start)
+        assert loading.wait(30)
+        port = int(early.url.rpartition(":")[2])
+        try:
+            with pytest.raises(
+                UsageError, match=rf"port: {second}:{port} cannot be used: Address already in use; g"
+            ):
+                LlmServer(settings(second, port), never, "late").start()
+        finally:
+            told.set()
+        with pytest.raises(UsageError, match="made up"):
+            started.result(30)
+    # What failed has let go of the port.
+    with pytest.raises(AssertionError, match="it loads"):
+        LlmServer(settings(second, port), never, "late").start()
+
+
+def test_where_others_addresses_of_a_port_are_free_it_is_taken_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on macOS, where binding would do."""
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(socket.socket, "bind", lambda *_: None)
+        with pytest.raises(UsageError, match=f"127.0.0.1:{port} cannot be used: Address already in use"):
+            LlmServer(ServerSettings(port=port), lambda: pytest.fail("it loads"), "late").start()
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +186,12 @@ def test_what_keeps_it_from_starting(endless: Path, output: Callable[..., tuple[
     problem = f"127.0.0.1:{port} cannot be used: Address already in use"
     assert said == ("", f"error: port: {problem}; give another --port\n")
     for wrong in ("{", "[1]"):
-        said = output("serve", "--target", endless, "--chat-template-args", wrong, code=2)
-        assert said[1].startswith(f"error: chat-template-args: '{wrong}' is no JSON object; write it like ")
+        for command in ("serve", "chat", "generate hi"):
+            words = (*command.split(), "--target", endless)
+            said = output(*words, "--chat-template-config", wrong, code=2)
+            assert said[1].startswith(f"error: chat-template-config: '{wrong}' is no JSON object; write it like ")
     said = output("serve", "--target", endless, "--chat-template-args", '{"tokenize": true}', code=2)
-    assert said[1].startswith("error: chat-template-args.tokenize: is not a variable of the chat template")
+    assert said[1].startswith("error: chat-template-config.tokenize: is not a variable of the chat template")
     out, line = output("serve", "--target", endless / "nothing", "--port", "0", code=1)
     assert out == ""
     assert line.startswith("error: ")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from llmcad_mlx.errors import BudgetError
 from llmcad_mlx.loader import load_pair
 from llmcad_mlx.serve import ServerSettings
 from llmcad_mlx.serve.jobs import FairQueue, Job, RoundEvent, TokenEvent
+from llmcad_mlx.serve.opening import beginning_with_call
 from llmcad_mlx.serve.parts import AnswerListener, PartMaker
 from llmcad_mlx.serve.protocol import ApiError, GenerationRequest, RequestReader
 from llmcad_mlx.serve.worker import PromptCache, cache_limit
@@ -204,6 +206,69 @@ def test_who_reads_too_slowly_is_cut_off() -> None:
 
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+TEMPLATES = {
+    "json": (
+        '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>',
+        '<tool_call>\n{"name": "%s", "arguments": {',
+    ),
+    "tags": (
+        "<tool_call>\n<function=%s>\n<parameter=a>%s</function>",
+        "<tool_call>\n<function=%s>\n<parameter=a>{",
+    ),
+    "brackets": ("[TOOL_CALLS]%s[ARGS]%s", "[TOOL_CALLS]%s[ARGS]{"),
+}
+
+
+@pytest.mark.parametrize(("written", "opening"), TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize(
+    ("names", "shared"), [(("get_town",), None), (("get_town", "get_sun", "get"), "get"), (("f", "g"), "")]
+)
+@pytest.mark.parametrize("is_thinking", [False, True])
+def test_an_answer_begins_as_the_template_writes_calls(
+    written: str, opening: str, names: tuple[str, ...], shared: str | None, is_thinking: bool
+) -> None:
+    """A tokenizer whose tokens are letters, and a template that shows the form to the model before it uses it."""
+
+    def rendered(messages: Any, **options: Any) -> str:
+        function = messages[-1]["tool_calls"][0]["function"]
+        call = written % (function["name"], json.dumps(function["arguments"]))
+        return f"{options['tools']} like {written % ('name', '{}')}\nassistant\n{call}<end>"
+
+    tokenizer = SimpleNamespace(
+        apply_chat_template=rendered, encode=lambda text, **_: [*map(ord, text)], has_chat_template=True,
+        tool_call_start=written.partition("\n" if "\n" in written else "%s")[0], think_end="</think>",
+    )  # fmt: skip
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    asked = GenerationRequest("chat", [], GenerationOptions(), tools, must_call=names)
+    forced = beginning_with_call(asked, [1, 2], tokenizer, is_thinking).options.sampling.logits_processors
+    tokens = [1, 2]
+    while True:
+        row = mx.zeros((1, 200))
+        for process in forced:
+            row = process(mx.array(tokens), row)
+        if row.min().item() == 0.0:
+            break
+        assert (row > -mx.inf).sum().item() == 1
+        tokens.append(int(row.argmax().item()))
+    expected = opening % names[0] if shared is None else f"{opening.partition('%s')[0]}{shared}"
+    assert "".join(map(chr, tokens[2:])) == ("</think>\n\n" if is_thinking else "") + expected
+
+
+@pytest.mark.parametrize("template", ["no calls", "it raises"])
+def test_a_template_without_calls_cannot_begin_one(template: str) -> None:
+    def rendered(messages: Any, **_: Any) -> str:
+        if template == "it raises":
+            raise TypeError("no calls here")
+        return "f g <tool"
+
+    tokenizer = SimpleNamespace(
+        apply_chat_template=rendered, has_chat_template=True, tool_call_start="<tool_call>", encode=None
+    )
+    asked = GenerationRequest("chat", [], GenerationOptions(), [], must_call=("f",))
+    with pytest.raises(ApiError, match="tool_choice: this model's chat template shows no form of calls"):
+        beginning_with_call(asked, [1], tokenizer, False)
+
+
 READER = RequestReader(ServerSettings(max_tokens=100, temperature=0.25), "tiny")
 
 

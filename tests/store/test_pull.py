@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import huggingface_hub
@@ -25,7 +26,9 @@ from llmcad_mlx.errors import DownloadError, ModelError
 from llmcad_mlx.files import home_folder, read_object
 from llmcad_mlx.files.bundle import FILE as BUNDLE_FILE
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
+from llmcad_mlx.models.folder import own_sampling
 from llmcad_mlx.progress import Progress, progress_for
+from llmcad_mlx.settings import OWN_SAMPLING, SamplingSettings
 from llmcad_mlx.store import download, names, presets
 from llmcad_mlx.store.presets import FileSource, Mirror, Preset, RepoSource
 from tests.support.hub_stand_in import HubStandIn
@@ -369,6 +372,38 @@ def tiny_preset(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     preset = Preset("tiny", "a test", "MIT", 1, source(content), None)
     only(preset, monkeypatch)
     return preset
+
+
+@pytest.mark.parametrize("own", [{}, {"temp": 0.6, "top_p": 0.5}, {"temp": 0.0}], ids=str)
+def test_a_presets_publisher_recommends_sampling_where_its_file_does_not(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, float]
+) -> None:
+    def add(writer: Any) -> None:
+        for name, value in own.items():
+            writer.add_float32(f"general.sampling.{name}", value)
+
+    content = write_tiny_gguf(tmp_path / "own.gguf", edit=add).read_bytes()
+    hub.repos["org/files"]["tiny.gguf"] = content
+    recommended = {"temperature": 0.2, "top_p": 0.9, "top_k": 20}
+    only(
+        Preset("tiny", "a test", "MIT", 1, dataclasses.replace(source(content), sampling=recommended), None),
+        monkeypatch,
+    )
+    (target,) = names.pull_preset("tiny")
+    expected = {"temperature": 0.6, "top_p": 0.5} if own.get("temp") else {} if own else recommended
+    assert own_sampling(target) == expected
+    # One that was pulled earlier keeps working as it is.
+    (target / "generation_config.json").write_text("{}")
+    assert names.pull_preset("tiny") == [target]
+    assert own_sampling(target) == {}
+
+
+def test_the_presets_that_are_converted_recommend_what_can_be() -> None:
+    sources = [preset.target for preset in presets.list_presets() if isinstance(preset.target, FileSource)]
+    assert len(sources) == 2
+    for one in sources:
+        assert SamplingSettings(**one.sampling).temperature > 0  # type: ignore[arg-type]
+        assert set(one.sampling) <= set(OWN_SAMPLING)
 
 
 def test_preset_becomes_a_bundle_once(hub: HubStandIn, tiny_preset: Preset) -> None:

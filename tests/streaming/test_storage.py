@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcad_mlx.errors import StorageError
+from llmcad_mlx.files.safetensors import read_json, read_tensors
+from llmcad_mlx.gguf.reader import read_gguf_header
 from llmcad_mlx.streaming.storage import FileStorage, ThrottledStorage
 from tests.support.faults import MemoryStorage
 from tests.support.simulated_stream import SimulatedClock
@@ -84,6 +87,26 @@ def test_an_error_of_the_disk_is_told(storage: FileStorage, file: Path, monkeypa
     assert read(storage, file, 0, 10) == DATA[:10]
     with pytest.raises(StorageError, match=r"gone\.bin: cannot be read \(No such file or directory\); check"):
         read(storage, file.with_name("gone.bin"), 0, 1)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_are_not_the_disks_fault(
+    storage: FileStorage, file: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Wherever a model's files are opened."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    told = r"weights\.bin: cannot be opened, too many files are; raise the limit \(ulimit -n\)"
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(StorageError, match=told):
+        read(storage, file, 0, 1)
+    monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr(Path, "read_text", fail)
+    for use in (read_tensors, partial(read_json, remedy=""), read_gguf_header):
+        with pytest.raises(StorageError, match=told):
+            use(file)
 
 
 def replace(file: Path) -> None:

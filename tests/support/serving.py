@@ -118,7 +118,10 @@ class Scripted(Engine):
         wanted = iter([*tokens, eos])
 
         def only_the_next(_: mx.array, logits: mx.array) -> mx.array:
+            if forced and (logits > -mx.inf).sum().item() == 1:
+                return logits  # what the request wants comes first
             return mx.where(mx.arange(logits.shape[-1]) == next(wanted), logits, -mx.inf)
 
-        sampling = replace(options.sampling, logits_processors=(only_the_next,))
+        forced = options.sampling.logits_processors
+        sampling = replace(options.sampling, logits_processors=(*forced, only_the_next))
         return super().stream_generate(prompt, *callbacks, options=replace(options, sampling=sampling))

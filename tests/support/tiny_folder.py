@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,22 @@ def make_folder(
     model = tiny_llama(seed, vocab=VOCAB, **options)
     args = {key: value for key, value in vars(model.args).items() if value is not None and key != "layer_types"}
     return write_folder(path, model, {**args, "max_position_embeddings": context}, template, bits)
+
+
+def byte_level_folder(path: Path, added: Sequence[str] = (), decoder: Any = None) -> Path:
+    """`make_folder` with `added` tokens, each in place of a letter, and another decoder where given."""
+    folder = make_folder(path, context=4096)
+    file = folder / "tokenizer.json"
+    written = json.loads(file.read_text())
+    vocabulary = written["model"]["vocab"]
+    for letter, token in zip("^~`", added, strict=False):
+        vocabulary[token] = vocabulary.pop(letter)
+    tokenizer = Tokenizer.from_str(json.dumps(written))
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    tokenizer.save(str(file))
+    return folder
 
 
 def write_folder(

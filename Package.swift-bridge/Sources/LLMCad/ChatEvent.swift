@@ -2,6 +2,8 @@
 public enum ChatEvent: Sendable, Hashable {
     /// The token tree of a round, before the text that came of it. Only with ``StreamDetails/rounds``.
     case round(SpeculationRound)
+    /// A piece of what the model thinks before it answers. `tokens` is empty without ``StreamDetails/tokens``.
+    case reasoning(String, tokens: [GeneratedToken])
     /// A piece of text. `tokens` is empty without ``StreamDetails/tokens``.
     case text(String, tokens: [GeneratedToken])
     /// The answer is complete. The last event, and the only sign of a complete answer.

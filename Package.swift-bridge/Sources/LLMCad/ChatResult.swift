@@ -6,6 +6,8 @@ public struct ChatResult: Sendable, Hashable {
     public let model: String
     /// What the model said.
     public let text: String
+    /// What it thought before that; empty when it did not think.
+    public let reasoning: String
     /// Why it ended.
     public let finishReason: FinishReason
     /// Counts and speculation figures.
@@ -138,6 +140,7 @@ extension ChatResult: Decodable {
     private struct Choice: Decodable {
         struct Message: Decodable {
             let content: String?
+            let reasoning: String?
         }
 
         let message: Message
@@ -154,6 +157,7 @@ extension ChatResult: Decodable {
         id = try answer.decode(String.self, forKey: .id)
         model = try answer.decode(String.self, forKey: .model)
         text = choice.message.content ?? ""
+        reasoning = choice.message.reasoning ?? ""
         finishReason = choice.finish_reason
         usage = try answer.decode(Usage.self, forKey: .usage)
     }

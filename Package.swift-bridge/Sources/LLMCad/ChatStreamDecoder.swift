@@ -11,6 +11,7 @@ struct ChatStreamDecoder {
         struct Choice: Decodable {
             struct Delta: Decodable {
                 let content: String?
+                let reasoning: String?
             }
 
             let delta: Delta?
@@ -51,7 +52,12 @@ struct ChatStreamDecoder {
         }
         let choice = chunk.choices?.first
         let text = choice?.delta?.content ?? ""
-        let tokens = chunk.speculation?.tokens ?? []
+        let reasoning = choice?.delta?.reasoning ?? ""
+        var tokens = chunk.speculation?.tokens ?? []
+        if !reasoning.isEmpty {
+            events.append(.reasoning(reasoning, tokens: text.isEmpty ? tokens : []))
+            tokens = text.isEmpty ? [] : tokens
+        }
         if !text.isEmpty || !tokens.isEmpty {
             events.append(.text(text, tokens: tokens))
         }

@@ -54,7 +54,7 @@ struct Example {
             details: arguments.rounds ? [.tokens, .rounds] : .tokens)
         for try await event in events {
             switch event {
-            case .text(let text, let tokens):
+            case .reasoning(let text, let tokens), .text(let text, let tokens):
                 Terminal.write(text, tinted: tokens.contains { $0.fromDraft })
             case .round(let round):
                 let accepted = round.nodes.filter { $0.state == .accepted }.count

@@ -17,11 +17,34 @@ final class DecodingTests: XCTestCase {
         XCTAssertEqual(answer.id, "chatcmpl-1")
         XCTAssertEqual(answer.model, "m")
         XCTAssertEqual(answer.text, "Hello")
+        XCTAssertEqual(answer.reasoning, "")
         XCTAssertEqual(answer.finishReason, .stop)
         XCTAssertEqual(answer.usage.promptTokens, 10)
         XCTAssertEqual(answer.usage.completionTokens, 8)
         XCTAssertEqual(answer.usage.totalTokens, 18)
         XCTAssertEqual(answer.usage.cachedTokens, 4)
+    }
+
+    func testThinking() throws {
+        let json = Samples.answer.replacingOccurrences(
+            of: #""content": "Hello""#, with: #""content": "Hello", "reasoning": "A greeting.""#)
+        let answer = try decode(ChatResult.self, json)
+        XCTAssertEqual([answer.text, answer.reasoning], ["Hello", "A greeting."])
+
+        func chunk(_ delta: String, _ token: String) -> String {
+            #"{"choices": [{"index": 0, "delta": {\#(delta)}}], "speculation": {"tokens": [\#(token)]}}"#
+        }
+        let token = #"{"id": 2, "text": "b", "from_draft": true}"#
+        let events = try decodeStream([
+            chunk(#""reasoning": "pl""#, token), chunk(#""reasoning": "an", "content": "Hi""#, token), chunk("", token),
+        ])
+        let tokens = [try decode(GeneratedToken.self, token)]
+        XCTAssertEqual(
+            events,
+            [
+                .reasoning("pl", tokens: tokens), .reasoning("an", tokens: []), .text("Hi", tokens: tokens),
+                .text("", tokens: tokens),
+            ])
     }
 
     func testSpeculationFigures() throws {

@@ -80,6 +80,7 @@ final class RealServerTests: XCTestCase {
         for try await event in client.stream(question, options: options, details: [.tokens, .rounds]) {
             XCTAssertNil(end, "an event after the last one")
             switch event {
+            case .reasoning: XCTFail("a model that does not think")
             case .text(let piece, let ofPiece):
                 text += piece
                 tokens += ofPiece
@@ -109,6 +110,7 @@ final class RealServerTests: XCTestCase {
         var figures: SpeculationFigures?
         for try await event in client.stream(question, options: options, details: .tokens) {
             switch event {
+            case .reasoning: XCTFail("a model that does not think")
             case .text(_, let tokens): fromDraft += tokens.filter(\.fromDraft).count
             case .round: XCTFail("a round that was not asked for")
             case .finished(_, let usage): figures = usage?.speculation

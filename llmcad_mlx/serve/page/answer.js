@@ -19,6 +19,7 @@ export class Answer {
   #accepted = 0;
   #pathTested = 0;
   #hasTokens = false;
+  #lastKind = "";
 
   /** What is kept of it between visits: without rounds, which are many times its size. */
   saved() {
@@ -57,7 +58,15 @@ export class Answer {
   #written(delta, tokens) {
     this.#hasTokens ||= tokens.length > 0;
     if (this.#hasTokens) return tokens.map((token) => token.text).join("");
-    return (delta?.reasoning ?? "") + (delta?.content ?? "");
+    let piece = "";
+    for (const kind of ["reasoning", "content"]) {
+      const said = delta?.[kind];
+      if (!said) continue;
+      if (this.#lastKind && kind !== this.#lastKind) piece += "\n\n"; // what stood between them is not told
+      this.#lastKind = kind;
+      piece += said;
+    }
+    return piece;
   }
 
   /** Tokens' texts are cut out of the piece in order; text that no token claims becomes a token of its own. */

@@ -35,6 +35,7 @@ from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.loader import plan_pair
 from llmcad_mlx.models.probe import probe
+from llmcad_mlx.prompt import Prompt
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name, find_pair, public_name
@@ -270,6 +271,12 @@ class _Model:
             self._engine = load(self._name)
         return self._engine
 
+    @property
+    def prompt(self) -> Prompt:
+        """As `generate` makes it of what is typed."""
+        is_chat = self.engine.tokenizer.has_chat_template
+        return [{"role": "user", "content": PROMPT}] if is_chat else PROMPT
+
     def tree(self) -> str:
         """Token trees against one token at a time through mlx-lm's own cache."""
         model = self.engine.pair.target.model
@@ -287,7 +294,7 @@ class _Model:
 
         def generate() -> None:
             try:
-                found.append(self.engine.generate(PROMPT, max_tokens=8, policy="plain").tokens)
+                found.append(self.engine.generate(self.prompt, max_tokens=8, policy="plain").tokens)
             except Exception as error:
                 found.append(error)
 
@@ -295,7 +302,7 @@ class _Model:
         self.engine  # noqa: B018  loaded here
         thread.start()
         thread.join()
-        here = self.engine.generate(PROMPT, max_tokens=8, policy="plain").tokens
+        here = self.engine.generate(self.prompt, max_tokens=8, policy="plain").tokens
         if found != [here]:
             raise _FailedError(f"loaded in one thread, used in another: {found[0]}, not {here}")
         return "loaded in one thread, generated in another: 8 tokens, the same"
@@ -308,7 +315,7 @@ class _Model:
         pair = self.engine.pair
         if pair.target.cache.capability != "tree":
             raise _NotHereError("no trees with this model")
-        self.engine.generate(PROMPT, max_tokens=2)
+        self.engine.generate(self.prompt, max_tokens=2)
         root = self.engine.tokens[-1]
         times = {}
         for rows in (1, 2, 4, 8, 16, 32, 64):
@@ -332,7 +339,9 @@ class _Model:
 
     def _tokens(self, policy: str) -> list[int]:
         started, tokens = time.perf_counter(), []
-        for response in self.engine.stream_generate(PROMPT, max_tokens=NUM_TOKENS, policy=policy, temperature=0.0):
+        for response in self.engine.stream_generate(
+            self.prompt, max_tokens=NUM_TOKENS, policy=policy, temperature=0.0
+        ):
             tokens.append(response.token)
             if time.perf_counter() - started > _TIME_PER_RUN_S:
                 break
@@ -358,7 +367,7 @@ class _Model:
         budget = plan_pair(names, options).plan.total_bytes
         swapped = psutil.swap_memory().sout
         command = [
-            sys.executable, "-m", "llmcad_mlx", "generate", PROMPT, "--raw", "--target", str(names.target_path),
+            sys.executable, "-m", "llmcad_mlx", "generate", PROMPT, "--target", str(names.target_path),
             *(("--draft", str(names.draft_path or names.draft_name))), "--pinned", "0", "--json",
             "--memory", f"{-(-budget // 10**6)}MB", "-m", str(max(len(self._plain), 20)),
         ]  # fmt: skip

@@ -47,7 +47,7 @@ SECTIONS = (
             "llmcad_mlx.tree.walk.Walk",
         ),
     ),
-    ("mlx-lm's function", "", ("llmcad_mlx.mlx_lm_plugin.stream_generate",)),
+    ("mlx-lm's functions", "", ("llmcad_mlx.mlx_lm_plugin.load", "llmcad_mlx.mlx_lm_plugin.stream_generate")),
     (
         "Errors",
         "Every message is one line; [troubleshooting](troubleshooting.md) says more about each.",

@@ -81,10 +81,11 @@ def load(
     preset names, else "ngram".
     memory: what the whole process may use, in bytes or as text ("6GB"); target weights that do not fit are read
     from the disk on every pass. None: everything in memory if it fits into 70 % of physical memory, else that
-    budget. pinned: how much of the target stays in memory ("auto": as much as fits). context: tokens to make room
-    for under a budget (4096, or what the model was made for). read_bandwidth: bytes per second or "250MB/s", to
-    emulate slower storage. verify: check all of a bundle at load, what is streamed on every read. progress: show
-    download progress on a terminal.
+    budget; on a Mac into 85 % of what Metal recommends, with 35 % of memory left over. pinned: how much of the
+    target stays in memory ("auto": as much as fits). context: tokens to make room for under a budget (4096, or
+    what the model was made for). read_bandwidth: bytes per second or "250MB/s", to emulate slower storage.
+    verify: check all of a bundle at load, what is streamed on every read. progress: show download progress on a
+    terminal.
 
     Raises UsageError for an option that is out of range, BudgetError (one) for a budget that cannot work,
     ModelError, VocabularyError or DownloadError, each with one line that says what to do.

@@ -10,13 +10,10 @@ A target that is wholly in memory needs no plan and goes from prepared to built.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,17 +24,20 @@ from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.drafting.lookup import NgramDrafter
 from llmcad_mlx.drafting.model import ModelDrafter
 from llmcad_mlx.drafting.table import NgramCounts, TableDrafter, vocabulary_hash
-from llmcad_mlx.errors import ModelError, UsageError, VocabularyError
+from llmcad_mlx.errors import BudgetError, ModelError, UsageError, VocabularyError
+from llmcad_mlx.estimate import DraftEstimate, ModelEstimate, context_room, estimate_needs
 from llmcad_mlx.files import home_folder
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
-from llmcad_mlx.machine import physical_memory_bytes, resident_bytes
-from llmcad_mlx.memory import MemoryNeeds, MemoryPlan, default_budget, make_plan
+from llmcad_mlx.first_run import compile_kernels
+from llmcad_mlx.machine import memory_of_process, physical_memory_bytes, trim_heap, working_set_bytes
+from llmcad_mlx.memory import LEAST_CACHE, MemoryNeeds, MemoryPlan, default_budget, make_plan, wired_share
 from llmcad_mlx.models.folder import (
     DRAFT_TOKENS,
     LoadedModel,
     check_same_tokens,
     check_token_list,
     load_model_folder,
+    read_config,
 )
 from llmcad_mlx.models.probe import cached_probe, probe
 from llmcad_mlx.models.tree_model import TreeModel
@@ -46,7 +46,7 @@ from llmcad_mlx.progress import Progress, progress_for
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import NO_DRAFT, TABLE_SUFFIX, PairPaths, device_name, find_pair, pair_profile_path
 from llmcad_mlx.store.profile import Conditions, PairProfile
-from llmcad_mlx.streaming.build import Prepared, kv_bytes_per_token
+from llmcad_mlx.streaming.build import Prepared, token_state
 from llmcad_mlx.streaming.stream import Read
 from llmcad_mlx.verifying import Target
 
@@ -127,10 +127,8 @@ def probe_folder() -> Path:
     return home_folder() / "probes"
 
 
-DEFAULT_CONTEXT = 4096  # tokens a plan makes room for
-MIN_CONTEXT = 1024  # what it makes room for where memory is short and nobody asked for more
 RESIDENT_MAX_NODES = 64
-_MLX_CACHE_BYTES = 16 << 20  # freed memory that MLX may keep under a budget
+_DIFFERENCE = 8 << 20  # between the memory of two processes that have done the same
 
 
 def conditions(options: MemoryOptions) -> Conditions:
@@ -155,6 +153,8 @@ class LoadedPair:
     plan: MemoryPlan | None = None
     """None: all weights are in memory and no budget was set."""
     clock: Callable[[], float] = field(default=time.perf_counter)
+    limits: MlxLimits | None = None
+    """What was set for the plan."""
 
     @property
     def context_in_words(self) -> str:
@@ -181,6 +181,35 @@ class LoadedPair:
         self.drafters = []
         self.target.close()
         del self.target
+        if self.limits is not None:
+            self.limits.restore()
+
+
+@dataclass(slots=True)
+class MlxLimits:
+    """MLX's own limits, which hold for the whole process: what they were before a plan set them."""
+
+    cache_bytes: int
+    wired_bytes: int | None = None
+
+    @classmethod
+    def while_loading(cls) -> MlxLimits:
+        """Keep no more freed memory than any plan allows."""
+        return cls(mx.set_cache_limit(LEAST_CACHE))
+
+    def heed(self, plan: MemoryPlan) -> None:
+        """Let MLX keep the freed memory that `plan` has room for. On Metal, what is used in each pass stays wired:
+        pinned weights, buffers and the draft, and never what the system would have to take from others."""
+        mx.set_cache_limit(plan.cache_bytes)
+        working_set = working_set_bytes()
+        if working_set is not None and plan.budget_bytes is not None:
+            used = plan.pinned_bytes + plan.buffer_bytes + plan.draft_bytes + plan.resident_bytes
+            self.wired_bytes = mx.set_wired_limit(min(used, wired_share(working_set)))
+
+    def restore(self) -> None:
+        mx.set_cache_limit(self.cache_bytes)
+        if self.wired_bytes is not None:
+            mx.set_wired_limit(self.wired_bytes)
 
 
 @dataclass(slots=True)
@@ -208,7 +237,6 @@ class PreparedTarget:
         Raises UsageError when weights without checksums are to be checked, ModelError for a model that cannot be
         streamed, StorageError for altered weights.
         """
-        mx.set_cache_limit(_MLX_CACHE_BYTES)
         loaded = load_model_folder(folder, lazy=True)
         bundle = read_bundle(loaded.path, loaded.weights) if options.verify else None
         if options.verify and bundle is None:
@@ -269,6 +297,7 @@ class PlannedPair:
     drafters: list[Drafter]
     needs: MemoryNeeds
     plan: MemoryPlan
+    limits: MlxLimits
     estimated: ClassVar[bool] = False
 
     @property
@@ -278,13 +307,18 @@ class PlannedPair:
 
     def build(self) -> LoadedPair:
         """Bring in the weights that the plan pins, and begin to read the others."""
+        self.limits.heed(self.plan)
         feed = self.weights.build(self.plan, self.options.read_bandwidth)
         target = Target(self.target.model, self.target.vocab_size, feed, self.plan.prefill_chunk)
         if self.plan.budget_bytes is not None:  # caches take at once what the plan has put aside for them
             target.cache.expected_slots = self.plan.context + self.plan.max_nodes
             for cache in (drafter.cache for drafter in self.drafters if drafter.cache is not None):
                 cache.expected_slots = self.plan.context + provisional_nodes(self.plan.max_nodes)
-        return self.target.pair(self.names, self.options, target, self.drafters, self.plan)
+            for model in (drafter.model for drafter in self.drafters if drafter.model is not None):
+                model.prefill_chunk = min(model.prefill_chunk, self.plan.prefill_chunk)
+        pair = self.target.pair(self.names, self.options, target, self.drafters, self.plan)
+        pair.limits = self.limits
+        return pair
 
 
 def load_pair(
@@ -320,38 +354,70 @@ def plan_pair(names: PairPaths, options: MemoryOptions) -> PlannedPair:
 
     Raises BudgetError naming the smallest budget that works, and the errors of `PreparedTarget`.
     """
-    target = PreparedTarget.to_be_planned(names.target_path, options)
-    assert target.weights is not None
-    drafters = target.drafters(names, options)
-    needs = _needs(target.weights, drafters, options)
-    plan = make_plan(needs, _budget([names], options), options.pinned)
-    return PlannedPair(names, options, target, target.weights, drafters, needs, plan)
+    budget = _budget([names], options)
+    if budget is not None:
+        _refuse_early(names, options, budget)
+        folders = [names.target_path, names.draft_path]
+        compile_kernels([folder for folder in folders if folder is not None and folder.is_dir()], budget)
+    limits = MlxLimits.while_loading()
+    try:
+        target = PreparedTarget.to_be_planned(names.target_path, options)
+        assert target.weights is not None
+        drafters = target.drafters(names, options)
+        needs = _needs(target.weights, drafters, options)
+        plan = make_plan(needs, budget, options.pinned)
+    except BaseException:
+        limits.restore()
+        raise
+    return PlannedPair(names, options, target, target.weights, drafters, needs, plan, limits)
+
+
+def _refuse_early(names: PairPaths, options: MemoryOptions, budget: int) -> None:
+    """Raise BudgetError for a budget that loading would exceed, or that could not work afterwards."""
+    try:
+        model = ModelEstimate.of(read_config(names.target_path), str(names.target_path))
+        draft = DraftEstimate.at(names.draft_path)
+    except ModelError:
+        return  # loading says what is wrong
+    needs = estimate_needs(model, draft, options, names.target_path)
+    try:
+        make_plan(needs, budget, options.pinned)
+    except BudgetError:
+        # The next process may begin with a little more memory than this one; the size that is named shall work.
+        runtime, loading = needs.runtime_bytes + _DIFFERENCE, needs.loading_bytes + _DIFFERENCE
+        make_plan(replace(needs, runtime_bytes=runtime, loading_bytes=loading), budget, options.pinned)
+        raise
 
 
 def _budget(pairs: Sequence[PairPaths], options: MemoryOptions) -> int | None:
     """What was asked for; else None where all models fit into memory, else what they may use of it."""
-    if options.memory is not None:
-        return options.memory
     drafts = dict.fromkeys(names.draft_path for names in pairs if names.draft_path is not None)
     files = [file for folder in (pairs[0].target_path, *drafts) for file in folder.glob("model*.safetensors")]
-    weights = sum(file.stat().st_size for file in files)
-    return default_budget(weights, physical_memory_bytes())
+    return budget_for(sum(file.stat().st_size for file in files), options)
+
+
+def budget_for(weight_bytes: int, options: MemoryOptions) -> int | None:
+    """What was asked for, else the default for so many bytes of weights."""
+    if options.memory is not None:
+        return options.memory
+    runtime = max(memory_of_process().now - mx.get_active_memory() - mx.get_cache_memory(), 0)
+    return default_budget(weight_bytes, physical_memory_bytes(), working_set_bytes(), runtime)
 
 
 def _needs(prepared: Prepared, drafters: Sequence[Drafter], options: MemoryOptions) -> MemoryNeeds:
     """Measure what is taken already."""
     sizes = prepared.sizes
-    context = options.context or min(DEFAULT_CONTEXT, prepared.model.context_length or DEFAULT_CONTEXT)
+    context, min_context = context_room(options, prepared.model.context_length)
     models = [drafter.model for drafter in drafters if drafter.model is not None]
     weights = sum(model.weight_bytes for model in models)
     release_free_memory()
     return MemoryNeeds(
         sizes,
         context=context,
-        min_context=context if options.context else min(context, MIN_CONTEXT),
-        runtime_bytes=max(resident_bytes() - weights - sizes.resident_bytes, 0) + options.reserved,
+        min_context=min_context,
+        runtime_bytes=max(memory_of_process().now - weights - sizes.resident_bytes, 0) + options.reserved,
         draft_bytes=weights,
-        draft_kv_bytes_per_token=sum(kv_bytes_per_token(model) for model in models),
+        draft_kv_bytes_per_token=sum(token_state(model).kv_bytes for model in models),
     )
 
 
@@ -359,6 +425,4 @@ def release_free_memory() -> None:
     """Give memory that is free inside the process back to the system."""
     gc.collect()
     mx.clear_cache()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()

@@ -24,6 +24,38 @@ from llmcad_mlx.sizes import format_size
 _CONTEXT_STEP = 64
 _LOGIT_COPIES = 1.25  # the whole, and a piece of a streamed head
 _RESERVE = 24 << 20  # the allocator's loose ends
+_CACHE_SHARE = 32  # of a budget MLX may keep one part as freed memory, which a pass's temporaries are made of
+LEAST_CACHE, _MOST_CACHE = 16 << 20, 256 << 20
+
+# When MLX's Metal attention keeps no scores (mlx/backend/metal/scaled_dot_product_attention.cpp).
+_VECTOR_ROWS, _VECTOR_HEADS = 8, 32  # up to so many rows, and rows times query heads of a key's head
+_VECTOR_DIMS = frozenset((64, 96, 128, 256))
+_TILED_DIMS = frozenset((64, 72, 80, 96, 128))
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How a model attends with MLX's own operation, which keeps all scores where it has no kernel.
+
+    `itemsize`: bytes of a score. `has_kernels`: on Metal, for usual shapes; elsewhere there are none.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int
+    has_kernels: bool
+
+    def score_bytes(self, num_rows: int, num_keys: int) -> int:
+        """The most that a layer's scores take in a forward of up to `num_rows` rows."""
+        few = min(num_rows, _VECTOR_ROWS)
+        if self.has_kernels:
+            if self.head_dim in _TILED_DIMS:
+                num_rows = few
+            fits = few * self.heads <= _VECTOR_HEADS * max(self.kv_heads, 1)
+            if num_rows == few and self.head_dim in _VECTOR_DIMS and fits:
+                return 0
+        return num_rows * num_keys * (self.heads * self.itemsize + 1)  # and the mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +64,7 @@ class ModelSizes:
 
     `layer_bytes`: what can be streamed of each decoder layer. `resident_bytes`: what always stays (norms, biases).
     `head_bytes`: 0 where the head is the embedding. `hidden`, `widest`: columns of residual stream and largest
-    activation.
+    activation. `attention`: None where no layer keeps scores, as on the CPU kernels.
     """
 
     layer_bytes: tuple[int, ...]
@@ -43,6 +75,7 @@ class ModelSizes:
     logit_columns: int
     hidden: int
     widest: int
+    attention: Attention | None = None
 
     @property
     def tied(self) -> bool:
@@ -101,9 +134,13 @@ class Room:
     max_nodes: int
     prefill_chunk: int
     num_buffers: int
+    cache_bytes: int
+    """Freed memory that MLX may keep."""
 
     def less(self, least: Room) -> Room | None:
         """A little less of it; None where nothing can be smaller. What costs little speed goes first."""
+        if self.cache_bytes > least.cache_bytes:
+            return replace(self, cache_bytes=max(self.cache_bytes // 2, least.cache_bytes))
         if self.context > 2 * least.context:
             return replace(self, context=self.context // 2)
         for name in ("max_nodes", "prefill_chunk"):
@@ -123,6 +160,7 @@ class MemoryNeeds:
     """What a pair needs memory for.
 
     `runtime_bytes`: interpreter and libraries, as measured. `context`: tokens to make room for, or `min_context`.
+    `loading_bytes`: the most the process takes while it loads, before there is a plan.
     """
 
     sizes: ModelSizes
@@ -131,14 +169,15 @@ class MemoryNeeds:
     runtime_bytes: int
     draft_bytes: int = 0
     draft_kv_bytes_per_token: int = 0
+    loading_bytes: int = 0
 
-    @property
-    def most_room(self) -> Room:
-        return Room(self.context, max_nodes=256, prefill_chunk=512, num_buffers=3)
+    def most_room(self, budget: int | None) -> Room:
+        cache = _MOST_CACHE if budget is None else min(max(budget // _CACHE_SHARE, LEAST_CACHE), _MOST_CACHE)
+        return Room(self.context, max_nodes=256, prefill_chunk=512, num_buffers=3, cache_bytes=cache)
 
     @property
     def least_room(self) -> Room:
-        return Room(self.min_context, max_nodes=16, prefill_chunk=64, num_buffers=2)
+        return Room(self.min_context, max_nodes=16, prefill_chunk=64, num_buffers=2, cache_bytes=LEAST_CACHE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +186,8 @@ class MemoryPlan:
 
     `streamed_bytes` are read on every pass, through `num_buffers` buffers. The head is cut into `head_pieces` no
     larger than a layer. An embedding that is not pinned is looked up on the disk row by row. `draft_kv_bytes` are
-    those of `draft_bytes` that the draft's keys and values take.
+    those of `draft_bytes` that the draft's keys and values take, `cache_bytes` those of `work_bytes` that MLX may
+    keep of what was freed.
     """
 
     budget_bytes: int | None
@@ -168,6 +208,7 @@ class MemoryPlan:
     max_nodes: int
     prefill_chunk: int
     context: int
+    cache_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -192,21 +233,23 @@ def make_plan(needs: MemoryNeeds, budget: int | None, pinned: int | None = None)
     Raises BudgetError naming the smallest budget that works.
     """
     sizes = needs.sizes
+    if budget is not None and budget < needs.loading_bytes:
+        raise _too_little(needs, budget, pinned)
     if pinned is None or pinned >= sizes.pass_bytes:
         for embedding in (False,) if sizes.tied else (True, False):
             plan = partial(_plan, needs, budget, Pins.all(sizes), embedding)
-            room = _roomiest(needs, plan)
+            room = _roomiest(needs, budget, plan)
             if room is not None:
                 return _longest(needs, plan, room)
     if pinned is None:
         assert budget is not None
         streaming = partial(_plan, needs, None, Pins.of(sizes, 0), False)
-        least, most = streaming(needs.least_room).total_bytes, streaming(needs.most_room).total_bytes
+        least, most = streaming(needs.least_room).total_bytes, streaming(needs.most_room(budget)).total_bytes
         extra = max(budget - least, 0)
         pins = Pins.of(sizes, extra - min(extra // 2, most - least))
     else:
         pins = Pins.of(sizes, pinned)
-    room = _roomiest(needs, partial(_plan, needs, budget, pins, False))
+    room = _roomiest(needs, budget, partial(_plan, needs, budget, pins, False))
     if room is None:
         assert budget is not None
         raise _too_little(needs, budget, pinned)
@@ -216,28 +259,49 @@ def make_plan(needs: MemoryNeeds, budget: int | None, pinned: int | None = None)
     return _longest(needs, plan, room)
 
 
-def default_budget(weight_bytes: int, physical_bytes: int) -> int | None:
-    """None where the weights fit into 70 % of physical memory, else that share of it."""
-    share = physical_bytes * 7 // 10
+_SHARE = 0.70
+_GPU_SHARE, _LEFT = 0.85, 0.35
+"""Of the working set that Metal recommends: near it, models that are not wired ran 43 to 150 times slower. And
+what stays for others: 16 GB Macs with more than that wired froze."""
+
+
+def default_budget(
+    weight_bytes: int, physical_bytes: int, working_set_bytes: int | None = None, runtime_bytes: int = 0
+) -> int | None:
+    """None where the weights fit into it, else 70 % of physical memory. Where a GPU recommends a working set, 85 %
+    of that and what the process takes beside it, with 35 % of physical memory left over.
+
+    runtime_bytes: what is taken beside the weights, outside the GPU's working set.
+    """
+    share = round(_SHARE * physical_bytes)
+    if working_set_bytes is not None:
+        share = min(round((1 - _LEFT) * physical_bytes), round(_GPU_SHARE * working_set_bytes) + runtime_bytes)
     return None if weight_bytes <= share else share
+
+
+def wired_share(working_set_bytes: int) -> int:
+    """The most of a GPU's working set to hold in memory whatever else wants it."""
+    return round(_GPU_SHARE * working_set_bytes)
 
 
 def _too_little(needs: MemoryNeeds, budget: int, pinned: int | None) -> BudgetError:
     sizes, choices = needs.sizes, [Pins.of(needs.sizes, pinned or 0)]
     if pinned is None or pinned >= sizes.pass_bytes:  # a model smaller than its buffers is better kept
         choices.append(Pins.all(sizes))
-    least = min(_plan(needs, None, pins, False, needs.least_room).total_bytes for pins in choices)
+    running = min(_plan(needs, None, pins, False, needs.least_room).total_bytes for pins in choices)
     parts = f"interpreter and libraries {format_size(needs.runtime_bytes)}, draft {format_size(needs.draft_bytes)}"
+    if needs.loading_bytes > running:
+        parts = f"{parts}, more while they load"
     advice = "; a smaller draft, a shorter --context or --draft ngram lowers it" if needs.draft_bytes else ""
+    least = -(-max(running, needs.loading_bytes) // 10**6)
     return BudgetError(
-        f"memory: {format_size(budget)} is too little; the smallest that works is {-(-least // 10**6)} MB "
-        f"({parts}){advice}"
+        f"memory: {format_size(budget)} is too little; the smallest that works is {least} MB ({parts}){advice}"
     )
 
 
-def _roomiest(needs: MemoryNeeds, plan: Callable[[Room], MemoryPlan]) -> Room | None:
+def _roomiest(needs: MemoryNeeds, budget: int | None, plan: Callable[[Room], MemoryPlan]) -> Room | None:
     """The most room with which `plan` keeps to its budget."""
-    room: Room | None = needs.most_room
+    room: Room | None = needs.most_room(budget)
     while room is not None and plan(room).spare_bytes < 0:
         room = room.less(needs.least_room)
     return room
@@ -262,6 +326,11 @@ def _plan(needs: MemoryNeeds, budget: int | None, pins: Pins, embedding: bool, r
     draft_kv = needs.draft_kv_bytes_per_token * most_capacity(drafted)
     logits = round(room.max_nodes * sizes.logit_columns * 4 * _LOGIT_COPIES)
     activations = room.prefill_chunk * (3 * sizes.widest + 6 * sizes.hidden) * 4
+    if sizes.attention is not None:
+        activations += sizes.attention.score_bytes(
+            max(room.prefill_chunk, room.max_nodes), room.context + room.max_nodes
+        )
+    compacted = -(-kv // max(len(sizes.layer_bytes), 1))  # a layer's rows are copied before they move
     largest_layer = max(sizes.layer_bytes, default=0)
     head_pieces = max(-(-sizes.matrix_bytes // max(largest_layer, 1 << 20)), 1)
     # A piece of the head has a multiple of 64 rows, so it may be a little larger than a layer.
@@ -274,7 +343,7 @@ def _plan(needs: MemoryNeeds, budget: int | None, pins: Pins, embedding: bool, r
         draft_kv_bytes=draft_kv,
         resident_bytes=sizes.resident_bytes,
         kv_bytes=kv,
-        work_bytes=logits + activations,
+        work_bytes=logits + max(activations, compacted) + room.cache_bytes,
         buffer_bytes=room.num_buffers * max(largest_layer, piece) if streamed else 0,
         pinned_bytes=pins.num_bytes + sizes.embedding_bytes * embedding,
         streamed_bytes=streamed,
@@ -353,8 +422,7 @@ def larger_plans(needs: MemoryNeeds, plan: MemoryPlan) -> Iterator[tuple[str, Me
         yield f"+{more} %", larger
         if not larger.streamed_bytes:
             return
-    whole = make_plan(needs, None)
-    yield "all resident", replace(whole, budget_bytes=whole.total_bytes)
+    yield "all resident", make_plan(needs, make_plan(needs, None).total_bytes)
 
 
 def smaller_drafts(needs: MemoryNeeds, plan: MemoryPlan, pinned: int | None) -> Iterator[tuple[str, MemoryPlan]]:

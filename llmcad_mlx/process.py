@@ -15,6 +15,12 @@ _MODULE = "mlx_lm.utils"
 _LOCAL = "localhost,127.0.0.1,::1"
 _WANTED = 4096  # a large model lies in some hundred files, and a server has a socket for each client
 
+COMPILER_BYTES = "LLMCAD_MLX_COMPILER_BYTES"
+"""Environment variable: what a process that only compiles may take before it ends, for another one to go on."""
+
+UNFINISHED = 75
+"""Its exit code then: EX_TEMPFAIL."""
+
 
 class MlxLmFinder:
     """Finds `mlx_lm.utils` for Python's import, and keeps it from setting the limit of open files to a fixed pair:

@@ -199,7 +199,7 @@ _STOPPING = frozenset({"max_tokens", "stop", "stop_tokens"})
 class MemoryOptions:
     """How much memory a pair may use, and how its target is read.
 
-    memory: bytes for the whole process; None: no limit as long as the models fit into 70 % of physical memory.
+    memory: bytes for the whole process; None: no limit as long as the models fit into `default_budget`.
     pinned: bytes of the target's weights that stay in memory; None: as much as fits. context: tokens to make room
     for. read_bandwidth: bytes per second, to emulate slower storage. verify: compare a bundle's weights with their
     checksums, all at load, streamed ones on every read. reserved: bytes of `memory` for the program itself.

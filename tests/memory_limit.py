@@ -1,10 +1,15 @@
-"""Does a model larger than its budget really run in it? Asked of the kernel: a memory cgroup of that size.
+"""Does a model larger than its budget really run in it? Asked of the kernel: a memory cgroup of that size, from
+the start of the process to its end.
 
-python tests/memory_limit.py [--qwen] [--inflated] [--mlx-lm]        (without options: all three)
+python tests/memory_limit.py [--qwen] [--inflated] [--mlx-lm] [--smallest [FOLDER …]]
+
+Without options the first three:
 
 - `--qwen`: the pair qwen2.5-coder-1.5b (target 1.1 GB, draft 0.4 GB) at 1 GB;
 - `--inflated`: the embedded target with added layers that change nothing, 2 GB, at 600 MB;
-- `--mlx-lm`: mlx-lm alone on the Qwen target at 1 GB, which the kernel kills.
+- `--mlx-lm`: mlx-lm alone on the Qwen target at 1 GB, which the kernel kills;
+- `--smallest`: the embedded model, the pair, the inflated model and model folders, each in the smallest budget
+  that a refusal names, with kernels that were compiled before and with none.
 
 Each answer must be that of a run without a limit, and the process's own peak must not exceed the budget. Exit code
 1 if something is wrong; where no memory cgroup can be made, it says so and ends with 0. Needs root, or a session
@@ -16,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -124,6 +130,27 @@ def check_pair(name: str, arguments: Sequence[str], budget: int) -> bool:
     return same and fits
 
 
+def smallest_budget(arguments: Sequence[str]) -> int:
+    """The one that a refusal names."""
+    done = run([*GENERATE, *arguments, "--memory", "20MB"])
+    found = re.search(r"the smallest that works is (\d+) MB", done.stderr)
+    if found is None:
+        raise SystemExit(f"generate {' '.join(arguments)} --memory 20MB: {done.stderr.strip()[-300:]}")
+    return int(found[1]) * MB
+
+
+def check_smallest(name: str, arguments: Sequence[str]) -> bool:
+    """It works in the smallest budget, and in a first run too, for which all kernels are compiled."""
+    budget = smallest_budget(arguments)
+    good = check_pair(f"{name}, smallest", arguments, budget)
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["NUMBA_CACHE_DIR"] = empty
+        try:
+            return check_pair(f"{name}, first run", arguments, budget) and good
+        finally:
+            del os.environ["NUMBA_CACHE_DIR"]
+
+
 def check_mlx_lm(budget: int) -> bool:
     """mlx-lm on the target alone is killed."""
     folder = _folder(QWEN)
@@ -148,7 +175,8 @@ def _folder(preset: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def check_inflated(budget: int) -> bool:
+def check_inflated(budget: int | None) -> bool:
+    """budget: None for the smallest."""
     with tempfile.TemporaryDirectory() as place:
         larger = str(Path(place) / "inflated")
         inflate = [sys.executable, "-m", "convert.inflate", _folder("smollm2-135m"), larger, "--size", "2GB"]
@@ -158,15 +186,18 @@ def check_inflated(budget: int) -> bool:
         size = sum(file.stat().st_size for file in Path(larger).glob("*.safetensors"))
         # 900 layers keep 1.4 MB for each token, so the context is short.
         arguments = ["--target", larger, "--raw", "-m", "32", "--context", "48"]
-        return check_pair(f"embedded model inflated to {size / MB:.0f} MB", arguments, budget)
+        name = f"embedded model inflated to {size / MB:.0f} MB"
+        return check_smallest(name, arguments) if budget is None else check_pair(name, arguments, budget)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("qwen", "inflated", "mlx-lm"):
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--smallest", nargs="*", metavar="FOLDER")
     chosen = vars(parser.parse_args())
-    everything = not any(chosen.values())
+    smallest = chosen.pop("smallest")
+    everything = not any(chosen.values()) and smallest is None
     checks = {
         "qwen": lambda: check_pair("Qwen pair", ["--target", QWEN, "-m", "64"], 1000 * MB),
         "inflated": lambda: check_inflated(600 * MB),
@@ -174,6 +205,11 @@ def main() -> int:
     }
     try:
         good = [check() for name, check in checks.items() if everything or chosen[name]]
+        if smallest is not None:
+            good.append(check_smallest("embedded model", ["-m", "32"]))
+            good.append(check_smallest("Qwen pair", ["--target", QWEN, "-m", "32"]))
+            good += [check_smallest(folder, ["--target", folder, "--raw", "-m", "32"]) for folder in smallest]
+            good.append(check_inflated(None))
     except NoCgroupError as error:
         print(
             f"skipped: no memory cgroup can be made here ({error}); run it as root, or under systemd-run --scope"

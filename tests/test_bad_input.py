@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,18 @@ def test_broken_model_folders(
 
 
 def test_targets_that_are_no_folder(good: Path, tmp_path: Path, refused: Refused) -> None:
-    gguf = tmp_path / "model.gguf"
-    assert "no such file" in refused(FAILED, "generate", "hi", "--target", gguf)
-    gguf.write_bytes(b"GGUF")
-    assert f"llmcad-mlx convert {gguf}" in refused(FAILED, "generate", "hi", "--target", gguf)
+    for name, quoted in (("model.gguf", "model"), ("my [1] Größe.GGUF", "'my [1] Größe'")):
+        gguf = tmp_path / name
+        assert "no such file" in refused(FAILED, "generate", "hi", "--target", gguf)
+        gguf.write_bytes(b"GGUF")
+        for words in (
+            ["generate", "hi", "--target"],
+            ["chat"],
+            ["serve"],
+            ["generate", "hi", "--target", good, "--draft"],
+        ):
+            command = f"GGUF files must be converted first: llmcad-mlx convert {shlex.quote(str(gguf))} {quoted}\n"
+            assert refused(FAILED, *words, gguf).endswith(command)
     file = good / "config.json"
     assert f"{file}: is a file" in refused(FAILED, "generate", "hi", "--target", file)
     for missing in (tmp_path / "nowhere", "nosuchpreset", ""):

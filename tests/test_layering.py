@@ -25,6 +25,7 @@ LAYERS = [
     {"streaming", "gguf"},
     {"verifying"},
     {"store", "engine"},
+    {"estimate", "first_run"},
     {"loader"},
     {"conversations"},
     {"api", "mlx_lm_plugin", "remote"},

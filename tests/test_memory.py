@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from llmcad_mlx.errors import BudgetError
 from llmcad_mlx.memory import (
+    LEAST_CACHE,
+    Attention,
     Measured,
     MemoryNeeds,
     MemoryPlan,
@@ -172,8 +174,7 @@ def test_without_a_limit_all_is_kept_with_all_the_room() -> None:
 
 def test_an_embedding_that_is_no_head_stays_on_the_disk_rather_than_a_layer() -> None:
     needs = needs_of(sizes_of((10 * MB,) * 8, embedding=300 * MB, head=10 * MB), draft=0)
-    whole = make_plan(needs, None)
-    plan = make_plan(needs, whole.total_bytes - 200 * MB)
+    plan = make_plan(needs, make_plan(needs, None).total_bytes - (256 << 20) - 200 * MB)
     assert plan.streamed_bytes == 0
     assert not plan.pin_embedding
 
@@ -181,7 +182,7 @@ def test_an_embedding_that_is_no_head_stays_on_the_disk_rather_than_a_layer() ->
 def test_all_is_kept_where_shorter_contexts_and_smaller_trees_make_it_fit() -> None:
     needs = needs_of(sizes_of((10 * MB,) * 8))
     whole = make_plan(needs, None)
-    less = make_plan(needs, whole.total_bytes - 30 * MB)
+    less = make_plan(needs, whole.total_bytes - whole.cache_bytes - 30 * MB)
     assert (less.streamed_bytes, less.pin_embedding) == (0, True)
     assert (less.max_nodes, less.prefill_chunk) < (whole.max_nodes, whole.prefill_chunk)
 
@@ -189,7 +190,7 @@ def test_all_is_kept_where_shorter_contexts_and_smaller_trees_make_it_fit() -> N
 def test_memory_that_is_left_becomes_context() -> None:
     """What is too little for a layer is not wasted."""
     needs = needs_of(sizes_of((100 * MB,) * 20), draft=0)
-    for budget in range(500 * MB, 1000 * MB, 7 * MB):
+    for budget in range(520 * MB, 1000 * MB, 7 * MB):
         plan = make_plan(needs, budget)
         assert plan.context == needs.context or plan.spare_bytes < 3000 * (64 * 1.25 + 32)
 
@@ -198,6 +199,87 @@ def test_the_default_budget_is_a_share_of_the_machine() -> None:
     assert default_budget(70, 100) is None
     assert default_budget(71, 100) == 70
     assert default_budget(LARGE, 16 * LARGE) is None
+
+
+def test_loading_must_fit_too() -> None:
+    """A budget that only loading would exceed is refused, with what loading takes as the smallest."""
+    needs = replace(needs_of(sizes_of((MB,) * 4)), loading_bytes=777 * MB)
+    with pytest.raises(BudgetError, match=r"smallest that works is 777 MB \(.*, more while they load\)"):
+        make_plan(needs, 776 * MB)
+    assert make_plan(needs, 777 * MB) == make_plan(replace(needs, loading_bytes=0), 777 * MB)
+    assert make_plan(needs, None).budget_bytes is None
+
+
+def test_what_mlx_may_keep_grows_with_the_budget_and_is_planned() -> None:
+    needs = needs_of(sizes_of((100 * MB,) * 200))
+    for budget, cache in (
+        (500 * MB, LEAST_CACHE),
+        (4096 << 20, 128 << 20),
+        (12 << 30, 256 << 20),
+        (None, 256 << 20),
+    ):
+        plan = make_plan(needs, budget)
+        assert plan.cache_bytes == cache
+        assert plan.work_bytes > cache
+    with pytest.raises(BudgetError) as caught:
+        make_plan(needs, MB)
+    smallest = re.search(r"works is (\d+) MB", str(caught.value))
+    assert smallest is not None
+    assert make_plan(needs, int(smallest[1]) * MB).cache_bytes == LEAST_CACHE
+
+
+METAL_32 = Attention(heads=32, kv_heads=8, head_dim=256, itemsize=2, has_kernels=True)
+
+
+def test_scores_are_kept_where_mlx_has_no_kernel() -> None:
+    """By the rules of MLX's Metal back end; a row and key also have a byte of the mask."""
+    assert METAL_32.score_bytes(512, 4096) == 512 * 4096 * (32 * 2 + 1)  # 134 MB, and the mask
+    for dim in (64, 128):
+        fused = replace(METAL_32, head_dim=dim)
+        assert fused.score_bytes(8, 4096) == fused.score_bytes(512, 4096) == 0
+        many_heads = replace(fused, kv_heads=4)  # 8 rows of 8 heads a key's head: too many for the vector kernel
+        assert many_heads.score_bytes(4, 4096) == 0
+        assert many_heads.score_bytes(512, 4096) == many_heads.score_bytes(8, 4096) == 8 * 4096 * 65
+    assert METAL_32.score_bytes(8, 4096) == 0
+    assert METAL_32.score_bytes(9, 4096) == 9 * 4096 * 65
+    assert replace(METAL_32, head_dim=80).score_bytes(512, 100) == 8 * 100 * 65  # few rows have no kernel there
+    assert replace(METAL_32, head_dim=64, has_kernels=False).score_bytes(1, 100) == 100 * 65
+
+
+def test_prompt_chunks_get_smaller_where_scores_would_break_the_budget() -> None:
+    needs = needs_of(sizes_of((10 * MB,) * 8))
+    whole = make_plan(needs, None)
+    with_scores = replace(needs, sizes=replace(needs.sizes, attention=METAL_32))
+    assert make_plan(with_scores, None).work_bytes - whole.work_bytes == METAL_32.score_bytes(512, 4096 + 256)
+    plan = make_plan(with_scores, whole.total_bytes - whole.cache_bytes)
+    assert plan.prefill_chunk < whole.prefill_chunk
+    assert plan.work_bytes >= METAL_32.score_bytes(plan.prefill_chunk, plan.context)
+
+
+# -- a simulated Mac: 16 GB, of which Metal recommends 11.45 GB ----------------------------------------------
+
+MAC_BYTES, WORKING_SET = 16 << 30, 11_450 * MB
+QWEN_32B = ModelSizes((280 * MB,) * 64, 2 * MB, 440 * MB, 440 * MB, 262_144, 151_936, 5120, 25_600)
+
+
+def test_the_default_budget_of_a_mac_stays_below_what_metal_recommends() -> None:
+    budget = default_budget(QWEN_32B.pass_bytes, MAC_BYTES, WORKING_SET, 300 * MB)
+    assert budget == round(0.85 * WORKING_SET) + 300 * MB
+    assert budget < 0.65 * MAC_BYTES < default_budget(QWEN_32B.pass_bytes, MAC_BYTES)
+    assert default_budget(9 * 10**9, MAC_BYTES, WORKING_SET, 300 * MB) is None
+    assert default_budget(11 * 10**9, MAC_BYTES, WORKING_SET, 300 * MB) == budget
+    # A user who lets the GPU have more than that still leaves room for others.
+    assert default_budget(QWEN_32B.pass_bytes, MAC_BYTES, MAC_BYTES) == round(0.65 * MAC_BYTES)
+
+
+def test_the_plan_of_a_mac_keeps_to_it() -> None:
+    budget = default_budget(QWEN_32B.pass_bytes, MAC_BYTES, WORKING_SET, 300 * MB)
+    needs = MemoryNeeds(QWEN_32B, 4096, 1024, runtime_bytes=300 * MB, draft_bytes=400 * MB)
+    plan = make_plan(needs, budget)
+    assert plan.total_bytes - plan.runtime_bytes <= 0.85 * WORKING_SET  # the GPU's share
+    assert MAC_BYTES - plan.total_bytes >= 0.35 * MAC_BYTES
+    assert len(plan.pinned_layers) > 20
+    assert plan.cache_bytes == 256 << 20
 
 
 # -- speeds ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from functools import cache
@@ -14,10 +15,19 @@ from numba.core.caching import FunctionCache
 
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.files import home_folder
+from llmcad_mlx.machine import resident_bytes
+from llmcad_mlx.process import COMPILER_BYTES, UNFINISHED
 
 
 class _Cache(FunctionCache):
     """What cannot be read or kept, on a full disk or a damaged one, is compiled again: that takes time."""
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Ends a process that only compiles, and has taken what it may."""
+        super().save_overload(sig, data)
+        limit = os.environ.get(COMPILER_BYTES)
+        if limit is not None and resident_bytes() > int(limit):
+            os._exit(UNFINISHED)
 
     def _guard_against_spurious_io_errors(self) -> AbstractContextManager[None]:
         return suppress(Exception)

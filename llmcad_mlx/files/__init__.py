@@ -23,7 +23,20 @@ RESERVE_BYTES = 64 << 20
 HOME_REMEDY = "set LLMCAD_MLX_HOME to another disk"
 """What to do when the folder of models is full or cannot be written."""
 
+_POINTER_START = b"version https://git-lfs"
 _REMEDY = "choose a folder on another disk"
+
+POINTER = "is a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder"
+"""What is wrong with a file for which `is_pointer` holds, and what to do."""
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether git-lfs has not yet put the file in the place of its pointer, which is a short text."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(_POINTER_START)) == _POINTER_START
+    except OSError:
+        return False
 
 
 def user_path(text: str) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files import check_open_files
+from llmcad_mlx.files import POINTER, check_open_files, is_pointer
 
 DATA_ALIGNMENT = 4096
 """Tensor bytes are written from a multiple of this on: a page, and a block of most disks."""
@@ -121,7 +121,7 @@ def read_tensors(file: Path) -> list[TensorExtent]:
         check_open_files(error, file)
         raise ModelError(f"{file}: cannot be read ({error.strerror}); download it again") from error
     except ValueError as error:
-        raise ModelError(f"{file}: {error}; download it again") from error
+        raise ModelError(f"{file}: {POINTER if is_pointer(file) else f'{error}; download it again'}") from error
     header.pop("__metadata__", None)
     extents = [_extent(file, start, name, entry) for name, entry in header.items()]
     extents.sort(key=lambda extent: (extent.offset, extent.num_bytes))

@@ -16,11 +16,19 @@ import numpy.typing as npt
 from gguf.constants import Keys
 from mlx.utils import tree_flatten
 
-from llmcad_mlx.errors import UsageError
 from llmcad_mlx.files import new_folder
 from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import TensorSpec
-from llmcad_mlx.gguf.groups import Bytes, NotFiniteError, group_rows, has_values, kept_bits, require_finite, values
+from llmcad_mlx.gguf.groups import (
+    Bytes,
+    NotFiniteError,
+    check_groups,
+    group_rows,
+    has_values,
+    kept_bits,
+    require_finite,
+    values,
+)
 from llmcad_mlx.gguf.model import CONFIGURED, FamilyModel, read_family
 from llmcad_mlx.gguf.reader import GgufHeader, GgufTensor, read_gguf_header, read_rows
 from llmcad_mlx.gguf.tokenizer import read_tokenizer
@@ -29,7 +37,6 @@ from llmcad_mlx.progress import Advance, Progress
 BITS = (2, 3, 4, 5, 6, 8, 16)
 _DENSE = 16
 DEFAULT_BITS = 4
-GROUP_SIZES = (32, 64, 128)
 CHUNK_VALUES = 1 << 22  # 16 MB as float32
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -70,9 +77,7 @@ def convert_gguf(
     Raises UsageError for an option or a destination that cannot be used, ModelError for a file that is not a
     GGUF model of a supported family or is damaged, DiskError when it does not fit the disk.
     """
-    for name, value, choices in (("bits", bits, BITS), ("group-size", group_size, GROUP_SIZES)):
-        if value is not None and value not in choices:
-            raise UsageError(f"{name}: {value} is not one of {', '.join(map(str, choices))}")
+    check_groups(bits, group_size, BITS)
     header = read_gguf_header(source)
     model = read_family(header)
     tokenizer = read_tokenizer(header)

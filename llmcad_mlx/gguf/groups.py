@@ -12,7 +12,7 @@ groups from 9.2 to 7.3 % of the weights' size (`python -m convert.quantisation_e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,9 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import Q4_K, dequantize
 
+from llmcad_mlx.errors import UsageError
+
+GROUP_SIZES = (32, 64, 128)
 SPAN_SHARES = (1.0, 0.9)
 NUM_REFITS = 2
 
@@ -40,6 +43,13 @@ class Groups(NamedTuple):
     codes: npt.NDArray[np.uint32]
     scales: Halves
     biases: Halves
+
+
+def check_groups(bits: int | None, group_size: int | None, choices: Sequence[int]) -> None:
+    """Raise UsageError for options of a conversion that cannot be: bits beside `choices`, groups MLX has not."""
+    for option, value, allowed in (("bits", bits, choices), ("group-size", group_size, GROUP_SIZES)):
+        if value is not None and value not in allowed:
+            raise UsageError(f"--{option}: {value} is not one of {', '.join(map(str, allowed))}")
 
 
 def group_rows(raw: Bytes, kind: Kind, bits: int, group_size: int) -> Groups:

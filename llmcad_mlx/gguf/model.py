@@ -102,14 +102,14 @@ def read_family(header: GgufHeader) -> FamilyModel:
     """The mlx-lm model for a file. Raises ModelError for a family that is not in `FAMILIES`, for variants
     (experts, partial or scaled rotation) that mlx-lm's model of it does not cover, for sizes that contradict the
     tensors, and for one part of a file that was split."""
-    family = FAMILIES.get(header.family)
-    if family is None:
-        raise header.refused(f"GGUF family {header.family!r} is not supported ({', '.join(FAMILIES)} are)")
-    if header.has("split.count") and header.integer("split.count") > 1:
+    if header.has("split.count") and header.integer("split.count") > 1:  # only the first part names its family
         raise header.refused(
             f"one of {header.integer('split.count')} parts of a GGUF file; "
             "join them first (llama-gguf-split --merge)"
         )
+    family = FAMILIES.get(header.family)
+    if family is None:
+        raise header.refused(f"GGUF family {header.family!r} is not supported ({', '.join(FAMILIES)} are)")
     if header.has(".expert_count") and header.integer(".expert_count"):
         raise header.refused(f"{header.family} with experts is not supported")
     sizes = _read_dimensions(header, family)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files import check_open_files
+from llmcad_mlx.files import POINTER, check_open_files, is_pointer
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -181,6 +181,8 @@ def read_rows(path: Path, tensor: GgufTensor, first: int, count: int) -> npt.NDA
 
 def _parse(cursor: _Cursor) -> GgufHeader:
     path = cursor.path
+    if is_pointer(path):
+        raise ModelError(f"{path}: {POINTER}")
     magic = struct.pack("<I", cursor.integer("I"))
     if magic != MAGIC:
         raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r}, not {MAGIC!r})")

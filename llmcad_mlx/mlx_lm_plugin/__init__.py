@@ -1,10 +1,14 @@
 """mlx-lm's `stream_generate` and `generate` with token trees, for models that `mlx_lm.load` has loaded.
 
-    from llmcad_mlx.mlx_lm_plugin import stream_generate   # instead of: from mlx_lm import stream_generate
+    from llmcad_mlx.mlx_lm_plugin import load, stream_generate   # instead of: from mlx_lm import ...
 
-Same signature, same responses, same text. Without a draft model, what the text repeats is drafted (prompt lookup).
-`python -m llmcad_mlx.mlx_lm_plugin generate|chat|server …` runs mlx-lm's own commands that way, and
+Same signatures, same responses, same text. Without a draft model, what the text repeats is drafted (prompt
+lookup). `python -m llmcad_mlx.mlx_lm_plugin generate|chat|server …` runs mlx-lm's own commands that way, and
 `with installed():` does it for any code that calls mlx-lm.
+
+`load`, and loading in these two ways, reads config.json as the model's publisher does where mlx-lm takes defaults
+instead; a model that mlx-lm alone has loaded is refused where that makes another text. Of a draft model, and of
+one whose tokenizer does not name its folder, nothing is known: it runs as it is.
 
 What mlx-lm's options do here:
 - `sampler`, `logits_processors`: called as by mlx-lm, once for each token, in order, on the target's row; so with
@@ -35,5 +39,6 @@ if not SpecifierSet(_TESTED).contains(_FOUND, prereleases=True):
     )
 
 from llmcad_mlx.mlx_lm_plugin.generation import generate, installed, stream_generate  # noqa: E402
+from llmcad_mlx.mlx_lm_plugin.loading import load  # noqa: E402
 
-__all__ = ["generate", "installed", "stream_generate"]
+__all__ = ["generate", "installed", "load", "stream_generate"]

@@ -14,6 +14,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from llmcad_mlx.cpu import prepare_for_device
+from llmcad_mlx.mlx_lm_plugin.loading import check_reading
 from llmcad_mlx.models.cache import LayerState, ModelCache
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
@@ -79,6 +80,14 @@ class AdaptedModels:
 
     def __init__(self) -> None:
         self._known: dict[int, AdaptedModel] = {}
+        self._checked: set[int] = set()
+
+    def check(self, model: Module, tokenizer: Any) -> None:
+        """See `check_reading`; once for a model that passes."""
+        if id(model) not in self._checked:
+            check_reading(model, tokenizer)
+            weakref.finalize(model, self._checked.discard, id(model))
+            self._checked.add(id(model))
 
     def of(self, model: Module) -> AdaptedModel:
         """The model's, made at first use and again when its weights or modules are others than then.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -14,8 +14,10 @@ from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from llmcad_mlx.errors import UsageError
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModels, LeftToMlxLmError
-from llmcad_mlx.mlx_lm_plugin.speculation import OPTIONS, Request, Speculation
+from llmcad_mlx.mlx_lm_plugin.loading import Place, load_model, most_tokens, replaced
+from llmcad_mlx.mlx_lm_plugin.speculation import OPTIONS, Request, Speculation, encoded
 
 COMMANDS = ("generate", "chat", "server")
 
@@ -35,11 +37,16 @@ def stream_generate(
     """As mlx_lm's function of that name, verifying token trees; see the package for what each option does.
 
     `from_draft` tells which tokens were drafted, without a draft model too. A first call prepares the model, which
-    takes about twenty forwards of a token. Raises UsageError naming an option, VocabularyError for a draft model
-    with too few tokens, and what mlx-lm raises where its function runs.
+    takes about twenty forwards of a token. A model of `load` gives no text beyond the tokens up to which mlx-lm
+    computes it as its publisher's code does. Raises UsageError naming an option, for a prompt beyond those, or for
+    a model that mlx-lm has not loaded as its publisher's code would (`load` does), VocabularyError for a draft
+    model with too few tokens, and what mlx-lm raises where its function runs.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
+    _MODELS.check(model, tokenizer)
+    if (most := most_tokens(model)) is not None:
+        max_tokens = _within(most, encoded(tokenizer, prompt), max_tokens, kwargs.get("prompt_cache"))
     speculation: Speculation | None = None
     try:
         for unknown in sorted(kwargs.keys() - OPTIONS):
@@ -56,6 +63,18 @@ def stream_generate(
     else:
         with wired_limit(model, [stream]):
             yield from speculation.run()
+
+
+def _within(most: int, prompt: Sequence[int], max_tokens: int, prompt_cache: Any) -> int:
+    """How many tokens a model that computes only `most` as it should may give. Raises UsageError for none."""
+    before = getattr(prompt_cache[0], "offset", 0) if prompt_cache else 0
+    room = most - before - len(prompt)
+    if room < 1:
+        raise UsageError(
+            f"prompt: {before + len(prompt)} tokens, but mlx-lm computes as the model's publisher does only up to "
+            f"{most}; give a shorter one"
+        )
+    return room if max_tokens < 0 else min(max_tokens, room)
 
 
 def generate(model: Module, tokenizer: Any, prompt: str | list[int], verbose: bool = False, **kwargs: Any) -> str:
@@ -80,19 +99,14 @@ def generate(model: Module, tokenizer: Any, prompt: str | list[int], verbose: bo
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """While this is open, mlx-lm's functions and commands generate with token trees.
+    """While this is open, mlx-lm's functions and commands load models as `load` does and generate with trees.
 
     mlx_lm.server batches requests that name no seed; as batches have no trees, it then serves them one by one.
     """
     modules = {name: import_module(f"mlx_lm.{name}") for name in COMMANDS}  # mlx_lm.generate names a function too
     owners = [*modules.values(), import_module("mlx_lm")]
-    places: list[tuple[Any, str, Any]] = [(owner, "stream_generate", stream_generate) for owner in owners]
+    places: list[Place] = [(owner, "stream_generate", stream_generate) for owner in owners]
+    places.append((import_module("mlx_lm.utils"), "load_model", load_model))
     places.append((modules["server"].ResponseGenerator, "_is_batchable", lambda generator, arguments: False))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    try:
-        for place in places:
-            setattr(*place)
+    with replaced(places):
         yield
-    finally:
-        for place in before:
-            setattr(*place)

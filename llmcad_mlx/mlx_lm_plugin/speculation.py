@@ -71,18 +71,19 @@ class Request:
             if value is not None and value < least:
                 raise UsageError(f"{name}: {value} is out of range; give {least} or more")
 
-    def encode(self) -> list[int]:
-        """The prompt's token ids, by mlx-lm's rule: text gets special tokens unless it begins with them."""
-        if not isinstance(self.prompt, str):
-            tokens: Any = self.prompt.tolist() if isinstance(self.prompt, mx.array) else self.prompt
-            return list(tokens)
-        begins = self.tokenizer.bos_token
-        special = begins is None or not self.prompt.startswith(begins)
-        return list(self.tokenizer.encode(self.prompt, add_special_tokens=special))
-
 
 OPTIONS = frozenset(field.name for field in fields(Request)[6:])
 """What may be given beyond `stream_generate`'s named arguments."""
+
+
+def encoded(tokenizer: Any, prompt: str | mx.array | list[int]) -> list[int]:
+    """The prompt's token ids, by mlx-lm's rule: text gets special tokens unless it begins with them."""
+    if not isinstance(prompt, str):
+        tokens: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
+        return list(tokens)
+    begins = tokenizer.bos_token
+    special = begins is None or not prompt.startswith(begins)
+    return list(tokenizer.encode(prompt, add_special_tokens=special))
 
 
 class CallerSampler(TargetSampler):
@@ -138,7 +139,7 @@ class Speculation:
         """Raises LeftToMlxLmError, UsageError naming an option, VocabularyError for a draft of too few tokens."""
         request.check()
         self._request = request
-        self._prompt = request.encode()
+        self._prompt = encoded(request.tokenizer, request.prompt)
         if not self._prompt:
             raise LeftToMlxLmError("the prompt is empty")
         target = models.of(request.model)

@@ -284,15 +284,23 @@ class LazyKVCache(SlotTable):
         return kept
 
     def _close_gaps(self, kept: Sequence[int]) -> None:
-        """One gather per layer, from the first gap on. ``kept``: all uncommitted slots, ascending."""
+        """One gather per layer, from the first gap on. ``kept``: all uncommitted slots, ascending.
+
+        The rows are copied before they are stored: an array that is still to be read cannot be changed in place,
+        and all of the layer's buffer would be copied. Layer by layer, so that only one's copies are added.
+        """
         order = np.concatenate([self.live_slots(), np.asarray(kept, np.int32)])
         gaps = np.flatnonzero(order != np.arange(len(order)))
         if len(gaps):
             start = int(gaps[0])
             for store in self.stores:
-                for buffer in () if store.keys is None else (store.keys, store.values):
-                    buffer[..., start : len(order), :] = _rows(buffer, order[start:])
-            mx.eval(self.arrays())  # else the next forward would, perhaps in a thread that may not
+                buffers = () if store.keys is None else (store.keys, store.values)
+                moved = [_rows(buffer, order[start:]) for buffer in buffers]
+                if store.state:
+                    mx.eval(moved)
+                for buffer, rows in zip(buffers, moved, strict=True):
+                    buffer[..., start : len(order), :] = rows
+                mx.eval(store.state)  # else the next forward would, perhaps in a thread that may not
             self._renumber(len(kept))
 
     @property

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import glob
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,14 +31,15 @@ from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
-from mlx_lm.utils import _get_classes, load_model, load_tokenizer
+from mlx_lm.utils import _decode_tagged_floats, _get_classes, load_model
 
 from llmcad_mlx.detokenizer import repair_decoder
 from llmcad_mlx.errors import ModelError, UsageError, VocabularyError, first_line
-from llmcad_mlx.files import read_object, user_path
+from llmcad_mlx.files import POINTER, is_pointer, read_object, user_path
 from llmcad_mlx.files.safetensors import WeightIndex, missing_part, read_json, read_tensors, read_weights
 from llmcad_mlx.models.adapt import Adaptation, adapted_class, restore
-from llmcad_mlx.models.config import completed
+from llmcad_mlx.models.config import completed, correct_rope
+from llmcad_mlx.models.tokenizer import load_tokenizer
 from llmcad_mlx.settings import OWN_SAMPLING, SamplingSettings
 
 DRAFT_TOKENS = "draft_tokens.safetensors"
@@ -99,7 +101,11 @@ class LoadedModel:
 
 
 def load_model_folder(
-    path: str | Path, lazy: bool = False, like: LoadedModel | None = None, alone: bool = False
+    path: str | Path,
+    lazy: bool = False,
+    like: LoadedModel | None = None,
+    alone: bool = False,
+    tokenizer: bool = True,
 ) -> LoadedModel:
     """Load the model and tokenizer of an mlx-lm folder; code that a folder brings along is never run.
 
@@ -107,6 +113,7 @@ def load_model_folder(
     the files are the same: a tokenizer takes over 100 MB. Its embedding is taken by a draft that has none, and
     then the tokenizer too where the draft has none either.
     alone: such a draft gets a made-up embedding where there is no target: to examine or copy it.
+    tokenizer: False leaves it out.
     Raises ModelError, one line, for a folder that is missing, incomplete, corrupt or of an unknown kind.
     """
     folder = user_path(str(path))
@@ -123,6 +130,7 @@ def load_model_folder(
         with _plain_path(folder) as path:
             model, config = load_model(path, lazy=lazy, model_config=config, get_model_classes=parts.classes)
         restore(model, Adaptation)
+        correct_rope(model, config, folder)
     except SystemExit:
         raise ModelError(f"{folder}: architecture {config['model_type']!r} needs a package of its own") from None
     except ModelError:
@@ -130,17 +138,22 @@ def load_model_folder(
     except Exception as error:  # model files raise anything when a config is not what they expect
         raise ModelError(_why_not_built(folder, config, error)) from error
     theirs = like is not None and (not has_tokenizer or _same_tokenizer(folder, like.path))
-    tokenizer = like.tokenizer if like is not None and theirs else None
+    text = like.tokenizer if like is not None and theirs else None
     try:
-        if has_tokenizer and tokenizer is None:
+        if tokenizer and has_tokenizer and text is None:
+            for file in folder.glob("tokenizer*"):
+                if is_pointer(file):
+                    raise ModelError(f"{file}: {POINTER}")
             with _plain_path(folder) as path:
-                tokenizer = load_tokenizer(path, {"trust_remote_code": False}, config.get("eos_token_id"))
-            repair_decoder(tokenizer)
+                text = load_tokenizer(path, config.get("eos_token_id"))
+            repair_decoder(text)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {first_line(error)}") from error
     return LoadedModel(
         model,
-        tokenizer,
+        text,
         config,
         folder,
         weights,
@@ -190,7 +203,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no such model folder; check the path, or pull the model first")
     if not folder.is_dir():
         raise ModelError(f"{folder}: is a file; give the folder that holds config.json and *.safetensors")
-    config = read_json(folder / "config.json", "download the folder again")
+    if not (folder / "config.json").exists():
+        _refuse_other_forms(folder)
+    config: dict[str, Any] = _decode_tagged_floats(read_json(folder / "config.json", "download the folder again"))
+    ends = read_object(folder / "generation_config.json").get("eos_token_id")
+    if ends is not None:  # as mlx-lm and transformers: of the two it is the one for generation
+        config["eos_token_id"] = ends
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'}: no model_type; this is not a language model's config")
     if config.get("model_file") is not None:
@@ -199,6 +217,19 @@ def read_config(folder: Path) -> dict[str, Any]:
             "use a model that mlx-lm supports"
         )
     return config
+
+
+def _refuse_other_forms(folder: Path) -> None:
+    """Raise ModelError for a folder without config.json that holds something else than a model in parts."""
+    files = sorted(folder.glob("*.gguf"))
+    if files:
+        command = shlex.join(["llmcad-mlx", "convert", str(files[0]), "NEW_FOLDER"])
+        raise ModelError(f"{folder}: holds GGUF files, which must be converted first: {command}")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: holds an adapter, not a model; make one of it and the model it was made for with "
+            "mlx_lm.fuse, or merge_and_unload of peft"
+        )
 
 
 def own_sampling(folder: Path) -> dict[str, float]:

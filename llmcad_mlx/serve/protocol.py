@@ -2,7 +2,8 @@
 
 Requests are checked with the pydantic models below, and `/openapi.json` shows their JSON schemas. A field that
 would change the answer and that this server cannot heed is not among them, so it is refused by name; labels and
-hints are accepted and ignored, and so is every field that is null, as typed clients send them.
+hints are accepted and ignored, and so is every field that is null, as typed clients send them, and an option of
+another server with the value with which it does nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import re
 import secrets
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
@@ -138,6 +140,15 @@ class _Record(BaseModel):
         if not isinstance(value, dict):
             return value
         return {name: item for name, item in value.items() if item is not None or name in cls.model_fields}
+
+
+_NEUTRAL: Mapping[str, Any] = {
+    "dry_multiplier": 0, "eta_cutoff": 0, "epsilon_cutoff": 0, "ignore_eos": False, "length_penalty": 1,
+    "mirostat": 0, "mirostat_mode": 0, "min_tokens": 0, "penalty_alpha": 0, "repeat_penalty": 1, "rep_pen": 1,
+    "smoothing_factor": 0, "tfs": 1, "tfs_z": 1, "top_a": 0, "typical_p": 1,
+    "typical": 1, "use_beam_search": False, "xtc_probability": 0,
+}  # fmt: skip
+"""Options of other servers, each with the value with which it does nothing; with that it is taken."""
 
 
 class TextPart(_Record):
@@ -271,6 +282,13 @@ class _Request(_Record):
     user: str | None = Field(None, description="Whose turn it is in the queue.")
     metadata: _Hint = None
     cache_prompt: Annotated[bool | None, Field(description=_IGNORED)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_does_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if name not in _NEUTRAL or item != _NEUTRAL[name]}
 
 
 class ChatRequest(_Request):
@@ -470,7 +488,7 @@ def _template_tool(tool: Tool) -> dict[str, Any]:
 def read_record(kind: type[Record], body: bytes) -> Record:
     """A request's body as a record. Raises ApiError (400): one line that names the field."""
     try:
-        value = from_json(body, allow_inf_nan=False)
+        value = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise bad_request(f"the body is not valid JSON: {error}") from None
     _check_sizes(value)

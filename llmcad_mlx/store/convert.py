@@ -22,12 +22,12 @@ from llmcad_mlx.files import check_destination, new_folder
 from llmcad_mlx.files.bundle import FILE as MANIFEST
 from llmcad_mlx.files.bundle import BundleWriter
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, dtype_name
+from llmcad_mlx.gguf.groups import check_groups
 from llmcad_mlx.models.folder import DRAFT_TOKENS, LoadedModel, TokenList, load_model_folder, read_config
 from llmcad_mlx.progress import Advance, Progress
 from llmcad_mlx.streaming.storage import FileStorage
 
 BITS = (4, 8)
-GROUP_SIZES = (32, 64, 128)
 
 _SIDE_FILES = (
     "*.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl", "*.jinja", "LICENSE*",
@@ -67,9 +67,7 @@ def convert_folder(
     DiskError when the bundle does not fit the disk.
     """
     check_destination(dest)
-    for option, value, choices in (("bits", bits, BITS), ("group-size", group_size, GROUP_SIZES)):
-        if value is not None and value not in choices:
-            raise UsageError(f"--{option}: {value} is not one of {', '.join(map(str, choices))}")
+    check_groups(bits, group_size, BITS)
     loaded = load_model_folder(source, lazy=True, alone=True)
     if not is_quantised(loaded.model):
         weights = quantised_weights(loaded, bits or 4, group_size or 64)

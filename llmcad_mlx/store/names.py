@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -242,14 +243,20 @@ def local_folder(spec: str, part: str) -> Path | None:
     return source.path if isinstance(source, PackagedSource) else path
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether the name is that of a GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
 def _resolve(spec: str, part: str, show_progress: bool) -> Path:
     path = user_path(spec)
     if spec and path.is_dir():
         return path
-    if path.suffix == ".gguf" and not path.exists():
+    if is_gguf(path) and not path.exists():
         raise ModelError(f"{path}: no such file")
-    if path.suffix == ".gguf":
-        raise ModelError(f"{path}: GGUF files must be converted first: llmcad-mlx convert {path} {path.stem}")
+    if is_gguf(path):
+        command = shlex.join(["llmcad-mlx", "convert", str(path), path.stem])
+        raise ModelError(f"{path}: GGUF files must be converted first: {command}")
     if path.is_file():
         raise ModelError(f"{spec}: is a file; give the model's folder")
     progress = progress_for(show_progress)
@@ -339,7 +346,7 @@ def convert(
     check_destination(dest)  # before anything is fetched
     path = user_path(source)
     progress = progress_for(show_progress)
-    if path.is_file() or path.suffix == ".gguf":
+    if path.is_file() or is_gguf(path):
         convert_gguf(path, dest, bits, group_size or 32, progress=progress)
         return
     folder = resolve_target(source, show_progress)

@@ -7,9 +7,9 @@ measured on a few layers read on demand; `Prepared.build` brings in what the pla
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from llmcad_mlx.cpu import unlisted_arrays, use_cpu_blocks, use_cpu_linears
 from llmcad_mlx.errors import StorageError
 from llmcad_mlx.files.bundle import FILE, Bundle
 from llmcad_mlx.files.safetensors import TensorExtent
-from llmcad_mlx.memory import MemoryPlan, ModelSizes
+from llmcad_mlx.memory import Attention, MemoryPlan, ModelSizes
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import adapt, forget_weights, restore
 from llmcad_mlx.models.folder import LoadedModel
@@ -44,6 +44,7 @@ from llmcad_mlx.streaming.stream import Read, Unit, WeightStream
 from llmcad_mlx.streaming.weights import PlacedUnit, StreamParts
 
 _CHECKED_BYTES = 4 << 20  # at a time
+_NUM_HEADS = ("num_attention_heads", "n_heads", "n_head")  # in configurations
 
 
 class Prepared:
@@ -65,7 +66,8 @@ class Prepared:
             report = cached_probe(model, loaded.config, probes, _probe_leading)
             self.model = TreeModel(model, loaded.config, report)
             with _leading_layers(model) as count:
-                self._kv_bytes_per_token = kv_bytes_per_token(self.model) * len(self.parts.layers) // count
+                state = token_state(self.model)
+                self._state = replace(state, kv_bytes=state.kv_bytes * len(self.parts.layers) // count)
         self._attach((), (), self.storage)  # a draft may look tokens up before `build`
 
     @contextmanager
@@ -111,7 +113,7 @@ class Prepared:
 
     @property
     def sizes(self) -> ModelSizes:
-        return sizes_of(self.parts, self._kv_bytes_per_token, self.model.vocab_size)
+        return sizes_of(self.parts, self._state, self.model.vocab_size)
 
     def build(self, plan: MemoryPlan, read_bandwidth: float | None) -> SequentialFeed | None:
         """Make the model ready under `plan`; returns what feeds its passes, None where they read nothing.
@@ -264,7 +266,7 @@ def _leading_layers(model: Any) -> Iterator[int]:
         body.layers = layers
 
 
-def sizes_of(parts: StreamParts, kv_bytes_per_token: int, logit_columns: int) -> ModelSizes:
+def sizes_of(parts: StreamParts, state: TokenState, logit_columns: int) -> ModelSizes:
     """The sizes of a model that was taken apart."""
     shapes = [p.extent.shape for layer in parts.layers for p in layer]
     return ModelSizes(
@@ -272,18 +274,40 @@ def sizes_of(parts: StreamParts, kv_bytes_per_token: int, logit_columns: int) ->
         resident_bytes=sum(module[name].nbytes for module, name in parts.resident),
         embedding_bytes=sum(m.num_bytes for m in parts.embeddings),
         head_bytes=parts.head.num_bytes if parts.head else 0,
-        kv_bytes_per_token=kv_bytes_per_token,
+        kv_bytes_per_token=state.kv_bytes,
         logit_columns=logit_columns,
         hidden=max((_columns(m.module) for m in parts.matrices), default=0),
         widest=max((shape[-2] for shape in shapes), default=0),
+        attention=state.attention,
     )
 
 
-def kv_bytes_per_token(model: TreeModel) -> int:
-    """Bytes of one token's keys and values, found by forwarding one."""
+@dataclass(frozen=True, slots=True)
+class TokenState:
+    """What a model keeps of a token, in bytes, and how it attends; None: without scores."""
+
+    kv_bytes: int
+    attention: Attention | None
+
+
+def token_state(model: TreeModel) -> TokenState:
+    """Found by forwarding one token."""
     cache = model.new_cache()
     model.prefill([0], cache)
-    return cache.slot_nbytes
+    return TokenState(cache.slot_nbytes, attention_of(cache.layers, model.config))
+
+
+def attention_of(layers: Sequence[Any], config: Mapping[str, Any]) -> Attention | None:
+    """How a model attends, by the caches of its layers after a forward. None where all are on the CPU kernels."""
+    found = [leaf.keys for layer in layers for leaf in getattr(layer, "caches", [layer]) if hasattr(leaf, "keys")]
+    keys = [array for array in found if isinstance(array, mx.array) and array.ndim == 4]
+    if not keys:
+        return None
+    widest = max(keys, key=lambda array: array.shape[3])
+    text = config.get("text_config") or config
+    heads = next((text[name] for name in _NUM_HEADS if isinstance(text.get(name), int)), widest.shape[1])
+    on_metal = mx.default_device() == mx.gpu and mx.metal.is_available()
+    return Attention(heads, widest.shape[1], widest.shape[3], widest.itemsize, on_metal)
 
 
 def _columns(module: Any) -> int:

@@ -83,8 +83,8 @@ def test_options_are_checked(
     ("question", "answer"),
     [
         ("What is the capital of France?", "Paris"),
-        ("Write a Python function that reverses a string.", "function to reverse a string"),
-        ("Translate to German: The weather is nice today.", "Wetter ist schön"),
+        ("Write a Python function that reverses a string.", "def reverse"),
+        ("Translate to German: The weather is nice today.", "Wetter ist heute"),
     ],
 )
 def test_converted_draft_answers(question: str, answer: str) -> None:

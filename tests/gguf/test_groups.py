@@ -23,7 +23,8 @@ from tests.support.tiny_gguf import Family, random_blocks, write_family_gguf
 
 KINDS = (
     Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q2_K, Kind.Q3_K,
-    Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS,
+    Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S,
+    Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ1_S, Kind.TQ1_0, Kind.TQ2_0, Kind.MXFP4,
 )  # fmt: skip
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}  # rows of whole superblocks
 
@@ -70,7 +71,8 @@ def require_within_a_step(found: np.ndarray, exact: np.ndarray, bits: int) -> No
     groups = exact.reshape(exact.shape[0], -1, 32)
     steps = np.ptp(groups, axis=-1, keepdims=True) / (2**bits - 1)  # what one code is worth
     rounding = 2.0**-10 * np.abs(exact).max()  # of scale and bias to float16
-    assert (np.abs(found.reshape(groups.shape) - groups) <= 1.01 * steps + rounding).all()
+    # Fitted by least squares: a group's extremes may be further than a code from what they were.
+    assert (np.abs(found.reshape(groups.shape) - groups) <= 1.25 * steps + rounding).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

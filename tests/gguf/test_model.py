@@ -202,6 +202,12 @@ def frequencies(writer: GGUFWriter) -> None:
         ("phi3", longrope, {}, "'rope_factors_long.weight' is (6,), expected (8,) as for its heads"),
         ("phi3-tied-longrope", longrope, {"phi3.rope.scaling.attn_factor": 2.0}, "attn_factor is missing or unus"),
         ("qwen3", None, {"split.count": 3}, "one of 3 parts of a GGUF file; join them first"),
+        (
+            "qwen3",
+            None,
+            {"split.count": 3, "general.architecture": None},
+            "one of 3 parts of a GGUF file; join them",
+        ),
     ],
 )
 def test_what_mlx_lm_cannot_compute_is_refused(

@@ -86,7 +86,12 @@ def test_a_hostile_header_is_refused_or_harmless(
 
 def test_not_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"hello, this is no model")
-    for name, message in (("text", "text: .*GGUF file"), ("missing", "missing: cannot be read")):
+    (tmp_path / "lfs").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for name, message in (
+        ("text", "text: .*GGUF file"),
+        ("lfs", "lfs: is a pointer of git-lfs, not the file"),
+        ("missing", "missing: cannot be read"),
+    ):
         with pytest.raises(ModelError, match=message):
             convert_gguf(tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 import subprocess
@@ -15,8 +16,11 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
+from llmcad_mlx import load
 from llmcad_mlx.mlx_lm_plugin.__main__ import main
 from llmcad_mlx.store.names import DEFAULT_PRESET, resolve_target
+from tests.models.test_config import rewrite
+from tests.support.tiny_folder import make_folder
 
 SPECULATED = re.compile(r"llmcad-mlx: (\d+) tokens in (\d+) passes of the target, (\d+) drafted tokens accepted")
 Loaded = tuple[Any, Any]  # an mlx-lm model and its tokenizer
@@ -34,6 +38,16 @@ def loaded(folder: Path) -> Loaded:
     model, tokenizer = mlx_lm.load(str(folder))
     model.set_dtype(mx.float32)
     return model, tokenizer
+
+
+@pytest.fixture
+def folder_of_tokens(own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny folder to change; the command's words and log are put back."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    logger = logging.getLogger("llmcad_mlx.mlx_lm_plugin")
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(logger, name, [] if name == "handlers" else getattr(logger, name))
+    return make_folder(tmp_path / "model")
 
 
 COMMAND = [sys.executable, "-m", "llmcad_mlx.mlx_lm_plugin"]
@@ -94,6 +108,21 @@ def test_server_command(loaded: Loaded, folder: Path) -> None:
     texts.append("".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"]))
     assert texts == [answer(loaded, COUNT, 24)] * 3
     assert len(SPECULATED.findall(log)) == 3
+
+
+def test_a_command_reads_a_config_as_its_publisher_does(
+    folder_of_tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rotary settings where transformers 5 writes them; a field that mlx-lm ignores is one line."""
+    words = ["generate", "--model", str(folder_of_tokens), "--prompt", COUNT, "-m", "8", "--verbose", "False"]
+    rewrite(folder_of_tokens, ("rope_theta",), rope_parameters={"rope_theta": 300.0, "rope_type": "default"})
+    with load(folder_of_tokens, None) as engine:
+        expected = engine.generate([{"role": "user", "content": COUNT}], max_tokens=8).text
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    rewrite(folder_of_tokens, hidden_act="gelu")
+    assert main(words) == 1
+    assert "hidden_act is 'gelu', which mlx-lm does not heed" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_commands_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:

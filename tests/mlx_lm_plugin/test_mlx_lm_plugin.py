@@ -7,6 +7,7 @@ import importlib
 import itertools
 import logging
 import re
+import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -21,16 +22,20 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from llmcad_mlx import UsageError, VocabularyError, mlx_lm_plugin
+import llmcad_mlx
+from llmcad_mlx import ModelError, UsageError, VocabularyError, mlx_lm_plugin
 from llmcad_mlx.engine.growth import make_policy
 from llmcad_mlx.mlx_lm_plugin import speculation
 from llmcad_mlx.mlx_lm_plugin.adapted import AdaptedModels
 from llmcad_mlx.mlx_lm_plugin.generation import generate, installed, stream_generate
 from llmcad_mlx.settings import SpeculationSettings
+from llmcad_mlx.store.convert import convert_folder
+from tests.models.test_config import rewrite
 from tests.support.architecture_configs import build
 from tests.support.tiny import tiny_llama
-from tests.support.tiny_folder import EOS, VOCAB
+from tests.support.tiny_folder import EOS, VOCAB, copy_folder, family_folder
 
 PROMPT = "then the other one ran in and then the other one"
 SECOND = "and the one in the other"
@@ -385,6 +390,129 @@ def test_verbose_prints_the_text_and_mlx_lms_figures(loaded: Loaded, capsys: pyt
     theirs = capsys.readouterr().out
     assert text in ours
     assert re.sub(r"\d", "", ours) == re.sub(r"\d", "", theirs)
+
+
+MOVED = {"rope_parameters": {"rope_theta": 300.0, "rope_type": "default"}}
+READ_OTHERWISE = {
+    "moved": (("rope_theta",), MOVED, r"model.layers.\d.self_attn.rope.base is 300.0, not 10000"),
+    "moved, by its own word": (
+        ("rope_theta", "tie_word_embeddings"),
+        MOVED,
+        r"(.* is 300.0, not 10000|it has a lm_head)",
+    ),
+    "head": (("tie_word_embeddings",), {}, r"it has a lm_head"),
+}
+
+
+@pytest.mark.parametrize("case", READ_OTHERWISE)
+def test_a_config_is_read_as_its_publisher_does(folder: Path, tmp_path: Path, case: str) -> None:
+    """By `load` and what is installed; what mlx-lm alone has loaded is refused, whatever runs it."""
+    drop, changes, difference = READ_OTHERWISE[case]
+    place = rewrite(copy_folder(folder, tmp_path / "model"), drop, **changes)
+    with llmcad_mlx.load(place, None) as engine:
+        expected = engine.generate(PROMPT, max_tokens=8).tokens
+    for options in ({}, {"kv_bits": 8}):
+        with pytest.raises(UsageError, match=rf"\({difference}\); load it with llmcad_mlx.mlx_lm_plugin.load"):
+            list(stream_generate(*mlx_lm.load(str(place)), PROMPT, max_tokens=8, **options))
+    assert [r.token for r in stream_generate(*mlx_lm_plugin.load(str(place)), PROMPT, max_tokens=8)] == expected
+    with installed():
+        model, tokenizer, config = mlx_lm.load(str(place), return_config=True)
+    assert [r.token for r in stream_generate(model, tokenizer, PROMPT, max_tokens=8)] == expected
+    assert config["rope_theta"] == model.args.rope_theta
+    assert mlx_lm.utils.load_model.__module__ == "mlx_lm.utils"
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5}
+
+
+def quantised(place: Path) -> Path:
+    convert_folder(place, place.parent / "quantised", bits=8, group_size=32)
+    return place.parent / "quantised"
+
+
+def linked(place: Path) -> Path:
+    """As the hub's client lays models out."""
+    blobs, snapshot = place.parent / "blobs", place.parent / "models--a--b" / "snapshots" / "0123"
+    place.rename(blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    return snapshot
+
+
+@pytest.mark.parametrize("prepare", [lambda place: place, quantised, linked], ids=["plain", "quantised", "linked"])
+@pytest.mark.parametrize("changes", [{}, MOVED, {"rope_scaling": YARN}])
+def test_what_is_loaded_right_is_never_refused(
+    folder: Path, tmp_path: Path, prepare: Callable[[Path], Path], changes: dict[str, Any]
+) -> None:
+    """Also where its arguments are those of mlx-lm's reading; with layers of an adapter; with no folder left."""
+    place = prepare(
+        rewrite(copy_folder(folder, tmp_path / "model"), ("rope_theta",) if changes == MOVED else (), **changes)
+    )
+    for gone in (False, True):
+        model, tokenizer = mlx_lm_plugin.load(str(place))
+        linear_to_lora_layers(model, 1, {"rank": 2, "scale": 1.0, "dropout": 0.0})
+        if gone:
+            shutil.rmtree(place)
+        assert len(list(stream_generate(model, tokenizer, PROMPT, max_tokens=4))) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8}], ids=["trees", "mlx-lm's own"])
+def test_a_text_ends_where_mlx_lm_computes_another(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Phi 3 with factors for long texts, of which mlx-lm takes one set for all."""
+    factors = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
+    place = family_folder(tmp_path / "model", "phi3")
+    rewrite(place, ("sliding_window",), rope_scaling=factors, original_max_position_embeddings=16)
+    with pytest.raises(UsageError, match=r"rope._freqs is .*; load it with llmcad_mlx.mlx_lm_plugin.load"):
+        list(stream_generate(*mlx_lm.load(str(place)), [5, 6], max_tokens=4))
+    loaded = mlx_lm_plugin.load(str(place))
+    with llmcad_mlx.load(place, None) as engine:
+        expected = engine.generate([5, 6, 7], max_tokens=4).tokens
+        assert engine.pair.context_length == 16
+    assert [r.token for r in stream_generate(*loaded, [5, 6, 7], max_tokens=4, **options)][:4] == expected
+    loaded[1].eos_token_ids = set()
+    for asked in (30, -1):
+        responses = list(stream_generate(*loaded, [*range(5, 15)], max_tokens=asked, **options))
+        assert (len(responses), responses[-1].finish_reason) == (6, "length")
+    with pytest.raises(
+        UsageError, match=r"prompt: 16 tokens, but mlx-lm computes .* only up to 16; give a shorter"
+    ):
+        list(stream_generate(*loaded, [*range(5, 21)], **options))
+
+
+def test_weights_that_changed_after_loading_are_no_reason_to_refuse(folder: Path, tmp_path: Path) -> None:
+    place = copy_folder(folder, tmp_path / "model")
+    loaded = mlx_lm.load(str(place))
+    mx.eval(loaded[0].parameters())
+    (place / "model.safetensors").write_text("")
+    assert len(list(stream_generate(*loaded, PROMPT, max_tokens=4))) == 4
+
+
+def test_looking_at_a_model_draws_no_random_numbers(folder: Path) -> None:
+    sampler, texts = make_sampler(temp=1.0), []
+    for run in (mlx_lm.stream_generate, stream_generate):
+        loaded = mlx_lm.load(str(folder))
+        mx.random.seed(7)
+        texts.append([response.token for response in run(*loaded, PROMPT, max_tokens=12, sampler=sampler)])
+    assert texts[0] == texts[1]
+
+
+def test_settings_that_a_caller_gave_are_not_a_misreading(folder: Path) -> None:
+    own = mlx_lm.load(str(folder), model_config={"rope_theta": 5.0})
+    assert len(list(stream_generate(*own, PROMPT, max_tokens=4))) == 4
+
+
+def test_what_mlx_lm_would_ignore_is_refused(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = rewrite(copy_folder(folder, tmp_path / "model"), hidden_act="gelu")
+    with pytest.raises(ModelError, match="hidden_act is 'gelu', which mlx-lm does not heed"):
+        mlx_lm_plugin.load(str(place))
+    with pytest.raises(ModelError, match="hidden_act is 'gelu', which mlx-lm does not heed"):
+        list(stream_generate(*mlx_lm.load(str(place)), PROMPT, max_tokens=4))
+    rewrite(place, ("layer_types",), hidden_act="silu", model_type="mistral", sliding_window=8)
+    list(stream_generate(*mlx_lm.load(str(place)), PROMPT, max_tokens=4))
+    assert "as the publisher's code does up to 8 tokens; beyond, the text is another" in caplog.text
 
 
 @pytest.mark.parametrize("version", ["0.31.3", "0.32.1", "0.32.9", "0.33.0", "1.0"])

@@ -331,3 +331,28 @@ def test_a_cache_makes_room_for_what_it_expects_at_once(expected: int) -> None:
     cache.rollback()
     model.prefill([5] * 90, cache)
     assert (cache.stores[0].keys.shape == first) == (expected == 100)
+
+
+def test_compaction_copies_no_whole_buffer() -> None:
+    """What is added to memory for a time: the rows of one layer that move. (All layers' buffers were copied.)"""
+    layers, length, capacity = 6, 400, 512
+    cache = LazyKVCache((None,) * layers)
+    cache.expected_slots = capacity
+    rows = mx.random.normal((1, 2, length, 64))
+    mx.eval(rows)
+    slots = cache.append([-1, *range(99), *([99] * 300)], length)  # 100 in a line, then 300 that branch
+    for store in cache.layers:
+        store.update_and_fetch(rows, rows)
+    mx.eval(cache.arrays())
+    buffer = cache.layers[0].keys.nbytes
+    before = np.array(cache.layers[3].keys)
+    mx.clear_cache()
+    limit = mx.set_cache_limit(0)
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    cache.commit([*slots[:100], slots[399]])
+    peak = mx.get_peak_memory() - active
+    mx.set_cache_limit(limit)
+    assert (cache.num_slots, cache.num_dead) == (101, 0)
+    assert np.array_equal(np.array(cache.layers[3].keys)[:, :, :101], before[:, :, [*range(100), 399]])
+    assert peak < buffer / 4

@@ -73,6 +73,7 @@ def drop_a_tensor(folder: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 BROKEN = {
     "config missing": (remove("config.json"), "config.json: missing"),
     "config cut off": (write("config.json", '{"model_type": "qw'), "config.json: not valid JSON"),
@@ -102,7 +103,20 @@ BROKEN = {
         "model.safetensors: holds lm_head.weight, as model-00001-of-00002.safetensors does; delete",
     ),
     "weights cut off": (truncate_weights, "header promises"),
-    "weights foreign": (write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "not a safe"),
+    "weights foreign": (write("model.safetensors", "GIF89a" * 50), "not a safetensors file"),
+    "weights a pointer": (
+        write("model.safetensors", POINTER),
+        r"model.safetensors: is a pointer of git-lfs.*`git lfs",
+    ),
+    "tokenizer a pointer": (write("tokenizer.json", POINTER), "tokenizer.json: is a pointer of git-lfs"),
+    "an adapter": (
+        lambda folder: (remove("config.json")(folder), write("adapter_config.json", "{}")(folder)),
+        "holds an adapter, not a model; make one of it",
+    ),
+    "GGUF files": (
+        lambda folder: (remove("config.json")(folder), write("a b.gguf", "GGUF")(folder)),
+        "holds GGUF files, which must be converted first: llmcad-mlx convert '.*/a b.gguf' NEW_FOLDER",
+    ),
     "weights empty": (write("model.safetensors", ""), "not a safetensors file"),
     "tokenizer missing": (
         lambda folder: (remove("tokenizer.json")(folder), remove("tokenizer_config.json")(folder)),
@@ -129,7 +143,28 @@ def leave_traces_of_a_download(folder: Path) -> None:
     (folder / ".cache" / "huggingface" / "download" / "x.abc.incomplete").touch()
 
 
+def put_other_forms_beside(folder: Path) -> None:
+    """As Mistral's and Meta's repositories have them, and as mlx-lm leaves an adapter."""
+    (folder / "original").mkdir()
+    for name in ("consolidated.safetensors", "original/model.safetensors", "adapters.safetensors"):
+        shutil.copy(folder / "model.safetensors", folder / name)
+    for name in ("adapter_config.json", "params.json", "original/params.json"):
+        (folder / name).write_text("{}")
+
+
+def link_into_a_cache(folder: Path) -> None:
+    """As the hub's client lays a snapshot out: every file is a link to one that is named by its hash."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / f"{number:064x}")
+        file.symlink_to(Path("..") / "blobs" / f"{number:064x}")
+
+
 ODD = {
+    "other forms beside": put_other_forms_beside,
+    "links into a cache": link_into_a_cache,
+    "path with blanks and letters of all kinds": lambda folder: None,
     "index of another build": name_a_second_file,
     "index corrupt": write("model.safetensors.index.json", "{"),
     "index without map": write("model.safetensors.index.json", "{}"),
@@ -138,7 +173,11 @@ ODD = {
     "path like a pattern": lambda folder: None,
     "path that is no text": lambda folder: None,
 }
-PATHS = {"path like a pattern": "my model[1]*", "path that is no text": "caf\udce9"}
+PATHS = {
+    "path with blanks and letters of all kinds": "Größe (2) – 模型 'a' & b; #%$~",
+    "path like a pattern": "my model[1]*",
+    "path that is no text": "caf\udce9",
+}
 
 
 @pytest.mark.parametrize("case", ODD)
@@ -155,6 +194,31 @@ def test_odd_folders_that_hold_all_weights_are_loaded(case: str, folder: Path, o
         assert engine.generate([5], max_tokens=2).tokens
     assert output("doctor", folder)[1] == ""
     assert json.loads(output("plan", folder, "--json")[0])["estimated"] is False
+
+
+def test_a_path_as_people_write_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for text in ("~/model", "~/model/", f"{folder}/", f"{folder}/../model//"):
+        assert load_model_folder(text).config["model_type"] == "llama"
+        with load(text, None) as engine:
+            assert engine.generate([5], max_tokens=1).tokens
+
+
+@pytest.mark.parametrize(
+    ("own", "for_generation", "ends"),
+    [(EOS, None, set()), (EOS, [EOS, 7], {7}), (None, 7, {7}), ([5], [EOS, 7], {7}), (7, 0, {0})],
+)
+def test_the_end_tokens_are_those_for_generation(
+    folder: Path, own: Any, for_generation: Any, ends: set[int]
+) -> None:
+    """As mlx-lm and transformers: generation_config.json wins, as in Gemma 2, where config.json lacks one. The
+    tokenizer's own is always among them."""
+    change_config(folder, eos_token_id=own)
+    if for_generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": for_generation}))
+    assert load_model_folder(folder).tokenizer.eos_token_ids == ends | {EOS}
+    convert_folder(folder, folder.parent / "converted", bits=8, group_size=32)
+    assert load_model_folder(folder.parent / "converted").tokenizer.eos_token_ids == ends | {EOS}
 
 
 def test_missing_folder_and_a_file_in_its_place(folder: Path) -> None:

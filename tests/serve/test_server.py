@@ -332,6 +332,7 @@ SAME: list[dict[str, Any]] = [
     {"stream_options": {"include_usage": True}}, {"stop": ""}, {"stop": ["", "no such text", ""]}, {"stop": []},
     {"audio": None, "web_search_options": None, "modalities": ["text"], "logprobs": False, "top_logprobs": 0},
     {"service_tier": "flex", "metadata": {"a": "b"}, "user": "me", "safety_identifier": "a", "logit_bias": {}},
+    {"mirostat": 0, "typical_p": 1.0, "repeat_penalty": 1, "ignore_eos": False, "xtc_probability": 0.0},
     {"prompt_cache_key": "a", "cache_prompt": True, "max_completion_tokens": 24, "n": 1, "stop": None},
     {"messages": [{**CHAT[0], "content": [{"type": "text", "text": CHAT[0]["content"]}]}]},
 ]  # fmt: skip
@@ -342,6 +343,12 @@ def test_what_changes_no_greedy_answer(live: Live, engine: Engine, fields: dict[
     answer = live.chat(**{"max_tokens": 24, "temperature": 0, **fields})
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["content"] == engine.generate(CHAT, max_tokens=24).text
+
+
+def test_a_byte_order_mark_is_no_part_of_the_body(live: Live) -> None:
+    body = b"\xef\xbb\xbf" + json.dumps({"messages": CHAT, "max_tokens": 2}).encode()
+    sent = {"content": body, "headers": {"Content-Type": "application/json"}}
+    assert httpx.post(f"{live.url}/v1/chat/completions", **sent).status_code == 200
 
 
 def test_seeds_may_be_negative(live: Live) -> None:

@@ -147,6 +147,7 @@ BROKEN_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "a
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize: is not a variable of the"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools: is not a variable of the"),
         ({"num_ctx": 8192}, "num_ctx: is not a field this server knows; the context is the server's: serve --con"),
+        ({"mirostat": 2}, "mirostat: is not a field this server knows; see /openapi.json"),
         ({"repeat_penalty": 1.1}, "repeat_penalty: is not a field this server knows; use repetition_penalty"),
         ({"functions": []}, "functions: is not a field this server knows; use tools"),
         ({"stop": ["a", 5]}, "stop[1]: must be a valid string, not 5"),

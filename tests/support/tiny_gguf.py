@@ -32,7 +32,8 @@ Edit = Callable[[GGUFWriter], None]
 # a block may be any bytes.
 _SCALE_BYTES = {
     Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,),
-    Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,),
+    Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,), Kind.IQ2_XXS: (0,), Kind.IQ2_XS: (0,),
+    Kind.IQ2_S: (0,), Kind.IQ3_XXS: (0,), Kind.IQ3_S: (0,), Kind.IQ1_S: (0,),
 }  # fmt: skip
 HIDDEN = 64
 BASE: Config = {
@@ -114,10 +115,15 @@ def random_blocks(kind: Kind, shape: tuple[int, ...], random: np.random.Generato
         return quantize(weights, kind).view(np.uint8)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     raw = random.integers(0, 256, (shape[0], shape[1] // block, block_bytes), dtype=np.uint8)
-    for at in _SCALE_BYTES[kind]:
-        scales = random.uniform(5e-5, 2e-4, raw.shape[:2]).astype(np.float16)
-        raw[..., at : at + 2] = scales[..., None].view(np.uint8)
+    scales = {at: random.uniform(0.5, 2, raw.shape[:2]) for at in _SCALE_BYTES[kind]}
+    _put(scales, raw, 1.0)
+    _put(scales, raw, 0.2 / float(np.std(dequantize(raw.reshape(shape[0], -1), kind))))
     return raw.reshape(shape[0], -1)
+
+
+def _put(scales: dict[int, npt.NDArray[np.float64]], raw: npt.NDArray[np.uint8], factor: float) -> None:
+    for at, values in scales.items():
+        raw[..., at : at + 2] = (values * factor).astype(np.float16)[..., None].view(np.uint8)
 
 
 def _random_tensor(

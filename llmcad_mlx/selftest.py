@@ -33,14 +33,16 @@ from mlx.nn.layers.quantized import QuantizedLinear
 from llmcad_mlx.api import Engine, load
 from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.errors import LlmcadError
+from llmcad_mlx.files.safetensors import read_weights
 from llmcad_mlx.loader import plan_pair
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.prompt import Prompt
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import device_name, find_pair, public_name
-from llmcad_mlx.streaming.storage import FileStorage
+from llmcad_mlx.streaming.storage import FileStorage, ReadWay
 from llmcad_mlx.streaming.stream import Read, Unit, WeightStream
+from llmcad_mlx.streaming.ways import best_way, keep_way, measure_ways, reads_of
 from llmcad_mlx.tree.token_tree import TokenTree
 
 PROMPT = "Write a Python function that merges two sorted lists, and explain it."
@@ -50,6 +52,7 @@ _UNITS, _UNIT_BYTES = 8, 1 << 20
 _ROWS = (1, 2, 5, 8, 9, 16, 32, 64)
 _HEAD_DIMS = (64, 128, 256)
 _LARGE_READ = (2 << 30) + 1
+_DISK_S = 20.0  # for 12 ways, alone and beside a busy thread, three times
 _TIME_PER_RUN_S = 15.0  # of generating; slow kernels end with fewer tokens, and the line says how many
 
 
@@ -308,7 +311,18 @@ class _Model:
         return "loaded in one thread, generated in another: 8 tokens, the same"
 
     def disk(self) -> str:
-        raise _NotHereError("not measured")
+        """The best of the ways to read the model's files, which is kept, alone and beside a busy Python thread."""
+        reads = reads_of(read_weights(self.engine.pair.names.target_path))
+        rates = measure_ways(reads, _DISK_S)
+        best = best_way(rates)
+        keep_way(reads[0].file, best)
+        slowest = min(rates, key=lambda rate: rate.bytes_per_s)
+        beside = best.beside_python_bytes_per_s / best.bytes_per_s
+        source = "" if best.from_disk else ", from the page cache: the model is too small or was just read"
+        return (
+            f"{_way(best.way)}: {best.bytes_per_s / 1e9:.2f} GB/s, {beside:.0%} of it beside a busy Python thread"
+            f"{source}; the worst of {len(rates)} ways, {_way(slowest.way)}: {slowest.bytes_per_s / 1e9:.2f}"
+        )
 
     def pass_times(self) -> str:
         """A pass of the target by rows, a step of the draft, and what a lone evaluation costs."""
@@ -383,6 +397,11 @@ class _Model:
         if report["peak_rss_bytes"] > report["budget_bytes"]:
             raise _FailedError(text)
         return text
+
+
+def _way(way: ReadWay) -> str:
+    readers = "one reader" if way.num_readers == 1 else f"{way.num_readers} readers"
+    return f"{'direct' if way.direct else 'buffered'}, {readers} of {way.piece_bytes >> 20} MB"
 
 
 def _seconds(call: Callable[[], object], times: int = 3) -> float:

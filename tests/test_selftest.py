@@ -14,9 +14,11 @@ import pytest
 
 from llmcad_mlx import selftest
 from llmcad_mlx.api import Engine
+from llmcad_mlx.files import home_folder, read_object
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.selftest import Check, self_test
-from llmcad_mlx.streaming.storage import FileStorage
+from llmcad_mlx.streaming.storage import FileStorage, ReadWay
+from llmcad_mlx.streaming.ways import WAYS
 
 NAMES = [
     "machine", "reading while computing", "kernels", "tree against plain", "second thread", "disk", "pass times",
@@ -29,6 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch, own_home: Path) -> None:
     monkeypatch.setattr(selftest, "_ROUNDS", 40)
     monkeypatch.setattr(selftest, "NUM_TOKENS", 24)
     monkeypatch.setattr(selftest, "_LARGE_READ", 1 << 20)
+    monkeypatch.setattr(selftest, "_DISK_S", 0.1)
 
 
 def found(check: str, folder: Path | None = None) -> Check:
@@ -44,6 +47,9 @@ def test_ten_checks_pass_in_order(endless: Path) -> None:
     assert "24 tokens, all as plain decoding" in text["same text"]
     assert "24 tokens, all as plain decoding" in text["memory against plan"]
     assert "bit for bit" in text["tree against plain"]
+    assert "GB/s" in text["disk"]
+    kept = read_object(home_folder() / "reading.json")["disks"]  # for later loads
+    assert [ReadWay(**disk["way"]) in WAYS for disk in kept.values()] == [True]
     assert str(endless) not in "".join(text.values())
 
 

@@ -129,7 +129,7 @@ def doctor(
 def _self_test(model: str | None, json_output: bool) -> None:
     """A line for each check as soon as it is there, after those of the installation, to paste into a report."""
     from llmcad_mlx.doctor import diagnose
-    from llmcad_mlx.selftest import self_test
+    from llmcad_mlx.measure.selftest import self_test
 
     found = diagnose()
     lines = [(name, value) for name, value in _lines(found) if name != "models folder"]

@@ -12,11 +12,11 @@ import mlx.core as mx
 import psutil
 import pytest
 
-from llmcad_mlx import selftest
 from llmcad_mlx.api import Engine
 from llmcad_mlx.files import home_folder, read_object
+from llmcad_mlx.measure import selftest
+from llmcad_mlx.measure.selftest import Check, self_test
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.selftest import Check, self_test
 from llmcad_mlx.streaming.storage import FileStorage, ReadWay
 from llmcad_mlx.streaming.ways import WAYS
 

@@ -20,6 +20,10 @@ from typing import Any
 from llmcad_mlx.errors import LlmcadError, StorageError, UsageError
 
 RESERVE_BYTES = 64 << 20
+MAX_IO_BYTES = (2 << 30) - (16 << 10)
+"""Read or written by one call. macOS refuses 2 GiB, Linux gives a page less; a multiple of what direct reads
+need."""
+
 HOME_REMEDY = "set LLMCAD_MLX_HOME to another disk"
 """What to do when the folder of models is full or cannot be written."""
 

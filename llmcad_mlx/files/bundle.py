@@ -1,15 +1,20 @@
 """Bundles: mlx-lm model folders with `llmcad.json`, which says where each layer lies and what its checksum is.
 
 ```
-{"format": 1,
+{"format": 2,
  "layers": [{"name": "embedding" | "layer 0" | … | "rest" | "head",
              "tensors": [{"name", "file", "offset", "bytes", "dtype", "shape", "sha256"}, …],
              "bytes": …, "sha256": …}, …],
  "draft": null, "profile": {}, "source": "…", "created_by": "llmcad-mlx 0.1.0"}
 ```
-Tensors are listed in the order in which they lie in their file, one after the other, so that a layer is one run
-of bytes. `sha256` of a layer is that of this run. `offset` counts from the start of the file; dtypes are those of
-safetensors. `source` is what it was made from; nothing reads `draft` and `profile`.
+Tensors are listed in the order in which they lie in their file, so that a layer is one run of bytes, from its
+first tensor to the end of its last. `bytes` and `sha256` of a layer are those of this run. `offset` counts from
+the start of the file; dtypes are those of safetensors. `source` is what it was made from; nothing reads `draft`
+and `profile`.
+
+A layer, and each tensor of it that is larger than SMALL_BYTES, begins at a multiple of 16 KB of its file, so that
+it can be read past the page cache (and mapped); zeros fill the gaps. In format 1, which is still read, there are
+none. mlx-lm opens both. The Rust library behind the `safetensors` package refuses gaps, and thereby format 2.
 """
 
 from __future__ import annotations
@@ -26,13 +31,23 @@ from typing import Any
 from llmcad_mlx import __version__
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.files import check_open_files
-from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorExtent, TensorSpec, WeightIndex, read_weights
+from llmcad_mlx.files.safetensors import (
+    DATA_ALIGNMENT,
+    SafetensorsWriter,
+    TensorExtent,
+    TensorSpec,
+    WeightIndex,
+    read_weights,
+)
 
 FILE = "llmcad.json"
-FORMAT = 1
+FORMAT = 2
+_GAPS = {1: 1, FORMAT: DATA_ALIGNMENT}  # by format, what the bytes between two tensors are fewer than
 MAX_FILE_BYTES = 5 << 30
 SMALL_BYTES = 64 << 10
-"""Norms and biases stay in memory when a layer is streamed, so they lie behind what is read again and again."""
+"""Tensors up to this size lie behind the others of their layer: 16 KB of alignment would be too much for them."""
+
+_SMALL_ALIGNMENT = 64  # a cache line, as kernels like it
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -44,7 +59,7 @@ class BundleLayer:
     """A run of tensors, each with the sha256 of its bytes in hexadecimal; `sha256` is that of the whole run."""
 
     name: str
-    tensors: Mapping[TensorExtent, str]
+    tensors: dict[TensorExtent, str]
     sha256: str
 
     @property
@@ -58,7 +73,9 @@ class BundleLayer:
 
     @property
     def num_bytes(self) -> int:
-        return sum(extent.num_bytes for extent in self.tensors)
+        """With the gaps between its tensors."""
+        last = next(reversed(self.tensors))
+        return last.offset + last.num_bytes - self.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +111,22 @@ def read_bundle(folder: Path, index: WeightIndex | None = None) -> Bundle | None
     except (ValueError, RecursionError):
         raise ModelError(f"{file}: cut off, or not valid JSON; make the bundle again") from None
     version = _checked(file, "the file", content, {"format": int})["format"]
-    if version != FORMAT:
+    if version not in _GAPS:
         raise ModelError(
-            f"{file}: bundle format {version} is not {FORMAT}; install the llmcad-mlx that wrote it, "
+            f"{file}: bundle format {version} is not {FORMAT} or older; install the llmcad-mlx that wrote it, "
             "or make the bundle again"
         )
     listed = _checked(file, "the file", content, {"layers": list})["layers"]
     unlisted = dict(read_weights(folder) if index is None else index)
-    bundle = Bundle(tuple(_layer(file, layer, unlisted) for layer in listed))
+    bundle = Bundle(tuple(_layer(file, layer, unlisted, _GAPS[version]) for layer in listed))
     for extent in unlisted.values():
         raise ModelError(f"{extent.file}: {extent.name} is not listed in {FILE}; make the bundle again")
     return bundle
 
 
-def _layer(file: Path, content: Any, unlisted: dict[str, TensorExtent]) -> BundleLayer:
-    """`content` as a layer; its tensors, which must be as the weight files have them, leave `unlisted`."""
+def _layer(file: Path, content: Any, unlisted: dict[str, TensorExtent], gap: int) -> BundleLayer:
+    """`content` as a layer; its tensors, which must be as the weight files have them, leave `unlisted`. gap: bytes
+    that may not lie between two of them."""
     name = content.get("name") if isinstance(content, dict) else None
     where = name if isinstance(name, str) else "a layer"
     entry = _checked(file, where, content, {"name": str, "tensors": list, "sha256": str, "bytes": int})
@@ -123,13 +141,13 @@ def _layer(file: Path, content: Any, unlisted: dict[str, TensorExtent]) -> Bundl
             )
         tensors[extent] = listed["sha256"]
     layer = BundleLayer(where, tensors, entry["sha256"])
+    end = layer.offset if tensors else 0
+    for extent in tensors:
+        if extent.file != layer.file or not 0 <= extent.offset - end < gap:
+            raise ModelError(f"{file}: {where} is not one run of bytes; make the bundle again")
+        end = extent.offset + extent.num_bytes
     if not tensors or entry["bytes"] != layer.num_bytes:
         raise _wrong(file, "bytes", where)
-    end = layer.offset
-    for extent in tensors:
-        if (extent.file, extent.offset) != (layer.file, end):
-            raise ModelError(f"{file}: {where} is not one run of bytes; make the bundle again")
-        end += extent.num_bytes
     return layer
 
 
@@ -181,14 +199,31 @@ def verify_bundle(folder: Path, advance: Callable[[int], None] = lambda num_byte
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """`specs` in the order in which they will lie in the file."""
+    """`specs` in the order in which they will lie in the file; `starts`: where, from the layer's beginning."""
 
     name: str
     specs: tuple[TensorSpec, ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, group: Iterable[TensorSpec]) -> LayerPlan:
+        """Small tensors come last, of them those that are never streamed (norms, biases)."""
+        specs = sorted(group, key=lambda spec: (spec.num_bytes <= SMALL_BYTES, len(spec.shape) < 2))
+        starts, end = [], 0
+        for spec in specs:
+            end = _rounded_up(end, DATA_ALIGNMENT if spec.num_bytes > SMALL_BYTES else _SMALL_ALIGNMENT)
+            starts.append(end)
+            end += spec.num_bytes
+        return cls(name, tuple(specs), tuple(starts))
 
     @property
     def num_bytes(self) -> int:
-        return sum(spec.num_bytes for spec in self.specs)
+        """In the file, up to where the next layer may begin."""
+        return _rounded_up(self.starts[-1] + self.specs[-1].num_bytes, DATA_ALIGNMENT)
+
+
+def _rounded_up(num_bytes: int, alignment: int) -> int:
+    return -(-num_bytes // alignment) * alignment
 
 
 def layer_index(tensor: str) -> int | None:
@@ -198,17 +233,11 @@ def layer_index(tensor: str) -> int | None:
 
 
 def plan_layers(specs: Iterable[TensorSpec]) -> list[LayerPlan]:
-    """Tensors by layer, in the order they are computed with: embedding, layers, rest (the last norm), head.
-
-    Within a layer the widest items come first, which aligns all of them, and small tensors come last.
-    """
+    """Tensors by layer, in the order they are computed with: embedding, layers, rest (the last norm), head."""
     groups: dict[tuple[int, int, str], list[TensorSpec]] = {}
     for spec in specs:
         groups.setdefault(_group(spec.name), []).append(spec)
-    return [
-        LayerPlan(name, tuple(sorted(group, key=lambda spec: (-spec.item_bytes, spec.num_bytes <= SMALL_BYTES))))
-        for (_, _, name), group in sorted(groups.items())
-    ]
+    return [LayerPlan.of(name, group) for (_, _, name), group in sorted(groups.items())]
 
 
 def _group(tensor: str) -> tuple[int, int, str]:
@@ -239,7 +268,7 @@ class BundleWriter:
         self._folder = folder
         self._layers = plan_layers(specs)
         self._layer_of = {spec.name: layer for layer in self._layers for spec in layer.specs}
-        self._missing = {layer.name: layer.num_bytes for layer in self._layers}
+        self._missing = {layer.name: sum(spec.num_bytes for spec in layer.specs) for layer in self._layers}
         self._finished: dict[str, dict[str, Any]] = {}  # as llmcad.json has them
         self._files: dict[str, SafetensorsWriter] = {}  # by layer
         shards: list[list[LayerPlan]] = []
@@ -253,8 +282,7 @@ class BundleWriter:
         with ExitStack() as opened:
             for number, shard in enumerate(shards, 1):
                 name = f"model-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "model"
-                tensors = [spec for layer in shard for spec in layer.specs]
-                file = opened.enter_context(SafetensorsWriter(folder / f"{name}.safetensors", tensors))
+                file = opened.enter_context(_open_shard(folder / f"{name}.safetensors", shard))
                 self._files.update((layer.name, file) for layer in shard)
             self._open = opened.pop_all()
 
@@ -285,7 +313,7 @@ class BundleWriter:
         for file in files:
             file.sync()
         if len(files) > 1:
-            total = sum(layer.num_bytes for layer in self._layers)
+            total = sum(spec.num_bytes for layer in self._layers for spec in layer.specs)
             weight_map = {name: self._files[layer.name].path.name for name, layer in self._layer_of.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self._write_json("model.safetensors.index.json", index)
@@ -297,19 +325,32 @@ class BundleWriter:
         """With checksums from the file: its tensors may have been written in turns."""
         file = self._files[layer.name]
         whole = hashlib.sha256()
-        tensors = []
+        tensors: list[dict[str, Any]] = []
+        first = end = file.extents[layer.specs[0].name].offset
         for spec in layer.specs:
             extent, own = file.extents[spec.name], hashlib.sha256()
-            for start in range(0, extent.num_bytes, _BLOCK_BYTES):
-                block = file.read_bytes(extent.offset + start, min(_BLOCK_BYTES, extent.num_bytes - start))
+            whole.update(bytes(extent.offset - end))
+            end = extent.offset + extent.num_bytes
+            for start in range(extent.offset, end, _BLOCK_BYTES):
+                block = file.read_bytes(start, min(_BLOCK_BYTES, end - start))
                 own.update(block)
                 whole.update(block)
             tensors.append(_tensor_entry(extent, own.hexdigest()))
-        sha256 = whole.hexdigest()
-        return {"name": layer.name, "tensors": tensors, "bytes": layer.num_bytes, "sha256": sha256}
+        return {"name": layer.name, "tensors": tensors, "bytes": end - first, "sha256": whole.hexdigest()}
 
     def _write_json(self, name: str, content: object) -> None:
         (self._folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _open_shard(path: Path, layers: Iterable[LayerPlan]) -> SafetensorsWriter:
+    specs: list[TensorSpec] = []
+    starts: list[int] = []
+    first = 0
+    for layer in layers:
+        specs += layer.specs
+        starts += [first + start for start in layer.starts]
+        first += layer.num_bytes
+    return SafetensorsWriter(path, specs, starts=starts)
 
 
 def _tensor_entry(extent: TensorExtent, sha256: str) -> dict[str, Any]:

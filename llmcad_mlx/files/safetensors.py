@@ -18,10 +18,11 @@ from typing import Any
 import mlx.core as mx
 
 from llmcad_mlx.errors import ModelError
-from llmcad_mlx.files import POINTER, check_open_files, is_pointer
+from llmcad_mlx.files import MAX_IO_BYTES, POINTER, check_open_files, is_pointer
 
-DATA_ALIGNMENT = 4096
-"""Tensor bytes are written from a multiple of this on: a page, and a block of most disks."""
+DATA_ALIGNMENT = 16 << 10
+"""Tensor bytes are written from a multiple of this on: a page of Apple silicon, and a multiple of disks'
+blocks."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -217,24 +218,35 @@ class SafetensorsWriter:
     through a memory map: a full disk is then an OSError, not a killed process.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
-        """metadata: entries for the header beside `format`. Raises OSError."""
+    def __init__(
+        self,
+        path: Path,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> None:
+        """metadata: entries for the header beside `format`. starts: where each tensor begins among the tensors'
+        bytes, with zeros between them; None: one follows the other. Raises OSError."""
         self.path = path
         self.extents: dict[str, TensorExtent] = {}
         """Where the tensors' bytes lie, by name."""
         header: dict[str, object] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
-        starts = [0, *accumulate(spec.num_bytes for spec in specs)]
-        for spec, start, end in zip(specs, starts, starts[1:], strict=False):
+        if starts is None:
+            starts = [0, *accumulate(spec.num_bytes for spec in specs)][:-1]
+        ends = [start + spec.num_bytes for spec, start in zip(specs, starts, strict=True)]
+        for spec, start, end in zip(specs, starts, ends, strict=True):
             header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-        for spec, start in zip(specs, starts, strict=False):
-            offset = 8 + len(text) + start
-            extent = TensorExtent(spec.name, path, offset, spec.num_bytes, spec.dtype, spec.shape)
+        first = 8 + len(text)
+        for spec, start in zip(specs, starts, strict=True):
+            extent = TensorExtent(spec.name, path, first + start, spec.num_bytes, spec.dtype, spec.shape)
             self.extents[spec.name] = extent
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._write(0, len(text).to_bytes(8, "little") + text)
-        os.ftruncate(self._descriptor, 8 + len(text) + starts[-1])
+        os.ftruncate(self._descriptor, first + max(ends, default=0))
+        for end, start in zip([0, *ends], starts, strict=False):
+            self._write(first + end, bytes(start - end))  # not holes, which would cut the file's extents up
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -263,5 +275,5 @@ class SafetensorsWriter:
     def _write(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
-            written = os.pwrite(self._descriptor, view, offset)
+            written = os.pwrite(self._descriptor, view[:MAX_IO_BYTES], offset)
             view, offset = view[written:], offset + written

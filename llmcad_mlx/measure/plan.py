@@ -6,10 +6,7 @@ options or from reading some of them; A, C, D and N are what this pair's own rou
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
@@ -27,49 +24,9 @@ from llmcad_mlx.memory import (
 from llmcad_mlx.sizes import format_size
 from llmcad_mlx.store.names import PairPaths, device_name, own_draft_name, pair_profile_path
 from llmcad_mlx.store.profile import PairProfile
-from llmcad_mlx.streaming.storage import FileStorage, Storage
-from llmcad_mlx.streaming.stream import Read
+from llmcad_mlx.streaming.ways import measure_read_rate
 
 NOT_MEASURED = "not measured"
-_SAMPLE_BYTES = 256 << 20
-_SAMPLE_S = 2.0
-_PIECE_BYTES = 4 << 20
-
-
-def measure_read_rate(reads: Sequence[Read]) -> ReadRate:
-    """Read some of `reads`, up to 256 MB or 2 s. Raises StorageError for a file that cannot be read.
-
-    Where the system lets go of cached pages on demand (Linux), the sample is read twice, and the second time
-    counts. Elsewhere what the page cache holds comes from memory, and the disk may be slower.
-    """
-    can_drop = hasattr(os, "posix_fadvise")
-    with closing(FileStorage(drop_cache=can_drop)) as storage:
-        sample, rate = timed_read(reads, storage)
-        if can_drop:
-            sample, rate = timed_read(sample, storage)
-    return ReadRate(rate, sampled_bytes=sum(read.num_bytes for read in sample), from_disk=can_drop)
-
-
-def timed_read(
-    reads: Sequence[Read], storage: Storage, clock: Callable[[], float] = time.perf_counter
-) -> tuple[list[Read], float]:
-    """Read pieces of `reads` in order until there are enough; returns what was read, and bytes per second."""
-    buffer = memoryview(bytearray(_PIECE_BYTES))
-    sample: list[Read] = []
-    num_bytes, seconds, started = 0, 0.0, clock()
-    pieces = (
-        Read(read.file, read.offset + start, min(_PIECE_BYTES, read.num_bytes - start), 0)
-        for read in reads
-        for start in range(0, read.num_bytes, _PIECE_BYTES)
-    )
-    for piece in pieces:
-        if num_bytes >= _SAMPLE_BYTES or seconds >= _SAMPLE_S:
-            break
-        storage.read_into(piece.file, piece.offset, buffer[: piece.num_bytes])
-        sample.append(piece)
-        num_bytes += piece.num_bytes
-        seconds = clock() - started
-    return sample, num_bytes / max(seconds, 1e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +235,7 @@ def _rate_note(rate: ReadRate | None, plan: MemoryPlan) -> str:
         return f"{figure}, emulated (--read-bandwidth)."
     sample = f"{figure}, measured by reading {format_size(rate.sampled_bytes)} of the streamed weights"
     if rate.from_disk:
-        return f"{sample} after the page cache had let go of them."
+        return f"{sample}, of which the page cache held nothing."
     return f"{sample}; they may have come from the page cache, and the disk may be slower."
 
 

@@ -7,9 +7,10 @@ measured on a few layers read on demand; `Prepared.build` brings in what the pla
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ from llmcad_mlx.streaming.modules import (
     Views,
     WeightFeed,
 )
-from llmcad_mlx.streaming.storage import FileStorage, Storage, ThrottledStorage
+from llmcad_mlx.streaming.storage import BLOCK_BYTES, FileStorage, Storage, ThrottledStorage, address_of
 from llmcad_mlx.streaming.stream import Read, Unit, WeightStream
+from llmcad_mlx.streaming.ways import fits_page_cache, known_way, short_pieces
 from llmcad_mlx.streaming.weights import PlacedUnit, StreamParts
 
 _CHECKED_BYTES = 4 << 20  # at a time
@@ -127,11 +129,15 @@ class Prepared:
         storage: Storage = self.storage
         units, feed = list[StreamedUnit](), None
         if placed:
-            if read_bandwidth is not None:
-                storage = ThrottledStorage(storage, read_bandwidth)
             sequence = placed if self._checksums is None else self._checksums.marked(placed)
+            way = known_way(placed[0].reads[0].file)
+            if fits_page_cache(plan):  # direct reads would not use it
+                way = replace(way, direct=False)
+            self.storage.direct = way.direct
+            if read_bandwidth is not None:
+                storage, way = ThrottledStorage(storage, read_bandwidth), short_pieces(way, read_bandwidth)
             buffers, memory = _buffers_for(placed, plan.num_buffers)
-            feed = SequentialFeed(WeightStream(sequence, memory, storage), len(placed))
+            feed = SequentialFeed(WeightStream(sequence, memory, storage, way), len(placed))
             units = _streamed_units(placed, buffers, feed)
             for unit in units:
                 unit.bind(0)  # lets go of the lazily loaded arrays
@@ -165,50 +171,61 @@ class Prepared:
 class Checksums:
     """Compares what `storage` reads of a bundle with the bundle's checksums, one for each tensor.
 
-    What is streamed is not always a whole tensor: a piece of the head is some rows of several. So every byte is
-    read once at load. On the way the tensors are compared with the bundle, and each unit gets a checksum of its
+    What is streamed at once is some tensors, or some rows of several, with what lies between them. So every byte
+    is read once at load. On the way the tensors are compared with the bundle, and each unit gets a checksum of its
     own, with which the stream compares every later read of it.
     """
 
     def __init__(self, bundle: Bundle, storage: Storage, units: Sequence[Unit]) -> None:
-        """Reads `units`, then all that is in none of them. Raises StorageError as `marked` does."""
+        """Reads `units`, then the tensors that are in none of them. Raises StorageError as `marked` does."""
         self._storage = storage
         self._known = bundle.tensor_sha256
-        self._units: dict[tuple[Read, ...], str] = {}
-        self._extents = [extent for layer in bundle.layers for extent in layer.tensors if extent.num_bytes]
+        self._marks: dict[tuple[Read, ...], str] = {}
+        self._extents: dict[Path, list[TensorExtent]] = {}  # in the order of their bytes
+        self._unread = {extent for layer in bundle.layers for extent in layer.tensors if extent.num_bytes}
+        for extent in sorted(self._unread, key=lambda extent: extent.offset):
+            self._extents.setdefault(extent.file, []).append(extent)
         self._buffer = memoryview(bytearray(_CHECKED_BYTES))
         self.marked(units)
-        read = {(part.file, part.offset) for unit in units for part in unit.reads}
-        for extent in self._extents:
-            if (extent.file, extent.offset) not in read:
-                self.marked([Unit(extent.name, (Read(extent.file, extent.offset, extent.num_bytes, 0),))])
+        for extent in list(self._unread):
+            self.marked([Unit(extent.name, (Read(extent.file, extent.offset, extent.num_bytes, 0),))])
 
     def marked(self, units: Sequence[Unit]) -> list[Unit]:
         """`units` with the checksums of their bytes, read now unless they were before.
 
-        A tensor's parts must follow each other among `units`, from its first byte to its last. Raises StorageError
-        naming file and tensor for bytes that are not the bundle's, and what reading raises.
+        A tensor is compared where its parts follow each other among `units`, from its first byte to its last.
+        Raises StorageError naming file and tensor for bytes that are not the bundle's, and what reading raises.
         """
-        # By the place of the byte to be read next.
-        unfinished = {(extent.file, extent.offset): (extent, hashlib.sha256()) for extent in self._extents}
+        begun: dict[TensorExtent, _Part] = {}
         for unit in units:
-            if unit.reads in self._units:
+            if unit.reads in self._marks:
                 continue
             whole = hashlib.sha256()
             for read in unit.reads:
-                extent, digest = unfinished.pop((read.file, read.offset))
                 end = read.offset + read.num_bytes
                 for start in range(read.offset, end, _CHECKED_BYTES):
                     block = self._buffer[: min(_CHECKED_BYTES, end - start)]
                     self._storage.read_into(read.file, start, block)
                     whole.update(block)
-                    digest.update(block)
-                if end < extent.offset + extent.num_bytes:
-                    unfinished[read.file, end] = extent, digest
-                else:
-                    self.compare(extent, digest.hexdigest())
-            self._units[unit.reads] = whole.hexdigest()
-        return [replace(unit, sha256=self._units[unit.reads]) for unit in units]
+                    self._follow(read.file, start, block, begun)
+            self._marks[unit.reads] = whole.hexdigest()
+        return [replace(unit, sha256=self._marks[unit.reads]) for unit in units]
+
+    def _follow(self, file: Path, start: int, block: memoryview, begun: dict[TensorExtent, _Part]) -> None:
+        """Take account of the tensors in `block`, which lies at `start` of the file."""
+        extents, end = self._extents[file], start + len(block)
+        first = bisect_right(extents, start, key=lambda extent: extent.offset) - 1
+        for extent in extents[max(first, 0) :]:
+            if extent.offset >= end:
+                break
+            part = begun.setdefault(extent, _Part(extent.offset))
+            if start <= part.end < end:
+                stop = min(end, extent.offset + extent.num_bytes)
+                part.digest.update(block[part.end - start : stop - start])
+                part.end = stop
+                if stop == extent.offset + extent.num_bytes:
+                    self.compare(extent, part.digest.hexdigest())
+                    self._unread.discard(extent)
 
     def compare(self, extent: TensorExtent, sha256: str) -> None:
         """`sha256` is that of the tensor at `extent`, read. Raises StorageError where it is not the bundle's."""
@@ -219,10 +236,22 @@ class Checksums:
             )
 
 
+@dataclass(slots=True)
+class _Part:
+    """Of a tensor, read up to `end` of its file."""
+
+    end: int
+    digest: Any = field(default_factory=hashlib.sha256)
+
+
 def _buffers_for(placed: Sequence[PlacedUnit], count: int) -> tuple[list[mx.array], list[memoryview]]:
-    """Buffers (B,) uint8 that hold any of the units, and their memory."""
+    """Buffers (B,) uint8 that hold any of the units, at addresses for direct reads, and their memory."""
     size = max((read.buffer_offset + read.num_bytes for unit in placed for read in unit.reads), default=0)
-    buffers = [mx.zeros((size,), mx.uint8) for _ in range(count)]
+    buffers = []
+    for _ in range(count):
+        whole = mx.zeros((size + BLOCK_BYTES,), mx.uint8)
+        start = -address_of(_writable(whole)) % BLOCK_BYTES
+        buffers.append(whole[start : start + size])  # a view
     return buffers, [_writable(buffer) for buffer in buffers]
 
 

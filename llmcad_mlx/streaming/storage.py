@@ -1,23 +1,47 @@
-"""Where weights are read from: files, files that seem slower than they are, and (in tests) files that fail."""
+"""Where weights are read from: files, past the page cache or through it, and files that seem slower than they
+are."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from llmcad_mlx.errors import StorageError
-from llmcad_mlx.files import check_open_files
+from llmcad_mlx.files import MAX_IO_BYTES, check_open_files
+from llmcad_mlx.files.safetensors import DATA_ALIGNMENT
 
+BLOCK_BYTES = DATA_ALIGNMENT
+"""A direct read begins and ends at a multiple of this, in the file and in memory: more than any disk's block (512
+or 4096 bytes), and a page of Apple silicon."""
+
+_F_NOCACHE = 48  # macOS, sys/fcntl.h
 _BURST_S = 0.02
-_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ReadWay:
+    """How streamed weights are read: `direct`, past the page cache, where files and system allow it, or through
+    it; by `num_readers` threads, `piece_bytes` at a time."""
+
+    direct: bool
+    num_readers: int
+    piece_bytes: int
+
+
+DEFAULT_WAY = ReadWay(direct=True, num_readers=4, piece_bytes=16 << 20)
+"""Where nothing was measured. Large pieces need the interpreter's lock less often."""
 
 
 class Storage(Protocol):
-    """Bytes of files. The reading thread and the computing thread use it at the same time."""
+    """Bytes of files. Reading threads and the computing thread use it at the same time."""
 
     def read_into(self, file: Path, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes at `offset`. Raises StorageError naming the file."""
@@ -29,55 +53,130 @@ class Storage(Protocol):
         """Let go of the files."""
 
 
-class FileStorage:
-    """Real files, opened when they are first read."""
+@dataclass(slots=True)
+class _OpenFile:
+    """`uncached`: a second descriptor for direct reads; None: not opened yet, or there can be none."""
 
-    def __init__(self, drop_cache: bool = False) -> None:
-        """drop_cache: do not leave what was read in the page cache (Linux), to measure the disk itself."""
-        self._files: dict[Path, tuple[int, tuple[int, ...]]] = {}
+    cached: int
+    identity: tuple[int, ...]
+    uncached: int | None = None
+    can_be_direct: bool = True
+
+
+class FileStorage:
+    """Real files, opened when they are first read.
+
+    Of a direct read the blocks that lie alike in the file and in memory go past the page cache, the rest
+    (looked-up rows, a file's last bytes, tensors at odd offsets) through it. Where the system refuses, all does.
+    """
+
+    def __init__(self, direct: bool = False) -> None:
+        self.direct = direct
+        """May be changed at any time, for what is read from then on."""
+        self._files: dict[Path, _OpenFile] = {}
         self._lock = threading.Lock()
-        self._drop_cache = drop_cache and hasattr(os, "posix_fadvise")
 
     def read_into(self, file: Path, offset: int, out: memoryview) -> None:
         try:
-            with self._lock:
-                if file not in self._files:
-                    handle = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                    self._files[file] = handle, _identity(os.fstat(handle))
-                handle = self._files[file][0]
-            done = 0
-            while done < len(out):
-                count = os.preadv(handle, [out[done:]], offset + done)
-                if count == 0:
-                    raise StorageError(f"{file}: was cut off while it was in use; fetch the model again")
-                done += count
-            if self._drop_cache:
-                os.posix_fadvise(handle, offset, len(out), os.POSIX_FADV_DONTNEED)
+            opened = self._opened(file)
+            first, last = _direct_part(offset, out) if self.direct and opened.can_be_direct else (0, 0)
+            if first < last:
+                _fill(file, opened.cached, offset, out[:first])
+                if not self._fill_directly(file, opened, offset + first, out[first:last]):
+                    last = first
+            _fill(file, opened.cached, offset + last, out[last:])
         except OSError as error:
             check_open_files(error, file)
             raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check the disk") from error
 
+    def _opened(self, file: Path) -> _OpenFile:
+        with self._lock:
+            if file not in self._files:
+                handle = os.open(file, _open_flags())
+                self._files[file] = _OpenFile(handle, _identity(os.fstat(handle)))
+            return self._files[file]
+
+    def _fill_directly(self, file: Path, opened: _OpenFile, offset: int, out: memoryview) -> bool:
+        """False where this file cannot be read so."""
+        try:
+            with self._lock:
+                if opened.uncached is None:
+                    opened.uncached = _open_uncached(file)
+            _fill(file, opened.uncached, offset, out)
+        except OSError as error:  # file systems without direct reads refuse at one or the other
+            if error.errno not in (errno.EINVAL, errno.EMFILE, errno.ENFILE):
+                raise
+            opened.can_be_direct = False
+        return opened.can_be_direct
+
     def check(self) -> None:
-        for file, (_, identity) in list(self._files.items()):
+        for file, opened in list(self._files.items()):
             try:
                 now = _identity(os.stat(file))
             except OSError:
                 raise StorageError(f"{file}: was deleted while it was in use; load the model again") from None
-            if now != identity:
+            if now != opened.identity:
                 raise StorageError(f"{file}: was changed while it was in use; load the model again")
 
     def close(self) -> None:
         with self._lock:
-            for handle, _ in self._files.values():
-                os.close(handle)
+            for opened in self._files.values():
+                os.close(opened.cached)
+                if opened.uncached is not None:
+                    os.close(opened.uncached)
             self._files.clear()
 
     def __del__(self) -> None:
         self.close()  # after a load that failed there is nobody else to do it
 
 
+def _fill(file: Path, handle: int, offset: int, out: memoryview) -> None:
+    """No single read is larger than systems allow. Raises OSError, StorageError for a file that is too short."""
+    done = 0
+    while done < len(out):
+        count = os.preadv(handle, [out[done : done + MAX_IO_BYTES]], offset + done)
+        if count == 0:
+            raise StorageError(f"{file}: was cut off while it was in use; fetch the model again")
+        done += count
+
+
+def _direct_part(offset: int, out: memoryview) -> tuple[int, int]:
+    """From where to where in `out` a read at `offset` of a file can be direct: whole blocks, or nothing (0, 0)."""
+    first, last = -offset % BLOCK_BYTES, len(out) - (offset + len(out)) % BLOCK_BYTES
+    if first >= last or (address_of(out) - offset) % BLOCK_BYTES:
+        return 0, 0
+    return first, last
+
+
+def address_of(memory: memoryview) -> int:
+    """Where writable memory lies."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _open_flags() -> int:
+    return os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+
+
+def _open_uncached(file: Path) -> int:
+    """A descriptor that reads past the page cache. Raises OSError, EINVAL where the file system has none.
+
+    macOS copies what lies in the cache already, and reads what is not aligned through the cache, but does not
+    leave it there (XNU, `cluster_read_direct`).
+    """
+    direct = getattr(os, "O_DIRECT", None)
+    if direct is not None:
+        return os.open(file, _open_flags() | direct)
+    handle = os.open(file, _open_flags())
+    try:
+        fcntl.fcntl(handle, _F_NOCACHE, 1)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
 class ThrottledStorage:
-    """Another storage at `bytes_per_s` at most, both threads together: a token bucket of 20 ms."""
+    """Another storage at `bytes_per_s` at most, all threads together: a token bucket of 20 ms."""
 
     def __init__(
         self,
@@ -94,7 +193,9 @@ class ThrottledStorage:
         self._lock = threading.Lock()
 
     def read_into(self, file: Path, offset: int, out: memoryview) -> None:
-        piece = max(1, min(_PIECE_BYTES, int(self._rate * _BURST_S)))
+        piece = max(1, int(self._rate * _BURST_S))
+        if piece > BLOCK_BYTES:
+            piece -= piece % BLOCK_BYTES  # what could be read directly still can
         for start in range(0, len(out), piece):
             part = out[start : start + piece]
             self._inner.read_into(file, offset + start, part)

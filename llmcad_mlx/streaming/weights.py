@@ -1,6 +1,7 @@
 """Which weights of a model can be streamed, and how they lie in the buffers they are read into.
 
-Decoder layers are streamed whole, the head in pieces of rows, the embedding by the rows that are looked up. A
+Decoder layers are streamed whole, the head in pieces of rows, the embedding by the rows that are looked up. What
+lies close together in a file is read at once, in whole blocks where tensors lie so that it can be read directly. A
 parameter can be streamed when the file holds it as the model uses it: same name, same shape, untouched by the
 model's `sanitize`. Small parameters (norms, biases) stay in memory: together they are a thousandth of a model.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,10 +20,12 @@ from mlx.nn.layers.base import Module
 from llmcad_mlx.errors import ModelError
 from llmcad_mlx.files.safetensors import DTYPES, TensorExtent
 from llmcad_mlx.models.folder import EMBEDDINGS, LINEARS, LoadedModel
+from llmcad_mlx.streaming.storage import BLOCK_BYTES
 from llmcad_mlx.streaming.stream import Read, Unit
 
 SMALL_BYTES = 8 << 10
-_ALIGNMENT = 64  # of a tensor in a buffer
+_ALIGNMENT = 64  # of a tensor in a buffer: a cache line
+_MAX_GAP = 64 << 10  # read on over so many bytes: at 1 to 10 GB/s no slower than to ask for two ranges
 _PIECE_ROWS = 64  # a piece of the head has a multiple of so many rows, as the kernels' blocks do
 _MIN_PIECE_BYTES = 1 << 20
 
@@ -84,6 +88,8 @@ class StreamParts:
     """None where the head is an embedding, or is not a plain matrix and stays in memory."""
     resident: tuple[tuple[Module, str], ...]
     """Everything else: module and parameter name."""
+    file_ends: Mapping[Path, int]
+    """Where the last tensor of each file ends."""
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> StreamParts:
@@ -114,7 +120,10 @@ class StreamParts:
         heads = [m for m in matrices if not isinstance(m.module, EMBEDDINGS)]
         head = max(heads, key=lambda m: m.num_rows, default=None)
         resident += [(p.module, p.name) for m in heads if m is not head for p in m.parameters]
-        return cls(tuple(decoder), tuple(map(tuple, layers)), tuple(embeddings), head, tuple(resident))
+        ends: dict[Path, int] = {}
+        for extent in loaded.weights.values():
+            ends[extent.file] = max(ends.get(extent.file, 0), extent.offset + extent.num_bytes)
+        return cls(tuple(decoder), tuple(map(tuple, layers)), tuple(embeddings), head, tuple(resident), ends)
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -135,15 +144,49 @@ class StreamParts:
         found = []
         for number in layers:  # in the order of the file, so that reading is sequential
             parameters = sorted(self.layers[number], key=lambda p: (str(p.extent.file), p.extent.offset))
-            found.append(_placed(f"layer {number}", parameters))
+            found.append(self._placed(f"layer {number}", parameters))
         head = self.head_matrix
         if head is None or not head_pieces:
             return found
         size = -(-head.num_rows // (head_pieces * _PIECE_ROWS)) * _PIECE_ROWS
         for first in range(0, head.num_rows, size):
             rows = range(first, min(first + size, head.num_rows))
-            found.append(_placed(f"head rows {rows.start} to {rows.stop}", head.parameters, rows))
+            found.append(self._placed(f"head rows {rows.start} to {rows.stop}", head.parameters, rows))
         return found
+
+    def _placed(self, name: str, parameters: Sequence[StoredParameter], rows: range | None = None) -> PlacedUnit:
+        """Lay parameters out in a buffer, as few ranges of files as possible. rows: only these of each.
+
+        A tensor at a multiple of 64 bytes of its file lies in the buffer as it does in the file, so that whole
+        blocks can be read directly; the range begins and ends with them, but where the file ends. Others are read
+        as they are.
+        """
+        reads: list[Read] = []
+        places: list[Placement] = []
+        end = 0  # of what is wanted of the last read
+        for p in parameters:
+            first, num_bytes, shape = p.extent.offset, p.extent.num_bytes, p.extent.shape
+            if rows is not None:
+                row_bytes = num_bytes // shape[0]
+                first, num_bytes = first + rows.start * row_bytes, len(rows) * row_bytes
+                shape = (len(rows), *shape[1:])
+            last = reads[-1] if reads else None
+            file, is_aligned = p.extent.file, first % _ALIGNMENT == 0
+            if (
+                last is not None
+                and (last.file, (first - last.offset) % _ALIGNMENT) == (file, 0)
+                and 0 <= first - end <= _MAX_GAP
+            ):
+                reads.pop()
+                start, buffer_offset = last.offset, last.buffer_offset
+            else:
+                start = first - first % BLOCK_BYTES if is_aligned else first
+                buffer_offset = _rounded_up(last.buffer_offset + last.num_bytes, BLOCK_BYTES) if last else 0
+            end = first + num_bytes
+            stop = min(_rounded_up(end, BLOCK_BYTES), self.file_ends[file]) if is_aligned else end
+            reads.append(Read(file, start, stop - start, buffer_offset))
+            places.append(Placement(p, buffer_offset + first - start, num_bytes, shape))
+        return PlacedUnit(name, tuple(reads), places=tuple(places))
 
     def all_units(self) -> list[PlacedUnit]:
         """What a pass reads with nothing pinned; pieces of the head are no larger than a layer, or a megabyte."""
@@ -179,15 +222,5 @@ def _is_matrix(module: Module, own: Mapping[str, mx.array], stored: Mapping[str,
     return isinstance(module, EMBEDDINGS | LINEARS) and bool(stored) and -1 not in rows and len(set(rows)) == 1
 
 
-def _placed(name: str, parameters: Sequence[StoredParameter], rows: range | None = None) -> PlacedUnit:
-    """Lay parameters out in a buffer, one after the other. rows: only these of each."""
-    offset, reads, places = 0, [], []
-    for p in parameters:
-        start, num_bytes, shape = 0, p.extent.num_bytes, p.extent.shape
-        if rows is not None:
-            row_bytes = num_bytes // shape[0]
-            start, num_bytes, shape = rows.start * row_bytes, len(rows) * row_bytes, (len(rows), *shape[1:])
-        reads.append(Read(p.extent.file, p.extent.offset + start, num_bytes, offset))
-        places.append(Placement(p, offset, num_bytes, shape))
-        offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-    return PlacedUnit(name, tuple(reads), places=tuple(places))
+def _rounded_up(num_bytes: int, alignment: int) -> int:
+    return -(-num_bytes // alignment) * alignment

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llmcad_mlx import load
 from llmcad_mlx.loader import plan_pair
-from llmcad_mlx.measure.plan import timed_read
 from llmcad_mlx.settings import MemoryOptions
 from llmcad_mlx.store.names import find_pair
 from llmcad_mlx.store.presets import FileSource, get_preset
-from llmcad_mlx.streaming.stream import Read
-from tests.support.simulated_stream import SimulatedClock
+from llmcad_mlx.streaming.storage import BLOCK_BYTES
 from tests.support.tiny_folder import copy_folder, family_folder, make_folder
 
 PROMPT = "then the other one ran in and then the other one"
@@ -101,7 +98,8 @@ def test_without_a_rate_streamed_weights_are_read(folder: Path, document: Any) -
     found = document("plan", "--target", folder, "--pinned", 0)
     rate = found["read_rate"]
     assert found["emulated"] is rate["emulated"] is False
-    assert rate["sampled_bytes"] == found["streamed_bytes"]  # a tiny model is read whole
+    blocks = 2 * (LAYERS + 1) * BLOCK_BYTES
+    assert abs(rate["sampled_bytes"] - found["streamed_bytes"]) < blocks  # a tiny model is read whole
     assert rate["bytes_per_s"] > 0
     assert found["tokens_per_s"]["plain_bound"] == pytest.approx(rate["bytes_per_s"] / found["streamed_bytes"])
 
@@ -219,20 +217,6 @@ def test_an_impossible_budget_is_refused_as_generate_refuses_it(folder: Path, ou
         assert out == ""
         assert err.startswith("error: memory: 1 MB is too little; the smallest that works is ")
         assert err.count("\n") == 1
-
-
-def test_the_rate_is_bytes_over_seconds_of_pieces_and_sampling_ends() -> None:
-    clock = SimulatedClock()
-
-    def read_into(file: Path, offset: int, out: memoryview) -> None:
-        clock.now += len(out) / (4 << 20)
-
-    storage: Any = SimpleNamespace(read_into=read_into)
-    reads = [Read(Path("x"), 100, 3, 0), Read(Path("x"), 200, 15 << 20, 0)]
-    sample, rate = timed_read(reads, storage, clock)
-    assert rate == pytest.approx(4 << 20)
-    pieces = [(100, 3), (200, 4 << 20), (200 + (4 << 20), 4 << 20)]
-    assert [(read.offset, read.num_bytes) for read in sample] == pieces  # two seconds are over
 
 
 SIZES = (

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from llmcad_mlx.errors import ModelError, StorageError
 from llmcad_mlx.files.safetensors import read_tensors
 from llmcad_mlx.streaming.modules import OnDemandFeed, RowReader, SequentialFeed
-from llmcad_mlx.streaming.storage import Storage
-from llmcad_mlx.streaming.stream import Outlook, Read, ReadAhead, Unit, WeightStream
+from llmcad_mlx.streaming.storage import BLOCK_BYTES, ReadWay, Storage
+from llmcad_mlx.streaming.stream import Outlook, Piece, Read, ReadAhead, Unit, WeightStream
 from llmcad_mlx.streaming.weights import Matrix, StoredParameter
 from tests.support.faults import Interrupting, MemoryStorage, SlowRead, read_error, wrong_bytes
 from tests.support.simulated_stream import SimulatedClock, SimulatedStream
@@ -64,11 +64,15 @@ class Streamed:
         num_units: int = NUM_UNITS,
         num_buffers: int = 3,
         checked: bool = True,
+        num_readers: int = 1,
+        piece_bytes: int = SIZE,
         **options: Any,
     ) -> None:
+        """piece_bytes: HALF makes a piece of each of a unit's reads."""
         self.buffers = [memoryview(bytearray(SIZE + GAP)) for _ in range(num_buffers)]
         units = [unit if checked else replace(unit, sha256=None) for unit in UNITS[:num_units]]
-        self.stream = WeightStream(units, self.buffers, storage or MemoryStorage(FILES), **options)
+        way = ReadWay(direct=False, num_readers=num_readers, piece_bytes=piece_bytes)
+        self.stream = WeightStream(units, self.buffers, storage or MemoryStorage(FILES), way, **options)
 
     def have(self, unit: int) -> None:
         assert holds(self.buffers[self.stream.wait()], unit)
@@ -96,41 +100,64 @@ def streamed(storage: Storage | None = None, **options: Any) -> Iterator[Streame
         yield made
     finally:
         made.stream.close()
-        assert not made.stream._thread.is_alive()
+        assert not any(thread.is_alive() for thread in made.stream._threads)
 
 
 # -- the order of reading ----------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 6), st.integers(1, 5), st.lists(st.sampled_from("batrfs"), max_size=80))
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=6),
+    st.integers(1, 5),
+    st.lists(st.tuples(st.sampled_from("bbblllftrs"), st.integers(0, 9)), max_size=120),
+)
 def test_read_ahead_gives_the_next_unit_and_touches_nothing_in_use(
-    num_units: int, num_buffers: int, actions: list[str]
+    num_pieces: list[int], num_buffers: int, actions: list[tuple[str, int]]
 ) -> None:
-    """Begin, arrive, take, release, fail, start over: in any order that is possible."""
-    ahead = ReadAhead([1] * num_units, num_buffers)
-    contents: dict[int, int] = {}
+    """Begin, land, fail, take, release, start over: in any order that is possible, many pieces at a time."""
+    ahead = ReadAhead([[1] * count for count in num_pieces], num_buffers)
+    contents: dict[int, list[tuple[int, int]]] = {buffer: [] for buffer in range(num_buffers)}
+    on_way: list[Piece] = []
     held: list[tuple[int, int]] = []  # buffer and unit, oldest first
     next_unit = 0
-    for action in actions:
-        if action == "b" and ahead.reading is None:
-            reading = ahead.begin()
-            if reading is None:
-                assert len(ahead.there) + len(held) == num_buffers  # the only reason not to read
+
+    def holds_whole(buffer: int, unit: int) -> bool:
+        return sorted(contents[buffer]) == [(unit, number) for number in range(num_pieces[unit])]
+
+    for action, choice in actions:
+        if action == "b":
+            piece = ahead.begin()
+            if piece is None:
+                in_use = {reading.buffer for reading in ahead.coming} | {buffer for buffer, _ in held}
+                in_use |= {piece.reading.buffer for piece in on_way}
+                assert len(in_use) == num_buffers  # the only reason not to read
                 continue
-            assert reading.buffer not in [buffer for buffer, _ in held]
-            contents.pop(reading.buffer, None)
-        elif action == "a" and ahead.reading is not None:
-            contents[ahead.reading.buffer] = ahead.reading.unit
-            ahead.arrived()
-        elif action == "f" and ahead.reading is not None:
-            failed = ahead.reading
-            ahead.failed()
-            assert ahead.begin() == failed
-        elif action == "t" and ahead.there:
+            buffer = piece.reading.buffer
+            assert buffer not in [other for other, _ in held]
+            assert all(other.reading is piece.reading for other in on_way if other.reading.buffer == buffer)
+            if piece.number == 0:
+                contents[buffer] = []
+            on_way.append(piece)
+        elif action in "lf" and on_way:
+            piece = on_way.pop(choice % len(on_way))
+            reading = piece.reading
+            contents[reading.buffer].append((reading.unit, piece.number))
+            is_whole = ahead.landed(piece)
+            if action == "f":
+                dropped = reading.is_dropped
+                assert ahead.failed(reading) is not dropped
+                again = None if dropped else ahead.begin()
+                assert again is None or (again.reading.unit, again.number) == (reading.unit, 0)
+                if again is not None:
+                    contents[again.reading.buffer] = []
+                    on_way.append(again)
+            elif is_whole:
+                ahead.arrived(reading)
+        elif action == "t" and ahead.is_ready:
             buffer = ahead.take()
-            assert contents[buffer] == next_unit
+            assert holds_whole(buffer, next_unit)
             held.append((buffer, next_unit))
-            next_unit = (next_unit + 1) % num_units
+            next_unit = (next_unit + 1) % len(num_pieces)
             assert ahead.next_unit == next_unit
         elif action == "r":
             ahead.release()
@@ -138,38 +165,83 @@ def test_read_ahead_gives_the_next_unit_and_touches_nothing_in_use(
         elif action == "s":
             ahead.restart()
             held, next_unit = [], 0
-        for buffer, unit in held:
-            assert contents[buffer] == unit
+        assert all(holds_whole(buffer, unit) for buffer, unit in held)
+
+
+def test_the_next_unit_begins_with_the_last_piece_on_its_way() -> None:
+    ahead = ReadAhead([[5, 5], [5, 5]], 2)
+    pieces = [ahead.begin() for _ in range(4)]
+    assert [(piece.reading.unit, piece.number) for piece in pieces if piece] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert ahead.begin() is None
+    first, second, third, fourth = (piece for piece in pieces if piece is not None)
+    assert (ahead.landed(third), ahead.landed(fourth)) == (False, True)
+    ahead.arrived(third.reading)
+    assert not ahead.is_ready  # units are taken in order
+    assert ahead.outlook(10.0, 0) == Outlook(1.0, 1.0, 1.0)
+    assert (ahead.landed(second), ahead.landed(first)) == (False, True)
+    ahead.arrived(first.reading)
+    assert (ahead.take(), ahead.take()) == (first.reading.buffer, third.reading.buffer)
+
+
+def begun(ahead: ReadAhead) -> Piece:
+    piece = ahead.begin()
+    assert piece is not None
+    return piece
 
 
 def test_outlooks_on_paper() -> None:
     """Units of 10, 20, 40 bytes at 10 bytes a second, three buffers."""
-    ahead = ReadAhead([10, 20, 40], 3)
+    ahead = ReadAhead([[10], [20], [40]], 3)
+
+    def arrive(piece: Piece) -> None:
+        assert ahead.landed(piece)
+        ahead.arrived(piece.reading)
+
     assert ahead.outlook(10.0, 0) == Outlook(1.0, 7.0, 7.0)
-    ahead.begin()
+    piece = begun(ahead)
     assert ahead.outlook(10.0, 4) == Outlook(0.6, 6.6, 6.6)
-    ahead.arrived()
-    ahead.begin()
+    arrive(piece)
+    piece = begun(ahead)
     assert ahead.outlook(10.0, 0) == Outlook(0.0, 6.0, 6.0)
     ahead.take()  # its buffer is not free
     assert ahead.outlook(10.0, 10) == Outlook(1.0, 5.0, 5.0)
     ahead.release()
     assert ahead.outlook(10.0, 10) == Outlook(1.0, 6.0, 5.0)
     for _ in range(2):
-        ahead.arrived()
-        ahead.begin()
+        arrive(piece)
+        piece = begun(ahead)
     # All of the pass is read, and the first of the next one begun.
     assert ahead.outlook(10.0, 0) == Outlook(0.0, 1.0, 0.0)
 
 
-# -- the thread that reads ---------------------------------------------------------------------------------
+@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=6), st.integers(1, 8))
+def test_pieces_are_the_unit_in_order_and_begin_at_blocks(sizes: list[int], blocks: int) -> None:
+    most, starts = blocks * BLOCK_BYTES, [0, *itertools.accumulate(sizes)]
+    reads = [Read(A, 7 * start, size, start) for start, size in zip(starts, sizes, strict=False)]
+    pieces = Unit("unit", tuple(reads)).pieces(most)
+    assert all(0 < sum(part.num_bytes for part in piece) <= most for piece in pieces)
+    parts = [part for piece in pieces for part in piece]
+    for part, after in itertools.pairwise(parts):
+        assert part.buffer_offset + part.num_bytes == after.buffer_offset
+    for part in parts:
+        (read,) = (r for r in reads if r.buffer_offset <= part.buffer_offset < r.buffer_offset + r.num_bytes)
+        assert part.offset - read.offset == part.buffer_offset - read.buffer_offset
+        assert (part.offset - read.offset) % BLOCK_BYTES == 0
+    assert sum(part.num_bytes for part in parts) == sum(sizes)
 
 
+# -- the threads that read ---------------------------------------------------------------------------------
+
+
+READERS = [{}, {"num_readers": 3, "piece_bytes": HALF}]
+
+
+@pytest.mark.parametrize("readers", READERS)
 @pytest.mark.parametrize("num_buffers", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("num_units", [1, 2, 5])
-def test_units_come_in_cyclic_order_with_their_bytes(num_units: int, num_buffers: int) -> None:
+def test_units_come_in_cyclic_order_with_their_bytes(num_units: int, num_buffers: int, readers: Any) -> None:
     storage = MemoryStorage(FILES)
-    with streamed(storage, num_units=num_units, num_buffers=num_buffers) as made:
+    with streamed(storage, num_units=num_units, num_buffers=num_buffers, **readers) as made:
         made.passes(4)
         read_ahead = made.stream.bytes_read - 4 * num_units * SIZE
     assert 0 <= read_ahead <= num_buffers * SIZE
@@ -181,12 +253,13 @@ def test_units_come_in_cyclic_order_with_their_bytes(num_units: int, num_buffers
     st.integers(1, NUM_UNITS),
     st.integers(1, 4),
     st.lists(st.sampled_from(["take", "release", "restart"]), max_size=60),
+    st.sampled_from(READERS),
 )
 def test_any_interleaving_of_waiting_releasing_and_restarting(
-    num_units: int, num_buffers: int, actions: list[str]
+    num_units: int, num_buffers: int, actions: list[str], readers: Any
 ) -> None:
-    """What was given out stays as it is until it is released, though the other thread goes on reading."""
-    with streamed(num_units=num_units, num_buffers=num_buffers) as made:
+    """What was given out stays as it is until it is released, though other threads go on reading."""
+    with streamed(num_units=num_units, num_buffers=num_buffers, **readers) as made:
         next_unit, held = 0, []
         for action in actions:
             if action == "take" and len(held) < num_buffers:
@@ -215,6 +288,46 @@ def test_an_error_is_told_in_its_turn_and_a_restart_recovers(number: int) -> Non
         assert made.stream.outlook() == Outlook(0.0, 0.0, 0.0)
         made.stream.restart()
         made.passes(3)
+
+
+@pytest.mark.parametrize("number", range(1, 22, 3))
+def test_an_error_of_one_of_several_readers_is_told_in_its_turn(number: int) -> None:
+    """Whole units before it serve, what others have begun after it does not come before it is tried again."""
+    storage = MemoryStorage(FILES, {number: read_error})
+    with streamed(storage, num_readers=3, piece_bytes=HALF) as made:
+        served = 0
+        with pytest.raises(StorageError, match=r"[ab]\.bin"):  # noqa: PT012
+            for unit in itertools.cycle(range(NUM_UNITS)):
+                made.have(unit)
+                made.stream.release()
+                served += 1
+        assert (number - 1) // 2 - 3 <= served <= (number - 1) // 2 + 1
+        made.stream.restart()
+        made.passes(3)
+
+
+def test_a_reader_goes_on_while_another_one_waits() -> None:
+    slow = SlowRead()
+    with streamed(MemoryStorage(FILES, {1: slow}), num_readers=2, piece_bytes=HALF) as made:
+        assert slow.begun.wait(30)
+        while made.stream.bytes_read < 5 * HALF:  # the rest of three buffers
+            time.sleep(0.001)
+        assert not made.stream.ready()
+        slow.go.set()
+        made.passes(2)
+
+
+def test_a_buffer_is_not_used_again_while_a_dropped_piece_is_on_its_way() -> None:
+    slow = SlowRead()
+    storage = MemoryStorage(FILES, {5: slow})  # of unit 2, in the last of three buffers
+    with streamed(storage, num_readers=2, piece_bytes=HALF, checked=False) as made:
+        assert slow.begun.wait(30)
+        made.have(0)
+        made.stream.restart()
+        made.units(9)  # in the other two
+        buffer = made.stream.wait()
+        slow.go.set()
+        assert holds(made.buffers[buffer], 4)
 
 
 def test_changed_files_are_noticed_at_the_start_of_a_pass() -> None:
@@ -291,7 +404,7 @@ def test_closing_in_the_middle_of_a_read_wakes_who_waits() -> None:
     slow.go.set()
     closing.join(30)
     assert not closing.is_alive()
-    assert not made.stream._thread.is_alive()
+    assert not any(thread.is_alive() for thread in made.stream._threads)
     assert made.stream.ready()
     wait()
     made.stream.close()  # again does nothing

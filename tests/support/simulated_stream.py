@@ -12,7 +12,7 @@ import numpy as np
 from llmcad_mlx.models.adapt import Adaptation, adapt
 from llmcad_mlx.models.tree_model import TreeModel
 from llmcad_mlx.streaming.modules import SequentialFeed, StreamedLayer, StreamedUnit
-from llmcad_mlx.streaming.stream import Outlook, ReadAhead, Reading
+from llmcad_mlx.streaming.stream import Outlook, Piece, ReadAhead
 from llmcad_mlx.tree.token_tree import TokenTree
 from llmcad_mlx.verifying import Target, Verification
 from tests.support.tiny import VOCAB, tiny_tree_model
@@ -49,7 +49,8 @@ class Taken:
 
 
 class SimulatedStream:
-    """A `WeightStream`. A unit takes `bytes / bytes_per_s` seconds, while the clock goes on for other reasons."""
+    """A `WeightStream` with one reader and units of one piece. A unit takes `bytes / bytes_per_s` seconds, while
+    the clock goes on for other reasons."""
 
     def __init__(
         self, unit_bytes: Sequence[int], num_buffers: int, bytes_per_s: float, clock: SimulatedClock
@@ -64,30 +65,33 @@ class SimulatedStream:
         self.contents: dict[int, int] = {}
         """The unit in each buffer that is there or held."""
         self._arrivals: list[float] = []  # of what is there
-        self._ahead = ReadAhead(unit_bytes, num_buffers)
+        self._ahead = ReadAhead([[size] for size in unit_bytes], num_buffers)
+        self._piece: Piece | None = None  # on its way
         self._started = 0.0
         self._begin(0.0)
 
     def _begin(self, at: float) -> None:
         self._started = at
-        self._ahead.begin()
+        self._piece = self._ahead.begin()
 
-    def _seconds(self, reading: Reading) -> float:
-        return self.unit_bytes[reading.unit] / self.bytes_per_s
+    def _seconds(self, piece: Piece) -> float:
+        return self.unit_bytes[piece.reading.unit] / self.bytes_per_s
 
-    def _arrive(self, reading: Reading) -> None:
-        end = self._started + self._seconds(reading)
+    def _arrive(self, piece: Piece) -> None:
+        reading = piece.reading
+        end = self._started + self._seconds(piece)
         self.busy.append(BusyInterval(reading.unit, self._started, end))
         self.bytes_read += self.unit_bytes[reading.unit]
         self._arrivals.append(end)
         self.contents[reading.buffer] = reading.unit
-        self._ahead.arrived()
+        assert self._ahead.landed(piece)
+        self._ahead.arrived(reading)
         self._begin(end)
 
     def _catch_up(self) -> None:
         """Do what the reader has done by now."""
-        while (reading := self._ahead.reading) and self._started + self._seconds(reading) <= self.clock.now:
-            self._arrive(reading)
+        while (piece := self._piece) and self._started + self._seconds(piece) <= self.clock.now:
+            self._arrive(piece)
 
     @property
     def next_unit(self) -> int:
@@ -95,20 +99,20 @@ class SimulatedStream:
 
     def ready(self) -> bool:
         self._catch_up()
-        return bool(self._ahead.there)
+        return self._ahead.is_ready
 
     def outlook(self) -> Outlook:
         self._catch_up()
-        arrived = (self.clock.now - self._started) * self.bytes_per_s if self._ahead.reading else 0.0
-        return self._ahead.outlook(self.bytes_per_s, arrived)  # type: ignore[arg-type]  # not whole bytes
+        arrived = (self.clock.now - self._started) * self.bytes_per_s if self._piece else 0.0
+        return self._ahead.outlook(self.bytes_per_s, arrived)
 
     def wait(self) -> int:
         self._catch_up()
         asked = self.clock.now
-        if not self._ahead.there:
-            reading = self._ahead.reading
-            assert reading is not None, "all buffers are held: this would wait for ever"
-            self.clock.now = max(self._started + self._seconds(reading), asked)
+        if not self._ahead.is_ready:
+            piece = self._piece
+            assert piece is not None, "all buffers are held: this would wait for ever"
+            self.clock.now = max(self._started + self._seconds(piece), asked)
             self._catch_up()
             self.wait_s += self.clock.now - asked
         buffer = self._ahead.take()
@@ -119,18 +123,21 @@ class SimulatedStream:
         self._catch_up()
         self._ahead.release()
         self.released.append(self.clock.now)
-        if self._ahead.reading is None:
+        if self._piece is None:
             self._begin(self.clock.now)
 
     def restart(self) -> None:
         self._catch_up()
-        reading = self._ahead.reading
         self._ahead.restart()
-        self._arrivals = self._arrivals[len(self._arrivals) - len(self._ahead.there) :]
-        if reading is not None and self._ahead.reading is None:
-            self.busy.append(BusyInterval(reading.unit, self._started, self.clock.now, dropped=True))
+        there = sum(reading.is_there for reading in self._ahead.coming)
+        self._arrivals = self._arrivals[len(self._arrivals) - there :]
+        if self._piece is not None and self._piece.reading.is_dropped:
+            unit = self._piece.reading.unit
+            self.busy.append(BusyInterval(unit, self._started, self.clock.now, dropped=True))
             self.bytes_read += int((self.clock.now - self._started) * self.bytes_per_s)
-        if self._ahead.reading is None:
+            self._ahead.landed(self._piece)
+            self._piece = None
+        if self._piece is None:
             self._begin(self.clock.now)
 
     def close(self) -> None:

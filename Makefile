@@ -3,6 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Where it counts which kernels compute. They run again as on a Mac: on MLX's own, in fp32 and in both 16-bit types.
+TEXT_TESTS := tests/test_lossless.py tests/engine/test_engine.py tests/streaming/test_streaming.py
+ROW_TESTS := $(TEXT_TESTS) tests/drafting/test_drafters.py tests/mlx_lm_plugin/test_mlx_lm_plugin.py
+KERNEL_TESTS := tests/test_lossless.py tests/engine tests/streaming tests/drafting tests/mlx_lm_plugin tests/conversations \
+	tests/models/test_trimmed_vocabulary.py tests/cpu/test_prepare.py tests/cli/test_doctor.py
 # Half of the time tests wait for servers, terminals and browsers. A file's tests stay together.
 JOBS ?= -n 2 --dist loadfile
 
@@ -12,7 +17,7 @@ old wall, and the boats in the harbour ride high above the quay."
 
 PAIR_PROMPT := "Write a Python function that merges two sorted lists, with type hints, then explain it in one sentence."
 
-.PHONY: demo demo-pair test test-large check format clean bench
+.PHONY: demo demo-pair test test-kernels test-large check format clean bench
 
 # The main job: the target's weights are read from the disk on every pass, but for what is pinned.
 demo: $(READY)
@@ -24,6 +29,14 @@ demo-pair: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(JOBS) -m "not large"
+	$(MAKE) test-kernels
+
+# Two minutes on two cores; the whole suite again would take eight.
+test-kernels: export LLMCAD_MLX_KERNELS = mlx
+test-kernels: $(READY)
+	$(BIN)/python -m pytest $(JOBS) -m "not large and not embedded" $(KERNEL_TESTS)
+	LLMCAD_MLX_TEST_WEIGHTS=bfloat16 $(BIN)/python -m pytest $(JOBS) $(ROW_TESTS)
+	LLMCAD_MLX_TEST_WEIGHTS=float16 $(BIN)/python -m pytest $(JOBS) $(TEXT_TESTS)
 
 test-large: $(READY)
 	$(BIN)/python -m pytest -m large -s
@@ -32,7 +45,7 @@ check: $(READY)
 	$(BIN)/ruff format --check llmcad_mlx tests examples convert distill docs
 	$(BIN)/ruff check llmcad_mlx tests examples convert distill docs
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(JOBS) -m "not large"
+	$(MAKE) test
 
 format: $(READY)
 	$(BIN)/ruff check --fix llmcad_mlx tests examples convert distill docs

@@ -175,7 +175,7 @@ class Engine:
         """
         self._open_session()
         checked = self.check_options(options, **keywords)
-        sampler = TargetSampler(checked.sampling, self.pair.vocab_size)
+        sampler = TargetSampler(checked.sampling, self.pair.vocab_size, self.pair.target.rounding)
         tokens = self.encode(prompt)
         limit = self._token_limit(len(tokens), checked.stopping.max_tokens)
         detokenizer = Detokenizer(self.tokenizer, self._cleans_up)

@@ -15,7 +15,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from llmcad_mlx.errors import LlmcadError
+from llmcad_mlx.errors import LlmcadError, UsageError
 from llmcad_mlx.files import home_folder
 from llmcad_mlx.machine import Machine, this_machine
 
@@ -47,11 +47,13 @@ class ModelFindings:
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """All findings; `problems` has a line for each thing that is broken. `device`: what MLX computes on, None when
-    it does not. `mlx_lm_tested`: the tested versions, e.g. "<0.33,>=0.32.2"."""
+    it does not. `host_kernels`: whether models run on our kernels for CPUs; `kernels`: "mlx" where the environment
+    asks for MLX's own, else "auto". `mlx_lm_tested`: the tested versions, e.g. "<0.33,>=0.32.2"."""
 
     machine: Machine
     device: str | None
     host_kernels: bool
+    kernels: str
     models_folder: Path
     models_folder_free_bytes: int | None
     mlx_lm_tested: str
@@ -68,9 +70,10 @@ def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis
     """Examine the installation and, if one is named, a model: a folder, a preset or a hub repository.
 
     A preset or repository that is not there yet is fetched first. What is broken becomes a line of `problems`.
+    Raises UsageError for an environment that asks for kernels that are not known.
     """
     machine, home, tested = this_machine(), home_folder(), supported_versions("mlx-lm")
-    device, host_kernels, problem = _examine_backend()
+    device, host_kernels, kernels, problem = _examine_backend()
     problems, findings = [problem] if problem else [], None
     installed = machine.versions["mlx-lm"]
     if installed is None or not SpecifierSet(tested).contains(installed, prereleases=True):
@@ -88,7 +91,7 @@ def diagnose(model: str | None = None, show_progress: bool = False) -> Diagnosis
         with suppress(OSError):
             free = shutil.disk_usage(place).free
             break
-    return Diagnosis(machine, device, host_kernels, home, free, tested, findings, tuple(problems))
+    return Diagnosis(machine, device, host_kernels, kernels, home, free, tested, findings, tuple(problems))
 
 
 def supported_versions(package: str) -> str:
@@ -100,24 +103,28 @@ def supported_versions(package: str) -> str:
     return ""
 
 
-def _examine_backend() -> tuple[str | None, bool, str | None]:
+def _examine_backend() -> tuple[str | None, bool, str, str | None]:
     """Import MLX, compute something, and import what the CPU kernels need: the device, None where MLX does not
-    work, whether the kernels do, and the problem, if there is one."""
-    device = None
+    work, whether the kernels do, which were asked for, and the problem, if there is one."""
+    device, kernels = None, "auto"
     what = "mlx: does not work"
     try:
         mx = importlib.import_module("mlx.core")
         mx.eval(mx.ones((2, 2)) @ mx.ones((2, 2)))
         what = "llmcad-mlx: does not load"
         importlib.import_module("llmcad_mlx.loader")  # and with it all that a model needs
-        wanted: bool = importlib.import_module("llmcad_mlx.cpu").cpu_kernels_wanted()
+        cpu = importlib.import_module("llmcad_mlx.cpu")
+        kernels = cpu.chosen_kernels()
+        wanted: bool = cpu.cpu_kernels_wanted()
         device = importlib.import_module("llmcad_mlx.store.names").device_name()
         what = "host kernels: numba does not work"
         if wanted:
             importlib.import_module("llmcad_mlx.cpu.kernels")
+    except UsageError:
+        raise
     except Exception as error:  # a broken native library fails in its own ways
-        return device, False, f"{what} ({_line(error)}); install it again"
-    return device, wanted, None
+        return device, False, kernels, f"{what} ({_line(error)}); install it again"
+    return device, wanted, kernels, None
 
 
 def _examine_model(name: str, show_progress: bool) -> ModelFindings:

@@ -8,6 +8,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+# What MLX raises as RuntimeError: Metal's command buffers, allocators of Metal and CUDA.
+_NO_MEMORY = ("OutOfMemory", "Insufficient Memory", "Unable to allocate", "maximum allowed buffer size")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the machine, or the GPU, has no more memory to give."""
+    gpu = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return gpu or isinstance(error, MemoryError)
+
+
 class LlmcadError(Exception):
     """Base of every error this package raises on purpose. The command line exits with 1."""
 

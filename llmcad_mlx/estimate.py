@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.errors import ModelError, first_line
 from llmcad_mlx.files import user_path
 from llmcad_mlx.files.safetensors import DTYPES, TensorExtent, dtype_name, read_weights
@@ -149,7 +150,7 @@ def _token_state(model: Any, config: Mapping[str, Any]) -> TokenState:
     arrays = [array for part in cache for array in (getattr(part, "keys", None), getattr(part, "values", None))]
     shapes = [(array.nbytes // array.shape[2], array.itemsize) for array in arrays if isinstance(array, mx.array)]
     attention = attention_of(cache, config)
-    if mx.default_device() == mx.cpu:  # where keys and values are float32
+    if cpu_kernels_wanted():  # they keep keys and values in float32
         shapes = [(num_bytes * 4 // itemsize, itemsize) for num_bytes, itemsize in shapes]
         attention = None if attention is None else replace(attention, itemsize=4)
     return TokenState(sum(num_bytes for num_bytes, _ in shapes), attention)

@@ -18,7 +18,7 @@ from llmcad_mlx.store.names import device_name
 
 _FIGURES = (
     "target_passes", "drafted", "tested", "accepted", "tokens_per_pass", "acceptance_rate", "prompt_s", "decode_s",
-    "tokens_per_s", "draft_s", "verify_s", "io_wait_s", "other_s", "streamed_bytes",
+    "tokens_per_s", "draft_s", "verify_s", "io_wait_s", "other_s", "streamed_bytes", "near_ties",
 )  # fmt: skip
 
 
@@ -69,7 +69,9 @@ def closing_lines(engine: Engine, stats: GenerationStats, in_full: bool) -> list
     ]
     if not in_full:
         return lines
-    lines.append(f"[{stats.target_passes} target passes, acceptance {stats.acceptance_rate:.0%}; {_times(stats)}]")
+    near = f"; {stats.near_ties} near-ties, which rounding decides" if stats.near_ties else ""
+    passes = f"{stats.target_passes} target passes, acceptance {stats.acceptance_rate:.0%}"
+    lines.append(f"[{passes}; {_times(stats)}{near}]")
     if plan is None:
         lines.append(
             f"[memory {_memory(engine)}; drafted {stats.drafted}; tested {stats.tested}; "

@@ -19,6 +19,8 @@ class GenerationStats:
     `draft_s` is all drafting, `hidden_draft_s` the part of it done while the target waited for weights.
     `decode_s` is all of the rounds, from growing a tree to the text of its tokens.
     `streamed_bytes` were read for the target's passes, prompt left out.
+    `near_ties`: tokens that another number of rows in a pass, which rounds in another way, could have made others;
+    0 where passes of all sizes agree bit for bit.
     """
 
     prompt_tokens: int = 0
@@ -33,6 +35,7 @@ class GenerationStats:
     provisional_passes: int = 0
     survived: int = 0
     streamed_bytes: int = 0
+    near_ties: int = 0
     prompt_s: float = 0.0
     draft_s: float = 0.0
     hidden_draft_s: float = 0.0

@@ -39,9 +39,12 @@ class TargetSampler:
 
     `vocab_size` is the number of real tokens: logits rows may be padded beyond it, and padding is never
     chosen. Custom processors may keep state: `choose` runs them once for each token it returns, in order.
+
+    `near_ties` counts the choices so far that `rounding` could have turned: by so much the difference of two
+    logits may change with the number of rows in a pass; 0.0 where passes of all sizes agree bit for bit.
     """
 
-    def __init__(self, settings: SamplingSettings, vocab_size: int) -> None:
+    def __init__(self, settings: SamplingSettings, vocab_size: int, rounding: float = 0.0) -> None:
         """Raises UsageError when `logit_bias` names a token outside the vocabulary."""
         if settings.logit_bias:
             beyond = max(settings.logit_bias)
@@ -49,6 +52,8 @@ class TargetSampler:
                 raise UsageError(f"logit_bias: token {beyond} is not in the vocabulary of {vocab_size}")
         self.settings = settings
         self.vocab_size = vocab_size
+        self.rounding = rounding
+        self.near_ties = 0
         self._processors = _make_processors(settings)
         contexts = [getattr(settings, f"{kind}_context_size") for kind in _PENALTIES]
         # How many of the last tokens the processors see: mlx-lm's own need no more than their context.
@@ -77,9 +82,14 @@ class TargetSampler:
                 f"the target's logits contain {'NaN' if math.isnan(peak) else 'infinity'}; "
                 "the model file is damaged, its precision too low, or a logits processor is wrong"
             )
-        if self.settings.temperature == 0.0:
-            return best
-        return int(self._perturbed(self._filter(self.logprobs(row)), position).argmax())
+        temperature = self.settings.temperature
+        if temperature != 0.0:
+            row = self._perturbed(self._filter(self.logprobs(row)), position)
+            best = int(row.argmax())
+        if self.rounding:
+            near = row >= row[best] - self.rounding / (temperature or 1.0)
+            self.near_ties += int(np.count_nonzero(near)) > 1
+        return best
 
     def processed(self, logits: Row | mx.array, tokens: Sequence[int]) -> Row:
         """The row (vocab_size,) after penalties, bias and custom processors."""

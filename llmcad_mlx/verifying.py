@@ -63,6 +63,12 @@ class Target:
         return self.cache.length
 
     @property
+    def rounding(self) -> float:
+        """By how much the difference of two logits may change with the number of rows in a pass, as far as the
+        probe has seen: twice what one may. 0.0 on our kernels and in fp32 on a Linux CPU."""
+        return 2 * self.model.report.max_difference
+
+    @property
     def io_wait_s(self) -> float:
         """Seconds spent waiting for reads so far, background steps left out; 0.0 without a feed."""
         return 0.0 if self.feed is None else self.feed.stream.wait_s

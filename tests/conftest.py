@@ -15,6 +15,11 @@ import pytest
 if TYPE_CHECKING:
     from llmcad_mlx import Engine
 
+if device := os.environ.get("LLMCAD_MLX_TEST_DEVICE"):  # cpu where there is a GPU that does not compute
+    import mlx.core as mx
+
+    mx.set_default_device(getattr(mx, device))
+
 # Loading a model sets it; kernel tests call the kernels without. It must be there before numba's threads start.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -282,8 +282,22 @@ def test_debug_shows_the_traceback_wherever_it_stands(
     assert "Traceback" in output("--debug", "generate", "hi", "--temp", "-1", code=USAGE)[1]
 
 
-def test_too_little_memory_is_one_line_too(good: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "stream_generate", Mock(side_effect=MemoryError))
+NO_MEMORY = [
+    MemoryError(),
+    RuntimeError(
+        "[METAL] Command buffer execution failed: Insufficient Memory "
+        "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)."
+    ),
+    RuntimeError("[malloc] Unable to allocate 8589934592 bytes."),
+    RuntimeError("[metal::malloc] Attempting … which is greater than the maximum allowed buffer size of 8 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["host", "Metal", "allocator", "buffer"])
+def test_too_little_memory_is_one_line_too(
+    good: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(Engine, "stream_generate", Mock(side_effect=error))
     message = "error: there is not enough memory; give a smaller --memory or --context, or a smaller model"
     assert refused(FAILED, "generate", "hi", "--target", good).startswith(message)
 

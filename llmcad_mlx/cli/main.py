@@ -24,7 +24,7 @@ from llmcad_mlx.cli.measure import bench, plan, tune
 from llmcad_mlx.cli.models import convert, doctor, pull
 from llmcad_mlx.cli.options import with_options
 from llmcad_mlx.cli.serve import serve
-from llmcad_mlx.errors import LlmcadError, UsageError
+from llmcad_mlx.errors import LlmcadError, UsageError, is_out_of_memory
 from llmcad_mlx.process import prepare_process
 
 NAME = "llmcad-mlx"
@@ -177,7 +177,7 @@ def _line(error: BaseException) -> str:
         return f"error: {_joined(error.format_message())}; see {context.command_path if context else NAME} --help"
     if isinstance(error, LlmcadError):
         return f"error: {_joined(str(error))}"
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "error: there is not enough memory; give a smaller --memory or --context, or a smaller model"
     kind = type(error).__name__
     return f"error: {kind}: {_joined(str(error)) or 'no message'}; run again with --debug for details"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,12 +97,19 @@ def doctor(
     model: Annotated[
         str | None, Argument(help="Model folder, hub repository or preset to load and probe.")
     ] = None,
+    self_test: Annotated[
+        bool, Option("--self-test", help="Also try what the engine relies on, in two minutes; run it first.")
+    ] = False,
     json_output: options.Json = False,
 ) -> None:
     """Show platform, versions, back end, memory, and what a model can do; check every byte of a bundle.
 
-    Exit code 1 if something is broken.
+    --self-test proves on this machine that kernels, disk, memory and text are as they must be, and keeps what it
+    measures. What is printed names no folder of yours. Exit code 1 if something is broken.
     """
+    if self_test:
+        _self_test(model, json_output)
+        return
     from llmcad_mlx.doctor import diagnose
 
     found = diagnose(model, show_progress=not json_output)
@@ -118,6 +126,30 @@ def doctor(
         raise Exit(1)
 
 
+def _self_test(model: str | None, json_output: bool) -> None:
+    """A line for each check as soon as it is there, after those of the installation, to paste into a report."""
+    from llmcad_mlx.doctor import diagnose
+    from llmcad_mlx.measure.selftest import self_test
+
+    found = diagnose()
+    lines = [(name, value) for name, value in _lines(found) if name != "models folder"]
+    if not json_output:
+        for name, value in lines:
+            print(f"{name}: {value}")
+    checks = []
+    for check in self_test(model):
+        checks.append(check)
+        if not json_output:
+            word = {True: "ok", False: "FAILED", None: "skipped"}[check.passed]
+            print(f"{word:<8}{check.name} ({check.seconds:.1f} s): {check.finding}", flush=True)
+    if json_output:
+        print(json.dumps({"installation": dict(lines), "checks": [asdict(check) for check in checks]}))
+    for problem in found.problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if found.problems or any(check.passed is False for check in checks):
+        raise Exit(1)
+
+
 def _lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
     machine, model = found.machine, found.model
     yield "platform", machine.platform
@@ -128,7 +160,8 @@ def _lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
         tested = f" (tested: {found.mlx_lm_tested})" if name == "mlx-lm" else ""
         yield name, f"{version or 'not installed'}{tested}"
     yield "back end", found.device or "none"
-    yield "host kernels", "on" if found.host_kernels else "off"
+    switched = " (LLMCAD_MLX_KERNELS=mlx)" if found.kernels == "mlx" else ""
+    yield "host kernels", "on" if found.host_kernels else f"off{switched}"
     yield "models folder", f"{found.models_folder}, {_gigabytes(found.models_folder_free_bytes)} free"
     if model is None:
         return

@@ -22,7 +22,6 @@ import mlx.core as mx
 import numpy as np
 
 from llmcad_mlx.conversations.snapshot import DRAFT, TARGET, cache_of, cache_parts
-from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.engine.session import Session
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.files import full_disk_error, new_file, require_free_space, user_path
@@ -156,11 +155,10 @@ def restore_caches(saved: SavedConversation, pair: LoadedPair, session: Session)
 def _belongings(pair: LoadedPair) -> dict[str, str | None]:
     """What must be the same for a cache to be used; the names end the sentence "it is from another …"."""
     versions = [f"{name} {package_version(name)}" for name in ("llmcad-mlx", "mlx", "mlx-lm")]
-    kernels = "host kernels" if cpu_kernels_wanted() else "MLX"
     draft = pair.names.draft_path
     return {
         "version": ", ".join(versions),
-        "device": f"{device_name()}, {kernels}",
+        "device": device_name(),
         "model": _model_digest(pair.names.target_path),
         "draft": _model_digest(draft) if draft is not None and draft.is_dir() else None,
     }

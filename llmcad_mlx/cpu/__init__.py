@@ -16,10 +16,21 @@ from mlx.utils import tree_flatten
 
 from llmcad_mlx.errors import UsageError
 
+SWITCH = "LLMCAD_MLX_KERNELS"
+"""The environment variable that takes MLX's own operations where the CPU kernels would compute."""
+
+
+def chosen_kernels() -> str:
+    """What `SWITCH` says: "auto", also where it is not set, or "mlx". Raises UsageError for anything else."""
+    chosen = os.environ.get(SWITCH) or "auto"
+    if chosen not in ("auto", "mlx"):
+        raise UsageError(f"LLMCAD_MLX_KERNELS: {chosen!r} is neither auto nor mlx; unset it, or set one of them")
+    return chosen
+
 
 def cpu_kernels_wanted() -> bool:
-    """True where MLX would run on a CPU without Apple's Accelerate."""
-    return mx.default_device() == mx.cpu and platform.system() == "Linux"
+    """True where MLX would run on a CPU without Apple's Accelerate, and `SWITCH` does not say otherwise."""
+    return chosen_kernels() == "auto" and mx.default_device() == mx.cpu and platform.system() == "Linux"
 
 
 def prepare_for_device(model: Module) -> None:

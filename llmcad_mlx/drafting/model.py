@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.drafting import Drafter
 from llmcad_mlx.errors import GenerationError
 from llmcad_mlx.models.cache import ModelCache
@@ -20,6 +21,7 @@ from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.tree.token_tree import DROPPED, MODEL, ROOT, Selection, TokenTree
 
 _CHUNKS = 256  # a row is cut into that many pieces to find its largest entries without sorting it
+_PIECE = 128  # numbers in such a piece on a GPU: Metal sorts 2,048 in one go, as many as 262,144 have pieces
 _NUM_CANDIDATES = 8  # of a node
 _FED_WITH_NODES = 6  # missed tokens; more go through the model's body first, without the head
 _WINDOW = 32  # tokens read again after a long break
@@ -31,16 +33,18 @@ def top_candidates(
     sampler: TargetSampler,
     count: int,
     vocabulary: TokenList | None = None,
+    on_host: bool = True,
 ) -> list[Candidates]:
-    """The `count` best candidates of each row of `logits` (N, V), best first.
+    """The `count` best candidates of each row of `logits` (N, V), best first, equal ones in order of their ids.
 
     vocabulary: (V,) ascending ids below the sampler's `vocab_size`, where the columns are not token 0, 1, 2, …
+    on_host: whether they are found in numpy, which is faster where logits are on the host, or with MLX operations.
 
     Candidates are ranked by `TargetSampler.draft_scores` for the row's position, and their confidence is the
     softmax of those scores: at T = 0 the draft's own probability, above it a probability given the noise that
     the target will use too. Raises GenerationError for logits that are not finite where it matters.
     """
-    if mx.default_device() == mx.cpu:
+    if on_host:
         rows = np.asarray(logits.astype(mx.float32))
         scores = [sampler.draft_scores(row, p, vocabulary) for row, p in zip(rows, positions, strict=True)]
         found = [_best_of(row, count) for row in scores]
@@ -56,18 +60,20 @@ def _best_of(scores: npt.NDArray[np.float32], count: int) -> Candidates:
     size = len(scores)
     count = min(count, size)
     if size >= _CHUNKS * 16 and count < _CHUNKS:
-        # The best `count` entries lie in the `count` pieces with the largest maxima.
+        # The best `count` entries lie in the `count` pieces with the largest maxima, or others of equal ones.
         width = size // _CHUNKS
         body = scores[: width * _CHUNKS].reshape(_CHUNKS, width)
         peaks = body.max(axis=1)
-        pieces = np.argpartition(peaks, _CHUNKS - count)[_CHUNKS - count :]
+        pieces = np.flatnonzero(peaks >= np.partition(peaks, _CHUNKS - count)[_CHUNKS - count])
         inside = (pieces[:, None] * width + np.arange(width)).ravel()
         tokens = np.concatenate([inside, np.arange(width * _CHUNKS, size)])
         some = scores[tokens]
     else:
         tokens, some = np.arange(size), scores
-    order = np.argpartition(some, len(some) - count)[len(some) - count :]
-    order = order[np.argsort(-some[order], kind="stable")]
+    order = np.flatnonzero(some >= np.partition(some, len(some) - count)[len(some) - count])
+    if len(order) < count:  # NaN is above everything
+        raise _broken_draft()
+    order = order[np.argsort(-some[order], kind="stable")[:count]]
     top = some[order]
     with np.errstate(invalid="ignore"):
         total = float(np.exp(scores - top[0]).sum())
@@ -90,22 +96,38 @@ def _on_device(
         noise = np.stack([sampler.noise_at(p) for p in positions])
         if vocabulary is not None:
             noise = noise[:, vocabulary]
-        scores = (scores - mx.logsumexp(scores, axis=-1, keepdims=True)) / temperature
-        scores = scores + mx.array(noise[:, : scores.shape[1]])
-    count = min(count, scores.shape[1])
-    tokens = mx.argpartition(-scores, kth=count - 1, axis=-1)[:, :count]
-    top = mx.take_along_axis(scores, tokens, axis=-1)
-    order = mx.argsort(-top, axis=-1)
-    tokens = mx.take_along_axis(tokens, order, axis=-1)
-    top = mx.take_along_axis(top, order, axis=-1)
+        scores = scores / temperature + mx.array(noise[:, : scores.shape[1]])
+    tokens, top = _largest(scores, min(count, scores.shape[1]))
+    logprobs = top - mx.logsumexp(scores, axis=-1, keepdims=True)
+    mx.eval(tokens, logprobs)
     # Rounding must not make a probability of more than 1; a NaN stays one.
-    confidences = mx.minimum(mx.exp(top - mx.logsumexp(scores, axis=-1, keepdims=True)), 1.0)
-    mx.eval(tokens, confidences)
-    ids: list[list[int]] = tokens.tolist()  # type: ignore[assignment]
-    values: list[list[float]] = confidences.tolist()  # type: ignore[assignment]
-    if not all(map(math.isfinite, itertools.chain.from_iterable(values))):
+    confidences = np.exp(np.minimum(np.asarray(logprobs), 0.0))
+    if not np.isfinite(confidences).all():
         raise _broken_draft()
-    return [Candidates(t, c) for t, c in zip(ids, values, strict=True)]
+    ids: list[list[int]] = tokens.tolist()  # type: ignore[assignment]
+    return [Candidates(t, c) for t, c in zip(ids, confidences.tolist(), strict=True)]
+
+
+def _largest(scores: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """Columns and values (N, count) of the largest entries of `scores` (N, V), equal ones in order of columns.
+
+    Sorts, as MLX's partitions are sorts on a GPU, but few numbers at once: the best `count` entries lie in the
+    `count` pieces of a row with the largest maxima. MLX's sorts leave equal numbers in their order.
+    """
+    size = scores.shape[1]
+    whole = size // _PIECE
+    columns, some = None, scores
+    if whole > 2 * count:
+        peaks = scores[:, : whole * _PIECE].reshape(-1, whole, _PIECE).max(axis=-1)
+        pieces = mx.sort(mx.argsort(-peaks, axis=-1)[:, :count], axis=-1).astype(mx.int32)
+        columns = (pieces[..., None] * _PIECE + mx.arange(_PIECE)).reshape(-1, count * _PIECE)
+        if rest := size - whole * _PIECE:
+            last = mx.broadcast_to(mx.arange(size - rest, size), (columns.shape[0], rest))
+            columns = mx.concatenate([columns, last], axis=-1)
+        some = mx.take_along_axis(scores, columns, axis=-1)
+    best = mx.argsort(-some, axis=-1)[:, :count]
+    top = mx.take_along_axis(some, best, axis=-1)
+    return best if columns is None else mx.take_along_axis(columns, best, axis=-1), top
 
 
 def _broken_draft() -> GenerationError:
@@ -139,6 +161,7 @@ class ModelDrafter(Drafter):
         self.cache = cache
         self._start = 0  # index in the sequence of the cache's first token
         self._vocabulary = vocabulary
+        self._on_host = cpu_kernels_wanted()
         self._sampler: TargetSampler | None = None
         self._slots: dict[int, int] = {}  # node -> slot
         self._ready: dict[int, Candidates] = {}  # proposals not asked for yet
@@ -201,7 +224,7 @@ class ModelDrafter(Drafter):
         asked = [ROOT, *nodes] if missed else nodes
         positions = [tree.position(node) + 1 for node in asked]
         assert self._sampler is not None
-        found = top_candidates(logits, positions, self._sampler, _NUM_CANDIDATES, self._vocabulary)
+        found = top_candidates(logits, positions, self._sampler, _NUM_CANDIDATES, self._vocabulary, self._on_host)
         self._ready.update(zip(asked, found, strict=True))
         if missed:
             self._caught_up = list(range(first, first + len(missed)))

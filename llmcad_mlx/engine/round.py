@@ -97,7 +97,7 @@ def run_round(
     carried = None if survivors is None else CarriedTree(survivors, policy, sampler.settings)
     session.end_round(steps.tokens, carried)
     done = Round(growth.tree, selection, steps, verification, survivors)
-    _count(done, growth, stats)
+    _count(done, growth, sampler, stats)
     stats.streamed_bytes += session.target.streamed_bytes - session.streamed_bytes
     session.streamed_bytes = session.target.streamed_bytes
     seconds = session.clock() - started
@@ -148,11 +148,12 @@ def _verify(
     return verification
 
 
-def _count(done: Round, growth: Growth, stats: GenerationStats) -> None:
+def _count(done: Round, growth: Growth, sampler: TargetSampler, stats: GenerationStats) -> None:
     stats.target_passes += 1
     stats.tested += len(done.selection.tree) - 1
     stats.accepted += done.walk.num_accepted
     stats.path_tested += done.walk.path_tested
     stats.generated_tokens += len(done.walk.tokens)
+    stats.near_ties = sampler.near_ties
     stats.provisional_passes += growth.num_provisional > 0
     stats.survived += done.survivors is not None and len(done.survivors.tree) > 1

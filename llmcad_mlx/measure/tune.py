@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import mlx.core as mx
-
-from llmcad_mlx.errors import LlmcadError, UsageError
+from llmcad_mlx.cpu import cpu_kernels_wanted
+from llmcad_mlx.errors import LlmcadError, UsageError, is_out_of_memory
 from llmcad_mlx.loader import LoadedPair, PreparedTarget, conditions, is_planned, load_names, release_free_memory
 from llmcad_mlx.measure import output, runner
 from llmcad_mlx.measure.candidates import DraftOptions, Lineup, find_candidates, short_name
+from llmcad_mlx.measure.growth import random_tree
 from llmcad_mlx.measure.output import NOTHING, Plot, Report, Table, milliseconds, number
 from llmcad_mlx.measure.runner import EngineContender, OnTurn, PromptName, Run, Turn, total_stats
 from llmcad_mlx.measure.workload import ALL_DOMAINS, BenchPrompt, Workload, grouped
@@ -34,6 +34,9 @@ from llmcad_mlx.store.profile import DraftChoice, PairProfile, find_choice, save
 
 LEAST_NOISE = 0.03
 _HOPELESS = 5  # times as long as without a draft: like weights in bits that the processor has no kernels for
+# Around these row counts Metal takes another kernel or one more tile, and a pass another time.
+_PASS_ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 24, 32, 33, 48, 64)
+_STREAMED_PASS_ROWS = (1, 8, 32, 64)  # reading takes as long for all of them, and long
 _PACKAGED = Path(__file__).with_name("tune_prompts.toml")
 
 
@@ -92,6 +95,29 @@ def run_tune(plan: TunePlan, target: str | None, show_progress: bool, on_turn: O
     return tuning
 
 
+Pass = tuple[int, float, float]
+"""Rows, seconds, and seconds of computing: what `CostModel.observe_pass` takes."""
+
+
+def time_passes(pair: LoadedPair) -> list[Pass]:
+    """Passes of the target, each after one like it, in which kernels are made ready. What a pass takes grows in
+    steps, which decoding alone would find out one by one."""
+    target, clock, passes = pair.target, pair.clock, list[Pass]()
+    kind = target.cache.capability
+    for rows in _PASS_ROWS if target.feed is None else _STREAMED_PASS_ROWS:
+        if rows > (1 if kind == "plain" else min(pair.max_nodes, pair.context_length or rows)):
+            break
+        tree = random_tree(rows, pair.vocab_size, line=kind != "tree")
+        for _ in range(2):
+            target.truncate(0)
+            started, waited = clock(), target.io_wait_s
+            target.verify(tree)
+            seconds, waited = clock() - started, target.io_wait_s - waited
+        passes.append((rows, seconds, seconds - waited))
+    target.truncate(0)
+    return passes
+
+
 @dataclass(slots=True)
 class Seat:
     """What belongs to one candidate as long as it is measured, whether it stays loaded or not.
@@ -114,8 +140,9 @@ class Tuning:
     `together`: whether all candidates are in memory at the same time, with one target in common; else each is
     loaded anew in every repetition, under a memory plan of its own. `open_pair`: loads a candidate.
 
-    `runs` in the order they were done; `seats` by candidate; `failures`: of candidates that cannot be had, cannot
-    run, or have another text; `interrupted`: Ctrl-C came before the last run. `lines`: the others' figures.
+    `runs` in the order they were done; `seats` by candidate; `passes`: timed ones of the target loaded last;
+    `failures`: of candidates that cannot be had, cannot run, or have another text; `interrupted`: Ctrl-C came
+    before the last run. `lines`: the others' figures.
     `saved`: the file that holds the choice; `problem`: why there is none, though there was something to save.
     """
 
@@ -125,6 +152,7 @@ class Tuning:
     open_pair: Callable[[PairPaths], LoadedPair]
     runs: list[Run] = field(default_factory=list)
     seats: dict[str, Seat] = field(default_factory=dict)
+    passes: list[Pass] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     lines: list[CandidateFigures] = field(default_factory=list)
@@ -170,12 +198,18 @@ class Tuning:
                     pair = self.open_pair(candidate)
                     stack.callback(pair.release)
                     draft_bytes = sum(drafter.num_bytes for drafter in pair.drafters)
-                    seat = self.seats.setdefault(name, Seat(candidate, draft_bytes, pair.plan))
+                    if name not in self.seats:
+                        seat = self.seats[name] = Seat(candidate, draft_bytes, pair.plan)
+                        if not (self.together and self.passes):
+                            self.passes = time_passes(pair)
+                        for timed in self.passes:
+                            seat.profile.costs.observe_pass(*timed)
+                    seat = self.seats[name]
                     # What was learned in an earlier sitting goes on; nothing is saved meanwhile.
                     contenders.append(
                         EngineContender(name, replace(pair, profile=seat.profile), SpeculationSettings())
                     )
-                except (LlmcadError, MemoryError) as error:
+                except (LlmcadError, MemoryError, RuntimeError) as error:
                     self._fail(name, error)
             if contenders:
                 prompts = runner.encode_prompts(work.prompts, pair)
@@ -192,7 +226,7 @@ class Tuning:
                 continue
             try:
                 run = turn.run(self.plan.workload.options)
-            except (LlmcadError, MemoryError) as error:
+            except (LlmcadError, MemoryError, RuntimeError) as error:
                 self._fail(name, error)
                 continue
             if turn.warms_up:
@@ -211,20 +245,21 @@ class Tuning:
         own, without = times[-1]
         return f"its warm-up took {own:.1f} s for an answer that takes {without:.1f} s without a draft"
 
-    def _fail(self, name: str, error: LlmcadError | MemoryError) -> None:
-        if name == NO_DRAFT:
+    def _fail(self, name: str, error: Exception) -> None:
+        no_memory = is_out_of_memory(error)
+        if name == NO_DRAFT or not (no_memory or isinstance(error, LlmcadError)):
             raise error
-        self.failures[name] = str(error) or "there is not enough memory"
+        self.failures[name] = "there is not enough memory" if no_memory else str(error)
 
     def decide(self) -> None:
-        """Find each candidate's figures and, if all was measured, the best. One with another text fails on a CPU,
-        where equal arithmetic gives equal text; elsewhere rounding may decide near-ties."""
+        """Find each candidate's figures and, if all was measured, the best. One with another text fails on our own
+        kernels, where equal arithmetic gives equal text; elsewhere rounding may decide near-ties."""
         for name, seat in self.seats.items():
             if name in self.failures or not any(run.variant == name for run in self.runs):
                 continue
             line = candidate_figures(self.plan, seat, self.runs)
             wrong = f"{line.mismatches} of {line.num_compared} tokens are not the target's own"
-            if line.mismatches and mx.default_device() == mx.cpu:
+            if line.mismatches and cpu_kernels_wanted():
                 self.failures[name] = f"{wrong}; please report this"
             else:
                 self.lines.append(line)

@@ -116,7 +116,7 @@ def _complete_whole(
     usual, source = _reference({"model_type": config["model_type"]}), inspect.getsource(_module_of(args))
     _keep_window(found, found, reference, usual, source)
     _keep_short_factors(found, found)
-    yield from _ignored(config, found, usual, source, args)
+    yield from _ignored(config, found, reference, usual, source, args)
 
 
 def _complete_text(
@@ -143,7 +143,7 @@ def _complete_text(
     _keep_window(found, text, full, usual, source)
     _keep_short_factors(found, text)
     found["text_config"] = text
-    yield from _ignored(nested, text, usual, source)
+    yield from _ignored(nested, text, full, usual, source)
 
 
 def _module_of(args: Any) -> ModuleType:
@@ -196,6 +196,10 @@ def correct_rope(model: Module, config: Mapping[str, Any], folder: Path) -> None
     kind, ropes = _rope_kind(settings), [module for module in model.modules() if isinstance(module, RoPE)]
     if kind not in _PLAIN and settings.get("factor") != 1 and ropes and not _has_scaled_rope(model):
         raise _not_heeded(folder, config, "rope_type", kind)
+    if kind == "yarn" and not any(isinstance(module, YarnRoPE) for module in model.modules()):  # deepseek_v2's own
+        for name, differs in (("truncate", settings.get("truncate") is False), ("mscale", _yarn_scale(settings))):
+            if differs:
+                raise _not_heeded(folder, config, name, settings.get(name))
     for module in model.modules() if kind in ("yarn", *_LONGROPE) else ():
         if isinstance(module, SuScaledRoPE):
             long, short = (mx.array(settings.get(name, 1.0)) for name in ("long_factor", "short_factor"))
@@ -361,7 +365,12 @@ def _limit_context(found: dict[str, Any], most: int) -> None:
 
 
 def _ignored(
-    config: Mapping[str, Any], found: Mapping[str, Any], usual: Mapping[str, Any], source: str, args: Any = None
+    config: Mapping[str, Any],
+    found: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    usual: Mapping[str, Any],
+    source: str,
+    args: Any = None,
 ) -> Iterator[tuple[str, Any]]:
     """Fields that change what is computed, and are not heeded, with their values. args: mlx-lm's class for it."""
     for name in (*_ACTIVATIONS, *_MUST_HEED):
@@ -371,14 +380,14 @@ def _ignored(
         if _SAME_ACTIVATION.get(value, value) != _SAME_ACTIVATION.get(usual[name], usual[name]):
             yield name, value
     parameters = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    full, local = _full_attention(parameters), parameters.get("sliding_attention") or {}
     if "rope_parameters" in source:
         return
-    base = local.get("rope_theta")
+    by_kind = reference.get("rope_parameters") or parameters  # transformers takes one setting for one kind alone
+    base = (by_kind.get("sliding_attention") or {}).get("rope_theta")
     heeds = "rope_local_base_freq" in source or "swa_rope_theta" in source
-    if base not in (None, full.get("rope_theta")) and not heeds:
+    if base not in (None, _full_attention(by_kind).get("rope_theta")) and not heeds:
         yield "rope_theta of layers with a window", base
-    kind = _rope_kind(full)
+    kind = _rope_kind(_full_attention(parameters))
     if kind in _PLAIN:
         return
     is_heeded = "rope_scaling" in source

@@ -8,8 +8,9 @@ Models that keep an index beside keys and values start to select among slots at 
 caches of such a model first get a made-up history of that length.
 
 In fp32 on a Linux CPU the two must be equal bit for bit. Elsewhere kernels for one and for several rows round
-differently, so the largest difference may reach a share of the logits' range: 1/16 with 16-bit parameters,
-1/1000 in fp32. A wrong position, or a sibling that leaks through the mask, moves logits by more.
+differently, so the largest difference may reach a share of the logits' range: 1/1000, or 1/250 on a GPU. In 16
+bits that is 1/16, in which a slightly wrong position or mask can hide; so a model in 16 bits is judged with
+activations in fp32 first, which takes no second copy of its weights, and may do in 16 bits what it can do in fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,12 +31,14 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.quantized import QuantizedEmbedding
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from llmcad_mlx.files import write_text
 from llmcad_mlx.models import positions
-from llmcad_mlx.models.adapt import computes_in_float32
+from llmcad_mlx.models.adapt import Adaptation, adapt, computes_in_float32, own_class, restore
 from llmcad_mlx.models.cache import Capability, LazyKVCache, UnsupportedCacheError
 from llmcad_mlx.models.tree_model import ProbeReport, body_of, run
 
@@ -53,9 +56,14 @@ _DEPTH_FIRST = (0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10)
 _SINGLES = tuple((node,) for node in range(2, 11))
 _COMMIT_AFTER, _COMMIT = 6, (2, 4, 6)
 
+_CAPABILITIES: tuple[Capability, ...] = ("plain", "chain", "tree")
 _ROUNDING = 1e-3  # of the logits' range: larger differences are not rounding
+# Several rows go through matrix units that round their input to 10 bits (TF32: M5, CUDA), one row does not. That
+# is 3e-4 of a factor, some 6e-4 of the range after two layers. The least wrong model of mlx-lm is 1.5e-2 off.
+_ROUNDING_ON_GPU = 4e-3
+_TOLERANCE_16_BITS = 1 / 16
 _LONG_HISTORY = 4096  # tokens
-_FORMAT = 1  # of kept reports
+_FORMAT = 2  # of kept reports
 _NUMBERING = ("idx", "index", "layer_id", "number")
 
 
@@ -63,17 +71,22 @@ def probe(model: Module) -> ProbeReport:
     """Find out what ``model`` can do. Its rope modules stay adapted (`positions.install`) if it takes trees.
 
     A model that takes trees costs 5 forwards of one to three tokens and 11 of one, 11 more where our cache
-    has kernels of its own; the others a few more.
+    has kernels of its own; the others a few more; one in 16 bits twice as many.
     """
     started = time.perf_counter()
-    report = _Probe(model).best()
+    if _computes_in_16_bits(model):
+        with _activations_in_float32(model):
+            found = _Probe(model, _float32_tolerance()).best()
+        report = _Probe(model, _TOLERANCE_16_BITS).at_most(found)
+    else:
+        report = _Probe(model, _float32_tolerance()).best()
     return replace(report, seconds=time.perf_counter() - started)
 
 
 class _Probe:
-    """The reference logits of one model and the trials compared with them."""
+    """The reference logits of one model and the trials compared with them. tolerance: of their range."""
 
-    def __init__(self, model: Module) -> None:
+    def __init__(self, model: Module, tolerance: float) -> None:
         self.model = model
         self.body = body_of(model)
         self.history = _made_up_history(model)
@@ -82,23 +95,35 @@ class _Probe:
         self.vocab_size = len(self.reference[2])
         finite = np.concatenate([row[np.isfinite(row)] for row in self.reference.values()])
         self.range = float(np.ptp(finite)) if len(finite) else 0.0
-        self.tolerance = _relative_tolerance(model) * self.range
+        self.tolerance = tolerance * self.range
+        self.rounding = max(tolerance, _ROUNDING) * self.range
 
-    def best(self) -> ProbeReport:
-        """All but the seconds. Adapts the rope modules."""
+    def at_most(self, found: ProbeReport) -> ProbeReport:
+        """`best`, but no more than was `found` in another precision. Adapts the rope modules."""
+        if found.capability == "plain":
+            own = self._plain(found.reason)
+            return replace(own, single_rows=own.single_rows or found.single_rows)
+        own = self.best(found.pad_single)
+        if _CAPABILITIES.index(own.capability) <= _CAPABILITIES.index(found.capability):
+            return replace(own, body_prefills=own.body_prefills and found.body_prefills)
+        positions.uninstall(self.model)
+        return replace(found, max_difference=own.max_difference)
+
+    def best(self, pad_single: bool = False) -> ProbeReport:
+        """All but the seconds. Adapts the rope modules. pad_single: known to be needed."""
         try:
             self._cache()
         except UnsupportedCacheError as error:
             return self._plain(f"rollback: {error}")
         positions.install(self.model)
-        tree = self._attempt("tree", lambda prefill, pad: self._tree_logits(_TREE, prefill, pad))
+        tree = self._attempt("tree", lambda prefill, pad: self._tree_logits(_TREE, prefill, pad), pad_single)
         if isinstance(tree, ProbeReport):
             return tree
         # One node at a time needs no vector of positions: does the mask alone work?
         single = self._attempt("tree", lambda prefill, pad: self._tree_logits(_SINGLES, prefill, pad))
         reason = f"{'positions' if isinstance(single, ProbeReport) else 'masks'}: {tree}"
         positions.uninstall(self.model)
-        chain = self._attempt("chain", self._chain_logits)
+        chain = self._attempt("chain", self._chain_logits, pad_single)
         if isinstance(chain, ProbeReport):
             return replace(chain, reason=reason)
         return self._plain(f"{reason}; chain: {chain}")
@@ -109,21 +134,23 @@ class _Probe:
             cache = make_prompt_cache(self.model)
             logits = self.model(mx.array([[_TOKENS[node] for node in (0, 1, 2)]]), cache=cache)
             difference = _largest_difference({2: _row(logits[0, -1])}, self.reference)
-            single_rows = difference > _ROUNDING * self.range
+            single_rows = difference > self.rounding
         except Exception:  # whatever a model raises, it can be fed one token at a time
             single_rows = True
         return ProbeReport("plain", reason, 0.0, self.vocab_size, False, False, single_rows, 0.0)
 
-    def _attempt(self, capability: Capability, script: Callable[[Call, bool], Logits]) -> ProbeReport | str:
+    def _attempt(
+        self, capability: Capability, script: Callable[[Call, bool], Logits], padded: bool = False
+    ) -> ProbeReport | str:
         """The report of a script that passes, its prompt read by the body or the whole model; else the problem."""
         problem = ""
-        for pad_single in (False, True):
+        for pad_single in (True,) if padded else (False, True):
             close = False
             for prefill in [self.model] if self.body is None else [self.body, self.model]:
                 try:
                     found = script(prefill, pad_single)
                     difference = _largest_difference(found, self.reference)
-                    if self.tolerance < difference <= _ROUNDING * self.range:
+                    if self.tolerance < difference <= self.rounding:
                         # Kernels that only our cache gets, and padded rows, round in their own way.
                         difference = _largest_difference(found, self._plain_logits(pad_single))
                 except Exception as error:  # a model may raise anything when it meets a tree
@@ -133,7 +160,7 @@ class _Probe:
                     body = prefill is not self.model
                     return ProbeReport(capability, "", difference, self.vocab_size, pad_single, body, False, 0.0)
                 problem = f"logits differ from sequential ones by {difference:.2g}"
-                close = close or difference <= _ROUNDING * self.range
+                close = close or difference <= self.rounding
             if not close:
                 break
         return problem
@@ -245,15 +272,40 @@ def _largest_difference(found: Logits, reference: Logits) -> float:
     return worst
 
 
-def _relative_tolerance(model: Module) -> float:
-    """Share of the logits' range that tree and sequential logits may differ by."""
+def _computes_in_16_bits(model: Module) -> bool:
     # Layers on the CPU kernels widen their 16-bit weights exactly and compute in fp32.
     modules: list[Any] = [module for module in model.modules() if not computes_in_float32(module)]
     arrays = [value for module in modules for value in module.values() if isinstance(value, mx.array)]
-    if any(p.dtype != mx.float32 for p in arrays if mx.issubdtype(p.dtype, mx.floating)):
-        return 1 / 16
-    exact = mx.default_device() == mx.Device(mx.cpu) and sys.platform == "linux"
-    return 0.0 if exact else _ROUNDING
+    return any(p.dtype != mx.float32 for p in arrays if mx.issubdtype(p.dtype, mx.floating))
+
+
+def _float32_tolerance() -> float:
+    """Share of the logits' range that tree and sequential logits may differ by in fp32."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return _ROUNDING_ON_GPU
+    return 0.0 if sys.platform == "linux" else _ROUNDING
+
+
+class _InFloat32(Adaptation):
+    """An embedding whose rows come in fp32. The rest follows: MLX computes in the wider of two types, one matrix
+    after the other, and mlx-lm's models in the type of their input."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return super().__call__(ids).astype(mx.float32)
+
+
+@contextlib.contextmanager
+def _activations_in_float32(model: Module) -> Iterator[None]:
+    """Let the model compute as a copy of it in fp32 would, but for what it makes of small parameters alone."""
+    modules: Any = model.modules()
+    embeddings = [module for module in modules if issubclass(own_class(module), Embedding | QuantizedEmbedding)]
+    for module in embeddings:
+        adapt(module, _InFloat32)
+    try:
+        yield
+    finally:
+        for module in embeddings:
+            restore(module, _InFloat32)
 
 
 def cached_probe(

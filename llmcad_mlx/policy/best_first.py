@@ -145,21 +145,28 @@ class ThroughputPolicy(GrowthPolicy):
         if not self.costs.draft:
             return []
         leaves = self._with_room(tree, leaves[: EXPLORE * self.costs.draft.most_rows], self._prices.most_nodes())
-        rows = self._ranked(tree).rows
+        ranking = self._ranked(tree)
         least = 0.0 if free_seconds or self.costs.verify.hidden_rows else _UNLIKELY
         best, best_value, gain = 0, 0.0, 0.0
-        later = self._later(tree.cumulative[leaves[0]], rows + 1) if leaves else 0.0
+        later = self._later(tree.cumulative[leaves[0]], ranking) if leaves else 0.0
         for width, leaf in enumerate(leaves, 1):
             if tree.cumulative[leaf] < least:
                 break
             covered = sum(tree.confidences[child] for child in tree.children(leaf))  # by another drafter
             gain += tree.cumulative[leaf] * self._gain * max(1.0 - covered, 0.0)
-            value = gain + later - self._prices.step(width, free_seconds) - self._prices.more_rows(rows, width)
+            value = gain + later - self._prices.step(width, free_seconds) - self._places(ranking, 0, width)
             if value > best_value:
                 best, best_value = width, value
         return leaves[:best]
 
-    def _later(self, probability: float, rows: int) -> float:
+    def _places(self, ranking: Ranking, taken: int, count: int) -> float:
+        """Tokens that places in the pass cost `count` new nodes, after `taken` others: the price of more rows, or,
+        where that is above it, what the least likely nodes promise: the pass may be at the edge of a step."""
+        more = self._prices.more_rows(ranking.rows + taken, count)
+        last = ranking.rows - taken
+        return more if last <= count else min(more, sum(ranking.probabilities[last - count : last]))
+
+    def _later(self, probability: float, ranking: Ranking) -> float:
         """What the steps after one on a leaf of that `probability` gain at most, each on the likeliest child.
 
         A step that does not pay may lead to some that do: three rows are often hardly dearer than two.
@@ -168,7 +175,7 @@ class ThroughputPolicy(GrowthPolicy):
         best = total = 0.0
         for depth in range(_AHEAD):
             probability *= self._gain
-            total += probability * self._gain - step - self._prices.more_rows(rows + depth, 1)
+            total += probability * self._gain - step - self._places(ranking, depth + 1, 1)
             best = max(best, total)
         return best
 

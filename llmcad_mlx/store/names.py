@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from llmcad_mlx.cpu import chosen_kernels
 from llmcad_mlx.errors import LlmcadError, ModelError, UsageError
 from llmcad_mlx.files import check_destination, home_folder, read_object, user_path
 from llmcad_mlx.gguf.convert import convert_gguf
@@ -131,9 +132,11 @@ def pair_profile_path(pair: PairPaths, streamed_bytes: int | None, read_bandwidt
 
 
 def device_name() -> str:
-    """What computes, for people: "Apple M3 Pro (gpu)", "cpu"."""
+    """What computes, for people: "Apple M3 Pro (gpu)", "cpu", and "cpu, MLX's kernels" where those were asked for.
+    Raises UsageError where something unknown was."""
+    chosen = chosen_kernels()
     if mx.default_device() == mx.cpu:
-        return "cpu"
+        return "cpu" if chosen == "auto" else "cpu, MLX's kernels"
     return f"{mx.device_info().get('device_name', 'gpu')} (gpu)"
 
 

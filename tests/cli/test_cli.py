@@ -28,7 +28,7 @@ CONTRACT = {
     "text", "tokens", "finish_reason", "prompt_tokens", "generated_tokens", "seed", "policy", "device", "emulated",
     "target_passes", "drafted", "tested", "accepted", "tokens_per_pass", "acceptance_rate",
     "prompt_s", "decode_s", "tokens_per_s", "draft_s", "verify_s", "io_wait_s", "other_s", "streamed_bytes",
-    "budget_bytes", "pinned_bytes", "peak_rss_bytes", "peak_mlx_bytes",
+    "near_ties", "budget_bytes", "pinned_bytes", "peak_rss_bytes", "peak_mlx_bytes",
 }  # fmt: skip
 Run = Callable[..., tuple[str, str]]
 PROMPT = "then the other one ran in and then"

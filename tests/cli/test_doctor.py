@@ -12,7 +12,7 @@ import pytest
 
 from llmcad_mlx import doctor as module
 from llmcad_mlx import loader, machine
-from llmcad_mlx.cpu import cpu_kernels_wanted
+from llmcad_mlx.cpu import SWITCH, cpu_kernels_wanted
 from llmcad_mlx.doctor import diagnose, supported_versions
 from llmcad_mlx.files.bundle import read_bundle
 from tests.support.command_line import TerminalText
@@ -20,7 +20,7 @@ from tests.support.tiny_folder import VOCAB, write_bundle
 
 KEYS = {
     "platform", "python", "cpu", "num_cores", "memory_bytes", "available_bytes", "versions", "device",
-    "host_kernels", "models_folder", "models_folder_free_bytes", "mlx_lm_tested", "model", "problems",
+    "host_kernels", "kernels", "models_folder", "models_folder_free_bytes", "mlx_lm_tested", "model", "problems",
 }  # fmt: skip
 
 
@@ -89,6 +89,27 @@ def test_broken_host_kernels_are_told(monkeypatch):
     found = diagnose()
     assert not found.host_kernels
     assert "numba" in found.problems[0]
+
+
+def test_mlx_s_own_kernels_may_be_asked_for(monkeypatch, output):
+    monkeypatch.setenv(SWITCH, "mlx")
+    assert not cpu_kernels_wanted()
+    assert told(output("doctor")[0])["host kernels"] == f"off ({SWITCH}=mlx)"
+    found = json.loads(output("doctor", "--json")[0])
+    assert (found["host_kernels"], found["kernels"]) == (False, "mlx")
+    assert "MLX's kernels" in found["device"] or "(gpu)" in found["device"]  # they are not measured together
+    for unset in ("", "auto"):
+        monkeypatch.setenv(SWITCH, unset)
+        assert json.loads(output("doctor", "--json")[0])["kernels"] == "auto"
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["doctor", "--json"], ["generate", "hello"], ["plan"]])
+def test_unknown_kernels_are_one_line_and_exit_code_2(monkeypatch, own_home, folder, output, command):
+    monkeypatch.setenv(SWITCH, "metal")
+    target = [] if command[0] == "doctor" else ["--target", folder]
+    out, err = output(*command, *target, code=2)
+    assert out == ""
+    assert err == f"error: {SWITCH}: 'metal' is neither auto nor mlx; unset it, or set one of them\n"
 
 
 @pytest.mark.parametrize(("installed", "words"), [(None, "not installed"), ("0.33.0", "0.33.0 is not tested")])

@@ -16,6 +16,7 @@ import pytest
 from llmcad_mlx import Engine, Result, UsageError, load
 from llmcad_mlx.conversations.file import DIGEST, read_conversation
 from llmcad_mlx.conversations.snapshot import DRAFT, TARGET
+from llmcad_mlx.cpu import cpu_kernels_wanted
 from llmcad_mlx.files import DiskError
 from llmcad_mlx.files.safetensors import SafetensorsWriter, TensorSpec, dtype_name
 from llmcad_mlx.models.cache import LazyKVCache
@@ -198,7 +199,10 @@ FORGED: dict[str, tuple[Change, str]] = {
     "other type": (each(lambda a: a.astype(mx.float16)), "its layers have other shapes or types"),
     "missing layer": (lambda facts, arrays: arrays.pop("target.1.keys"), "its layers are of another kind"),
     "more layers": (lambda facts, arrays: facts["on_host"].update(target=[True] * 3), "another number of layers"),
-    "other kernels": (lambda facts, arrays: facts["on_host"].update(target=[False] * 2), "other shapes or types"),
+    "other kernels": (
+        lambda facts, arrays: facts["on_host"].update(target=[not cpu_kernels_wanted()] * 2),
+        "other shapes or types",
+    ),
     "foreign token": (lambda facts, arrays: facts["tokens"].__setitem__(3, 10**6), "its tokens are not the"),
     "no token": (lambda facts, arrays: facts.update(tokens=[]), "its tokens are not the model's"),
     "fewer tokens": (lambda facts, arrays: facts["tokens"].pop(), "it is longer than the model's context"),

@@ -11,30 +11,66 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from llmcad_mlx import cpu, load
+from llmcad_mlx import cpu, load, mlx_lm_plugin
 from llmcad_mlx.cpu import prepare_for_device
-from tests.support.tiny_folder import change_config, copy_folder
+from tests.support.tiny_folder import family_folder
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+PRIVATE_ARRAYS = {  # models whose ropes keep frequencies of their own, by the kind of rope
+    "llama3": ("llama", {"rope_scaling": LLAMA3}),
+    "yarn": ("gpt_oss", {"rope_scaling": YARN}),
+    "su": ("minicpm3", {}),
+    "yarn in part": ("deepseek_v2", {}),
+    "two ropes": ("gemma3_text", {}),
+}
 
 
-@pytest.mark.parametrize("kernels", ["ours", "MLX's"])
-@pytest.mark.parametrize("pinned", ["auto", 0])
+@pytest.mark.parametrize("kernels", ["auto", "mlx"])
+@pytest.mark.parametrize("role", ["target", "streamed", "draft"])
+@pytest.mark.parametrize("kind", PRIVATE_ARRAYS)
 @pytest.mark.usefixtures("own_home", "streams_small_matrices")
 def test_a_model_may_be_loaded_in_one_thread_and_used_in_another(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, pinned: str | int
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, role: str, kind: str
 ) -> None:
     """The second time, too: the first time the probe computes with all that the model has, then it is cached."""
-    if kernels == "MLX's":
-        monkeypatch.setattr(cpu, "cpu_kernels_wanted", lambda: False)
-    scaled = copy_folder(folder, tmp_path / "scaled")
-    change_config(scaled, rope_scaling={**LLAMA3, "original_max_position_embeddings": 64})
+    monkeypatch.setenv(cpu.SWITCH, kernels)
+    family, changes = PRIVATE_ARRAYS[kind]
+    model = family_folder(tmp_path / "model", family, **changes)
+    target, draft = (folder, model) if role == "draft" else (model, None)
     texts = []
     for _ in range(2):
         with ThreadPoolExecutor(1) as other:
-            engine = other.submit(load, scaled, None, pinned=pinned).result()
+            options: dict[str, Any] = {"pinned": 0} if role == "streamed" else {}
+            engine = other.submit(load, target, draft, **options).result()
         with engine:
+            stats = engine.generate([5, 6, 7], max_tokens=8, tree_nodes=8).stats
+            assert (stats.drafted > 0) == (role == "draft")
             texts.append(engine.generate([5, 6, 7], max_tokens=8).tokens)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "mlx"])
+@pytest.mark.parametrize("kind", PRIVATE_ARRAYS)
+@pytest.mark.usefixtures("own_home")
+def test_a_model_of_mlx_lms_may_be_used_in_one_thread_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, kind: str
+) -> None:
+    """By the plugin, which makes it ready in the first."""
+    monkeypatch.setenv(cpu.SWITCH, kernels)
+    family, changes = PRIVATE_ARRAYS[kind]
+
+    def answer(model: Any, tokenizer: Any) -> list[int]:
+        return [part.token for part in mlx_lm_plugin.stream_generate(model, tokenizer, [5, 6, 7], max_tokens=8)]
+
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        loaded = first.submit(
+            mlx_lm_plugin.load, str(family_folder(tmp_path / "model", family, **changes))
+        ).result()
+        texts = [thread.submit(answer, *loaded[:2]).result() for thread in (first, second)]
     assert texts[0] == texts[1]
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 
@@ -87,6 +88,27 @@ def test_an_interrupted_round_leaves_a_state_to_start_from(
     for prompt in () if goes_on else (PROMPT, [*kept, 7, 8], [*PROMPT[:4], 9, 9]):
         engine.begin(prompt)
         assert engine.decode(10)[:10] == plain_text(prompt, 10)
+
+
+def test_a_round_is_read_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows of a pass are evaluated together; the walk looks at views of them and computes nothing."""
+    engine = Rounds(None, [ModelDrafter(model(noise=0.05))], forced(8))
+    engine.begin(PROMPT)
+    verify, evaluate, calls = engine.target.verify, mx.eval, list[str]()
+
+    def verified(*args: Any) -> Verification:
+        done = verify(*args)
+        assert all(np.shares_memory(done.row(0).base, done.row(node)) for node in range(len(args[0])))
+        calls.append("walk")
+        return done
+
+    monkeypatch.setattr(engine.target, "verify", verified)
+    monkeypatch.setattr(engine.policy, "verified", lambda *_: calls.append("end"))
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (calls.append("eval"), evaluate(*arrays)))
+    engine.decode(40)
+    walks = [calls[place : place + 2] for place, call in enumerate(calls) if call == "walk"]
+    assert len(walks) > 5
+    assert all(walk == ["walk", "end"] for walk in walks)
 
 
 @pytest.mark.parametrize("place", ["prefill", "verify"])

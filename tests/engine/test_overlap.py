@@ -252,7 +252,7 @@ def test_the_pipeline_makes_rounds_shorter_by_what_it_hides() -> None:
         taken[policy], tokens[policy] = stats.decode_s, stats.generated_tokens
         in_front[policy] = stats.draft_s - stats.hidden_draft_s
     assert taken["forced"] - in_front["forced"] <= taken["plain"] + 1e-6
-    assert in_front["forced"] < 0.8 * in_front["without pipeline"]
+    assert in_front["forced"] < 0.9 * in_front["without pipeline"]
     assert tokens["forced"] / taken["forced"] > tokens["without pipeline"] / taken["without pipeline"]
     assert tokens["without pipeline"] / taken["without pipeline"] > tokens["plain"] / taken["plain"]
 

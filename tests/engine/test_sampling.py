@@ -41,6 +41,23 @@ def test_the_rule_is_argmax_of_logprobs_over_temperature_plus_noise() -> None:
         assert sampler(temperature=0.7, seed=9).choose(row, [1], position) == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("rounding", [0.0, 0.5, 2.0])
+def test_near_ties_are_choices_that_rounding_could_turn(temperature: float, rounding: float) -> None:
+    """The second best, ruled out, tells how far the best was ahead."""
+    chooser = TargetSampler(SamplingSettings(temperature=temperature, seed=9), VOCAB, rounding)
+    expected = 0
+    for position in range(60):
+        row = random_row(position)
+        best = chooser.choose(row, [1], position)
+        scores = row / temperature + gumbel(9, position, VOCAB) if temperature else row
+        first, second = sorted(scores, reverse=True)[:2]
+        assert scores[best] == first
+        expected += bool(rounding) and first - second <= rounding / (temperature or 1.0)
+    assert chooser.near_ties == expected
+    assert (expected > 0) == (rounding > 0.0)
+
+
 def kept_by_mlx_lm(row: np.ndarray, top_p: float, min_p: float, top_k: int) -> set[int]:
     logprobs = mx.array(row)[None]
     logprobs = logprobs - mx.logsumexp(logprobs, keepdims=True)

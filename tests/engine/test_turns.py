@@ -158,7 +158,7 @@ def test_without_kernels_of_our_own_threads_work_as_well(
     folder: Any, draft: Any, tiny_home: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a Mac: MLX's own operations, whose unfinished arrays belong to a thread."""
-    monkeypatch.setattr(cpu, "cpu_kernels_wanted", lambda: False)
+    monkeypatch.setenv(cpu.SWITCH, "mlx")
     from llmcad_mlx import load
 
     with load(folder, draft) as own:

@@ -34,13 +34,15 @@ from llmcad_mlx.settings import SpeculationSettings
 from llmcad_mlx.store.convert import convert_folder
 from tests.models.test_config import rewrite
 from tests.support.architecture_configs import build
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import WEIGHTS, tiny_llama
 from tests.support.tiny_folder import EOS, VOCAB, copy_folder, family_folder
 
 PROMPT = "then the other one ran in and then the other one"
 SECOND = "and the one in the other"
 LOGGER = "llmcad_mlx.mlx_lm_plugin"
 
+# In 16 bits mlx-lm reads a prompt in other pieces than we do, and rounds in other places.
+ATOL = 2.5e-3 if mx.float32 == WEIGHTS else 0.5
 Loaded = tuple[Any, Any]  # an mlx-lm model and its tokenizer
 
 pytestmark = pytest.mark.usefixtures("tiny_home")
@@ -67,6 +69,10 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "make_policy", forced_policy)
 
 
+def numbers(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32))
+
+
 def same_responses(ours: Sequence[GenerationResponse], theirs: Sequence[GenerationResponse]) -> None:
     """Every field but times, memory and `from_draft`, which tells what was drafted here."""
     assert len(ours) == len(theirs)
@@ -75,10 +81,10 @@ def same_responses(ours: Sequence[GenerationResponse], theirs: Sequence[Generati
         for name in ("text", "token", "prompt_tokens", "generation_tokens", "finish_reason"):
             assert getattr(mine, name) == getattr(other, name), name
         assert (mine.logprobs.shape, mine.logprobs.dtype) == (other.logprobs.shape, other.logprobs.dtype)
-        assert np.allclose(np.array(mine.logprobs), np.array(other.logprobs), atol=2e-3)
+        assert np.allclose(numbers(mine.logprobs), numbers(other.logprobs), atol=ATOL)
         for name in ("prompt_tps", "generation_tps", "peak_memory"):
             assert getattr(mine, name) > 0
-    assert any(np.isfinite(np.array(r.logprobs)).any() for r in ours)
+    assert any(np.isfinite(numbers(r.logprobs)).any() for r in ours)
 
 
 def both(
@@ -208,13 +214,13 @@ def test_prompt_cache_over_two_turns(
         trim_prompt_cache(cache, num_trimmed)
         responses += second(*loaded, SECOND, max_tokens=15, prompt_cache=cache)
         lengths += [entry.offset for entry in cache]
-        rows = [np.array(entry.keys[:, :, : entry.offset]) for entry in cache]
+        rows = [numbers(entry.keys[:, :, : entry.offset]) for entry in cache]
         found.append((responses, lengths, rows))
     (ours, our_lengths, our_rows), (theirs, their_lengths, their_rows) = found
     same_responses(ours, theirs)
     assert our_lengths == their_lengths
     for mine, other in zip(our_rows, their_rows, strict=True):
-        assert np.allclose(mine, other, atol=2e-3)
+        assert np.allclose(mine, other, atol=ATOL)
 
 
 def test_a_draft_model_adds_to_what_repeats(loaded: Loaded, draft: Any, forced: None) -> None:
@@ -251,7 +257,7 @@ def test_prompt_cache_with_a_draft_model(
     # The draft's part is right too: what it says next is what it says after the whole text.
     part = cache[len(loaded[0].layers) :]
     continued = draft(mx.array([[7]]), cache=part)[0, -1]
-    assert np.allclose(np.array(continued), np.array(draft(mx.array([[*text, 7]]))[0, -1]), atol=5e-3)
+    assert np.allclose(numbers(continued), numbers(draft(mx.array([[*text, 7]]))[0, -1]), atol=2 * ATOL)
 
 
 @pytest.mark.parametrize("step", [{}, *({"prefill_step_size": size} for size in (1, 4, 1000))])
@@ -369,7 +375,7 @@ def test_a_failing_sampler_leaves_the_prompt_cache_usable(loaded: Loaded, forced
     assert 0 <= kept <= 5
     continued = loaded[0](mx.array([[7]]), cache=cache)[0, -1]
     expected = loaded[0](mx.array([[*prompt, *whole[:kept], 7]]))[0, -1]
-    assert np.allclose(np.array(continued), np.array(expected), atol=5e-3)
+    assert np.allclose(numbers(continued), numbers(expected), atol=2 * ATOL)
 
 
 def test_installed_reaches_mlx_lms_own_functions(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:

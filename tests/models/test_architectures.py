@@ -22,7 +22,9 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+from llmcad_mlx.models.adapt import adaptations
 from llmcad_mlx.models.cache import LazyKVCache, PlainCache
+from llmcad_mlx.models.probe import _activations_in_float32, probe
 from llmcad_mlx.models.tree_model import TreeModel
 from tests.models.test_lazy_cache import RandomUse, gap, tree_model_of
 from tests.support.architecture_configs import (
@@ -166,6 +168,40 @@ def test_family(name: str) -> None:
     if found.capability != "plain" and EXACT:
         assert found.difference == 0.0
     assert (found.reason == "") == (found.capability == "tree")
+
+
+SIXTEEN_BITS = (
+    "phi3small", "olmo", "gpt2", "nanochat", "llama", "gemma3_text", "cohere2", "phi3", "qwen3_vl",
+    "mamba", "mamba2", "plamo2", "nemotron_h", "falcon_h1", "recurrent_gemma", "rwkv7", "lfm2", "qwen3_5",
+)  # fmt: skip
+
+
+def in_16_bits(name: str, dtype: mx.Dtype) -> Any:
+    model = build(name)
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("name", SIXTEEN_BITS)
+def test_in_16_bits_a_model_can_do_what_it_can_in_32(name: str, dtype: mx.Dtype) -> None:
+    """phi3small is wrong by less than what 16 bits round; what recurrent models round when they read a prompt at
+    once is no reason to read it token by token."""
+    found = probe(in_16_bits(name, dtype))
+    assert found.capability == EXPECTED.get(name, "tree"), found.reason
+    assert found.single_rows == probe(build(name)).single_rows
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss", "qwen3_moe", "phi3small"])
+def test_activations_in_float32_compute_what_a_copy_in_float32_would(name: str) -> None:
+    model, copied = in_16_bits(name, mx.bfloat16), in_16_bits(name, mx.bfloat16)
+    copied.set_dtype(mx.float32)
+    tokens = mx.array([[5, 23, 11]])
+    with _activations_in_float32(model):
+        found = model(tokens, cache=make_prompt_cache(model))
+    assert mx.array_equal(found, copied(tokens, cache=make_prompt_cache(copied)))
+    assert not any(map(adaptations, model.modules()))
 
 
 @pytest.mark.parametrize("name", sorted(METAL_ONLY))

@@ -150,8 +150,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ),
         (
             "olmo3",
-            {"rope_theta": 1e5, "rope_scaling": YARN},
-            by_kind_of_layer({"rope_theta": 1e5, **YARN}, {"rope_theta": 1e5, **DEFAULT}),
+            {"rope_theta": 5e5, "rope_scaling": YARN},
+            by_kind_of_layer({"rope_theta": 5e5, **YARN}, {"rope_theta": 5e5, **DEFAULT}),
         ),
         ("llama", {"rope_theta": 1e5, "rope_scaling": None}, {"rope_theta": 1e5, "rope_parameters": None}),
         (
@@ -172,11 +172,11 @@ def test_rotary_settings_by_kind_of_layer_and_in_other_words(
 
 def test_rotary_settings_in_a_place_that_transformers_does_not_read_are_refused() -> None:
     """Olmo 3 has them by kind of layer: of others transformers computes nothing, though somebody meant them."""
-    config = {**config_of("olmo3"), "rope_parameters": {"rope_theta": 1e5, **YARN}}
+    config = {**config_of("olmo3"), "rope_parameters": {"rope_theta": 5e5, **YARN}}
     assert "rope_type is 'yarn', which mlx-lm does not heed for 'olmo3'" in refusal(config)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "olmo3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_oss"])
 @pytest.mark.parametrize("more", [{}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"attention_factor": 1.5}])
 def test_yarn_is_as_transformers_computes_it(tmp_path: Path, family: str, more: dict[str, float]) -> None:
     """mlx-lm rounds the range in which it blends even where the config says not to, and takes no factor."""
@@ -204,6 +204,19 @@ def test_a_scale_of_yarn_counts_only_beside_the_other(tmp_path: Path, factors: d
     scales = [rope.mscale for rope in load_model_folder(folder).model.modules() if isinstance(rope, YarnRoPE)]
     assert scales
     assert scales == pytest.approx([0.1 * np.log(4.0) + 1] * len(scales))
+
+
+@pytest.mark.parametrize("settings", [{"truncate": False}, {"mscale": 0.5}, {"attention_factor": 1.5}])
+def test_a_yarn_of_its_own_that_cannot_be_corrected_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = family_folder(tmp_path / "model", "deepseek_v2")
+    load_model_folder(rewrite(folder, rope_scaling={**YARN, "type": "yarn", "mscale": 0.7, "mscale_all_dim": 0.7}))
+    with pytest.raises(ModelError, match="which mlx-lm does not heed for 'deepseek_v2'"):
+        load_model_folder(rewrite(folder, rope_scaling={**YARN, "type": "yarn", **settings}))
+
+
+def test_a_rotary_base_that_layers_with_a_window_do_not_share_is_refused() -> None:
+    """Of `rope_theta` transformers' Olmo 3 takes notice in other layers only."""
+    assert "rope_theta of layers with a window is 500000.0" in refusal({**config_of("olmo3"), "rope_theta": 1e4})
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek", "gemma3n"])

@@ -26,7 +26,6 @@ from llmcad_mlx.loader import load_tree_model, plan_pair
 from llmcad_mlx.models.folder import DRAFT_TOKENS, check_same_tokens
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
-from llmcad_mlx.policy import Candidates
 from llmcad_mlx.policy.costs import CostModel
 from llmcad_mlx.sampling import TargetSampler
 from llmcad_mlx.settings import MemoryOptions, SamplingSettings
@@ -35,7 +34,7 @@ from llmcad_mlx.store.names import DEFAULT_PRESET, find_pair, resolve_target
 from llmcad_mlx.streaming.modules import SequentialFeed
 from llmcad_mlx.tree.token_tree import ROOT, TokenTree
 from tests.support.real_text import PROMPTS, compare
-from tests.support.tiny import VOCAB, tiny_llama
+from tests.support.tiny import VOCAB, WEIGHTS, tiny_llama
 from tests.support.tiny_folder import EOS, change_config, copy_folder, family_folder, make_folder, write_folder
 from tests.support.tiny_folder import VOCAB as FOLDER_VOCAB
 from tests.test_lossless import FakeClock, make_engine, make_policy, plain, run
@@ -75,23 +74,17 @@ def without_embedding(folder: Path) -> Path:
 # -- candidates --------------------------------------------------------------------------------------------
 
 
-def on_device(logits: mx.array, positions: Any, own: TargetSampler, count: int, tokens: Any) -> Any:
-    """What a GPU runs, on the CPU."""
-    found = candidates._on_device(logits, positions, own, count, tokens)
-    return [Candidates(tokens[list(row.tokens)].tolist(), row.confidences) for row in found]
-
-
-@pytest.mark.parametrize("way", [candidates.top_candidates, on_device])
+@pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("kept", [1, 5, 600, 4999, 5000])
-def test_candidates_are_the_full_ones_restricted_to_the_list(way: Any, temperature: float, kept: int) -> None:
+def test_candidates_are_the_full_ones_restricted_to_the_list(on_host: bool, temperature: float, kept: int) -> None:
     """The same scores at the same tokens, noise included, and a softmax over the list alone."""
     random = np.random.default_rng(kept)
     logits = (random.standard_normal((3, 5000)) * 4).astype(np.float32)
     tokens = np.sort(random.choice(5000, kept, replace=False)).astype(np.int32)
     positions = [7, 8, 7]
     own = TargetSampler(SamplingSettings(temperature=temperature, seed=11), 5000)
-    found = way(mx.array(logits[:, tokens]), positions, own, 8, tokens)
+    found = candidates.top_candidates(mx.array(logits[:, tokens]), positions, own, 8, tokens, on_host)
     for row, position, proposal in zip(logits, positions, found, strict=True):
         scores = own.draft_scores(row, position)
         if temperature:  # as the target does it: the log probabilities of all tokens, and their noise
@@ -172,7 +165,7 @@ def test_folders_draft_in_memory_and_beside_a_streamed_target(
         assert isinstance(drafter, ModelDrafter)
         assert drafter.model.vocab_size == len(kept)
         full = load_tree_model(target)[1].weight_bytes
-        assert drafter.model.weight_bytes == full - (FOLDER_VOCAB - len(kept)) * 64 * 4
+        assert drafter.model.weight_bytes == full - (FOLDER_VOCAB - len(kept)) * 64 * WEIGHTS.size
         if engine.pair.plan is not None:
             assert engine.pair.plan.draft_bytes >= drafter.model.weight_bytes
     assert found.tokens == expected

@@ -206,6 +206,50 @@ def test_a_step_that_pays_only_with_the_next_is_taken(accept: float) -> None:
     assert world.tokens / world.seconds >= 0.95 * max(chains)
 
 
+def stairs(rows: int) -> float:
+    """Weights are read again for every five rows (Metal's qmv_wide); from 13 on, tiles of 32 rows."""
+    if rows < 13:
+        return 1 + 0.45 * ((rows - 1) // 5) + 0.01 * rows
+    return 2.2 if rows <= 32 else 4.0
+
+
+def slope_then_tile(rows: int) -> float:
+    """Rows one by one, then tiles of 32 (M1, M2)."""
+    return 1 + 0.08 * (rows - 1) if rows < 10 else 2.5 * -(-rows // 32)
+
+
+@pytest.mark.parametrize("accept", [[0.75, 0.1], [0.6, 0.15, 0.05], [0.5, 0.15, 0.05]])
+@pytest.mark.parametrize("verify_s", [stairs, slope_then_tile])
+@pytest.mark.parametrize("measured_before", [False, True])
+def test_passes_end_before_a_step_of_their_costs(
+    verify_s: Callable[[int], float], accept: list[float], measured_before: bool
+) -> None:
+    """On a GPU passes get dearer in steps. At the edge of one, a draft step that brings better nodes in the place
+    of worse ones pays, though one that brought more rows would not. Held against trees of every fixed size."""
+
+    def world(policy: ThroughputPolicy | None = None) -> World:
+        made = World(accept, accept, lambda rows: 0.05 + 0.0015 * (rows - 1), verify_s, jitter=0.03)
+        made.policy = policy or made.policy
+        return made
+
+    own = world()
+    if measured_before:  # as `tune` does
+        for rows in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 24, 32, 33, 48, 64):
+            own.policy.costs.verify.observe(rows, verify_s(rows))
+    sizes: list[int] = []
+    submit = own.policy.submit
+    own.policy.submit = lambda tree: (chosen := submit(tree), sizes.append(len(chosen.tree)))[0]  # type: ignore[method-assign]
+    own.run(2000)
+    best = 0.0
+    for nodes in (2, 3, 4, 5, 6, 8, 10, 12, 16, 32):
+        fixed = world(forced(nodes))
+        fixed.run(600)
+        best = max(best, fixed.tokens / fixed.seconds)
+    assert own.tokens / own.seconds >= 0.96 * best
+    if verify_s is stairs:  # nearly all end where a step does, and not where one has begun
+        assert sum(size in (4, 5, 10, 32) for size in sizes) > 0.95 * len(sizes)
+
+
 def test_a_draft_that_becomes_useful_is_found_again() -> None:
     world = World([], [0.9], lambda rows: 0.1, dearer(0.05))
     world.run(300)

@@ -654,6 +654,17 @@ def test_both_colour_schemes_are_legible(visitor: Visitor, server: ScriptedServe
     assert low == {}
 
 
+def test_two_fingers_that_zoom_leave_the_page_as_high_as_it_is(visitor: Visitor, server: ScriptedServer) -> None:
+    page = visitor.open(server.url, **IPAD)
+    resized = "visualViewport.addEventListener('resize', () => (window.zooms = (window.zooms ?? 0) + 1))"
+    page.evaluate(resized)
+    before = page.evaluate("document.body.getBoundingClientRect().height")
+    page.context.new_cdp_session(page).send("Emulation.setPageScaleFactor", {"pageScaleFactor": 2})
+    page.wait_for_function("visualViewport.scale === 2 && window.zooms")
+    assert page.evaluate("visualViewport.height") < 0.6 * before
+    assert abs(page.evaluate("document.body.getBoundingClientRect().height") - before) <= 1
+
+
 @pytest.mark.parametrize("size", [(820, 1180), (1180, 820), (744, 1133), (390, 844)], ids=str)
 def test_touch_screens(visitor: Visitor, server: ScriptedServer, size: tuple[int, int]) -> None:
     """Nothing scrolls sideways, everything can be hit with a finger, nothing needs a pointer that hovers."""

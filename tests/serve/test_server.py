@@ -20,7 +20,7 @@ from tests.support.tiny_folder import copy_folder, make_folder
 SPECULATION = {
     "seed", "policy", "device", "emulated", "target_passes", "drafted", "tested", "accepted", "tokens_per_pass",
     "acceptance_rate", "prompt_s", "decode_s", "tokens_per_s", "draft_s", "verify_s", "io_wait_s", "other_s",
-    "streamed_bytes", "budget_bytes", "pinned_bytes", "peak_rss_bytes", "peak_mlx_bytes",
+    "streamed_bytes", "near_ties", "budget_bytes", "pinned_bytes", "peak_rss_bytes", "peak_mlx_bytes",
 }  # fmt: skip
 TOOL = {
     "type": "function",

@@ -43,11 +43,12 @@ class Comparison:
 
 
 @contextmanager
-def default_engine() -> Iterator[Engine]:
-    """The target and the draft that come by default, whatever `llmcad-mlx tune` has chosen on this machine."""
+def default_engine(**options: Any) -> Iterator[Engine]:
+    """The target and the draft that come by default, whatever `llmcad-mlx tune` has chosen on this machine.
+    options: of `load`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair_names, "find_choice", lambda *_: None)
-        engine = load()  # pulls the target where it is missing
+        engine = load(**options)  # pulls the target where it is missing
     with engine:
         yield engine
 

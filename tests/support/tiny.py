@@ -1,7 +1,8 @@
-"""Tiny random models for tests: fp32, built in milliseconds, nothing downloaded."""
+"""Tiny random models for tests: fp32 unless told otherwise, built in milliseconds, nothing downloaded."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,8 @@ from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.tree_model import TreeModel
 
 VOCAB = 40
+WEIGHTS: mx.Dtype = getattr(mx, os.environ.get("LLMCAD_MLX_TEST_WEIGHTS", "float32"))
+"""What tiny models keep their weights in."""
 
 
 def tiny_llama(
@@ -45,6 +48,7 @@ def tiny_llama(
     if noise:
         mx.random.seed(seed + 1000)
         model.update(tree_map(lambda p: p + noise * mx.random.normal(p.shape), model.parameters()))
+    model.set_dtype(WEIGHTS)
     mx.eval(model.parameters())
     return model
 

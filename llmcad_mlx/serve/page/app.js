@@ -288,7 +288,9 @@ for (const example of document.querySelectorAll(".example")) {
 }
 // iPadOS lays its keyboard over the page instead of making it smaller.
 visualViewport?.addEventListener("resize", () => {
-  document.documentElement.style.setProperty("--height", `${visualViewport.height}px`);
+  // In the page's own pixels: two fingers that zoom make the part that is seen smaller, and the page no shorter.
+  const height = visualViewport.height * visualViewport.scale;
+  document.documentElement.style.setProperty("--height", `${height}px`);
 });
 
 showTree(!SMALL.matches);

@@ -50,8 +50,6 @@ def test_ten_checks_pass_in_order(endless: Path, own_home: Path, output: Callabl
     assert "24 tokens, all as plain decoding" in text["memory against plan"]
     assert "bit for bit" in text["tree against plain"]
     assert "GB/s" in text["disk"]
-    kept = read_object(home_folder() / "reading.json")["disks"]  # for later loads
-    assert [ReadWay(**disk["way"]) in WAYS for disk in kept.values()] == [True]
     assert str(endless) not in out
     assert str(own_home) not in out
 
@@ -149,6 +147,18 @@ def test_a_simulated_mac_tells_its_limits(monkeypatch: pytest.MonkeyPatch) -> No
     settings["sysctl.proc_translated"] = "1"
     with pytest.raises(Exception, match="Rosetta"):
         selftest._machine()
+
+
+def test_the_best_way_to_read_is_kept_where_a_gpu_computes(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "kept" not in found("disk", endless).finding
+    assert not (home_folder() / "reading.json").exists()
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(selftest._Model, "engine", None)
+    model = selftest._Model(str(endless))
+    model.engine = SimpleNamespace(pair=SimpleNamespace(names=SimpleNamespace(target_path=endless)))
+    assert "; kept" in model.disk()
+    kept = read_object(home_folder() / "reading.json")["disks"]
+    assert [ReadWay(**disk["way"]) in WAYS for disk in kept.values()] == [True]
 
 
 def test_a_failure_is_exit_code_1(

@@ -39,7 +39,7 @@ class ReadWay:
 
 DEFAULT_WAY = ReadWay(True, 4, 16 << 20) if sys.platform == "darwin" else ReadWay(False, 1, 4 << 20)
 """Where nothing was measured. On macOS past the cache, where cached weights push out what is pinned, in large
-pieces, which need the interpreter's lock less often. On Linux the processor computes, and further readers take time
+pieces, which need the interpreter's lock less often. On Linux the processor computes, and more readers take time
 from it: with four of 16 MiB a pass of the Qwen pair took 0.94 s, with this one 0.78 s, on two cores (LOG)."""
 
 

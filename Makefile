@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Where it counts which kernels compute. They run again as on a Mac: on MLX's own, in fp32 and in both 16-bit types.
 TEXT_TESTS := tests/engine/test_engine.py tests/streaming/test_streaming.py
-KERNEL_TESTS := tests/test_lossless.py tests/engine tests/streaming tests/drafting tests/mlx_lm_plugin/test_mlx_lm_plugin.py
+KERNEL_TESTS := tests/test_lossless.py tests/mlx_lm_plugin/test_mlx_lm_plugin.py tests/drafting/test_drafters.py
 # Half of the time tests wait for servers, terminals and browsers. A file's tests stay together.
 JOBS ?= -n 2 --dist loadfile
 
@@ -32,8 +32,8 @@ test: $(READY)
 # A minute and a half on two cores; the whole suite again would take ten.
 test-kernels: export LLMCAD_MLX_KERNELS = mlx
 test-kernels: $(READY)
-	$(BIN)/python -m pytest $(JOBS) -m "not large and not embedded" $(KERNEL_TESTS)
-	LLMCAD_MLX_TEST_WEIGHTS=bfloat16 $(BIN)/python -m pytest $(JOBS) tests/test_lossless.py $(TEXT_TESTS)
+	$(BIN)/python -m pytest $(JOBS) -m "not large and not embedded" $(KERNEL_TESTS) $(TEXT_TESTS)
+	LLMCAD_MLX_TEST_WEIGHTS=bfloat16 $(BIN)/python -m pytest $(JOBS) $(TEXT_TESTS)
 	LLMCAD_MLX_TEST_WEIGHTS=float16 $(BIN)/python -m pytest $(JOBS) $(TEXT_TESTS)
 
 test-large: $(READY)

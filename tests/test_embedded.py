@@ -109,6 +109,7 @@ def test_text_makes_sense(engine: Engine) -> None:
     assert engine.generate(chat(REPEAT), max_tokens=24).text.strip()[:40].startswith("The lighthouse keeper")
 
 
+@pytest.mark.large  # half a minute: each row takes seconds
 def test_as_on_a_mac_it_computes_in_16_bits_with_mlx_s_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's job, streamed, for as few tokens as MLX's float16 on a CPU allows: seconds for each row."""
     monkeypatch.setenv(SWITCH, "mlx")

@@ -68,6 +68,7 @@ class ThroughputPolicy(GrowthPolicy):
         self._tree = TokenTree(0)  # of the present round
         self._gain = 0.7  # acceptance probability that expanding a certain leaf has added, lately
         self._model_used = False  # for any node of this round's tree
+        self._drafted_s = 0.0  # what this round's steps of the model take, as predicted
         self._next_root = -1  # position of the next round's root if the text goes on
         self._ranking: Ranking | None = None  # of the tree as it is; None: to be made when somebody asks
         self._draft_account = DraftAccount()
@@ -86,7 +87,7 @@ class ThroughputPolicy(GrowthPolicy):
                 self._expanded[source] = {survivors.old_to_new[node] for node in nodes} - {DROPPED}
         self._tree = tree
         self._prices.begin()
-        self._ranking = None
+        self._ranking, self._drafted_s = None, 0.0
         self._model_used = MODEL in tree.sources
         new_text = tree.root_position != self._next_root
         self._lookup_account.begin(new_text)
@@ -102,6 +103,7 @@ class ThroughputPolicy(GrowthPolicy):
         elif source == MODEL:
             leaves = self._paying(tree, expanded, free_seconds)
             self._model_used = self._model_used or bool(leaves)
+            self._drafted_s += self.costs.draft.predict(len(leaves)) if leaves else 0.0
         else:
             leaves = self._free(tree, expanded)
         expanded.update(leaves)
@@ -146,6 +148,9 @@ class ThroughputPolicy(GrowthPolicy):
             return []
         leaves = self._with_room(tree, leaves[: EXPLORE * self.costs.draft.most_rows], self._prices.most_nodes())
         ranking = self._ranked(tree)
+        if self._prices.expect(ranking.probabilities, self._drafted_s):
+            self._ranking = None
+            ranking = self._ranked(tree)
         least = 0.0 if free_seconds or self.costs.verify.hidden_rows else _UNLIKELY
         best, best_value, gain = 0, 0.0, 0.0
         later = self._later(tree.cumulative[leaves[0]], ranking) if leaves else 0.0
@@ -254,7 +259,8 @@ class ThroughputPolicy(GrowthPolicy):
         self.calibration.observe_choices(drafted, walk.tokens)
 
     def finished(self, num_tokens: int, seconds: float) -> None:
-        self._prices.observe_round(num_tokens, seconds)
+        if self._schedule.knew_plain:  # else it measured, and drafted nothing
+            self._prices.observe_round(num_tokens, seconds)
         account, was_drafting = self._draft_account, self._draft_account.drafting
         account.book(num_tokens, num_tokens - seconds * self.costs.plain_rate if self._model_used else None)
         if was_drafting and not account.drafting:

@@ -138,6 +138,23 @@ class Prices:
         self._tokens = self._tokens * _RATE_DECAY + num_tokens
         self._seconds = self._seconds * _RATE_DECAY + seconds
 
+    def expect(self, probabilities: Sequence[float], drafted_s: float) -> bool:
+        """Until a round has told, a second is worth what the tree at hand promises, if more than plain decoding.
+
+        Otherwise the first tree of a text would be priced as if nothing better could be done with its seconds.
+        `probabilities`: largest first; `drafted_s`: spent on them. Whether that has changed prices.
+        """
+        if self._seconds > 0.0:
+            return False
+        promised, before = 0.0, self.rate
+        for rows, probability in enumerate(probabilities[: self.most_nodes()], 1):
+            promised += probability
+            seconds = drafted_s + self._costs.verify.predict(rows)
+            self.rate = max(self.rate, promised / seconds if seconds > 0.0 else 0.0)
+        if self.rate > before:
+            self._passes = [0.0]
+        return self.rate > before
+
     def forget_rounds(self) -> None:
         """What comes is not like what was: a second is worth what plain decoding yields, until rounds tell."""
         self._tokens = self._seconds = 0.0
@@ -208,7 +225,9 @@ class Schedule:
         self._forced = forced
         self._rounds = 0  # of the present text
         self._rested = False  # whether the last round, or the present one, is without lookups to save their time
-        self._idle = 0  # rounds since the model was last used
+        self._plain_passes = _SURE  # so many make what they take believable
+        self._knew_plain = False  # when the round began
+        self._idle = 0  # rounds since the model was last used, of those that could price it
         self._patience = _PATIENCE  # such rounds until it is tried again
         self._since_plain = 0  # rounds since a pass had a single row
         self._since_rows = 0  # rounds since a pass had more
@@ -223,17 +242,24 @@ class Schedule:
         # round gives up `_yield` - 1 tokens: the more, the rarer. Where the target waits for weights, a plain
         # pass takes what any pass takes.
         plain = self._since_plain >= _PLAIN_AGAIN * self._yield and not self._costs.verify.hidden_rows
-        # Where lookups cannot pay for a row and the model idles, every other round does without asking.
-        self._rested = rests = broke and self._idle > 0 and not self._rested
+        # Where lookups cannot pay for a row and the model idles, every other round does without asking. Beside
+        # waiting for weights, asking takes no time.
+        waits = self._costs.verify.hidden_rows > 0
+        self._rested = rests = broke and self._idle > 0 and not self._rested and not waits
         if plain:
             self.mode = Mode.PLAIN_RESTING if rests else Mode.PLAIN
         else:
             self.mode = Mode.RESTING if rests else Mode.ORDINARY
+        self._knew_plain = self.knows_plain()
+
+    @property
+    def knew_plain(self) -> bool:
+        """Whether `knows_plain` when the round began: it was free to draft."""
+        return self._knew_plain
 
     def knows_plain(self) -> bool:
         """Whether what a plain pass takes is believable; waiting for weights varies less than computing."""
-        verify = self._costs.verify
-        return verify.times_seen(1) >= (1 if verify.hidden_rows else _SURE)
+        return self._costs.verify.times_seen(1) >= self._plain_passes
 
     def considers_model(self) -> bool:
         """Whether steps of the model are priced in this round; not while plain decoding has to be measured."""
@@ -274,11 +300,13 @@ class Schedule:
 
     def verified(self, rows: int, num_tokens: int, model_used: bool, model_right: bool) -> None:
         """A pass of `rows` rows gave `num_tokens`; whether the model drafted, and whether any of it was right."""
+        if rows == 1 and self._costs.verify.hidden_rows:
+            self._plain_passes = 1
         self._since_plain = 0 if rows == 1 else self._since_plain + 1
         self._since_rows = self._since_rows + 1 if rows == 1 else 0
         self._yield = self._yield * _YIELD_DECAY + num_tokens * (1 - _YIELD_DECAY)
         if not model_used:
-            self._idle += 1
+            self._idle += self._knew_plain
             return
         if self.mode is not Mode.TRYING_DRAFT:
             self._patience = _PATIENCE

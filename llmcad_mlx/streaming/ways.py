@@ -31,9 +31,9 @@ from llmcad_mlx.streaming.stream import Read, Unit, WeightStream
 
 WAYS = tuple(
     ReadWay(direct, num_readers, piece_bytes << 20)
-    for direct in (True, False)
-    for num_readers in (1, 4, 8)
-    for piece_bytes in (4, 16)
+    for direct, sizes in ((True, (4, 16)), (False, (1, 4)))
+    for num_readers in (1, 2, 4)
+    for piece_bytes in sizes
 )
 """What is tried."""
 

@@ -132,6 +132,22 @@ def test_prices_stand_until_the_next_round() -> None:
     assert prices.more_rows(1, 1) == pytest.approx(0.9)
 
 
+def test_the_first_tree_is_priced_by_what_it_promises() -> None:
+    """Not as if its seconds were worth no more than plain decoding; once a round has told, that counts."""
+    prices = priced({1: 1.0, 4: 1.0}, max_nodes=4)
+    prices.begin()
+    assert not prices.expect([1.0], drafted_s=0.5)  # less than plain decoding
+    assert prices.rate == pytest.approx(1.0)
+    assert prices.more_rows(1, 3) == 0.0
+    assert prices.expect([1.0, 0.9, 0.8, 0.0], drafted_s=0.5)
+    assert prices.rate == pytest.approx(2.7 / 1.5)
+    assert not prices.expect([1.0, 0.9, 0.8, 0.0], drafted_s=1.0)  # it promised more once
+    prices.observe_round(2, 2.0)
+    prices.begin()
+    assert not prices.expect([1.0, 0.9, 0.8, 0.0], drafted_s=0.5)
+    assert prices.rate == pytest.approx(1.0)
+
+
 def test_rows_beyond_the_largest_pass_cost_no_more() -> None:
     """Where the tree is full, another row would take another's place."""
     prices = priced({1: 1.0, 4: 2.0, 5: 2.5}, max_nodes=4)
@@ -180,9 +196,34 @@ def test_a_plain_pass_is_not_due_for_trees_of_a_given_size_or_where_loading_hide
     assert given.mode is hidden.mode is Mode.ORDINARY
 
 
+def test_one_plain_pass_that_waited_is_enough_and_stays_so() -> None:
+    """Streamed, a pass takes as long as a whole round: the next one drafts, whatever passes came between."""
+    costs = CostModel()
+    made = Schedule(costs, forced=False)
+    costs.draft.observe(1, 0.1)
+    made.begin(new_text=True, broke=True)
+    assert not made.considers_model()
+    costs.verify.observe(1, 1.0, busy=0.1)
+    made.verified(1, 1, model_used=False, model_right=False)
+    for waited in (True, False):
+        made.begin(new_text=False, broke=True)
+        assert made.mode is Mode.ORDINARY
+        assert made.considers_model()
+        costs.verify.observe(32, 1.5, busy=0.1 if waited else 1.5)
+        made.verified(32, 8, model_used=True, model_right=True)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_rounds_rest_where_asking_takes_time_that_waiting_does_not_hide(waits: bool) -> None:
+    made = schedule(plain_rounds=4)
+    made._costs.verify.observe(1, 1.0, busy=0.1 if waits else 1.0)
+    made.begin(new_text=False, broke=True)
+    assert made.mode is (Mode.ORDINARY if waits else Mode.RESTING)
+
+
 @pytest.mark.parametrize("broke", [False, True])
 def test_a_likely_second_row_is_tried_while_its_price_is_unknown(broke: bool) -> None:
-    made = schedule()
+    made = schedule(plain_rounds=3)
     made.begin(new_text=False, broke=broke)
     assert not made.tries_row(0.2, balance=1.0)
     assert not made.tries_row(0.8, balance=0.0)

@@ -42,7 +42,7 @@ def test_what_was_measured_is_kept_for_the_disk(tmp_path: Path, own_home: Path) 
     file = tmp_path / "model.safetensors"
     file.touch()
     assert known_way(file) == DEFAULT_WAY
-    found = rate(ReadWay(False, 8, 4 << 20), 1e9)
+    found = rate(ReadWay(False, 4, 4 << 20), 1e9)
     keep_way(file, found)
     assert known_way(file) == found.way
     assert known_way(tmp_path / "gone") == DEFAULT_WAY

@@ -20,6 +20,7 @@ from llmcad_mlx.memory import (
     ModelSizes,
     ReadRate,
     Speeds,
+    TokenBytes,
     _choices,
     default_budget,
     larger_plans,
@@ -44,7 +45,7 @@ def sizes_of(layers: tuple[int, ...], embedding: int = 20 * MB, head: int = 0) -
         resident_bytes=MB // 10,
         embedding_bytes=embedding,
         head_bytes=head,
-        kv_bytes_per_token=3000,
+        kv_bytes_per_token=TokenBytes(3000),
         logit_columns=32000,
         hidden=512,
         widest=1536,
@@ -58,7 +59,7 @@ def needs_of(sizes: ModelSizes, draft: int = 10 * MB, context: int = 4096, least
         min_context=least,
         runtime_bytes=200 * MB,
         draft_bytes=draft,
-        draft_kv_bytes_per_token=500 if draft else 0,
+        draft_kv_bytes_per_token=TokenBytes(500 if draft else 0),
     )
 
 
@@ -69,7 +70,9 @@ def needs(draw: st.DrawFn) -> MemoryNeeds:
     layers = draw(st.one_of(st.lists(size, max_size=9), st.builds(lambda n, s: [s] * n, st.integers(1, 9), size)))
     head = draw(st.one_of(st.just(0), size))
     context = draw(st.integers(1, 8192))
-    sizes = replace(sizes_of(tuple(layers), draw(size), head), kv_bytes_per_token=draw(st.integers(0, 100_000)))
+    full, windowed = draw(st.integers(0, 100_000)), draw(st.sampled_from([(), ((512, 50_000),)]))
+    kv = TokenBytes(full, windowed)
+    sizes = replace(sizes_of(tuple(layers), draw(size), head), kv_bytes_per_token=kv)
     return needs_of(sizes, draw(st.sampled_from([0, 90 * MB])), context, draw(st.integers(1, context)))
 
 
@@ -119,7 +122,7 @@ def test_more_memory_or_no_draft_never_streams_more(needs: MemoryNeeds, one: int
     low, high = sorted((one, other))
     streamed = planned(needs, low).streamed_bytes
     assert planned(needs, high).streamed_bytes <= streamed
-    without_draft = replace(needs, draft_bytes=0, draft_kv_bytes_per_token=0)
+    without_draft = replace(needs, draft_bytes=0, draft_kv_bytes_per_token=TokenBytes())
     assert planned(without_draft, low).streamed_bytes <= streamed
 
 

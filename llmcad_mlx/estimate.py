@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ class DraftEstimate:
     """Bytes of a draft's weights, and of one token's keys and values."""
 
     num_bytes: int = 0
-    kv_bytes_per_token: TokenBytes = TokenBytes()
+    kv_bytes_per_token: TokenBytes = field(default_factory=TokenBytes)
 
     @classmethod
     def at(cls, path: Path | None) -> DraftEstimate:

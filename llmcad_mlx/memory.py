@@ -60,8 +60,11 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class TokenBytes:
-    """Bytes of one token's keys and values: `full` in the layers that keep those of all tokens, `windowed` (pairs of
-    a window and bytes) in those that need no more than their window."""
+    """Bytes of one token's keys and values.
+
+    `full`: in the layers that keep those of all tokens. `windowed`: pairs of a window and the bytes in the layers
+    that have it.
+    """
 
     full: int = 0
     windowed: tuple[tuple[int, int], ...] = ()
@@ -85,7 +88,7 @@ class TokenBytes:
         return self.full + sum(size for _, size in self.windowed)
 
     def room(self, context: int, num_nodes: int, num_appended: int) -> int:
-        """The most bytes for `context` tokens and `num_nodes` of a tree, or `num_appended` that are read at once."""
+        """The most bytes for `context` tokens and `num_nodes` of a tree. num_appended: most tokens read at once."""
         most = most_capacity(context + num_nodes)
         rows = max(num_nodes, num_appended)
         windowed = sum(size * min(most, most_window_capacity(window, rows)) for window, size in self.windowed)

@@ -196,14 +196,15 @@ def _restore(path: Path, facts: dict[str, Any], model: str, pair: LoadedPair, to
     if len(on_kernels) != len(computed):
         raise CacheMismatchError("it has another number of layers")
     pairs = zip(computed, _saved_layers(path, model, on_kernels), strict=True)
-    if not any([_compare(ours, stored, len(first), length) for ours, stored in pairs]):
+    compared = [_compare(ours, stored, len(first), length) for ours, stored in pairs]
+    if not any(compared):
         raise CacheMismatchError("no layer holds the first tokens, to be compared")
     cache.restore(_saved_layers(path, model, on_kernels), length)
 
 
 def _compare(computed: LayerState | None, stored: LayerState | None, count: int, length: int) -> bool:
-    """Raise CacheMismatchError unless `stored`, all `length` tokens of them, begins with `computed`, but for rounding.
-    False where only kind and shape could be compared."""
+    """Raise CacheMismatchError unless `stored` begins with `computed`, but for rounding. False where it lacks the
+    first of the `length` tokens, so that only kind and shape are compared."""
     if computed is None or stored is None:
         if computed is not stored:
             raise CacheMismatchError("its layers are of another kind")

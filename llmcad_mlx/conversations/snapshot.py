@@ -28,8 +28,10 @@ class CachePart:
 
 @dataclass(frozen=True, slots=True)
 class PartSnapshot:
-    """Copies of one model's keys and values for the first `length` tokens; None: a layer that has none. Of them, no
-    less than `least_length` can be kept, see `ModelCache`."""
+    """Copies of one model's keys and values for the first `length` tokens; None: a layer that has none.
+
+    `least_length`: see `ModelCache`.
+    """
 
     model: str
     length: int
@@ -59,8 +61,8 @@ class Snapshot:
 
 
 def cache_parts(pair: LoadedPair, tokens: Sequence[int]) -> list[CachePart]:
-    """The caches that hold a beginning of `tokens`, the target's first; [] where it has read nothing, keeps a state
-    that cannot be copied layer by layer (capability "plain"), or cannot be cut down to `tokens`."""
+    """The caches that hold a beginning of `tokens`, the target's first; [] where it has read nothing, cannot be
+    cut down to `tokens`, or keeps a state that cannot be copied layer by layer (capability "plain")."""
     cache = pair.target.cache
     length = min(cache.length, len(tokens))
     if cache.capability == "plain" or not length or length < cache.least_length:

@@ -196,7 +196,7 @@ class LayerCache:
         return self.keys, self.values
 
     def _announced(self) -> tuple[int, int]:
-        """The first of the announced rows in the buffers, and their end. Restored rows may begin with the front."""
+        """Where the announced rows begin in the buffers, and end; restored ones may begin at the front."""
         first = self.owner.front(self.window).slot
         return max(self.owner.first_appended - first, 0), self.owner.num_slots - first
 
@@ -346,8 +346,10 @@ class LazyKVCache(SlotTable):
         dead = self.num_dead
         if dead < self.min_dead:
             return False
-        held = ((w, dead - front.slot + front.tokens) for w, front in self._fronts.items())  # dead in layers with w
-        return dead > self.max_dead_share * self.num_slots or any(n > most_window_dead(w) for w, n in held)
+        if dead > self.max_dead_share * self.num_slots:
+            return True
+        held = ((window, dead - front.slot + front.tokens) for window, front in self._fronts.items())
+        return any(num_dead > most_window_dead(window) for window, num_dead in held)
 
     def _move_front(self, window: int) -> None:
         old = self.front(window).slot
@@ -382,9 +384,7 @@ class LazyKVCache(SlotTable):
                 self._offset = NodePositions(positions.copy())
         return self._offset
 
-    def mask(
-        self, num_rows: int, window: int | None, return_array: bool, first: int = 0
-    ) -> mx.array | str | None:
+    def mask(self, num_rows: int, window: int | None, return_array: bool, first: int = 0) -> mx.array | str | None:
         """None (one row that sees all), "causal", or bool (1, 1, num_rows, num_slots - first): what a row may see
         of the slots from ``first`` on."""
         if num_rows != self.num_appended:
@@ -439,9 +439,9 @@ class LazyKVCache(SlotTable):
     def _restore_front(self, window: int | None, missing: int) -> None:
         """What is restored lacks the first tokens in the layers with ``window``."""
         if missing:
-            front = Front(missing, missing)
-            if window is None or missing < 0 or missing % FRONT_STEP or front.least_length(window) > self.num_slots:
-                raise ValueError(f"a layer lacks {missing} of {self.num_slots} tokens")
+            front, length = Front(missing, missing), self.num_slots
+            if window is None or missing < 0 or missing % FRONT_STEP or front.least_length(window) > length:
+                raise ValueError(f"a layer lacks {missing} of {length} tokens")
             self._fronts[window] = front
 
     def _forget_append(self) -> None:

@@ -185,8 +185,8 @@ class SlotTable:
             self._settle()
 
     def truncate(self, length: int) -> None:
-        """Keep only the first ``length`` committed tokens. Raises ValueError when fewer are committed, and for less
-        than `least_length`, 0 excepted."""
+        """Keep only the first ``length`` committed tokens. Raises ValueError when fewer are committed, and for
+        less than `least_length`, 0 excepted."""
         if not 0 <= length <= self.length or 0 < length < self.least_length:
             raise ValueError(f"cannot keep {length} of {self.length} tokens (least: {self.least_length}, or 0)")
         if not length:

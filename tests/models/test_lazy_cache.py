@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
 from llmcad_mlx.memory import TokenBytes
-
 from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.models.slots import most_window_dead, window_rows

@@ -190,9 +190,10 @@ def test_rows_that_no_window_reaches_are_given_up_without_changing_a_bit(seed: i
         copied = tree_model.new_cache()
         copied.restore(cache.states(cache.length), cache.length)
         cache.rollback()
-        for length in (cache.length, max(cache.least_length, 1)):
-            path = use.committed[:length]
-            for other in (cache, copied):
+        for other in (cache, copied):
+            for most in (True, False):
+                length = other.length if most else max(other.least_length, 1)
+                path = use.committed[:length]
                 other.truncate(length)
                 row = np.array(tree_model.forward([5, 7], other, [-1, -1]).logits[1])
                 assert np.array_equal(row, use.reference((*path, 7)))

@@ -88,7 +88,7 @@ class TokenBytes:
         return self.full + sum(size for _, size in self.windowed)
 
     def room(self, context: int, num_nodes: int, num_appended: int) -> int:
-        """The most bytes for `context` tokens and `num_nodes` of a tree. num_appended: most tokens read at once."""
+        """The most bytes for `context` tokens and `num_nodes` of a tree; num_appended: tokens read at once."""
         most = most_capacity(context + num_nodes)
         rows = max(num_nodes, num_appended)
         windowed = sum(size * min(most, most_window_capacity(window, rows)) for window, size in self.windowed)

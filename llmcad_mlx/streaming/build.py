@@ -340,7 +340,7 @@ def _bytes_of_all(leading: ModelCache, whole: ModelCache, ratio: float) -> Token
     """What a token takes in all layers. leading: a cache of which only the first layers, 1 / `ratio` of them, hold
     one. whole: an empty cache, which tells the windows. A layer takes what those of its window do."""
     known = [(window, size) for window, size in leading.token_nbytes if size]
-    if leading.capability == "plain":
+    if leading.capability == "plain" or not known:
         return TokenBytes(round(sum(size for _, size in known) * ratio))
     alike = {window: [size for other, size in known if other == window] for window, _ in whole.token_nbytes}
     every = [size for _, size in known]

@@ -35,6 +35,7 @@ from llmcad_mlx.cpu import prepare_for_device
 from llmcad_mlx.errors import LlmcadError
 from llmcad_mlx.files.safetensors import read_weights
 from llmcad_mlx.loader import plan_pair
+from llmcad_mlx.measure.tune import time_passes
 from llmcad_mlx.models.probe import probe
 from llmcad_mlx.prompt import Prompt
 from llmcad_mlx.settings import MemoryOptions
@@ -43,7 +44,6 @@ from llmcad_mlx.store.names import device_name, find_pair, public_name
 from llmcad_mlx.streaming.storage import FileStorage, ReadWay
 from llmcad_mlx.streaming.stream import Read, Unit, WeightStream
 from llmcad_mlx.streaming.ways import best_way, keep_way, measure_ways, reads_of
-from llmcad_mlx.tree.token_tree import TokenTree
 
 PROMPT = "Write a Python function that merges two sorted lists, and explain it."
 NUM_TOKENS = 200
@@ -329,25 +329,23 @@ class _Model:
         )
 
     def pass_times(self) -> str:
-        """A pass of the target by rows, a step of the draft, and what a lone evaluation costs."""
-        pair = self.engine.pair
-        if pair.target.cache.capability != "tree":
-            raise _NotHereError("no trees with this model")
-        self.engine.generate(self.prompt, max_tokens=2)
-        root = self.engine.tokens[-1]
-        times = {}
-        for rows in (1, 2, 4, 8, 16, 32, 64):
-            tree = TokenTree(root)
-            for i in range(rows - 1):
-                tree.add(0, i, 0.5)
-            times[rows] = _seconds(lambda tree=tree: pair.target.verify(tree))  # type: ignore[misc]
-        pair.target.truncate(pair.target.cache.length)
-        step = pair.profile.costs.draft.predict(1) if pair.profile.costs.draft else None
-        one = mx.array(1.0)
-        synchronisation = _seconds(lambda: mx.eval(one + one), 50)
-        passes = ", ".join(f"{rows} {seconds * 1e3:.3g}" for rows, seconds in times.items())
+        """Passes of the target by rows as `tune` times them, a step of the draft, and a lone evaluation.
+        The times of passes are kept with what the pair has learned."""
+        pair, costs = self.engine.pair, self.engine.pair.profile.costs
+        self.engine.generate(self.prompt, max_tokens=2)  # drafts
+        self.engine.restore(None)  # the passes need the target's cache
+        passes = time_passes(pair)
+        for timed in passes:
+            costs.observe_pass(*timed)
+        step = costs.draft.predict(1) if costs.draft else None
+        one, evaluations = mx.array(1.0), []
+        for _ in range(50):
+            started = time.perf_counter()
+            mx.eval(one + one)
+            evaluations.append(time.perf_counter() - started)
+        by_rows = ", ".join(f"{rows} {seconds * 1e3:.3g}" for rows, seconds, _ in passes)
         drafting = "" if not step else f"; a draft step {step * 1e3:.3g} ms"
-        return f"ms by rows: {passes}{drafting}; an evaluation {synchronisation * 1e6:.0f} us"
+        return f"ms by rows: {by_rows}{drafting}; an evaluation {median(evaluations) * 1e6:.0f} us"
 
     def same_text(self) -> str:
         """In memory, drafted and plain."""
@@ -406,14 +404,3 @@ class _Model:
 def _way(way: ReadWay) -> str:
     readers = "one reader" if way.num_readers == 1 else f"{way.num_readers} readers"
     return f"{'direct' if way.direct else 'buffered'}, {readers} of {way.piece_bytes >> 20} MB"
-
-
-def _seconds(call: Callable[[], object], times: int = 3) -> float:
-    """The median, after one call that nothing is concluded from."""
-    call()
-    found = []
-    for _ in range(times):
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return median(found)

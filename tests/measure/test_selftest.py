@@ -17,8 +17,11 @@ from llmcad_mlx.files import home_folder, read_object
 from llmcad_mlx.measure import selftest
 from llmcad_mlx.measure.selftest import Check, self_test
 from llmcad_mlx.models.tree_model import TreeModel
+from llmcad_mlx.store.names import find_pair, pair_profile_path
+from llmcad_mlx.store.profile import PairProfile
 from llmcad_mlx.streaming.storage import FileStorage, ReadWay
 from llmcad_mlx.streaming.ways import WAYS
+from tests.support.tiny_folder import family_folder
 
 NAMES = [
     "machine", "reading while computing", "kernels", "tree against plain", "second thread", "disk", "pass times",
@@ -111,6 +114,23 @@ def test_a_model_that_its_own_thread_alone_can_use_is_found(
     check = found("second thread", endless)
     assert check.passed is False
     assert "no Stream(cpu, 0)" in check.finding
+
+
+def test_passes_are_timed_as_tune_does_and_their_times_kept(
+    endless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = [(rows, rows / 100, rows / 100) for rows in (1, 2, 33)]
+    with monkeypatch.context() as patch:
+        patch.setattr(selftest, "time_passes", lambda pair: timed)
+        check = found("pass times", endless)
+    assert check.finding.startswith("ms by rows: 1 10, 2 20, 33 330; a")
+    verify = PairProfile(pair_profile_path(find_pair(str(endless), "auto", False), None, None)).costs.verify
+    assert verify.times_seen(33) == 1
+    whole = self_test(str(endless), ("pass times", "same text"))
+    assert [check.passed for check in whole] == [True, True]  # the passes leave nothing behind
+    chains = found("pass times", family_folder(tmp_path / "chains", "gpt2", max_position_embeddings=512))
+    assert chains.passed
+    assert "64 " in chains.finding
 
 
 def test_memory_beyond_the_plan_is_found(monkeypatch: pytest.MonkeyPatch, endless: Path) -> None:

@@ -219,7 +219,7 @@ class KernelCache:
 
     def __init__(self, nodes: Nodes, window: int | None) -> None:
         self.nodes, self.window = nodes, window
-        self.table = SlotTable()
+        self.table = SlotTable(windows=[] if window is None else [window])
         self.slots: dict[int, int] = {-1: -1}
         shape = (nodes.kv_heads, 1024, nodes.dim)
         self.keys, self.values = (np.full(shape, np.nan, np.float32) for _ in range(2))
@@ -235,7 +235,9 @@ class KernelCache:
         queries = np.stack([self.nodes.queries[node] for node in rows])
         out = np.empty_like(queries)
         plan, scale = self.table.attention_plan(self.window), np.float32(self.nodes.scale)
-        cpu_attention.attention(queries, self.keys, self.values, plan, scale, out)
+        first = self.table.front(self.window).slot
+        keys, values = (np.ascontiguousarray(rows[:, first:]) for rows in (self.keys, self.values))
+        cpu_attention.attention(queries, keys, values, plan, scale, out)
         return out
 
     def commit(self, path: Sequence[int]) -> None:
@@ -286,6 +288,25 @@ def test_attention_over_trees_equals_plain_decoding_bit_for_bit(
         accepted = [n for n in nodes.path(int(random.integers(first, len(nodes.parents)))) if n >= first]
         cache.commit(accepted)
         tip = accepted[-1]
+
+
+@pytest.mark.parametrize("window", [5, 23])
+def test_what_no_window_reaches_may_be_gone(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """To the last bit: a front is a multiple of the lanes that scores are added up in."""
+    nodes = Nodes(4, 2, 64, 7)
+    line = [nodes.add(i - 1) for i in range(100)]
+    branches = [nodes.add(line[-1]) for _ in range(8)]
+    outputs = []
+    for slack in (1000, 19):
+        monkeypatch.setattr("llmcad_mlx.models.slots.WINDOW_SLACK", slack)
+        cache = KernelCache(nodes, window)
+        for node in line:
+            outputs.append(cache.forward([node])[0])
+            cache.commit([node])
+        outputs += [*cache.forward(branches)]
+        assert (cache.table.front(window).slot > 32) is (slack == 19)
+    kept, given_up = np.split(np.stack(outputs), 2)
+    np.testing.assert_array_equal(given_up, kept)
 
 
 def test_attention_survives_extreme_scores() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from llmcad_mlx.cpu import cpu_kernels_wanted
@@ -24,7 +24,7 @@ from llmcad_mlx.errors import ModelError, first_line
 from llmcad_mlx.files import user_path
 from llmcad_mlx.files.safetensors import DTYPES, TensorExtent, dtype_name, read_weights
 from llmcad_mlx.machine import memory_of_process
-from llmcad_mlx.memory import MemoryNeeds, ModelSizes
+from llmcad_mlx.memory import MemoryNeeds, ModelSizes, TokenBytes
 from llmcad_mlx.models.config import completed, context_length
 from llmcad_mlx.models.folder import LINEARS, LoadedModel, read_config, shares_embedding
 from llmcad_mlx.models.tokenizer import tokenizer_loading_bytes
@@ -147,13 +147,18 @@ def _token_state(model: Any, config: Mapping[str, Any]) -> TokenState:
     """From the shapes of the caches after one token, which nobody computes."""
     cache = make_prompt_cache(model)
     model(mx.array([[0]]), cache=cache)
-    arrays = [array for part in cache for array in (getattr(part, "keys", None), getattr(part, "values", None))]
-    shapes = [(array.nbytes // array.shape[2], array.itemsize) for array in arrays if isinstance(array, mx.array)]
+    layers: list[tuple[int | None, int]] = []
+    on_kernels = cpu_kernels_wanted()  # they keep keys and values in float32
+    for part in cache:
+        window = part.max_size if isinstance(part, RotatingKVCache) else None
+        for array in (getattr(part, "keys", None), getattr(part, "values", None)):
+            if isinstance(array, mx.array):
+                size = array.nbytes // array.shape[2]
+                layers.append((window, size * 4 // array.itemsize if on_kernels else size))
     attention = attention_of(cache, config)
-    if cpu_kernels_wanted():  # they keep keys and values in float32
-        shapes = [(num_bytes * 4 // itemsize, itemsize) for num_bytes, itemsize in shapes]
-        attention = None if attention is None else replace(attention, itemsize=4)
-    return TokenState(sum(num_bytes for num_bytes, _ in shapes), attention)
+    if on_kernels and attention is not None:
+        attention = replace(attention, itemsize=4)
+    return TokenState(TokenBytes.of(layers), attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +166,7 @@ class DraftEstimate:
     """Bytes of a draft's weights, and of one token's keys and values."""
 
     num_bytes: int = 0
-    kv_bytes_per_token: int = 0
+    kv_bytes_per_token: TokenBytes = field(default_factory=TokenBytes)
 
     @classmethod
     def at(cls, path: Path | None) -> DraftEstimate:

@@ -30,7 +30,15 @@ from llmcad_mlx.files import home_folder
 from llmcad_mlx.files.bundle import read_bundle, verify_bundle
 from llmcad_mlx.first_run import compile_kernels
 from llmcad_mlx.machine import memory_of_process, physical_memory_bytes, trim_heap, working_set_bytes
-from llmcad_mlx.memory import LEAST_CACHE, MemoryNeeds, MemoryPlan, default_budget, make_plan, wired_share
+from llmcad_mlx.memory import (
+    LEAST_CACHE,
+    MemoryNeeds,
+    MemoryPlan,
+    TokenBytes,
+    default_budget,
+    make_plan,
+    wired_share,
+)
 from llmcad_mlx.models.folder import (
     DRAFT_TOKENS,
     LoadedModel,
@@ -417,7 +425,7 @@ def _needs(prepared: Prepared, drafters: Sequence[Drafter], options: MemoryOptio
         min_context=min_context,
         runtime_bytes=max(memory_of_process().now - weights - sizes.resident_bytes, 0) + options.reserved,
         draft_bytes=weights,
-        draft_kv_bytes_per_token=sum(token_state(model).kv_bytes for model in models),
+        draft_kv_bytes_per_token=sum((token_state(model).kv_bytes for model in models), TokenBytes()),
     )
 
 

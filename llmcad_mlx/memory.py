@@ -12,12 +12,12 @@ draft it is 1 / max(W/B, C(1)), and no more than B/W (DESIGN 3.7).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from llmcad_mlx.errors import BudgetError
-from llmcad_mlx.models.slots import most_capacity
+from llmcad_mlx.models.slots import most_capacity, most_window_capacity
 from llmcad_mlx.policy.best_first import provisional_nodes
 from llmcad_mlx.sizes import format_size
 
@@ -59,6 +59,43 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenBytes:
+    """Bytes of one token's keys and values.
+
+    `full`: in the layers that keep those of all tokens. `windowed`: pairs of a window and the bytes in the layers
+    that have it.
+    """
+
+    full: int = 0
+    windowed: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, layers: Iterable[tuple[int | None, int]]) -> TokenBytes:
+        """layers: each one's window and bytes."""
+        sums: dict[int | None, int] = {None: 0}
+        for window, size in layers:
+            sums[window] = sums.get(window, 0) + size
+        return cls(sums.pop(None), tuple((window, size) for window, size in sums.items() if window is not None))
+
+    def __add__(self, other: TokenBytes) -> TokenBytes:
+        return TokenBytes(self.full + other.full, (*self.windowed, *other.windowed))
+
+    def half(self) -> TokenBytes:
+        return TokenBytes(self.full // 2, tuple((window, size // 2) for window, size in self.windowed))
+
+    @property
+    def total(self) -> int:
+        return self.full + sum(size for _, size in self.windowed)
+
+    def room(self, context: int, num_nodes: int, num_appended: int) -> int:
+        """The most bytes for `context` tokens and `num_nodes` of a tree; num_appended: tokens read at once."""
+        most = most_capacity(context + num_nodes)
+        rows = max(num_nodes, num_appended)
+        windowed = sum(size * min(most, most_window_capacity(window, rows)) for window, size in self.windowed)
+        return self.full * most + windowed
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSizes:
     """Bytes of a target's parts.
 
@@ -71,7 +108,7 @@ class ModelSizes:
     resident_bytes: int
     embedding_bytes: int
     head_bytes: int
-    kv_bytes_per_token: int
+    kv_bytes_per_token: TokenBytes
     logit_columns: int
     hidden: int
     widest: int
@@ -168,7 +205,7 @@ class MemoryNeeds:
     min_context: int
     runtime_bytes: int
     draft_bytes: int = 0
-    draft_kv_bytes_per_token: int = 0
+    draft_kv_bytes_per_token: TokenBytes = TokenBytes()
     loading_bytes: int = 0
 
     def most_room(self, budget: int | None) -> Room:
@@ -321,16 +358,18 @@ def _longest(needs: MemoryNeeds, plan: Callable[[Room], MemoryPlan], room: Room)
 def _plan(needs: MemoryNeeds, budget: int | None, pins: Pins, embedding: bool, room: Room) -> MemoryPlan:
     """The plan that keeps `pins`, whether or not it fits. embedding: keep one that is no head, too."""
     sizes = needs.sizes
-    kv = sizes.kv_bytes_per_token * most_capacity(room.context + room.max_nodes)
-    drafted = room.context + provisional_nodes(room.max_nodes)
-    draft_kv = needs.draft_kv_bytes_per_token * most_capacity(drafted)
+    kv = sizes.kv_bytes_per_token.room(room.context, room.max_nodes, room.prefill_chunk)
+    drafted = provisional_nodes(room.max_nodes)
+    draft_kv = needs.draft_kv_bytes_per_token.room(room.context, drafted, room.prefill_chunk)
     logits = round(room.max_nodes * sizes.logit_columns * 4 * _LOGIT_COPIES)
     activations = room.prefill_chunk * (3 * sizes.widest + 6 * sizes.hidden) * 4
     if sizes.attention is not None:
         activations += sizes.attention.score_bytes(
             max(room.prefill_chunk, room.max_nodes), room.context + room.max_nodes
         )
-    compacted = -(-kv // max(len(sizes.layer_bytes), 1))  # a layer's rows are copied before they move
+    # A layer's rows are copied before they move.
+    rows = sizes.kv_bytes_per_token.total * most_capacity(room.context + room.max_nodes)
+    compacted = -(-rows // max(len(sizes.layer_bytes), 1))
     largest_layer = max(sizes.layer_bytes, default=0)
     head_pieces = max(-(-sizes.matrix_bytes // max(largest_layer, 1 << 20)), 1)
     # A piece of the head has a multiple of 64 rows, so it may be a little larger than a layer.
@@ -430,7 +469,7 @@ def smaller_drafts(needs: MemoryNeeds, plan: MemoryPlan, pinned: int | None) -> 
     budget = plan.budget_bytes
     if not needs.draft_bytes or budget is None or not plan.streamed_bytes:
         return
-    half, half_kv = needs.draft_bytes // 2, needs.draft_kv_bytes_per_token // 2
-    for name, weights, kv in (("draft half as large", half, half_kv), ("no draft model", 0, 0)):
+    half, half_kv = needs.draft_bytes // 2, needs.draft_kv_bytes_per_token.half()
+    for name, weights, kv in (("draft half as large", half, half_kv), ("no draft model", 0, TokenBytes())):
         smaller = replace(needs, draft_bytes=weights, draft_kv_bytes_per_token=kv)
         yield name, make_plan(smaller, budget, pinned)

@@ -112,12 +112,13 @@ class Target:
         self.cache.commit([verification.slots[0], *(verification.slots[node] for node in nodes)])
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` cached tokens, or none where the model cannot take tokens back."""
+        """Keep the first `length` cached tokens, or none where the model cannot take the others back."""
         if self.cache.capability != "plain":
             self.cache.rollback()
-        elif length < self.cache.length or self.cache.num_slots > self.cache.length:
-            length = 0  # a token it has seen cannot be taken back, nor one of an interrupted round
-        self.cache.truncate(min(length, self.cache.length))
+        elif self.cache.num_slots > self.cache.length:
+            length = 0  # an interrupted round's tokens have been seen
+        length = min(length, self.cache.length)
+        self.cache.truncate(length if length >= self.cache.least_length else 0)
 
     def close(self) -> None:
         if self.feed is not None:

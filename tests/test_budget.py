@@ -14,7 +14,7 @@ from llmcad_mlx import load, loader
 from llmcad_mlx.errors import BudgetError, ModelError
 from llmcad_mlx.estimate import DraftEstimate, ModelEstimate, estimate_needs
 from llmcad_mlx.machine import ProcessMemory, memory_of_process
-from llmcad_mlx.memory import LEAST_CACHE
+from llmcad_mlx.memory import LEAST_CACHE, TokenBytes
 from llmcad_mlx.models.folder import read_config
 from llmcad_mlx.models.tokenizer import tokenizer_loading_bytes
 from llmcad_mlx.settings import MemoryOptions
@@ -84,7 +84,7 @@ def test_the_estimate_is_what_loading_finds(folder: Path, draft: Path) -> None:
         target, (_, model_drafter) = engine.pair.target.model, engine.pair.drafters
         assert needs.draft_bytes == pytest.approx(model_drafter.model.weight_bytes, rel=0.1)
         engine.generate("the", max_tokens=2)
-        assert needs.sizes.kv_bytes_per_token == engine.pair.target.cache.slot_nbytes
+        assert needs.sizes.kv_bytes_per_token == TokenBytes.of(engine.pair.target.cache.token_nbytes)
         assert needs.draft_kv_bytes_per_token == token_state(model_drafter.model).kv_bytes
         assert sum(needs.sizes.layer_bytes) == pytest.approx(engine.pair.plan.streamed_bytes, rel=0.2)
     assert target.context_length == model.context_length

@@ -20,6 +20,7 @@ from llmcad_mlx.memory import (
     ModelSizes,
     ReadRate,
     Speeds,
+    TokenBytes,
     _choices,
     default_budget,
     larger_plans,
@@ -44,7 +45,7 @@ def sizes_of(layers: tuple[int, ...], embedding: int = 20 * MB, head: int = 0) -
         resident_bytes=MB // 10,
         embedding_bytes=embedding,
         head_bytes=head,
-        kv_bytes_per_token=3000,
+        kv_bytes_per_token=TokenBytes(3000),
         logit_columns=32000,
         hidden=512,
         widest=1536,
@@ -58,7 +59,7 @@ def needs_of(sizes: ModelSizes, draft: int = 10 * MB, context: int = 4096, least
         min_context=least,
         runtime_bytes=200 * MB,
         draft_bytes=draft,
-        draft_kv_bytes_per_token=500 if draft else 0,
+        draft_kv_bytes_per_token=TokenBytes(500 if draft else 0),
     )
 
 
@@ -69,7 +70,9 @@ def needs(draw: st.DrawFn) -> MemoryNeeds:
     layers = draw(st.one_of(st.lists(size, max_size=9), st.builds(lambda n, s: [s] * n, st.integers(1, 9), size)))
     head = draw(st.one_of(st.just(0), size))
     context = draw(st.integers(1, 8192))
-    sizes = replace(sizes_of(tuple(layers), draw(size), head), kv_bytes_per_token=draw(st.integers(0, 100_000)))
+    full, windowed = draw(st.integers(0, 100_000)), draw(st.sampled_from([(), ((512, 50_000),)]))
+    kv = TokenBytes(full, windowed)
+    sizes = replace(sizes_of(tuple(layers), draw(size), head), kv_bytes_per_token=kv)
     return needs_of(sizes, draw(st.sampled_from([0, 90 * MB])), context, draw(st.integers(1, context)))
 
 
@@ -119,7 +122,7 @@ def test_more_memory_or_no_draft_never_streams_more(needs: MemoryNeeds, one: int
     low, high = sorted((one, other))
     streamed = planned(needs, low).streamed_bytes
     assert planned(needs, high).streamed_bytes <= streamed
-    without_draft = replace(needs, draft_bytes=0, draft_kv_bytes_per_token=0)
+    without_draft = replace(needs, draft_bytes=0, draft_kv_bytes_per_token=TokenBytes())
     assert planned(without_draft, low).streamed_bytes <= streamed
 
 
@@ -259,7 +262,7 @@ def test_prompt_chunks_get_smaller_where_scores_would_break_the_budget() -> None
 # -- a simulated Mac: 16 GB, of which Metal recommends 11.45 GB ----------------------------------------------
 
 MAC_BYTES, WORKING_SET = 16 << 30, 11_450 * MB
-QWEN_32B = ModelSizes((280 * MB,) * 64, 2 * MB, 440 * MB, 440 * MB, 262_144, 151_936, 5120, 25_600)
+QWEN_32B = ModelSizes((280 * MB,) * 64, 2 * MB, 440 * MB, 440 * MB, TokenBytes(262_144), 151_936, 5120, 25_600)
 
 
 def test_the_default_budget_of_a_mac_stays_below_what_metal_recommends() -> None:
@@ -295,9 +298,21 @@ def test_speeds_by_the_formulas() -> None:
     assert Speeds.of(50, ReadRate(100.0), None) == Speeds(None, None, None, 2.0)
 
 
+@pytest.mark.parametrize("budget", [1500 * MB, 6000 * MB])
+def test_layers_with_a_window_take_what_it_needs(budget: int) -> None:
+    """Gemma 3's proportions: five of six layers see 512 tokens."""
+    sizes = replace(sizes_of((40 * MB,) * 6), kv_bytes_per_token=TokenBytes(60_000))
+    windowed = replace(sizes, kv_bytes_per_token=TokenBytes(10_000, ((512, 50_000),)))
+    before, now = (make_plan(needs_of(one, context=32_768), budget) for one in (sizes, windowed))
+    assert now.context >= before.context
+    assert now.context == 32_768 or now.context > 2 * before.context
+    short = (make_plan(needs_of(one, context=500, least=500), None).kv_bytes for one in (sizes, windowed))
+    assert len({*short}) == 1  # what is shorter than the window stays
+
+
 def test_larger_budgets_are_planned_as_loading_would() -> None:
     """With a model large enough that the steps differ."""
-    sizes = ModelSizes((300 * MB,) * 20, 0, 100 * MB, 100 * MB, 1000, 1000, 64, 64)
+    sizes = ModelSizes((300 * MB,) * 20, 0, 100 * MB, 100 * MB, TokenBytes(1000), 1000, 64, 64)
     needs = MemoryNeeds(sizes, 4096, 1024, runtime_bytes=200 * MB)
     now = make_plan(needs, 3000 * MB)
     rows = list(larger_plans(needs, now))

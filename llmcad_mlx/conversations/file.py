@@ -2,10 +2,12 @@
 
 One safetensors file. Metadata: `llmcad_mlx` (FORMAT), `conversation` (JSON: whatever the caller keeps there) and
 `cache` (JSON: what the caches belong to, their tokens and layers). Tensors: `target.0.keys`, … `draft.3.values`,
-each (kv_heads, L, dim), then `sha256`, 32 bytes, the digest of all bytes before it.
+each (kv_heads, L, dim), the last L tokens that the layer holds, then `sha256`, 32 bytes, the digest of all bytes
+before it.
 
 Saved caches are used only after all of this fits: versions, device, both models' files, token ids, sha256, shapes
-and types, and at last the keys and values of the first tokens, computed again: other weights give others.
+and types, and at last the keys and values of the first tokens, computed again: other weights give others. Layers
+with a window may hold them no longer; then the other layers' are looked at.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +69,14 @@ def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tok
         except UsageError:
             raise UsageError(f"{path}: exists and is not a saved conversation; choose another name") from None
     parts = cache_parts(pair, tokens)
-    firsts = {part.model: list(part.cache.states(1)) for part in parts}
-    specs = [
-        TensorSpec(name, dtype_name(array.dtype), (array.shape[0], part.length, array.shape[2]))
-        for part in parts
-        for name, array in _arrays(part.model, firsts[part.model])
-    ]
+    specs: list[TensorSpec] = []
+    on_host: dict[str, list[bool]] = {part.model: [] for part in parts}
+    for part in parts:  # layer by layer, here and below: under a memory budget there is no room for a copy of all
+        for number, layer in enumerate(part.cache.states(part.length)):
+            on_host[part.model].append(layer is not None and layer.on_cpu_kernels)
+            arrays = _arrays(part.model, number, layer)
+            specs += [TensorSpec(name, dtype_name(array.dtype), array.shape) for name, array in arrays]
     lengths = {part.model: part.length for part in parts}
-    on_host = {model: [bool(one and one.on_cpu_kernels) for one in layers] for model, layers in firsts.items()}
     read = list(tokens[: lengths.get(TARGET, 0)])
     cache = {"belongs_to": _belongings(pair), "tokens": read, "lengths": lengths, "on_host": on_host}
     texts = {"conversation": json.dumps(data), "cache": json.dumps(cache if parts else None)}
@@ -82,10 +84,11 @@ def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tok
     try:
         require_free_space(path.parent, sum(s.num_bytes for s in specs), f"the conversation {path.name}", _REMEDY)
         with new_file(path, private=True) as file, SafetensorsWriter(file, [*specs, DIGEST], metadata) as writer:
-            for part in parts:  # layer by layer: under a memory budget there is no room for a copy of all
-                for name, array in _arrays(part.model, part.cache.states(part.length)):
-                    content: Any = np.asarray(array.reshape(-1).view(mx.uint8))
-                    writer.write_bytes(name, 0, memoryview(content))
+            for part in parts:
+                for number, layer in enumerate(part.cache.states(part.length)):
+                    for name, array in _arrays(part.model, number, layer):
+                        content: Any = np.asarray(array.reshape(-1).view(mx.uint8))
+                        writer.write_bytes(name, 0, memoryview(content))
             end = writer.extents[DIGEST.name].offset
             writer.write_bytes(DIGEST.name, 0, _digest(file, end))
             writer.sync()
@@ -94,11 +97,10 @@ def save_conversation(path: Path, data: Mapping[str, Any], pair: LoadedPair, tok
     return end + DIGEST.num_bytes
 
 
-def _arrays(model: str, layers: Iterable[LayerState | None]) -> Iterator[tuple[str, mx.array]]:
-    for number, layer in enumerate(layers):
-        if layer is not None:
-            yield f"{model}.{number}.keys", layer.keys
-            yield f"{model}.{number}.values", layer.values
+def _arrays(model: str, number: int, layer: LayerState | None) -> Iterator[tuple[str, mx.array]]:
+    if layer is not None:
+        yield f"{model}.{number}.keys", layer.keys
+        yield f"{model}.{number}.values", layer.values
 
 
 def read_conversation(path: Path) -> SavedConversation:
@@ -193,24 +195,30 @@ def _restore(path: Path, facts: dict[str, Any], model: str, pair: LoadedPair, to
     computed = list(cache.states(len(first)))
     if len(on_kernels) != len(computed):
         raise CacheMismatchError("it has another number of layers")
-    for ours, stored in zip(computed, _saved_layers(path, model, on_kernels), strict=True):
-        _compare(ours, stored, len(first))
+    pairs = zip(computed, _saved_layers(path, model, on_kernels), strict=True)
+    compared = [_compare(ours, stored, len(first), length) for ours, stored in pairs]
+    if not any(compared):
+        raise CacheMismatchError("no layer holds the first tokens, to be compared")
     cache.restore(_saved_layers(path, model, on_kernels), length)
 
 
-def _compare(computed: LayerState | None, stored: LayerState | None, count: int) -> None:
-    """Raise CacheMismatchError unless `stored` begins with `computed`, but for rounding."""
+def _compare(computed: LayerState | None, stored: LayerState | None, count: int, length: int) -> bool:
+    """Raise CacheMismatchError unless `stored` begins with `computed`, but for rounding. False where it lacks the
+    first of the `length` tokens, so that only kind and shape are compared."""
     if computed is None or stored is None:
         if computed is not stored:
             raise CacheMismatchError("its layers are of another kind")
-        return
+        return False
     if not computed.fits(stored):
         raise CacheMismatchError("its layers have other shapes or types")
+    if stored.keys.shape[1] != length:
+        return False
     for ours, theirs in ((computed.keys, stored.keys), (computed.values, stored.values)):
         tolerance = 1e-3 if ours.dtype == mx.float32 else 5e-2
         a, b = ours.astype(mx.float32), theirs[:, :count].astype(mx.float32)
         if not bool(mx.all(mx.abs(a - b) <= tolerance * mx.max(mx.abs(a))).item()):  # NaN fails, too
             raise CacheMismatchError("the model computes other values")
+    return True
 
 
 def _saved_layers(path: Path, model: str, on_cpu_kernels: Sequence[bool]) -> Iterator[LayerState | None]:

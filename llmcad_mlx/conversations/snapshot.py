@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmcad_mlx.engine.session import Session
+from llmcad_mlx.engine.session import Session, reusable_prefix
 from llmcad_mlx.loader import LoadedPair
 from llmcad_mlx.models.cache import LayerState, ModelCache
 
@@ -28,10 +28,14 @@ class CachePart:
 
 @dataclass(frozen=True, slots=True)
 class PartSnapshot:
-    """Copies of one model's keys and values for the first `length` tokens; None: a layer that has none."""
+    """Copies of one model's keys and values for the first `length` tokens; None: a layer that has none.
+
+    `least_length`: see `ModelCache`.
+    """
 
     model: str
     length: int
+    least_length: int
     layers: tuple[LayerState | None, ...]
 
 
@@ -47,22 +51,26 @@ class Snapshot:
     parts: tuple[PartSnapshot, ...]
     owner: object
 
+    def reusable(self, prompt: Sequence[int]) -> int:
+        """How many tokens of `prompt` the target would not read again."""
+        return reusable_prefix(self.tokens, prompt, self.parts[0].least_length)
+
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for part in self.parts for layer in part.layers if layer is not None)
 
 
 def cache_parts(pair: LoadedPair, tokens: Sequence[int]) -> list[CachePart]:
-    """The caches that hold a beginning of `tokens`, the target's first; [] where it has read nothing, or keeps a
-    state that cannot be copied layer by layer (capability "plain")."""
+    """The caches that hold a beginning of `tokens`, the target's first; [] where it has read nothing, cannot be
+    cut down to `tokens`, or keeps a state that cannot be copied layer by layer (capability "plain")."""
     cache = pair.target.cache
     length = min(cache.length, len(tokens))
-    if cache.capability == "plain" or not length:
+    if cache.capability == "plain" or not length or length < cache.least_length:
         return []
     parts = [CachePart(TARGET, cache, length)]
     for drafter in pair.drafters:
         read = min(drafter.num_cached, length)
-        if drafter.cache is not None and read:
+        if drafter.cache is not None and read and read >= drafter.cache.least_length:
             parts.append(CachePart(DRAFT, drafter.cache, read))
     return parts
 
@@ -72,7 +80,9 @@ def take_snapshot(pair: LoadedPair, tokens: Sequence[int], owner: object) -> Sna
     parts = cache_parts(pair, tokens)
     if not parts:
         return None
-    taken = tuple(PartSnapshot(p.model, p.length, tuple(p.cache.states(p.length))) for p in parts)
+    taken = tuple(
+        PartSnapshot(p.model, p.length, p.cache.least_length, tuple(p.cache.states(p.length))) for p in parts
+    )
     return Snapshot(tuple(tokens[: parts[0].length]), taken, owner)
 
 

@@ -136,8 +136,8 @@ class _Rotation:
         self.cos: Floats = np.zeros((0, 0), np.float32)
         self.sin: Floats = np.zeros((0, 0), np.float32)
 
-    def upto(self, position: int) -> tuple[Floats, Floats, bool]:
-        """Tables (P, pairs) with P > position."""
+    def between(self, start: int, position: int) -> tuple[Floats, Floats, bool]:
+        """Tables (P, pairs) from position ``start`` on, with P > position - start."""
         while self._size <= position:
             self.traditional, pairs = self._layout()
             first = np.arange(pairs) * 2 if self.traditional else np.arange(pairs)
@@ -150,7 +150,7 @@ class _Rotation:
                 cos, sin = np.concatenate([self.cos, cos]), np.concatenate([self.sin, sin])
             self.cos, self.sin = np.ascontiguousarray(cos), np.ascontiguousarray(sin)
             self._size += _ROTATION_STEP
-        return self.cos, self.sin, self.traditional
+        return self.cos[start:], self.sin[start:], self.traditional
 
     def _layout(self) -> tuple[bool, int]:
         """Whether pairs are neighbours, and how many pairs are rotated: where element 0's turn shows up."""
@@ -247,7 +247,8 @@ class CpuBlock(Adaptation):
         keys_and_values = cache.kernel_buffers(state.kv_heads, state.dim)
         plan = cache.owner.attention_plan(cache.window)
         attention_weights, mlp_weights, norms = state.weights(self)
-        rotation = state.rotation.upto(int(plan.positions.max()))
+        front = cache.owner.front(cache.window).tokens  # from which the plan's positions count
+        rotation = state.rotation.between(front, front + int(plan.positions.max()))
         _block(
             h, attention_weights, mlp_weights, norms, rotation, keys_and_values, plan,
             state.heads, state.dim, state.scale, num_threads(),

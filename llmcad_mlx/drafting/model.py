@@ -287,6 +287,8 @@ class ModelDrafter(Drafter):
     def truncate(self, length: int) -> None:
         self._forget_round()
         self._carried = None
-        if length <= self._start:
+        kept = min(length - self._start, self.cache.length)
+        if kept <= 0 or kept < self.cache.least_length:
             self._restart(0)
-        self.cache.truncate(min(length - self._start, self.cache.length))
+        else:
+            self.cache.truncate(kept)

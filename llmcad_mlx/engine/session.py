@@ -95,6 +95,12 @@ class Session:
             drafter.truncate(0)
 
 
+def reusable_prefix(tokens: Sequence[int], prompt: Sequence[int], least: int) -> int:
+    """How many tokens of `prompt` a cache of `tokens` saves reading; `least`: see `ModelCache.least_length`."""
+    common = min(common_prefix(tokens, prompt), len(prompt) - 1)
+    return common if common >= least else 0
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens both begin with."""
     differing = (index for index, (left, right) in enumerate(zip(a, b, strict=False)) if left != right)

@@ -56,6 +56,7 @@ class AdaptedModel:
         cache.commit(first.slots)
         self.logits_dtype = first.logits.dtype
         self.states = list(cache.states(1))
+        self.has_windows = any(window is not None for window, _ in cache.token_nbytes)
 
     def with_prefill_chunk(self, chunk: int | None) -> TreeModel:
         """The tree model, reading prompts `chunk` tokens at a time (None: as it likes)."""
@@ -125,6 +126,8 @@ class ModelRows:
         reason = ""
         if kinds:
             reason = f"holds {', '.join(sorted(kinds))}"
+        elif self.adapted.has_windows:
+            reason = "keeps all tokens in layers with a window"  # of which there will be the last ones only
         elif len(self.entries) != len(self.adapted.states):
             reason = f"has {len(self.entries)} entries for {len(self.adapted.states)} layers"
         elif len({entry.offset for entry in self.entries}) != 1:

@@ -3,11 +3,13 @@
 Slots are numbered in creation order. Committed slots are in position order, the k-th live slot being at
 position k, because a parent always has a smaller slot than its child. A slot that is neither committed nor
 waiting to be is dead; dead slots stay until their tail is dropped or the owner compacts.
+
+A layer with a sliding window holds the slots from a `Front` on, which moves behind the window in steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,11 @@ Ints = npt.NDArray[np.int32]
 
 _STEP = 32
 SPARE_SLOTS = 3  # the score kernel reads keys in fours and may touch three slots past the last
+
+WINDOW_SLACK = 256
+"""Tokens before its window that a layer still holds when its front has moved, so that a few can be taken back;
+and by how many more it moves at least: a move copies the rest, which then costs little beside attending to it."""
+FRONT_STEP = 16  # a front is a multiple: the CPU kernels add up scores by place modulo 16
 
 
 def grown_capacity(num_slots: int, capacity: int) -> int:
@@ -30,11 +37,41 @@ def most_capacity(num_slots: int) -> int:
     return grown_capacity(num_slots + SPARE_SLOTS, num_slots + SPARE_SLOTS)
 
 
+def window_rows(window: int) -> int:
+    """Committed tokens that a layer with this window holds at most when rows are appended."""
+    return window + 2 * WINDOW_SLACK
+
+
+def most_window_dead(window: int) -> int:
+    """Dead slots behind the front that a commit leaves at most."""
+    return window_rows(window) // 8
+
+
+def most_window_capacity(window: int, num_appended: int) -> int:
+    """What a layer with this window makes room for at most, with up to `num_appended` uncommitted slots."""
+    slots = window_rows(window) + most_window_dead(window) + num_appended
+    return -(-(slots + SPARE_SLOTS) // _STEP) * _STEP
+
+
+class Front(NamedTuple):
+    """Where the rows of layers with a window begin; those before it are gone."""
+
+    tokens: int = 0
+    """Committed tokens before it."""
+    slot: int = 0
+    """The first slot that is held, that of the next committed token."""
+
+    def least_length(self, window: int) -> int:
+        """The least committed tokens whose next row sees nothing that is gone, and that keep `slot`; or 0."""
+        return self.tokens and self.tokens + max(window - 1, 1)
+
+
 class AttentionPlan(NamedTuple):
     """Which slots the N rows of the present append see, for attention kernels that skip the mask.
 
     Row i sees the committed sequence from index ``first_visible[i]`` on, then its own slots: uncommitted
-    ancestors and itself, in position order. All arrays are int32.
+    ancestors and itself, in position order. All arrays are int32. All count from the window's `Front`: slots from
+    its slot, positions and the committed sequence from its tokens.
     """
 
     positions: Ints
@@ -55,10 +92,14 @@ class AttentionPlan(NamedTuple):
 
 
 class SlotTable:
-    """The slots of a sequence and of the token tree below it. linear: only chains may be appended."""
+    """The slots of a sequence and of the token tree below it.
 
-    def __init__(self, linear: bool = False) -> None:
+    linear: only chains may be appended. windows: those of layers that give up what none of their rows can see.
+    """
+
+    def __init__(self, linear: bool = False, windows: Iterable[int] = ()) -> None:
         self.linear = linear
+        self._fronts = dict.fromkeys(windows, Front())
         self.length = 0
         """Number of committed tokens."""
         self.num_slots = 0
@@ -86,6 +127,9 @@ class SlotTable:
         """
         if n < 1 or (parents is not None and len(parents) != n):
             raise ValueError(f"{n} tokens with {n if parents is None else len(parents)} parents")
+        for window, front in self._fronts.items():
+            if self.length - front.tokens >= window_rows(window):
+                self._move_front(window)
         start = self.num_slots
         if start + n > len(self._live):
             room = np.zeros(max(start + n - len(self._live), len(self._live)), np.int32)
@@ -141,9 +185,12 @@ class SlotTable:
             self._settle()
 
     def truncate(self, length: int) -> None:
-        """Keep only the first ``length`` committed tokens. Raises ValueError when fewer are committed."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot keep {length} of {self.length} tokens")
+        """Keep only the first ``length`` committed tokens. Raises ValueError when fewer are committed, and for
+        less than `least_length`, 0 excepted."""
+        if not 0 <= length <= self.length or 0 < length < self.least_length:
+            raise ValueError(f"cannot keep {length} of {self.length} tokens (least: {self.least_length}, or 0)")
+        if not length:
+            self._fronts = dict.fromkeys(self._fronts, Front())
         self.length = length
         self._settle()
 
@@ -166,6 +213,20 @@ class SlotTable:
         """Slots that hold neither a committed nor an uncommitted token."""
         return self._first_pending - self.length + len(self._gone)
 
+    def front(self, window: int | None) -> Front:
+        """From where on the layers with this window hold rows."""
+        return self._fronts.get(window, Front()) if window is not None else Front()
+
+    @property
+    def least_length(self) -> int:
+        """The least length that `truncate` can keep, 0 excepted."""
+        return max((front.least_length(window) for window, front in self._fronts.items()), default=0)
+
+    def _move_front(self, window: int) -> None:
+        """Give up what lies more than the slack before the window of the next row."""
+        tokens = (self.length - window - WINDOW_SLACK) // FRONT_STEP * FRONT_STEP
+        self._fronts[window] = Front(tokens, int(self._live[tokens]))
+
     def live_slots(self) -> Ints:
         """(length,) slots of the committed tokens in position order."""
         return self._live[: self.length].copy()
@@ -177,24 +238,26 @@ class SlotTable:
     def attention_plan(self, window: int | None = None) -> AttentionPlan:
         """What the rows of the present append see; built once per append and window."""
         if window not in self._plans:
-            positions = self.appended_positions().copy()
+            front = self.front(window)
+            positions = self.appended_positions() - front.tokens
+            length = self.length - front.tokens
             oldest = positions - (window - 1) if window is not None else np.zeros_like(positions)
             none = np.zeros(0, np.int32)
             own, ends = none, np.zeros(len(positions), np.int32)
             if not self._chain:
-                hidden = np.maximum(oldest - self.length, 0).tolist()
+                hidden = np.maximum(oldest - length, 0).tolist()
                 rows = [row[h:] for row, h in zip(self._own_slots(), hidden, strict=True)]
-                own = np.concatenate([none, *rows])
+                own = np.concatenate([none, *rows]) - np.int32(front.slot)
                 ends = np.cumsum([len(row) for row in rows], dtype=np.int32)
-            runs = np.array([[0, self.length]], np.int32)
+            runs = np.array([[0, length]], np.int32)
             if self.last_slot != self.length - 1:
-                live = self._live[: self.length]
+                live = self._live[front.tokens : self.length] - front.slot
                 starts = np.flatnonzero(np.diff(live, prepend=-2) != 1)
-                lengths = np.diff(starts, append=self.length)
+                lengths = np.diff(starts, append=length)
                 runs = np.stack([live[starts], lengths], axis=1).astype(np.int32)
             self._plans[window] = AttentionPlan(
                 positions=positions,
-                slots=np.arange(self.first_appended, self.num_slots, dtype=np.int32),
+                slots=np.arange(self.first_appended - front.slot, self.num_slots - front.slot, dtype=np.int32),
                 runs=runs,
                 first_visible=np.maximum(oldest, 0).astype(np.int32),
                 own=own,
@@ -274,6 +337,7 @@ class SlotTable:
         order = np.arange(self.length, dtype=np.int32)
         self._live[: self.length] = self._positions[: self.length] = order
         self._parents[: self.length] = order - 1
+        self._fronts = {window: Front(f.tokens, f.tokens) for window, f in self._fronts.items()}
         self._settle(range(self.length, end))
 
     def _forget_append(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from llmcad_mlx.api import Engine, Response
 from llmcad_mlx.conversations.snapshot import Snapshot
 from llmcad_mlx.engine.round import Round
-from llmcad_mlx.engine.session import common_prefix
+from llmcad_mlx.engine.session import common_prefix, reusable_prefix
 from llmcad_mlx.errors import UsageError
 from llmcad_mlx.machine import peak_rss_bytes, physical_memory_bytes
 from llmcad_mlx.models.folder import own_sampling
@@ -154,9 +154,9 @@ class PromptCache:
     def switch(self, engine: Engine, prompt: Sequence[int]) -> None:
         """Bring the engine to the conversation that `prompt` goes on with; what that loses is kept, if it fits."""
         present = engine.tokens
-        common = common_prefix(present, prompt)
-        best = max(self._kept, key=lambda kept: common_prefix(kept.tokens, prompt), default=None)
-        found = 0 if best is None else common_prefix(best.tokens, prompt)
+        common = reusable_prefix(present, prompt, engine.pair.target.cache.least_length)
+        best = max(self._kept, key=lambda kept: kept.reusable(prompt), default=None)
+        found = 0 if best is None else best.reusable(prompt)
         if best is not None and found < common + _WORTH_KEEPING:
             best = None
         lost = len(present) - (common if best is None else 0)
@@ -173,9 +173,7 @@ class PromptCache:
         """Copy the `num_tokens` that the engine holds; `needed` stays, whatever has to go for it."""
         # Known beforehand, so that the limit holds.
         caches = [engine.pair.target.cache, *(drafter.cache for drafter in engine.pair.drafters)]
-        size = num_tokens * sum(
-            cache.slot_nbytes for cache in caches if cache is not None and cache.capability != "plain"
-        )
+        size = sum(cache.states_nbytes for cache in caches if cache is not None)
         if size + (0 if needed is None else needed.nbytes) > self._limit:
             return
         for oldest in [kept for kept in self._kept if kept is not needed]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import mlx.core as mx
@@ -22,9 +23,10 @@ from llmcad_mlx.cpu import unlisted_arrays, use_cpu_blocks, use_cpu_linears
 from llmcad_mlx.errors import StorageError
 from llmcad_mlx.files.bundle import FILE, Bundle
 from llmcad_mlx.files.safetensors import TensorExtent
-from llmcad_mlx.memory import Attention, MemoryPlan, ModelSizes
+from llmcad_mlx.memory import Attention, MemoryPlan, ModelSizes, TokenBytes
 from llmcad_mlx.models import positions
 from llmcad_mlx.models.adapt import adapt, forget_weights, restore
+from llmcad_mlx.models.cache import ModelCache
 from llmcad_mlx.models.folder import LoadedModel
 from llmcad_mlx.models.probe import cached_probe, probe, representative_layers
 from llmcad_mlx.models.tree_model import ProbeReport, TreeModel, body_of
@@ -68,8 +70,11 @@ class Prepared:
             report = cached_probe(model, loaded.config, probes, _probe_leading)
             self.model = TreeModel(model, loaded.config, report)
             with _leading_layers(model) as count:
-                state = token_state(self.model)
-                self._state = replace(state, kv_bytes=state.kv_bytes * len(self.parts.layers) // count)
+                cache = _after_one_token(self.model)
+            self._state = TokenState(
+                _bytes_of_all(cache, self.model.new_cache(), len(self.parts.layers) / count),
+                attention_of(cache.layers, loaded.config),
+            )
         self._attach((), (), self.storage)  # a draft may look tokens up before `build`
 
     @contextmanager
@@ -315,15 +320,32 @@ def sizes_of(parts: StreamParts, state: TokenState, logit_columns: int) -> Model
 class TokenState:
     """What a model keeps of a token, in bytes, and how it attends; None: without scores."""
 
-    kv_bytes: int
+    kv_bytes: TokenBytes
     attention: Attention | None
 
 
 def token_state(model: TreeModel) -> TokenState:
     """Found by forwarding one token."""
+    cache = _after_one_token(model)
+    return TokenState(TokenBytes.of(cache.token_nbytes), attention_of(cache.layers, model.config))
+
+
+def _after_one_token(model: TreeModel) -> ModelCache:
     cache = model.new_cache()
     model.prefill([0], cache)
-    return TokenState(cache.slot_nbytes, attention_of(cache.layers, model.config))
+    return cache
+
+
+def _bytes_of_all(leading: ModelCache, whole: ModelCache, ratio: float) -> TokenBytes:
+    """What a token takes in all layers. leading: a cache of which only the first layers, 1 / `ratio` of them, hold
+    one. whole: an empty cache, which tells the windows. A layer takes what those of its window do."""
+    known = [(window, size) for window, size in leading.token_nbytes if size]
+    if leading.capability == "plain" or not known:
+        return TokenBytes(round(sum(size for _, size in known) * ratio))
+    alike = {window: [size for other, size in known if other == window] for window, _ in whole.token_nbytes}
+    every = [size for _, size in known]
+    layers = ((window, mean(alike[window] or every)) for window, _ in whole.token_nbytes)
+    return TokenBytes.of((window, round(size)) for window, size in layers)
 
 
 def attention_of(layers: Sequence[Any], config: Mapping[str, Any]) -> Attention | None:

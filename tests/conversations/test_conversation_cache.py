@@ -206,7 +206,11 @@ FORGED: dict[str, tuple[Change, str]] = {
     "foreign token": (lambda facts, arrays: facts["tokens"].__setitem__(3, 10**6), "its tokens are not the"),
     "no token": (lambda facts, arrays: facts.update(tokens=[]), "its tokens are not the model's"),
     "fewer tokens": (lambda facts, arrays: facts["tokens"].pop(), "it is longer than the model's context"),
-    "fewer rows": (each(lambda a: a[:, :-1]), "it cannot be read (ValueError)"),
+    "fewer rows": (each(lambda a: a[:, :-1]), "no layer holds the first tokens"),
+    "fewer rows in one layer": (
+        each(lambda a: a[:, :-1], "target.1.keys", "target.1.values"),
+        "it cannot be read (ValueError)",
+    ),
 }
 
 

@@ -170,6 +170,35 @@ def test_family(name: str) -> None:
     assert (found.reason == "") == (found.capability == "tree")
 
 
+WINDOWED = (
+    "llama", "gemma3_text", "gemma3n", "cohere2", "gpt_oss", "exaone4", "olmo3", "iquestloopcoder", "ministral3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_families_with_windows_give_up_what_is_out_of_reach(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tree_model = tree_model_of(name)
+    outputs = []
+    for slack in (1000, 16):
+        monkeypatch.setattr("llmcad_mlx.models.slots.WINDOW_SLACK", slack)
+        cache = tree_model.new_cache()
+        assert isinstance(cache, LazyKVCache)
+        rng = np.random.default_rng(1)
+        tree_model.prefill(rng.integers(1, VOCAB - 1, 50).tolist(), cache, chunk=33)
+        rows = []
+        for _ in range(12):
+            first, tokens = cache.num_slots, rng.integers(1, VOCAB - 1, 5).tolist()
+            parents = [-1, *range(first, first + 4)]
+            if cache.capability == "tree":
+                parents = [-1, -1, first, first + 1, first + 1]
+            forward = tree_model.forward(tokens, cache, parents)
+            rows.append(np.array(forward.logits))
+            cache.commit([first, first + 2] if cache.capability == "tree" else [first, first + 1])
+        outputs.append(np.stack(rows))
+        assert (cache.least_length > 50) is (slack == 16)
+    assert np.array_equal(*outputs) or not EXACT
+
+
 SIXTEEN_BITS = (
     "phi3small", "olmo", "gpt2", "nanochat", "llama", "gemma3_text", "cohere2", "phi3", "qwen3_vl",
     "mamba", "mamba2", "plamo2", "nemotron_h", "falcon_h1", "recurrent_gemma", "rwkv7", "lfm2", "qwen3_5",

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
+from llmcad_mlx.memory import TokenBytes
 from llmcad_mlx.models.cache import LazyKVCache
 from llmcad_mlx.models.probe import probe
+from llmcad_mlx.models.slots import most_window_dead, window_rows
 from llmcad_mlx.models.tree_model import TreeModel
-from tests.support.architecture_configs import VOCAB, build, config_of
+from tests.support.architecture_configs import VOCAB, WINDOW, build, config_of
 
 exact_cpu = pytest.mark.skipif(sys.platform != "linux", reason="bit-exactness is claimed for Linux CPUs")
 
@@ -125,6 +127,10 @@ class RandomUse:
 
     def truncate(self) -> None:
         length = len(self.committed) - int(self.rng.integers(0, 1 + min(4, len(self.committed))))
+        if 0 < length < self.cache.least_length:
+            with pytest.raises(ValueError, match="cannot keep"):
+                self.cache.truncate(length)
+            return
         self.cache.truncate(length)
         self.committed = self.committed[:length]
         self.paths = {}
@@ -158,6 +164,70 @@ def test_random_use_equals_plain_forwards(seed: int, max_dead_share: float, min_
     for _ in range(20):
         use.step()
     assert use.difference == 0.0
+
+
+@exact_cpu
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), max_dead_share=st.sampled_from([0.0, 0.3, 1.0]))
+def test_rows_that_no_window_reaches_are_given_up_without_changing_a_bit(seed: int, max_dead_share: float) -> None:
+    tree_model = tree_model_of("llama")
+    rng = np.random.default_rng(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmcad_mlx.models.slots.WINDOW_SLACK", 16)
+        use = RandomUse(tree_model, Reference(tree_model), rng, int(rng.integers(30, 90)), max_dead_share, 6)
+        use.append()
+        for _ in range(20):
+            use.step()
+        assert use.difference == 0.0
+        cache, (first, second) = use.cache, use.cache.stores
+        assert (first.window, second.window, cache.front(None)) == (WINDOW, None, (0, 0))
+        tokens = cache.front(WINDOW).tokens
+        assert tokens % 16 == 0
+        assert cache.least_length == (tokens + WINDOW - 1 if tokens else 0)
+        if cache.length >= window_rows(WINDOW) + 16:
+            assert 0 < tokens <= cache.length - WINDOW
+        # A copy goes on alike, and so does what is left after the most that can be taken back.
+        copied = tree_model.new_cache()
+        copied.restore(cache.states(cache.length), cache.length)
+        cache.rollback()
+        for other in (cache, copied):
+            for most in (True, False):
+                length = other.length if most else max(other.least_length, 1)
+                path = use.committed[:length]
+                other.truncate(length)
+                row = np.array(tree_model.forward([5, 7], other, [-1, -1]).logits[1])
+                assert np.array_equal(row, use.reference((*path, 7)))
+                other.rollback()
+
+
+def test_a_window_holds_no_more_than_the_plan_counts() -> None:
+    """Prompts in chunks, and rounds that leave many dead slots; the other layer goes on holding everything."""
+    tree_model = tree_model_of("llama")
+    cache = tree_model.new_cache()
+    assert isinstance(cache, LazyKVCache)
+    context, nodes, chunk = 4096, 64, 256
+    cache.expected_slots = context + nodes
+    tree_model.prefill([5] * 10, cache)
+    token = TokenBytes.of(cache.token_nbytes)
+    rng = np.random.default_rng(3)
+    most = 0
+    while cache.length < context - 300:
+        tree_model.prefill(rng.integers(1, VOCAB, 200).tolist(), cache, chunk)
+        for _ in range(12):
+            start = cache.num_slots
+            parents = [-1, *(start + int(rng.integers(0, row)) for row in range(1, nodes))]
+            slots_of_tree = cache.append(parents, nodes)
+            for store in cache.stores:
+                rows = mx.zeros((1, *store.keys.shape[1:2], nodes, store.keys.shape[3]))
+                store.update_and_fetch(rows, rows)
+            mx.eval(cache.arrays())
+            cache.commit(slots_of_tree[:1])
+            most = max(most, sum(store.keys.nbytes + store.values.nbytes for store in cache.stores))
+        held = cache.num_slots - cache.front(WINDOW).slot
+        assert held <= window_rows(WINDOW) + most_window_dead(WINDOW) + nodes
+    full, windowed = (store.keys.shape[2] for store in reversed(cache.stores))
+    assert windowed < full / 4
+    assert most <= token.room(context, nodes, chunk) < token.total * context
 
 
 def test_dead_slots_stay_until_the_share_is_reached() -> None:
@@ -204,8 +274,17 @@ def test_an_accepted_line_keeps_the_fast_kernels(linear: bool) -> None:
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), window=st.sampled_from([None, 1, 3, 6]))
 def test_attention_plan_says_what_the_mask_says(data: st.DataObject, window: int | None) -> None:
-    cache = LazyKVCache()
+    """Also where rows have been given up: none of those that a row may see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmcad_mlx.models.slots.WINDOW_SLACK", 16)
+        plan_and_mask(data, window)
+
+
+def plan_and_mask(data: st.DataObject, window: int | None) -> None:
+    cache = LazyKVCache([window])
     slots: list[int] = []
+    if before := data.draw(st.sampled_from([0, 36, 60])):
+        cache.commit(cache.append(None, before))
     for commits in range(data.draw(st.integers(0, 3)) + 1):
         for _ in range(data.draw(st.integers(1, 2))):
             size, start = data.draw(st.integers(1, 4)), cache.num_slots
@@ -222,13 +301,16 @@ def test_attention_plan_says_what_the_mask_says(data: st.DataObject, window: int
     if not cache.num_appended:
         cache.append([slots[-1] if slots else -1, -1], 2)
     plan, visible = cache.attention_plan(window), cache.visible(window)
+    front = cache.front(window)
+    assert cache.length - front.tokens < 40 or window is None
+    assert plan.positions.tolist() == (cache.appended_positions() - front.tokens).tolist()
     prefix = np.concatenate([np.arange(first, first + length) for first, length in plan.runs])
     ends = [0, *plan.own_ends.tolist()]
     for row in range(cache.num_appended):
         seen = prefix[plan.first_visible[row] :].tolist() + plan.own[ends[row] : ends[row + 1]].tolist()
         if plan.causal:
             seen = list(range(int(plan.first_visible[row]), int(plan.slots[row]) + 1))
-        assert seen == np.flatnonzero(visible[row]).tolist()
+        assert [slot + front.slot for slot in seen] == np.flatnonzero(visible[row]).tolist()
 
 
 def test_wrong_use_is_refused() -> None:

@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Where it counts which kernels compute. They run again as on a Mac: on MLX's own, in fp32 and in both 16-bit types.
+# Where it counts which kernels compute. They run again as on a Mac: on MLX's own, in fp32 and in both 16-bit types;
+# the embedded model in its own, fp16.
 TEXT_TESTS := tests/engine/test_engine.py tests/streaming/test_streaming.py
 KERNEL_TESTS := tests/test_lossless.py tests/mlx_lm_plugin/test_mlx_lm_plugin.py tests/drafting/test_drafters.py
+EMBEDDED_TEST := tests/test_embedded.py::test_a_tree_in_16_bits_says_what_its_tokens_say_in_32
 # Half of the time tests wait for servers, terminals and browsers. A file's tests stay together.
 JOBS ?= -n 2 --dist loadfile
 
@@ -34,7 +36,7 @@ test-kernels: export LLMCAD_MLX_KERNELS = mlx
 test-kernels: $(READY)
 	$(BIN)/python -m pytest $(JOBS) -m "not large and not embedded" $(KERNEL_TESTS) $(TEXT_TESTS)
 	LLMCAD_MLX_TEST_WEIGHTS=bfloat16 $(BIN)/python -m pytest $(JOBS) $(TEXT_TESTS)
-	LLMCAD_MLX_TEST_WEIGHTS=float16 $(BIN)/python -m pytest $(JOBS) $(TEXT_TESTS)
+	LLMCAD_MLX_TEST_WEIGHTS=float16 $(BIN)/python -m pytest $(JOBS) $(TEXT_TESTS) $(EMBEDDED_TEST)
 
 test-large: $(READY)
 	$(BIN)/python -m pytest -m large -s

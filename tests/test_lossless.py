@@ -156,13 +156,13 @@ def test_output_equals_plain_decoding(
     costs = CostModel()
     growth = make_policy(policy, costs, nodes, **options)
     engine = make_engine(kernels, make_drafters(draft, seed, kernels), growth, costs, FakeClock(seed), waits)
-    first = run(engine, prompt, 40, sampling)
-    assert first == plain(prompt, 40, sampling, kernels)
+    first = run(engine, prompt, 28, sampling)
+    assert first == plain(prompt, 28, sampling, kernels)
     # A second turn that goes on, and a third whose prompt was edited in the middle: caches are reused.
     second = [*prompt, *first, *random.integers(0, VOCAB, 5).tolist()]
-    assert run(engine, second, 15, sampling) == plain(second, 15, sampling, kernels)
+    assert run(engine, second, 10, sampling) == plain(second, 10, sampling, kernels)
     edited = [*second[: len(second) // 2], *random.integers(0, VOCAB, 7).tolist()]
-    assert run(engine, edited, 15, sampling) == plain(edited, 15, sampling, kernels)
+    assert run(engine, edited, 10, sampling) == plain(edited, 10, sampling, kernels)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

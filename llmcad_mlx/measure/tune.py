@@ -99,13 +99,15 @@ Pass = tuple[int, float, float]
 """Rows, seconds, and seconds of computing: what `CostModel.observe_pass` takes."""
 
 
-def time_passes(pair: LoadedPair) -> list[Pass]:
+def time_passes(pair: LoadedPair, most_s: float = float("inf")) -> list[Pass]:
     """Passes of the target, each after one like it, in which kernels are made ready. What a pass takes grows in
-    steps, which decoding alone would find out one by one."""
+    steps, which decoding alone would find out one by one. After `most_s` seconds no more rows are tried."""
     target, clock, passes = pair.target, pair.clock, list[Pass]()
-    kind = target.cache.capability
+    kind, begun = target.cache.capability, clock()
     for rows in _PASS_ROWS if target.feed is None else _STREAMED_PASS_ROWS:
         if rows > (1 if kind == "plain" else min(pair.max_nodes, pair.context_length or rows)):
+            break
+        if passes and clock() - begun > most_s:
             break
         tree = random_tree(rows, pair.vocab_size, line=kind != "tree")
         for _ in range(2):

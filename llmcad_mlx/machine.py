@@ -79,8 +79,17 @@ def memory_of_process() -> ProcessMemory:
     """This process's."""
     if psutil.MACOS and (footprint := footprint_of_process(ctypes.CDLL(None))) is not None:
         return footprint
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # psutil knows no peak on macOS
-    return ProcessMemory(int(psutil.Process().memory_info().rss), peak if psutil.MACOS else peak * 1024)
+    return ProcessMemory(int(psutil.Process().memory_info().rss), _peak_resident_bytes())
+
+
+def _peak_resident_bytes() -> int:
+    """psutil knows none. Linux's `ru_maxrss` begins with what the process took that has started this one, so it is
+    the last resort there."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rb"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_bytes(), re.MULTILINE):
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if psutil.MACOS else peak * 1024
 
 
 # rusage_info_v4 of macOS's sys/resource.h: a UUID of 16 bytes, then 35 numbers of 64 bits.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from typing import Any
 
 import mlx.core as mx
+import psutil
 import pytest
 
 from llmcad_mlx import machine
@@ -65,3 +68,12 @@ def test_only_some_devices_recommend_a_working_set(monkeypatch: pytest.MonkeyPat
     for info, expected in (({"device_name": "x"}, None), ({"max_recommended_working_set_size": 12}, 12)):
         monkeypatch.setattr(mx, "device_info", lambda info=info: info)
         assert machine.working_set_bytes() == expected
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="elsewhere the peak is the process's own")
+def test_the_peak_is_not_that_of_who_started_the_process() -> None:
+    """As `ru_maxrss` is on Linux: a program that holds a large model starts others with small budgets."""
+    large = bytearray(b"x") * (400 << 20)
+    code = "from llmcad_mlx.machine import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < len(large) // 2

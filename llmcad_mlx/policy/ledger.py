@@ -226,7 +226,8 @@ class Schedule:
         self._rounds = 0  # of the present text
         self._rested = False  # whether the last round, or the present one, is without lookups to save their time
         self._plain_passes = _SURE  # so many make what they take believable
-        self._knew_plain = False  # when the round began
+        self.knew_plain = False
+        """Whether what a plain pass takes was known when the round began, so that it was free to draft."""
         self._idle = 0  # rounds since the model was last used, of those that could price it
         self._patience = _PATIENCE  # such rounds until it is tried again
         self._since_plain = 0  # rounds since a pass had a single row
@@ -250,12 +251,7 @@ class Schedule:
             self.mode = Mode.PLAIN_RESTING if rests else Mode.PLAIN
         else:
             self.mode = Mode.RESTING if rests else Mode.ORDINARY
-        self._knew_plain = self.knows_plain()
-
-    @property
-    def knew_plain(self) -> bool:
-        """Whether `knows_plain` when the round began: it was free to draft."""
-        return self._knew_plain
+        self.knew_plain = self.knows_plain()
 
     def knows_plain(self) -> bool:
         """Whether what a plain pass takes is believable; waiting for weights varies less than computing."""
@@ -306,7 +302,7 @@ class Schedule:
         self._since_rows = self._since_rows + 1 if rows == 1 else 0
         self._yield = self._yield * _YIELD_DECAY + num_tokens * (1 - _YIELD_DECAY)
         if not model_used:
-            self._idle += self._knew_plain
+            self._idle += self.knew_plain
             return
         if self.mode is not Mode.TRYING_DRAFT:
             self._patience = _PATIENCE
